@@ -1,0 +1,90 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package artifact
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/containerd/errdefs"
+	modelspec "github.com/modelpack/model-spec/specs-go/v1"
+	"github.com/opencontainers/go-digest"
+)
+
+// config is what an artifact's config says about its files.
+type config struct {
+	created time.Time // the Unix epoch if the config names no time
+	diffIDs []digest.Digest
+}
+
+// parseConfig reads the creation time and the DiffIDs from a config. A
+// ModelPack config must be well-formed; any other type may hold anything, and
+// what is not understood there counts as absent.
+//
+// The ModelPack config is defined in
+// https://github.com/modelpack/model-spec/blob/main/docs/config.md; created and
+// rootfs are those of an OCI image config, which other packers and early
+// versions of ModelPack use.
+func parseConfig(mediaType string, raw []byte) (config, error) {
+	var top *struct {
+		Descriptor json.RawMessage `json:"descriptor"`
+		Created    json.RawMessage `json:"created"`
+		ModelFS    json.RawMessage `json:"modelfs"`
+		RootFS     json.RawMessage `json:"rootfs"`
+	}
+	cfg := config{created: time.Unix(0, 0).UTC()}
+	err := json.Unmarshal(raw, &top)
+	if err == nil && top == nil {
+		err = errors.New("null")
+	}
+	if err == nil {
+		descriptor := section[struct {
+			CreatedAt time.Time `json:"createdAt"`
+		}]("descriptor", top.Descriptor, &err)
+		created := section[time.Time]("created", top.Created, &err)
+		modelFS := section[struct {
+			DiffIDs       []digest.Digest `json:"diffIds"`
+			LegacyDiffIDs []digest.Digest `json:"diff_ids"`
+		}]("modelfs", top.ModelFS, &err)
+		rootFS := section[struct {
+			DiffIDs []digest.Digest `json:"diff_ids"`
+		}]("rootfs", top.RootFS, &err)
+
+		for _, t := range []time.Time{descriptor.CreatedAt, created} {
+			if !t.IsZero() {
+				cfg.created = t
+				break
+			}
+		}
+		for _, ids := range [][]digest.Digest{modelFS.DiffIDs, modelFS.LegacyDiffIDs, rootFS.DiffIDs} {
+			if len(ids) != 0 {
+				cfg.diffIDs = ids
+				break
+			}
+		}
+	}
+	isModel := mediaType == modelspec.MediaTypeModelConfig || mediaType == legacy(modelspec.MediaTypeModelConfig)
+	if err != nil && isModel {
+		return config{}, fmt.Errorf("malformed model config: %.300v: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return cfg, nil
+}
+
+// section returns what raw holds, or the zero T if it is absent or malformed.
+// The first malformed section is noted in err.
+func section[T any](name string, raw json.RawMessage, err *error) T {
+	var v, zero T
+	if len(raw) == 0 {
+		return zero
+	}
+	if e := json.Unmarshal(raw, &v); e != nil {
+		if *err == nil {
+			*err = fmt.Errorf("%s: %w", name, e)
+		}
+		return zero
+	}
+	return v
+}

@@ -1,0 +1,308 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package unpack
+
+import (
+	"archive/tar"
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math"
+	"path"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+)
+
+const (
+	// zstdMaxWindow bounds the decoder's memory: what zstd itself decodes
+	// unless it is told otherwise (--long=27).
+	zstdMaxWindow = 128 << 20
+	// xattrPrefix is of the PAX records that hold extended attributes.
+	xattrPrefix = "SCHILY.xattr."
+	blockSize   = 512 // of a tar
+)
+
+// decompressors are data: a compression and how to read it. Each reader fails
+// on trailing garbage by itself, being multi-stream.
+var decompressors = map[artifact.Compression]func(io.Reader) (io.ReadCloser, error){
+	artifact.CompressionNone: func(r io.Reader) (io.ReadCloser, error) { return io.NopCloser(r), nil },
+	artifact.CompressionGzip: func(r io.Reader) (io.ReadCloser, error) { return gzip.NewReader(r) },
+	artifact.CompressionZstd: func(r io.Reader) (io.ReadCloser, error) {
+		d, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(zstdMaxWindow), zstd.WithDecoderLowmem(true))
+		if err != nil {
+			return nil, err
+		}
+		return d.IOReadCloser(), nil
+	},
+}
+
+// tar extracts a layer that is an archive at the root of the volume.
+func (w *writer) tar(ctx context.Context, l artifact.Layer) error {
+	blob, err := w.open(l.Descriptor)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	decompress, ok := decompressors[l.Compression]
+	if !ok {
+		return fmt.Errorf("compression %q: %w", l.Compression, errdefs.ErrNotImplemented)
+	}
+	flat, err := decompress(bufio.NewReaderSize(reader{ctx, blob}, len(w.buf)))
+	if err != nil {
+		return fmt.Errorf("it is not %s: %w: %w", l.Compression, err, errdefs.ErrInvalidArgument)
+	}
+	defer flat.Close()
+	want := l.DiffID
+	if want == "" && l.Compression == artifact.CompressionNone {
+		want = l.Descriptor.Digest
+	}
+	if want == "" {
+		want = digest.FromString("") // its algorithm; nothing says which digest to expect
+	}
+	hash := want.Algorithm().Digester()
+	s := &stream{r: io.TeeReader(flat, hash.Hash())}
+	if err := w.members(s, l.Index); err != nil {
+		return badStream(err)
+	}
+	if l.DiffID == "" && l.Compression != artifact.CompressionNone {
+		return nil
+	}
+	if got := hash.Digest(); got != want {
+		return fmt.Errorf("its content has the digest %s, the config lists the DiffID %s: %w", got, want, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// badStream names an error of the archive's format or compression for what it
+// is. An error of the node's (a full disk, an unreadable blob) stays one.
+func badStream(err error) error {
+	var path *fs.PathError
+	switch {
+	case errors.As(err, &path), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded),
+		errdefs.IsInvalidArgument(err), errors.Is(err, unix.ENOSPC):
+		return err
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return fmt.Errorf("the archive is truncated: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return fmt.Errorf("the archive cannot be read: %w: %w", err, errdefs.ErrInvalidArgument)
+}
+
+// stream counts the bytes of an archive. It hides everything but Read from
+// archive/tar, which otherwise seeks past what the digest must see.
+type stream struct {
+	r io.Reader
+	n int64
+}
+
+func (s *stream) Read(p []byte) (int, error) {
+	n, err := s.r.Read(p)
+	s.n += int64(n)
+	return n, err
+}
+
+// members extracts all members and checks that the archive ends as POSIX says
+// (pax, "ustar Interchange Format": two blocks of zeros), with nothing but
+// zeros behind it.
+func (w *writer) members(s *stream, layer int) error {
+	links := map[string]bool{} // the regular files of this layer
+	r := tar.NewReader(s)
+	for {
+		end := (s.n + blockSize - 1) / blockSize * blockSize
+		h, err := r.Next()
+		if err == io.EOF {
+			if s.n < end+blockSize {
+				return fmt.Errorf("it has no end-of-archive marker: %w", io.ErrUnexpectedEOF)
+			}
+			return w.trailer(s)
+		}
+		if err != nil {
+			return err
+		}
+		if err := w.member(r, h, layer, links); err != nil {
+			return fmt.Errorf("member %q: %w", h.Name, err)
+		}
+		// A member may have content that its type has no use for.
+		if _, err := io.CopyBuffer(io.Discard, struct{ io.Reader }{r}, w.buf); err != nil {
+			return err
+		}
+	}
+}
+
+// trailer reads the padding behind the archive to its end.
+func (w *writer) trailer(s *stream) error {
+	for {
+		n, err := s.Read(w.buf)
+		for _, b := range w.buf[:n] {
+			if b != 0 {
+				return fmt.Errorf("there is garbage behind the end of the archive: %w", errdefs.ErrInvalidArgument)
+			}
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// member extracts one member.
+func (w *writer) member(r io.Reader, h *tar.Header, layer int, links map[string]bool) error {
+	if h.Typeflag == tar.TypeXGlobalHeader {
+		return nil // git-archive writes one
+	}
+	a, err := tarAttrs(h)
+	if err != nil {
+		return err
+	}
+	if h.Typeflag == tar.TypeDir && path.Clean(h.Name) == "." {
+		w.nodes["."].attrs = a // tar -C DIR . begins with it
+		return nil
+	}
+	name, err := artifact.CleanPath(h.Name)
+	if err != nil {
+		return err
+	}
+	switch h.Typeflag {
+	case tar.TypeDir:
+		n, err := w.mkdir(name, layer)
+		if err != nil {
+			return err
+		}
+		n.layer, n.attrs = layer, a
+		return w.setXattrs(name, h)
+	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont:
+		links[name] = true
+		return w.regular(r, name, h, layer, a)
+	case tar.TypeSymlink:
+		delete(links, name)
+		return w.symlink(name, h, layer, a)
+	case tar.TypeLink:
+		return w.hardLink(name, h, layer, links)
+	}
+	return fmt.Errorf("%s is not a file that a volume may hold: %w", typeName(h.Typeflag), errdefs.ErrInvalidArgument)
+}
+
+func typeName(flag byte) string {
+	switch flag {
+	case tar.TypeChar:
+		return "a character device"
+	case tar.TypeBlock:
+		return "a block device"
+	case tar.TypeFifo:
+		return "a FIFO"
+	}
+	return fmt.Sprintf("a member of type %q", flag)
+}
+
+// tarAttrs are the attributes in the header h. Setuid, setgid and sticky bits
+// are kept on directories alone.
+func tarAttrs(h *tar.Header) (attrs, error) {
+	if h.Uid < 0 || h.Uid >= math.MaxUint32 || h.Gid < 0 || h.Gid >= math.MaxUint32 {
+		return attrs{}, fmt.Errorf("owner %d:%d is not a user: %w", h.Uid, h.Gid, errdefs.ErrInvalidArgument)
+	}
+	mode := h.FileInfo().Mode()
+	if mode.IsDir() {
+		mode &= fs.ModePerm | fs.ModeSetuid | fs.ModeSetgid | fs.ModeSticky
+	} else {
+		mode &= fs.ModePerm
+	}
+	return attrs{mode: mode, uid: uint32(h.Uid), gid: uint32(h.Gid), mtime: h.ModTime}, nil
+}
+
+func (w *writer) regular(r io.Reader, name string, h *tar.Header, layer int, a attrs) error {
+	if err := w.place(name, layer, regular); err != nil {
+		return err
+	}
+	f, err := w.create(name, a.mode)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := requireSpace(f, h.Size); err != nil {
+		return err
+	}
+	if _, err := io.CopyBuffer(struct{ io.Writer }{f}, struct{ io.Reader }{r}, w.buf); err != nil {
+		return err
+	}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	if err := w.setXattrs(name, h); err != nil {
+		return err
+	}
+	return w.setAttrs(name, regular, a)
+}
+
+// symlink makes a symlink. Where it points to does not matter here: nothing is
+// ever written through it, and the container resolves it in its own root.
+func (w *writer) symlink(name string, h *tar.Header, layer int, a attrs) error {
+	if h.Linkname == "" {
+		return fmt.Errorf("a symlink to nowhere: %w", errdefs.ErrInvalidArgument)
+	}
+	if err := w.place(name, layer, symlink); err != nil {
+		return err
+	}
+	dir, base, err := w.at(name)
+	if err != nil {
+		return err
+	}
+	if err := unix.Symlinkat(h.Linkname, dir, base); err != nil {
+		return &fs.PathError{Op: "symlink", Path: name, Err: err}
+	}
+	return w.setAttrs(name, symlink, a)
+}
+
+// hardLink links name to a regular file that came before it in the same layer;
+// owner, mode and time are that file's.
+func (w *writer) hardLink(name string, h *tar.Header, layer int, links map[string]bool) error {
+	target, err := artifact.CleanPath(h.Linkname)
+	if err != nil {
+		return fmt.Errorf("hard link to %q: %w", h.Linkname, err)
+	}
+	if !links[target] {
+		return fmt.Errorf("hard link to %q, which is not a regular file before it in the same layer: %w", h.Linkname, errdefs.ErrInvalidArgument)
+	}
+	if name == target {
+		return nil
+	}
+	if err := w.place(name, layer, regular); err != nil {
+		return err
+	}
+	links[name] = true
+	return w.root.Link(in(target), in(name))
+}
+
+// setXattrs sets the extended attributes of the user namespace. The others are
+// dropped: trusted and security attributes mean something to the node's kernel
+// (overlayfs, file capabilities, SELinux), and the system ones hold IDs that
+// no owner rule has seen.
+func (w *writer) setXattrs(name string, h *tar.Header) error {
+	for key, value := range h.PAXRecords {
+		attr, ok := strings.CutPrefix(key, xattrPrefix)
+		if !ok || !strings.HasPrefix(attr, "user.") {
+			continue
+		}
+		f, err := w.root.Open(in(name))
+		if err != nil {
+			return err
+		}
+		err = unix.Fsetxattr(int(f.Fd()), attr, []byte(value), 0)
+		f.Close()
+		if err != nil {
+			return &fs.PathError{Op: "setxattr " + attr, Path: name, Err: err}
+		}
+	}
+	return nil
+}

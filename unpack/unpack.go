@@ -1,0 +1,154 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package unpack lays an artifact out as a Tree: a directory that, mounted,
+// shows exactly the artifact's files.
+//
+// A Tree is metadata wherever the kernel allows it. The bytes of raw layers
+// stay in the runtime's blob directory; the Tree retains them by hard link, so
+// that no garbage collection can take them from under a running pod. Layers
+// that are tar archives are extracted.
+//
+// The package knows nothing of who uses a Tree, of containerd or of
+// snapshots: that is package view and package snapshot.
+package unpack
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+)
+
+// The entries of a Tree's directory.
+const (
+	fsDir    = "fs"        // what the mounted Tree shows
+	dataDir  = "data"      // the blobs that it retains, each under its encoded digest
+	metaFile = "tree.json" // the Tree itself, see Tree
+)
+
+// Tree is an artifact laid out in a directory of its own. Its exported fields
+// are kept in that directory.
+type Tree struct {
+	// Manifest is the digest of the manifest the Tree was built from.
+	Manifest digest.Digest `json:"manifest"`
+	// Rung is how the raw layers were laid out, and so how to mount the Tree.
+	Rung Rung `json:"rung"`
+	// Size and Inodes are what the files of the Tree add to the disk: allocated
+	// bytes (as du counts them) and entries, without the blobs that it shares
+	// with the runtime. A file replaced by a later layer is still counted.
+	Size   int64 `json:"size"`
+	Inodes int64 `json:"inodes"`
+	// Boot identifies the boot of the kernel during which the Tree was built.
+	// A Tree is not synced to the disk when it is built, so it may be
+	// incomplete after a power failure; see BootID.
+	Boot string `json:"boot"`
+
+	dir string
+}
+
+// Options say how to build a Tree.
+type Options struct {
+	// Rung is how raw layers are laid out; see Probe.
+	Rung Rung
+	// Blobs is where the runtime keeps the artifact's blobs.
+	Blobs blobdir.Dir
+	// Copies is a directory for the blobs that could not be linked or
+	// reflinked from Blobs (another file system) and had to be copied. Trees
+	// link to them there, so a copy with a single link is unused.
+	Copies string
+	// Owners shifts every owner for a pod with a user namespace; the zero
+	// value leaves owners alone.
+	Owners IDMap
+}
+
+// Build lays a out in dir, which must not exist, and returns the Tree. On
+// failure nothing is left behind. A layer that breaks a rule refuses the whole
+// artifact: errdefs.ErrInvalidArgument, naming the layer. A missing blob is
+// errdefs.ErrNotFound, a full disk errdefs.ErrResourceExhausted.
+func Build(ctx context.Context, dir string, a *artifact.Artifact, o Options) (_ *Tree, err error) {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("cannot create a tree for artifact %s: %w", a.Manifest.Digest, outOfSpace(err))
+	}
+	defer func() {
+		if err != nil {
+			os.RemoveAll(dir)
+		}
+	}()
+	w, err := newWriter(dir, a, o)
+	if err != nil {
+		return nil, err
+	}
+	defer w.close()
+	if err := w.write(ctx, a); err != nil {
+		return nil, fmt.Errorf("artifact %s: %w", a.Manifest.Digest, err)
+	}
+	t := &Tree{Manifest: a.Manifest.Digest, Rung: o.Rung, Size: w.size, Inodes: w.inodes, Boot: BootID(), dir: dir}
+	return t, t.save()
+}
+
+// Load reads the Tree in dir.
+func Load(dir string) (*Tree, error) {
+	b, err := os.ReadFile(filepath.Join(dir, metaFile))
+	if err != nil {
+		return nil, err
+	}
+	t := &Tree{dir: dir}
+	if err := json.Unmarshal(b, t); err != nil {
+		return nil, fmt.Errorf("%s: %w", filepath.Join(dir, metaFile), err)
+	}
+	return t, nil
+}
+
+func (t *Tree) save() error {
+	b, err := json.Marshal(t)
+	if err != nil {
+		return err
+	}
+	return outOfSpace(os.WriteFile(filepath.Join(t.dir, metaFile), b, 0o600))
+}
+
+// Mount shows the Tree at target, an existing directory: read-only, nosuid and
+// nodev.
+func (t *Tree) Mount(target string) error {
+	fs := filepath.Join(t.dir, fsDir)
+	m := mount.Mount{Type: "bind", Source: fs, Options: []string{"bind", "ro", "nosuid", "nodev"}}
+	if t.Rung == Overlay {
+		m = overlayMount(fs, filepath.Join(t.dir, dataDir))
+	}
+	if err := m.Mount(target); err != nil {
+		return fmt.Errorf("cannot mount the tree of artifact %s (%s) at %s: %w", t.Manifest, t.Rung, target, err)
+	}
+	return nil
+}
+
+// overlayMount is a read-only overlay of lower whose files take their content
+// from data, a data-only lower layer (Documentation/filesystems/overlayfs.rst,
+// "Data-only lower layers", Linux 6.5). Two paths never come near the page
+// that mount(2) allows for options.
+func overlayMount(lower, data string) mount.Mount {
+	return mount.Mount{Type: "overlay", Source: "overlay", Options: []string{
+		"ro", "nosuid", "nodev",
+		"lowerdir=" + escapeOverlay.Replace(lower) + "::" + escapeOverlay.Replace(data),
+		"metacopy=on", "redirect_dir=follow", "index=off", "nfs_export=off",
+	}}
+}
+
+// escapeOverlay escapes what overlayfs gives a meaning in the value of
+// lowerdir= (fs/overlayfs/params.c: ovl_next_opt, ovl_parse_param_split_lowerdirs).
+var escapeOverlay = strings.NewReplacer(`\`, `\\`, `:`, `\:`, `,`, `\,`)
+
+// BootID identifies this boot of the kernel; it is "" where /proc is not
+// mounted.
+func BootID() string {
+	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b))
+}

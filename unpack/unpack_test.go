@@ -1,0 +1,611 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package unpack
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+)
+
+var (
+	created = time.Date(2021, 3, 4, 5, 6, 7, 0, time.UTC)
+	mtime   = time.Date(2021, 1, 2, 3, 4, 5, 678901234, time.UTC)
+)
+
+// site is a blob directory and a root for trees.
+type site struct {
+	content blobdir.Dir
+	root    string
+}
+
+func newSite(t *testing.T) site {
+	t.Helper()
+	s := site{content: blobdir.Dir(t.TempDir()), root: t.TempDir()}
+	for _, d := range []string{filepath.Join(string(s.content), "blobs/sha256"), filepath.Join(s.root, "copies")} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return s
+}
+
+func (s site) blob(t *testing.T, data []byte) ocispec.Descriptor {
+	t.Helper()
+	d := ocispec.Descriptor{MediaType: "application/test", Digest: digest.FromBytes(data), Size: int64(len(data))}
+	if err := os.WriteFile(s.content.Path(d.Digest), data, 0o444); err != nil && !errors.Is(err, os.ErrPermission) {
+		t.Fatal(err)
+	}
+	return d
+}
+
+func (s site) raw(t *testing.T, path, data string) artifact.Layer {
+	return artifact.Layer{
+		Descriptor: s.blob(t, []byte(data)), Format: artifact.FormatRaw,
+		File: artifact.File{Path: path, Mode: 0o640, UID: 1234, GID: 5678, ModTime: mtime},
+	}
+}
+
+func (s site) tar(t *testing.T, c artifact.Compression, archive []byte) artifact.Layer {
+	t.Helper()
+	var buf bytes.Buffer
+	switch c {
+	case artifact.CompressionNone:
+		buf.Write(archive)
+	case artifact.CompressionGzip:
+		w := gzip.NewWriter(&buf)
+		w.Write(archive)
+		w.Close()
+	case artifact.CompressionZstd:
+		w, err := zstd.NewWriter(&buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.Write(archive)
+		w.Close()
+	}
+	return artifact.Layer{
+		Descriptor: s.blob(t, buf.Bytes()), Format: artifact.FormatTar, Compression: c,
+		DiffID: digest.FromBytes(archive),
+	}
+}
+
+func archive(t *testing.T, members ...tar.Header) []byte {
+	t.Helper()
+	var buf bytes.Buffer
+	w := tar.NewWriter(&buf)
+	for _, h := range members {
+		content := h.Linkname // a regular member's content stands here
+		if h.Typeflag == 0 {
+			h.Typeflag = tar.TypeReg
+		}
+		if h.Typeflag == tar.TypeReg {
+			h.Linkname, h.Size = "", int64(len(content))
+		}
+		if h.ModTime.IsZero() {
+			h.ModTime = mtime
+			h.Format = tar.FormatPAX
+		}
+		if err := w.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		if h.Typeflag == tar.TypeReg {
+			if _, err := w.Write([]byte(content)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return buf.Bytes()
+}
+
+func file(name, content string) tar.Header {
+	return tar.Header{Name: name, Linkname: content, Mode: 0o644}
+}
+
+func numbered(layers ...artifact.Layer) *artifact.Artifact {
+	for i := range layers {
+		layers[i].Index = i
+	}
+	return &artifact.Artifact{
+		Manifest: ocispec.Descriptor{Digest: digest.FromString("manifest")},
+		Created:  created, Layers: layers,
+	}
+}
+
+func (s site) build(r Rung, layers ...artifact.Layer) (*Tree, error) {
+	return Build(context.Background(), filepath.Join(s.root, "tree"), numbered(layers...), Options{
+		Rung: r, Blobs: s.content, Copies: filepath.Join(s.root, "copies"),
+	})
+}
+
+// show builds and mounts, and returns where.
+func (s site) show(t *testing.T, r Rung, layers ...artifact.Layer) string {
+	t.Helper()
+	tree, err := s.build(r, layers...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return mountTree(t, tree)
+}
+
+func mountTree(t *testing.T, tree *Tree) string {
+	t.Helper()
+	target := t.TempDir()
+	if err := tree.Mount(target); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := mount.UnmountAll(target, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	return target
+}
+
+func read(t *testing.T, elem ...string) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(elem...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func wantAttrs(t *testing.T, path string, mode uint32, uid, gid uint32, mod time.Time) {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	if st.Mode&0o7777 != mode || st.Uid != uid || st.Gid != gid || !time.Unix(st.Mtim.Unix()).Equal(mod) {
+		t.Errorf("%s: %04o %d:%d %v, want %04o %d:%d %v", path, st.Mode&0o7777, st.Uid, st.Gid,
+			time.Unix(st.Mtim.Unix()).UTC(), mode, uid, gid, mod)
+	}
+}
+
+func TestRawLayersAreShownWithoutACopy(t *testing.T) {
+	big := strings.Repeat("weights", 1<<17)
+	for _, rung := range Rungs {
+		t.Run(string(rung), func(t *testing.T) {
+			s := newSite(t)
+			dir := s.show(t, rung,
+				s.raw(t, "a/b/weights with space é.bin", big),
+				s.raw(t, "again", big),
+				s.raw(t, "empty", ""),
+			)
+			if got := read(t, dir, "a/b/weights with space é.bin"); got != big {
+				t.Error("wrong content")
+			}
+			if got := read(t, dir, "again"); got != big {
+				t.Error("wrong content of the second layer with the same digest")
+			}
+			if got := read(t, dir, "empty"); got != "" {
+				t.Errorf("the empty file holds %q", got)
+			}
+			wantAttrs(t, filepath.Join(dir, "a/b"), 0o755, 0, 0, created)
+			wantAttrs(t, dir, 0o755, 0, 0, created)
+			wantAttrs(t, filepath.Join(dir, "empty"), 0o640, 1234, 5678, mtime)
+			if rung != Link {
+				wantAttrs(t, filepath.Join(dir, "again"), 0o640, 1234, 5678, mtime)
+			}
+			if err := os.WriteFile(filepath.Join(dir, "again"), nil, 0o600); !errors.Is(err, unix.EROFS) {
+				t.Errorf("writing gives %v, want %v", err, unix.EROFS)
+			}
+			tree, err := Load(filepath.Join(s.root, "tree"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if rung != Copy && tree.Size > 64<<10 {
+				t.Errorf("the tree takes %d bytes of disk: something was copied", tree.Size)
+			}
+		})
+	}
+}
+
+func TestMountsAreReadOnlyNosuidNodev(t *testing.T) {
+	for _, rung := range Rungs {
+		s := newSite(t)
+		dir := s.show(t, rung, s.raw(t, "f", "x"))
+		var st unix.Statfs_t
+		if err := unix.Statfs(dir, &st); err != nil {
+			t.Fatal(err)
+		}
+		if want := int64(unix.ST_RDONLY | unix.ST_NOSUID | unix.ST_NODEV); st.Flags&want != want {
+			t.Errorf("%s: mount flags %#x lack some of %#x", rung, st.Flags, want)
+		}
+	}
+}
+
+func TestTarsAreExtracted(t *testing.T) {
+	members := []tar.Header{
+		{Name: "./", Typeflag: tar.TypeDir, Mode: 0o750, Uid: 7},
+		{Name: "d/", Typeflag: tar.TypeDir, Mode: 0o1711, Uid: 1, Gid: 2},
+		{Name: "d/f", Linkname: "hello", Mode: 0o4755, Uid: 3, Gid: 4},
+		{Name: "implied/parent/g", Linkname: "g", Mode: 0o600},
+		{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "../../etc/passwd", Uid: 5, Gid: 6},
+		{Name: "hard", Typeflag: tar.TypeLink, Linkname: "d/f"},
+	}
+	for _, c := range []artifact.Compression{artifact.CompressionNone, artifact.CompressionGzip, artifact.CompressionZstd} {
+		t.Run("compression "+string(c), func(t *testing.T) {
+			s := newSite(t)
+			dir := s.show(t, Overlay, s.tar(t, c, archive(t, members...)))
+			if got := read(t, dir, "d/f"); got != "hello" {
+				t.Errorf("d/f holds %q", got)
+			}
+			if got := read(t, dir, "hard"); got != "hello" {
+				t.Errorf("the hard link holds %q", got)
+			}
+			wantAttrs(t, dir, 0o750, 7, 0, mtime)
+			wantAttrs(t, filepath.Join(dir, "d"), 0o1711, 1, 2, mtime)
+			wantAttrs(t, filepath.Join(dir, "d/f"), 0o755, 3, 4, mtime) // setuid is cleared
+			wantAttrs(t, filepath.Join(dir, "implied/parent"), 0o755, 0, 0, created)
+			wantAttrs(t, filepath.Join(dir, "link"), 0o777, 5, 6, mtime)
+			if got, err := os.Readlink(filepath.Join(dir, "link")); err != nil || got != "../../etc/passwd" {
+				t.Errorf("the symlink points to %q (%v)", got, err)
+			}
+		})
+	}
+}
+
+func TestOnlyUserXattrsAreKept(t *testing.T) {
+	s := newSite(t)
+	h := file("f", "x")
+	h.Format = tar.FormatPAX
+	h.PAXRecords = map[string]string{
+		"SCHILY.xattr.user.note":                "kept",
+		"SCHILY.xattr.trusted.overlay.redirect": "/etc/shadow",
+		"SCHILY.xattr.security.capability":      "\x01\x00\x00\x02\xff\xff\xff\xff",
+	}
+	dir := s.show(t, Overlay, s.tar(t, artifact.CompressionNone, archive(t, h)))
+	buf := make([]byte, 4096)
+	n, err := unix.Listxattr(filepath.Join(dir, "f"), buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := string(buf[:n]); got != "user.note\x00" {
+		t.Errorf("extended attributes %q, want user.note alone", got)
+	}
+}
+
+func TestLaterLayersWin(t *testing.T) {
+	s := newSite(t)
+	dir := s.show(t, Overlay,
+		s.raw(t, "raw then tar", "1"),
+		s.tar(t, artifact.CompressionNone, archive(t, file("raw then tar", "2"), file("tar then raw", "1"),
+			file("twice in one tar", "1"), file("twice in one tar", "2"),
+			tar.Header{Name: "symlink then file", Typeflag: tar.TypeSymlink, Linkname: "raw then tar"})),
+		s.raw(t, "tar then raw", "2"),
+		s.raw(t, "raw then raw", "1"),
+		s.raw(t, "raw then raw", "2"),
+		s.raw(t, "symlink then file", "2"),
+	)
+	for _, name := range []string{"raw then tar", "tar then raw", "raw then raw", "twice in one tar", "symlink then file"} {
+		if got := read(t, dir, name); got != "2" {
+			t.Errorf("%s: the earlier layer won", name)
+		}
+	}
+}
+
+func TestRefusals(t *testing.T) {
+	plain := func(members ...tar.Header) func(*testing.T, site) []artifact.Layer {
+		return func(t *testing.T, s site) []artifact.Layer {
+			return []artifact.Layer{s.tar(t, artifact.CompressionNone, archive(t, members...))}
+		}
+	}
+	// cut is a tar whose bytes change does something to.
+	cut := func(c artifact.Compression, change func([]byte) []byte) func(*testing.T, site) []artifact.Layer {
+		return func(t *testing.T, s site) []artifact.Layer {
+			l := s.tar(t, c, change(archive(t, file("f", strings.Repeat("x", 3000)))))
+			return []artifact.Layer{l}
+		}
+	}
+	symlinked := tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "/etc"}
+	cases := map[string]struct {
+		layers func(*testing.T, site) []artifact.Layer
+		want   string
+	}{
+		"absolute path":                  {plain(file("/etc/passwd", "")), "/etc/passwd"},
+		"dot dot":                        {plain(file("a/../../b", "")), `..`},
+		"name over 255 bytes":            {plain(file(strings.Repeat("n", 256), "")), "255"},
+		"through a symlink":              {plain(symlinked, file("link/passwd", "x")), "symlink"},
+		"directory through a symlink":    {plain(symlinked, tar.Header{Name: "link/d/", Typeflag: tar.TypeDir}), "symlink"},
+		"directory over a symlink":       {plain(symlinked, tar.Header{Name: "link/", Typeflag: tar.TypeDir}), "symlink"},
+		"hard link outside":              {plain(tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "/etc/passwd"}), "/etc/passwd"},
+		"hard link to a symlink":         {plain(symlinked, tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "link"}), "not a regular file"},
+		"hard link to nothing":           {plain(tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "f"}), "not a regular file"},
+		"character device":               {plain(tar.Header{Name: "c", Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 3}), "character device"},
+		"block device":                   {plain(tar.Header{Name: "b", Typeflag: tar.TypeBlock}), "block device"},
+		"FIFO":                           {plain(tar.Header{Name: "p", Typeflag: tar.TypeFifo}), "FIFO"},
+		"a socket, by a type of its own": {plain(tar.Header{Name: "s", Typeflag: 's'}), "type 's'"},
+		"owner -1":                       {plain(tar.Header{Name: "f", Uid: 1<<32 - 1}), "owner"},
+		"file as directory":              {plain(file("a", ""), file("a/b", "")), "must be a directory"},
+		"directory as file":              {plain(file("a/b", ""), file("a", "")), "is a directory"},
+		"sparse giant": {func(t *testing.T, s site) []artifact.Layer {
+			return []artifact.Layer{s.tar(t, artifact.CompressionNone, sparse(t, 1<<60))}
+		}, "no space"},
+		"truncated in a file":          {cut(artifact.CompressionNone, func(b []byte) []byte { return b[:2000] }), "truncated"},
+		"truncated between the blocks": {cut(artifact.CompressionNone, func(b []byte) []byte { return b[:len(b)-1024] }), "truncated"},
+		"trailing garbage":             {cut(artifact.CompressionNone, func(b []byte) []byte { return append(b, "garbage behind the end"...) }), "garbage"},
+		"truncated gzip":               {broken(artifact.CompressionGzip, func(b []byte) []byte { return b[:len(b)-9] }), "truncated"},
+		"garbage behind gzip":          {broken(artifact.CompressionGzip, func(b []byte) []byte { return append(b, "garbage behind the end"...) }), "cannot be read"},
+		"truncated zstd":               {broken(artifact.CompressionZstd, func(b []byte) []byte { return b[:len(b)-9] }), "truncated"},
+		"garbage behind zstd":          {broken(artifact.CompressionZstd, func(b []byte) []byte { return append(b, "garbage behind the end"...) }), "cannot be read"},
+		"not gzip":                     {broken(artifact.CompressionGzip, func([]byte) []byte { return []byte("plain text, no gzip") }), "gzip"},
+		"not zstd":                     {broken(artifact.CompressionZstd, func([]byte) []byte { return []byte("plain text, no zstd") }), "cannot be read"},
+		"wrong DiffID": {func(t *testing.T, s site) []artifact.Layer {
+			l := s.tar(t, artifact.CompressionGzip, archive(t, file("f", "x")))
+			l.DiffID = digest.FromString("another")
+			return []artifact.Layer{l}
+		}, "DiffID"},
+		"raw file where a tar has a directory": {func(t *testing.T, s site) []artifact.Layer {
+			return []artifact.Layer{s.tar(t, artifact.CompressionNone, archive(t, file("d/f", ""))), s.raw(t, "d", "x")}
+		}, "is a directory"},
+		"raw file below a file": {func(t *testing.T, s site) []artifact.Layer {
+			return []artifact.Layer{s.raw(t, "f", "x"), s.raw(t, "f/g", "x")}
+		}, "must be a directory"},
+		"blob of another size": {func(t *testing.T, s site) []artifact.Layer {
+			l := s.raw(t, "f", "short")
+			l.Descriptor.Size = 1 << 30
+			return []artifact.Layer{l}
+		}, "descriptor says"},
+		"missing blob": {func(t *testing.T, s site) []artifact.Layer {
+			l := s.raw(t, "f", "gone")
+			os.Remove(s.content.Path(l.Descriptor.Digest))
+			return []artifact.Layer{l}
+		}, "pull"},
+	}
+	for name, c := range cases {
+		for _, rung := range Rungs {
+			t.Run(name+"/"+string(rung), func(t *testing.T) {
+				s := newSite(t)
+				good := s.tar(t, artifact.CompressionNone, archive(t, file("good", "x")))
+				_, err := s.build(rung, append([]artifact.Layer{good}, c.layers(t, s)...)...)
+				if err == nil {
+					t.Fatal("it was built")
+				}
+				if !errdefs.IsInvalidArgument(err) && !errdefs.IsNotFound(err) && !errdefs.IsFailedPrecondition(err) && !errdefs.IsResourceExhausted(err) {
+					t.Errorf("%v is of no kind", err)
+				}
+				for _, want := range []string{c.want, "layer ", "application/test"} {
+					if !strings.Contains(err.Error(), want) {
+						t.Errorf("%q does not say %q", err, want)
+					}
+				}
+				if _, err := os.Stat(filepath.Join(s.root, "tree")); !errors.Is(err, fs.ErrNotExist) {
+					t.Errorf("something is left behind: %v", err)
+				}
+			})
+		}
+	}
+}
+
+// broken is a compressed tar whose compressed bytes change does something to.
+func broken(c artifact.Compression, change func([]byte) []byte) func(*testing.T, site) []artifact.Layer {
+	return func(t *testing.T, s site) []artifact.Layer {
+		l := s.tar(t, c, archive(t, file("f", strings.Repeat("x", 3000))))
+		b, err := os.ReadFile(s.content.Path(l.Descriptor.Digest))
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Descriptor = s.blob(t, change(b))
+		return []artifact.Layer{l}
+	}
+}
+
+// sparse is an archive of one PAX sparse file (GNU format 1.0) that is all hole.
+func sparse(t *testing.T, size int64) []byte {
+	t.Helper()
+	record := func(k, v string) string {
+		n := len(k) + len(v) + 3
+		for l := len(itoa(n)) + len(k) + len(v) + 3; l != n; l = len(itoa(n)) + len(k) + len(v) + 3 {
+			n = l
+		}
+		return itoa(n) + " " + k + "=" + v + "\n"
+	}
+	pax := record("GNU.sparse.major", "1") + record("GNU.sparse.minor", "0") +
+		record("GNU.sparse.name", "sparse") + record("GNU.sparse.realsize", itoa(int(size)))
+	m := "0\n"
+	var buf bytes.Buffer
+	write := func(flag byte, name, content string) {
+		// archive/tar refuses to write these records, so the header is of a
+		// plain writer with the type changed.
+		var one bytes.Buffer
+		w := tar.NewWriter(&one)
+		if err := w.WriteHeader(&tar.Header{Name: name, Size: int64(len(content)), Mode: 0o644, Typeflag: tar.TypeReg}); err != nil {
+			t.Fatal(err)
+		}
+		w.Write([]byte(content))
+		w.Flush()
+		b := one.Bytes()
+		b[156] = flag
+		copy(b[148:156], "        ")
+		sum := 0
+		for _, c := range b[:512] {
+			sum += int(c)
+		}
+		copy(b[148:156], []byte(octal6(sum)+"\x00 "))
+		buf.Write(b)
+	}
+	write(tar.TypeXHeader, "pax", pax)
+	write(tar.TypeReg, "sparse", m+strings.Repeat("\x00", 512-len(m)))
+	buf.Write(make([]byte, 1024))
+	return buf.Bytes()
+}
+
+func TestSparseMembersAreServed(t *testing.T) {
+	s := newSite(t)
+	dir := s.show(t, Overlay, s.tar(t, artifact.CompressionNone, sparse(t, 1<<20)))
+	if got := read(t, dir, "sparse"); got != strings.Repeat("\x00", 1<<20) {
+		t.Errorf("%d bytes of the sparse file, want a MiB of zeros", len(got))
+	}
+}
+
+func TestARootWithAnyCharacterIsMounted(t *testing.T) {
+	s := newSite(t)
+	s.root = filepath.Join(s.root, `a:b,c\d e`)
+	if err := os.MkdirAll(filepath.Join(s.root, "copies"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if dir := s.show(t, Overlay, s.raw(t, "f", "x")); read(t, dir, "f") != "x" {
+		t.Error("wrong content")
+	}
+}
+
+func TestOwnersAreShiftedForAUserNamespace(t *testing.T) {
+	s := newSite(t)
+	inside, outside := s.raw(t, "inside", "1"), s.raw(t, "outside", "2")
+	outside.File.UID, outside.File.GID = 70000, 70000
+	tree, err := Build(context.Background(), filepath.Join(s.root, "tree"), numbered(inside, outside,
+		s.tar(t, artifact.CompressionGzip, archive(t, file("tarred", "3")))), Options{
+		Rung: Overlay, Blobs: s.content, Copies: filepath.Join(s.root, "copies"),
+		Owners: IDMap{UID: "0:200000:65536", GID: "0:300000:65536"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := mountTree(t, tree)
+	wantAttrs(t, dir, 0o755, 200000, 300000, created)
+	wantAttrs(t, filepath.Join(dir, "inside"), 0o640, 201234, 305678, mtime)
+	wantAttrs(t, filepath.Join(dir, "outside"), 0o640, overflowID, overflowID, mtime)
+	wantAttrs(t, filepath.Join(dir, "tarred"), 0o644, 200000, 300000, mtime)
+}
+
+func TestMalformedIDMaps(t *testing.T) {
+	for _, m := range []string{"x", "0:1", "0:1:2:3", "0:1:0", "4294967295:0:2", "-1:0:1", ","} {
+		if _, err := (IDMap{UID: m}).parse(); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%q: %v", m, err)
+		}
+	}
+}
+
+// tmpfs mounts one of size bytes.
+func tmpfs(t *testing.T, dir, options string) {
+	t.Helper()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := mount.UnmountAll(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestBlobsOfAnotherFileSystemAreCopiedOnce(t *testing.T) {
+	for _, rung := range []Rung{Overlay, Link} {
+		t.Run(string(rung), func(t *testing.T) {
+			s := newSite(t)
+			tmpfs(t, string(s.content), "size=64m")
+			if err := os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			l := s.raw(t, "f", "bytes")
+			if dir := s.show(t, rung, l); read(t, dir, "f") != "bytes" {
+				t.Error("wrong content")
+			}
+			if _, err := Build(context.Background(), filepath.Join(s.root, "second"), numbered(l), Options{
+				Rung: rung, Blobs: s.content, Copies: filepath.Join(s.root, "copies"),
+			}); err != nil {
+				t.Fatal(err)
+			}
+			var first, second unix.Stat_t
+			for dir, st := range map[string]*unix.Stat_t{"tree": &first, "second": &second} {
+				if err := unix.Stat(filepath.Join(s.root, dir, dataDir, l.Descriptor.Digest.Encoded()), st); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if first.Ino != second.Ino {
+				t.Error("the blob was copied twice")
+			}
+		})
+	}
+}
+
+func TestACorruptBlobIsNotCopied(t *testing.T) {
+	s := newSite(t)
+	l := s.raw(t, "f", "bytes")
+	p := s.content.Path(l.Descriptor.Digest)
+	os.Remove(p)
+	if err := os.WriteFile(p, []byte("bitez"), 0o444); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.build(Copy, l); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("%v, want a failed precondition", err)
+	}
+}
+
+func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
+	s := newSite(t)
+	tmpfs(t, s.root, "size=2m")
+	if err := os.Mkdir(filepath.Join(s.root, "copies"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	data := make([]byte, 900<<10) // each is too small to be refused beforehand
+	var members []tar.Header
+	for _, name := range []string{"a", "b", "c"} {
+		members = append(members, file(name, string(data)))
+	}
+	_, err := s.build(Overlay, s.tar(t, artifact.CompressionGzip, archive(t, members...)))
+	if !errdefs.IsResourceExhausted(err) || !strings.Contains(err.Error(), "free space") {
+		t.Errorf("%v does not say that the disk is full", err)
+	}
+	if left, _ := os.ReadDir(s.root); len(left) != 1 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+func TestABuildEndsWithItsContext(t *testing.T) {
+	s := newSite(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	_, err := Build(ctx, filepath.Join(s.root, "tree"), numbered(s.tar(t, artifact.CompressionGzip, archive(t, file("f", "x")))),
+		Options{Rung: Overlay, Blobs: s.content, Copies: filepath.Join(s.root, "copies")})
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("%v, want %v", err, context.Canceled)
+	}
+	if errdefs.IsInvalidArgument(err) {
+		t.Errorf("%v blames the artifact", err)
+	}
+}
+
+func TestTheLadder(t *testing.T) {
+	if rung, why := Probe(t.TempDir()); rung != Overlay || why != nil {
+		t.Errorf("Probe: %s, %v; this kernel and file system can do %s", rung, why, Overlay)
+	}
+	// A lower layer of overlayfs may not be on a file system with case folding
+	// or one without extended attributes; procfs is the one always at hand.
+	if _, err := Probe("/proc/self"); err == nil {
+		t.Error("a directory that nothing can be written to has a rung")
+	}
+	if err := Try(t.TempDir(), "ladder"); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("an unknown rung: %v", err)
+	}
+}
+
+func itoa(n int) string { return strconv.Itoa(n) }
+
+func octal6(n int) string { return fmt.Sprintf("%06o", n) }

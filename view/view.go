@@ -1,0 +1,342 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package view holds the Trees of a node's artifacts: one Tree and one shared
+// mount for each artifact, however many pods show it, and the sweep that
+// removes what nobody shows.
+//
+// The store keeps no list of users. Those who show artifacts know them already
+// (the snapshotter in its database) and are asked, so that there is nothing to
+// disagree about after a crash. Trees, copies and mounts are what lies in its
+// directories:
+//
+//	<root>/trees/<name>      a Tree (package unpack)
+//	<root>/trees/new-*       one being built, or removed (and probe-* at the start)
+//	<root>/copies/<hex>      a blob that could not be linked from the runtime's
+//	<state>/mounts/<name>    the shared mount of a Tree that somebody shows
+//
+// The store never calls containerd: it is used inside of snapshotter calls,
+// where a call back can deadlock against containerd's garbage collector.
+package view
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/moby/sys/mountinfo"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/singleflight"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// Config says where the store keeps what.
+type Config struct {
+	// Root is the directory for Trees. On the file system of Content no byte
+	// is copied; on another one each blob is copied once.
+	Root string
+	// State is the directory for mounts. It does not have to survive a reboot.
+	State string
+	// Content is where the runtime keeps its blobs.
+	Content blobdir.Dir
+	// Rung is how raw layers are laid out; "" takes the best that works here.
+	Rung unpack.Rung
+}
+
+// Users lists the artifacts that somebody shows at this moment. It must not
+// call the store.
+type Users func(context.Context) ([]ID, error)
+
+// Store is safe for concurrent use.
+type Store struct {
+	trees, copies, mounts string
+	content               blobdir.Dir
+	rung                  unpack.Rung
+
+	builds singleflight.Group
+	// closing ends the builds, which outlive the requests that began them.
+	closing context.Context
+	close   context.CancelFunc
+	running sync.WaitGroup
+	wake    chan struct{} // asks Run for a sweep
+
+	// mu makes "nobody shows it, so it goes" one step against Acquire.
+	mu    sync.Mutex
+	held  map[string]int // views by Tree name that no Users lists yet
+	users []Users
+}
+
+// Open opens the store in c.Root and puts right what a crash or a reboot left:
+// half-built Trees go, and so do Trees of an earlier boot, since they were
+// never synced to the disk. Mounts that are still there are kept; the first
+// sweep takes those that nobody shows. A rung that does not work here is an
+// error.
+func Open(ctx context.Context, c Config) (*Store, error) {
+	s := &Store{
+		trees:   filepath.Join(c.Root, "trees"),
+		copies:  filepath.Join(c.Root, "copies"),
+		mounts:  filepath.Join(c.State, "mounts"),
+		content: c.Content,
+		rung:    c.Rung,
+		wake:    make(chan struct{}, 1),
+		held:    map[string]int{},
+	}
+	s.closing, s.close = context.WithCancel(context.WithoutCancel(ctx))
+	// Everything above what is mounted into a pod with a user namespace must
+	// be searchable by its users; what is behind a mount need not be.
+	for dir, mode := range map[string]os.FileMode{
+		c.Root: 0o711, s.trees: 0o700, s.copies: 0o700,
+		c.State: 0o711, s.mounts: 0o711,
+	} {
+		if err := os.MkdirAll(dir, mode); err != nil {
+			return nil, err
+		}
+	}
+	if err := s.chooseRung(ctx, s.trees); err != nil {
+		return nil, err
+	}
+	return s, s.recover(ctx)
+}
+
+func (s *Store) chooseRung(ctx context.Context, dir string) error {
+	if s.rung != "" {
+		return unpack.Try(dir, s.rung)
+	}
+	rung, why := unpack.Probe(dir)
+	if rung == "" {
+		return fmt.Errorf("no way to lay out raw layers works: %w", why)
+	}
+	logger := log.G(ctx).WithField("rung", rung)
+	if why != nil {
+		logger.WithError(why).Warn("raw layers are laid out in a lesser way than could be")
+	} else {
+		logger.Info("raw layers are laid out")
+	}
+	s.rung = rung
+	return nil
+}
+
+// recover removes what cannot be used after a crash, a reboot or a change of
+// the rung.
+func (s *Store) recover(ctx context.Context) error {
+	names, err := list(s.trees)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		t, err := unpack.Load(filepath.Join(s.trees, name))
+		if err == nil && t.Boot == unpack.BootID() && (t.Rung == s.rung || s.mounted(name)) {
+			continue
+		}
+		log.G(ctx).WithField("tree", name).Info("removing a tree that is half-built, of an earlier boot or of another rung")
+		dir := filepath.Join(s.trees, name)
+		// A probe may have been killed between its mount and its unmount.
+		if err := errors.Join(s.unmount(name), mount.UnmountRecursive(dir, unix.MNT_DETACH), os.RemoveAll(dir)); err != nil {
+			return fmt.Errorf("cannot remove the tree %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// AddUsers makes the sweep ask u who shows what. All doors must be added before
+// Run.
+func (s *Store) AddUsers(u Users) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.users = append(s.users, u)
+}
+
+// Close ends the builds that are under way and leaves every mount to the pods
+// that show it.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	s.close()
+	s.mu.Unlock()
+	s.running.Wait()
+	return nil
+}
+
+// View is an artifact that is mounted. It stays until Release, and after that
+// for as long as some Users lists its ID.
+type View struct {
+	// ID is what Users must list.
+	ID ID
+	// Path is the shared, read-only mount. Bind it where it is wanted.
+	Path string
+
+	release func()
+}
+
+// Release ends the caller's claim. Call it once, after the ID is listed.
+func (v *View) Release() { v.release() }
+
+// Acquire mounts the artifact whose manifest or index is target. The Tree is
+// built by the first who asks, once for all who ask meanwhile; when ctx ends
+// the build goes on for the next one. An image that is no artifact is
+// artifact.ErrNotArtifact.
+func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners unpack.IDMap) (*View, error) {
+	id := ID{Manifest: target.Digest, Owners: owners}
+	release := s.hold(id.name())
+	// The common case needs no JSON: the Tree is there, under the digest that
+	// was asked for.
+	if !s.has(id) {
+		m, err := artifact.Resolve(ctx, s.content, target)
+		if err != nil {
+			release()
+			return nil, err
+		}
+		if m.Digest != target.Digest { // of an index, this platform's
+			release()
+			target, id.Manifest = m, m.Digest
+			release = s.hold(id.name())
+		}
+	}
+	build := s.builds.DoChan(id.name(), func() (any, error) {
+		if !s.begin() {
+			return nil, fmt.Errorf("the snapshotter is shutting down: %w", errdefs.ErrUnavailable)
+		}
+		defer s.running.Done()
+		defer s.hold(id.name())() // also when all who asked have given up
+		return nil, s.mount(s.closing, id, target)
+	})
+	select {
+	case r := <-build:
+		if r.Err != nil {
+			release()
+			return nil, r.Err
+		}
+		return &View{ID: id, Path: s.mountpoint(id.name()), release: release}, nil
+	case <-ctx.Done():
+		release()
+		return nil, fmt.Errorf("artifact %s is still being unpacked, which goes on; try again: %w", id.Manifest, ctx.Err())
+	}
+}
+
+// begin counts a build, unless the store is closing.
+func (s *Store) begin() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closing.Err() != nil {
+		return false
+	}
+	s.running.Add(1)
+	return true
+}
+
+// hold keeps the sweep from name until the returned function is called.
+func (s *Store) hold(name string) func() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.held[name]++
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.held[name]--; s.held[name] == 0 {
+			delete(s.held, name)
+			s.Wake() // nobody may show it: the caller failed, or gave up
+		}
+	}
+}
+
+func (s *Store) has(id ID) bool {
+	_, err := os.Stat(filepath.Join(s.trees, id.name()))
+	return err == nil
+}
+
+// mount makes sure that the Tree of id, the artifact of the manifest m, is
+// there and mounted.
+func (s *Store) mount(ctx context.Context, id ID, m ocispec.Descriptor) error {
+	name := id.name()
+	t, err := unpack.Load(filepath.Join(s.trees, name))
+	if errors.Is(err, os.ErrNotExist) {
+		t, err = s.build(ctx, id, m)
+	}
+	if err != nil {
+		return err
+	}
+	target := s.mountpoint(name)
+	if s.mounted(name) {
+		return nil
+	}
+	if err := os.MkdirAll(target, 0o711); err != nil {
+		return err
+	}
+	return t.Mount(target)
+}
+
+// build makes a Tree beside the others and renames it into place complete.
+func (s *Store) build(ctx context.Context, id ID, m ocispec.Descriptor) (*unpack.Tree, error) {
+	a, err := artifact.Read(ctx, s.content, m)
+	if err != nil {
+		return nil, err
+	}
+	tmp, err := os.MkdirTemp(s.trees, "new-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(tmp)
+	log.G(ctx).WithField("artifact", id.Manifest).Debug("building the tree")
+	dir := filepath.Join(tmp, "tree")
+	if _, err := unpack.Build(ctx, dir, a, unpack.Options{
+		Rung: s.rung, Blobs: s.content, Copies: s.copies, Owners: id.Owners,
+	}); err != nil {
+		return nil, err
+	}
+	final := filepath.Join(s.trees, id.name())
+	if err := os.Rename(dir, final); err != nil {
+		return nil, err
+	}
+	return unpack.Load(final)
+}
+
+// Tree is the Tree of id, if it is built.
+func (s *Store) Tree(id ID) (*unpack.Tree, error) {
+	t, err := unpack.Load(filepath.Join(s.trees, id.name()))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("artifact %s is not unpacked: %w", id.Manifest, errdefs.ErrNotFound)
+	}
+	return t, err
+}
+
+func (s *Store) mountpoint(name string) string { return filepath.Join(s.mounts, name) }
+
+func (s *Store) mounted(name string) bool {
+	ok, err := mountinfo.Mounted(s.mountpoint(name))
+	return ok && err == nil
+}
+
+// unmount takes the shared mount away. Pods that still show it (there are none
+// but those whose containerd has forgotten them) have binds of their own.
+func (s *Store) unmount(name string) error {
+	target := s.mountpoint(name)
+	if err := mount.UnmountAll(target, unix.MNT_DETACH); err != nil {
+		return err
+	}
+	if err := os.Remove(target); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+func list(dir string) ([]string, error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	return d.Readdirnames(-1)
+}
+
+// Find is the descriptor of the blob whose encoded digest is hex, all that
+// containerd says of an image volume.
+func (s *Store) Find(hex string) (ocispec.Descriptor, error) { return s.content.Find(hex) }

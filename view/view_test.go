@@ -1,0 +1,368 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package view
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// site is a content store and a store over it, with a list of users.
+type site struct {
+	*Store
+	t      *testing.T
+	config Config
+
+	mu    sync.Mutex
+	shown []ID
+	err   error
+}
+
+func newSite(t *testing.T) *site {
+	t.Helper()
+	s := &site{t: t, config: Config{Root: t.TempDir(), State: t.TempDir(), Content: blobdir.Dir(t.TempDir())}}
+	t.Cleanup(func() {
+		if err := mount.UnmountRecursive(s.config.State, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	s.open()
+	return s
+}
+
+// open opens the store, as after a restart.
+func (s *site) open() {
+	s.t.Helper()
+	store, err := Open(context.Background(), s.config)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { store.Close() })
+	store.AddUsers(func(context.Context) ([]ID, error) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.shown, s.err
+	})
+	s.Store = store
+}
+
+func (s *site) show(ids ...ID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.shown = ids
+}
+
+// pack makes an artifact of one file.
+func (s *site) pack(content string) ocispec.Descriptor {
+	s.t.Helper()
+	a := pack.Artifact{Layers: []pack.Layer{{
+		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte(content),
+		Annotations: map[string]string{"org.cncf.model.filepath": "weights"},
+	}}}
+	d, err := a.WriteTo(string(s.config.Content))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return d
+}
+
+func (s *site) acquire(d ocispec.Descriptor) *View {
+	s.t.Helper()
+	v, err := s.Acquire(context.Background(), d, unpack.IDMap{})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return v
+}
+
+func (s *site) sweep() {
+	s.t.Helper()
+	if err := s.Sweep(context.Background()); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *site) wantState(id ID, tree, mounted bool) {
+	s.t.Helper()
+	if got := s.has(id); got != tree {
+		s.t.Errorf("the tree is there: %v, want %v", got, tree)
+	}
+	if got := s.mounted(id.name()); got != mounted {
+		s.t.Errorf("the tree is mounted: %v, want %v", got, mounted)
+	}
+}
+
+func (s *site) forget(d ocispec.Descriptor) {
+	s.t.Helper()
+	if err := os.Remove(s.content.Path(d.Digest)); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not within 20 s", what)
+		}
+	}
+}
+
+func TestAViewLivesAsLongAsItsUsers(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	v := s.acquire(d)
+	s.sweep()
+	s.wantState(v.ID, true, true) // held
+	s.show(v.ID)
+	v.Release()
+	s.sweep()
+	s.wantState(v.ID, true, true) // listed
+	if b, err := os.ReadFile(filepath.Join(v.Path, "weights")); err != nil || string(b) != "bytes" {
+		t.Errorf("%q, %v", b, err)
+	}
+	s.forget(d)
+	s.sweep()
+	s.wantState(v.ID, true, true) // in use, so it does not matter that the runtime deleted it
+	s.show()
+	s.sweep()
+	s.wantState(v.ID, false, false)
+	for _, dir := range []string{s.trees, s.copies, s.mounts} {
+		if left, err := list(dir); len(left) != 0 || err != nil {
+			t.Errorf("left in %s: %v %v", dir, left, err)
+		}
+	}
+}
+
+func TestATreeIsKeptForTheNextPodWhileTheManifestIsThere(t *testing.T) {
+	s := newSite(t)
+	v := s.acquire(s.pack("bytes"))
+	v.Release()
+	s.sweep()
+	s.wantState(v.ID, true, false)
+	s.acquire(ocispec.Descriptor{Digest: v.ID.Manifest}).Release()
+	s.wantState(v.ID, true, true)
+}
+
+func TestOneTreeAndOneMountForAllWhoAsk(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	var wg sync.WaitGroup
+	paths := make([]string, 50)
+	for i := range paths {
+		wg.Go(func() {
+			v, err := s.Acquire(context.Background(), d, unpack.IDMap{})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			paths[i] = v.Path
+		})
+	}
+	wg.Wait()
+	mounts, err := mountinfo.GetMounts(mountinfo.SingleEntryFilter(paths[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	trees, err := list(s.trees)
+	if len(mounts) != 1 || len(trees) != 1 || err != nil {
+		t.Errorf("%d mounts at %s, trees %v (%v); want one of each", len(mounts), paths[0], trees, err)
+	}
+}
+
+func TestABuildOutlivesTheRequestThatBeganIt(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	v, err := s.Acquire(ctx, d, unpack.IDMap{})
+	if err == nil {
+		v.Release() // it was quicker
+	} else if !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	id := ID{Manifest: d.Digest}
+	eventually(t, "the tree is built", func() bool { return s.has(id) })
+	eventually(t, "nothing holds it", func() bool {
+		s.Store.mu.Lock()
+		defer s.Store.mu.Unlock()
+		return len(s.held) == 0
+	})
+	s.sweep()
+	s.wantState(id, true, false)
+}
+
+func TestCloseEndsBuildsAndRefusesMore(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Acquire(context.Background(), d, unpack.IDMap{}); !errdefs.IsUnavailable(err) {
+		t.Errorf("%v, want unavailable", err)
+	}
+}
+
+func TestAnImageIsNoView(t *testing.T) {
+	s := newSite(t)
+	image, err := pack.Image(ocispec.ImageConfig{}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := image.WriteTo(string(s.config.Content))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Acquire(context.Background(), d, unpack.IDMap{}); !errors.Is(err, artifact.ErrNotArtifact) {
+		t.Errorf("%v, want %v", err, artifact.ErrNotArtifact)
+	}
+	if left, _ := list(s.trees); len(left) != 0 {
+		t.Errorf("left: %v", left)
+	}
+}
+
+func TestEachUserNamespaceHasItsTree(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	plain := s.acquire(d)
+	shifted, err := s.Acquire(context.Background(), d, unpack.IDMap{UID: "0:200000:65536", GID: "0:200000:65536"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]uint32{plain.Path: 0, shifted.Path: 200000} {
+		var st unix.Stat_t
+		if err := unix.Stat(filepath.Join(path, "weights"), &st); err != nil {
+			t.Fatal(err)
+		}
+		if st.Uid != want {
+			t.Errorf("%s: owner %d, want %d", path, st.Uid, want)
+		}
+	}
+}
+
+func TestNothingGoesWhenAUserCannotTell(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	v := s.acquire(d)
+	v.Release()
+	s.forget(d)
+	s.err = errors.New("the database is locked")
+	if err := s.Sweep(context.Background()); !errors.Is(err, s.err) {
+		t.Errorf("%v, want %v", err, s.err)
+	}
+	s.wantState(v.ID, true, true)
+}
+
+func TestNothingGoesWhenTheContentRootIsUnreadable(t *testing.T) {
+	s := newSite(t)
+	v := s.acquire(s.pack("bytes"))
+	v.Release()
+	blobs := filepath.Join(string(s.config.Content), "blobs")
+	// A file in the place of the directory: ENOTDIR, which is not "gone".
+	if err := errors.Join(os.Rename(blobs, blobs+".away"), os.WriteFile(blobs, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	s.sweep()
+	s.wantState(v.ID, true, false)
+}
+
+func TestOpenKeepsWhatIsShownAndRemovesTheRest(t *testing.T) {
+	s := newSite(t)
+	shown, unused, old := s.acquire(s.pack("1")), s.acquire(s.pack("2")), s.acquire(s.pack("3"))
+	s.show(shown.ID)
+	if err := s.unmount(old.ID.name()); err != nil {
+		t.Fatal(err)
+	}
+	// What a crash in the middle of a build, a killed probe and a reboot leave.
+	for _, dir := range []string{"new-1/tree/fs", "probe-2/target"} {
+		if err := os.MkdirAll(filepath.Join(s.trees, dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.Mount("tmpfs", filepath.Join(s.trees, "probe-2/target"), "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	meta := filepath.Join(s.trees, old.ID.name(), "tree.json")
+	if err := os.WriteFile(meta, fmt.Appendf(nil, `{"manifest":%q,"rung":"overlay","boot":"another"}`, old.ID.Manifest), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	s.open()
+	s.sweep()
+	s.wantState(shown.ID, true, true)
+	s.wantState(unused.ID, true, false)
+	s.wantState(old.ID, false, false)
+	if names, err := list(s.trees); len(names) != 2 || err != nil {
+		t.Errorf("left: %v %v", names, err)
+	}
+}
+
+func TestAForcedRungThatDoesNotWorkIsAnErrorAtStart(t *testing.T) {
+	c := Config{Root: t.TempDir(), State: t.TempDir(), Content: blobdir.Dir(t.TempDir()), Rung: "ladder"}
+	if _, err := Open(context.Background(), c); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("%v, want an invalid argument", err)
+	}
+}
+
+func TestRunSweepsWhenTheRuntimeDeletesAManifest(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	v := s.acquire(d)
+	v.Release()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); s.Run(ctx) }()
+	eventually(t, "the unused mount is gone", func() bool { return !s.mounted(v.ID.name()) })
+	// The watch is in place before the first sweep or soon after; a deletion
+	// that it misses is found by the next.
+	eventually(t, "the tree is gone", func() bool {
+		other := s.pack(fmt.Sprint(time.Now().UnixNano()))
+		s.forget(other)
+		os.Remove(s.content.Path(d.Digest))
+		return !s.has(v.ID)
+	})
+	cancel()
+	<-done
+}
+
+func TestCopiesGoWithTheLastTreeThatLinksToThem(t *testing.T) {
+	s := newSite(t)
+	if err := unix.Mount("tmpfs", string(s.config.Content), "tmpfs", 0, "size=16m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := mount.UnmountAll(string(s.config.Content), 0); err != nil {
+			t.Error(err)
+		}
+	})
+	d := s.pack("on another file system")
+	v := s.acquire(d)
+	v.Release()
+	s.sweep()
+	if names, err := list(s.copies); len(names) != 1 || err != nil {
+		t.Fatalf("copies: %v %v, want the one of the layer", names, err)
+	}
+	s.forget(d)
+	s.sweep()
+	if names, err := list(s.copies); len(names) != 0 || err != nil {
+		t.Errorf("copies left: %v %v", names, err)
+	}
+}

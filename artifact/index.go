@@ -23,9 +23,9 @@ import (
 
 const (
 	// maxManifestSize and maxConfigSize, in bytes, bound what is read into
-	// memory: registries need to accept manifests of 4 MiB only (OCI
-	// distribution-spec, "Pushing Manifests"), and containerd itself reads no
-	// larger manifest than 8 MiB (core/remotes/docker/resolver.go).
+	// memory. Larger manifests are hardly seen: registries need to accept 4 MiB
+	// only (OCI distribution-spec, "Pushing Manifests"), and containerd fetches
+	// little more (core/remotes/docker/resolver.go, MaxManifestSize).
 	maxManifestSize = 8 << 20
 	maxConfigSize   = 8 << 20
 

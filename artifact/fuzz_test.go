@@ -1,0 +1,77 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package artifact
+
+import (
+	"bytes"
+	"errors"
+	"testing"
+
+	"github.com/containerd/errdefs"
+)
+
+// FuzzRead reads a manifest in which the word CONFIG stands for the digest of
+// the other blob, which may be a config or, under an index, a manifest.
+func FuzzRead(f *testing.F) {
+	const (
+		layerA = `{"mediaType":"application/vnd.cncf.model.weight.v1.raw","size":1,"digest":"CONFIG","annotations":{"org.cncf.model.filepath":"./a//b","org.cncf.model.file.metadata+json":"{\"mode\":420,\"uid\":1,\"mtime\":\"2021-02-03T04:05:06Z\"}"}}`
+		layerB = `{"mediaType":"application/vnd.cnai.model.doc.v1.tar+gzip","size":0,"digest":"CONFIG"}`
+		config = `"config":{"mediaType":"application/vnd.cncf.model.config.v1+json","size":2,"digest":"CONFIG"}`
+	)
+	f.Add([]byte(`{`+config+`,"layers":[`+layerA+`,`+layerB+`]}`), []byte(`{"descriptor":{"createdAt":"2021-02-03T04:05:06Z"}}`))
+	f.Add([]byte(`{`+config+`,"layers":[`+layerB+`]}`), []byte(`{"modelfs":{"type":"layers","diffIds":["sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"]}}`))
+	f.Add([]byte(`{"mediaType":"application/vnd.docker.distribution.manifest.v2+json","config":{"mediaType":"x","digest":"CONFIG"},"layers":[{"mediaType":"text/plain","digest":"CONFIG","annotations":{"org.opencontainers.image.title":"../x"}}]}`), []byte(`{"rootfs":{"diff_ids":[""]},"created":1}`))
+	f.Add([]byte(`{"manifests":[{"digest":"CONFIG","platform":{"os":"linux","architecture":"arm64"}},{"digest":"CONFIG","platform":{"os":"linux","architecture":"amd64"}}]}`),
+		[]byte(`{"config":{"mediaType":"application/vnd.oci.image.config.v1+json"},"layers":[]}`))
+	f.Add([]byte(`{"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[{"digest":"CONFIG"}]}`), []byte(`{"manifests":[]}`))
+
+	f.Fuzz(func(t *testing.T, manifest, config []byte) {
+		b := blobs{}
+		dgst := b.add("", config).Digest
+		target := b.add("", bytes.ReplaceAll(manifest, []byte("CONFIG"), []byte(dgst)))
+		a, err := Read(t.Context(), b, target)
+		if err != nil {
+			if a != nil {
+				t.Error("an artifact beside an error")
+			}
+			kinds := []error{ErrNotArtifact, errdefs.ErrInvalidArgument, errdefs.ErrNotFound}
+			for _, kind := range kinds {
+				if errors.Is(err, kind) {
+					wantError(t, err, kind)
+					return
+				}
+			}
+			t.Fatalf("error of no kind: %v", err)
+		}
+
+		if len(a.Layers) == 0 || a.Created.IsZero() || a.Manifest.Digest == "" || a.Manifest.Size == 0 {
+			t.Fatalf("artifact %+v", a)
+		}
+		for i, l := range a.Layers {
+			if l.Index != i || l.Descriptor.Digest.Validate() != nil || l.Descriptor.Size < 0 {
+				t.Errorf("layer %+v", l)
+			}
+			if l.DiffID != "" && (l.DiffID.Validate() != nil || l.Compression == CompressionNone && l.DiffID != l.Descriptor.Digest) {
+				t.Errorf("DiffID of layer %+v", l)
+			}
+			switch l.Format {
+			case FormatRaw:
+				checkPath(t, l.File.Path)
+				if clean, err := CleanPath(l.File.Path); err != nil || clean != l.File.Path {
+					t.Errorf("path %q: clean %q, %v", l.File.Path, clean, err)
+				}
+				checkAttributes(t, l.File)
+				if l.Compression != CompressionNone {
+					t.Errorf("compressed file %+v", l)
+				}
+			case FormatTar:
+				if l.File != (File{}) {
+					t.Errorf("file in a tar layer: %+v", l)
+				}
+			default:
+				t.Errorf("format %q", l.Format)
+			}
+		}
+	})
+}

@@ -22,6 +22,11 @@ import (
 // raw lays out a layer that is a file.
 func (w *writer) raw(ctx context.Context, l artifact.Layer) error {
 	f := l.File
+	// An empty blob is not looked at: it has nothing to share, and the runtime
+	// may not even have it. So its digest must say that it is empty.
+	if d := l.Descriptor; d.Size == 0 && d.Digest != d.Digest.Algorithm().FromBytes(nil) {
+		return fmt.Errorf("its descriptor says 0 bytes, but its digest is not that of no bytes: %w", errdefs.ErrInvalidArgument)
+	}
 	if err := w.place(f.Path, l.Index, regular); err != nil {
 		return err
 	}
@@ -54,7 +59,7 @@ func (w *writer) rawFile(ctx context.Context, f artifact.File, blob ocispec.Desc
 		return err
 	}
 	switch {
-	case blob.Size == 0: // nothing to share, and the runtime may not even have the blob
+	case blob.Size == 0:
 	case w.Rung == Overlay:
 		err = makeMetacopy(dst, blob.Digest.Encoded(), blob.Size)
 	default:

@@ -372,6 +372,11 @@ func TestRefusals(t *testing.T) {
 			l.Descriptor.Size = 1 << 30
 			return []artifact.Layer{l}
 		}, "descriptor says"},
+		"blob said to be empty": {func(t *testing.T, s site) []artifact.Layer {
+			l := s.raw(t, "f", "not empty")
+			l.Descriptor.Size = 0
+			return []artifact.Layer{l}
+		}, "0 bytes"},
 		"missing blob": {func(t *testing.T, s site) []artifact.Layer {
 			l := s.raw(t, "f", "gone")
 			os.Remove(s.content.Path(l.Descriptor.Digest))

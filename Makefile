@@ -1,0 +1,62 @@
+# SPDX-FileCopyrightText: The artifact-snapshotter Authors
+# SPDX-License-Identifier: Apache-2.0
+
+# make demo   shows the main job on a real node in temporary directories
+# make test   runs everything, the tests on real nodes included
+# Both need root, Go and a Debian or Ubuntu machine, and say what they install.
+
+GOLANGCI_LINT := v2.15.0
+VERSION       := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+BIN           := bin/artifact-snapshotter
+TOOLS         := integration/tools/bin
+PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs busybox-static containernetworking-plugins
+
+.PHONY: build tools packages demo test test-unit test-node lint fmt bench clean
+
+build:
+	@echo "==> building $(BIN)"
+	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/artifact-snapshotter
+
+# Debian packages that the tools are built with and the tests use.
+packages:
+	@missing=; for p in $(PACKAGES); do \
+		dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then \
+		echo "==> installing Debian packages:$$missing"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; \
+	fi
+
+# containerd, runc, crictl and what else a node is made of, at the versions
+# pinned in integration/tools/go.mod. Go's build cache makes the second time
+# quick.
+tools: packages
+	@echo "==> building containerd, runc, crictl, critest, ctr, crane and a registry (some minutes the first time)"
+	cd integration/tools && go build -tags seccomp -o bin/ tool && go test -c -o bin/critest sigs.k8s.io/cri-tools/cmd/critest
+
+demo: build tools
+	@echo "==> running the demo"
+	go run ./integration/demo
+
+test: build tools
+	@echo "==> running all tests, those on real nodes included"
+	go test -race -timeout 60m ./...
+
+# Without a node: seconds instead of minutes. Still needs root, for mounts.
+test-unit: build
+	go test -race $$(go list ./... | grep -v /integration)
+
+test-node: build tools
+	go test -race -timeout 60m -v ./integration/...
+
+bench: build tools
+	@echo "==> running the benchmarks (docs/benchmarks.md says what they mean)"
+	go run ./integration/bench
+
+lint:
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "not gofmt-ed:"; gofmt -l $$(git ls-files '*.go'); exit 1; }
+	go vet ./...
+	@echo "==> golangci-lint $(GOLANGCI_LINT) (built the first time)"
+	go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT) run ./...
+
+clean:
+	rm -rf bin $(TOOLS)

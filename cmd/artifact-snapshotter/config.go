@@ -1,0 +1,97 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"regexp"
+	"text/template"
+
+	"github.com/containerd/platforms"
+	"github.com/urfave/cli/v3"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+)
+
+const (
+	scopeNode    = "node"
+	scopeHandler = "runtime-handler"
+)
+
+var (
+	//go:embed containerd.toml.tmpl
+	containerdFile     string
+	containerdTemplate = template.Must(template.New("containerd.toml").Parse(containerdFile))
+
+	// The handler of a RuntimeClass is a DNS label (Kubernetes API, node.k8s.io/v1).
+	dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+)
+
+func configCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "config",
+		Usage: "print configuration",
+		Commands: []*cli.Command{
+			{
+				Name:  "default",
+				Usage: "print the daemon's configuration file with its defaults",
+				Action: func(_ context.Context, command *cli.Command) error {
+					_, err := fmt.Fprint(command.Root().Writer, plugin.DefaultFile)
+					return err
+				},
+			},
+			{
+				Name:  "containerd",
+				Usage: "print what containerd's configuration needs",
+				Flags: []cli.Flag{
+					&cli.StringFlag{
+						Name:  "snapshotter-scope",
+						Usage: "who gets the snapshotter: every pod of the node (" + scopeNode + "), or the pods of one runtime handler (" + scopeHandler + ")",
+						Value: scopeNode,
+					},
+					&cli.StringFlag{
+						Name:  "runtime-handler",
+						Usage: "the handler that a RuntimeClass names, with --snapshotter-scope " + scopeHandler,
+						Value: "artifact",
+					},
+					configFlag(),
+				},
+				Action: configContainerd,
+			},
+		},
+	}
+}
+
+func configContainerd(_ context.Context, command *cli.Command) error {
+	cfg, err := loadConfig(command)
+	if err != nil {
+		return err
+	}
+	if err := cfg.Validate(); err != nil {
+		return err
+	}
+	scope, handler := command.String("snapshotter-scope"), command.String("runtime-handler")
+	switch scope {
+	case scopeNode:
+		if command.IsSet("runtime-handler") {
+			return errors.New("--runtime-handler needs --snapshotter-scope " + scopeHandler)
+		}
+		handler = ""
+	case scopeHandler:
+		if !dnsLabel.MatchString(handler) {
+			return fmt.Errorf("--runtime-handler %q is not a DNS label, as the handler of a RuntimeClass must be", handler)
+		}
+	default:
+		return fmt.Errorf("--snapshotter-scope %q is neither %s nor %s", scope, scopeNode, scopeHandler)
+	}
+	return containerdTemplate.Execute(command.Root().Writer, map[string]string{
+		"Address":  cfg.SocketAddress(),
+		"Root":     cfg.Root,
+		"Platform": platforms.DefaultString(),
+		"Handler":  handler,
+	})
+}

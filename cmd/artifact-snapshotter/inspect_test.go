@@ -1,0 +1,146 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+)
+
+// store is a content root.
+type store struct {
+	t   *testing.T
+	dir string
+}
+
+func (s store) add(mediaType string, data []byte) ocispec.Descriptor {
+	s.t.Helper()
+	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
+	path := filepath.Join(s.dir, "blobs", "sha256", desc.Digest.Encoded())
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		s.t.Fatal(err)
+	}
+	if err := os.WriteFile(path, data, 0o444); err != nil {
+		s.t.Fatal(err)
+	}
+	return desc
+}
+
+func (s store) addJSON(mediaType string, value any) ocispec.Descriptor {
+	s.t.Helper()
+	data, err := json.Marshal(value)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return s.add(mediaType, data)
+}
+
+func (s store) addManifest(config ocispec.Descriptor, layers ...ocispec.Descriptor) ocispec.Descriptor {
+	s.t.Helper()
+	return s.addJSON(ocispec.MediaTypeImageManifest, ocispec.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2},
+		MediaType: ocispec.MediaTypeImageManifest,
+		Config:    config,
+		Layers:    layers,
+	})
+}
+
+func TestInspect(t *testing.T) {
+	s := store{t, t.TempDir()}
+	weights := s.add("application/vnd.cncf.model.weight.v1.raw", make([]byte, 1536))
+	weights.Annotations = map[string]string{
+		"org.cncf.model.filepath":           "dir one/model.bin",
+		"org.cncf.model.file.metadata+json": `{"name":"model.bin","mode":488,"uid":1000,"gid":100,"size":1536,"mtime":"2021-02-03T04:05:06Z","typeflag":0}`,
+	}
+	readme := s.add("application/vnd.cncf.model.doc.v1.raw", []byte("read me"))
+	readme.Annotations = map[string]string{"org.cncf.model.filepath": "README.md"}
+	dataset := s.add("application/vnd.cncf.model.dataset.v1.tar+gzip", make([]byte, 3<<20))
+	const configType = "application/vnd.cncf.model.config.v1+json"
+	manifest := s.addManifest(s.addJSON(configType, map[string]any{
+		"descriptor": map[string]string{"name": "test", "createdAt": "2025-01-02T03:04:05Z"},
+		"modelfs": map[string]any{
+			"type":    "layers",
+			"diffIds": []digest.Digest{weights.Digest, readme.Digest, digest.FromString("tar")},
+		},
+	}), weights, readme, dataset)
+	index := s.addJSON(ocispec.MediaTypeImageIndex, ocispec.Index{
+		Versioned: specs.Versioned{SchemaVersion: 2},
+		MediaType: ocispec.MediaTypeImageIndex,
+		Manifests: []ocispec.Descriptor{manifest},
+	})
+	image := s.addManifest(s.addJSON(ocispec.MediaTypeImageConfig, map[string]string{"os": "linux"}))
+	missing := digest.FromString("missing")
+
+	want := manifest.Digest.String() + "  " + configType + `  created 2025-01-02T03:04:05Z
+PATH                    SIZE     MODE        OWNER     LAYER TYPE                                      COMPRESSION
+dir one/model.bin       1.5 KiB  -rwxr-x---  1000:100  application/vnd.cncf.model.weight.v1.raw        -
+README.md               7.0 B    -rw-r--r--  0:0       application/vnd.cncf.model.doc.v1.raw           -
+(unpacked at the root)  3.0 MiB  -           -         application/vnd.cncf.model.dataset.v1.tar+gzip  gzip
+`
+	for name, argument := range map[string]string{
+		"digest":          manifest.Digest.String(),
+		"bare hex":        manifest.Digest.Encoded(),
+		"digest of index": index.Digest.String(),
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := output(t, "inspect", "--content-root", s.dir, argument); got != want {
+				t.Errorf("got\n%s\nwant\n%s", got, want)
+			}
+		})
+	}
+
+	for name, test := range map[string]struct {
+		argument string
+		want     []string
+	}{
+		"image":          {image.Digest.String(), []string{image.Digest.String(), "an ordinary image"}},
+		"missing":        {missing.String(), []string{missing.Encoded(), "content root"}},
+		"no digest":      {"model:v1", []string{"model:v1"}},
+		"no hex":         {"../../etc/passwd", []string{"../../etc/passwd"}},
+		"not a manifest": {readme.Digest.String(), []string{readme.Digest.Encoded()}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			stdout, stderr, exit := run(t, "inspect", "--content-root", s.dir, test.argument)
+			if exit != 1 || stdout != "" {
+				t.Errorf("exit code %d, want 1; stdout %q, want nothing", exit, stdout)
+			}
+			wantErrorLine(t, stderr, test.want...)
+		})
+	}
+}
+
+// Names are whatever the artifact's author wrote; the terminal gets none of it.
+func TestInspectQuotesControlCharacters(t *testing.T) {
+	var got bytes.Buffer
+	err := printArtifact(&got, &artifact.Artifact{
+		Type:    "a\x1b[2Jb",
+		Created: time.Unix(0, 0),
+		Layers: []artifact.Layer{
+			{Format: artifact.FormatRaw, File: artifact.File{Path: "x\ty\nz", Mode: 0o644}, Descriptor: ocispec.Descriptor{MediaType: "m\rn"}},
+			{Format: artifact.FormatRaw, File: artifact.File{Path: "модель 模型.bin", Mode: 0o644}, Descriptor: ocispec.Descriptor{MediaType: "m"}},
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`"a\x1b[2Jb"`, `"x\ty\nz"`, `"m\rn"`, "модель 模型.bin ", "created unknown"} {
+		if !strings.Contains(got.String(), want) {
+			t.Errorf("%q does not have %s", got.String(), want)
+		}
+	}
+	if lines := strings.Count(got.String(), "\n"); lines != 4 {
+		t.Errorf("got %d lines, want 4:\n%s", lines, got.String())
+	}
+}

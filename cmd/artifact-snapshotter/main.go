@@ -1,0 +1,66 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Command artifact-snapshotter is the daemon that containerd's proxy plugin
+// "artifact" talks to, and the tools of whoever sets it up. It only parses
+// flags and prints: what it does is in the packages of this module.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+
+	"github.com/urfave/cli/v3"
+	"golang.org/x/sys/unix"
+)
+
+const name = "artifact-snapshotter"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
+	// A second signal ends the process at once.
+	context.AfterFunc(ctx, stop)
+	if err := command().Run(ctx, os.Args); err != nil {
+		// One line, whatever the error: it is read in logs and in events.
+		fmt.Fprintf(os.Stderr, "%s: %s\n", name, strings.ReplaceAll(err.Error(), "\n", "; "))
+		os.Exit(1)
+	}
+}
+
+func command() *cli.Command {
+	root := &cli.Command{
+		Name:            name,
+		Usage:           "mount OCI model artifacts into pods as read-only volumes, without copying a byte",
+		HideHelpCommand: true,
+		Commands:        []*cli.Command{serveCommand(), configCommand(), inspectCommand(), versionCommand()},
+		// Errors are printed by main alone.
+		ExitErrHandler: func(context.Context, *cli.Command, error) {},
+		ArgValidator:   noArguments,
+	}
+	quietly(root)
+	return root
+}
+
+// quietly makes a usage error an error like any other, without the usage.
+func quietly(command *cli.Command) {
+	command.OnUsageError = func(_ context.Context, command *cli.Command, err error, _ bool) error {
+		return fmt.Errorf("%w (see %s --help)", err, command.FullName())
+	}
+	for _, sub := range command.Commands {
+		quietly(sub)
+	}
+}
+
+// noArguments refuses the arguments of a command that takes none.
+func noArguments(_ context.Context, command *cli.Command) error {
+	if !command.Args().Present() {
+		return nil
+	}
+	if len(command.Commands) > 0 {
+		return fmt.Errorf("no such command: %s %s (see %[1]s --help)", command.FullName(), command.Args().First())
+	}
+	return fmt.Errorf("%s takes no argument, but got %q", command.FullName(), command.Args().First())
+}

@@ -1,0 +1,308 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+)
+
+// binary is the real program, built once for all tests.
+var binary string
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		dir, err := os.MkdirTemp("", name)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(dir)
+		binary = filepath.Join(dir, name)
+		build := exec.Command("go", "build", "-ldflags", "-X main.version=v1.2.3", "-o", binary, ".")
+		if output, err := build.CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "build %s: %v\n%s", name, err, output)
+			return 1
+		}
+		return m.Run()
+	}())
+}
+
+// run runs the program to its end.
+func run(t *testing.T, args ...string) (stdout, stderr string, exit int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	command := exec.CommandContext(ctx, binary, args...)
+	var out, errs bytes.Buffer
+	command.Stdout, command.Stderr = &out, &errs
+	err := command.Run()
+	if exited := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exited) {
+		t.Fatal(err)
+	}
+	return out.String(), errs.String(), command.ProcessState.ExitCode()
+}
+
+// output runs the program, which must succeed without a word on stderr.
+func output(t *testing.T, args ...string) string {
+	t.Helper()
+	stdout, stderr, exit := run(t, args...)
+	if exit != 0 || stderr != "" {
+		t.Fatalf("%s: exit code %d\n%s", strings.Join(args, " "), exit, stderr)
+	}
+	return stdout
+}
+
+func writeFile(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "config.toml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestVersion(t *testing.T) {
+	want := fmt.Sprintf("artifact-snapshotter v1.2.3 %s %s/%s\n", runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	if got := output(t, "version"); got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func TestConfigDefault(t *testing.T) {
+	if got := output(t, "config", "default"); got != plugin.DefaultFile {
+		t.Errorf("got %q", got)
+	}
+}
+
+// An error is one line on stderr that says what to do, and exit code 1.
+func TestErrors(t *testing.T) {
+	unknown := writeFile(t, "rooot = '/r'\nother = 1\n")
+	bad := writeFile(t, "root = 'r'\nrung = 'stairs'\n")
+	for name, test := range map[string]struct {
+		args []string
+		want []string
+	}{
+		"an unknown command":            {[]string{"server"}, []string{"server", "artifact-snapshotter --help"}},
+		"an unknown subcommand":         {[]string{"config", "docker"}, []string{"config docker", "config --help"}},
+		"an unknown flag":               {[]string{"serve", "--rooot", "/r"}, []string{"rooot", "serve --help"}},
+		"a flag without its value":      {[]string{"serve", "--root"}, []string{"root"}},
+		"an argument too many":          {[]string{"version", "now"}, []string{"version", `"now"`}},
+		"inspect without a digest":      {[]string{"inspect"}, []string{"digest"}},
+		"inspect of two digests":        {[]string{"inspect", "a", "b"}, []string{"one argument"}},
+		"a configuration not there":     {[]string{"serve", "--config", "/none.toml"}, []string{"/none.toml"}},
+		"unknown keys":                  {[]string{"serve", "--config", unknown}, []string{unknown, "rooot (line 1)", "other (line 2)"}},
+		"bad values":                    {[]string{"serve", "--config", bad}, []string{"root", "absolute", "stairs"}},
+		"a bad flag":                    {[]string{"serve", "--log-level", "loud"}, []string{"log_level", "loud"}},
+		"an unknown scope":              {[]string{"config", "containerd", "--snapshotter-scope", "pod"}, []string{"pod", "node", "runtime-handler"}},
+		"a handler of the whole node":   {[]string{"config", "containerd", "--runtime-handler", "x"}, []string{"--snapshotter-scope runtime-handler"}},
+		"a handler that is no label":    {[]string{"config", "containerd", "--snapshotter-scope", "runtime-handler", "--runtime-handler", "a.b"}, []string{"a.b", "DNS label"}},
+		"containerd config, bad file":   {[]string{"config", "containerd", "--config", bad}, []string{"stairs"}},
+		"containerd config, no file":    {[]string{"config", "containerd", "--config", "/none.toml"}, []string{"/none.toml"}},
+		"a flag of a command unknown":   {[]string{"--root", "/r", "serve"}, []string{"root"}},
+		"help is a flag, not a command": {[]string{"help"}, []string{"--help"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			stdout, stderr, exit := run(t, test.args...)
+			if exit != 1 || stdout != "" {
+				t.Errorf("exit code %d, want 1; stdout %q, want nothing", exit, stdout)
+			}
+			wantErrorLine(t, stderr, test.want...)
+		})
+	}
+}
+
+func wantErrorLine(t *testing.T, stderr string, words ...string) {
+	t.Helper()
+	if !strings.HasPrefix(stderr, "artifact-snapshotter: ") || strings.Index(stderr, "\n") != len(stderr)-1 {
+		t.Errorf("stderr is not one line of ours: %q", stderr)
+	}
+	for _, word := range words {
+		if !strings.Contains(stderr, word) {
+			t.Errorf("stderr %q does not say %q", stderr, word)
+		}
+	}
+}
+
+// containerdConfig is what containerd's `config dump` says of us.
+type containerdConfig struct {
+	ProxyPlugins map[string]struct {
+		Type         string            `toml:"type"`
+		Address      string            `toml:"address"`
+		Capabilities []string          `toml:"capabilities"`
+		Exports      map[string]string `toml:"exports"`
+	} `toml:"proxy_plugins"`
+	Plugins struct {
+		Images struct {
+			Snapshotter string `toml:"snapshotter"`
+		} `toml:"io.containerd.cri.v1.images"`
+		Runtime struct {
+			Containerd struct {
+				Runtimes map[string]struct {
+					Type        string `toml:"runtime_type"`
+					Snapshotter string `toml:"snapshotter"`
+				} `toml:"runtimes"`
+			} `toml:"containerd"`
+		} `toml:"io.containerd.cri.v1.runtime"`
+		Transfer struct {
+			UnpackConfig []struct {
+				Snapshotter string `toml:"snapshotter"`
+				Differ      string `toml:"differ"`
+			} `toml:"unpack_config"`
+		} `toml:"io.containerd.transfer.v1.local"`
+	} `toml:"plugins"`
+}
+
+// The real containerd reads what we print, on its own and as an import, and
+// takes it for what we mean.
+func TestConfigContainerd(t *testing.T) {
+	ours := writeFile(t, "root = '/srv/artifacts'\nstate = '/run/other'\n")
+	for name, test := range map[string]struct {
+		args    []string
+		image   string // snapshotter of the node
+		handler string // handler with the snapshotter artifact
+		address string
+		root    string
+	}{
+		"for the node": {
+			image: "artifact", address: "/run/artifact-snapshotter/artifact-snapshotter.sock", root: "/var/lib/artifact-snapshotter",
+		},
+		"for the node, with a file": {
+			args:  []string{"--snapshotter-scope", "node", "--config", ours},
+			image: "artifact", address: "/run/other/artifact-snapshotter.sock", root: "/srv/artifacts",
+		},
+		"for a runtime handler": {
+			args:  []string{"--snapshotter-scope", "runtime-handler"},
+			image: "overlayfs", handler: "artifact",
+			address: "/run/artifact-snapshotter/artifact-snapshotter.sock", root: "/var/lib/artifact-snapshotter",
+		},
+		"for a runtime handler with a name": {
+			args:  []string{"--snapshotter-scope", "runtime-handler", "--runtime-handler", "models-1"},
+			image: "overlayfs", handler: "models-1",
+			address: "/run/artifact-snapshotter/artifact-snapshotter.sock", root: "/var/lib/artifact-snapshotter",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			alone := writeFile(t, output(t, append([]string{"config", "containerd"}, test.args...)...))
+			importing := writeFile(t, fmt.Sprintf("version = 3\nimports = [%q]\n", alone))
+			for _, path := range []string{alone, importing} {
+				got := dump(t, path)
+				proxy := got.ProxyPlugins["artifact"]
+				if proxy.Type != "snapshot" || proxy.Address != test.address || proxy.Exports["root"] != test.root ||
+					len(proxy.Capabilities) != 1 || proxy.Capabilities[0] != "remap-ids" {
+					t.Errorf("the proxy plugin is %+v", proxy)
+				}
+				if snapshotter := got.Plugins.Images.Snapshotter; snapshotter != test.image {
+					t.Errorf("the node's snapshotter is %q, want %q", snapshotter, test.image)
+				}
+				runtimes := got.Plugins.Runtime.Containerd.Runtimes
+				if runc := runtimes["runc"]; runc.Type != "io.containerd.runc.v2" || runc.Snapshotter != "" {
+					t.Errorf("the handler runc is %+v, want it as ever", runc)
+				}
+				for handler, runtime := range runtimes {
+					if handler == "runc" {
+						continue
+					}
+					if handler != test.handler || runtime.Type != "io.containerd.runc.v2" || runtime.Snapshotter != "artifact" {
+						t.Errorf("the handler %s is %+v", handler, runtime)
+					}
+				}
+				if test.handler != "" && len(runtimes) != 2 {
+					t.Errorf("the handlers are %+v, want runc and %s", runtimes, test.handler)
+				}
+				unpack := got.Plugins.Transfer.UnpackConfig
+				if len(unpack) != 2 || unpack[0].Snapshotter != "overlayfs" || unpack[1].Snapshotter != "artifact" ||
+					unpack[0].Differ != "walking" || unpack[1].Differ != "walking" {
+					t.Errorf("unpack_config is %+v", unpack)
+				}
+			}
+		})
+	}
+}
+
+// dump has the real containerd read the configuration at path.
+func dump(t *testing.T, path string) (config containerdConfig) {
+	t.Helper()
+	containerd := filepath.Join("..", "..", "integration", "tools", "bin", "containerd")
+	if _, err := os.Stat(containerd); err != nil {
+		t.Fatalf("containerd is not built, run `make tools`: %v", err)
+	}
+	command := exec.Command(containerd, "--config", path, "config", "dump")
+	var stderr bytes.Buffer
+	command.Stderr = &stderr
+	text, err := command.Output()
+	if err != nil || strings.Contains(stderr.String(), "Ignoring") {
+		t.Fatalf("containerd does not accept it: %v\n%s", err, &stderr)
+	}
+	if err := toml.Unmarshal(text, &config); err != nil {
+		t.Fatal(err)
+	}
+	return config
+}
+
+// serve as an init system sees it: flags beat the file, and SIGTERM ends it
+// cleanly.
+func TestServe(t *testing.T) {
+	dir := t.TempDir()
+	config := writeFile(t, fmt.Sprintf("root = %q\nstate = '/nowhere'\naddress = '/nowhere/a.sock'\nlog_level = 'error'\nnamespaces = []\n", dir+"/root"))
+	address := filepath.Join(dir, "a.sock")
+	command := exec.Command(binary, "serve", "--config", config, "--state", dir+"/state", "--address", address,
+		"--content-root", dir+"/content", "--containerd-address", dir+"/c.sock", "--log-level", "debug")
+	if err := os.MkdirAll(filepath.Join(dir, "content", "blobs", "sha256"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	var stderr bytes.Buffer
+	command.Stderr = &stderr
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	exited := make(chan error, 1)
+	go func() { exited <- command.Wait() }()
+	for answers := false; !answers; {
+		conn, err := net.Dial("unix", address)
+		if err == nil {
+			answers = true
+			conn.Close()
+			continue
+		}
+		select {
+		case err := <-exited:
+			t.Fatalf("serve ended: %v\n%s", err, &stderr)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	if err := command.Process.Signal(unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-exited:
+		if err != nil {
+			t.Errorf("serve: %v", err)
+		}
+	case <-time.After(30 * time.Second):
+		_ = command.Process.Kill()
+		t.Errorf("serve does not end on SIGTERM: %v", <-exited)
+	}
+	if text := stderr.String(); !strings.Contains(text, "level=info msg=Serving address="+address) {
+		t.Errorf("the log does not say where it serves:\n%s", text)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "root", "lock")); err != nil {
+		t.Errorf("the root of the file is not used: %v", err)
+	}
+}

@@ -1,0 +1,78 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+
+	"github.com/containerd/log"
+	"github.com/urfave/cli/v3"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+)
+
+const defaultConfigFile = "/etc/artifact-snapshotter/config.toml"
+
+func configFlag() cli.Flag {
+	return &cli.StringFlag{
+		Name:      "config",
+		Usage:     "configuration file; the default one may be absent",
+		Value:     defaultConfigFile,
+		TakesFile: true,
+	}
+}
+
+func serveCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "serve",
+		Usage: "run the daemon that containerd's proxy plugin talks to",
+		Flags: []cli.Flag{
+			configFlag(),
+			&cli.StringFlag{Name: "root", Usage: "directory for what outlives a reboot; beats the file, as all the following flags"},
+			&cli.StringFlag{Name: "state", Usage: "directory for mounts and the socket"},
+			&cli.StringFlag{Name: "address", Usage: "Unix socket to serve on"},
+			&cli.StringFlag{Name: "content-root", Usage: "root of containerd's content store"},
+			&cli.StringFlag{Name: "containerd-address", Usage: "containerd's own Unix socket"},
+			&cli.StringFlag{Name: "log-level", Usage: "trace, debug, info, warn, error, fatal or panic"},
+		},
+		Action: serve,
+	}
+}
+
+func serve(ctx context.Context, command *cli.Command) error {
+	cfg, err := loadConfig(command)
+	if err != nil {
+		return err
+	}
+	for flag, value := range map[string]*string{
+		"root":               &cfg.Root,
+		"state":              &cfg.State,
+		"address":            &cfg.Address,
+		"content-root":       &cfg.ContentRoot,
+		"containerd-address": &cfg.ContainerdAddress,
+		"log-level":          &cfg.LogLevel,
+	} {
+		if command.IsSet(flag) {
+			*value = command.String(flag)
+		}
+	}
+	if err := cfg.Validate(); err != nil {
+		return err
+	}
+	if err := errors.Join(log.SetFormat(log.TextFormat), log.SetLevel(cfg.LogLevel)); err != nil {
+		return err
+	}
+	return plugin.Serve(ctx, cfg)
+}
+
+// loadConfig loads the file of --config. Without the flag it need not exist.
+func loadConfig(command *cli.Command) (plugin.Config, error) {
+	cfg, err := plugin.Load(command.String("config"))
+	if errors.Is(err, fs.ErrNotExist) && !command.IsSet("config") {
+		return plugin.Default(), nil
+	}
+	return cfg, err
+}

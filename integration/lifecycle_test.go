@@ -1,0 +1,241 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+)
+
+const weights = "/model/model-00001.safetensors"
+
+// reading is a pod whose container "reader" reads the weights over and over,
+// and ends if they change.
+func reading(ref string) node.PodSpec {
+	return node.PodSpec{
+		Volumes:    []node.Volume{{Image: ref, Path: "/model"}},
+		Containers: []node.Container{{Name: "reader", Args: []string{"loop", weights}}, {Name: "main"}},
+	}
+}
+
+// wantReading waits until the reader has read the weights once more.
+func wantReading(t *testing.T, pod *node.Pod) {
+	t.Helper()
+	before := count(t, pod)
+	waitFor(t, "the pod to go on reading", func() bool { return count(t, pod) > before })
+}
+
+func TestAPodGoesOnReadingWhenTheDaemonOrContainerdEnds(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeModel(t)
+	for _, form := range []pack.Form{pack.Raw, pack.TarGzip} {
+		ref := pulled(t, n, src, form)
+		want := wantTree(t, src, form)
+		pod, err := n.RunPod(reading(ref))
+		check(t, err)
+		for _, c := range []struct {
+			name       string
+			end, start func() error
+		}{
+			{"daemon, SIGTERM", n.StopDaemon, n.StartDaemon},
+			{"daemon, SIGKILL", n.KillDaemon, n.StartDaemon},
+			{"containerd, SIGTERM", n.StopContainerd, n.StartContainerd},
+			{"containerd, SIGKILL", n.KillContainerd, n.StartContainerd},
+		} {
+			t.Run(string(form)+", "+c.name, func(t *testing.T) {
+				check(t, c.end())
+				if strings.HasPrefix(c.name, "daemon") {
+					wantReading(t, pod) // containerd, which writes the log, is there
+				}
+				check(t, c.start())
+				// containerd connects again with a backoff of some seconds;
+				// kubelet tries again as we do.
+				waitFor(t, "containerd to reach the daemon", func() bool {
+					_, err := n.Ctr("snapshots", "--snapshotter", "artifact", "ls")
+					return err == nil
+				})
+				wantReading(t, pod)
+				wantVolume(t, pod, "main", "/model", want)
+				next, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+				check(t, err)
+				wantVolume(t, next, "main", "/model", want)
+				check(t, next.Remove())
+				wantReading(t, pod)
+			})
+		}
+		check(t, pod.Remove())
+	}
+}
+
+// usage is what the daemon has on the disk and mounted.
+type usage struct {
+	files  []string // below its root, without the database and the overlayfs snapshots
+	mounts []string
+}
+
+func daemonUsage(t *testing.T, n *node.Node) (u usage) {
+	t.Helper()
+	for _, dir := range []string{"trees", "copies"} {
+		check(t, filepath.WalkDir(filepath.Join(n.DaemonRoot, dir), func(path string, _ fs.DirEntry, err error) error {
+			u.files = append(u.files, path)
+			if os.IsNotExist(err) {
+				return nil
+			}
+			return err
+		}))
+	}
+	var err error
+	u.mounts, err = node.Mounts(n.DaemonState)
+	check(t, err)
+	return u
+}
+
+// wantUsage waits until the daemon has again what it had.
+func wantUsage(t *testing.T, n *node.Node, want usage) {
+	t.Helper()
+	waitFor(t, fmt.Sprintf("the daemon to have no more than %v", want), func() bool {
+		got := daemonUsage(t, n)
+		return slices.Equal(got.files, want.files) && slices.Equal(got.mounts, want.mounts)
+	})
+}
+
+func TestARemovedImageIsKeptForItsPodAndGoesWithIt(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeModel(t)
+	before := daemonUsage(t, n)
+	for _, form := range []pack.Form{pack.Raw, pack.TarGzip} {
+		t.Run(string(form), func(t *testing.T) {
+			ref := pulled(t, n, src, form)
+			d := manifestOf(t, n, ref)
+			pod, err := n.RunPod(reading(ref))
+			check(t, err)
+			_, err = n.Crictl("rmi", ref)
+			check(t, err)
+			// containerd's collector has taken the blobs.
+			waitFor(t, "containerd to delete the manifest", func() bool {
+				_, err := os.Stat(filepath.Join(n.ContentRoot, "blobs", "sha256", d))
+				return os.IsNotExist(err)
+			})
+			wantReading(t, pod)
+			wantVolume(t, pod, "main", "/model", wantTree(t, src, form))
+			check(t, pod.Remove())
+			wantUsage(t, n, before)
+		})
+	}
+}
+
+// manifestOf is the encoded digest of what ref was pulled as.
+func manifestOf(t *testing.T, n *node.Node, ref string) string {
+	t.Helper()
+	out, err := n.Crictl("inspecti", "--output", "go-template", "--template", "{{index .status.repoDigests 0}}", ref)
+	check(t, err)
+	_, hex, ok := strings.Cut(strings.TrimSpace(out), "@sha256:")
+	if !ok {
+		t.Fatalf("the digest of %s is %q", ref, out)
+	}
+	return hex
+}
+
+func TestAnUnusedModelGoesWithItsImage(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	before := daemonUsage(t, n)
+	ref := pulled(t, n, writeModel(t), pack.Raw)
+	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+	check(t, err)
+	check(t, pod.Remove())
+	_, err = n.Crictl("rmi", ref)
+	check(t, err)
+	wantUsage(t, n, before)
+}
+
+func TestAHundredPodsInTurnLeaveNothing(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeModel(t)
+	ref := pulled(t, n, src, pack.Raw)
+	spec := node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}}
+	run := func() {
+		pod, err := n.RunPod(spec)
+		check(t, err)
+		check(t, pod.Remove())
+	}
+	run() // what stays for the next pod is there
+	idle := daemonUsage(t, n)
+	idle.mounts = nil
+	wantUsage(t, n, idle)
+	before := processOf(t, n)
+	for range 100 {
+		run()
+	}
+	wantUsage(t, n, idle)
+	// A few come and go with gRPC and the garbage collector of Go.
+	const slack = 5
+	waitFor(t, fmt.Sprintf("the daemon to have no more than %+v", before), func() bool {
+		after := processOf(t, n)
+		return after.files <= before.files && after.threads <= before.threads+slack
+	})
+	mounts, err := node.Mounts(n.State)
+	check(t, err)
+	if len(mounts) != 0 {
+		t.Errorf("containerd has mounts left: %q", mounts)
+	}
+}
+
+type process struct{ files, threads int }
+
+func processOf(t *testing.T, n *node.Node) (p process) {
+	t.Helper()
+	dir := fmt.Sprintf("/proc/%d", n.DaemonPID())
+	files, err := os.ReadDir(dir + "/fd")
+	check(t, err)
+	threads, err := os.ReadDir(dir + "/task")
+	check(t, err)
+	return process{len(files), len(threads)}
+}
+
+// The copy of a blob in the content store that the Tree retains is the blob.
+func TestNoByteOfARawModelIsCopied(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	ref := pulled(t, n, writeModel(t), pack.Raw)
+	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+	check(t, err)
+	var tree int64
+	seen := map[uint64]bool{}
+	check(t, filepath.WalkDir(filepath.Join(n.DaemonRoot, "trees"), func(path string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(path, &st); err != nil {
+			return err
+		}
+		blob := filepath.Join(n.ContentRoot, "blobs", "sha256", filepath.Base(path))
+		var of unix.Stat_t
+		if unix.Lstat(blob, &of) == nil {
+			if of.Ino != st.Ino {
+				t.Errorf("%s is not the runtime's blob but a copy", path)
+			}
+			seen[of.Ino] = true
+			return nil
+		}
+		tree += st.Blocks * 512
+		return nil
+	}))
+	if len(seen) == 0 {
+		t.Error("the tree retains no blob")
+	}
+	if tree > 256<<10 {
+		t.Errorf("the tree takes %d bytes of its own", tree)
+	}
+	check(t, pod.Remove())
+}

@@ -1,0 +1,161 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package node
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"text/template"
+)
+
+// containerdConfig keeps all that containerd writes below the node's directory.
+const containerdConfig = `version = 4
+root = '{{.Root}}'
+state = '{{.State}}'
+temp = '{{.Dir}}/tmp'
+imports = ['{{.Dir}}/containerd.d/*.toml']
+
+[plugins.'io.containerd.server.v1.grpc']
+  address = '{{.Address}}'
+[plugins.'io.containerd.server.v1.ttrpc']
+  address = '{{.Address}}.ttrpc'
+[plugins.'io.containerd.shim.v1.manager']
+  socket_dir = '{{.Dir}}/s'
+[plugins.'io.containerd.internal.v1.opt']
+  path = '{{.Dir}}/opt'
+[plugins.'io.containerd.nri.v1.nri']
+  socket_path = '{{.Dir}}/nri.sock'
+  plugin_path = '{{.Dir}}/nri/plugins'
+  plugin_config_path = '{{.Dir}}/nri/conf.d'
+
+[plugins.'io.containerd.cri.v1.images']
+  [plugins.'io.containerd.cri.v1.images'.pinned_images]
+    sandbox = '{{.GuestImage}}'
+
+[plugins.'io.containerd.cri.v1.runtime']
+  # Not every sandbox may lower the OOM score of a process.
+  restrict_oom_score_adj = true
+  netns_mounts_under_state_dir = true
+  [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+    runtime_type = 'io.containerd.runc.v2'
+    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
+      BinaryName = '{{.Tools}}/runc'
+      Root = '{{.Dir}}/runc'
+  [plugins.'io.containerd.cri.v1.runtime'.cni]
+    bin_dirs = ['/opt/cni/bin', '/usr/lib/cni']
+    conf_dir = '{{.Dir}}/cni'
+`
+
+// snippetConfig is what the daemon has to know to print the part of containerd's
+// configuration that makes it the snapshotter of the whole node.
+const snippetConfig = `root = '{{.DaemonRoot}}'
+state = '{{.DaemonState}}'
+address = '{{.Dir}}/daemon.sock'
+`
+
+// cniConfig gives a pod that has a network of its own a pair of devices, which
+// go with the pod; a bridge would stay.
+const cniConfig = `{
+  "cniVersion": "1.0.0",
+  "name": "test",
+  "plugins": [{
+    "type": "ptp",
+    "ipam": {"type": "host-local", "dataDir": "{{.Dir}}/ipam", "ranges": [[{"subnet": "10.253.0.0/16"}]]}
+  }]
+}
+`
+
+const crictlConfig = `runtime-endpoint: unix://{{.Address}}
+image-endpoint: unix://{{.Address}}
+timeout: 120
+`
+
+const registryConfig = `version: 0.1
+log:
+  accesslog: {disabled: true}
+storage:
+  delete: {enabled: true}
+  filesystem: {rootdirectory: {{.Dir}}/registry}
+http:
+  addr: 127.0.0.1:0
+`
+
+// writeFile writes a file below the node's directory from a template.
+func (n *Node) writeFile(name, text string) error {
+	var out strings.Builder
+	err := template.Must(template.New(name).Parse(text)).Execute(&out, struct {
+		*Node
+		Tools string
+	}{n, n.tools})
+	if err != nil {
+		return err
+	}
+	return n.writeVerbatim(name, out.String())
+}
+
+func (n *Node) writeVerbatim(name, text string) error {
+	if err := os.MkdirAll(filepath.Dir(n.path(name)), 0o711); err != nil {
+		return err
+	}
+	return os.WriteFile(n.path(name), []byte(text), 0o644)
+}
+
+func (n *Node) writeConfig() error {
+	errs := []error{
+		n.writeFile("containerd.toml", containerdConfig),
+		n.writeFile("cni/10-test.conflist", cniConfig),
+		n.writeFile("crictl.yaml", crictlConfig),
+		n.writeVerbatim("daemon.toml", n.options.DaemonConfig),
+		n.writeVerbatim("containerd.d/20-test.toml", "version = 4\n"+n.options.ContainerdConfig),
+	}
+	if !n.options.Stock {
+		errs = append(errs, n.writeSnippet())
+	}
+	return errors.Join(errs...)
+}
+
+// writeSnippet gives containerd the very text that users paste.
+func (n *Node) writeSnippet() error {
+	bin, err := findDaemon()
+	if err != nil {
+		return err
+	}
+	if err := n.writeFile("snippet.toml", snippetConfig); err != nil {
+		return err
+	}
+	snippet, err := n.run(bin, "config", "containerd", "--config", n.path("snippet.toml"))
+	if err != nil {
+		return err
+	}
+	return n.writeVerbatim("containerd.d/10-snapshotter.toml", snippet)
+}
+
+var listening = regexp.MustCompile(`listening on (127\.0\.0\.1:\d+)`)
+
+// startRegistry lets the kernel choose the port, which the log tells.
+func (n *Node) startRegistry() error {
+	if err := n.writeFile("registry.yaml", registryConfig); err != nil {
+		return err
+	}
+	var err error
+	n.registry, err = n.spawn("registry", []string{filepath.Join(n.tools, "registry"), "serve", n.path("registry.yaml")}, false)
+	if err != nil {
+		return err
+	}
+	return n.await("the registry", func() error {
+		text, err := os.ReadFile(n.logPath("registry"))
+		if err != nil {
+			return err
+		}
+		found := listening.FindSubmatch(text)
+		if found == nil {
+			return errors.New("its log does not say where it listens")
+		}
+		n.Registry = string(found[1])
+		return nil
+	})
+}

@@ -1,0 +1,288 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package node runs a real node in a temporary directory: a registry,
+// containerd with its CRI service, and the artifact-snapshotter daemon. Tests,
+// the demo and benchmarks use it; nothing in it is simulated, and nothing of
+// it outlives [Node.Stop]. It needs root.
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// Options say what node to start. The zero value is a node whose snapshotter
+// is the daemon.
+type Options struct {
+	// Stock leaves the daemon out: containerd as it comes, with overlayfs.
+	Stock bool
+
+	// ContainerdConfig is TOML that containerd merges over its configuration
+	// (tables by key, lists are appended to). DaemonConfig is the daemon's
+	// configuration file, DaemonFlags are added to its command line.
+	ContainerdConfig string
+	DaemonConfig     string
+	DaemonFlags      []string
+
+	// DaemonRoot is where the daemon keeps what it keeps, "" a directory of
+	// the node's own, on the filesystem of containerd's content.
+	DaemonRoot string
+}
+
+// Node is a running node. Its methods may be called concurrently, except those
+// that start or stop something.
+type Node struct {
+	Dir         string // everything below it is the node's
+	Registry    string // host:port; plain HTTP
+	Address     string // containerd's socket, for CRI too
+	Root        string // containerd's
+	State       string // containerd's
+	ContentRoot string // containerd's blob directory: blobs/<algorithm>/<hex>
+	DaemonRoot  string
+	DaemonState string
+	GuestImage  string // reference of the test image, whose only program is Guest
+
+	// ctx is Start's: when it ends, so do the commands in flight.
+	ctx      context.Context
+	options  Options
+	tools    string
+	daemon   *process
+	registry *process
+	runtime  *process // containerd
+	cgroup   string   // parent of all containers' cgroups
+	pods     atomic.Int64
+	lastLogs string // of a node that was stopped
+}
+
+// Start starts a node and returns when pods can run on it; with the daemon,
+// when the daemon has also planted the empty blob, without which artifacts
+// with an empty file cannot be pulled. Cancelling ctx ends the commands in
+// flight, not the node: that is for Stop.
+func Start(ctx context.Context, o Options) (*Node, error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("a node needs root: run it with sudo")
+	}
+	dir, err := os.MkdirTemp("", "as-")
+	if err != nil {
+		return nil, err
+	}
+	n := &Node{
+		Dir:         dir,
+		Address:     filepath.Join(dir, "containerd.sock"),
+		Root:        filepath.Join(dir, "containerd"),
+		State:       filepath.Join(dir, "state"),
+		ContentRoot: filepath.Join(dir, "containerd", "io.containerd.content.v1.content"),
+		DaemonRoot:  o.DaemonRoot,
+		DaemonState: filepath.Join(dir, "daemon-state"),
+		ctx:         ctx,
+		options:     o,
+		cgroup:      filepath.Base(dir),
+	}
+	if n.DaemonRoot == "" {
+		n.DaemonRoot = filepath.Join(dir, "daemon")
+	}
+	if err := n.start(); err != nil {
+		err = fmt.Errorf("start a node: %w\n%s", err, n.Logs())
+		return nil, errors.Join(err, n.Stop())
+	}
+	return n, nil
+}
+
+func (n *Node) start() error {
+	// The shim allows its socket directory 38 bytes (core/runtime/v2/socket_unix.go).
+	if sockets := n.path("s"); len(sockets) > 38 {
+		return fmt.Errorf("%s is too long for containerd's shims by %d bytes: set TMPDIR to a shorter directory", sockets, len(sockets)-38)
+	}
+	// User namespaces in pods must be able to pass through.
+	if err := os.Chmod(n.Dir, 0o711); err != nil {
+		return err
+	}
+	var err error
+	if n.tools, err = findTools(); err != nil {
+		return err
+	}
+	if err := n.startRegistry(); err != nil {
+		return err
+	}
+	n.GuestImage = n.Registry + "/test/guest:latest"
+	if err := n.pushGuest(); err != nil {
+		return fmt.Errorf("test image: %w", err)
+	}
+	if err := n.writeConfig(); err != nil {
+		return err
+	}
+	if !n.options.Stock {
+		if err := n.StartDaemon(); err != nil {
+			return err
+		}
+	}
+	if err := n.StartContainerd(); err != nil {
+		return err
+	}
+	if !n.options.Stock {
+		if err := n.waitForEmptyBlob(); err != nil {
+			return err
+		}
+	}
+	_, err = n.Pull(n.GuestImage)
+	return err
+}
+
+// ForTest starts a node for one test. When the test ends, the node is stopped;
+// what Stop finds left over fails the test, and a failed test shows the logs.
+func ForTest(t testing.TB, o Options) *Node {
+	t.Helper()
+	n, err := Start(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := n.Stop(); err != nil {
+			t.Error(err)
+		}
+		if t.Failed() {
+			t.Log(n.Logs())
+		}
+	})
+	return n
+}
+
+// Stop removes all pods, ends every process of the node, unmounts and removes
+// everything below Dir. The error lists what should have been gone by then and
+// was not: processes, mounts, control groups. Mounts below DaemonRoot and
+// DaemonState do not count: the daemon keeps an artifact's mount over its own
+// end on purpose.
+func (n *Node) Stop() error {
+	var errs []error
+	n.ctx = context.WithoutCancel(n.ctx)
+	if n.runtime != nil {
+		if !n.options.Stock && !n.daemon.running() {
+			errs = append(errs, n.StartDaemon())
+		}
+		if !n.runtime.running() {
+			errs = append(errs, n.StartContainerd())
+		}
+		if _, err := n.Crictl("rmp", "--force", "--all"); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	for _, p := range []*process{n.runtime, n.daemon, n.registry} {
+		errs = append(errs, p.stop(syscall.SIGTERM))
+	}
+	n.runtime, n.daemon, n.registry = nil, nil, nil // a second Stop has nothing to do
+	if err := n.cleanUp(); err != nil {
+		errs = append(errs, fmt.Errorf("left over by the node in %s: %w", n.Dir, err))
+	}
+	return errors.Join(errs...)
+}
+
+// StartContainerd starts containerd and returns when CRI answers.
+func (n *Node) StartContainerd() error {
+	p, err := n.spawn("containerd", []string{filepath.Join(n.tools, "containerd"), "--config", n.path("containerd.toml")}, true)
+	if err != nil {
+		return err
+	}
+	n.runtime = p
+	// CRI starts after containerd has said that it is ready.
+	return n.await("CRI", func() error {
+		_, err := n.Crictl("version")
+		return err
+	})
+}
+
+// StopContainerd ends containerd by SIGTERM and waits. Pods go on.
+func (n *Node) StopContainerd() error { return n.runtime.stop(syscall.SIGTERM) }
+
+// KillContainerd ends containerd by SIGKILL and waits. Pods go on.
+func (n *Node) KillContainerd() error { return n.runtime.stop(syscall.SIGKILL) }
+
+// RestartContainerd is StopContainerd and StartContainerd.
+func (n *Node) RestartContainerd() error {
+	return errors.Join(n.StopContainerd(), n.StartContainerd())
+}
+
+// StartDaemon starts the daemon and returns when it has said that it is ready.
+func (n *Node) StartDaemon() error {
+	bin, err := findDaemon()
+	if err != nil {
+		return err
+	}
+	args := append([]string{
+		bin, "serve",
+		"--config", n.path("daemon.toml"),
+		"--root", n.DaemonRoot,
+		"--state", n.DaemonState,
+		"--address", n.path("daemon.sock"),
+		"--content-root", n.ContentRoot,
+		"--containerd-address", n.Address,
+		"--log-level", "debug",
+	}, n.options.DaemonFlags...)
+	n.daemon, err = n.spawn("daemon", args, true)
+	return err
+}
+
+// StopDaemon ends the daemon by SIGTERM and waits.
+func (n *Node) StopDaemon() error { return n.daemon.stop(syscall.SIGTERM) }
+
+// KillDaemon ends the daemon by SIGKILL and waits.
+func (n *Node) KillDaemon() error { return n.daemon.stop(syscall.SIGKILL) }
+
+// DaemonPID is the daemon's process ID.
+func (n *Node) DaemonPID() int { return n.daemon.cmd.Process.Pid }
+
+// Crictl runs crictl against the node and returns what it printed. The error
+// holds its standard error word for word: what kubectl describe would show.
+func (n *Node) Crictl(args ...string) (string, error) {
+	return n.run(filepath.Join(n.tools, "crictl"), append([]string{"--config", n.path("crictl.yaml")}, args...)...)
+}
+
+// Ctr runs ctr in CRI's namespace and returns what it printed.
+func (n *Node) Ctr(args ...string) (string, error) {
+	return n.run(filepath.Join(n.tools, "ctr"), append([]string{"--address", n.Address, "--namespace", "k8s.io"}, args...)...)
+}
+
+// Pull pulls an image or artifact through CRI, as kubelet does, and returns
+// its image ID ("sha256:<hex>").
+func (n *Node) Pull(ref string) (string, error) {
+	out, err := n.Crictl("pull", ref)
+	return strings.TrimPrefix(strings.TrimSpace(out), "Image is up to date for "), err
+}
+
+// waitForEmptyBlob waits until containerd has the blob of no bytes.
+func (n *Node) waitForEmptyBlob() error {
+	const empty = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+	return n.await("the empty blob that the daemon plants in containerd's content store", func() error {
+		_, err := n.Ctr("content", "get", empty)
+		return err
+	})
+}
+
+// await calls done until it returns nil, for at most a minute.
+func (n *Node) await(what string, done func() error) error {
+	ctx, cancel := context.WithTimeout(n.ctx, time.Minute)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := done()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for %s: %w: %w", what, ctx.Err(), err)
+		case <-tick.C:
+		}
+	}
+}
+
+func (n *Node) path(name string) string { return filepath.Join(n.Dir, name) }

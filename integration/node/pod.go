@@ -1,0 +1,229 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package node
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
+)
+
+// Volume is an image volume.
+type Volume struct {
+	Image   string // reference or image ID; it must have been pulled
+	Path    string // in the container
+	SubPath string // in the volume; "" is all of it
+}
+
+// Container is a container of a pod.
+type Container struct {
+	Name    string   // "" means "main"
+	Image   string   // "" means the test image
+	Command []string // replaces the image's entrypoint
+	Args    []string // replaces the image's command
+	Volumes []Volume // beside the pod's
+}
+
+// PodSpec says what RunPod runs.
+type PodSpec struct {
+	Name       string      // "" means one of the node's choosing
+	Volumes    []Volume    // mounted in every container
+	Containers []Container // none means one that has all defaults and waits
+
+	// OwnNetwork gives the pod a network namespace, for which the CNI plugins
+	// ptp and host-local must be installed; otherwise it has the host's.
+	OwnNetwork bool
+
+	// UserNamespace gives the pod a user namespace: its IDs from 0 to 65535
+	// are the host's from UserNamespaceBase on. It needs OwnNetwork.
+	UserNamespace bool
+}
+
+// UserNamespaceBase is the host's ID for the root of a pod with UserNamespace.
+const UserNamespaceBase = 200000
+
+// idMap is cri-api's IDMapping for such a pod.
+var idMap = []map[string]any{{"container_id": 0, "host_id": UserNamespaceBase, "length": 65536}}
+
+// Pod is a running pod.
+type Pod struct {
+	ID         string            // of the sandbox
+	Containers map[string]string // container IDs by name
+
+	node    *Node
+	spec    PodSpec
+	dir     string // of the configuration and logs
+	sandbox string // path of the sandbox's configuration
+}
+
+// The values of cri-api's NamespaceMode that are used here.
+const (
+	namespaceContainer = 1
+	namespaceNode      = 2
+)
+
+// RunPod runs a pod and returns when its containers have started. If one of
+// them does not, the pod is removed again.
+func (n *Node) RunPod(spec PodSpec) (*Pod, error) {
+	if len(spec.Containers) == 0 {
+		spec.Containers = []Container{{}}
+	}
+	pod, err := n.RunSandbox(spec)
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range spec.Containers {
+		if err := pod.Start(c); err != nil {
+			return nil, errors.Join(err, pod.Remove())
+		}
+	}
+	return pod, nil
+}
+
+// RunSandbox runs a pod without any of its containers, for [Pod.Start].
+func (n *Node) RunSandbox(spec PodSpec) (*Pod, error) {
+	number := n.pods.Add(1)
+	if spec.Name == "" {
+		spec.Name = fmt.Sprintf("pod-%d", number)
+	}
+	p := &Pod{node: n, spec: spec, Containers: map[string]string{}, dir: n.path(fmt.Sprintf("pods/%d", number))}
+	if err := os.MkdirAll(p.dir, 0o711); err != nil {
+		return nil, err
+	}
+	var err error
+	p.sandbox, err = p.write("sandbox", map[string]any{
+		"metadata":      map[string]any{"name": spec.Name, "namespace": "default", "uid": fmt.Sprint(n.cgroup, "-", number)},
+		"log_directory": p.dir,
+		"linux":         map[string]any{"cgroup_parent": "/" + n.cgroup, "security_context": p.securityContext()},
+	})
+	if err != nil {
+		return nil, err
+	}
+	id, err := n.Crictl("runp", p.sandbox)
+	if err != nil {
+		return nil, err
+	}
+	p.ID = strings.TrimSpace(id)
+	return p, nil
+}
+
+// securityContext has the defaults of Kubernetes, except for the host's network.
+func (p *Pod) securityContext() map[string]any {
+	namespaces := map[string]any{"pid": namespaceContainer}
+	if !p.spec.OwnNetwork {
+		namespaces["network"] = namespaceNode
+	}
+	if p.spec.UserNamespace {
+		namespaces["userns_options"] = map[string]any{"uids": idMap, "gids": idMap}
+	}
+	return map[string]any{"namespace_options": namespaces}
+}
+
+// Start creates and starts a container of the pod, with the pod's volumes and
+// its own. The error has crictl's message word for word.
+func (p *Pod) Start(c Container) error {
+	if c.Name == "" {
+		c.Name = "main"
+	}
+	if c.Image == "" {
+		c.Image = p.node.GuestImage
+	}
+	mounts := []map[string]any{}
+	for _, v := range append(p.spec.Volumes[:len(p.spec.Volumes):len(p.spec.Volumes)], c.Volumes...) {
+		mount := map[string]any{
+			"container_path": v.Path,
+			"image":          map[string]any{"image": v.Image},
+			"image_sub_path": v.SubPath,
+			"readonly":       true,
+		}
+		if p.spec.UserNamespace {
+			mount["uidMappings"], mount["gidMappings"] = idMap, idMap
+		}
+		mounts = append(mounts, mount)
+	}
+	config, err := p.write(c.Name, map[string]any{
+		"metadata": map[string]any{"name": c.Name},
+		"image":    map[string]any{"image": c.Image},
+		"command":  c.Command,
+		"args":     c.Args,
+		"mounts":   mounts,
+		"log_path": c.Name + ".log",
+		"linux":    map[string]any{"security_context": p.securityContext()},
+	})
+	if err != nil {
+		return err
+	}
+	id, err := p.node.Crictl("create", p.ID, config, p.sandbox)
+	if err != nil {
+		return err
+	}
+	id = strings.TrimSpace(id)
+	p.Containers[c.Name] = id
+	_, err = p.node.Crictl("start", id)
+	return err
+}
+
+func (p *Pod) write(name string, config map[string]any) (string, error) {
+	text, err := json.MarshalIndent(config, "", "  ")
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(p.dir, name+".json")
+	return path, os.WriteFile(path, text, 0o644)
+}
+
+// Exec runs a command in a container and returns what it printed, standard
+// error after standard output. That the command fails is an error, which has
+// the same text.
+func (p *Pod) Exec(container string, args ...string) (string, error) {
+	out, err := p.node.Crictl(append([]string{"exec", "--sync", p.Containers[container]}, args...)...)
+	out = strings.TrimSuffix(out, "\n\n") // crictl ends both streams with one more
+	if err != nil {
+		err = fmt.Errorf("%w%s", err, out)
+	}
+	return out, err
+}
+
+// Tree lists everything below a directory as the container sees it. The
+// container must be of the test image.
+func (p *Pod) Tree(container, dir string) ([]treelist.Entry, error) {
+	out, err := p.Exec(container, Guest, "tree", dir)
+	if err != nil {
+		return nil, err
+	}
+	var entries []treelist.Entry
+	err = json.Unmarshal([]byte(out), &entries)
+	return entries, err
+}
+
+// Log returns what the container has printed so far, line by line, without
+// CRI's prefixes of time and stream.
+func (p *Pod) Log(container string) ([]string, error) {
+	text, err := os.ReadFile(filepath.Join(p.dir, container+".log"))
+	if err != nil {
+		return nil, err
+	}
+	var lines []string
+	for line := range strings.Lines(string(text)) {
+		// "2024-02-03T04:05:06.789Z stdout F text"
+		if parts := strings.SplitN(strings.TrimSuffix(line, "\n"), " ", 4); len(parts) == 4 {
+			lines = append(lines, parts[3])
+		}
+	}
+	return lines, nil
+}
+
+// Remove stops and removes the pod and its containers.
+func (p *Pod) Remove() error {
+	if _, err := p.node.Crictl("stopp", p.ID); err != nil {
+		return err
+	}
+	_, err := p.node.Crictl("rmp", p.ID)
+	return err
+}

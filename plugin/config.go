@@ -1,0 +1,178 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package plugin
+
+import (
+	"bytes"
+	_ "embed"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/containerd/containerd/v2/pkg/identifiers"
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// DefaultFile is the commented configuration file that says what Default says.
+//
+//go:embed default.toml
+var DefaultFile string
+
+// rungAuto lets the snapshotter choose the rung by trying real mounts.
+const rungAuto = "auto"
+
+// maxSocketPath is the longest path of a Unix socket in bytes: sun_path of
+// unix(7) holds 108 with the terminating NUL.
+const maxSocketPath = 107
+
+// Config says where the snapshotter keeps its things and where containerd
+// keeps the blobs. The daemon reads it from a TOML file of its own, a
+// containerd with the snapshotter compiled in from the table
+// [plugins.'io.containerd.snapshotter.v1.artifact'].
+type Config struct {
+	// Root is the directory of everything that outlives a reboot.
+	Root string `toml:"root"`
+	// State is the directory of mounts and the socket; it need not outlive a reboot.
+	State string `toml:"state"`
+	// Address is the Unix socket that the daemon serves on; empty is
+	// artifact-snapshotter.sock in State. Not for a compiled-in snapshotter,
+	// hence omitempty: `containerd config default` must not show it.
+	Address string `toml:"address,omitempty"`
+	// ContentRoot is the root of containerd's content store, the directory with blobs/.
+	ContentRoot string `toml:"content_root"`
+	// ContainerdAddress is the Unix socket of containerd's API.
+	ContainerdAddress string `toml:"containerd_address"`
+	// LogLevel is a level of github.com/containerd/log. Only for the daemon, like Address.
+	LogLevel string `toml:"log_level,omitempty"`
+	// Rung is a rung of package unpack, or "auto".
+	Rung string `toml:"rung"`
+	// Namespaces are the containerd namespaces that get the empty blob.
+	Namespaces []string `toml:"namespaces"`
+}
+
+// Default returns the configuration of a daemon beside a containerd with
+// default directories.
+func Default() Config {
+	return Config{
+		Root:              "/var/lib/artifact-snapshotter",
+		State:             "/run/artifact-snapshotter",
+		ContentRoot:       "/var/lib/containerd/io.containerd.content.v1.content",
+		ContainerdAddress: "/run/containerd/containerd.sock",
+		LogLevel:          "info",
+		Rung:              rungAuto,
+		Namespaces:        []string{"k8s.io"},
+	}
+}
+
+// Load reads the TOML file at path; what it leaves out is as in Default. The
+// result is not validated yet, since flags may still change it. A missing file
+// is fs.ErrNotExist; a key that Config does not have is an error.
+func Load(path string) (Config, error) {
+	cfg := Default()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("read configuration: %w", err)
+	}
+	if err := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(&cfg); err != nil {
+		return Config{}, fmt.Errorf("configuration file %s: %w", path, readable(err))
+	}
+	return cfg, nil
+}
+
+// readable turns go-toml's errors into one line with key and line number.
+func readable(err error) error {
+	if strict, ok := errors.AsType[*toml.StrictMissingError](err); ok {
+		var keys []string
+		for _, missing := range strict.Errors {
+			line, _ := missing.Position()
+			keys = append(keys, fmt.Sprintf("%s (line %d)", strings.Join(missing.Key(), "."), line))
+		}
+		return fmt.Errorf("unknown key: %s", strings.Join(keys, ", "))
+	}
+	if decode, ok := errors.AsType[*toml.DecodeError](err); ok {
+		line, _ := decode.Position()
+		return fmt.Errorf("line %d: %w", line, err)
+	}
+	return err
+}
+
+// SocketAddress is the path of the socket that the daemon serves on.
+func (c Config) SocketAddress() string {
+	if c.Address != "" {
+		return c.Address
+	}
+	return filepath.Join(c.State, "artifact-snapshotter.sock")
+}
+
+// Validate says everything that is wrong with the configuration of a daemon.
+// It looks at no file.
+func (c Config) Validate() error {
+	levels := []string{"trace", "debug", "info", "warn", "error", "fatal", "panic"}
+	var level error
+	if !slices.Contains(levels, c.LogLevel) {
+		level = fmt.Errorf("log_level %q is none of %s", c.LogLevel, strings.Join(levels, ", "))
+	}
+	return errors.Join(c.validateSnapshotter(), validateSocket("address", c.SocketAddress()), level)
+}
+
+// validateSnapshotter checks what a compiled-in snapshotter needs, too.
+func (c Config) validateSnapshotter() error {
+	var errs []error
+	for _, dir := range []struct{ key, path string }{
+		{"root", c.Root}, {"state", c.State}, {"content_root", c.ContentRoot},
+	} {
+		if !filepath.IsAbs(dir.path) {
+			errs = append(errs, fmt.Errorf("%s %q is not an absolute path", dir.key, dir.path))
+		}
+	}
+	// The sweep of one and the garbage collector of the other would delete
+	// what they do not know.
+	if within(c.Root, c.ContentRoot) || within(c.ContentRoot, c.Root) {
+		errs = append(errs, fmt.Errorf("root %s and content_root %s must not lie within each other", c.Root, c.ContentRoot))
+	}
+	errs = append(errs, validateSocket("containerd_address", c.ContainerdAddress))
+	if _, err := c.rung(); err != nil {
+		errs = append(errs, err)
+	}
+	for _, namespace := range c.Namespaces {
+		if err := identifiers.Validate(namespace); err != nil {
+			errs = append(errs, fmt.Errorf("namespaces: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// rung translates the configured rung to that of package unpack, where the
+// empty one means to choose.
+func (c Config) rung() (unpack.Rung, error) {
+	if c.Rung == rungAuto {
+		return "", nil
+	}
+	if rung := unpack.Rung(c.Rung); slices.Contains(unpack.Rungs, rung) {
+		return rung, nil
+	}
+	return "", fmt.Errorf("rung %q is neither %q nor one of %q", c.Rung, rungAuto, unpack.Rungs)
+}
+
+func validateSocket(key, path string) error {
+	if !filepath.IsAbs(path) {
+		return fmt.Errorf("%s %q is not an absolute path", key, path)
+	}
+	if len(path) > maxSocketPath {
+		return fmt.Errorf("%s %s has %d bytes, but the path of a Unix socket has at most %d: choose a shorter one",
+			key, path, len(path), maxSocketPath)
+	}
+	return nil
+}
+
+// within reports whether path is dir or lies below it.
+func within(path, dir string) bool {
+	rel, err := filepath.Rel(dir, path)
+	return err == nil && filepath.IsLocal(rel)
+}

@@ -1,0 +1,136 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package plugin connects the snapshotter with containerd: its configuration,
+// the gRPC server of the proxy plugin, and, for a containerd that is compiled
+// with
+//
+//	import _ "github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+//
+// the registration as snapshotter "artifact". It also plants the empty blob,
+// without which containerd cannot pull an artifact that has an empty file.
+//
+// What an artifact is and how it is shown is the business of the packages
+// below; flags are that of cmd/artifact-snapshotter.
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
+	"github.com/artifact-snapshotter/artifact-snapshotter/view"
+)
+
+// dirMode lets the mapped ids of a pod with a user namespace search the
+// directories above what is mounted into it, and nothing more; containerd's
+// own root and state have it, too.
+const dirMode = 0o711
+
+// Open opens the snapshotter that cfg describes and starts what runs beside
+// it: the sweep of unused artifacts and the planting of the empty blob. Both
+// run until Close, or until ctx ends.
+//
+// One root belongs to one process at a time: another one gets
+// errdefs.ErrFailedPrecondition. Close leaves alone what running pods read.
+func Open(ctx context.Context, cfg Config) (_ snapshots.Snapshotter, err error) {
+	if err := cfg.validateSnapshotter(); err != nil {
+		return nil, err
+	}
+	rung, err := cfg.rung()
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(cfg.Root, dirMode); err != nil {
+		return nil, fmt.Errorf("create root: %w", err)
+	}
+	lock, err := lockRoot(cfg.Root)
+	if err != nil {
+		return nil, err
+	}
+	s := &opened{closers: []func() error{lock.Close}}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+
+	views, err := view.Open(ctx, view.Config{
+		Root:    cfg.Root,
+		State:   cfg.State,
+		Content: blobdir.Dir(cfg.ContentRoot),
+		Rung:    rung,
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.closers = append(s.closers, views.Close)
+	if s.Snapshotter, err = snapshot.New(cfg.Root, views); err != nil {
+		return nil, err
+	}
+	s.closers = append(s.closers, s.Snapshotter.Close)
+
+	ctx, cancel := context.WithCancel(ctx)
+	var background sync.WaitGroup
+	background.Go(func() { views.Run(ctx) })
+	background.Go(func() { keepPlanted(ctx, cfg.ContainerdAddress, cfg.Namespaces, replantInterval) })
+	s.closers = append(s.closers, func() error {
+		cancel()
+		background.Wait()
+		return nil
+	})
+	return s, nil
+}
+
+// opened is a snapshotter with everything that Open opened for it.
+type opened struct {
+	snapshots.Snapshotter
+	closers []func() error // to be called in reverse order, once
+	once    sync.Once
+}
+
+// Cleanup implements snapshots.Cleaner, which embedding a Snapshotter hides.
+func (s *opened) Cleanup(ctx context.Context) error {
+	cleaner, ok := s.Snapshotter.(snapshots.Cleaner)
+	if !ok {
+		return fmt.Errorf("snapshotter %T has no Cleanup: %w", s.Snapshotter, errdefs.ErrNotImplemented)
+	}
+	return cleaner.Cleanup(ctx)
+}
+
+// Close implements snapshots.Snapshotter.
+func (s *opened) Close() (err error) {
+	s.once.Do(func() {
+		for i := len(s.closers) - 1; i >= 0; i-- {
+			err = errors.Join(err, s.closers[i]())
+		}
+	})
+	return err
+}
+
+// lockRoot takes the lock of a root. It is held until the file is closed, so
+// it cannot outlive the process.
+func lockRoot(root string) (*os.File, error) {
+	lock, err := os.OpenFile(filepath.Join(root, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock root: %w", err)
+	}
+	err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = fmt.Errorf("root %s belongs to another running artifact-snapshotter; stop it, or choose another root: %w",
+			root, errdefs.ErrFailedPrecondition)
+	}
+	if err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
+	return lock, nil
+}

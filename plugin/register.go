@@ -1,0 +1,72 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package plugin
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+
+	"github.com/containerd/containerd/v2/plugins"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/containerd/plugin"
+	"github.com/containerd/plugin/registry"
+)
+
+// remapIDs is the capability of a snapshotter that honours the labels with the
+// id maps of a pod's user namespace (containerd's docs/user-namespaces).
+const remapIDs = "remap-ids"
+
+func init() {
+	registry.Register(&plugin.Registration{
+		Type: plugins.SnapshotPlugin,
+		ID:   "artifact",
+		// For the export of its root, see fromContainerd.
+		Requires: []plugin.Type{plugins.ContentPlugin},
+		// The directories and the address are containerd's, unless its
+		// configuration says otherwise.
+		Config: &Config{Rung: Default().Rung, Namespaces: Default().Namespaces},
+		InitFn: initInContainerd,
+	})
+}
+
+// initInContainerd opens the snapshotter in a containerd that it is compiled into.
+func initInContainerd(ic *plugin.InitContext) (any, error) {
+	cfg, err := fromContainerd(ic)
+	if err != nil {
+		return nil, err
+	}
+	ic.Meta.Platforms = append(ic.Meta.Platforms, platforms.DefaultSpec())
+	if ok, err := overlayutils.SupportsIDMappedMounts(); err == nil && ok {
+		ic.Meta.Capabilities = append(ic.Meta.Capabilities, remapIDs)
+	}
+	ic.Meta.Exports[plugins.SnapshotterRootDir] = cfg.Root
+	return Open(ic.Context, cfg)
+}
+
+// fromContainerd completes the configuration with what containerd knows.
+func fromContainerd(ic *plugin.InitContext) (Config, error) {
+	config, ok := ic.Config.(*Config)
+	if !ok {
+		return Config{}, fmt.Errorf("artifact snapshotter: configuration is a %T: %w", ic.Config, errdefs.ErrInvalidArgument)
+	}
+	if config.Address != "" || config.LogLevel != "" {
+		return Config{}, fmt.Errorf("artifact snapshotter: address and log_level are containerd's own when compiled in, remove them: %w",
+			errdefs.ErrInvalidArgument)
+	}
+	cfg := *config
+	cfg.Root = cmp.Or(cfg.Root, ic.Properties[plugins.PropertyRootDir])
+	cfg.State = cmp.Or(cfg.State, ic.Properties[plugins.PropertyStateDir])
+	cfg.ContainerdAddress = cmp.Or(cfg.ContainerdAddress, ic.Properties[plugins.PropertyGRPCAddress])
+	if cfg.ContentRoot == "" {
+		store := ic.Plugins().Get(plugins.ContentPlugin, "content")
+		if store == nil {
+			return Config{}, errors.New("artifact snapshotter: containerd runs without its own content store: set content_root")
+		}
+		cfg.ContentRoot = store.Meta.Exports["root"]
+	}
+	return cfg, nil
+}

@@ -1,0 +1,156 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package plugin
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/opencontainers/go-digest"
+)
+
+// buildContainerd compiles containerd with this package, as somebody outside of
+// this module would, and returns its path.
+func buildContainerd(t *testing.T) string {
+	t.Helper()
+	const module = "github.com/artifact-snapshotter/artifact-snapshotter"
+	here, err := filepath.Abs("..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	main, err := os.ReadFile(filepath.Join("testdata", "containerd", "main.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"main.go": string(main),
+		"go.mod": fmt.Sprintf("module containerd\n\ngo 1.26\n\nrequire %[1]s v0.0.0\n\nreplace %[1]s => %[2]s\n",
+			module, here),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	build := exec.Command("go", "build", "-mod=mod", "-o", "containerd", ".")
+	build.Dir = dir
+	if output, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build containerd: %v\n%s", err, output)
+	}
+	return filepath.Join(dir, "containerd")
+}
+
+func TestCompiledIn(t *testing.T) {
+	containerd := buildContainerd(t)
+
+	t.Run("with containerd's directories", func(t *testing.T) {
+		n := newNode(t, "")
+		n.start(t, containerd)
+		details := listed(t, n, "--detailed")
+		root := filepath.Join(n.dir, "root", "io.containerd.snapshotter.v1.artifact")
+		for _, want := range []string{"artifact", "linux/", root, remapIDs} {
+			if !strings.Contains(details, want) {
+				t.Errorf("the plugin does not say %q:\n%s", want, details)
+			}
+		}
+		wantOK(t, n)
+		if output, err := n.ctr(t, "snapshots", "--snapshotter", "artifact", "prepare", "key"); err != nil {
+			t.Errorf("prepare a snapshot: %v\n%s", err, output)
+		}
+		for _, entry := range []string{"lock", "overlayfs"} {
+			if _, err := os.Stat(filepath.Join(root, entry)); err != nil {
+				t.Error(err)
+			}
+		}
+		// It found containerd's own content store and address, too.
+		wantView(t, n, filepath.Join(n.dir, "state", "io.containerd.snapshotter.v1.artifact", "mounts"))
+		eventually(t, "the empty blob is planted", func() error {
+			_, err := contentStore(t, n.address).Info(namespaces.WithNamespace(t.Context(), "k8s.io"), emptyBlob)
+			return err
+		})
+		n.stop()
+	})
+
+	t.Run("with directories of its own", func(t *testing.T) {
+		dir := t.TempDir()
+		n := newNode(t, fmt.Sprintf("[plugins.'io.containerd.snapshotter.v1.artifact']\n  root = %q\n  namespaces = ['other']\n", dir+"/r"))
+		n.start(t, containerd)
+		wantOK(t, n)
+		if _, err := os.Stat(filepath.Join(dir, "r", "lock")); err != nil {
+			t.Error(err)
+		}
+		eventually(t, "the empty blob is planted", func() error {
+			_, err := contentStore(t, n.address).Info(namespaces.WithNamespace(t.Context(), "other"), emptyBlob)
+			return err
+		})
+	})
+
+	t.Run("what is the daemon's alone is refused", func(t *testing.T) {
+		n := newNode(t, "[plugins.'io.containerd.snapshotter.v1.artifact']\n  address = '/run/a.sock'\n")
+		n.start(t, containerd)
+		if details := listed(t, n, "--detailed"); !strings.Contains(details, "address and log_level") {
+			t.Errorf("the plugin does not say what is wrong:\n%s", details)
+		}
+	})
+}
+
+// listed returns what `ctr plugins ls` says of the snapshotter.
+func listed(t *testing.T, n *node, args ...string) string {
+	t.Helper()
+	output, err := n.ctr(t, append(append([]string{"plugins", "ls"}, args...), "type==io.containerd.snapshotter.v1,id==artifact")...)
+	if err != nil {
+		t.Fatalf("list plugins: %v\n%s", err, output)
+	}
+	return output
+}
+
+func wantOK(t *testing.T, n *node) {
+	t.Helper()
+	list := listed(t, n)
+	if !regexp.MustCompile(`(?m)^io\.containerd\.snapshotter\.v1 +artifact +linux/\S+ +ok *$`).MatchString(list) {
+		t.Errorf("the plugin is not ok:\n%s\n%s", list, n.log())
+	}
+}
+
+// wantView pulls an artifact and has the snapshotter show it like an image
+// volume, below the directory mounts.
+func wantView(t *testing.T, n *node, mounts string) {
+	t.Helper()
+	weights := []byte("weights")
+	reference, manifest := serveArtifact(t, weights)
+	key := "/image-volumes/sandbox/" + manifest.Encoded()
+	for _, args := range [][]string{
+		{"content", "fetch", "--plain-http", reference},
+		{"snapshots", "--snapshotter", "artifact", "prepare", key},
+	} {
+		if output, err := n.ctr(t, args...); err != nil {
+			t.Fatalf("ctr %s: %v\n%s", strings.Join(args, " "), err, output)
+		}
+	}
+	// A raw layer without a path has its digest for a name.
+	files, err := filepath.Glob(filepath.Join(mounts, "*", digest.FromBytes(weights).Encoded()))
+	if err != nil || len(files) != 1 {
+		t.Fatalf("the view has the files %q, %v; want one", files, err)
+	}
+	if got, err := os.ReadFile(files[0]); err != nil || !bytes.Equal(got, weights) {
+		t.Errorf("the view reads %q, %v; want %q", got, err, weights)
+	}
+	if output, err := n.ctr(t, "snapshots", "--snapshotter", "artifact", "rm", key); err != nil {
+		t.Fatalf("remove the view: %v\n%s", err, output)
+	}
+	eventually(t, "the view is unmounted", func() error {
+		left, err := os.ReadDir(mounts)
+		if err == nil && len(left) > 0 {
+			err = fmt.Errorf("%s is left", left[0].Name())
+		}
+		return err
+	})
+}

@@ -1,0 +1,124 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/containerd/containerd/v2/defaults"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+)
+
+// stopTimeout is how long a server that is to stop waits for the calls that
+// are under way.
+const stopTimeout = 10 * time.Second
+
+// Serve opens the snapshotter and serves it, as the proxy plugin of a
+// containerd, until ctx ends; then it lets the calls under way finish, for a
+// bounded time, and returns nil. Running pods go on reading.
+//
+// systemd is told when the server is ready and when it stops (sd_notify(3)).
+func Serve(ctx context.Context, cfg Config) (err error) {
+	if err := cfg.Validate(); err != nil {
+		return err
+	}
+	snapshotter, err := Open(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, snapshotter.Close()) }()
+
+	address := cfg.SocketAddress()
+	listener, err := listen(ctx, address)
+	if err != nil {
+		return err
+	}
+	server := grpc.NewServer(
+		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
+		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize))
+	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(snapshotter))
+
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	notify(ctx, daemon.SdNotifyReady)
+	log.G(ctx).WithField("address", address).Info("Serving")
+
+	select {
+	case err := <-served:
+		return fmt.Errorf("serve on %s: %w", address, err)
+	case <-ctx.Done():
+	}
+	log.G(ctx).Info("Stopping; running pods keep their volumes")
+	notify(ctx, daemon.SdNotifyStopping)
+	hard := time.AfterFunc(stopTimeout, server.Stop)
+	defer hard.Stop()
+	server.GracefulStop()
+	return nil
+}
+
+func notify(ctx context.Context, state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		log.G(ctx).WithError(err).Warnf("Cannot tell systemd %s", state)
+	}
+}
+
+// listen listens on a Unix socket that only its owner may connect to. A socket
+// that nobody serves on any more is replaced; one where a server answers is
+// errdefs.ErrFailedPrecondition.
+func listen(ctx context.Context, address string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(address), dirMode); err != nil {
+		return nil, fmt.Errorf("create directory of the socket: %w", err)
+	}
+	if err := removeStale(address); err != nil {
+		return nil, err
+	}
+	config := net.ListenConfig{
+		// bind(2) gives the socket file the mode of the socket itself: set
+		// here, it never has another one.
+		Control: func(_, _ string, conn syscall.RawConn) error {
+			var chmod error
+			err := conn.Control(func(fd uintptr) { chmod = unix.Fchmod(int(fd), 0o600) })
+			return errors.Join(err, chmod)
+		},
+	}
+	return config.Listen(ctx, "unix", address)
+}
+
+// removeStale removes the socket at address if no server answers on it.
+func removeStale(address string) error {
+	info, err := os.Lstat(address)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if info.Mode().Type() != fs.ModeSocket {
+		return fmt.Errorf("%s is in the way of the socket: it is a file of another kind: %w",
+			address, errdefs.ErrFailedPrecondition)
+	}
+	conn, err := net.Dial("unix", address)
+	if err == nil {
+		return errors.Join(fmt.Errorf("another server answers on %s; stop it, or choose another address: %w",
+			address, errdefs.ErrFailedPrecondition), conn.Close())
+	}
+	if !errors.Is(err, syscall.ECONNREFUSED) {
+		return fmt.Errorf("look for a server on the socket: %w", err)
+	}
+	return os.Remove(address)
+}

@@ -1,0 +1,229 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package plugin
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/proxy"
+	"github.com/containerd/containerd/v2/pkg/dialer"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+// testConfig is a configuration below a directory of the test's own, without a
+// containerd.
+func testConfig(t *testing.T) Config {
+	t.Helper()
+	dir := t.TempDir()
+	cfg := Default()
+	cfg.Root = filepath.Join(dir, "root")
+	cfg.State = filepath.Join(dir, "state")
+	cfg.ContentRoot = filepath.Join(dir, "content")
+	cfg.ContainerdAddress = filepath.Join(dir, "c.sock")
+	if err := os.MkdirAll(filepath.Join(cfg.ContentRoot, "blobs", "sha256"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return cfg
+}
+
+// serve runs Serve until stop is called, which returns what Serve returned.
+func serve(t *testing.T, cfg Config) (stop func() error) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	result := make(chan error, 1)
+	go func() { result <- Serve(ctx, cfg) }()
+	ended := false
+	stop = func() error {
+		cancel()
+		if ended {
+			return nil
+		}
+		ended = true
+		select {
+		case err := <-result:
+			return err
+		case <-time.After(2 * stopTimeout):
+			return errors.New("Serve does not return")
+		}
+	}
+	t.Cleanup(func() {
+		if err := stop(); err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+	})
+	eventually(t, "the server answers", func() error {
+		conn, err := net.Dial("unix", cfg.SocketAddress())
+		if err != nil {
+			return err
+		}
+		return conn.Close()
+	})
+	return stop
+}
+
+func client(t *testing.T, address string) snapshots.Snapshotter {
+	t.Helper()
+	conn, err := grpc.NewClient(dialer.DialAddress(address), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "artifact")
+}
+
+func TestServe(t *testing.T) {
+	cfg := testConfig(t)
+	stop := serve(t, cfg)
+
+	info, err := os.Stat(cfg.SocketAddress())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := info.Mode(), fs.ModeSocket|0o600; got != want {
+		t.Errorf("the socket is %v, want %v", got, want)
+	}
+	for _, dir := range []string{cfg.Root, cfg.State} {
+		info, err := os.Stat(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := info.Mode().Perm(); got != dirMode {
+			t.Errorf("%s is %v, want %v", dir, got, fs.FileMode(dirMode))
+		}
+	}
+
+	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
+	snapshotter := client(t, cfg.SocketAddress())
+	mounts, err := snapshotter.Prepare(ctx, "key", "")
+	if err != nil || len(mounts) != 1 {
+		t.Fatalf("Prepare: %v, %v; want one mount", mounts, err)
+	}
+	if _, err := snapshotter.Stat(ctx, "none"); !errdefs.IsNotFound(err) {
+		t.Errorf("Stat of what is not there: %v, want errdefs.ErrNotFound", err)
+	}
+	if err := snapshotter.Remove(ctx, "key"); err != nil {
+		t.Errorf("Remove: %v", err)
+	}
+	if err := snapshotter.(snapshots.Cleaner).Cleanup(ctx); err != nil {
+		t.Errorf("Cleanup: %v", err)
+	}
+
+	if err := stop(); err != nil {
+		t.Errorf("Serve: %v", err)
+	}
+	if _, err := os.Lstat(cfg.SocketAddress()); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("after the end the socket is still there: %v", err)
+	}
+	// The root is free again.
+	if err := serve(t, cfg)(); err != nil {
+		t.Errorf("Serve again: %v", err)
+	}
+}
+
+func TestServeTellsSystemd(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "notify.sock")
+	socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	t.Setenv("NOTIFY_SOCKET", path)
+	if err := socket.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	want := func(state string) {
+		t.Helper()
+		message := make([]byte, 64)
+		n, err := socket.Read(message)
+		if err != nil || string(message[:n]) != state {
+			t.Errorf("systemd is told %q, %v; want %q", message[:n], err, state)
+		}
+	}
+	stop := serve(t, testConfig(t))
+	want("READY=1")
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	want("STOPPING=1")
+}
+
+func TestOneServerForOneRoot(t *testing.T) {
+	cfg := testConfig(t)
+	serve(t, cfg)
+	second := cfg
+	second.State += "2"
+	err := Serve(t.Context(), second)
+	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), cfg.Root) {
+		t.Errorf("a second server on one root: %v, want errdefs.ErrFailedPrecondition with the root", err)
+	}
+}
+
+func TestOneServerForOneAddress(t *testing.T) {
+	cfg := testConfig(t)
+	serve(t, cfg)
+	second := testConfig(t)
+	second.Address = cfg.SocketAddress()
+	err := Serve(t.Context(), second)
+	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), second.Address) {
+		t.Errorf("a second server on one address: %v, want errdefs.ErrFailedPrecondition with the address", err)
+	}
+	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
+	if _, err := client(t, cfg.SocketAddress()).Prepare(ctx, "key", ""); err != nil {
+		t.Errorf("the first server does not answer any more: %v", err)
+	}
+}
+
+func TestStaleSocketIsReplaced(t *testing.T) {
+	cfg := testConfig(t)
+	if err := os.MkdirAll(cfg.State, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	// A bound socket of which nobody listens is what a killed server leaves.
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: cfg.SocketAddress()}); err != nil {
+		t.Fatal(err)
+	}
+	serve(t, cfg)
+}
+
+func TestOtherFileIsNotReplaced(t *testing.T) {
+	cfg := testConfig(t)
+	cfg.Address = filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(cfg.Address, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := Serve(t.Context(), cfg); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), cfg.Address) {
+		t.Errorf("a file at the address: %v, want errdefs.ErrFailedPrecondition with the address", err)
+	}
+	if text, err := os.ReadFile(cfg.Address); err != nil || string(text) != "precious" {
+		t.Errorf("the file reads %q, %v", text, err)
+	}
+}
+
+func TestServeRefusesBadConfig(t *testing.T) {
+	cfg := testConfig(t)
+	cfg.Rung = "stairs"
+	wantError(t, Serve(t.Context(), cfg), "stairs")
+	if _, err := os.Stat(cfg.Root); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a root was made for a configuration that is refused: %v", err)
+	}
+}

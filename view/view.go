@@ -26,6 +26,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
@@ -39,6 +40,13 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
+
+// maxWait is how long a request waits for a build. containerd holds a lock of
+// the snapshotter's during a request: its garbage collector waits for it, and
+// every other request waits for the collector (core/metadata/snapshot.go). A
+// request for a large compressed artifact must not stop the node's other pods;
+// kubelet asks again.
+const maxWait = 20 * time.Second
 
 // Config says where the store keeps what.
 type Config struct {
@@ -63,7 +71,8 @@ type Store struct {
 	content               blobdir.Dir
 	rung                  unpack.Rung
 
-	builds singleflight.Group
+	builds  singleflight.Group
+	maxWait time.Duration
 	// closing ends the builds, which outlive the requests that began them.
 	closing context.Context
 	close   context.CancelFunc
@@ -88,6 +97,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		mounts:  filepath.Join(c.State, "mounts"),
 		content: c.Content,
 		rung:    c.Rung,
+		maxWait: maxWait,
 		wake:    make(chan struct{}, 1),
 		held:    map[string]int{},
 	}
@@ -181,9 +191,10 @@ type View struct {
 func (v *View) Release() { v.release() }
 
 // Acquire mounts the artifact whose manifest or index is target. The Tree is
-// built by the first who asks, once for all who ask meanwhile; when ctx ends
-// the build goes on for the next one. An image that is no artifact is
-// artifact.ErrNotArtifact.
+// built by the first who asks, once for all who ask meanwhile. When ctx ends,
+// or the build takes longer than a request should, the build goes on for the
+// next one; the latter is errdefs.ErrUnavailable. An image that is no artifact
+// is artifact.ErrNotArtifact.
 func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners unpack.IDMap) (*View, error) {
 	id := ID{Manifest: target.Digest, Owners: owners}
 	release := s.hold(id.name())
@@ -209,6 +220,7 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 		defer s.hold(id.name())() // also when all who asked have given up
 		return nil, s.mount(s.closing, id, target)
 	})
+	var err error
 	select {
 	case r := <-build:
 		if r.Err != nil {
@@ -217,9 +229,12 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 		}
 		return &View{ID: id, Path: s.mountpoint(id.name()), release: release}, nil
 	case <-ctx.Done():
-		release()
-		return nil, fmt.Errorf("artifact %s is still being unpacked, which goes on; try again: %w", id.Manifest, ctx.Err())
+		err = ctx.Err()
+	case <-time.After(s.maxWait):
+		err = errdefs.ErrUnavailable
 	}
+	release()
+	return nil, fmt.Errorf("artifact %s is still being unpacked, which goes on; try again: %w", id.Manifest, err)
 }
 
 // begin counts a build, unless the store is closing.

@@ -210,6 +210,21 @@ func TestABuildOutlivesTheRequestThatBeganIt(t *testing.T) {
 	s.wantState(id, true, false)
 }
 
+func TestARequestDoesNotWaitForALongBuild(t *testing.T) {
+	s := newSite(t)
+	s.maxWait = time.Millisecond
+	d := s.pack("bytes")
+	done := make(chan struct{})
+	build := s.builds.DoChan(ID{Manifest: d.Digest}.name(), func() (any, error) { <-done; return nil, nil })
+	if _, err := s.Acquire(context.Background(), d, unpack.IDMap{}); !errdefs.IsUnavailable(err) {
+		t.Errorf("%v, want unavailable", err)
+	}
+	close(done)
+	<-build
+	s.maxWait = time.Minute
+	s.acquire(d).Release()
+}
+
 func TestCloseEndsBuildsAndRefusesMore(t *testing.T) {
 	s := newSite(t)
 	d := s.pack("bytes")

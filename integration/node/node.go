@@ -236,6 +236,23 @@ func (n *Node) StopDaemon() error { return n.daemon.stop(syscall.SIGTERM) }
 // KillDaemon ends the daemon by SIGKILL and waits.
 func (n *Node) KillDaemon() error { return n.daemon.stop(syscall.SIGKILL) }
 
+// QuitDaemon ends the daemon by SIGQUIT, at which Go prints every goroutine,
+// and returns how many it had.
+func (n *Node) QuitDaemon() (goroutines int, err error) {
+	before, err := os.ReadFile(n.logPath("daemon"))
+	if err != nil {
+		return 0, err
+	}
+	if err := n.daemon.stop(syscall.SIGQUIT); err != nil {
+		return 0, err
+	}
+	after, err := os.ReadFile(n.logPath("daemon"))
+	if err != nil {
+		return 0, err
+	}
+	return strings.Count(string(after[len(before):]), "\ngoroutine "), nil
+}
+
 // DaemonPID is the daemon's process ID.
 func (n *Node) DaemonPID() int { return n.daemon.cmd.Process.Pid }
 

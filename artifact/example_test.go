@@ -6,7 +6,6 @@ package artifact_test
 import (
 	"context"
 	"fmt"
-	"log"
 	"os"
 	"path/filepath"
 
@@ -21,17 +20,17 @@ import (
 func ExampleRead() {
 	root, err := os.MkdirTemp("", "example")
 	if err != nil {
-		log.Fatal(err)
+		panic(err)
 	}
 	defer os.RemoveAll(root)
 	store := func(content string) digest.Digest {
 		dgst := digest.FromString(content)
 		path := blobdir.Dir(root).Path(dgst)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			log.Fatal(err)
+			panic(err)
 		}
 		if err := os.WriteFile(path, []byte(content), 0o444); err != nil {
-			log.Fatal(err)
+			panic(err)
 		}
 		return dgst
 	}
@@ -57,11 +56,11 @@ func ExampleRead() {
 	dir := blobdir.Dir(root)
 	target, err := dir.Find(manifest.Encoded())
 	if err != nil {
-		log.Fatal(err)
+		panic(err)
 	}
 	a, err := artifact.Read(context.Background(), dir, target)
 	if err != nil {
-		log.Fatal(err)
+		panic(err)
 	}
 	fmt.Println(a.Type)
 	for _, l := range a.Layers {

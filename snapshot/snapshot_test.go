@@ -74,10 +74,10 @@ func (n *node) cleanup(t *testing.T) {
 }
 
 // pack puts an artifact of one file into the content store.
-func (n *node) pack(t *testing.T, content string) ocispec.Descriptor {
+func (n *node) pack(t *testing.T) ocispec.Descriptor {
 	t.Helper()
 	a := pack.Artifact{Layers: []pack.Layer{{
-		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte(content),
+		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte("bytes"),
 		Annotations: map[string]string{"org.cncf.model.filepath": "weights"},
 	}}}
 	d, err := a.WriteTo(n.content)
@@ -115,7 +115,7 @@ func TestContainerdsOwnSuite(t *testing.T) {
 
 func TestAnImageVolumeOfAnArtifactIsAView(t *testing.T) {
 	n := newNode(t)
-	d := n.pack(t, "bytes")
+	d := n.pack(t)
 	mounts, err := n.Prepare(ctx, key("pod", d), "")
 	if err != nil {
 		t.Fatal(err)
@@ -165,7 +165,7 @@ func TestAnImageVolumeOfAnArtifactIsAView(t *testing.T) {
 
 func TestWalkShowsBothKinds(t *testing.T) {
 	n := newNode(t)
-	d := n.pack(t, "bytes")
+	d := n.pack(t)
 	if _, err := n.Prepare(ctx, key("pod", d), ""); err != nil {
 		t.Fatal(err)
 	}
@@ -192,7 +192,7 @@ func TestWalkShowsBothKinds(t *testing.T) {
 
 func TestTheLastRemoveTakesTheMount(t *testing.T) {
 	n := newNode(t)
-	d := n.pack(t, "bytes")
+	d := n.pack(t)
 	var source string
 	for _, pod := range []string{"a", "b"} {
 		mounts, err := n.Prepare(ctx, key(pod, d), "")
@@ -221,7 +221,7 @@ func TestTheLastRemoveTakesTheMount(t *testing.T) {
 
 func TestViewsSurviveARestartAndARebootOfTheNode(t *testing.T) {
 	n := newNode(t)
-	d := n.pack(t, "bytes")
+	d := n.pack(t)
 	mounts, err := n.Prepare(ctx, key("pod", d), "")
 	if err != nil {
 		t.Fatal(err)
@@ -247,7 +247,7 @@ func TestViewsSurviveARestartAndARebootOfTheNode(t *testing.T) {
 
 func TestLabelsOfAViewChangeButForWhatItShows(t *testing.T) {
 	n := newNode(t)
-	d := n.pack(t, "bytes")
+	d := n.pack(t)
 	mapping := map[string]string{snapshots.LabelSnapshotUIDMapping: "0:1000:10", snapshots.LabelSnapshotGIDMapping: "0:1000:10"}
 	if _, err := n.Prepare(ctx, key("pod", d), "", snapshots.WithLabels(mapping)); err != nil {
 		t.Fatal(err)

@@ -120,7 +120,7 @@ func (w *writer) members(s *stream, layer int) error {
 	for {
 		end := (s.n + blockSize - 1) / blockSize * blockSize
 		h, err := r.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			if s.n < end+blockSize {
 				return fmt.Errorf("it has no end-of-archive marker: %w", io.ErrUnexpectedEOF)
 			}
@@ -148,7 +148,7 @@ func (w *writer) trailer(s *stream) error {
 				return fmt.Errorf("there is garbage behind the end of the archive: %w", errdefs.ErrInvalidArgument)
 			}
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {

@@ -71,7 +71,7 @@ func (s *Store) watch(ctx context.Context) <-chan struct{} {
 			log.G(ctx).WithError(err).Warn("cannot watch for deleted blobs; looking every minute")
 			return
 		}
-		defer w.Close()
+		defer func() { _ = w.Close() }()
 		tick := time.NewTicker(sweepEvery)
 		defer tick.Stop()
 		for {
@@ -100,7 +100,7 @@ func forward(ctx context.Context, w *fsnotify.Watcher, tick <-chan time.Time, de
 			if !e.Has(fsnotify.Remove) && !e.Has(fsnotify.Rename) {
 				continue
 			}
-		case <-w.Errors: // an overflow: something may have been missed
+		case <-w.Errors: //nolint:errcheck // an overflow: something may have been missed
 		}
 		select {
 		case deleted <- struct{}{}:

@@ -44,16 +44,11 @@ type document struct {
 	Manifests    []ocispec.Descriptor `json:"manifests"`
 }
 
-// Resolve returns the manifest that target stands for, with its media type,
-// digest and size: target itself if it is a manifest; of an index, the best
-// match for this platform, else the only manifest, whatever its platform,
-// because most artifacts do not depend on one. It does not say whether the
-// manifest is an artifact's.
-func Resolve(ctx context.Context, blobs content.Provider, target ocispec.Descriptor) (ocispec.Descriptor, error) {
-	desc, _, err := resolve(ctx, blobs, target)
-	return desc, err
-}
-
+// resolve returns the manifest that target stands for, with its media type,
+// digest and size, and what it says: target itself if it is a manifest; of an
+// index, the best match for this platform, else the only manifest, whatever
+// its platform, because most artifacts do not depend on one. It does not say
+// whether the manifest is an artifact's.
 func resolve(ctx context.Context, blobs content.Provider, target ocispec.Descriptor) (ocispec.Descriptor, document, error) {
 	for range maxIndexDepth + 1 {
 		raw, err := readBlob(ctx, blobs, target, "manifest", maxManifestSize)

@@ -57,7 +57,7 @@ func TestIndexIsResolved(t *testing.T) {
 		for _, mediaType := range []string{ocispec.MediaTypeImageIndex, images.MediaTypeDockerSchema2ManifestList, ""} {
 			t.Run(test.name+" "+mediaType, func(t *testing.T) {
 				target := ocispec.Descriptor{Digest: b.addIndex(t, mediaType, test.manifests...).Digest}
-				got, err := Resolve(t.Context(), b, target)
+				got, _, err := resolve(t.Context(), b, target)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -92,7 +92,7 @@ func TestIndexWithoutAManifestForThisNodeIsRefused(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			target := b.addIndex(t, ocispec.MediaTypeImageIndex, test.manifests...)
-			_, err := Resolve(t.Context(), b, target)
+			_, _, err := resolve(t.Context(), b, target)
 			wantError(t, err, errdefs.ErrInvalidArgument, append(test.texts, "index "+target.Digest.String())...)
 		})
 	}
@@ -102,7 +102,7 @@ func TestIndexWithoutAManifestForThisNodeIsRefused(t *testing.T) {
 			many[i] = one
 			many[i].Platform = &ocispec.Platform{OS: "\x1b[2J", Architecture: strings.Repeat("x", 100)}
 		}
-		_, err := Resolve(t.Context(), b, b.addIndex(t, ocispec.MediaTypeImageIndex, many...))
+		_, _, err := resolve(t.Context(), b, b.addIndex(t, ocispec.MediaTypeImageIndex, many...))
 		wantError(t, err, errdefs.ErrInvalidArgument, "among 5000")
 		if strings.Contains(err.Error(), "\x1b") {
 			t.Errorf("control characters in %q", err)
@@ -115,11 +115,11 @@ func TestIndexesAreNestedToADepth(t *testing.T) {
 	target := b.addPlain(t, "file", nil)
 	for depth := 1; depth <= maxIndexDepth; depth++ {
 		target = b.addIndex(t, ocispec.MediaTypeImageIndex, target)
-		if _, err := Resolve(t.Context(), b, target); err != nil {
+		if _, _, err := resolve(t.Context(), b, target); err != nil {
 			t.Errorf("depth %d: %v", depth, err)
 		}
 	}
-	_, err := Resolve(t.Context(), b, b.addIndex(t, ocispec.MediaTypeImageIndex, target))
+	_, _, err := resolve(t.Context(), b, b.addIndex(t, ocispec.MediaTypeImageIndex, target))
 	wantError(t, err, errdefs.ErrInvalidArgument, "nested more than 3 deep")
 }
 
@@ -161,7 +161,7 @@ func TestMediaTypeOfTarget(t *testing.T) {
 				t.Fatal(err)
 			}
 			want := ocispec.Descriptor{MediaType: test.want, Digest: target.Digest, Size: target.Size}
-			if got, err := Resolve(t.Context(), b, target); err != nil || got.MediaType != want.MediaType || got.Size != want.Size {
+			if got, _, err := resolve(t.Context(), b, target); err != nil || got.MediaType != want.MediaType || got.Size != want.Size {
 				t.Errorf("resolved to %+v, %v; want %+v", got, err, want)
 			}
 			if a.Manifest.MediaType != want.MediaType || a.Manifest.Digest != want.Digest || a.Manifest.Size != want.Size {

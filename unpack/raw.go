@@ -13,6 +13,7 @@ import (
 	"runtime"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
@@ -49,7 +50,7 @@ func (w *writer) rawFile(ctx context.Context, f artifact.File, blob ocispec.Desc
 		if err != nil {
 			return err
 		}
-		if err := unix.Linkat(unix.AT_FDCWD, filepath.Join(w.dir, dataDir, blob.Digest.Encoded()), dir, base, 0); err != nil {
+		if err := unix.Linkat(unix.AT_FDCWD, w.retained(blob.Digest), dir, base, 0); err != nil {
 			return &os.LinkError{Op: "link", Old: blob.Digest.String(), New: f.Path, Err: err}
 		}
 		return nil
@@ -61,7 +62,7 @@ func (w *writer) rawFile(ctx context.Context, f artifact.File, blob ocispec.Desc
 	switch {
 	case blob.Size == 0:
 	case w.Rung == Overlay:
-		err = makeMetacopy(dst, blob.Digest.Encoded(), blob.Size)
+		err = makeMetacopy(dst, w.blobs[blob.Digest], blob.Size)
 	default:
 		err = w.fill(ctx, dst, blob)
 	}
@@ -139,7 +140,7 @@ func (w *writer) retainAll(ctx context.Context, a *artifact.Artifact) error {
 // for another Tree, else by a new copy that later Trees can link to. The same
 // blob may stand in many layers.
 func (w *writer) retain(ctx context.Context, blob ocispec.Descriptor) error {
-	target := filepath.Join(w.dir, dataDir, blob.Digest.Encoded())
+	target := w.retained(blob.Digest)
 	src, shared := w.Blobs.Path(blob.Digest), filepath.Join(w.Copies, blob.Digest.Encoded())
 	err := os.Link(src, target)
 	switch {
@@ -165,6 +166,11 @@ func (w *writer) retain(ctx context.Context, blob ocispec.Descriptor) error {
 		return err
 	}
 	return checkSize(fi, blob)
+}
+
+// retained is the path of a blob in data/.
+func (w *writer) retained(d digest.Digest) string {
+	return filepath.Join(w.dir, dataDir, w.blobs[d])
 }
 
 func (w *writer) copy(ctx context.Context, target string, blob ocispec.Descriptor) error {

@@ -31,7 +31,7 @@ import (
 // The entries of a Tree's directory.
 const (
 	fsDir    = "fs"        // what the mounted Tree shows
-	dataDir  = "data"      // the blobs that it retains, each under its encoded digest
+	dataDir  = "data"      // the blobs that it retains, numbered
 	metaFile = "tree.json" // the Tree itself, see Tree
 )
 

@@ -539,7 +539,7 @@ func TestBlobsOfAnotherFileSystemAreCopiedOnce(t *testing.T) {
 			}
 			var first, second unix.Stat_t
 			for dir, st := range map[string]*unix.Stat_t{"tree": &first, "second": &second} {
-				if err := unix.Stat(filepath.Join(s.root, dir, dataDir, l.Descriptor.Digest.Encoded()), st); err != nil {
+				if err := unix.Stat(filepath.Join(s.root, dir, dataDir, "0"), st); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -12,10 +12,12 @@ import (
 	"os"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
@@ -63,6 +65,10 @@ type writer struct {
 	// directory by directory, and each walk from root costs an open per level.
 	parent     *os.File
 	parentName string
+	// blobs names the blobs of raw layers in data/. The names are short, for a
+	// file has to fit its redirect to one into what an inode of ext4 has left
+	// for attributes (92 bytes of 256), or each takes a block for it.
+	blobs map[digest.Digest]string
 	// nodes is every entry of fs by its clean path, "." for fs itself.
 	nodes map[string]*node
 	// implied are the attributes of a directory that no layer describes.
@@ -88,6 +94,12 @@ func newWriter(dir string, a *artifact.Artifact, o Options) (*writer, error) {
 		shift:   s,
 		implied: attrs{mode: 0o755, mtime: a.Created},
 		buf:     make([]byte, 256<<10),
+	}
+	w.blobs = map[digest.Digest]string{}
+	for _, l := range a.Layers {
+		if _, ok := w.blobs[l.Descriptor.Digest]; !ok && l.Format == artifact.FormatRaw {
+			w.blobs[l.Descriptor.Digest] = strconv.Itoa(len(w.blobs))
+		}
 	}
 	w.nodes = map[string]*node{".": {kind: directory, layer: -1, attrs: w.implied}}
 	for _, d := range []string{fsDir, dataDir} {
@@ -255,14 +267,13 @@ func (w *writer) setAttrs(name string, k kind, a attrs) error {
 	w.inodes++
 	w.size += st.Blocks * 512
 	uid, gid := w.shift.owner(a.uid, a.gid)
-	chown := st.Uid != uid || st.Gid != gid
-	if chown {
+	if st.Uid != uid || st.Gid != gid {
 		if err := unix.Fchownat(dir, base, int(uid), int(gid), unix.AT_SYMLINK_NOFOLLOW); err != nil {
 			return &fs.PathError{Op: "chown", Path: name, Err: err}
 		}
 	}
-	// chown may have cleared bits of the mode.
-	if mode := unixMode(a.mode); k != symlink && (chown || st.Mode&0o7777 != mode) {
+	// After a chown, which clears the special bits that a directory may have.
+	if mode := unixMode(a.mode); k != symlink && (mode > 0o777 || st.Mode&0o7777 != mode) {
 		if err := unix.Fchmodat(dir, base, mode, 0); err != nil {
 			return &fs.PathError{Op: "chmod", Path: name, Err: err}
 		}

@@ -200,15 +200,16 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 	release := s.hold(id.name())
 	// The common case needs no JSON: the Tree is there, under the digest that
 	// was asked for.
+	var a *artifact.Artifact
 	if !s.has(id) {
-		m, err := artifact.Resolve(ctx, s.content, target)
-		if err != nil {
+		var err error
+		if a, err = artifact.Read(ctx, s.content, target); err != nil {
 			release()
 			return nil, err
 		}
-		if m.Digest != target.Digest { // of an index, this platform's
+		if a.Manifest.Digest != target.Digest { // of an index, this platform's
 			release()
-			target, id.Manifest = m, m.Digest
+			id.Manifest = a.Manifest.Digest
 			release = s.hold(id.name())
 		}
 	}
@@ -218,7 +219,7 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 		}
 		defer s.running.Done()
 		defer s.hold(id.name())() // also when all who asked have given up
-		return nil, s.mount(s.closing, id, target)
+		return nil, s.mount(s.closing, id, a)
 	})
 	var err error
 	select {
@@ -268,13 +269,13 @@ func (s *Store) has(id ID) bool {
 	return err == nil
 }
 
-// mount makes sure that the Tree of id, the artifact of the manifest m, is
-// there and mounted.
-func (s *Store) mount(ctx context.Context, id ID, m ocispec.Descriptor) error {
+// mount makes sure that the Tree of id is there and mounted. The artifact may be
+// nil if the Tree was there when it was taken hold of.
+func (s *Store) mount(ctx context.Context, id ID, a *artifact.Artifact) error {
 	name := id.name()
 	t, err := unpack.Load(filepath.Join(s.trees, name))
 	if errors.Is(err, os.ErrNotExist) {
-		t, err = s.build(ctx, id, m)
+		t, err = s.build(ctx, id, a)
 	}
 	if err != nil {
 		return err
@@ -290,10 +291,9 @@ func (s *Store) mount(ctx context.Context, id ID, m ocispec.Descriptor) error {
 }
 
 // build makes a Tree beside the others and renames it into place complete.
-func (s *Store) build(ctx context.Context, id ID, m ocispec.Descriptor) (*unpack.Tree, error) {
-	a, err := artifact.Read(ctx, s.content, m)
-	if err != nil {
-		return nil, err
+func (s *Store) build(ctx context.Context, id ID, a *artifact.Artifact) (*unpack.Tree, error) {
+	if a == nil { // somebody has deleted it by hand
+		return nil, fmt.Errorf("the tree of artifact %s has just gone, try again: %w", id.Manifest, errdefs.ErrUnavailable)
 	}
 	tmp, err := os.MkdirTemp(s.trees, "new-")
 	if err != nil {

@@ -1,0 +1,196 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/proxy"
+	"github.com/containerd/containerd/v2/pkg/dialer"
+	modelspec "github.com/modelpack/model-spec/specs-go/v1"
+	"github.com/opencontainers/go-digest"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+)
+
+const (
+	mib = 1 << 20
+	gib = 1 << 30
+	tib = 1 << 40
+
+	smallRounds = 51 // of an artifact with 1 or 10 files
+	largeRounds = 11 // with 2,000
+	artifacts   = 100
+)
+
+// preparer prepares image volumes through the daemon's socket, as containerd
+// does when it creates a pod's container.
+type preparer struct {
+	snapshots.Snapshotter
+	*node.Node
+	made, volumes int
+}
+
+func measurePrepare(ctx context.Context, r *report) {
+	progress("starting a node for Prepare")
+	n := must(node.Start(ctx, node.Options{}))
+	defer tidy(n.Stop)
+	_, version, _ := strings.Cut(must(n.Crictl("version")), "RuntimeVersion:")
+	r.containerd = strings.Fields(version)[0]
+	// The artifacts are put into the blob directory by hand, and containerd
+	// would collect them as garbage.
+	check(n.StopContainerd())
+	conn := must(grpc.NewClient(dialer.DialAddress(filepath.Join(n.Dir, "daemon.sock")),
+		grpc.WithTransportCredentials(insecure.NewCredentials())))
+	defer tidy(conn.Close)
+	p := &preparer{Snapshotter: proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "artifact"), Node: n}
+	for _, target := range p.some(3, p.raw(1, mib)) { // the first ones wake up everything
+		p.prepare(ctx, target)
+	}
+	p.bytes(ctx, r)
+	p.files(ctx, r, 10, smallRounds, 5)
+	p.files(ctx, r, 2000, largeRounds, 100)
+	p.memory(ctx, r, "raw artifacts of 1 GiB in 10 files", p.raw(10, gib/10))
+	p.memory(ctx, r, "tar+gzip artifacts of 2.5 MiB in 10 files", gzipped)
+}
+
+// bytes compares artifacts whose only difference is the size of their file.
+func (p *preparer) bytes(ctx context.Context, r *report) {
+	targets := [2][]digest.Digest{p.some(smallRounds, p.raw(1, mib)), p.some(smallRounds, p.raw(1, tib))}
+	r.disk.sync()
+	var took [2]sample
+	for round := range smallRounds {
+		for turn := range 2 {
+			i := (turn + round) % 2 // neither is always the first
+			took[i] = append(took[i], p.prepare(ctx, targets[i][round]))
+		}
+	}
+	noise := 0.0
+	for _, s := range took {
+		noise = max(noise, s.quantile(0.75)-s.quantile(0.25))
+	}
+	r.add("`Prepare`, one raw file of 1 TiB against one of 1 MiB",
+		took[1].format("%.2f", " ms")+" against "+took[0].format("%.2f", " ms"),
+		fmt.Sprintf("same ± %.2f ms, the middle half of the rounds", noise),
+		math.Abs(took[1].median()-took[0].median()) <= noise)
+}
+
+// files prepares artifacts of 1 GiB for two pods each.
+func (p *preparer) files(ctx context.Context, r *report, files, rounds int, limit float64) {
+	targets := p.some(rounds, p.raw(files, gib/int64(files)))
+	before := r.disk.used()
+	var took [2]sample
+	for _, target := range targets {
+		for pod := range took {
+			took[pod] = append(took[pod], p.prepare(ctx, target))
+		}
+	}
+	added := (r.disk.used() - before) / float64(rounds)
+	for pod, s := range took {
+		r.add(fmt.Sprintf("`Prepare`, %d raw files, %s pod", files, [2]string{"first", "second"}[pod]),
+			s.format("%.2f", " ms"), fmt.Sprintf("≤ %.0f ms", limit), s.median() <= limit)
+	}
+	r.add(fmt.Sprintf("disk added by a raw artifact of 1 GiB in %d files", files),
+		fmt.Sprintf("**%.0f KiB**, %.3f %%", added/1024, 100*added/gib), "≤ 1 %", added <= gib/100)
+}
+
+// memory measures a daemon that was just started.
+func (p *preparer) memory(ctx context.Context, r *report, kind string, layer layerMaker) {
+	progress("making %d %s", artifacts, kind)
+	targets := p.some(artifacts, layer)
+	check(p.StopDaemon())
+	check(p.StartDaemon())
+	status := fmt.Sprintf("/proc/%d/status", p.DaemonPID())
+	start := mebibytes(status, "VmRSS")
+	for _, target := range targets {
+		p.prepare(ctx, target)
+	}
+	end := mebibytes(status, "VmRSS")
+	r.add(fmt.Sprintf("daemon's resident memory after %d %s", artifacts, kind),
+		fmt.Sprintf("**%.1f MiB** (%.1f at the start, peak %.1f)", end, start, mebibytes(status, "VmHWM")), "< 40 MiB", end < 40)
+}
+
+// prepare is the image volume of another pod; it returns the milliseconds.
+func (p *preparer) prepare(ctx context.Context, target digest.Digest) float64 {
+	p.volumes++
+	// internal/cri/server/container_image_mount.go of containerd, behind the
+	// prefix that containerd's metadata adds.
+	key := fmt.Sprintf("k8s.io/%d/%s/io.containerd.grpc.v1.cri/image-volumes/%064x/%s", p.volumes, p.State, p.volumes, target.Encoded())
+	start := time.Now()
+	_, err := p.Prepare(ctx, key, "")
+	took := time.Since(start)
+	check(err)
+	return float64(took.Microseconds()) / 1000
+}
+
+// layerMaker makes the layers of the artifact with a number.
+type layerMaker func(artifact int) []pack.Layer
+
+// some writes artifacts that are all different into the blob directory.
+func (p *preparer) some(count int, layers layerMaker) (targets []digest.Digest) {
+	for range count {
+		p.made++
+		a := pack.Artifact{ArtifactType: modelspec.ArtifactTypeModelManifest, Layers: layers(p.made)}
+		targets = append(targets, must(a.WriteTo(p.ContentRoot)).Digest)
+	}
+	return targets
+}
+
+// raw makes files as sparse blobs under made-up digests: nothing reads them.
+func (p *preparer) raw(files int, size int64) layerMaker {
+	return func(artifact int) (layers []pack.Layer) {
+		dir := filepath.Join(p.ContentRoot, "blobs", "sha256")
+		check(os.MkdirAll(dir, 0o755))
+		for i := range files {
+			d := digest.FromString(fmt.Sprint(artifact, " ", i))
+			blob := filepath.Join(dir, d.Encoded())
+			check(os.WriteFile(blob, nil, 0o444))
+			check(os.Truncate(blob, size))
+			layers = append(layers, pack.Layer{
+				MediaType: modelspec.MediaTypeModelWeightRaw, Annotations: annotations(i, size), Digest: d, Size: size,
+			})
+		}
+		return layers
+	}
+}
+
+// gzipped makes ten tars of one file each that does not compress.
+func gzipped(artifact int) (layers []pack.Layer) {
+	random := rand.NewChaCha8([32]byte{byte(artifact), byte(artifact >> 8)})
+	for i := range 10 {
+		member := pack.Member{Data: make([]byte, mib/4)}
+		member.Name, member.Mode = name(i), 0o644
+		must(random.Read(member.Data))
+		tar := must(pack.TarOf(member))
+		layers = append(layers, pack.Layer{
+			MediaType: modelspec.MediaTypeModelWeightGzip, Annotations: annotations(i, mib/4),
+			Data: must(pack.Gzip(tar)), DiffID: digest.FromBytes(tar),
+		})
+	}
+	return layers
+}
+
+// name is in a directory of a hundred, and in lexical order, as packers have it.
+func name(i int) string { return fmt.Sprintf("shards/%02d/%04d.safetensors", i/100, i) }
+
+// annotations are as the reference packer writes them, with a user that is not root.
+func annotations(i int, size int64) map[string]string {
+	return map[string]string{
+		modelspec.AnnotationFilepath: name(i),
+		modelspec.AnnotationFileMetadata: fmt.Sprintf(
+			`{"name":"%04d.safetensors","mode":420,"uid":1000,"gid":1000,"size":%d,"mtime":"2024-02-03T04:05:06.789Z","typeflag":0}`, i, size),
+	}
+}

@@ -371,7 +371,7 @@ func TestConfigBlob(t *testing.T) {
 		target := b.addManifest(t, anyConfig, modelTitle, x)
 		delete(b, digest.FromString(modelTitle))
 		_, err := Read(t.Context(), b, target)
-		wantError(t, err, errdefs.ErrNotFound, "config "+digest.FromString(modelTitle).String(), "pull may be incomplete")
+		wantError(t, err, errdefs.ErrNotFound, "config "+digest.FromString(modelTitle).String(), "pull it again")
 	})
 	t.Run("corrupt", func(t *testing.T) {
 		b := blobs{}

@@ -146,7 +146,7 @@ func readBlob(ctx context.Context, blobs content.Provider, desc ocispec.Descript
 	}
 	ra, err := blobs.ReaderAt(ctx, desc)
 	if errdefs.IsNotFound(err) {
-		return nil, fmt.Errorf("%s %s is not on this node, the pull may be incomplete, pull the artifact again: %w", what, desc.Digest, err)
+		return nil, fmt.Errorf("%s %s is not on this node; delete the image and pull it again: %w", what, desc.Digest, err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s %s: %w", what, desc.Digest, err)
@@ -180,5 +180,5 @@ func validDigest(d digest.Digest) error {
 	if errors.Is(err, digest.ErrDigestUnsupported) {
 		err = errors.New("unsupported algorithm, not sha256, sha384 or sha512")
 	}
-	return fmt.Errorf("digest %.255q: %w: %w", d, err, errdefs.ErrInvalidArgument)
+	return fmt.Errorf("digest %.255q: %v: %w", d, err, errdefs.ErrInvalidArgument)
 }

@@ -177,12 +177,12 @@ func TestManifestBlob(t *testing.T) {
 	t.Run("missing", func(t *testing.T) {
 		missing := digest.FromString("missing")
 		_, err := Read(t.Context(), b, ocispec.Descriptor{Digest: missing})
-		wantError(t, err, errdefs.ErrNotFound, "manifest "+missing.String(), "pull may be incomplete")
+		wantError(t, err, errdefs.ErrNotFound, "manifest "+missing.String(), "pull it again")
 	})
 	t.Run("missing, named by an index", func(t *testing.T) {
 		missing := ocispec.Descriptor{Digest: digest.FromString("missing"), Platform: here}
 		_, err := Read(t.Context(), b, b.addIndex(t, ocispec.MediaTypeImageIndex, good, missing))
-		wantError(t, err, errdefs.ErrNotFound, "manifest "+missing.Digest.String(), "pull may be incomplete")
+		wantError(t, err, errdefs.ErrNotFound, "manifest "+missing.Digest.String(), "pull it again")
 	})
 	t.Run("corrupt", func(t *testing.T) {
 		corrupt := digest.FromString("what it was")

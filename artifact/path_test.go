@@ -33,7 +33,7 @@ func TestCleanPath(t *testing.T) {
 		"tab\tnew\nline":  "tab\tnew\nline",
 		"\xff\xfe":        "\xff\xfe",
 		name255:           name255,
-		dirs(4095):        dirs(4095),
+		dirs(257):         dirs(257),
 		strings.Repeat("./", 1<<16) + "a" + strings.Repeat("/", 1<<16): "a",
 	} {
 		got, err := CleanPath(name)
@@ -44,26 +44,28 @@ func TestCleanPath(t *testing.T) {
 }
 
 func TestCleanPathRefuses(t *testing.T) {
+	name251 := strings.Repeat("n", 251)
 	for name, why := range map[string]string{
-		"":                          "names no file",
-		".":                         "names no file",
-		"./":                        "names no file",
-		"././/.":                    "names no file",
-		"/":                         "absolute",
-		"/etc/passwd":               "absolute",
-		"//a":                       "absolute",
-		"..":                        `".."`,
-		"../a":                      `".."`,
-		"a/../b":                    `".."`,
-		"a/..":                      `".."`,
-		"./../a":                    `".."`,
-		"a\x00b":                    "NUL",
-		"a/\x00":                    "NUL",
-		strings.Repeat("n", 256):    "256 bytes, over the limit of 255",
-		"a/" + dirs(4094):           "4096 bytes, over the limit of 4095",
-		strings.Repeat("ü", 128):    "256 bytes",
-		"evil\x1b[2J/..":            `"evil\x1b[2J/.."`,
-		strings.Repeat("\x00", 1e6): "NUL",
+		"":                              "names no file",
+		".":                             "names no file",
+		"./":                            "names no file",
+		"././/.":                        "names no file",
+		"/":                             "absolute",
+		"/etc/passwd":                   "absolute",
+		"//a":                           "absolute",
+		"..":                            `".."`,
+		"../a":                          `".."`,
+		"a/../b":                        `".."`,
+		"a/..":                          `".."`,
+		"./../a":                        `".."`,
+		"a\x00b":                        "NUL",
+		"a/\x00":                        "NUL",
+		strings.Repeat("n", 256):        "256 bytes, over the limit of 255",
+		dirs(259):                       "129 directories, over the limit of 128",
+		strings.Repeat(name251+"/", 17): "over the limit of 4095",
+		strings.Repeat("ü", 128):        "256 bytes",
+		"evil\x1b[2J/..":                `"evil\x1b[2J/.."`,
+		strings.Repeat("\x00", 1e6):     "NUL",
 	} {
 		got, err := CleanPath(name)
 		if got != "" {

@@ -224,6 +224,7 @@ func (s *snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 			info.Labels = map[string]string{}
 		}
 		for _, label := range []string{LabelArtifact, snapshots.LabelSnapshotUIDMapping, snapshots.LabelSnapshotGIDMapping} {
+			delete(info.Labels, label)
 			if value, ok := old.Labels[label]; ok {
 				info.Labels[label] = value
 			}

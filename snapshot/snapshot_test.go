@@ -264,6 +264,18 @@ func TestLabelsOfAViewChangeButForWhatItShows(t *testing.T) {
 	}
 }
 
+func TestNoLabelShiftsTheOwnersOfAView(t *testing.T) {
+	n := newNode(t)
+	d := n.pack(t)
+	if _, err := n.Prepare(ctx, key("pod", d), ""); err != nil {
+		t.Fatal(err)
+	}
+	info, err := n.Update(ctx, snapshots.Info{Name: key("pod", d), Labels: map[string]string{snapshots.LabelSnapshotUIDMapping: "0:1:2"}}, "labels")
+	if err != nil || info.Labels[snapshots.LabelSnapshotUIDMapping] != "" {
+		t.Errorf("%v, %v", info.Labels, err)
+	}
+}
+
 func TestNoLabelMakesAnOrdinarySnapshotAView(t *testing.T) {
 	n := newNode(t)
 	hostile := map[string]string{LabelArtifact: "sha256:" + strings.Repeat("0", 64)}

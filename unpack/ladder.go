@@ -11,6 +11,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 // Rung is a way to lay out raw layers. Each needs less of the node than the
@@ -40,7 +41,9 @@ var probes = map[Rung]func(dir string) error{
 }
 
 // Probe returns the best rung that works in root, by trying each with a real
-// mount, and why the better ones do not (nil if the first works).
+// mount, and why the better ones do not (nil if the first works). What is
+// lacking for the moment, such as disk space, says nothing of a rung: then there
+// is none.
 func Probe(root string) (Rung, error) {
 	var why error
 	for _, r := range Rungs {
@@ -49,6 +52,11 @@ func Probe(root string) (Rung, error) {
 			return r, why
 		}
 		why = errors.Join(why, err)
+		for _, passing := range []error{errdefs.ErrResourceExhausted, unix.EMFILE, unix.ENFILE, unix.ENOMEM} {
+			if errors.Is(err, passing) {
+				return "", why
+			}
+		}
 	}
 	return "", why
 }
@@ -61,11 +69,11 @@ func Try(root string, r Rung) error {
 	}
 	dir, err := os.MkdirTemp(root, "probe-")
 	if err != nil {
-		return err
+		return fmt.Errorf("rung %q cannot be tried in %s: %w", r, root, outOfSpace(err))
 	}
 	defer os.RemoveAll(dir)
 	if err := probe(dir); err != nil {
-		return fmt.Errorf("rung %q does not work in %s: %w", r, root, err)
+		return fmt.Errorf("rung %q does not work in %s: %w", r, root, outOfSpace(err))
 	}
 	return nil
 }

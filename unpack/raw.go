@@ -106,7 +106,7 @@ func (w *writer) open(blob ocispec.Descriptor) (*os.File, error) {
 
 func (w *writer) explain(err error) error {
 	if errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("its blob is not in %s; the pull is incomplete, pull the artifact again: %w", w.Blobs, errdefs.ErrNotFound)
+		return fmt.Errorf("its blob is not in %s; delete the image and pull it again: %w", w.Blobs, errdefs.ErrNotFound)
 	}
 	return err
 }
@@ -144,9 +144,7 @@ func (w *writer) retain(ctx context.Context, blob ocispec.Descriptor) error {
 	src, shared := w.Blobs.Path(blob.Digest), filepath.Join(w.Copies, blob.Digest.Encoded())
 	err := os.Link(src, target)
 	switch {
-	case errors.Is(err, os.ErrExist):
-		return nil
-	case err == nil:
+	case err == nil, errors.Is(err, os.ErrExist): // it may be the second layer of this digest
 	case errors.Is(err, unix.EXDEV), errors.Is(err, unix.EMLINK), errors.Is(err, unix.EPERM), errors.Is(err, unix.EOPNOTSUPP):
 		if err := os.Link(shared, target); err == nil {
 			break

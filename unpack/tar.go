@@ -6,19 +6,19 @@ package unpack
 import (
 	"archive/tar"
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"math"
-	"path"
+	"os"
 	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
-	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
@@ -31,7 +31,16 @@ const (
 	// xattrPrefix is of the PAX records that hold extended attributes.
 	xattrPrefix = "SCHILY.xattr."
 	blockSize   = 512 // of a tar
+	// maxPadding bounds the zeros behind an archive. Tools pad to a record, of
+	// 10 KiB mostly.
+	maxPadding = 1 << 20
+	// maxTarget is the longest target of a symlink (PATH_MAX).
+	maxTarget = 4095
 )
+
+// extractions bounds how many archives are extracted at once, and so the memory
+// for their windows. More of them would not be quicker.
+var extractions = make(chan struct{}, 4)
 
 // decompressors are data: a compression and how to read it. Each reader fails
 // on trailing garbage by itself, being multi-stream.
@@ -58,25 +67,29 @@ func (w *writer) tar(ctx context.Context, l artifact.Layer) error {
 	if !ok {
 		return fmt.Errorf("compression %q: %w", l.Compression, errdefs.ErrNotImplemented)
 	}
-	flat, err := decompress(bufio.NewReaderSize(reader{ctx, blob}, len(w.buf)))
+	select {
+	case extractions <- struct{}{}:
+		defer func() { <-extractions }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	flat, err := decompress(bufio.NewReaderSize(blob, len(w.buf)))
 	if err != nil {
-		return fmt.Errorf("it is not %s: %w: %w", l.Compression, err, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("it is not %s: %v: %w", l.Compression, err, errdefs.ErrInvalidArgument)
 	}
 	defer flat.Close()
 	want := l.DiffID
 	if want == "" && l.Compression == artifact.CompressionNone {
 		want = l.Descriptor.Digest
 	}
+	s := &stream{r: reader{ctx, flat}}
 	if want == "" {
-		want = digest.FromString("") // its algorithm; nothing says which digest to expect
+		return badStream(w.members(s, l.Index))
 	}
 	hash := want.Algorithm().Digester()
-	s := &stream{r: io.TeeReader(flat, hash.Hash())}
+	s.r = io.TeeReader(s.r, hash.Hash())
 	if err := w.members(s, l.Index); err != nil {
 		return badStream(err)
-	}
-	if l.DiffID == "" && l.Compression != artifact.CompressionNone {
-		return nil
 	}
 	if got := hash.Digest(); got != want {
 		return fmt.Errorf("its content has the digest %s, the config lists the DiffID %s: %w", got, want, errdefs.ErrInvalidArgument)
@@ -88,14 +101,15 @@ func (w *writer) tar(ctx context.Context, l artifact.Layer) error {
 // is. An error of the node's (a full disk, an unreadable blob) stays one.
 func badStream(err error) error {
 	var path *fs.PathError
+	var link *os.LinkError
 	switch {
-	case errors.As(err, &path), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded),
-		errdefs.IsInvalidArgument(err), errors.Is(err, unix.ENOSPC):
+	case err == nil, errors.As(err, &path), errors.As(err, &link), errors.Is(err, context.Canceled),
+		errors.Is(err, context.DeadlineExceeded), errdefs.IsInvalidArgument(err), errors.Is(err, unix.ENOSPC):
 		return err
 	case errors.Is(err, io.ErrUnexpectedEOF):
-		return fmt.Errorf("the archive is truncated: %w: %w", err, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("the archive is truncated: %v: %w", err, errdefs.ErrInvalidArgument)
 	}
-	return fmt.Errorf("the archive cannot be read: %w: %w", err, errdefs.ErrInvalidArgument)
+	return fmt.Errorf("the archive cannot be read: %v: %w", err, errdefs.ErrInvalidArgument)
 }
 
 // stream counts the bytes of an archive. It hides everything but Read from
@@ -103,17 +117,22 @@ func badStream(err error) error {
 type stream struct {
 	r io.Reader
 	n int64
+	// zeros is where the zeros begin that the bytes read so far end with.
+	zeros int64
 }
 
 func (s *stream) Read(p []byte) (int, error) {
 	n, err := s.r.Read(p)
+	if used := len(bytes.TrimRight(p[:n], "\x00")); used > 0 {
+		s.zeros = s.n + int64(used)
+	}
 	s.n += int64(n)
 	return n, err
 }
 
 // members extracts all members and checks that the archive ends as POSIX says
-// (pax, "ustar Interchange Format": two blocks of zeros), with nothing but
-// zeros behind it.
+// (pax, "ustar Interchange Format": two blocks of zeros, of which archive/tar
+// and others take one for enough), with nothing but zeros behind it.
 func (w *writer) members(s *stream, layer int) error {
 	links := map[string]bool{} // the regular files of this layer
 	r := tar.NewReader(s)
@@ -121,16 +140,16 @@ func (w *writer) members(s *stream, layer int) error {
 		end := (s.n + blockSize - 1) / blockSize * blockSize
 		h, err := r.Next()
 		if errors.Is(err, io.EOF) {
-			if s.n < end+blockSize {
-				return fmt.Errorf("it has no end-of-archive marker: %w", io.ErrUnexpectedEOF)
+			if s.n < end+blockSize || s.zeros > end {
+				return fmt.Errorf("it ends without a mark: %w", io.ErrUnexpectedEOF)
 			}
-			return w.trailer(s)
+			return w.padding(s, end)
 		}
 		if err != nil {
 			return err
 		}
 		if err := w.member(r, h, layer, links); err != nil {
-			return fmt.Errorf("member %q: %w", h.Name, err)
+			return fmt.Errorf("member %.255q: %w", h.Name, err)
 		}
 		// A member may have content that its type has no use for.
 		if _, err := io.CopyBuffer(io.Discard, struct{ io.Reader }{r}, w.buf); err != nil {
@@ -139,19 +158,18 @@ func (w *writer) members(s *stream, layer int) error {
 	}
 }
 
-// trailer reads the padding behind the archive to its end.
-func (w *writer) trailer(s *stream) error {
+// padding reads the zeros behind the archive's end to the end of the stream.
+func (w *writer) padding(s *stream, end int64) error {
 	for {
-		n, err := s.Read(w.buf)
-		for _, b := range w.buf[:n] {
-			if b != 0 {
-				return fmt.Errorf("there is garbage behind the end of the archive: %w", errdefs.ErrInvalidArgument)
-			}
-		}
-		if errors.Is(err, io.EOF) {
+		_, err := s.Read(w.buf)
+		switch {
+		case s.zeros > end:
+			return fmt.Errorf("there is garbage behind the end of the archive: %w", errdefs.ErrInvalidArgument)
+		case s.n > end+maxPadding:
+			return fmt.Errorf("there are more than %d bytes of padding behind the end of the archive: %w", maxPadding, errdefs.ErrInvalidArgument)
+		case errors.Is(err, io.EOF):
 			return nil
-		}
-		if err != nil {
+		case err != nil:
 			return err
 		}
 	}
@@ -166,7 +184,7 @@ func (w *writer) member(r io.Reader, h *tar.Header, layer int, links map[string]
 	if err != nil {
 		return err
 	}
-	if h.Typeflag == tar.TypeDir && path.Clean(h.Name) == "." {
+	if h.Typeflag == tar.TypeDir && isRoot(h.Name) {
 		w.nodes["."].attrs = a // tar -C DIR . begins with it
 		return nil
 	}
@@ -194,6 +212,16 @@ func (w *writer) member(r io.Reader, h *tar.Header, layer int, links map[string]
 	return fmt.Errorf("%s is not a file that a volume may hold: %w", typeName(h.Typeflag), errdefs.ErrInvalidArgument)
 }
 
+// isRoot reports whether name, such as "./", is that of the volume itself.
+func isRoot(name string) bool {
+	for part := range strings.SplitSeq(name, "/") {
+		if part != "." && part != "" {
+			return false
+		}
+	}
+	return !strings.HasPrefix(name, "/")
+}
+
 func typeName(flag byte) string {
 	switch flag {
 	case tar.TypeChar:
@@ -213,7 +241,8 @@ func tarAttrs(h *tar.Header) (attrs, error) {
 		return attrs{}, fmt.Errorf("owner %d:%d is not a user: %w", h.Uid, h.Gid, errdefs.ErrInvalidArgument)
 	}
 	mode := h.FileInfo().Mode()
-	if mode.IsDir() {
+	// Not mode.IsDir(): the mode field of a file's header may say so, too.
+	if h.Typeflag == tar.TypeDir {
 		mode &= fs.ModePerm | fs.ModeSetuid | fs.ModeSetgid | fs.ModeSticky
 	} else {
 		mode &= fs.ModePerm
@@ -233,7 +262,7 @@ func (w *writer) regular(r io.Reader, name string, h *tar.Header, layer int, a a
 	if err := requireSpace(f, h.Size); err != nil {
 		return err
 	}
-	if _, err := io.CopyBuffer(struct{ io.Writer }{f}, struct{ io.Reader }{r}, w.buf); err != nil {
+	if err := copySparse(f, r, h.Size, w.buf); err != nil {
 		return err
 	}
 	if err := f.Close(); err != nil {
@@ -245,11 +274,29 @@ func (w *writer) regular(r io.Reader, name string, h *tar.Header, layer int, a a
 	return w.setAttrs(name, regular, a)
 }
 
+// copySparse copies size bytes of r to the empty file f and leaves out what is
+// zero, so that a sparse member takes no more of the disk than of the archive.
+func copySparse(f *os.File, r io.Reader, size int64, buf []byte) error {
+	for off := int64(0); off < size; {
+		b := buf[:min(int64(len(buf)), size-off)]
+		if _, err := io.ReadFull(r, b); err != nil {
+			return err
+		}
+		if b[0] != 0 || !bytes.Equal(b[:len(b)-1], b[1:]) {
+			if _, err := f.WriteAt(b, off); err != nil {
+				return err
+			}
+		}
+		off += int64(len(b))
+	}
+	return f.Truncate(size)
+}
+
 // symlink makes a symlink. Where it points to does not matter here: nothing is
 // ever written through it, and the container resolves it in its own root.
 func (w *writer) symlink(name string, h *tar.Header, layer int, a attrs) error {
-	if h.Linkname == "" {
-		return fmt.Errorf("a symlink to nowhere: %w", errdefs.ErrInvalidArgument)
+	if h.Linkname == "" || len(h.Linkname) > maxTarget {
+		return fmt.Errorf("a symlink with a target of %d bytes: %w", len(h.Linkname), errdefs.ErrInvalidArgument)
 	}
 	if err := w.place(name, layer, symlink); err != nil {
 		return err
@@ -269,10 +316,10 @@ func (w *writer) symlink(name string, h *tar.Header, layer int, a attrs) error {
 func (w *writer) hardLink(name string, h *tar.Header, layer int, links map[string]bool) error {
 	target, err := artifact.CleanPath(h.Linkname)
 	if err != nil {
-		return fmt.Errorf("hard link to %q: %w", h.Linkname, err)
+		return fmt.Errorf("hard link to %.255q: %w", h.Linkname, err)
 	}
 	if !links[target] {
-		return fmt.Errorf("hard link to %q, which is not a regular file before it in the same layer: %w", h.Linkname, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("hard link to %.255q, which is not a regular file before it in the same layer: %w", h.Linkname, errdefs.ErrInvalidArgument)
 	}
 	if name == target {
 		return nil
@@ -301,7 +348,9 @@ func (w *writer) setXattrs(name string, h *tar.Header) error {
 		err = unix.Fsetxattr(int(f.Fd()), attr, []byte(value), 0)
 		f.Close()
 		if err != nil {
-			return &fs.PathError{Op: "setxattr " + attr, Path: name, Err: err}
+			// Also when it does not fit the file system, which ext4 calls
+			// "no space": %v, for that is not a full disk.
+			return fmt.Errorf("extended attribute %.255q: %v: %w", attr, err, errdefs.ErrInvalidArgument)
 		}
 	}
 	return nil

@@ -16,6 +16,7 @@ package unpack
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -23,6 +24,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
@@ -47,10 +49,6 @@ type Tree struct {
 	// with the runtime. A file replaced by a later layer is still counted.
 	Size   int64 `json:"size"`
 	Inodes int64 `json:"inodes"`
-	// Boot identifies the boot of the kernel during which the Tree was built.
-	// A Tree is not synced to the disk when it is built, so it may be
-	// incomplete after a power failure; see BootID.
-	Boot string `json:"boot"`
 
 	dir string
 }
@@ -85,13 +83,13 @@ func Build(ctx context.Context, dir string, a *artifact.Artifact, o Options) (_ 
 	}()
 	w, err := newWriter(dir, a, o)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("artifact %s: %w", a.Manifest.Digest, outOfSpace(err))
 	}
 	defer w.close()
 	if err := w.write(ctx, a); err != nil {
 		return nil, fmt.Errorf("artifact %s: %w", a.Manifest.Digest, err)
 	}
-	t := &Tree{Manifest: a.Manifest.Digest, Rung: o.Rung, Size: w.size, Inodes: w.inodes, Boot: BootID(), dir: dir}
+	t := &Tree{Manifest: a.Manifest.Digest, Rung: o.Rung, Size: w.size, Inodes: w.inodes, dir: dir}
 	return t, t.save()
 }
 
@@ -125,9 +123,30 @@ func (t *Tree) Mount(target string) error {
 		m = overlayMount(fs, filepath.Join(t.dir, dataDir))
 	}
 	if err := m.Mount(target); err != nil {
+		// A bind is made read-only by a second step.
+		err = errors.Join(err, mount.UnmountAll(target, 0))
 		return fmt.Errorf("cannot mount the tree of artifact %s (%s) at %s: %w", t.Manifest, t.Rung, target, err)
 	}
 	return nil
+}
+
+// Alone reports whether the Tree is the last to hold some blob: the runtime has
+// deleted it, and what the runtime may have pulled since is a second copy.
+func (t *Tree) Alone() (bool, error) {
+	blobs, err := os.ReadDir(filepath.Join(t.dir, dataDir))
+	if err != nil {
+		return false, err
+	}
+	for _, b := range blobs {
+		var st unix.Stat_t
+		if err := unix.Lstat(filepath.Join(t.dir, dataDir, b.Name()), &st); err != nil {
+			return false, err
+		}
+		if st.Nlink == 1 {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // overlayMount is a read-only overlay of lower whose files take their content
@@ -145,10 +164,3 @@ func overlayMount(lower, data string) mount.Mount {
 // escapeOverlay escapes what overlayfs gives a meaning in the value of
 // lowerdir= (fs/overlayfs/params.c: ovl_next_opt, ovl_parse_param_split_lowerdirs).
 var escapeOverlay = strings.NewReplacer(`\`, `\\`, `:`, `\:`, `,`, `\,`)
-
-// BootID identifies this boot of the kernel; it is "" where /proc is not
-// mounted.
-func BootID() string {
-	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(b))
-}

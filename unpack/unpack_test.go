@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -377,6 +378,23 @@ func TestRefusals(t *testing.T) {
 			l.Descriptor.Size = 0
 			return []artifact.Layer{l}
 		}, "0 bytes"},
+		"another size for the same digest": {func(t *testing.T, s site) []artifact.Layer {
+			a, b := s.raw(t, "a", "0123456789"), s.raw(t, "b", "0123456789")
+			b.Descriptor.Size = 1 << 40
+			return []artifact.Layer{a, b}
+		}, "descriptor says"},
+		"truncated behind an extended header": {cutAfterPAX, "truncated"},
+		"padding without end": {func(t *testing.T, s site) []artifact.Layer {
+			return []artifact.Layer{s.tar(t, artifact.CompressionZstd, append(archive(t, file("f", "x")), make([]byte, 2*maxPadding)...))}
+		}, "padding"},
+		"deeper than anything needs": {plain(file(strings.Repeat("d/", 129)+"f", "")), "128"},
+		"attribute that does not fit": {func(t *testing.T, s site) []artifact.Layer {
+			h := file("f", "x")
+			h.Format = tar.FormatPAX
+			h.PAXRecords = map[string]string{"SCHILY.xattr.user.big": strings.Repeat("x", 1<<17)}
+			return []artifact.Layer{s.tar(t, artifact.CompressionNone, archive(t, h))}
+		}, "user.big"},
+		"symlink to too long a path": {plain(tar.Header{Name: "l", Typeflag: tar.TypeSymlink, Linkname: strings.Repeat("x", 4096)}), "4096 bytes"},
 		"missing blob": {func(t *testing.T, s site) []artifact.Layer {
 			l := s.raw(t, "f", "gone")
 			os.Remove(s.content.Path(l.Descriptor.Digest))
@@ -406,6 +424,17 @@ func TestRefusals(t *testing.T) {
 			})
 		}
 	}
+}
+
+// cutAfterPAX is an archive that ends, without a DiffID that would tell, behind
+// a header that announces another one.
+func cutAfterPAX(t *testing.T, s site) []artifact.Layer {
+	h := file("f", "x")
+	h.Format = tar.FormatPAX
+	h.PAXRecords = map[string]string{"SCHILY.xattr.user.note": "x"}
+	l := s.tar(t, artifact.CompressionGzip, archive(t, h)[:1024])
+	l.DiffID = ""
+	return []artifact.Layer{l}
 }
 
 // broken is a compressed tar whose compressed bytes change does something to.
@@ -461,12 +490,36 @@ func sparse(t *testing.T, size int64) []byte {
 	return buf.Bytes()
 }
 
-func TestSparseMembersAreServed(t *testing.T) {
+func TestSparseMembersAreServedSparse(t *testing.T) {
 	s := newSite(t)
-	dir := s.show(t, Overlay, s.tar(t, artifact.CompressionNone, sparse(t, 1<<20)))
-	if got := read(t, dir, "sparse"); got != strings.Repeat("\x00", 1<<20) {
-		t.Errorf("%d bytes of the sparse file, want a MiB of zeros", len(got))
+	tree, err := s.build(Overlay, s.tar(t, artifact.CompressionNone, sparse(t, 64<<20)))
+	if err != nil {
+		t.Fatal(err)
 	}
+	if got := read(t, mountTree(t, tree), "sparse"); got != strings.Repeat("\x00", 64<<20) {
+		t.Errorf("%d bytes of the sparse file, want 64 MiB of zeros", len(got))
+	}
+	if tree.Size > 1<<20 {
+		t.Errorf("it takes %d bytes of the disk", tree.Size)
+	}
+}
+
+func TestContentIsTheSameAroundHoles(t *testing.T) {
+	s := newSite(t)
+	zeros := strings.Repeat("\x00", 256<<10)
+	want := zeros + "a" + zeros + zeros + zeros[1:] + "b" + zeros
+	dir := s.show(t, Overlay, s.tar(t, artifact.CompressionZstd, archive(t, file("f", want))))
+	if got := read(t, dir, "f"); got != want {
+		t.Errorf("%d bytes differ from the %d of the member", len(got), len(want))
+	}
+}
+
+func TestNoTypeInAModeMakesAFileSetuid(t *testing.T) {
+	s := newSite(t)
+	h := file("su", "x")
+	h.Mode = 0o4755 | unix.S_IFDIR
+	dir := s.show(t, Overlay, s.tar(t, artifact.CompressionNone, archive(t, h)))
+	wantAttrs(t, filepath.Join(dir, "su"), 0o755, 0, 0, mtime)
 }
 
 func TestARootWithAnyCharacterIsMounted(t *testing.T) {
@@ -570,6 +623,7 @@ func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	data := make([]byte, 900<<10) // each is too small to be refused beforehand
+	rand.NewChaCha8([32]byte{}).Read(data)
 	var members []tar.Header
 	for _, name := range []string{"a", "b", "c"} {
 		members = append(members, file(name, string(data)))
@@ -580,6 +634,15 @@ func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
 	}
 	if left, _ := os.ReadDir(s.root); len(left) != 1 {
 		t.Errorf("left behind: %v", left)
+	}
+}
+
+func TestEntriesAndTheirNamesAreLimited(t *testing.T) {
+	for _, w := range []writer{{entries: maxEntries}, {names: maxNames}} {
+		w.nodes = map[string]*node{}
+		if _, err := w.add("one more", &node{kind: regular}); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%d entries with %d bytes of names and one more: %v", w.entries, w.names, err)
+		}
 	}
 }
 

@@ -24,9 +24,13 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
-// maxEntries bounds the memory and the inodes that one artifact can claim: a
-// kilobyte of gzip can hold a thousand tar headers.
-const maxEntries = 1 << 20
+const (
+	// maxEntries and maxNames, in bytes, bound the inodes, the memory and the
+	// time that one artifact can claim: a kilobyte of gzip can hold a thousand
+	// tar headers.
+	maxEntries = 1 << 20
+	maxNames   = 64 << 20
+)
 
 // kind is what an entry of the Tree is, as far as the rules of precedence care.
 type kind uint8
@@ -71,6 +75,8 @@ type writer struct {
 	blobs map[digest.Digest]string
 	// nodes is every entry of fs by its clean path, "." for fs itself.
 	nodes map[string]*node
+	// entries and names count what the limits are for.
+	entries, names int
 	// implied are the attributes of a directory that no layer describes.
 	implied attrs
 	// size and inodes are what the Tree takes, see Tree.
@@ -121,15 +127,22 @@ func (w *writer) close() {
 // write makes the Tree. Blobs are retained while the files are made: with
 // thousands of them each is about as much work for the file system.
 func (w *writer) write(ctx context.Context, a *artifact.Artifact) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return w.retainAll(ctx, a) })
-	g.Go(func() error {
-		if err := each(ctx, a.Layers, w.layer); err != nil {
-			return err
-		}
-		return outOfSpace(w.finish())
-	})
-	return g.Wait()
+	// Archives are decoded in the caller's goroutine, where it can recover.
+	err := each(ctx, a.Layers, w.layer)
+	if err == nil {
+		err = outOfSpace(w.finish())
+	}
+	if err != nil {
+		cancel()
+	}
+	if rerr := g.Wait(); err == nil || errors.Is(err, context.Canceled) && rerr != nil {
+		return rerr
+	}
+	return err
 }
 
 // each calls f with the layers in turn and says which one failed.
@@ -228,9 +241,13 @@ func (w *writer) place(name string, layer int, k kind) error {
 	return err
 }
 
+// add adds an entry, or one in the place of another.
 func (w *writer) add(name string, n *node) (*node, error) {
-	if len(w.nodes) >= maxEntries {
-		return nil, fmt.Errorf("more than %d files and directories: %w", maxEntries, errdefs.ErrInvalidArgument)
+	w.entries++
+	w.names += len(name)
+	if w.entries > maxEntries || w.names > maxNames {
+		return nil, fmt.Errorf("more than %d files and directories, or %d MiB of names: %w",
+			maxEntries, maxNames>>20, errdefs.ErrInvalidArgument)
 	}
 	w.nodes[name] = n
 	return n, nil
@@ -273,7 +290,11 @@ func (w *writer) setAttrs(name string, k kind, a attrs) error {
 		}
 	}
 	// After a chown, which clears the special bits that a directory may have.
-	if mode := unixMode(a.mode); k != symlink && (mode > 0o777 || st.Mode&0o7777 != mode) {
+	mode := unixMode(a.mode)
+	if k != directory {
+		mode &= 0o777 // whatever the caller says
+	}
+	if k != symlink && (mode > 0o777 || st.Mode&0o7777 != mode) {
 		if err := unix.Fchmodat(dir, base, mode, 0); err != nil {
 			return &fs.PathError{Op: "chmod", Path: name, Err: err}
 		}
@@ -323,10 +344,11 @@ func depth(name string) int {
 }
 
 // outOfSpace gives a full disk or an exhausted quota its errdefs kind, and
-// says what to do.
+// says what to do. The cause is text only, here and elsewhere: of an error that
+// wraps two, gRPC makes one that says its kind twice (errdefs, pkg/errgrpc).
 func outOfSpace(err error) error {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return fmt.Errorf("%w: free space on the file system of the snapshotter's root and try again: %w", err, errdefs.ErrResourceExhausted)
+		return fmt.Errorf("%v: free space on the file system of the snapshotter's root and try again: %w", err, errdefs.ErrResourceExhausted)
 	}
 	return err
 }

@@ -9,11 +9,17 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/log"
 	"github.com/fsnotify/fsnotify"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
 const (
@@ -60,9 +66,8 @@ func (s *Store) Wake() {
 	}
 }
 
-// watch tells, until ctx ends, that blobs have been deleted. A directory that
-// does not exist yet is looked for every minute: until there is a blob there is
-// nothing to sweep.
+// watch tells, until ctx ends, that blobs have been deleted. containerd makes
+// the directories when it needs them, so they are looked for until then.
 func (s *Store) watch(ctx context.Context) <-chan struct{} {
 	deleted := make(chan struct{}, 1)
 	go func() {
@@ -72,61 +77,62 @@ func (s *Store) watch(ctx context.Context) <-chan struct{} {
 			return
 		}
 		defer func() { _ = w.Close() }()
-		tick := time.NewTicker(sweepEvery)
-		defer tick.Stop()
+		look := time.NewTicker(time.Second)
+		defer look.Stop()
+		s.watchBlobs(w)
 		for {
-			for _, algorithm := range []string{"sha256", "sha384", "sha512"} {
-				// Adding a watch again changes nothing, and there is no
-				// directory of an algorithm that nobody uses.
-				_ = w.Add(filepath.Join(string(s.content), "blobs", algorithm))
-			}
-			if !forward(ctx, w, tick.C, deleted) {
+			select {
+			case <-ctx.Done():
 				return
+			case <-look.C:
+				s.watchBlobs(w)
+				continue
+			case e := <-w.Events:
+				if !e.Has(fsnotify.Remove) && !e.Has(fsnotify.Rename) {
+					continue
+				}
+			case <-w.Errors: //nolint:errcheck // an overflow: something may have been missed
+			}
+			select {
+			case deleted <- struct{}{}:
+			default:
 			}
 		}
 	}()
 	return deleted
 }
 
-// forward passes deletions on until the tick or, then returning false, the end.
-func forward(ctx context.Context, w *fsnotify.Watcher, tick <-chan time.Time, deleted chan<- struct{}) bool {
-	for {
-		select {
-		case <-ctx.Done():
-			return false
-		case <-tick:
-			return true
-		case e := <-w.Events:
-			if !e.Has(fsnotify.Remove) && !e.Has(fsnotify.Rename) {
-				continue
-			}
-		case <-w.Errors: //nolint:errcheck // an overflow: something may have been missed
-		}
-		select {
-		case deleted <- struct{}{}:
-		default:
+// watchBlobs watches the directories of blobs that are there and not yet
+// watched.
+func (s *Store) watchBlobs(w *fsnotify.Watcher) {
+	for _, algorithm := range []string{"sha256", "sha384", "sha512"} {
+		dir := filepath.Join(string(s.content), "blobs", algorithm)
+		if !slices.Contains(w.WatchList(), dir) {
+			_ = w.Add(dir) // again in a second
 		}
 	}
 }
 
-// Sweep unmounts every Tree that nobody shows and removes those of them whose
-// manifest the runtime has deleted, then the copies of blobs that no Tree
-// retains. It asks all Users; if one cannot tell, nothing is removed.
+// Sweep unmounts every Tree that nobody shows, and removes those of them whose
+// manifest the runtime has deleted, whatever was set aside, and the copies of
+// blobs that no Tree retains. It asks all Users; if one cannot tell, nothing is
+// removed.
 func (s *Store) Sweep(ctx context.Context) error {
 	s.mu.Lock()
 	trash, err := s.sweep(ctx)
 	s.mu.Unlock()
 	// Deleting a large Tree takes time that no pod should wait for.
-	for _, dir := range trash {
+	for _, name := range trash {
+		dir := filepath.Join(s.trees, name)
+		if strings.HasPrefix(name, "probe-") { // killed between its mount and its unmount
+			err = errors.Join(err, mount.UnmountRecursive(dir, unix.MNT_DETACH))
+		}
 		err = errors.Join(err, os.RemoveAll(dir))
 	}
-	if err != nil {
-		return err
-	}
-	return s.sweepCopies()
+	return errors.Join(err, s.sweepCopies())
 }
 
-// sweep moves what goes aside, and returns where.
+// sweep unmounts and sets aside, and returns the names of what to delete.
 func (s *Store) sweep(ctx context.Context) (trash []string, err error) {
 	used, err := s.used(ctx)
 	if err != nil {
@@ -138,32 +144,59 @@ func (s *Store) sweep(ctx context.Context) (trash []string, err error) {
 	}
 	for _, name := range mounts {
 		if !used[name] {
-			err = errors.Join(err, s.unmount(name))
+			err = errors.Join(err, s.unmount(name), s.dropIfAlone(name))
 		}
 	}
 	trees, lerr := list(s.trees)
-	if err := errors.Join(err, lerr); err != nil {
-		return nil, err
+	if lerr != nil {
+		return nil, errors.Join(err, lerr)
 	}
 	for _, name := range trees {
 		m := manifest(name)
-		if used[name] || m == "" {
-			continue
+		switch {
+		case m == "" && !s.building[name]:
+			trash = append(trash, name)
+		case m != "" && !used[name] && s.deleted(m):
+			log.G(ctx).WithField("artifact", m).Info("removing the tree of an artifact that the runtime has deleted")
+			moved := aside()
+			if rerr := os.Rename(filepath.Join(s.trees, name), filepath.Join(s.trees, moved)); rerr != nil {
+				err = errors.Join(err, rerr)
+				continue
+			}
+			trash = append(trash, moved)
 		}
-		if _, err := os.Lstat(s.content.Path(m)); !errors.Is(err, os.ErrNotExist) {
-			continue // there, or nobody can tell: an unreadable directory deletes nothing
-		}
-		dir, err := os.MkdirTemp(s.trees, "new-")
-		if err != nil {
-			return trash, err
-		}
-		trash = append(trash, dir)
-		if err := os.Rename(filepath.Join(s.trees, name), filepath.Join(dir, "tree")); err != nil {
-			return trash, err
-		}
-		log.G(ctx).WithField("artifact", m).Info("removed the tree of an artifact that the runtime has deleted")
 	}
-	return trash, nil
+	return trash, err
+}
+
+// deleted reports whether the runtime has deleted the blob. Where the content
+// root is not there or cannot be read, nobody can tell.
+func (s *Store) deleted(m digest.Digest) bool {
+	blob := s.content.Path(m)
+	if _, err := os.Stat(filepath.Dir(blob)); err != nil {
+		return false
+	}
+	_, err := os.Lstat(blob)
+	return errors.Is(err, os.ErrNotExist)
+}
+
+// dropIfAlone sets an unused Tree aside whose blobs the runtime has deleted and
+// pulled again meanwhile: it would keep a second copy of them on the disk for
+// as long as the image is there.
+func (s *Store) dropIfAlone(name string) error {
+	dir := filepath.Join(s.trees, name)
+	t, err := unpack.Load(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	alone, err := t.Alone()
+	if err != nil || !alone {
+		return err
+	}
+	return s.setAside(dir)
 }
 
 // used is the names of all Trees that somebody shows or is about to. The caller
@@ -195,14 +228,12 @@ func (s *Store) sweepCopies() error {
 	for _, name := range names {
 		p := filepath.Join(s.copies, name)
 		var st unix.Stat_t
-		if err := unix.Lstat(p, &st); err != nil {
-			return &os.PathError{Op: "lstat", Path: p, Err: err}
+		err := unix.Lstat(p, &st)
+		if err == nil && st.Nlink == 1 {
+			err = os.Remove(p)
 		}
-		if st.Nlink > 1 {
-			continue
-		}
-		if err := os.Remove(p); err != nil {
-			return err
+		if err != nil && !errors.Is(err, os.ErrNotExist) { // another sweep was quicker
+			return fmt.Errorf("cannot clean up %s: %w", p, err)
 		}
 	}
 	return nil

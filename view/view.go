@@ -11,8 +11,9 @@
 // directories:
 //
 //	<root>/trees/<name>      a Tree (package unpack)
-//	<root>/trees/new-*       one being built, or removed (and probe-* at the start)
+//	<root>/trees/new-*       one being built, or to be removed (and probe-*)
 //	<root>/copies/<hex>      a blob that could not be linked from the runtime's
+//	<root>/boot              the boot of the kernel that the above are of
 //	<state>/mounts/<name>    the shared mount of a Tree that somebody shows
 //
 // The store never calls containerd: it is used inside of snapshotter calls,
@@ -20,11 +21,15 @@
 package view
 
 import (
+	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
+	"strings"
 	"sync"
 	"time"
 
@@ -81,48 +86,72 @@ type Store struct {
 
 	// mu makes "nobody shows it, so it goes" one step against Acquire.
 	mu    sync.Mutex
-	held  map[string]int // views by Tree name that no Users lists yet
 	users []Users
+	held  map[string]int // views by Tree name that no Users lists yet
+	// building are the names in trees that builds write to, failed the outcome
+	// of builds that nobody had waited for, by Tree name.
+	building map[string]bool
+	failed   map[string]error
 }
 
-// Open opens the store in c.Root and puts right what a crash or a reboot left:
-// half-built Trees go, and so do Trees of an earlier boot, since they were
-// never synced to the disk. Mounts that are still there are kept; the first
-// sweep takes those that nobody shows. A rung that does not work here is an
-// error.
+// Open opens the store in c.Root and puts right what a crash or a reboot left.
+// Trees and copies of an earlier boot go, since they were never synced to the
+// disk; so do mounts of Trees that are no more. Mounts that are still there are
+// kept; the first sweep takes those that nobody shows, and whatever is to be
+// removed. A rung that does not work here is an error.
 func Open(ctx context.Context, c Config) (*Store, error) {
 	s := &Store{
-		trees:   filepath.Join(c.Root, "trees"),
-		copies:  filepath.Join(c.Root, "copies"),
-		mounts:  filepath.Join(c.State, "mounts"),
-		content: c.Content,
-		rung:    c.Rung,
-		maxWait: maxWait,
-		wake:    make(chan struct{}, 1),
-		held:    map[string]int{},
+		trees:    filepath.Join(c.Root, "trees"),
+		copies:   filepath.Join(c.Root, "copies"),
+		mounts:   filepath.Join(c.State, "mounts"),
+		content:  c.Content,
+		rung:     c.Rung,
+		maxWait:  maxWait,
+		wake:     make(chan struct{}, 1),
+		held:     map[string]int{},
+		building: map[string]bool{},
+		failed:   map[string]error{},
 	}
 	s.closing, s.close = context.WithCancel(context.WithoutCancel(ctx))
 	// Everything above what is mounted into a pod with a user namespace must
 	// be searchable by its users; what is behind a mount need not be.
-	for dir, mode := range map[string]os.FileMode{
-		c.Root: 0o711, s.trees: 0o700, s.copies: 0o700,
-		c.State: 0o711, s.mounts: 0o711,
-	} {
-		if err := os.MkdirAll(dir, mode); err != nil {
+	for _, d := range []struct {
+		path string
+		mode os.FileMode
+	}{{c.Root, 0o711}, {s.trees, 0o700}, {c.State, 0o711}, {s.mounts, 0o711}} {
+		if err := makeDir(d.path, d.mode); err != nil {
 			return nil, err
 		}
 	}
-	if err := s.chooseRung(ctx, s.trees); err != nil {
+	if err := s.chooseRung(ctx); err != nil {
 		return nil, err
 	}
-	return s, s.recover(ctx)
+	if err := s.recover(ctx, filepath.Join(c.Root, "boot")); err != nil {
+		return nil, err
+	}
+	return s, nil
 }
 
-func (s *Store) chooseRung(ctx context.Context, dir string) error {
-	if s.rung != "" {
-		return unpack.Try(dir, s.rung)
+// makeDir makes dir, with that mode whatever the umask, unless it is there.
+func makeDir(dir string, mode os.FileMode) error {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		return err
 	}
-	rung, why := unpack.Probe(dir)
+	err := os.Mkdir(dir, mode)
+	if errors.Is(err, os.ErrExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return os.Chmod(dir, mode)
+}
+
+func (s *Store) chooseRung(ctx context.Context) error {
+	if s.rung != "" {
+		return unpack.Try(s.trees, s.rung)
+	}
+	rung, why := unpack.Probe(s.trees)
 	if rung == "" {
 		return fmt.Errorf("no way to lay out raw layers works: %w", why)
 	}
@@ -136,27 +165,70 @@ func (s *Store) chooseRung(ctx context.Context, dir string) error {
 	return nil
 }
 
-// recover removes what cannot be used after a crash, a reboot or a change of
-// the rung.
-func (s *Store) recover(ctx context.Context) error {
+// recover sets aside what cannot be used after a crash, a reboot or a change of
+// the rung. marker is a file that holds the boot of the last time.
+func (s *Store) recover(ctx context.Context, marker string) error {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return fmt.Errorf("cannot tell whether the node was booted since the last start: %w", err)
+	}
+	last, err := os.ReadFile(marker)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	rebooted := !bytes.Equal(boot, last)
 	names, err := list(s.trees)
 	if err != nil {
 		return err
 	}
 	for _, name := range names {
+		if manifest(name) == "" {
+			continue // the sweep's
+		}
 		t, err := unpack.Load(filepath.Join(s.trees, name))
-		if err == nil && t.Boot == unpack.BootID() && (t.Rung == s.rung || s.mounted(name)) {
+		if err == nil && !rebooted && (t.Rung == s.rung || s.mounted(name)) {
 			continue
 		}
-		log.G(ctx).WithField("tree", name).Info("removing a tree that is half-built, of an earlier boot or of another rung")
-		dir := filepath.Join(s.trees, name)
-		// A probe may have been killed between its mount and its unmount.
-		if err := errors.Join(s.unmount(name), mount.UnmountRecursive(dir, unix.MNT_DETACH), os.RemoveAll(dir)); err != nil {
+		log.G(ctx).WithField("tree", name).Info("removing a tree of an earlier boot or of another rung")
+		if err := errors.Join(s.unmount(name), s.setAside(filepath.Join(s.trees, name))); err != nil {
 			return fmt.Errorf("cannot remove the tree %s: %w", name, err)
 		}
 	}
-	return nil
+	if rebooted {
+		if err := s.setAside(s.copies); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	if err := makeDir(s.copies, 0o700); err != nil {
+		return err
+	}
+	// A mount without its Tree shows an empty directory: somebody has removed
+	// the root, or given the daemon another one.
+	mounts, err := list(s.mounts)
+	if err != nil {
+		return err
+	}
+	for _, name := range mounts {
+		if !s.hasName(name) {
+			if err := s.unmount(name); err != nil {
+				return err
+			}
+		}
+	}
+	if !rebooted {
+		return nil
+	}
+	return os.WriteFile(marker, boot, 0o600)
 }
+
+// setAside renames p to what the next sweep removes: at once, where removing it
+// takes time, or space that a full disk does not have.
+func (s *Store) setAside(p string) error {
+	return os.Rename(p, filepath.Join(s.trees, aside()))
+}
+
+// aside is a new name in trees that is not one of a Tree.
+func aside() string { return "new-" + strings.ToLower(rand.Text()) }
 
 // AddUsers makes the sweep ask u who shows what. All doors must be added before
 // Run.
@@ -213,29 +285,67 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 			release = s.hold(id.name())
 		}
 	}
-	build := s.builds.DoChan(id.name(), func() (any, error) {
-		if !s.begin() {
-			return nil, fmt.Errorf("the snapshotter is shutting down: %w", errdefs.ErrUnavailable)
-		}
-		defer s.running.Done()
-		defer s.hold(id.name())() // also when all who asked have given up
-		return nil, s.mount(s.closing, id, a)
-	})
-	var err error
-	select {
-	case r := <-build:
-		if r.Err != nil {
-			release()
-			return nil, r.Err
-		}
-		return &View{ID: id, Path: s.mountpoint(id.name()), release: release}, nil
-	case <-ctx.Done():
-		err = ctx.Err()
-	case <-time.After(s.maxWait):
-		err = errdefs.ErrUnavailable
+	if err := s.takeFailure(id.name()); err != nil {
+		release()
+		return nil, err
 	}
-	release()
-	return nil, fmt.Errorf("artifact %s is still being unpacked, which goes on; try again: %w", id.Manifest, err)
+	timeout := time.After(s.maxWait)
+	for {
+		build := s.builds.DoChan(id.name(), func() (any, error) { return nil, s.serve(id, a) })
+		var err error
+		select {
+		case r := <-build:
+			if err = r.Err; err != nil {
+				s.takeFailure(id.name()) // this is it
+				break
+			}
+			// A call that was about to end when we joined it may have been
+			// swept before we took hold.
+			if !s.mounted(id.name()) {
+				continue
+			}
+			return &View{ID: id, Path: s.mountpoint(id.name()), release: release}, nil
+		case <-ctx.Done():
+			err = fmt.Errorf("artifact %s is still being unpacked, which goes on; try again: %w", id.Manifest, ctx.Err())
+		case <-timeout:
+			err = fmt.Errorf("artifact %s is still being unpacked, which goes on; try again: %w", id.Manifest, errdefs.ErrUnavailable)
+		}
+		release()
+		return nil, err
+	}
+}
+
+// serve mounts the Tree of id for all who wait for it, and keeps the reason if
+// it cannot: they may have given up by then. A panic, of a decoder that has met
+// what its authors have not thought of, must not end the daemon.
+func (s *Store) serve(id ID, a *artifact.Artifact) (err error) {
+	if !s.begin() {
+		return fmt.Errorf("the snapshotter is shutting down: %w", errdefs.ErrUnavailable)
+	}
+	defer s.running.Done()
+	defer s.hold(id.name())() // also when all who asked have given up
+	defer func() {
+		if p := recover(); p != nil {
+			log.L.WithField("artifact", id.Manifest).Errorf("panic: %v\n%s", p, debug.Stack())
+			err = fmt.Errorf("artifact %s: the snapshotter has failed, please report it with its log: panic: %v: %w", id.Manifest, p, errdefs.ErrInternal)
+		}
+		if err != nil && s.closing.Err() == nil {
+			log.L.WithError(err).WithField("artifact", id.Manifest).Warn("cannot show an artifact")
+			s.mu.Lock()
+			s.failed[id.name()] = err
+			s.mu.Unlock()
+		}
+	}()
+	return s.mount(s.closing, id, a)
+}
+
+// takeFailure returns why the last build failed, once, if nobody has been told.
+func (s *Store) takeFailure(name string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	err := s.failed[name]
+	delete(s.failed, name)
+	return err
 }
 
 // begin counts a build, unless the store is closing.
@@ -264,8 +374,10 @@ func (s *Store) hold(name string) func() {
 	}
 }
 
-func (s *Store) has(id ID) bool {
-	_, err := os.Stat(filepath.Join(s.trees, id.name()))
+func (s *Store) has(id ID) bool { return s.hasName(id.name()) }
+
+func (s *Store) hasName(name string) bool {
+	_, err := unpack.Load(filepath.Join(s.trees, name))
 	return err == nil
 }
 
@@ -274,17 +386,20 @@ func (s *Store) has(id ID) bool {
 func (s *Store) mount(ctx context.Context, id ID, a *artifact.Artifact) error {
 	name := id.name()
 	t, err := unpack.Load(filepath.Join(s.trees, name))
-	if errors.Is(err, os.ErrNotExist) {
-		t, err = s.build(ctx, id, a)
-	}
 	if err != nil {
-		return err
+		// Whatever is mounted shows another Tree, one that has been deleted.
+		if err := s.unmount(name); err != nil {
+			return err
+		}
+		if t, err = s.build(ctx, id, a); err != nil {
+			return err
+		}
 	}
-	target := s.mountpoint(name)
 	if s.mounted(name) {
 		return nil
 	}
-	if err := os.MkdirAll(target, 0o711); err != nil {
+	target := s.mountpoint(name)
+	if err := makeDir(target, 0o711); err != nil {
 		return err
 	}
 	return t.Mount(target)
@@ -295,19 +410,25 @@ func (s *Store) build(ctx context.Context, id ID, a *artifact.Artifact) (*unpack
 	if a == nil { // somebody has deleted it by hand
 		return nil, fmt.Errorf("the tree of artifact %s has just gone, try again: %w", id.Manifest, errdefs.ErrUnavailable)
 	}
-	tmp, err := os.MkdirTemp(s.trees, "new-")
-	if err != nil {
-		return nil, err
-	}
-	defer os.RemoveAll(tmp)
 	log.G(ctx).WithField("artifact", id.Manifest).Debug("building the tree")
-	dir := filepath.Join(tmp, "tree")
+	tmp := aside()
+	s.mu.Lock()
+	s.building[tmp] = true
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.building, tmp)
+	}()
+	dir, final := filepath.Join(s.trees, tmp), filepath.Join(s.trees, id.name())
 	if _, err := unpack.Build(ctx, dir, a, unpack.Options{
 		Rung: s.rung, Blobs: s.content, Copies: s.copies, Owners: id.Owners,
 	}); err != nil {
 		return nil, err
 	}
-	final := filepath.Join(s.trees, id.name())
+	if err := s.setAside(final); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
 	if err := os.Rename(dir, final); err != nil {
 		return nil, err
 	}

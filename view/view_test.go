@@ -291,23 +291,24 @@ func TestNothingGoesWhenTheContentRootIsUnreadable(t *testing.T) {
 	v := s.acquire(s.pack("bytes"))
 	v.Release()
 	blobs := filepath.Join(string(s.config.Content), "blobs")
-	// A file in the place of the directory: ENOTDIR, which is not "gone".
-	if err := errors.Join(os.Rename(blobs, blobs+".away"), os.WriteFile(blobs, nil, 0o600)); err != nil {
+	if err := os.Rename(blobs, blobs+".away"); err != nil {
+		t.Fatal(err)
+	}
+	s.sweep()
+	s.wantState(v.ID, true, false)
+	if err := os.WriteFile(blobs, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	s.sweep()
 	s.wantState(v.ID, true, false)
 }
 
-func TestOpenKeepsWhatIsShownAndRemovesTheRest(t *testing.T) {
+func TestOpenKeepsWhatIsShownAndTheSweepTakesTheRest(t *testing.T) {
 	s := newSite(t)
-	shown, unused, old := s.acquire(s.pack("1")), s.acquire(s.pack("2")), s.acquire(s.pack("3"))
+	shown, unused := s.acquire(s.pack("1")), s.acquire(s.pack("2"))
 	s.show(shown.ID)
-	if err := s.unmount(old.ID.name()); err != nil {
-		t.Fatal(err)
-	}
-	// What a crash in the middle of a build, a killed probe and a reboot leave.
-	for _, dir := range []string{"new-1/tree/fs", "probe-2/target"} {
+	// What a crash in the middle of a build and a killed probe leave.
+	for _, dir := range []string{"new-1/fs", "probe-2/target"} {
 		if err := os.MkdirAll(filepath.Join(s.trees, dir), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -315,19 +316,153 @@ func TestOpenKeepsWhatIsShownAndRemovesTheRest(t *testing.T) {
 	if err := unix.Mount("tmpfs", filepath.Join(s.trees, "probe-2/target"), "tmpfs", 0, ""); err != nil {
 		t.Fatal(err)
 	}
-	meta := filepath.Join(s.trees, old.ID.name(), "tree.json")
-	if err := os.WriteFile(meta, fmt.Appendf(nil, `{"manifest":%q,"rung":"overlay","boot":"another"}`, old.ID.Manifest), 0o600); err != nil {
-		t.Fatal(err)
-	}
 	s.Close()
 	s.open()
 	s.sweep()
 	s.wantState(shown.ID, true, true)
 	s.wantState(unused.ID, true, false)
-	s.wantState(old.ID, false, false)
 	if names, err := list(s.trees); len(names) != 2 || err != nil {
 		t.Errorf("left: %v %v", names, err)
 	}
+}
+
+func TestTreesAndCopiesDoNotOutliveABoot(t *testing.T) {
+	s := newSite(t)
+	v := s.acquire(s.pack("1"))
+	s.show(v.ID)
+	s.Close()
+	if err := s.unmount(v.ID.name()); err != nil { // as a reboot does
+		t.Fatal(err)
+	}
+	for file, content := range map[string]string{"boot": "another", "copies/0123": "not synced"} {
+		if err := os.WriteFile(filepath.Join(s.config.Root, file), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.open()
+	s.wantState(v.ID, false, false)
+	s.sweep()
+	for _, dir := range []string{s.trees, s.copies} {
+		if left, err := list(dir); len(left) != 0 || err != nil {
+			t.Errorf("left in %s: %v %v", dir, left, err)
+		}
+	}
+	s.Close()
+	s.open()
+	v = s.acquire(ocispec.Descriptor{Digest: v.ID.Manifest})
+	s.wantState(v.ID, true, true)
+}
+
+// The mounts are in another directory than the Trees, and can outlive them.
+func TestAMountWithoutItsTreeIsNotShown(t *testing.T) {
+	for _, how := range []string{"the daemon restarts", "the daemon goes on"} {
+		t.Run(how, func(t *testing.T) {
+			s := newSite(t)
+			v := s.acquire(s.pack("bytes"))
+			s.show(v.ID)
+			if err := os.RemoveAll(filepath.Join(s.config.Root, "trees", v.ID.name())); err != nil {
+				t.Fatal(err)
+			}
+			if how == "the daemon restarts" {
+				s.Close()
+				s.open()
+			}
+			v = s.acquire(ocispec.Descriptor{Digest: v.ID.Manifest})
+			if b, err := os.ReadFile(filepath.Join(v.Path, "weights")); err != nil || string(b) != "bytes" {
+				t.Errorf("%q, %v", b, err)
+			}
+		})
+	}
+}
+
+func TestTheReasonOfAFailureReachesWhoeverAsksNext(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	var layer string
+	for _, blob := range s.blobs() {
+		if b, err := os.ReadFile(blob); err == nil && string(b) == "bytes" {
+			layer = blob
+		}
+	}
+	if err := os.Remove(layer); err != nil {
+		t.Fatal(err)
+	}
+	a, err := artifact.Read(context.Background(), s.content, d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.serve(ID{Manifest: d.Digest}, a); !errdefs.IsNotFound(err) { // for nobody
+		t.Fatal(err)
+	}
+	// Blocked, so that it can only be the reason of before.
+	done := make(chan struct{})
+	build := s.builds.DoChan(ID{Manifest: d.Digest}.name(), func() (any, error) { <-done; return nil, nil })
+	s.maxWait = time.Millisecond
+	first, second := error(nil), error(nil)
+	_, first = s.Acquire(context.Background(), d, unpack.IDMap{})
+	_, second = s.Acquire(context.Background(), d, unpack.IDMap{})
+	close(done)
+	<-build
+	if !errdefs.IsNotFound(first) || !errdefs.IsUnavailable(second) {
+		t.Errorf("%v, then %v; want the reason once, then another try", first, second)
+	}
+}
+
+func TestAPanicIsAnError(t *testing.T) {
+	s := newSite(t)
+	err := s.serve(ID{Manifest: s.pack("bytes").Digest}, &artifact.Artifact{Layers: []artifact.Layer{{
+		// No manifest is read into this: it has no digest.
+		Format: artifact.FormatRaw, File: artifact.File{Path: "f"},
+	}}})
+	if !errdefs.IsInternal(err) {
+		t.Errorf("%v, want an internal error", err)
+	}
+}
+
+func TestAnUnusedTreeIsNoSecondCopy(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	v := s.acquire(d)
+	s.show(v.ID)
+	v.Release()
+	for _, blob := range s.blobs() { // the runtime deletes the image and pulls it again
+		if err := os.Remove(blob); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.pack("bytes")
+	s.sweep()
+	s.wantState(v.ID, true, true) // a pod reads it
+	s.show()
+	s.sweep()
+	s.wantState(v.ID, false, false)
+}
+
+func (s *site) blobs() []string {
+	s.t.Helper()
+	blobs, err := filepath.Glob(filepath.Join(string(s.config.Content), "blobs/*/*"))
+	if err != nil || len(blobs) == 0 {
+		s.t.Fatal(blobs, err)
+	}
+	return blobs
+}
+
+func TestSweepsDoNotDisturbEachOther(t *testing.T) {
+	s := newSite(t)
+	for i := range 200 {
+		if err := os.WriteFile(filepath.Join(s.copies, fmt.Sprint(i)), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			if err := s.Sweep(context.Background()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
 }
 
 func TestAForcedRungThatDoesNotWorkIsAnErrorAtStart(t *testing.T) {

@@ -74,7 +74,7 @@ func (d Dir) Find(hex string) (ocispec.Descriptor, error) {
 // errdefs.ErrNotFound, an invalid digest errdefs.ErrInvalidArgument.
 func (d Dir) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
 	if err := desc.Digest.Validate(); err != nil {
-		return nil, fmt.Errorf("digest %.255q: %w: %w", desc.Digest, err, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("digest %.255q: %v: %w", desc.Digest, err, errdefs.ErrInvalidArgument)
 	}
 	if _, err := d.stat(desc.Digest); err != nil {
 		return nil, err

@@ -11,6 +11,10 @@ BIN           := bin/artifact-snapshotter
 TOOLS         := integration/tools/bin
 PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs busybox-static containernetworking-plugins
 
+# Without this, Go refuses to build in a checkout that belongs to another user
+# than root; the version is stamped by the linker anyway.
+export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
+
 .PHONY: build tools packages demo test test-unit test-node lint fmt bench clean
 
 build:

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -260,6 +261,15 @@ func (n *Node) DaemonPID() int { return n.daemon.cmd.Process.Pid }
 // holds its standard error word for word: what kubectl describe would show.
 func (n *Node) Crictl(args ...string) (string, error) {
 	return n.run(filepath.Join(n.tools, "crictl"), append([]string{"--config", n.path("crictl.yaml")}, args...)...)
+}
+
+// Critest runs Kubernetes' CRI validation suite against the node, with env
+// ("NAME=value") added to its environment, and returns what it printed. That a
+// spec fails is an error.
+func (n *Node) Critest(env []string, args ...string) (string, error) {
+	endpoint := "unix://" + n.Address
+	command := []string{filepath.Join(n.tools, "critest"), "--runtime-endpoint", endpoint, "--image-endpoint", endpoint}
+	return n.run("env", slices.Concat(env, command, args)...)
 }
 
 // Ctr runs ctr in CRI's namespace and returns what it printed.

@@ -126,6 +126,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	if err := s.chooseRung(ctx); err != nil {
 		return nil, err
 	}
+	s.warnOfCopies(ctx)
 	if err := s.recover(ctx, filepath.Join(c.Root, "boot")); err != nil {
 		return nil, err
 	}
@@ -163,6 +164,18 @@ func (s *Store) chooseRung(ctx context.Context) error {
 	}
 	s.rung = rung
 	return nil
+}
+
+// warnOfCopies says so if no blob can be linked.
+func (s *Store) warnOfCopies(ctx context.Context) {
+	var content, trees unix.Stat_t
+	if unix.Stat(string(s.content), &content) != nil || unix.Stat(s.trees, &trees) != nil {
+		return // the content root comes with the first pull
+	}
+	if content.Dev != trees.Dev {
+		log.G(ctx).Warnf("%s and %s are on different file systems: every blob in use is copied once (or reflinked); put them on one to save disk and time",
+			s.content, s.trees)
+	}
 }
 
 // recover sets aside what cannot be used after a crash, a reboot or a change of
@@ -296,7 +309,7 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 		select {
 		case r := <-build:
 			if err = r.Err; err != nil {
-				s.takeFailure(id.name()) // this is it
+				_ = s.takeFailure(id.name()) // this is it
 				break
 			}
 			// A call that was about to end when we joined it may have been

@@ -398,9 +398,8 @@ func TestTheReasonOfAFailureReachesWhoeverAsksNext(t *testing.T) {
 	done := make(chan struct{})
 	build := s.builds.DoChan(ID{Manifest: d.Digest}.name(), func() (any, error) { <-done; return nil, nil })
 	s.maxWait = time.Millisecond
-	first, second := error(nil), error(nil)
-	_, first = s.Acquire(context.Background(), d, unpack.IDMap{})
-	_, second = s.Acquire(context.Background(), d, unpack.IDMap{})
+	_, first := s.Acquire(context.Background(), d, unpack.IDMap{})
+	_, second := s.Acquire(context.Background(), d, unpack.IDMap{})
 	close(done)
 	<-build
 	if !errdefs.IsNotFound(first) || !errdefs.IsUnavailable(second) {

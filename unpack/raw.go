@@ -13,6 +13,7 @@ import (
 	"runtime"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -149,6 +150,7 @@ func (w *writer) retain(ctx context.Context, blob ocispec.Descriptor) error {
 		if err := os.Link(shared, target); err == nil {
 			break
 		}
+		log.G(ctx).WithError(err).WithField("blob", blob.Digest).Warnf("copying a blob of %s, since it cannot be linked into the snapshotter's root", w.Blobs)
 		if err := w.copy(ctx, target, blob); err != nil {
 			return err
 		}
@@ -220,6 +222,9 @@ func requireSpace(f *os.File, size int64) error {
 	var st unix.Statfs_t
 	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
 		return os.NewSyscallError("fstatfs", err)
+	}
+	if st.Blocks == 0 { // it does not say, as ramfs
+		return nil
 	}
 	if free := st.Bavail * uint64(st.Bsize); uint64(size) > free {
 		return fmt.Errorf("%d bytes are needed and %d are free: %w", size, free, unix.ENOSPC)

@@ -73,7 +73,7 @@ func (w *writer) tar(ctx context.Context, l artifact.Layer) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	flat, err := decompress(bufio.NewReaderSize(blob, len(w.buf)))
+	flat, err := decompress(bufio.NewReaderSize(io.TeeReader(blob, counter(w.done)), len(w.buf)))
 	if err != nil {
 		return fmt.Errorf("it is not %s: %v: %w", l.Compression, err, errdefs.ErrInvalidArgument)
 	}
@@ -95,6 +95,14 @@ func (w *writer) tar(ctx context.Context, l artifact.Layer) error {
 		return fmt.Errorf("its content has the digest %s, the config lists the DiffID %s: %w", got, want, errdefs.ErrInvalidArgument)
 	}
 	return nil
+}
+
+// counter is a writer that only counts.
+type counter func(n int64)
+
+func (c counter) Write(p []byte) (int, error) {
+	c(int64(len(p)))
+	return len(p), nil
 }
 
 // badStream names an error of the archive's format or compression for what it

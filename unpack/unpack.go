@@ -66,6 +66,9 @@ type Options struct {
 	// Owners shifts every owner for a pod with a user namespace; the zero
 	// value leaves owners alone.
 	Owners IDMap
+	// Progress, if it is not nil, is told of every n bytes of the artifact's
+	// blobs that are done.
+	Progress func(n int64)
 }
 
 // Build lays a out in dir, which must not exist, and returns the Tree. On

@@ -272,6 +272,24 @@ func TestTarsAreExtracted(t *testing.T) {
 	}
 }
 
+func TestProgressIsOfAllBytes(t *testing.T) {
+	s := newSite(t)
+	a := numbered(s.raw(t, "f", "raw"), s.tar(t, artifact.CompressionZstd, archive(t, file("g", "tar"))))
+	var done, total int64
+	for _, l := range a.Layers {
+		total += l.Descriptor.Size
+	}
+	if _, err := Build(context.Background(), filepath.Join(s.root, "tree"), a, Options{
+		Rung: Overlay, Blobs: s.content, Copies: filepath.Join(s.root, "copies"),
+		Progress: func(n int64) { done += n },
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if done != total {
+		t.Errorf("%d bytes done of %d", done, total)
+	}
+}
+
 func TestOnlyUserXattrsAreKept(t *testing.T) {
 	s := newSite(t)
 	h := file("f", "x")

@@ -159,10 +159,20 @@ func each(ctx context.Context, layers []artifact.Layer, f func(context.Context, 
 }
 
 func (w *writer) layer(ctx context.Context, l artifact.Layer) error {
-	if l.Format == artifact.FormatRaw {
-		return w.raw(ctx, l)
+	if l.Format != artifact.FormatRaw {
+		return w.tar(ctx, l)
 	}
-	return w.tar(ctx, l)
+	if err := w.raw(ctx, l); err != nil {
+		return err
+	}
+	w.done(l.Descriptor.Size)
+	return nil
+}
+
+func (w *writer) done(n int64) {
+	if w.Progress != nil {
+		w.Progress(n)
+	}
 }
 
 // in is the path of the entry name below root.

@@ -67,7 +67,7 @@ func (s *Store) Wake() {
 }
 
 // watch tells, until ctx ends, that blobs have been deleted. containerd makes
-// the directories when it needs them, so they are looked for until then.
+// the directories when it needs them, so they are looked for every second.
 func (s *Store) watch(ctx context.Context) <-chan struct{} {
 	deleted := make(chan struct{}, 1)
 	go func() {
@@ -107,8 +107,8 @@ func (s *Store) watch(ctx context.Context) <-chan struct{} {
 func (s *Store) watchBlobs(w *fsnotify.Watcher) {
 	for _, algorithm := range []string{"sha256", "sha384", "sha512"} {
 		dir := filepath.Join(string(s.content), "blobs", algorithm)
-		if !slices.Contains(w.WatchList(), dir) {
-			_ = w.Add(dir) // again in a second
+		if !slices.Contains(w.WatchList(), dir) && w.Add(dir) == nil {
+			s.Wake() // for what went before
 		}
 	}
 }

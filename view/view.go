@@ -31,6 +31,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -88,9 +89,11 @@ type Store struct {
 	mu    sync.Mutex
 	users []Users
 	held  map[string]int // views by Tree name that no Users lists yet
-	// building are the names in trees that builds write to, failed the outcome
-	// of builds that nobody had waited for, by Tree name.
+	// building are the names in trees that builds write to; progress is how far
+	// they are, and failed how those ended that nobody had waited for, by the
+	// name of the Tree to be.
 	building map[string]bool
+	progress map[string]*progress
 	failed   map[string]error
 }
 
@@ -110,6 +113,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		wake:     make(chan struct{}, 1),
 		held:     map[string]int{},
 		building: map[string]bool{},
+		progress: map[string]*progress{},
 		failed:   map[string]error{},
 	}
 	s.closing, s.close = context.WithCancel(context.WithoutCancel(ctx))
@@ -126,7 +130,6 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	if err := s.chooseRung(ctx); err != nil {
 		return nil, err
 	}
-	s.warnOfCopies(ctx)
 	if err := s.recover(ctx, filepath.Join(c.Root, "boot")); err != nil {
 		return nil, err
 	}
@@ -164,18 +167,6 @@ func (s *Store) chooseRung(ctx context.Context) error {
 	}
 	s.rung = rung
 	return nil
-}
-
-// warnOfCopies says so if no blob can be linked.
-func (s *Store) warnOfCopies(ctx context.Context) {
-	var content, trees unix.Stat_t
-	if unix.Stat(string(s.content), &content) != nil || unix.Stat(s.trees, &trees) != nil {
-		return // the content root comes with the first pull
-	}
-	if content.Dev != trees.Dev {
-		log.G(ctx).Warnf("%s and %s are on different file systems: every blob in use is copied once (or reflinked); put them on one to save disk and time",
-			s.content, s.trees)
-	}
 }
 
 // recover sets aside what cannot be used after a crash, a reboot or a change of
@@ -319,13 +310,31 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 			}
 			return &View{ID: id, Path: s.mountpoint(id.name()), release: release}, nil
 		case <-ctx.Done():
-			err = fmt.Errorf("artifact %s is still being unpacked, which goes on; try again: %w", id.Manifest, ctx.Err())
+			err = s.unfinished(id, ctx.Err())
 		case <-timeout:
-			err = fmt.Errorf("artifact %s is still being unpacked, which goes on; try again: %w", id.Manifest, errdefs.ErrUnavailable)
+			err = s.unfinished(id, errdefs.ErrUnavailable)
 		}
 		release()
 		return nil, err
 	}
+}
+
+// progress is how many bytes of an artifact's blobs a build has done.
+type progress struct {
+	done  atomic.Int64
+	total int64
+}
+
+// unfinished says how far the build of id is, for somebody who cannot wait.
+func (s *Store) unfinished(id ID, why error) error {
+	s.mu.Lock()
+	p := s.progress[id.name()]
+	s.mu.Unlock()
+	far := ""
+	if p != nil && p.total > 0 {
+		far = fmt.Sprintf(" (%d %% of %d MiB)", 100*p.done.Load()/p.total, p.total>>20)
+	}
+	return fmt.Errorf("artifact %s is still being unpacked%s, which goes on; try again: %w", id.Manifest, far, why)
 }
 
 // serve mounts the Tree of id for all who wait for it, and keeps the reason if
@@ -424,18 +433,23 @@ func (s *Store) build(ctx context.Context, id ID, a *artifact.Artifact) (*unpack
 		return nil, fmt.Errorf("the tree of artifact %s has just gone, try again: %w", id.Manifest, errdefs.ErrUnavailable)
 	}
 	log.G(ctx).WithField("artifact", id.Manifest).Debug("building the tree")
-	tmp := aside()
+	tmp, far := aside(), &progress{}
+	for _, l := range a.Layers {
+		far.total += l.Descriptor.Size
+	}
 	s.mu.Lock()
-	s.building[tmp] = true
+	s.building[tmp], s.progress[id.name()] = true, far
 	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		delete(s.building, tmp)
+		delete(s.progress, id.name())
 	}()
 	dir, final := filepath.Join(s.trees, tmp), filepath.Join(s.trees, id.name())
 	if _, err := unpack.Build(ctx, dir, a, unpack.Options{
 		Rung: s.rung, Blobs: s.content, Copies: s.copies, Owners: id.Owners,
+		Progress: func(n int64) { far.done.Add(n) },
 	}); err != nil {
 		return nil, err
 	}

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -216,8 +217,12 @@ func TestARequestDoesNotWaitForALongBuild(t *testing.T) {
 	d := s.pack("bytes")
 	done := make(chan struct{})
 	build := s.builds.DoChan(ID{Manifest: d.Digest}.name(), func() (any, error) { <-done; return nil, nil })
-	if _, err := s.Acquire(context.Background(), d, unpack.IDMap{}); !errdefs.IsUnavailable(err) {
-		t.Errorf("%v, want unavailable", err)
+	far := &progress{total: 8 << 30}
+	far.done.Store(2 << 30)
+	s.progress[ID{Manifest: d.Digest}.name()] = far
+	_, err := s.Acquire(context.Background(), d, unpack.IDMap{})
+	if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "still being unpacked (25 % of 8192 MiB)") {
+		t.Errorf("%v, want unavailable, and how far it is", err)
 	}
 	close(done)
 	<-build

@@ -100,7 +100,7 @@ func (d Dir) stat(dgst digest.Digest) (int64, error) {
 	case errors.Is(err, fs.ErrNotExist):
 		return 0, fmt.Errorf("no blob %s in %s, check that this is the runtime's content root: %w", dgst, d, errdefs.ErrNotFound)
 	case err != nil:
-		return 0, fmt.Errorf("blob %s: %w", dgst, err)
+		return 0, fmt.Errorf("no blob %s can be had from %s, check that this is the runtime's content root: %w", dgst, d, err)
 	case !info.Mode().IsRegular():
 		return 0, fmt.Errorf("blob %s: %s is not a regular file but %s: %w", dgst, path, info.Mode(), errdefs.ErrFailedPrecondition)
 	}

@@ -1,0 +1,540 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"archive/tar"
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/proxy"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	modelspec "github.com/modelpack/model-spec/specs-go/v1"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
+)
+
+// refusal is an artifact that must not be served. Its layers follow a good one,
+// which is layer 0.
+type refusal struct {
+	layers []pack.Layer
+	// reason is what the error says. It is about the last layer, and names that,
+	// unless it is said to be about none.
+	reason    string
+	elsewhere bool
+	// pull is what containerd says when it is the one to refuse, at the pull.
+	pull string
+
+	// pushed is a layer whose blob the registry gets before, as part of another
+	// artifact: a layer that lies about it has none.
+	pushed pack.Layer
+	config []byte // instead of a good one
+}
+
+// hostile makes what refusals are made of. The names that try to leave the
+// volume lead to the directory outside.
+type hostile struct {
+	t       *testing.T
+	outside string
+}
+
+// escape is the path from the root of any volume to a file in outside: ".." of
+// the root directory is the root directory.
+func (h hostile) escape(name string) string {
+	return strings.Repeat("../", 30) + filepath.Join(h.outside, name)[1:]
+}
+
+func (hostile) raw(path string) pack.Layer {
+	return pack.Layer{
+		MediaType:   modelspec.MediaTypeModelWeightRaw,
+		Data:        []byte("raw " + path),
+		Annotations: map[string]string{modelspec.AnnotationFilepath: path},
+	}
+}
+
+func (h hostile) described(metadata string) []pack.Layer {
+	layer := h.raw("described.txt")
+	layer.Annotations[modelspec.AnnotationFileMetadata] = metadata
+	return []pack.Layer{layer}
+}
+
+func file(name string) pack.Member {
+	return pack.Member{Header: tar.Header{Name: name, Mode: 0o644}, Data: []byte(name)}
+}
+
+func directory(name string) pack.Member {
+	return pack.Member{Header: tar.Header{Name: name + "/", Typeflag: tar.TypeDir, Mode: 0o777}}
+}
+
+func symlink(name, target string) pack.Member {
+	return pack.Member{Header: tar.Header{Name: name, Typeflag: tar.TypeSymlink, Linkname: target}}
+}
+
+func hardLink(target string) pack.Member {
+	return pack.Member{Header: tar.Header{Name: "link", Typeflag: tar.TypeLink, Linkname: target}}
+}
+
+func special(flag byte) pack.Member {
+	return pack.Member{Header: tar.Header{Name: "special", Typeflag: flag, Mode: 0o666, Devmajor: 1, Devminor: 3}}
+}
+
+func (h hostile) archive(members ...pack.Member) []byte {
+	h.t.Helper()
+	data, err := pack.TarOf(members...)
+	check(h.t, err)
+	return data
+}
+
+func (h hostile) tar(members ...pack.Member) pack.Layer {
+	h.t.Helper()
+	return pack.Layer{MediaType: modelspec.MediaTypeModelWeight, Data: h.archive(members...)}
+}
+
+// stream is a layer of one file whose bytes are changed: those of the tar by
+// inner, before it is compressed, those of the blob by outer. Its DiffID is
+// that of what decompression yields; wrong makes it another.
+type stream struct {
+	mediaType    string
+	inner, outer func([]byte) []byte
+	wrong        bool
+}
+
+func (h hostile) stream(s stream) []pack.Layer {
+	h.t.Helper()
+	data := h.archive(file("streamed.txt"))
+	if s.inner != nil {
+		data = s.inner(data)
+	}
+	layer := pack.Layer{MediaType: s.mediaType, DiffID: digest.FromBytes(data)}
+	if s.wrong {
+		layer.DiffID = digest.FromString("something else")
+	}
+	var err error
+	switch s.mediaType {
+	case modelspec.MediaTypeModelWeightGzip:
+		data, err = pack.Gzip(data)
+	case modelspec.MediaTypeModelWeightZstd:
+		data, err = pack.Zstd(data)
+	}
+	check(h.t, err)
+	if s.outer != nil {
+		data = s.outer(data)
+	}
+	if s.mediaType == modelspec.MediaTypeModelWeight && !s.wrong {
+		layer.DiffID = "" // the blob's own digest
+	}
+	layer.Data = data
+	return []pack.Layer{layer}
+}
+
+// cut returns what removes the last n bytes.
+func cut(n int) func([]byte) []byte {
+	return func(data []byte) []byte { return data[:len(data)-n] }
+}
+
+func withGarbage(data []byte) []byte { return append(slices.Clip(data), "garbage behind the end"...) }
+
+// modelConfig is a config with the DiffIDs.
+func modelConfig(t *testing.T, ids ...digest.Digest) []byte {
+	t.Helper()
+	text, err := json.Marshal(modelspec.Model{ModelFS: modelspec.ModelFS{Type: "layers", DiffIDs: ids}})
+	check(t, err)
+	return text
+}
+
+// refusals are the artifacts that a node must refuse, one per rule.
+func refusals(h hostile) map[string]refusal {
+	const (
+		tarType  = modelspec.MediaTypeModelWeight
+		gzipType = modelspec.MediaTypeModelWeightGzip
+		zstdType = modelspec.MediaTypeModelWeightZstd
+
+		// What containerd says of an artifact with an image's layers.
+		imageLayer = "failed to unpack image volume: mismatched image rootfs and manifest layers"
+	)
+	raw := func(path string) []pack.Layer { return []pack.Layer{h.raw(path)} }
+	members := func(m ...pack.Member) []pack.Layer { return []pack.Layer{h.tar(m...)} }
+	typed := func(mediaType string) []pack.Layer {
+		layer := h.raw("typed.bin")
+		layer.MediaType = mediaType
+		return []pack.Layer{layer}
+	}
+	outside := filepath.Join(h.outside, "written")
+	canary := filepath.Join(h.outside, "canary")
+	long := strings.Repeat("n", 256)
+	empty := h.raw("good copy.txt")
+	empty.Data, empty.Digest = nil, digest.FromBytes(goodLayer().Data) // its descriptor says 0 bytes
+	unknown := h.raw("unknown.bin")                                    // not to containerd's content store
+	lying := func(size int64) []pack.Layer {
+		layer := unknown
+		layer.Data, layer.Digest, layer.Size = nil, digest.FromBytes(unknown.Data), size
+		return []pack.Layer{layer}
+	}
+
+	return map[string]refusal{
+		"absolute path, raw":                            {layers: raw(outside), reason: "is absolute"},
+		"absolute path, tar":                            {layers: members(file(outside)), reason: "is absolute"},
+		"dot dot that leaves the volume, raw":           {layers: raw(h.escape("written")), reason: `contains ".."`},
+		"dot dot that leaves the volume, tar":           {layers: members(file(h.escape("written"))), reason: `contains ".."`},
+		"dot dot that leaves the volume, tar directory": {layers: members(directory(h.escape("written"))), reason: `contains ".."`},
+		"dot dot that stays inside, raw":                {layers: raw("a/../b"), reason: `path "a/../b" contains ".."`},
+		"dot dot that stays inside, tar":                {layers: members(file("a/../b")), reason: `path "a/../b" contains ".."`},
+		"dot dot that is the volume, tar directory":     {layers: members(directory("a/..")), reason: `contains ".."`},
+
+		"NUL, raw": {layers: raw("a\x00b"), reason: `path "a\x00b" contains a NUL byte`},
+		"NUL, tar": {layers: []pack.Layer{{MediaType: tarType, Data: h.withNULInPath(h.archive(file("a-b")))}}, reason: "archive/tar: invalid tar header"},
+
+		"a name over 255 bytes, raw":        {layers: raw("a/" + long), reason: "has a name of 256 bytes, over the limit of 255"},
+		"a name over 255 bytes, tar":        {layers: members(file("a/" + long)), reason: "has a name of 256 bytes, over the limit of 255"},
+		"a path over 4095 bytes, raw":       {layers: raw(strings.Repeat(long[:199]+"/", 20) + long[:96]), reason: "has 4096 bytes, over the limit of 4095"},
+		"a path over 4095 bytes, tar":       {layers: members(file(strings.Repeat(long[:199]+"/", 20) + long[:96])), reason: "has 4096 bytes, over the limit of 4095"},
+		"a path far over all limits, tar":   {layers: members(file(strings.Repeat("n/", 1<<18) + "n")), reason: "over the limit of"},
+		"a path below too many directories": {layers: raw(strings.Repeat("d/", 129) + "f"), reason: "is below 129 directories, over the limit of 128"},
+
+		"file through a symlink":           {layers: members(symlink("link", h.outside), file("link/written")), reason: `member "link/written": "link" passes through a symlink of layer 1`},
+		"directory through a symlink":      {layers: members(symlink("link", h.outside), directory("link/written")), reason: `"link" passes through a symlink of layer 1`},
+		"symlink through a symlink":        {layers: members(symlink("link", h.outside), symlink("link/written", "x")), reason: `"link" passes through a symlink of layer 1`},
+		"raw file through a layer's link":  {layers: append(members(symlink("link", h.outside)), h.raw("link/written")), reason: `"link" passes through a symlink of layer 1`},
+		"directory in the place of a link": {layers: members(symlink("link", h.outside), directory("link")), reason: `"link" passes through a symlink of layer 1`},
+
+		"hard link to an absolute path":     {layers: members(hardLink(canary)), reason: fmt.Sprintf("hard link to %q: path %[1]q is absolute", canary)},
+		"hard link with dot dot":            {layers: members(hardLink(h.escape("canary"))), reason: `contains ".."`},
+		"hard link to a symlink":            {layers: members(symlink("s", canary), hardLink("s")), reason: `hard link to "s", which is not a regular file`},
+		"hard link to another layer's file": {layers: members(hardLink("good.txt")), reason: `hard link to "good.txt", which is not a regular file before it in the same layer`},
+		"hard link through a symlink":       {layers: members(symlink("s", h.outside), hardLink("s/canary")), reason: `hard link to "s/canary", which is not a regular file`},
+
+		"character device": {layers: members(special(tar.TypeChar)), reason: `member "special": a character device is not a file that a volume may hold`},
+		"whiteout":         {layers: members(pack.Member{Header: tar.Header{Name: "good.txt", Typeflag: tar.TypeChar}}), reason: `member "good.txt": a character device`},
+		"block device":     {layers: members(special(tar.TypeBlock)), reason: `member "special": a block device is not`},
+		"FIFO":             {layers: members(special(tar.TypeFifo)), reason: `member "special": a FIFO is not`},
+		"socket":           {layers: members(special('s')), reason: `member "special": a member of type 's' is not`},
+
+		"metadata that is not JSON":         {layers: h.described("mode=0644"), reason: "annotation org.cncf.model.file.metadata+json: malformed file metadata"},
+		"metadata that is cut off":          {layers: h.described(`{"mode": 420`), reason: "malformed file metadata"},
+		"metadata that is null":             {layers: h.described("null"), reason: "malformed file metadata: null"},
+		"metadata with a mode that is text": {layers: h.described(`{"mode": "0644"}`), reason: "malformed file metadata"},
+		"metadata with a mode out of range": {layers: h.described(`{"mode": 65536}`), reason: "mode 65536 is not a Unix file mode"},
+		"metadata with the user -1":         {layers: h.described(`{"uid": 4294967295}`), reason: "owner 4294967295:0"},
+		"metadata with the group -1":        {layers: h.described(`{"gid": 4294967295}`), reason: "owner 0:4294967295"},
+		"metadata with a user out of range": {layers: h.described(`{"uid": 4294967296}`), reason: "malformed file metadata"},
+		"metadata of a symlink":             {layers: h.described(`{"typeflag": 50}`), reason: "type flag 50 is not a regular file"},
+		"metadata with a malformed time":    {layers: h.described(`{"mtime": "yesterday"}`), reason: "malformed file metadata"},
+		"metadata with a negative size":     {layers: h.described(`{"size": -1}`), reason: "negative size -1"},
+		"tar member with the user -1":       {layers: members(pack.Member{Header: tar.Header{Name: "f", Uid: 1<<32 - 1}}), reason: "owner 4294967295:0 is not a user"},
+
+		"wrong DiffID, plain":       {layers: h.stream(stream{mediaType: tarType, wrong: true}), reason: "the config's DiffID is"},
+		"wrong DiffID, gzip":        {layers: h.stream(stream{mediaType: gzipType, wrong: true}), reason: "the config lists the DiffID " + digest.FromString("something else").String()},
+		"wrong DiffID, zstd":        {layers: h.stream(stream{mediaType: zstdType, wrong: true}), reason: "the config lists the DiffID " + digest.FromString("something else").String()},
+		"malformed DiffID":          {layers: raw("f"), config: modelConfig(h.t, digest.FromBytes(goodLayer().Data), "sha256:x"), reason: "DiffID in the config"},
+		"fewer DiffIDs than layers": {layers: raw("f"), config: modelConfig(h.t, digest.FromBytes(goodLayer().Data)), elsewhere: true, reason: "lists 1 DiffIDs for 2 layers"},
+		"more DiffIDs than layers":  {config: modelConfig(h.t, digest.FromBytes(goodLayer().Data), digest.FromString("")), reason: "lists 2 DiffIDs for 1 layers"},
+
+		"truncated tar, in a member":       {layers: h.stream(stream{mediaType: tarType, outer: cut(1024 + 502)}), reason: "the archive is truncated"},
+		"truncated tar, behind a member":   {layers: h.stream(stream{mediaType: tarType, outer: cut(1024)}), reason: "the archive is truncated"},
+		"truncated tar in gzip":            {layers: h.stream(stream{mediaType: gzipType, inner: cut(1024)}), reason: "the archive is truncated"},
+		"truncated gzip":                   {layers: h.stream(stream{mediaType: gzipType, outer: cut(10)}), reason: "the archive is truncated"},
+		"truncated gzip, in the check sum": {layers: h.stream(stream{mediaType: gzipType, outer: cut(3)}), reason: "the archive is truncated"},
+		"truncated zstd":                   {layers: h.stream(stream{mediaType: zstdType, outer: cut(10)}), reason: "the archive is truncated"},
+		"garbage behind a tar":             {layers: h.stream(stream{mediaType: tarType, outer: withGarbage}), reason: "there is garbage behind the end of the archive"},
+		"garbage behind a tar in gzip":     {layers: h.stream(stream{mediaType: gzipType, inner: withGarbage}), reason: "there is garbage behind the end of the archive"},
+		"garbage behind a tar in zstd":     {layers: h.stream(stream{mediaType: zstdType, inner: withGarbage}), reason: "there is garbage behind the end of the archive"},
+		"garbage behind gzip":              {layers: h.stream(stream{mediaType: gzipType, outer: withGarbage}), reason: "the archive cannot be read: gzip: invalid header"},
+		"garbage behind zstd":              {layers: h.stream(stream{mediaType: zstdType, outer: withGarbage}), reason: "the archive cannot be read"},
+		"no gzip at all":                   {layers: h.stream(stream{mediaType: gzipType, outer: func([]byte) []byte { return []byte("text") }}), reason: "it is not gzip"},
+		"no zstd at all":                   {layers: h.stream(stream{mediaType: zstdType, outer: func([]byte) []byte { return []byte("text") }}), reason: "the archive cannot be read"},
+
+		"file where a directory is needed": {layers: []pack.Layer{h.raw("a"), h.tar(file("a/b"))}, reason: `"a" must be a directory but is a file of layer 1`},
+		"file where a raw layer needs one": {layers: []pack.Layer{h.tar(file("a")), h.raw("a/b")}, reason: `"a" must be a directory but is a file of layer 1`},
+		"directory where a file is to be":  {layers: []pack.Layer{h.tar(file("a/b")), h.raw("a")}, reason: `file "a" is a directory for layer 1`},
+		"directory where a tar has a file": {layers: []pack.Layer{h.raw("a/b"), h.tar(file("a"))}, reason: `file "a" is a directory for layer 1`},
+
+		"encrypted layer":             {layers: typed(tarType + "+encrypted"), reason: "an encrypted layer is not supported"},
+		"encrypted layer of an image": {layers: typed(ocispec.MediaTypeImageLayerGzip + "+encrypted"), elsewhere: true, reason: imageLayer},
+		"non-distributable layer":     {layers: typed("application/vnd.oci.image.layer.nondistributable.v1.tar"), elsewhere: true, reason: imageLayer},
+
+		"layer said to be empty":         {layers: []pack.Layer{empty}, reason: "its descriptor says 0 bytes, but its digest is not that of no bytes"},
+		"unknown layer said to be empty": {pushed: unknown, layers: lying(0), pull: "reports content size of zero"},
+		"layer said to be shorter":       {pushed: unknown, layers: lying(3), pull: "read past expected size 3"},
+		"layer said to be longer":        {pushed: unknown, layers: lying(1 << 40), pull: "short read: expected 1099511627776 bytes"},
+		"layer of a negative size":       {pushed: unknown, layers: lying(-1), pull: "negative content size"},
+
+		"config that is not JSON":   {config: []byte("{"), pull: "unexpected end of JSON input"},
+		"config of the wrong shape": {config: []byte(`{"modelfs": []}`), reason: "malformed model config: modelfs"},
+		"artifact without layers":   {reason: "the artifact has no layers"},
+	}
+}
+
+// withNULInPath gives the first member of a tar the path "a\x00b" by an extended
+// header: in the ordinary one the NUL would end the name, and archive/tar does
+// not write it.
+func (h hostile) withNULInPath(data []byte) []byte {
+	h.t.Helper()
+	head := h.archive(pack.Member{Header: tar.Header{Name: "pax", Mode: 0o644}, Data: []byte("12 path=a\x00b\n")})
+	head = head[:1024] // without the end of the archive
+	head[156] = tar.TypeXHeader
+	copy(head[148:156], "        ")
+	sum := 0
+	for _, b := range head[:512] {
+		sum += int(b)
+	}
+	copy(head[148:156], fmt.Sprintf("%06o\x00 ", sum))
+	return append(head, data...)
+}
+
+func goodLayer() pack.Layer {
+	return pack.Layer{
+		MediaType:   modelspec.MediaTypeModelDocRaw,
+		Data:        []byte("a good file\n"),
+		Annotations: map[string]string{modelspec.AnnotationFilepath: "good.txt"},
+	}
+}
+
+// artifact is the refusal with its good layer. An artifact that is refused for
+// having no layers has none.
+func (r refusal) artifact() *pack.Artifact {
+	a := &pack.Artifact{ArtifactType: modelspec.ArtifactTypeModelManifest, Config: r.config}
+	if r.layers != nil || r.config != nil {
+		a.Layers = append([]pack.Layer{goodLayer()}, r.layers...)
+	}
+	return a
+}
+
+// wantRefused tries twice to start a container of pod with the artifact ref as
+// a volume, and wants the same complaint twice.
+func wantRefused(t *testing.T, pod *node.Pod, ref string, wanted ...string) {
+	t.Helper()
+	var errs []string
+	for range 2 {
+		err := pod.Start(node.Container{Name: "refused", Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+		if err == nil {
+			t.Fatal("a container started")
+		}
+		errs = append(errs, answer(t, err))
+	}
+	// It stands in an event of Kubernetes, whatever is in the artifact.
+	const longest = 4096
+	if len(errs[0]) > longest || strings.Contains(errs[0], "\n") {
+		t.Errorf("the error is not one short line but has %d bytes: %.1000q", len(errs[0]), errs[0])
+	}
+	for _, want := range append(wanted, "failed to mount image volume: ImageVolumeMountFailed") {
+		if !strings.Contains(errs[0], want) {
+			t.Errorf("the error does not say %q: %.4096s", want, errs[0])
+		}
+	}
+	if errs[0] != errs[1] {
+		t.Errorf("the second error is another one: %.4096s, after %.4096s", errs[1], errs[0])
+	}
+}
+
+// answer is what containerd answered to crictl, which prints it last, quoted,
+// as the message of a log line.
+func answer(t *testing.T, err error) string {
+	t.Helper()
+	text := strings.TrimSpace(err.Error())
+	if at := strings.LastIndex(text, "level=fatal msg="); at >= 0 {
+		message, err := strconv.Unquote(text[at+len("level=fatal msg="):])
+		check(t, err)
+		if at := strings.Index(message, "rpc error:"); at >= 0 {
+			return message[at:]
+		}
+	}
+	t.Fatalf("no answer of containerd: %v", err)
+	return ""
+}
+
+// daemonViews is the keys of the image volumes that the daemon itself knows,
+// whatever containerd does.
+func daemonViews(t *testing.T, n *node.Node) (keys []string) {
+	t.Helper()
+	conn, err := grpc.NewClient("unix://"+filepath.Join(n.Dir, "daemon.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	check(t, err)
+	defer conn.Close()
+	daemon := proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "artifact")
+	check(t, daemon.Walk(namespaces.WithNamespace(t.Context(), "k8s.io"), func(_ context.Context, info snapshots.Info) error {
+		if strings.Contains(info.Name, "/image-volumes/") {
+			keys = append(keys, info.Name)
+		}
+		return nil
+	}))
+	return keys
+}
+
+func TestAnArtifactThatBreaksARuleIsRefused(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	outside := t.TempDir()
+	check(t, os.WriteFile(filepath.Join(outside, "canary"), []byte("untouched"), 0o600))
+	canaries, err := treelist.List(outside)
+	check(t, err)
+
+	// The good layer of all is known to containerd before.
+	src := t.TempDir()
+	check(t, os.WriteFile(filepath.Join(src, "good.txt"), goodLayer().Data, 0o644))
+	good := pulled(t, n, src, pack.Raw)
+
+	// One pod for all: what refuses a container leaves its pod as it was.
+	pod, err := n.RunSandbox(node.PodSpec{})
+	check(t, err)
+	before := daemonUsage(t, n)
+	all := refusals(hostile{t, outside})
+	for i, name := range slices.Sorted(maps.Keys(all)) {
+		t.Run(name, func(t *testing.T) {
+			r := all[name]
+			repo := fmt.Sprintf("bad/%d", i)
+			if r.pushed.Data != nil {
+				other := pack.Artifact{Layers: []pack.Layer{r.pushed}}
+				_, err := other.Push(t.Context(), n.Registry, repo, "other")
+				check(t, err)
+			}
+			_, err := r.artifact().Push(t.Context(), n.Registry, repo, "latest")
+			check(t, err)
+			ref := n.Registry + "/" + repo + ":latest"
+			_, err = n.Pull(ref)
+			if r.pull != "" {
+				if err == nil || !strings.Contains(err.Error(), r.pull) {
+					t.Fatalf("pull: %v, want an error about %q", err, r.pull)
+				}
+			} else {
+				check(t, err)
+				t.Cleanup(func() {
+					if t.Failed() { // what is there must not fail the others
+						check(t, pod.Remove())
+						pod, err = n.RunSandbox(node.PodSpec{})
+						check(t, err)
+					}
+					_, err = n.Crictl("rmi", ref)
+					check(t, err)
+					wantUsage(t, n, before)
+				})
+				wanted := []string{r.reason}
+				if last := len(r.layers); last > 0 && !r.elsewhere {
+					wanted = append(wanted, fmt.Sprintf("layer %d (%s, sha256:", last, r.layers[last-1].MediaType))
+				}
+				wantRefused(t, pod, ref, wanted...)
+			}
+			wantUsage(t, n, before)
+			if views := daemonViews(t, n); views != nil {
+				t.Errorf("the daemon has views %q", views)
+			}
+			got, err := treelist.List(outside)
+			check(t, err)
+			if diff := treelist.Diff(canaries, got); diff != "" {
+				t.Errorf("something was written outside of the volume:\n%s", diff)
+			}
+		})
+	}
+
+	// The node is as good as before.
+	listed, err := n.Ctr("snapshots", "--snapshotter", "artifact", "ls")
+	check(t, err)
+	if strings.Contains(listed, "image-volumes") {
+		t.Errorf("containerd knows snapshots of image volumes:\n%s", listed)
+	}
+	containers, err := n.Crictl("ps", "--all", "--quiet")
+	check(t, err)
+	if containers != "" {
+		t.Errorf("containers were created: %s", containers)
+	}
+	check(t, pod.Start(node.Container{Volumes: []node.Volume{{Image: good, Path: "/model"}}}))
+	wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.Raw))
+	if views := daemonViews(t, n); len(views) != 1 {
+		t.Errorf("the daemon has views %q, want one", views)
+	}
+	check(t, pod.Remove())
+	mounts, err := node.Mounts(n.State)
+	check(t, err)
+	if len(mounts) != 0 {
+		t.Errorf("containerd has mounts left: %q", mounts)
+	}
+}
+
+func TestAPodRecoversWhenAGoodArtifactTakesTheTag(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	bad := refusals(hostile{t, t.TempDir()})["wrong DiffID, gzip"]
+	_, err := bad.artifact().Push(t.Context(), n.Registry, "models/tiny", "raw")
+	check(t, err)
+	ref := n.Registry + "/models/tiny:raw"
+	_, err = n.Pull(ref)
+	check(t, err)
+	pod, err := n.RunSandbox(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+	check(t, err)
+	wantRefused(t, pod, ref, bad.reason)
+
+	src := writeModel(t)
+	if good := pulled(t, n, src, pack.Raw); good != ref {
+		t.Fatalf("the good artifact is %s, want %s", good, ref)
+	}
+	check(t, pod.Start(node.Container{}))
+	wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.Raw))
+	check(t, pod.Remove())
+}
+
+// What means something to the node, and nothing to a reader, is not refused
+// but cleared: packers copy it without asking.
+func TestSpecialBitsAndPrivilegedXattrsAreCleared(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	xattrs := map[string]string{"SCHILY.xattr.user.kept": "kept"}
+	for _, name := range []string{
+		"security.capability", "security.selinux", "security.ima", "trusted.any",
+		"trusted.overlay.metacopy", "trusted.overlay.opaque", "trusted.overlay.redirect",
+	} {
+		value := "/etc/shadow"
+		if name == "security.capability" { // VFS_CAP_REVISION_2 with CAP_NET_RAW, of linux/capability.h
+			value = "\x01\x00\x00\x02\x00\x20\x00\x00" + strings.Repeat("\x00", 12)
+		}
+		xattrs["SCHILY.xattr."+name] = value
+	}
+	layer, err := pack.TarOf(
+		pack.Member{Header: tar.Header{Name: "bin/", Typeflag: tar.TypeDir, Mode: 0o3777, ModTime: pack.Created, PAXRecords: xattrs}},
+		pack.Member{Header: tar.Header{Name: "bin/special", Mode: 0o7755, Uid: 12, Gid: 34, ModTime: pack.Created, PAXRecords: xattrs}, Data: []byte("x")},
+	)
+	check(t, err)
+	raw := goodLayer()
+	raw.Annotations[modelspec.AnnotationFileMetadata] = `{"mode": 36333, "uid": 12, "gid": 34}` // 0o106755
+	model := &pack.Artifact{ArtifactType: modelspec.ArtifactTypeModelManifest, Layers: []pack.Layer{
+		{MediaType: modelspec.MediaTypeModelCode, Data: layer}, raw,
+	}}
+	_, err = model.Push(t.Context(), n.Registry, "models/special", "latest")
+	check(t, err)
+	ref := n.Registry + "/models/special:latest"
+	_, err = n.Pull(ref)
+	check(t, err)
+	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+	check(t, err)
+
+	created, kept := pack.Created.UnixNano(), map[string][]byte{"user.kept": []byte("kept")}
+	want := []treelist.Entry{
+		{Path: "bin", Type: "dir", Mode: 0o3777, ModTime: created, Xattrs: kept},
+		{Path: "bin/special", Type: "file", Mode: 0o755, UID: 12, GID: 34, Size: 1, ModTime: created, SHA256: digest.FromString("x").Encoded(), Xattrs: kept},
+		{Path: "good.txt", Type: "file", Mode: 0o755, UID: 12, GID: 34, Size: int64(len(raw.Data)), ModTime: created, SHA256: digest.FromBytes(raw.Data).Encoded()},
+	}
+	wantVolume(t, pod, "main", "/model", want)
+	// The container may not list the trusted ones; the node may.
+	mounts, err := node.Mounts(n.DaemonState)
+	check(t, err)
+	if len(mounts) != 1 {
+		t.Fatalf("the daemon's mounts are %q, want one", mounts)
+	}
+	got, err := treelist.List(mounts[0])
+	check(t, err)
+	if diff := treelist.Diff(want, got); diff != "" {
+		t.Errorf("the node sees something else in the volume:\n%s", diff)
+	}
+	check(t, pod.Remove())
+}

@@ -1,0 +1,156 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package view
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/log"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// Open opens the store in c.Root and puts right what a crash or a reboot left.
+// Trees and copies of an earlier boot go, since they were never synced to the
+// disk; so do mounts of Trees that are no more. Mounts that are still there are
+// kept; the first sweep takes those that nobody shows, and whatever is to be
+// removed. A rung that does not work here is an error.
+func Open(ctx context.Context, c Config) (*Store, error) {
+	s := &Store{
+		trees:    filepath.Join(c.Root, "trees"),
+		copies:   filepath.Join(c.Root, "copies"),
+		mounts:   filepath.Join(c.State, "mounts"),
+		content:  c.Content,
+		rung:     c.Rung,
+		maxWait:  maxWait,
+		wake:     make(chan struct{}, 1),
+		held:     map[string]int{},
+		building: map[string]bool{},
+		progress: map[string]*progress{},
+		failed:   map[string]error{},
+	}
+	s.closing, s.close = context.WithCancel(context.WithoutCancel(ctx))
+	// Everything above what is mounted into a pod with a user namespace must
+	// be searchable by its users; what is behind a mount need not be.
+	for _, d := range []struct {
+		path string
+		mode os.FileMode
+	}{{c.Root, 0o711}, {s.trees, 0o700}, {c.State, 0o711}, {s.mounts, 0o711}} {
+		if err := makeDir(d.path, d.mode); err != nil {
+			return nil, err
+		}
+	}
+	if err := s.chooseRung(ctx); err != nil {
+		return nil, err
+	}
+	if err := s.recover(ctx, filepath.Join(c.Root, "boot")); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// makeDir makes dir, with that mode whatever the umask, unless it is there.
+func makeDir(dir string, mode os.FileMode) error {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		return err
+	}
+	err := os.Mkdir(dir, mode)
+	if errors.Is(err, os.ErrExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return os.Chmod(dir, mode)
+}
+
+func (s *Store) chooseRung(ctx context.Context) error {
+	if s.rung != "" {
+		return unpack.Try(s.trees, s.rung)
+	}
+	rung, why := unpack.Probe(s.trees)
+	if rung == "" {
+		return fmt.Errorf("no way to lay out raw layers works: %w", why)
+	}
+	logger := log.G(ctx).WithField("rung", rung)
+	if why != nil {
+		logger.WithError(why).Warn("raw layers are laid out in a lesser way than could be")
+	} else {
+		logger.Info("raw layers are laid out")
+	}
+	s.rung = rung
+	return nil
+}
+
+// recover sets aside what cannot be used after a crash, a reboot or a change of
+// the rung. marker is a file that holds the boot of the last time.
+func (s *Store) recover(ctx context.Context, marker string) error {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return fmt.Errorf("cannot tell whether the node was booted since the last start: %w", err)
+	}
+	last, err := os.ReadFile(marker)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	rebooted := !bytes.Equal(boot, last)
+	names, err := list(s.trees)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if manifest(name) == "" {
+			continue // the sweep's
+		}
+		t, err := unpack.Load(filepath.Join(s.trees, name))
+		if err == nil && !rebooted && (t.Rung == s.rung || s.mounted(name)) {
+			continue
+		}
+		log.G(ctx).WithField("tree", name).Info("removing a tree of an earlier boot or of another rung")
+		if err := errors.Join(s.unmount(name), s.setAside(filepath.Join(s.trees, name))); err != nil {
+			return fmt.Errorf("cannot remove the tree %s: %w", name, err)
+		}
+	}
+	if rebooted {
+		if err := s.setAside(s.copies); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	if err := makeDir(s.copies, 0o700); err != nil {
+		return err
+	}
+	// A mount without its Tree shows an empty directory: somebody has removed
+	// the root, or given the daemon another one.
+	mounts, err := list(s.mounts)
+	if err != nil {
+		return err
+	}
+	for _, name := range mounts {
+		if !s.hasName(name) {
+			if err := s.unmount(name); err != nil {
+				return err
+			}
+		}
+	}
+	if !rebooted {
+		return nil
+	}
+	return os.WriteFile(marker, boot, 0o600)
+}
+
+// setAside renames p to what the next sweep removes: at once, where removing it
+// takes time, or space that a full disk does not have.
+func (s *Store) setAside(p string) error {
+	return os.Rename(p, filepath.Join(s.trees, aside()))
+}
+
+// aside is a new name in trees that is not one of a Tree.
+func aside() string { return "new-" + strings.ToLower(rand.Text()) }

@@ -70,6 +70,12 @@ func (w *writer) rawFile(ctx context.Context, f artifact.File, blob ocispec.Desc
 	return errors.Join(err, dst.Close())
 }
 
+// The attributes of overlayfs (fs/overlayfs/overlayfs.h).
+const (
+	xattrMetacopy = "trusted.overlay.metacopy"
+	xattrRedirect = "trusted.overlay.redirect"
+)
+
 // makeMetacopy turns the empty file f into one that overlayfs shows with f's
 // attributes and size and the content of data/<target> in a data-only layer
 // (Documentation/filesystems/overlayfs.rst, "Metadata only copy up" and
@@ -79,11 +85,11 @@ func makeMetacopy(f *os.File, target string, size int64) error {
 	if err := f.Truncate(size); err != nil {
 		return err
 	}
-	if err := unix.Fsetxattr(int(f.Fd()), "trusted.overlay.metacopy", nil, 0); err != nil {
-		return os.NewSyscallError("setxattr trusted.overlay.metacopy", err)
+	if err := unix.Fsetxattr(int(f.Fd()), xattrMetacopy, nil, 0); err != nil {
+		return os.NewSyscallError("setxattr "+xattrMetacopy, err)
 	}
-	if err := unix.Fsetxattr(int(f.Fd()), "trusted.overlay.redirect", []byte("/"+target), 0); err != nil {
-		return os.NewSyscallError("setxattr trusted.overlay.redirect", err)
+	if err := unix.Fsetxattr(int(f.Fd()), xattrRedirect, []byte("/"+target), 0); err != nil {
+		return os.NewSyscallError("setxattr "+xattrRedirect, err)
 	}
 	return nil
 }

@@ -349,17 +349,23 @@ func (w *writer) setXattrs(name string, h *tar.Header) error {
 		if !ok || !strings.HasPrefix(attr, "user.") {
 			continue
 		}
-		f, err := w.root.Open(in(name))
-		if err != nil {
+		if err := w.setXattr(name, attr, []byte(value)); err != nil {
 			return err
 		}
-		err = unix.Fsetxattr(int(f.Fd()), attr, []byte(value), 0)
-		f.Close()
-		if err != nil {
-			// Also when it does not fit the file system, which ext4 calls
-			// "no space": %v, for that is not a full disk.
-			return fmt.Errorf("extended attribute %.255q: %v: %w", attr, err, errdefs.ErrInvalidArgument)
-		}
+	}
+	return nil
+}
+
+func (w *writer) setXattr(name, attr string, value []byte) error {
+	f, err := w.root.Open(in(name))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.Fsetxattr(int(f.Fd()), attr, value, 0); err != nil {
+		// Also when it does not fit the file system, which ext4 calls "no
+		// space": %v, for that is not a full disk.
+		return fmt.Errorf("extended attribute %.255q: %v: %w", attr, err, errdefs.ErrInvalidArgument)
 	}
 	return nil
 }

@@ -75,25 +75,36 @@ type Options struct {
 // failure nothing is left behind. A layer that breaks a rule refuses the whole
 // artifact: errdefs.ErrInvalidArgument, naming the layer. A missing blob is
 // errdefs.ErrNotFound, a full disk errdefs.ErrResourceExhausted.
-func Build(ctx context.Context, dir string, a *artifact.Artifact, o Options) (_ *Tree, err error) {
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("cannot create a tree for artifact %s: %w", a.Manifest.Digest, outOfSpace(err))
+func Build(ctx context.Context, dir string, a *artifact.Artifact, o Options) (*Tree, error) {
+	t := &Tree{Manifest: a.Manifest.Digest, Rung: o.Rung, dir: dir}
+	return t, t.make(o, func(w *writer) error { return w.write(ctx, a) })
+}
+
+// make makes the Tree's directory and has write fill it.
+func (t *Tree) make(o Options, write func(*writer) error) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("artifact %s: %w", t.Manifest, outOfSpace(err))
+		}
+	}()
+	if err := os.Mkdir(t.dir, 0o700); err != nil {
+		return err
 	}
 	defer func() {
 		if err != nil {
-			os.RemoveAll(dir)
+			os.RemoveAll(t.dir)
 		}
 	}()
-	w, err := newWriter(dir, a, o)
+	w, err := newWriter(t.dir, o)
 	if err != nil {
-		return nil, fmt.Errorf("artifact %s: %w", a.Manifest.Digest, outOfSpace(err))
+		return err
 	}
 	defer w.close()
-	if err := w.write(ctx, a); err != nil {
-		return nil, fmt.Errorf("artifact %s: %w", a.Manifest.Digest, err)
+	if err := write(w); err != nil {
+		return err
 	}
-	t := &Tree{Manifest: a.Manifest.Digest, Rung: o.Rung, Size: w.size, Inodes: w.inodes, dir: dir}
-	return t, t.save()
+	t.Size, t.Inodes = w.size, w.inodes
+	return t.save()
 }
 
 // Load reads the Tree in dir.
@@ -114,7 +125,7 @@ func (t *Tree) save() error {
 	if err != nil {
 		return err
 	}
-	return outOfSpace(os.WriteFile(filepath.Join(t.dir, metaFile), b, 0o600))
+	return os.WriteFile(filepath.Join(t.dir, metaFile), b, 0o600)
 }
 
 // Mount shows the Tree at target, an existing directory: read-only, nosuid and

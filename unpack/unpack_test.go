@@ -143,6 +143,13 @@ func (s site) build(r Rung, layers ...artifact.Layer) (*Tree, error) {
 	})
 }
 
+// build2 builds another Tree.
+func (s site) build2(r Rung, layers ...artifact.Layer) (*Tree, error) {
+	return Build(context.Background(), filepath.Join(s.root, "tree2"), numbered(layers...), Options{
+		Rung: r, Blobs: s.content, Copies: filepath.Join(s.root, "copies"),
+	})
+}
+
 // show builds and mounts, and returns where.
 func (s site) show(t *testing.T, r Rung, layers ...artifact.Layer) string {
 	t.Helper()
@@ -552,22 +559,80 @@ func TestARootWithAnyCharacterIsMounted(t *testing.T) {
 }
 
 func TestOwnersAreShiftedForAUserNamespace(t *testing.T) {
+	owners := IDMap{UID: "0:200000:65536", GID: "0:300000:65536"}
+	for _, how := range []string{"from the first Tree", "from the artifact"} {
+		t.Run(how, func(t *testing.T) {
+			s := newSite(t)
+			inside, outside := s.raw(t, "inside", "1"), s.raw(t, "outside", "2")
+			outside.File.UID, outside.File.GID = 70000, 70000
+			noted := file("tarred", "3")
+			noted.Format = tar.FormatPAX
+			noted.PAXRecords = map[string]string{"SCHILY.xattr.user.note": "kept"}
+			a := numbered(inside, outside, s.raw(t, "same", "1"), s.raw(t, "empty", ""), s.tar(t, artifact.CompressionGzip, archive(t, noted,
+				tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "tarred"},
+				tar.Header{Name: "sym", Typeflag: tar.TypeSymlink, Linkname: "tarred", Uid: 1},
+				tar.Header{Name: "sticky/", Typeflag: tar.TypeDir, Mode: 0o1750, Gid: 2})))
+			o := Options{Rung: Overlay, Blobs: s.content, Copies: filepath.Join(s.root, "copies")}
+			var tree *Tree
+			var err error
+			if how == "from the artifact" {
+				o.Owners = owners
+				tree, err = Build(context.Background(), filepath.Join(s.root, "tree"), a, o)
+			} else {
+				var plain *Tree
+				if plain, err = Build(context.Background(), filepath.Join(s.root, "plain"), a, o); err != nil {
+					t.Fatal(err)
+				}
+				tree, err = plain.Shift(context.Background(), filepath.Join(s.root, "tree"), owners)
+				if err := os.RemoveAll(filepath.Join(s.root, "plain")); err != nil { // not needed any more
+					t.Fatal(err)
+				}
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			dir := mountTree(t, tree)
+			wantAttrs(t, dir, 0o755, 200000, 300000, created)
+			wantAttrs(t, filepath.Join(dir, "inside"), 0o640, 201234, 305678, mtime)
+			wantAttrs(t, filepath.Join(dir, "outside"), 0o640, overflowID, overflowID, mtime)
+			wantAttrs(t, filepath.Join(dir, "tarred"), 0o644, 200000, 300000, mtime)
+			wantAttrs(t, filepath.Join(dir, "sym"), 0o777, 200001, 300000, mtime)
+			wantAttrs(t, filepath.Join(dir, "sticky"), 0o1750, 200000, 300002, mtime)
+			for name, want := range map[string]string{"inside": "1", "outside": "2", "same": "1", "empty": "", "tarred": "3", "hard": "3", "sym": "3"} {
+				if got := read(t, dir, name); got != want {
+					t.Errorf("%s holds %q, want %q", name, got, want)
+				}
+			}
+			note := make([]byte, 10)
+			if n, err := unix.Lgetxattr(filepath.Join(dir, "hard"), "user.note", note); err != nil || string(note[:n]) != "kept" {
+				t.Errorf("user.note is %q, %v", note[:max(n, 0)], err)
+			}
+		})
+	}
+}
+
+func TestAShiftCopiesNoContent(t *testing.T) {
 	s := newSite(t)
-	inside, outside := s.raw(t, "inside", "1"), s.raw(t, "outside", "2")
-	outside.File.UID, outside.File.GID = 70000, 70000
-	tree, err := Build(context.Background(), filepath.Join(s.root, "tree"), numbered(inside, outside,
-		s.tar(t, artifact.CompressionGzip, archive(t, file("tarred", "3")))), Options{
-		Rung: Overlay, Blobs: s.content, Copies: filepath.Join(s.root, "copies"),
-		Owners: IDMap{UID: "0:200000:65536", GID: "0:300000:65536"},
-	})
+	big := make([]byte, 4<<20)
+	rand.NewChaCha8([32]byte{}).Read(big)
+	plain, err := s.build(Overlay, s.raw(t, "raw", string(big)), s.tar(t, artifact.CompressionZstd, archive(t, file("tarred", string(big)))))
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir := mountTree(t, tree)
-	wantAttrs(t, dir, 0o755, 200000, 300000, created)
-	wantAttrs(t, filepath.Join(dir, "inside"), 0o640, 201234, 305678, mtime)
-	wantAttrs(t, filepath.Join(dir, "outside"), 0o640, overflowID, overflowID, mtime)
-	wantAttrs(t, filepath.Join(dir, "tarred"), 0o644, 200000, 300000, mtime)
+	shifted, err := plain.Shift(context.Background(), filepath.Join(s.root, "shifted"), IDMap{UID: "0:1:10", GID: "0:1:10"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if shifted.Size > 64<<10 {
+		t.Errorf("the shifted tree takes %d bytes", shifted.Size)
+	}
+	linked, err := s.build2(Link, s.raw(t, "raw", "x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := linked.Shift(context.Background(), filepath.Join(s.root, "no"), IDMap{}); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("shifting a tree of the rung link: %v", err)
+	}
 }
 
 func TestMalformedIDMaps(t *testing.T) {

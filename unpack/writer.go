@@ -84,7 +84,7 @@ type writer struct {
 	buf          []byte
 }
 
-func newWriter(dir string, a *artifact.Artifact, o Options) (*writer, error) {
+func newWriter(dir string, o Options) (*writer, error) {
 	s, err := o.Owners.parse()
 	if err != nil {
 		return nil, err
@@ -98,16 +98,10 @@ func newWriter(dir string, a *artifact.Artifact, o Options) (*writer, error) {
 		root:    root,
 		dir:     dir,
 		shift:   s,
-		implied: attrs{mode: 0o755, mtime: a.Created},
 		buf:     make([]byte, 256<<10),
+		blobs:   map[digest.Digest]string{},
+		nodes:   map[string]*node{".": {kind: directory, layer: -1}},
 	}
-	w.blobs = map[digest.Digest]string{}
-	for _, l := range a.Layers {
-		if _, ok := w.blobs[l.Descriptor.Digest]; !ok && l.Format == artifact.FormatRaw {
-			w.blobs[l.Descriptor.Digest] = strconv.Itoa(len(w.blobs))
-		}
-	}
-	w.nodes = map[string]*node{".": {kind: directory, layer: -1, attrs: w.implied}}
 	for _, d := range []string{fsDir, dataDir} {
 		if err := root.Mkdir(d, 0o700); err != nil {
 			return nil, errors.Join(err, root.Close())
@@ -127,6 +121,13 @@ func (w *writer) close() {
 // write makes the Tree. Blobs are retained while the files are made: with
 // thousands of them each is about as much work for the file system.
 func (w *writer) write(ctx context.Context, a *artifact.Artifact) error {
+	w.implied = attrs{mode: 0o755, mtime: a.Created}
+	w.nodes["."].attrs = w.implied
+	for _, l := range a.Layers {
+		if _, ok := w.blobs[l.Descriptor.Digest]; !ok && l.Format == artifact.FormatRaw {
+			w.blobs[l.Descriptor.Digest] = strconv.Itoa(len(w.blobs))
+		}
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	g, ctx := errgroup.WithContext(ctx)
@@ -319,9 +320,15 @@ func (w *writer) setAttrs(name string, k kind, a attrs) error {
 	return nil
 }
 
+// specialBits are the mode bits that a directory keeps, for the kernel and for
+// Go.
+var specialBits = map[uint32]fs.FileMode{
+	unix.S_ISUID: fs.ModeSetuid, unix.S_ISGID: fs.ModeSetgid, unix.S_ISVTX: fs.ModeSticky,
+}
+
 func unixMode(m fs.FileMode) uint32 {
 	mode := uint32(m.Perm())
-	for bit, u := range map[fs.FileMode]uint32{fs.ModeSetuid: unix.S_ISUID, fs.ModeSetgid: unix.S_ISGID, fs.ModeSticky: unix.S_ISVTX} {
+	for u, bit := range specialBits {
 		if m&bit != 0 {
 			mode |= u
 		}

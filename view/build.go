@@ -28,7 +28,7 @@ type progress struct {
 // unfinished says how far the build of id is, for somebody who cannot wait.
 func (s *Store) unfinished(id ID, why error) error {
 	s.mu.Lock()
-	p := s.progress[id.name()]
+	p := s.progress[id.Manifest]
 	s.mu.Unlock()
 	far := ""
 	if p != nil && p.total > 0 {
@@ -38,8 +38,7 @@ func (s *Store) unfinished(id ID, why error) error {
 }
 
 // serve mounts the Tree of id for all who wait for it, and keeps the reason if
-// it cannot: they may have given up by then. A panic, of a decoder that has met
-// what its authors have not thought of, must not end the daemon.
+// it cannot: they may have given up by then.
 func (s *Store) serve(id ID, a *artifact.Artifact) (err error) {
 	if !s.begin() {
 		return fmt.Errorf("the snapshotter is shutting down: %w", errdefs.ErrUnavailable)
@@ -47,10 +46,6 @@ func (s *Store) serve(id ID, a *artifact.Artifact) (err error) {
 	defer s.running.Done()
 	defer s.hold(id.name())() // also when all who asked have given up
 	defer func() {
-		if p := recover(); p != nil {
-			log.L.WithField("artifact", id.Manifest).Errorf("panic: %v\n%s", p, debug.Stack())
-			err = fmt.Errorf("artifact %s: the snapshotter has failed, please report it with its log: panic: %v: %w", id.Manifest, p, errdefs.ErrInternal)
-		}
 		if err != nil && s.closing.Err() == nil {
 			log.L.WithError(err).WithField("artifact", id.Manifest).Warn("cannot show an artifact")
 			s.mu.Lock()
@@ -85,7 +80,7 @@ func (s *Store) begin() bool {
 // nil if the Tree was there when it was taken hold of.
 func (s *Store) mount(ctx context.Context, id ID, a *artifact.Artifact) error {
 	name := id.name()
-	t, err := unpack.Load(filepath.Join(s.trees, name))
+	t, err := unpack.Load(s.path(id))
 	if err != nil {
 		// Whatever is mounted shows another Tree, one that has been deleted.
 		if err := s.unmount(name); err != nil {
@@ -105,37 +100,91 @@ func (s *Store) mount(ctx context.Context, id ID, a *artifact.Artifact) error {
 	return t.Mount(target)
 }
 
-// build makes a Tree beside the others and renames it into place complete.
-func (s *Store) build(ctx context.Context, id ID, a *artifact.Artifact) (*unpack.Tree, error) {
+// build makes the Tree of id. A panic, of a decoder that has met what its authors
+// have not thought of, must not end the daemon.
+func (s *Store) build(ctx context.Context, id ID, a *artifact.Artifact) (_ *unpack.Tree, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			log.G(ctx).WithField("artifact", id.Manifest).Errorf("panic: %v\n%s", p, debug.Stack())
+			err = fmt.Errorf("artifact %s: the snapshotter has failed, please report it with its log: panic: %v: %w", id.Manifest, p, errdefs.ErrInternal)
+		}
+	}()
 	if a == nil { // somebody has deleted it by hand
 		return nil, fmt.Errorf("the tree of artifact %s has just gone, try again: %w", id.Manifest, errdefs.ErrUnavailable)
 	}
-	log.G(ctx).WithField("artifact", id.Manifest).Debug("building the tree")
-	tmp, far := aside(), &progress{}
+	if id.shifted() && s.rung == unpack.Overlay {
+		return s.shift(ctx, id, a)
+	}
+	far := &progress{}
 	for _, l := range a.Layers {
 		far.total += l.Descriptor.Size
 	}
 	s.mu.Lock()
-	s.building[tmp], s.progress[id.name()] = true, far
+	s.progress[id.Manifest] = far
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.progress, id.Manifest)
+	}()
+	log.G(ctx).WithField("artifact", id.Manifest).Debug("building the tree")
+	return s.publish(id, func(dir string) error {
+		_, err := unpack.Build(ctx, dir, a, unpack.Options{
+			Rung: s.rung, Blobs: s.content, Copies: s.copies, Owners: id.Owners,
+			Progress: func(n int64) { far.done.Add(n) },
+		})
+		return err
+	})
+}
+
+// shift makes the Tree of id from the one whose owners are not shifted, which is
+// built if it is not there, by whoever needs it first.
+func (s *Store) shift(ctx context.Context, id ID, a *artifact.Artifact) (*unpack.Tree, error) {
+	plain := ID{Manifest: id.Manifest}
+	defer s.hold(plain.name())()
+	tree, err, _ := s.builds.Do(plain.name(), func() (any, error) {
+		if t, err := unpack.Load(s.path(plain)); err == nil {
+			return t, nil
+		}
+		return s.build(ctx, plain, a)
+	})
+	if err != nil {
+		return nil, err
+	}
+	from, ok := tree.(*unpack.Tree)
+	if !ok { // it was a request for the plain one that we have joined
+		if from, err = unpack.Load(s.path(plain)); err != nil {
+			return nil, err
+		}
+	}
+	return s.publish(id, func(dir string) error {
+		_, err := from.Shift(ctx, dir, id.Owners)
+		return err
+	})
+}
+
+func (s *Store) path(id ID) string { return filepath.Join(s.trees, id.name()) }
+
+// publish has a Tree made beside the others and renames it into place complete.
+func (s *Store) publish(id ID, build func(dir string) error) (*unpack.Tree, error) {
+	tmp := aside()
+	s.mu.Lock()
+	s.building[tmp] = true
 	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		delete(s.building, tmp)
-		delete(s.progress, id.name())
 	}()
-	dir, final := filepath.Join(s.trees, tmp), filepath.Join(s.trees, id.name())
-	if _, err := unpack.Build(ctx, dir, a, unpack.Options{
-		Rung: s.rung, Blobs: s.content, Copies: s.copies, Owners: id.Owners,
-		Progress: func(n int64) { far.done.Add(n) },
-	}); err != nil {
+	dir := filepath.Join(s.trees, tmp)
+	if err := build(dir); err != nil {
 		return nil, err
 	}
-	if err := s.setAside(final); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := s.setAside(s.path(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	if err := os.Rename(dir, final); err != nil {
+	if err := os.Rename(dir, s.path(id)); err != nil {
 		return nil, err
 	}
-	return unpack.Load(final)
+	return unpack.Load(s.path(id))
 }

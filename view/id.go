@@ -24,12 +24,19 @@ type ID struct {
 // short hash of the owners' map if there is one.
 func (id ID) name() string {
 	name := id.Manifest.Algorithm().String() + "-" + id.Manifest.Encoded()
-	if id.Owners != (unpack.IDMap{}) {
+	if id.shifted() {
 		sum := sha256.Sum256([]byte(id.Owners.UID + " " + id.Owners.GID))
 		name += "-" + hex.EncodeToString(sum[:8])
 	}
 	return name
 }
+
+// shifted reports whether the owners are of a user namespace. kubelet gives each
+// pod a range of its own, so that no other pod will ask for the same Tree.
+func (id ID) shifted() bool { return id.Owners != (unpack.IDMap{}) }
+
+// isShifted reports it of a name.
+func isShifted(name string) bool { return strings.Count(name, "-") > 1 }
 
 // manifest is the digest in a name, or "" if it is not one.
 func manifest(name string) digest.Digest {

@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
@@ -34,7 +35,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		wake:     make(chan struct{}, 1),
 		held:     map[string]int{},
 		building: map[string]bool{},
-		progress: map[string]*progress{},
+		progress: map[digest.Digest]*progress{},
 		failed:   map[string]error{},
 	}
 	s.closing, s.close = context.WithCancel(context.WithoutCancel(ctx))

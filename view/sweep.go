@@ -114,7 +114,7 @@ func (s *Store) watchBlobs(w *fsnotify.Watcher) {
 }
 
 // Sweep unmounts every Tree that nobody shows, and removes those of them whose
-// manifest the runtime has deleted, whatever was set aside, and the copies of
+// manifest the runtime has deleted or whose owners are shifted, whatever was set aside, and the copies of
 // blobs that no Tree retains. It asks all Users; if one cannot tell, nothing is
 // removed.
 func (s *Store) Sweep(ctx context.Context) error {
@@ -156,8 +156,8 @@ func (s *Store) sweep(ctx context.Context) (trash []string, err error) {
 		switch {
 		case m == "" && !s.building[name]:
 			trash = append(trash, name)
-		case m != "" && !used[name] && s.deleted(m):
-			log.G(ctx).WithField("artifact", m).Info("removing the tree of an artifact that the runtime has deleted")
+		case m != "" && !used[name] && (isShifted(name) || s.deleted(m)):
+			log.G(ctx).WithField("tree", name).Info("removing a tree whose pod is gone, or whose artifact the runtime has deleted")
 			moved := aside()
 			if rerr := os.Rename(filepath.Join(s.trees, name), filepath.Join(s.trees, moved)); rerr != nil {
 				err = errors.Join(err, rerr)

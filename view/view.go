@@ -32,6 +32,7 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/singleflight"
 	"golang.org/x/sys/unix"
@@ -83,11 +84,11 @@ type Store struct {
 	mu    sync.Mutex
 	users []Users
 	held  map[string]int // views by Tree name that no Users lists yet
-	// building are the names in trees that builds write to; progress is how far
+	// building are the names in trees that builds write to, progress is how far
 	// they are, and failed how those ended that nobody had waited for, by the
 	// name of the Tree to be.
 	building map[string]bool
-	progress map[string]*progress
+	progress map[digest.Digest]*progress
 	failed   map[string]error
 }
 

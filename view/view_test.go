@@ -219,7 +219,7 @@ func TestARequestDoesNotWaitForALongBuild(t *testing.T) {
 	build := s.builds.DoChan(ID{Manifest: d.Digest}.name(), func() (any, error) { <-done; return nil, nil })
 	far := &progress{total: 8 << 30}
 	far.done.Store(2 << 30)
-	s.progress[ID{Manifest: d.Digest}.name()] = far
+	s.progress[d.Digest] = far
 	_, err := s.Acquire(context.Background(), d, unpack.IDMap{})
 	if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "still being unpacked (25 % of 8192 MiB)") {
 		t.Errorf("%v, want unavailable, and how far it is", err)
@@ -276,6 +276,50 @@ func TestEachUserNamespaceHasItsTree(t *testing.T) {
 			t.Errorf("%s: owner %d, want %d", path, st.Uid, want)
 		}
 	}
+}
+
+func TestAShiftedTreeGoesWithItsLastPod(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	v, err := s.Acquire(context.Background(), d, unpack.IDMap{UID: "0:200000:65536", GID: "0:200000:65536"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain := ID{Manifest: d.Digest}
+	s.wantState(v.ID, true, true)
+	s.wantState(plain, true, false) // what it was made from
+	s.show(v.ID)
+	v.Release()
+	s.sweep()
+	s.wantState(v.ID, true, true)
+	s.show()
+	s.sweep()
+	s.wantState(v.ID, false, false)
+	s.wantState(plain, true, false)
+}
+
+func TestTreesForManyUserNamespacesAreMadeAtOnce(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	var wg sync.WaitGroup
+	for i := range 20 {
+		wg.Go(func() {
+			m := unpack.IDMap{}
+			if i%2 == 0 {
+				m.UID = fmt.Sprintf("0:%d:65536", 65536*(1+i))
+				m.GID = m.UID
+			}
+			v, err := s.Acquire(context.Background(), d, m)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if b, err := os.ReadFile(filepath.Join(v.Path, "weights")); err != nil || string(b) != "bytes" {
+				t.Errorf("%q, %v", b, err)
+			}
+		})
+	}
+	wg.Wait()
 }
 
 func TestNothingGoesWhenAUserCannotTell(t *testing.T) {

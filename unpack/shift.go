@@ -101,9 +101,10 @@ func (w *writer) copyEntry(t *Tree, p, name string, linked map[uint64]string) er
 func (w *writer) copyContent(t *Tree, f *os.File, p string, st unix.Stat_t) error {
 	redirect := make([]byte, 256)
 	n, err := unix.Lgetxattr(p, xattrRedirect, redirect)
-	name, content := strings.TrimPrefix(string(redirect[:max(n, 0)]), "/"), ""
+	var name, content string
 	switch {
 	case err == nil:
+		name = strings.TrimPrefix(string(redirect[:n]), "/")
 		content = filepath.Join(t.dir, dataDir, name)
 	case errors.Is(err, unix.ENODATA):
 		name, content = "f"+strconv.FormatUint(st.Ino, 10), p

@@ -15,7 +15,7 @@ PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs busy
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build tools packages demo test test-unit test-node lint fmt bench clean
+.PHONY: build tools kubelet packages demo test test-unit test-node lint fmt bench clean
 
 build:
 	@echo "==> building $(BIN)"
@@ -37,11 +37,17 @@ tools: packages
 	@echo "==> building containerd, runc, crictl, critest, ctr, crane and a registry (some minutes the first time)"
 	cd integration/tools && go build -tags seccomp -o bin/ tool && go test -c -o bin/critest sigs.k8s.io/cri-tools/cmd/critest
 
+# The kubelet that TestKubelet and the benchmarks run: five minutes on two cores
+# the first time, so that nothing else waits for it.
+kubelet: packages
+	@echo "==> building kubelet (5 minutes the first time)"
+	cd integration/tools/kubelet && CGO_ENABLED=0 go build -ldflags "-s -w" -o ../bin/ tool
+
 demo: build tools
 	@echo "==> running the demo"
 	go run ./integration/demo
 
-test: build tools
+test: build tools kubelet
 	@echo "==> running all tests, those on real nodes included"
 	go test -race -timeout 60m ./...
 
@@ -49,14 +55,15 @@ test: build tools
 test-unit: build
 	go test -race $$(go list ./... | grep -v /integration)
 
+# All that runs on a node, but for kubelet's pods.
 test-node: build tools
-	go test -race -timeout 60m -v ./integration/...
+	go test -race -timeout 60m -v -skip '^TestKubelet$$' ./integration/...
 
-bench: build tools
+bench: build tools kubelet
 	@echo "==> running the benchmarks (docs/benchmarks.md says what they mean)"
 	go run ./integration/bench
 
-lint:
+lint: packages
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "not gofmt-ed:"; gofmt -l $$(git ls-files '*.go'); exit 1; }
 	go vet ./...
 	@echo "==> golangci-lint $(GOLANGCI_LINT) (built the first time)"

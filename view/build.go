@@ -32,7 +32,7 @@ func (s *Store) unfinished(id ID, why error) error {
 	s.mu.Unlock()
 	far := ""
 	if p != nil && p.total > 0 {
-		far = fmt.Sprintf(" (%d %% of %d MiB)", 100*p.done.Load()/p.total, p.total>>20)
+		far = fmt.Sprintf(" (%d %% of %.1f MiB)", 100*p.done.Load()/p.total, float64(p.total)/(1<<20))
 	}
 	return fmt.Errorf("artifact %s is still being unpacked%s, which goes on; try again: %w", id.Manifest, far, why)
 }

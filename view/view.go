@@ -155,7 +155,12 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 		release()
 		return nil, err
 	}
-	timeout := time.After(s.maxWait)
+	wait := s.maxWait
+	if deadline, ok := ctx.Deadline(); ok {
+		// So that the answer, which says how far the build is, still gets there.
+		wait = min(wait, time.Until(deadline)*9/10)
+	}
+	timeout := time.After(wait)
 	for {
 		build := s.builds.DoChan(id.name(), func() (any, error) { return nil, s.serve(id, a) })
 		var err error

@@ -221,12 +221,17 @@ func TestARequestDoesNotWaitForALongBuild(t *testing.T) {
 	far.done.Store(2 << 30)
 	s.progress[d.Digest] = far
 	_, err := s.Acquire(context.Background(), d, unpack.IDMap{})
-	if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "still being unpacked (25 % of 8192 MiB)") {
+	if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "still being unpacked (25 % of 8192.0 MiB)") {
 		t.Errorf("%v, want unavailable, and how far it is", err)
+	}
+	s.maxWait = time.Minute
+	soon, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
+	defer cancel()
+	if _, err := s.Acquire(soon, d, unpack.IDMap{}); !errdefs.IsUnavailable(err) {
+		t.Errorf("%v, want the answer before the deadline", err)
 	}
 	close(done)
 	<-build
-	s.maxWait = time.Minute
 	s.acquire(d).Release()
 }
 

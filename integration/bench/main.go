@@ -45,6 +45,7 @@ func run(ctx context.Context) {
 	defer tidy(r.disk.remove)
 	measurePrepare(ctx, r)
 	measurePods(ctx, r)
+	measureKubelet(ctx, r)
 	r.print()
 }
 

@@ -43,7 +43,7 @@ imports = ['{{.Dir}}/containerd.d/*.toml']
   [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
     runtime_type = 'io.containerd.runc.v2'
     [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
-      BinaryName = '{{.Tools}}/runc'
+      BinaryName = '{{.Runc}}'
       Root = '{{.Dir}}/runc'
   [plugins.'io.containerd.cri.v1.runtime'.cni]
     bin_dirs = ['/opt/cni/bin', '/usr/lib/cni']
@@ -55,6 +55,16 @@ imports = ['{{.Dir}}/containerd.d/*.toml']
 const snippetConfig = `root = '{{.DaemonRoot}}'
 state = '{{.DaemonState}}'
 address = '{{.Dir}}/daemon.sock'
+`
+
+// ArtifactHandler is the runtime handler of Options.HandlerScope.
+const ArtifactHandler = "artifact"
+
+// handlerConfig repeats runc's options for it, as the snippet says.
+const handlerConfig = `version = 4
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.artifact.options]
+  BinaryName = '{{.Runc}}'
+  Root = '{{.Dir}}/runc'
 `
 
 // cniConfig gives a pod that has a network of its own a pair of devices, which
@@ -86,11 +96,17 @@ http:
 
 // writeFile writes a file below the node's directory from a template.
 func (n *Node) writeFile(name, text string) error {
+	runc := filepath.Join(n.tools, "runc")
+	if n.options.Kubelet {
+		runc = n.path("runc.sh")
+	}
 	var out strings.Builder
 	err := template.Must(template.New(name).Parse(text)).Execute(&out, struct {
 		*Node
-		Tools string
-	}{n, n.tools})
+		Tools  string
+		Runc   string
+		Cgroup string
+	}{n, n.tools, runc, n.cgroup})
 	if err != nil {
 		return err
 	}
@@ -112,6 +128,9 @@ func (n *Node) writeConfig() error {
 		n.writeVerbatim("daemon.toml", n.options.DaemonConfig),
 		n.writeVerbatim("containerd.d/20-test.toml", "version = 4\n"+n.options.ContainerdConfig),
 	}
+	if n.options.Kubelet {
+		errs = append(errs, n.writeKubelet())
+	}
 	if !n.options.Stock {
 		errs = append(errs, n.writeSnippet())
 	}
@@ -127,7 +146,14 @@ func (n *Node) writeSnippet() error {
 	if err := n.writeFile("snippet.toml", snippetConfig); err != nil {
 		return err
 	}
-	snippet, err := n.run(bin, "config", "containerd", "--config", n.path("snippet.toml"))
+	args := []string{"config", "containerd", "--config", n.path("snippet.toml")}
+	if n.options.HandlerScope {
+		args = append(args, "--snapshotter-scope", "runtime-handler")
+		if err := n.writeFile("containerd.d/15-handler.toml", handlerConfig); err != nil {
+			return err
+		}
+	}
+	snippet, err := n.run(bin, args...)
 	if err != nil {
 		return err
 	}

@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package node runs a real node in a temporary directory: a registry,
-// containerd with its CRI service, and the artifact-snapshotter daemon. Tests,
-// the demo and benchmarks use it; nothing in it is simulated, and nothing of
-// it outlives [Node.Stop]. It needs root.
+// containerd with its CRI service, the artifact-snapshotter daemon and, if
+// wanted, kubelet. Tests, the demo and benchmarks use it; nothing in it is
+// simulated, and nothing of it outlives [Node.Stop]. It needs root.
 package node
 
 import (
@@ -34,6 +34,13 @@ type Options struct {
 	DaemonConfig     string
 	DaemonFlags      []string
 
+	// HandlerScope makes the daemon the snapshotter of the pods of one
+	// RuntimeHandler, [ArtifactHandler]; the others have overlayfs.
+	HandlerScope bool
+
+	// Kubelet prepares the node for StartKubelet.
+	Kubelet bool
+
 	// DaemonRoot is where the daemon keeps what it keeps, "" a directory of
 	// the node's own, on the filesystem of containerd's content.
 	DaemonRoot string
@@ -59,9 +66,12 @@ type Node struct {
 	daemon   *process
 	registry *process
 	runtime  *process // containerd
-	cgroup   string   // parent of all containers' cgroups
-	pods     atomic.Int64
-	lastLogs string // of a node that was stopped
+	kubelet  *process
+	// kubeletPods is where it answers.
+	kubeletPods string
+	cgroup      string // parent of all containers' cgroups
+	pods        atomic.Int64
+	lastLogs    string // of a node that was stopped
 }
 
 // Start starts a node and returns when pods can run on it; with the daemon,
@@ -165,6 +175,7 @@ func ForTest(t testing.TB, o Options) *Node {
 func (n *Node) Stop() error {
 	var errs []error
 	n.ctx = context.WithoutCancel(n.ctx)
+	errs = append(errs, n.StopKubelet()) // or it would start the pods again
 	if n.runtime != nil {
 		if !n.options.Stock && !n.daemon.running() {
 			errs = append(errs, n.StartDaemon())
@@ -179,7 +190,7 @@ func (n *Node) Stop() error {
 	for _, p := range []*process{n.runtime, n.daemon, n.registry} {
 		errs = append(errs, p.stop(syscall.SIGTERM))
 	}
-	n.runtime, n.daemon, n.registry = nil, nil, nil // a second Stop has nothing to do
+	n.runtime, n.daemon, n.registry, n.kubelet = nil, nil, nil, nil // a second Stop has nothing to do
 	if err := n.cleanUp(); err != nil {
 		errs = append(errs, fmt.Errorf("left over by the node in %s: %w", n.Dir, err))
 	}

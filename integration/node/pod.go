@@ -19,6 +19,9 @@ type Volume struct {
 	Image   string // reference or image ID; it must have been pulled
 	Path    string // in the container
 	SubPath string // in the volume; "" is all of it
+
+	// PullPolicy is Kubernetes', for static pods; "" is its default.
+	PullPolicy string
 }
 
 // Container is a container of a pod.
@@ -36,20 +39,35 @@ type PodSpec struct {
 	Volumes    []Volume    // mounted in every container
 	Containers []Container // none means one that has all defaults and waits
 
+	// EmptyDir is where each container of a static pod has an empty directory,
+	// Kubernetes' emptyDir; "" is nowhere.
+	EmptyDir string
+
+	// RuntimeHandler is what a RuntimeClass names; "" is the node's default.
+	RuntimeHandler string
+
 	// OwnNetwork gives the pod a network namespace, for which the CNI plugins
 	// ptp and host-local must be installed; otherwise it has the host's.
 	OwnNetwork bool
 
 	// UserNamespace gives the pod a user namespace: its IDs from 0 to 65535
-	// are the host's from UserNamespaceBase on. It needs OwnNetwork.
+	// are the host's from HostID on. It needs OwnNetwork.
 	UserNamespace bool
+	HostID        uint32 // 0 means UserNamespaceBase
 }
 
-// UserNamespaceBase is the host's ID for the root of a pod with UserNamespace.
+// UserNamespaceBase is the host's ID for the root of a pod with UserNamespace
+// that asks for no other.
 const UserNamespaceBase = 200000
 
 // idMap is cri-api's IDMapping for such a pod.
-var idMap = []map[string]any{{"container_id": 0, "host_id": UserNamespaceBase, "length": 65536}}
+func (s PodSpec) idMap() []map[string]any {
+	base := s.HostID
+	if base == 0 {
+		base = UserNamespaceBase
+	}
+	return []map[string]any{{"container_id": 0, "host_id": base, "length": 65536}}
+}
 
 // Pod is a running pod.
 type Pod struct {
@@ -105,7 +123,7 @@ func (n *Node) RunSandbox(spec PodSpec) (*Pod, error) {
 	if err != nil {
 		return nil, err
 	}
-	id, err := n.Crictl("runp", p.sandbox)
+	id, err := n.Crictl("runp", "--runtime", spec.RuntimeHandler, p.sandbox)
 	if err != nil {
 		return nil, err
 	}
@@ -120,7 +138,7 @@ func (p *Pod) securityContext() map[string]any {
 		namespaces["network"] = namespaceNode
 	}
 	if p.spec.UserNamespace {
-		namespaces["userns_options"] = map[string]any{"uids": idMap, "gids": idMap}
+		namespaces["userns_options"] = map[string]any{"uids": p.spec.idMap(), "gids": p.spec.idMap()}
 	}
 	return map[string]any{"namespace_options": namespaces}
 }
@@ -143,7 +161,7 @@ func (p *Pod) Start(c Container) error {
 			"readonly":       true,
 		}
 		if p.spec.UserNamespace {
-			mount["uidMappings"], mount["gidMappings"] = idMap, idMap
+			mount["uidMappings"], mount["gidMappings"] = p.spec.idMap(), p.spec.idMap()
 		}
 		mounts = append(mounts, mount)
 	}

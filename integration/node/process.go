@@ -159,7 +159,7 @@ func (n *Node) Logs() string {
 	for _, log := range []struct {
 		name  string
 		lines int
-	}{{"containerd", 60}, {"daemon", 60}, {"registry", 5}} {
+	}{{"containerd", 60}, {"daemon", 60}, {"kubelet", 60}, {"registry", 5}} {
 		text, err := os.ReadFile(n.logPath(log.name))
 		if err != nil {
 			continue // never started

@@ -1,0 +1,94 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+)
+
+const kubeletRounds = 20
+
+// measureKubelet lets kubelet start pods with and without a volume of 2 GiB,
+// in turns and one at a time. Nothing reads the model.
+//
+// A pod that has any volume waits for kubelet to look again whether it is
+// mounted, 300 ms later (podAttachAndMountRetryInterval in its volumemanager),
+// before it gets a sandbox. A pod of a cluster always has one, with the token of
+// its service account; hence the comparison with an emptyDir.
+func measureKubelet(ctx context.Context, r *report) {
+	progress("starting a node with kubelet, and packing, pushing and pulling a model of 2 GiB")
+	n := must(node.Start(ctx, node.Options{Kubelet: true}))
+	defer tidy(n.Stop)
+	dir := filepath.Join(n.Dir, "model")
+	check(os.Mkdir(dir, 0o755))
+	check(os.WriteFile(filepath.Join(dir, weights), nil, 0o644))
+	check(os.Truncate(filepath.Join(dir, weights), 2*gib))
+	model := must(pack.Model(dir, pack.Options{}))
+	must(model.Push(ctx, n.Registry, "models/kubelet", "latest"))
+	ref := n.Registry + "/models/kubelet:latest"
+	must(n.Pull(ref))
+	check(n.StartKubelet(nil))
+	kinds := [3]node.PodSpec{
+		{},
+		{EmptyDir: "/empty"},
+		{Volumes: []node.Volume{{Image: ref, Path: "/model", PullPolicy: "IfNotPresent"}}},
+	}
+	var whole, ofSandbox [len(kinds)]sample
+	for round := range kubeletRounds + 1 {
+		for turn := range kinds {
+			i := (turn + round) % len(kinds) // none is always the first
+			spec := kinds[i]
+			spec.Name = fmt.Sprintf("pod-%d-%d", round, i)
+			sinceGiven, sinceSandbox := startStatic(ctx, n, spec)
+			if round > 0 { // the first one wakes up everything
+				whole[i] = append(whole[i], sinceGiven)
+				ofSandbox[i] = append(ofSandbox[i], sinceSandbox)
+			}
+		}
+		r.disk.sync()
+	}
+	compare := func(what string, with, without sample) {
+		ratio := with.median() / without.median()
+		r.add("kubelet, a container with a raw model of 2 GiB starts, "+what,
+			fmt.Sprintf("**%.3f**: %s against %s", ratio, with.format("%.0f", " ms"), without.format("%.0f", " ms")),
+			"≤ 1.1", ratio <= 1.1)
+	}
+	compare("from the pod's manifest on, against a pod with an `emptyDir`", whole[2], whole[1])
+	compare("from the pod's manifest on, against a pod with no volume", whole[2], whole[0])
+	compare("from the sandbox's creation on, against a pod with no volume", ofSandbox[2], ofSandbox[0])
+}
+
+// startStatic runs a pod, removes it, and returns the milliseconds to its
+// container's start by containerd's clock, from the moment at which kubelet
+// could see the manifest, and from the creation of the sandbox.
+func startStatic(ctx context.Context, n *node.Node, spec node.PodSpec) (sinceGiven, sinceSandbox float64) {
+	given := time.Now()
+	check(n.RunStaticPod(spec))
+	var id string
+	for deadline := given.Add(time.Minute); id == ""; time.Sleep(50 * time.Millisecond) {
+		check(ctx.Err())
+		if time.Now().After(deadline) {
+			check(fmt.Errorf("pod %s does not start: %+v", spec.Name, must(n.StaticPods())[spec.Name].Status))
+		}
+		id = must(n.StaticPods())[spec.Name].Containers["main"]
+	}
+	inspect := func(command, template, id string) string {
+		return strings.TrimSpace(must(n.Crictl(command, "--output", "go-template", "--template", template, id)))
+	}
+	started := must(time.Parse(time.RFC3339Nano, inspect("inspect", "{{.status.startedAt}}", id)))
+	sandbox := inspect("inspect", "{{.info.sandboxID}}", id)
+	created := must(time.Parse(time.RFC3339Nano, inspect("inspectp", "{{.status.createdAt}}", sandbox)))
+	check(n.RemoveStaticPod(spec.Name))
+	return milliseconds(started.Sub(given)), milliseconds(started.Sub(created))
+}
+
+func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }

@@ -1,0 +1,273 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"archive/tar"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
+)
+
+// Pods with `hostUsers: false`.
+
+// otherBase is where the second user namespace of these tests begins.
+const otherBase = 400000
+
+// writeOwnedModel is writeModel with owners at and beyond the edge of a pod's
+// map of 65536 IDs.
+func writeOwnedModel(t *testing.T) string {
+	t.Helper()
+	src := writeModel(t)
+	for name, owner := range map[string][2]int{
+		"last.txt":    {65535, 65535},
+		"outside.txt": {70000, 70001},
+		"half.txt":    {1234, 70001},
+	} {
+		path := filepath.Join(src, name)
+		check(t, os.WriteFile(path, []byte(name), 0o644))
+		check(t, os.Chown(path, owner[0], owner[1]))
+		check(t, os.Chtimes(path, pack.Created, pack.Created))
+	}
+	return src
+}
+
+// mapped is a listing as a pod with a user namespace must see it: owners that
+// it has no ID for are the overflow ID's (user_namespaces(7)).
+func mapped(entries []treelist.Entry) []treelist.Entry {
+	entries = slices.Clone(entries)
+	for i := range entries {
+		for _, id := range []*uint32{&entries[i].UID, &entries[i].GID} {
+			if *id > 65535 {
+				*id = 65534
+			}
+		}
+	}
+	return entries
+}
+
+// trees are the names of the Trees of a manifest.
+func trees(t *testing.T, n *node.Node, manifest string) []string {
+	t.Helper()
+	found, err := filepath.Glob(filepath.Join(n.DaemonRoot, "trees", "sha256-"+manifest+"*"))
+	check(t, err)
+	for i := range found {
+		found[i] = filepath.Base(found[i])
+	}
+	return found
+}
+
+// pid is the process ID of the pod's container on the host.
+func pid(t *testing.T, n *node.Node, pod *node.Pod) string {
+	t.Helper()
+	out, err := n.Crictl("inspect", "--output", "go-template", "--template", "{{.info.pid}}", pod.Containers["main"])
+	check(t, err)
+	return strings.TrimSpace(out)
+}
+
+func TestPodsWithDifferentUserNamespacesShareAnArtifact(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeOwnedModel(t)
+	before := daemonUsage(t, n)
+	for _, form := range []pack.Form{pack.Raw, pack.Tar, pack.TarGzip, pack.Legacy} {
+		t.Run(string(form), func(t *testing.T) {
+			ref := pulled(t, n, src, form)
+			manifest := manifestOf(t, n, ref)
+			type namespace struct {
+				spec node.PodSpec
+				base uint32
+				want []treelist.Entry
+				pod  *node.Pod
+				tree string
+			}
+			plain := wantTree(t, src, form)
+			namespaces := []*namespace{
+				{spec: node.PodSpec{}, want: plain},
+				{spec: node.PodSpec{OwnNetwork: true, UserNamespace: true}, base: node.UserNamespaceBase, want: mapped(plain)},
+				{spec: node.PodSpec{OwnNetwork: true, UserNamespace: true, HostID: otherBase}, base: otherBase, want: mapped(plain)},
+			}
+			for _, ns := range namespaces {
+				known := trees(t, n, manifest)
+				reader := reading(ref)
+				ns.spec.Volumes, ns.spec.Containers = reader.Volumes, reader.Containers
+				var err error
+				ns.pod, err = n.RunPod(ns.spec)
+				check(t, err)
+				fresh := slices.DeleteFunc(trees(t, n, manifest), func(name string) bool { return slices.Contains(known, name) })
+				if len(fresh) != 1 {
+					t.Fatalf("the pod has made the trees %q, want one", fresh)
+				}
+				ns.tree = fresh[0]
+			}
+			wantAll := func(namespaces []*namespace) {
+				t.Helper()
+				for _, ns := range namespaces {
+					wantVolume(t, ns.pod, "main", "/model", ns.want)
+					out, err := ns.pod.Exec("main", node.Guest, "write", "/model/README.md")
+					check(t, err)
+					if out != "EROFS\n" {
+						t.Errorf("writing to the volume: %q, want EROFS", out)
+					}
+				}
+			}
+			wantAll(namespaces)
+			for _, ns := range namespaces {
+				// What the Tree really has: nobody but the host's nobody owns
+				// what the pod has no ID for.
+				outside := [2]uint32{70000, 70001}
+				if ns.base > 0 {
+					outside = [2]uint32{65534, 65534}
+				}
+				for name, want := range map[string][2]uint32{
+					"config.json": {ns.base, ns.base},
+					"last.txt":    {ns.base + 65535, ns.base + 65535},
+					"half.txt":    {ns.base + 1234, outside[1]},
+					"outside.txt": outside,
+				} {
+					st := stat(t, filepath.Join("/proc", pid(t, n, ns.pod), "root/model", name))
+					if got := [2]uint32{st.Uid, st.Gid}; got != want {
+						t.Errorf("base %d: on the host %s is owned by %d, want %d", ns.base, name, got, want)
+					}
+				}
+				if form == pack.Raw || form == pack.Legacy {
+					wantOnlyMetadata(t, n, ns.tree)
+				}
+			}
+
+			// A daemon that is new knows the Trees of the old one.
+			check(t, n.KillDaemon())
+			check(t, n.StartDaemon())
+			waitForDaemon(t, n)
+			wantAll(namespaces)
+			for _, ns := range namespaces {
+				wantReading(t, ns.pod)
+				next, err := n.RunPod(ns.spec)
+				check(t, err)
+				wantVolume(t, next, "main", "/model", ns.want)
+				check(t, next.Remove())
+			}
+			if got := trees(t, n, manifest); len(got) != len(namespaces) {
+				t.Errorf("after a restart there are the trees %q, want %d", got, len(namespaces))
+			}
+
+			// Without its image each Tree goes with its own last pod.
+			_, err := n.Crictl("rmi", ref)
+			check(t, err)
+			waitFor(t, "containerd to delete the manifest", func() bool {
+				_, err := os.Stat(blobPath(n, manifest))
+				return os.IsNotExist(err)
+			})
+			for _, i := range []int{1, 0, 2} { // the first one made is not the last to go
+				ns := namespaces[i]
+				check(t, ns.pod.Remove())
+				ns.pod = nil
+				waitFor(t, "tree "+ns.tree+" to go", func() bool { return !slices.Contains(trees(t, n, manifest), ns.tree) })
+				var left []*namespace
+				for _, ns := range namespaces {
+					if ns.pod != nil {
+						left = append(left, ns)
+						wantReading(t, ns.pod)
+					}
+				}
+				wantAll(left)
+				if got := trees(t, n, manifest); len(got) != len(left) {
+					t.Errorf("with %d pods there are the trees %q", len(left), got)
+				}
+			}
+			wantUsage(t, n, before)
+		})
+	}
+}
+
+// wantOnlyMetadata checks that all data of a Tree are containerd's very blobs.
+func wantOnlyMetadata(t *testing.T, n *node.Node, tree string) {
+	t.Helper()
+	blobs := inodes(t, filepath.Join(n.ContentRoot, "blobs"))
+	shared, own := int64(0), int64(0)
+	for inode, bytes := range inodes(t, filepath.Join(n.DaemonRoot, "trees", tree)) {
+		if _, ok := blobs[inode]; ok {
+			shared += bytes
+		} else {
+			own += bytes
+		}
+	}
+	t.Logf("tree %s: %d bytes are containerd's, %d its own", tree, shared, own)
+	if shared < 3<<20 {
+		t.Errorf("tree %s shares %d bytes with containerd, want at least the weights", tree, shared)
+	}
+	if own > 256<<10 {
+		t.Errorf("tree %s takes %d bytes of its own", tree, own)
+	}
+}
+
+// The root file system is overlayfs's, over layers that the kernel maps
+// ("remap-ids"): nothing is copied to change its owner.
+func TestTheRootFileSystemOfAPodWithAUserNamespace(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	file := func(name string, mode int64, uid int) pack.Member {
+		return pack.Member{Header: tar.Header{Name: name, Mode: mode, Uid: uid, Gid: uid}, Data: []byte(name)}
+	}
+	dir := file("files/", 0o755, 0)
+	dir.Data, dir.Typeflag = nil, tar.TypeDir
+	ref, layer := guestImage(t, n, "owned", dir,
+		file("files/root", 0o600, 0), file("files/user", 0o644, 1000), file("files/outside", 0o644, 70000))
+	_, err := n.Pull(ref)
+	check(t, err)
+	committed := func() (keys []string) {
+		for key, kind := range snapshotsIn(t, n, "artifact") {
+			if kind == "Committed" {
+				keys = append(keys, key)
+			}
+		}
+		slices.Sort(keys)
+		return keys
+	}
+	layers := committed()
+	if !slices.Contains(layers, layer.String()) {
+		t.Fatalf("the image is not unpacked: committed are %q", layers)
+	}
+	var pods []*node.Pod
+	bases := []uint32{0, node.UserNamespaceBase, otherBase}
+	for _, base := range bases {
+		pod, err := n.RunPod(node.PodSpec{OwnNetwork: true, UserNamespace: base > 0, HostID: base, Containers: []node.Container{{Image: ref}}})
+		check(t, err)
+		pods = append(pods, pod)
+	}
+	for i, pod := range pods {
+		wantWritable(t, pod, "/files/new")
+		wantWritable(t, pod, "/files/root") // copied up from the layer
+		owners := map[string]uint32{"root": 0, "user": 1000, "outside": 70000, "new": 0}
+		if bases[i] > 0 {
+			owners["outside"] = 65534
+		}
+		entries, err := pod.Tree("main", "/files")
+		check(t, err)
+		if len(entries) != len(owners) {
+			t.Errorf("base %d: /files has %d entries, want %d", bases[i], len(entries), len(owners))
+		}
+		for _, e := range entries {
+			if want := owners[e.Path]; e.UID != want || e.GID != want {
+				t.Errorf("base %d: /files/%s is owned by %d:%d, want %d", bases[i], e.Path, e.UID, e.GID, want)
+			}
+		}
+		for _, name := range []string{"new", "root"} { // as on the host
+			if st := stat(t, filepath.Join("/proc", pid(t, n, pod), "root/files", name)); st.Uid != bases[i] || st.Gid != bases[i] {
+				t.Errorf("on the host /files/%s is owned by %d:%d, want %d", name, st.Uid, st.Gid, bases[i])
+			}
+		}
+	}
+	// containerd would commit a copy of the layers for each map (client/snapshotter_opts_unix.go).
+	if got := committed(); !slices.Equal(got, layers) {
+		t.Errorf("the layers were copied for their owners: committed are %q, and were %q", got, layers)
+	}
+	for _, pod := range pods {
+		check(t, pod.Remove())
+	}
+}

@@ -213,9 +213,14 @@ func clone(ctx context.Context, dst, src *os.File, blob ocispec.Descriptor) erro
 		return err
 	}
 	if !verifier.Verified() {
-		return fmt.Errorf("its blob does not have the digest %s; delete the image and pull it again: %w", blob.Digest, errdefs.ErrFailedPrecondition)
+		return wrongDigest(blob.Digest)
 	}
 	return nil
+}
+
+// wrongDigest is the error for a blob that is not what the runtime stored.
+func wrongDigest(want digest.Digest) error {
+	return fmt.Errorf("its blob does not have the digest %s; delete the image and pull it again: %w", want, errdefs.ErrFailedPrecondition)
 }
 
 // requireSpace refuses size bytes that the file system of f has no room for,

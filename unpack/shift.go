@@ -27,7 +27,7 @@ func (t *Tree) Shift(ctx context.Context, dir string, owners IDMap) (*Tree, erro
 	if t.Rung != Overlay {
 		return nil, fmt.Errorf("the tree of artifact %s is laid out by %q and has no owners to shift: %w", t.Manifest, t.Rung, errdefs.ErrFailedPrecondition)
 	}
-	shifted := &Tree{Manifest: t.Manifest, Rung: t.Rung, dir: dir}
+	shifted := &Tree{Manifest: t.Manifest, Rung: t.Rung, Source: t.Source, dir: dir}
 	return shifted, shifted.make(Options{Rung: t.Rung, Owners: owners}, func(w *writer) error {
 		from := filepath.Join(t.dir, fsDir)
 		linked := map[uint64]string{} // the names of files with several, by inode

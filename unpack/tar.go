@@ -48,7 +48,8 @@ var decompressors = map[artifact.Compression]func(io.Reader) (io.ReadCloser, err
 	artifact.CompressionNone: func(r io.Reader) (io.ReadCloser, error) { return io.NopCloser(r), nil },
 	artifact.CompressionGzip: func(r io.Reader) (io.ReadCloser, error) { return gzip.NewReader(r) },
 	artifact.CompressionZstd: func(r io.Reader) (io.ReadCloser, error) {
-		d, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(zstdMaxWindow), zstd.WithDecoderLowmem(true))
+		d, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(zstdMaxWindow), zstd.WithDecoderLowmem(true),
+			zstd.WithDecoderConcurrency(1)) // in this goroutine, where a panic can be recovered from
 		if err != nil {
 			return nil, err
 		}
@@ -84,14 +85,18 @@ func (w *writer) tar(ctx context.Context, l artifact.Layer) error {
 	}
 	s := &stream{r: reader{ctx, flat}}
 	if want == "" {
-		return badStream(w.members(s, l.Index))
+		return badStream(w.members(ctx, s, l.Index))
 	}
 	hash := want.Algorithm().Digester()
 	s.r = io.TeeReader(s.r, hash.Hash())
-	if err := w.members(s, l.Index); err != nil {
+	if err := w.members(ctx, s, l.Index); err != nil {
 		return badStream(err)
 	}
-	if got := hash.Digest(); got != want {
+	got := hash.Digest()
+	if got != want && l.DiffID == "" {
+		return wrongDigest(want)
+	}
+	if got != want {
 		return fmt.Errorf("its content has the digest %s, the config lists the DiffID %s: %w", got, want, errdefs.ErrInvalidArgument)
 	}
 	return nil
@@ -141,7 +146,7 @@ func (s *stream) Read(p []byte) (int, error) {
 // members extracts all members and checks that the archive ends as POSIX says
 // (pax, "ustar Interchange Format": two blocks of zeros, of which archive/tar
 // and others take one for enough), with nothing but zeros behind it.
-func (w *writer) members(s *stream, layer int) error {
+func (w *writer) members(ctx context.Context, s *stream, layer int) error {
 	links := map[string]bool{} // the regular files of this layer
 	r := tar.NewReader(s)
 	for {
@@ -156,7 +161,7 @@ func (w *writer) members(s *stream, layer int) error {
 		if err != nil {
 			return err
 		}
-		if err := w.member(r, h, layer, links); err != nil {
+		if err := w.member(reader{ctx, r}, h, layer, links); err != nil {
 			return fmt.Errorf("member %.255q: %w", h.Name, err)
 		}
 		// A member may have content that its type has no use for.
@@ -267,10 +272,14 @@ func (w *writer) regular(r io.Reader, name string, h *tar.Header, layer int, a a
 		return err
 	}
 	defer f.Close()
-	if err := requireSpace(f, h.Size); err != nil {
+	w.logical += h.Size
+	if w.logical < h.Size {
+		return fmt.Errorf("the files have more bytes than can be counted: %w", errdefs.ErrInvalidArgument)
+	}
+	if err := requireSpace(f, w.logical-w.written); err != nil {
 		return err
 	}
-	if err := copySparse(f, r, h.Size, w.buf); err != nil {
+	if err := w.copySparse(f, r, h.Size); err != nil {
 		return err
 	}
 	if err := f.Close(); err != nil {
@@ -284,9 +293,9 @@ func (w *writer) regular(r io.Reader, name string, h *tar.Header, layer int, a a
 
 // copySparse copies size bytes of r to the empty file f and leaves out what is
 // zero, so that a sparse member takes no more of the disk than of the archive.
-func copySparse(f *os.File, r io.Reader, size int64, buf []byte) error {
+func (w *writer) copySparse(f *os.File, r io.Reader, size int64) error {
 	for off := int64(0); off < size; {
-		b := buf[:min(int64(len(buf)), size-off)]
+		b := w.buf[:min(int64(len(w.buf)), size-off)]
 		if _, err := io.ReadFull(r, b); err != nil {
 			return err
 		}
@@ -294,6 +303,7 @@ func copySparse(f *os.File, r io.Reader, size int64, buf []byte) error {
 			if _, err := f.WriteAt(b, off); err != nil {
 				return err
 			}
+			w.written += int64(len(b))
 		}
 		off += int64(len(b))
 	}

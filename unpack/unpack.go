@@ -49,6 +49,8 @@ type Tree struct {
 	// with the runtime. A file replaced by a later layer is still counted.
 	Size   int64 `json:"size"`
 	Inodes int64 `json:"inodes"`
+	// Source is the file of the manifest, see Stale.
+	Source string `json:"source"`
 
 	dir string
 }
@@ -76,7 +78,7 @@ type Options struct {
 // artifact: errdefs.ErrInvalidArgument, naming the layer. A missing blob is
 // errdefs.ErrNotFound, a full disk errdefs.ErrResourceExhausted.
 func Build(ctx context.Context, dir string, a *artifact.Artifact, o Options) (*Tree, error) {
-	t := &Tree{Manifest: a.Manifest.Digest, Rung: o.Rung, dir: dir}
+	t := &Tree{Manifest: a.Manifest.Digest, Rung: o.Rung, Source: source(o.Blobs, a.Manifest.Digest), dir: dir}
 	return t, t.make(o, func(w *writer) error { return w.write(ctx, a) })
 }
 
@@ -144,23 +146,21 @@ func (t *Tree) Mount(target string) error {
 	return nil
 }
 
-// Alone reports whether the Tree is the last to hold some blob: the runtime has
-// deleted it, and what the runtime may have pulled since is a second copy.
-func (t *Tree) Alone() (bool, error) {
-	blobs, err := os.ReadDir(filepath.Join(t.dir, dataDir))
-	if err != nil {
-		return false, err
+// Stale reports whether the runtime has deleted the manifest and pulled it again
+// since the Tree was built: what the Tree retains is a second copy then.
+func (t *Tree) Stale(blobs blobdir.Dir) bool {
+	now := source(blobs, t.Manifest)
+	return now != "" && now != t.Source
+}
+
+// source tells the file of a blob from another one with the same content; it is
+// "" if there is none. An inode number alone may have been used again.
+func source(blobs blobdir.Dir, blob digest.Digest) string {
+	var st unix.Stat_t
+	if err := unix.Lstat(blobs.Path(blob), &st); err != nil {
+		return ""
 	}
-	for _, b := range blobs {
-		var st unix.Stat_t
-		if err := unix.Lstat(filepath.Join(t.dir, dataDir, b.Name()), &st); err != nil {
-			return false, err
-		}
-		if st.Nlink == 1 {
-			return true, nil
-		}
-	}
-	return false, nil
+	return fmt.Sprintf("%d at %d.%09d", st.Ino, st.Mtim.Sec, st.Mtim.Nsec)
 }
 
 // overlayMount is a read-only overlay of lower whose files take their content

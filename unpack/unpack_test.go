@@ -13,6 +13,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -372,6 +373,12 @@ func TestRefusals(t *testing.T) {
 		"directory as file":              {plain(file("a/b", ""), file("a", "")), "is a directory"},
 		"sparse giant": {func(t *testing.T, s site) []artifact.Layer {
 			return []artifact.Layer{s.tar(t, artifact.CompressionNone, sparse(t, 1<<60))}
+		}, "no space"},
+		"more holes than disk": {func(t *testing.T, s site) []artifact.Layer {
+			tmpfs(t, s.root, "size=64m")
+			one := sparse(t, 30<<20)
+			one = one[:len(one)-1024] // without the mark
+			return []artifact.Layer{s.tar(t, artifact.CompressionNone, slices.Concat(one, one, one, make([]byte, 1024)))}
 		}, "no space"},
 		"truncated in a file":          {cut(artifact.CompressionNone, func(b []byte) []byte { return b[:2000] }), "truncated"},
 		"truncated between the blocks": {cut(artifact.CompressionNone, func(b []byte) []byte { return b[:len(b)-1024] }), "truncated"},

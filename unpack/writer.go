@@ -77,6 +77,10 @@ type writer struct {
 	nodes map[string]*node
 	// entries and names count what the limits are for.
 	entries, names int
+	// logical and written are the bytes of all extracted files, with their holes
+	// and without. Holes take no disk, but time: what does not fit the disk is
+	// refused all the same.
+	logical, written int64
 	// implied are the attributes of a directory that no layer describes.
 	implied attrs
 	// size and inodes are what the Tree takes, see Tree.

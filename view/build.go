@@ -46,7 +46,9 @@ func (s *Store) serve(id ID, a *artifact.Artifact) (err error) {
 	defer s.running.Done()
 	defer s.hold(id.name())() // also when all who asked have given up
 	defer func() {
-		if err != nil && s.closing.Err() == nil {
+		if err == nil {
+			_ = s.takeFailure(id.name()) // of an earlier one
+		} else if s.closing.Err() == nil {
 			log.L.WithError(err).WithField("artifact", id.Manifest).Warn("cannot show an artifact")
 			s.mu.Lock()
 			s.failed[id.name()] = err
@@ -81,6 +83,9 @@ func (s *Store) begin() bool {
 func (s *Store) mount(ctx context.Context, id ID, a *artifact.Artifact) error {
 	name := id.name()
 	t, err := unpack.Load(s.path(id))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
 	if err != nil {
 		// Whatever is mounted shows another Tree, one that has been deleted.
 		if err := s.unmount(name); err != nil {
@@ -158,6 +163,10 @@ func (s *Store) shift(ctx context.Context, id ID, a *artifact.Artifact) (*unpack
 		}
 	}
 	return s.publish(id, func(dir string) error {
+		if from.Rung != unpack.Overlay { // of before a change of the rung, and still shown
+			_, err = unpack.Build(ctx, dir, a, unpack.Options{Rung: s.rung, Blobs: s.content, Copies: s.copies, Owners: id.Owners})
+			return err
+		}
 		_, err := from.Shift(ctx, dir, id.Owners)
 		return err
 	})

@@ -13,8 +13,11 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
@@ -49,13 +52,48 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 			return nil, err
 		}
 	}
-	if err := s.chooseRung(ctx); err != nil {
-		return nil, err
+	err := s.start(ctx, filepath.Join(c.Root, "boot"))
+	if errdefs.IsResourceExhausted(err) || errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		// What fills the disk may be what the sweep would remove.
+		log.G(ctx).WithError(err).Warn("the disk is full; removing what was set aside and trying again")
+		err = errors.Join(s.emptyTrash(), s.start(ctx, filepath.Join(c.Root, "boot")))
 	}
-	if err := s.recover(ctx, filepath.Join(c.Root, "boot")); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	return s, nil
+}
+
+func (s *Store) start(ctx context.Context, marker string) error {
+	if err := s.chooseRung(ctx); err != nil {
+		return err
+	}
+	return s.recover(ctx, marker)
+}
+
+// emptyTrash removes all that is in trees and not a Tree, while nothing builds.
+func (s *Store) emptyTrash() error {
+	names, err := list(s.trees)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if manifest(name) == "" {
+			err = errors.Join(err, removeTrash(filepath.Join(s.trees, name)))
+		}
+	}
+	return err
+}
+
+// removeTrash removes what was set aside, or a probe that was killed between its
+// mount and its unmount.
+func removeTrash(dir string) error {
+	if strings.HasPrefix(filepath.Base(dir), "probe-") {
+		if err := mount.UnmountRecursive(dir, unix.MNT_DETACH); err != nil {
+			return err
+		}
+	}
+	return os.RemoveAll(dir)
 }
 
 // makeDir makes dir, with that mode whatever the umask, unless it is there.

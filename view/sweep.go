@@ -10,10 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/log"
 	"github.com/fsnotify/fsnotify"
 	"github.com/opencontainers/go-digest"
@@ -123,13 +121,12 @@ func (s *Store) Sweep(ctx context.Context) error {
 	s.mu.Unlock()
 	// Deleting a large Tree takes time that no pod should wait for.
 	for _, name := range trash {
-		dir := filepath.Join(s.trees, name)
-		if strings.HasPrefix(name, "probe-") { // killed between its mount and its unmount
-			err = errors.Join(err, mount.UnmountRecursive(dir, unix.MNT_DETACH))
-		}
-		err = errors.Join(err, os.RemoveAll(dir))
+		err = errors.Join(err, removeTrash(filepath.Join(s.trees, name)))
 	}
-	return errors.Join(err, s.sweepCopies())
+	if err != nil {
+		return err
+	}
+	return s.sweepCopies()
 }
 
 // sweep unmounts and sets aside, and returns the names of what to delete.
@@ -144,7 +141,7 @@ func (s *Store) sweep(ctx context.Context) (trash []string, err error) {
 	}
 	for _, name := range mounts {
 		if !used[name] {
-			err = errors.Join(err, s.unmount(name), s.dropIfAlone(name))
+			err = errors.Join(err, s.unmount(name))
 		}
 	}
 	trees, lerr := list(s.trees)
@@ -156,7 +153,7 @@ func (s *Store) sweep(ctx context.Context) (trash []string, err error) {
 		switch {
 		case m == "" && !s.building[name]:
 			trash = append(trash, name)
-		case m != "" && !used[name] && (isShifted(name) || s.deleted(m)):
+		case m != "" && !used[name] && s.useless(name, m):
 			log.G(ctx).WithField("tree", name).Info("removing a tree whose pod is gone, or whose artifact the runtime has deleted")
 			moved := aside()
 			if rerr := os.Rename(filepath.Join(s.trees, name), filepath.Join(s.trees, moved)); rerr != nil {
@@ -180,23 +177,16 @@ func (s *Store) deleted(m digest.Digest) bool {
 	return errors.Is(err, os.ErrNotExist)
 }
 
-// dropIfAlone sets an unused Tree aside whose blobs the runtime has deleted and
-// pulled again meanwhile: it would keep a second copy of them on the disk for
-// as long as the image is there.
-func (s *Store) dropIfAlone(name string) error {
-	dir := filepath.Join(s.trees, name)
-	t, err := unpack.Load(dir)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
+// useless reports whether a Tree that nobody shows is of no use to the next pod
+// either: no other pod has its owners, or the runtime has deleted the manifest m.
+// Where it has also pulled it again, the Tree would be a second copy on the disk
+// for as long as the image is there.
+func (s *Store) useless(name string, m digest.Digest) bool {
+	if isShifted(name) || s.deleted(m) {
+		return true
 	}
-	if err != nil {
-		return err
-	}
-	alone, err := t.Alone()
-	if err != nil || !alone {
-		return err
-	}
-	return s.setAside(dir)
+	t, err := unpack.Load(filepath.Join(s.trees, name))
+	return err == nil && t.Stale(s.content)
 }
 
 // used is the names of all Trees that somebody shows or is about to. The caller

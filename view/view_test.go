@@ -500,6 +500,50 @@ func (s *site) blobs() []string {
 	return blobs
 }
 
+func TestAFullDiskIsSweptAtTheStart(t *testing.T) {
+	s := newSite(t)
+	s.Close()
+	if err := unix.Mount("tmpfs", s.config.Root, "tmpfs", 0, "size=2m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := mount.UnmountAll(s.config.Root, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	trash := filepath.Join(s.config.Root, "trees/new-1")
+	if err := os.MkdirAll(trash, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(trash, "file"), make([]byte, 4<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("the disk is not full: %v", err)
+	}
+	s.open()
+	s.acquire(s.pack("x")).Release()
+}
+
+func TestAChangeOfTheRungWhileAPodRuns(t *testing.T) {
+	s := newSite(t)
+	s.Close()
+	s.config.Rung = unpack.Link
+	s.open()
+	d := s.pack("bytes")
+	v := s.acquire(d)
+	s.show(v.ID)
+	s.Close()
+	s.config.Rung = unpack.Overlay
+	s.open()
+	shifted, err := s.Acquire(context.Background(), d, unpack.IDMap{UID: "0:200000:65536", GID: "0:200000:65536"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{v.Path, shifted.Path} {
+		if b, err := os.ReadFile(filepath.Join(path, "weights")); err != nil || string(b) != "bytes" {
+			t.Errorf("%q, %v", b, err)
+		}
+	}
+}
+
 func TestSweepsDoNotDisturbEachOther(t *testing.T) {
 	s := newSite(t)
 	for i := range 200 {

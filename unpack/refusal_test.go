@@ -1,0 +1,206 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package unpack
+
+import (
+	"archive/tar"
+	"bytes"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+)
+
+func TestRefusals(t *testing.T) {
+	plain := func(members ...tar.Header) func(*testing.T, site) []artifact.Layer {
+		return func(t *testing.T, s site) []artifact.Layer {
+			return []artifact.Layer{s.tar(t, artifact.CompressionNone, archive(t, members...))}
+		}
+	}
+	// cut is a tar whose bytes change does something to.
+	cut := func(c artifact.Compression, change func([]byte) []byte) func(*testing.T, site) []artifact.Layer {
+		return func(t *testing.T, s site) []artifact.Layer {
+			l := s.tar(t, c, change(archive(t, file("f", strings.Repeat("x", 3000)))))
+			return []artifact.Layer{l}
+		}
+	}
+	symlinked := tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "/etc"}
+	cases := map[string]struct {
+		layers func(*testing.T, site) []artifact.Layer
+		want   string
+	}{
+		"absolute path":                  {plain(file("/etc/passwd", "")), "/etc/passwd"},
+		"dot dot":                        {plain(file("a/../../b", "")), `..`},
+		"name over 255 bytes":            {plain(file(strings.Repeat("n", 256), "")), "255"},
+		"through a symlink":              {plain(symlinked, file("link/passwd", "x")), "symlink"},
+		"directory through a symlink":    {plain(symlinked, tar.Header{Name: "link/d/", Typeflag: tar.TypeDir}), "symlink"},
+		"directory over a symlink":       {plain(symlinked, tar.Header{Name: "link/", Typeflag: tar.TypeDir}), "symlink"},
+		"hard link outside":              {plain(tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "/etc/passwd"}), "/etc/passwd"},
+		"hard link to a symlink":         {plain(symlinked, tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "link"}), "not a regular file"},
+		"hard link to nothing":           {plain(tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "f"}), "not a regular file"},
+		"character device":               {plain(tar.Header{Name: "c", Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 3}), "character device"},
+		"block device":                   {plain(tar.Header{Name: "b", Typeflag: tar.TypeBlock}), "block device"},
+		"FIFO":                           {plain(tar.Header{Name: "p", Typeflag: tar.TypeFifo}), "FIFO"},
+		"a socket, by a type of its own": {plain(tar.Header{Name: "s", Typeflag: 's'}), "type 's'"},
+		"owner -1":                       {plain(tar.Header{Name: "f", Uid: 1<<32 - 1}), "owner"},
+		"file as directory":              {plain(file("a", ""), file("a/b", "")), "must be a directory"},
+		"directory as file":              {plain(file("a/b", ""), file("a", "")), "is a directory"},
+		"sparse giant": {func(t *testing.T, s site) []artifact.Layer {
+			return []artifact.Layer{s.tar(t, artifact.CompressionNone, sparse(t, 1<<60))}
+		}, "no space"},
+		"more holes than disk": {func(t *testing.T, s site) []artifact.Layer {
+			tmpfs(t, s.root, "size=64m")
+			one := sparse(t, 30<<20)
+			one = one[:len(one)-1024] // without the mark
+			return []artifact.Layer{s.tar(t, artifact.CompressionNone, slices.Concat(one, one, one, make([]byte, 1024)))}
+		}, "no space"},
+		"truncated in a file":          {cut(artifact.CompressionNone, func(b []byte) []byte { return b[:2000] }), "truncated"},
+		"truncated between the blocks": {cut(artifact.CompressionNone, func(b []byte) []byte { return b[:len(b)-1024] }), "truncated"},
+		"trailing garbage":             {cut(artifact.CompressionNone, func(b []byte) []byte { return append(b, "garbage behind the end"...) }), "garbage"},
+		"truncated gzip":               {broken(artifact.CompressionGzip, func(b []byte) []byte { return b[:len(b)-9] }), "truncated"},
+		"garbage behind gzip":          {broken(artifact.CompressionGzip, func(b []byte) []byte { return append(b, "garbage behind the end"...) }), "cannot be read"},
+		"truncated zstd":               {broken(artifact.CompressionZstd, func(b []byte) []byte { return b[:len(b)-9] }), "truncated"},
+		"garbage behind zstd":          {broken(artifact.CompressionZstd, func(b []byte) []byte { return append(b, "garbage behind the end"...) }), "cannot be read"},
+		"not gzip":                     {broken(artifact.CompressionGzip, func([]byte) []byte { return []byte("plain text, no gzip") }), "gzip"},
+		"not zstd":                     {broken(artifact.CompressionZstd, func([]byte) []byte { return []byte("plain text, no zstd") }), "cannot be read"},
+		"wrong DiffID": {func(t *testing.T, s site) []artifact.Layer {
+			l := s.tar(t, artifact.CompressionGzip, archive(t, file("f", "x")))
+			l.DiffID = digest.FromString("another")
+			return []artifact.Layer{l}
+		}, "DiffID"},
+		"raw file where a tar has a directory": {func(t *testing.T, s site) []artifact.Layer {
+			return []artifact.Layer{s.tar(t, artifact.CompressionNone, archive(t, file("d/f", ""))), s.raw(t, "d", "x")}
+		}, "is a directory"},
+		"raw file below a file": {func(t *testing.T, s site) []artifact.Layer {
+			return []artifact.Layer{s.raw(t, "f", "x"), s.raw(t, "f/g", "x")}
+		}, "must be a directory"},
+		"blob of another size": {func(t *testing.T, s site) []artifact.Layer {
+			l := s.raw(t, "f", "short")
+			l.Descriptor.Size = 1 << 30
+			return []artifact.Layer{l}
+		}, "descriptor says"},
+		"blob said to be empty": {func(t *testing.T, s site) []artifact.Layer {
+			l := s.raw(t, "f", "not empty")
+			l.Descriptor.Size = 0
+			return []artifact.Layer{l}
+		}, "0 bytes"},
+		"another size for the same digest": {func(t *testing.T, s site) []artifact.Layer {
+			a, b := s.raw(t, "a", "0123456789"), s.raw(t, "b", "0123456789")
+			b.Descriptor.Size = 1 << 40
+			return []artifact.Layer{a, b}
+		}, "descriptor says"},
+		"truncated behind an extended header": {cutAfterPAX, "truncated"},
+		"padding without end": {func(t *testing.T, s site) []artifact.Layer {
+			return []artifact.Layer{s.tar(t, artifact.CompressionZstd, append(archive(t, file("f", "x")), make([]byte, 2*maxPadding)...))}
+		}, "padding"},
+		"deeper than anything needs": {plain(file(strings.Repeat("d/", 129)+"f", "")), "128"},
+		"attribute that does not fit": {func(t *testing.T, s site) []artifact.Layer {
+			h := file("f", "x")
+			h.Format = tar.FormatPAX
+			h.PAXRecords = map[string]string{"SCHILY.xattr.user.big": strings.Repeat("x", 1<<17)}
+			return []artifact.Layer{s.tar(t, artifact.CompressionNone, archive(t, h))}
+		}, "user.big"},
+		"symlink to too long a path": {plain(tar.Header{Name: "l", Typeflag: tar.TypeSymlink, Linkname: strings.Repeat("x", 4096)}), "4096 bytes"},
+		"missing blob": {func(t *testing.T, s site) []artifact.Layer {
+			l := s.raw(t, "f", "gone")
+			os.Remove(s.content.Path(l.Descriptor.Digest))
+			return []artifact.Layer{l}
+		}, "pull"},
+	}
+	for name, c := range cases {
+		for _, rung := range Rungs {
+			t.Run(name+"/"+string(rung), func(t *testing.T) {
+				s := newSite(t)
+				good := s.tar(t, artifact.CompressionNone, archive(t, file("good", "x")))
+				_, err := s.build(rung, append([]artifact.Layer{good}, c.layers(t, s)...)...)
+				if err == nil {
+					t.Fatal("it was built")
+				}
+				if !errdefs.IsInvalidArgument(err) && !errdefs.IsNotFound(err) && !errdefs.IsFailedPrecondition(err) && !errdefs.IsResourceExhausted(err) {
+					t.Errorf("%v is of no kind", err)
+				}
+				for _, want := range []string{c.want, "layer ", "application/test"} {
+					if !strings.Contains(err.Error(), want) {
+						t.Errorf("%q does not say %q", err, want)
+					}
+				}
+				if _, err := os.Stat(filepath.Join(s.root, "tree")); !errors.Is(err, fs.ErrNotExist) {
+					t.Errorf("something is left behind: %v", err)
+				}
+			})
+		}
+	}
+}
+
+// cutAfterPAX is an archive that ends, without a DiffID that would tell, behind
+// a header that announces another one.
+func cutAfterPAX(t *testing.T, s site) []artifact.Layer {
+	h := file("f", "x")
+	h.Format = tar.FormatPAX
+	h.PAXRecords = map[string]string{"SCHILY.xattr.user.note": "x"}
+	l := s.tar(t, artifact.CompressionGzip, archive(t, h)[:1024])
+	l.DiffID = ""
+	return []artifact.Layer{l}
+}
+
+// broken is a compressed tar whose compressed bytes change does something to.
+func broken(c artifact.Compression, change func([]byte) []byte) func(*testing.T, site) []artifact.Layer {
+	return func(t *testing.T, s site) []artifact.Layer {
+		l := s.tar(t, c, archive(t, file("f", strings.Repeat("x", 3000))))
+		b, err := os.ReadFile(s.content.Path(l.Descriptor.Digest))
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Descriptor = s.blob(t, change(b))
+		return []artifact.Layer{l}
+	}
+}
+
+// sparse is an archive of one PAX sparse file (GNU format 1.0) that is all hole.
+func sparse(t *testing.T, size int64) []byte {
+	t.Helper()
+	record := func(k, v string) string {
+		n := len(k) + len(v) + 3
+		for l := len(itoa(n)) + len(k) + len(v) + 3; l != n; l = len(itoa(n)) + len(k) + len(v) + 3 {
+			n = l
+		}
+		return itoa(n) + " " + k + "=" + v + "\n"
+	}
+	pax := record("GNU.sparse.major", "1") + record("GNU.sparse.minor", "0") +
+		record("GNU.sparse.name", "sparse") + record("GNU.sparse.realsize", itoa(int(size)))
+	m := "0\n"
+	var buf bytes.Buffer
+	write := func(flag byte, name, content string) {
+		// archive/tar refuses to write these records, so the header is of a
+		// plain writer with the type changed.
+		var one bytes.Buffer
+		w := tar.NewWriter(&one)
+		if err := w.WriteHeader(&tar.Header{Name: name, Size: int64(len(content)), Mode: 0o644, Typeflag: tar.TypeReg}); err != nil {
+			t.Fatal(err)
+		}
+		w.Write([]byte(content))
+		w.Flush()
+		b := one.Bytes()
+		b[156] = flag
+		copy(b[148:156], "        ")
+		sum := 0
+		for _, c := range b[:512] {
+			sum += int(c)
+		}
+		copy(b[148:156], []byte(octal6(sum)+"\x00 "))
+		buf.Write(b)
+	}
+	write(tar.TypeXHeader, "pax", pax)
+	write(tar.TypeReg, "sparse", m+strings.Repeat("\x00", 512-len(m)))
+	buf.Write(make([]byte, 1024))
+	return buf.Bytes()
+}

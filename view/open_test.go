@@ -1,0 +1,85 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package view
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+)
+
+func TestOpenKeepsWhatIsShownAndTheSweepTakesTheRest(t *testing.T) {
+	s := newSite(t)
+	shown, unused := s.acquire(s.pack("1")), s.acquire(s.pack("2"))
+	s.show(shown.ID)
+	// What a crash in the middle of a build and a killed probe leave.
+	for _, dir := range []string{"new-1/fs", "probe-2/target"} {
+		if err := os.MkdirAll(filepath.Join(s.trees, dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.Mount("tmpfs", filepath.Join(s.trees, "probe-2/target"), "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	s.open()
+	s.sweep()
+	s.wantState(shown.ID, true, true)
+	s.wantState(unused.ID, true, false)
+	if names, err := list(s.trees); len(names) != 2 || err != nil {
+		t.Errorf("left: %v %v", names, err)
+	}
+}
+
+func TestTreesAndCopiesDoNotOutliveABoot(t *testing.T) {
+	s := newSite(t)
+	v := s.acquire(s.pack("1"))
+	s.show(v.ID)
+	s.Close()
+	if err := s.unmount(v.ID.name()); err != nil { // as a reboot does
+		t.Fatal(err)
+	}
+	for file, content := range map[string]string{"boot": "another", "copies/0123": "not synced"} {
+		if err := os.WriteFile(filepath.Join(s.config.Root, file), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.open()
+	s.wantState(v.ID, false, false)
+	s.sweep()
+	for _, dir := range []string{s.trees, s.copies} {
+		if left, err := list(dir); len(left) != 0 || err != nil {
+			t.Errorf("left in %s: %v %v", dir, left, err)
+		}
+	}
+	s.Close()
+	s.open()
+	v = s.acquire(ocispec.Descriptor{Digest: v.ID.Manifest})
+	s.wantState(v.ID, true, true)
+}
+
+// The mounts are in another directory than the Trees, and can outlive them.
+func TestAMountWithoutItsTreeIsNotShown(t *testing.T) {
+	for _, how := range []string{"the daemon restarts", "the daemon goes on"} {
+		t.Run(how, func(t *testing.T) {
+			s := newSite(t)
+			v := s.acquire(s.pack("bytes"))
+			s.show(v.ID)
+			if err := os.RemoveAll(filepath.Join(s.config.Root, "trees", v.ID.name())); err != nil {
+				t.Fatal(err)
+			}
+			if how == "the daemon restarts" {
+				s.Close()
+				s.open()
+			}
+			v = s.acquire(ocispec.Descriptor{Digest: v.ID.Manifest})
+			if b, err := os.ReadFile(filepath.Join(v.Path, "weights")); err != nil || string(b) != "bytes" {
+				t.Errorf("%q, %v", b, err)
+			}
+		})
+	}
+}

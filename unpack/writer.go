@@ -304,11 +304,11 @@ func (w *writer) setAttrs(name string, k kind, a attrs) error {
 			return &fs.PathError{Op: "chown", Path: name, Err: err}
 		}
 	}
-	// After a chown, which clears the special bits that a directory may have.
 	mode := unixMode(a.mode)
 	if k != directory {
 		mode &= 0o777 // whatever the caller says
 	}
+	// The chown has cleared the special bits that a directory may have.
 	if k != symlink && (mode > 0o777 || st.Mode&0o7777 != mode) {
 		if err := unix.Fchmodat(dir, base, mode, 0); err != nil {
 			return &fs.PathError{Op: "chmod", Path: name, Err: err}

@@ -164,7 +164,7 @@ func (s *Store) shift(ctx context.Context, id ID, a *artifact.Artifact) (*unpack
 	}
 	return s.publish(id, func(dir string) error {
 		if from.Rung != unpack.Overlay { // of before a change of the rung, and still shown
-			_, err = unpack.Build(ctx, dir, a, unpack.Options{Rung: s.rung, Blobs: s.content, Copies: s.copies, Owners: id.Owners})
+			_, err := unpack.Build(ctx, dir, a, unpack.Options{Rung: s.rung, Blobs: s.content, Copies: s.copies, Owners: id.Owners})
 			return err
 		}
 		_, err := from.Shift(ctx, dir, id.Owners)

@@ -22,7 +22,7 @@ import (
 
 const (
 	// sweepEvery is how long something unused can stay when no event tells of
-	// it: the blob directory did not exist yet, or a watch overflowed.
+	// it: there is no watch, or something could not be removed.
 	sweepEvery = time.Minute
 	// settle is how long the sweep waits for more events after one. A garbage
 	// collection deletes blobs by the hundred.
@@ -112,9 +112,9 @@ func (s *Store) watchBlobs(w *fsnotify.Watcher) {
 }
 
 // Sweep unmounts every Tree that nobody shows, and removes those of them whose
-// manifest the runtime has deleted or whose owners are shifted, whatever was set aside, and the copies of
-// blobs that no Tree retains. It asks all Users; if one cannot tell, nothing is
-// removed.
+// manifest the runtime has deleted or whose owners are shifted, whatever was set
+// aside, and the copies of blobs that no Tree retains. It asks all Users; if one
+// cannot tell, nothing is removed.
 func (s *Store) Sweep(ctx context.Context) error {
 	s.mu.Lock()
 	trash, err := s.sweep(ctx)
@@ -145,25 +145,20 @@ func (s *Store) sweep(ctx context.Context) (trash []string, err error) {
 		}
 	}
 	trees, lerr := list(s.trees)
-	if lerr != nil {
-		return nil, errors.Join(err, lerr)
-	}
+	err = errors.Join(err, lerr)
 	for _, name := range trees {
-		m := manifest(name)
-		switch {
-		case m == "" && !s.building[name]:
-			trash = append(trash, name)
-		case m != "" && !used[name] && s.useless(name, m):
+		if m := manifest(name); m != "" && !used[name] && s.useless(name, m) {
 			log.G(ctx).WithField("tree", name).Info("removing a tree whose pod is gone, or whose artifact the runtime has deleted")
-			moved := aside()
-			if rerr := os.Rename(filepath.Join(s.trees, name), filepath.Join(s.trees, moved)); rerr != nil {
-				err = errors.Join(err, rerr)
-				continue
-			}
-			trash = append(trash, moved)
+			err = errors.Join(err, s.setAside(filepath.Join(s.trees, name)))
 		}
 	}
-	return trash, err
+	trees, lerr = list(s.trees)
+	for _, name := range trees {
+		if manifest(name) == "" && !s.building[name] {
+			trash = append(trash, name)
+		}
+	}
+	return trash, errors.Join(err, lerr)
 }
 
 // deleted reports whether the runtime has deleted the blob. Where the content

@@ -274,7 +274,7 @@ func TestBlobsOfAnotherFilesystemAreCopiedOnce(t *testing.T) {
 			}
 		}
 	}
-	copies, err := os.ReadDir(filepath.Join(root, "copies"))
+	copies, err := os.ReadDir(filepath.Join(root, "blobs/sha256"))
 	check(t, err)
 	if len(copies) != len(trees) {
 		t.Errorf("there are %d copies of %d blobs", len(copies), len(trees))
@@ -289,7 +289,7 @@ func TestBlobsOfAnotherFilesystemAreCopiedOnce(t *testing.T) {
 		t.Errorf("the trees retain %d files for %d blobs", len(links), len(trees))
 	}
 	for hex, users := range trees {
-		st := stat(t, filepath.Join(root, "copies", hex))
+		st := stat(t, filepath.Join(root, "blobs/sha256", hex))
 		if links[st.Ino] != len(users) || st.Nlink != uint64(len(users)+1) {
 			t.Errorf("the copy of %s has %d links, %d of them in trees, want one in each of %d", hex, st.Nlink, links[st.Ino], len(users))
 		}
@@ -309,7 +309,7 @@ func TestBlobsOfAnotherFilesystemAreCopiedOnce(t *testing.T) {
 }
 
 func TestTheRungLinkShowsTheBlobsThemselves(t *testing.T) {
-	n := node.ForTest(t, node.Options{DaemonConfig: `rung = "link"`})
+	n := node.ForTest(t, node.Options{DaemonConfig: `raw_rung = "link"`})
 	src := writeModel(t)
 	ref := pulled(t, n, src, pack.Raw)
 	want := wantTree(t, src, pack.Raw)
@@ -349,7 +349,7 @@ func TestTheRungLinkShowsTheBlobsThemselves(t *testing.T) {
 }
 
 func TestTheRungCopyHasAllAttributes(t *testing.T) {
-	n := node.ForTest(t, node.Options{DaemonConfig: `rung = "copy"`})
+	n := node.ForTest(t, node.Options{DaemonConfig: `raw_rung = "copy"`})
 	before := daemonUsage(t, n)
 	src := writeModel(t)
 	ref := pulled(t, n, src, pack.Raw)
@@ -375,7 +375,7 @@ func TestTheRungCopyHasAllAttributes(t *testing.T) {
 func TestAFilesystemWithoutExtendedAttributes(t *testing.T) {
 	t.Run("a forced rung that cannot work is an error at the start", func(t *testing.T) {
 		root := mounted(t, "ramfs", "")
-		n, err := node.Start(t.Context(), node.Options{DaemonRoot: root, DaemonConfig: `rung = "overlay"`})
+		n, err := node.Start(t.Context(), node.Options{DaemonRoot: root, DaemonConfig: `raw_rung = "overlay"`})
 		if err == nil {
 			check(t, n.Stop())
 			t.Fatal("the daemon started")
@@ -390,7 +390,7 @@ func TestAFilesystemWithoutExtendedAttributes(t *testing.T) {
 		root := mounted(t, "ramfs", "")
 		n := node.ForTest(t, node.Options{DaemonRoot: root})
 		log := strings.ReplaceAll(daemonLog(t, n), `\`, "") // quotes are quoted, once or twice
-		for _, want := range []string{"level=warning", "rung=link", "in a lesser way than could be", `rung "overlay" does not work in ` + root} {
+		for _, want := range []string{"level=warning", "raw=link", "in a lesser way than could be", `rung "overlay" does not work in ` + root} {
 			if !strings.Contains(log, want) {
 				t.Errorf("the daemon's log does not say %q: %s", want, log)
 			}

@@ -24,8 +24,11 @@ import (
 //go:embed default.toml
 var DefaultFile string
 
-// rungAuto lets the snapshotter choose the rung by trying real mounts.
+// rungAuto lets the snapshotter choose a rung by trying real mounts.
 const rungAuto = "auto"
+
+// maxMemory, in MiB, is more than any machine has.
+const maxMemory = 1 << 40
 
 // maxSocketPath is the longest path of a Unix socket in bytes: sun_path of
 // unix(7) holds 108 with the terminating NUL.
@@ -50,8 +53,14 @@ type Config struct {
 	ContainerdAddress string `toml:"containerd_address"`
 	// LogLevel is a level of github.com/containerd/log. Only for the daemon, like Address.
 	LogLevel string `toml:"log_level,omitempty"`
-	// Rung is a rung of package unpack, or "auto".
-	Rung string `toml:"rung"`
+	// RawRung and TarRung are rungs of package unpack, or "auto".
+	RawRung string `toml:"raw_rung"`
+	TarRung string `toml:"tar_rung"`
+	// DecompressionMemory, MaxExpansion and ReservedSpace are unpack.Limits, the
+	// memory in MiB.
+	DecompressionMemory int64 `toml:"decompression_memory"`
+	MaxExpansion        int64 `toml:"max_expansion"`
+	ReservedSpace       int   `toml:"reserved_space"`
 	// Namespaces are the containerd namespaces that get the empty blob.
 	Namespaces []string `toml:"namespaces"`
 }
@@ -60,13 +69,17 @@ type Config struct {
 // default directories.
 func Default() Config {
 	return Config{
-		Root:              "/var/lib/artifact-snapshotter",
-		State:             "/run/artifact-snapshotter",
-		ContentRoot:       "/var/lib/containerd/io.containerd.content.v1.content",
-		ContainerdAddress: "/run/containerd/containerd.sock",
-		LogLevel:          "info",
-		Rung:              rungAuto,
-		Namespaces:        []string{"k8s.io"},
+		Root:                "/var/lib/artifact-snapshotter",
+		State:               "/run/artifact-snapshotter",
+		ContentRoot:         "/var/lib/containerd/io.containerd.content.v1.content",
+		ContainerdAddress:   "/run/containerd/containerd.sock",
+		LogLevel:            "info",
+		RawRung:             rungAuto,
+		TarRung:             rungAuto,
+		DecompressionMemory: unpack.DefaultLimits.Memory >> 20,
+		MaxExpansion:        unpack.DefaultLimits.Expansion,
+		ReservedSpace:       unpack.DefaultLimits.Reserve,
+		Namespaces:          []string{"k8s.io"},
 	}
 }
 
@@ -137,8 +150,17 @@ func (c Config) validateSnapshotter() error {
 		errs = append(errs, fmt.Errorf("root %s and content_root %s must not lie within each other", c.Root, c.ContentRoot))
 	}
 	errs = append(errs, validateSocket("containerd_address", c.ContainerdAddress))
-	if _, err := c.rung(); err != nil {
+	if _, err := c.rungs(); err != nil {
 		errs = append(errs, err)
+	}
+	if c.DecompressionMemory < 1 || c.DecompressionMemory > maxMemory {
+		errs = append(errs, fmt.Errorf("decompression_memory %d is not 1 to %d MiB", c.DecompressionMemory, maxMemory))
+	}
+	if c.MaxExpansion < 1 {
+		errs = append(errs, fmt.Errorf("max_expansion %d is less than 1", c.MaxExpansion))
+	}
+	if c.ReservedSpace < 0 || c.ReservedSpace > 99 {
+		errs = append(errs, fmt.Errorf("reserved_space %d is not 0 to 99 percent", c.ReservedSpace))
 	}
 	for _, namespace := range c.Namespaces {
 		if err := identifiers.Validate(namespace); err != nil {
@@ -148,16 +170,26 @@ func (c Config) validateSnapshotter() error {
 	return errors.Join(errs...)
 }
 
-// rung translates the configured rung to that of package unpack, where the
+// rungs translates the configured rungs to those of package unpack, where an
 // empty one means to choose.
-func (c Config) rung() (unpack.Rung, error) {
-	if c.Rung == rungAuto {
+func (c Config) rungs() (unpack.Rungs, error) {
+	raw, rerr := rung("raw_rung", c.RawRung, unpack.RawRungs)
+	tar, terr := rung("tar_rung", c.TarRung, unpack.TarRungs)
+	return unpack.Rungs{Raw: raw, Tar: tar}, errors.Join(rerr, terr)
+}
+
+func rung(key, value string, all []unpack.Rung) (unpack.Rung, error) {
+	if value == rungAuto {
 		return "", nil
 	}
-	if rung := unpack.Rung(c.Rung); slices.Contains(unpack.Rungs, rung) {
+	if rung := unpack.Rung(value); slices.Contains(all, rung) {
 		return rung, nil
 	}
-	return "", fmt.Errorf("rung %q is neither %q nor one of %q", c.Rung, rungAuto, unpack.Rungs)
+	return "", fmt.Errorf("%s %q is neither %q nor one of %q", key, value, rungAuto, all)
+}
+
+func (c Config) limits() unpack.Limits {
+	return unpack.Limits{Memory: c.DecompressionMemory << 20, Expansion: c.MaxExpansion, Reserve: c.ReservedSpace}
 }
 
 func validateSocket(key, path string) error {

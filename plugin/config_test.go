@@ -94,8 +94,13 @@ func TestValidate(t *testing.T) {
 		"a relative content root":   {func(c *Config) { c.ContentRoot = "./c" }, []string{"content_root", "absolute"}},
 		"a relative address":        {func(c *Config) { c.Address = "a.sock" }, []string{"address", "absolute"}},
 		"a relative containerd":     {func(c *Config) { c.ContainerdAddress = "" }, []string{"containerd_address", "absolute"}},
-		"an unknown rung":           {func(c *Config) { c.Rung = "stairs" }, []string{`"stairs"`, "auto", "overlay", "link", "copy"}},
-		"an empty rung":             {func(c *Config) { c.Rung = "" }, []string{"rung", "auto"}},
+		"an unknown rung":           {func(c *Config) { c.RawRung = "stairs" }, []string{"raw_rung", `"stairs"`, "auto", "overlay", "link", "copy"}},
+		"a rung of raw layers":      {func(c *Config) { c.TarRung = "overlay" }, []string{"tar_rung", `"overlay"`, "auto", "erofs", "extract"}},
+		"an empty rung":             {func(c *Config) { c.RawRung = "" }, []string{"raw_rung", "auto"}},
+		"no memory":                 {func(c *Config) { c.DecompressionMemory = 0 }, []string{"decompression_memory 0"}},
+		"memory beyond counting":    {func(c *Config) { c.DecompressionMemory = 1 << 50 }, []string{"decompression_memory"}},
+		"a layer that must shrink":  {func(c *Config) { c.MaxExpansion = 0 }, []string{"max_expansion 0"}},
+		"all space in reserve":      {func(c *Config) { c.ReservedSpace = 100 }, []string{"reserved_space 100"}},
 		"an unknown log level":      {func(c *Config) { c.LogLevel = "loud" }, []string{`"loud"`, "debug"}},
 		"a bad namespace":           {func(c *Config) { c.Namespaces = []string{"a/b"} }, []string{"namespaces", "a/b"}},
 		"root is content root":      {func(c *Config) { c.Root = c.ContentRoot }, []string{"root", "content_root", "within"}},
@@ -106,7 +111,7 @@ func TestValidate(t *testing.T) {
 		"a long containerd address": {func(c *Config) { c.ContainerdAddress = long }, []string{"containerd_address", long, "107"}},
 		"everything at once": {
 			func(c *Config) { *c = Config{} },
-			[]string{"root", "state", "content_root", "containerd_address", "rung", "log_level"},
+			[]string{"root", "state", "content_root", "containerd_address", "raw_rung", "tar_rung", "decompression_memory", "log_level"},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -46,7 +46,7 @@ func Open(ctx context.Context, cfg Config) (_ snapshots.Snapshotter, err error) 
 	if err := cfg.validateSnapshotter(); err != nil {
 		return nil, err
 	}
-	rung, err := cfg.rung()
+	rungs, err := cfg.rungs()
 	if err != nil {
 		return nil, err
 	}
@@ -68,7 +68,8 @@ func Open(ctx context.Context, cfg Config) (_ snapshots.Snapshotter, err error) 
 		Root:    cfg.Root,
 		State:   cfg.State,
 		Content: blobdir.Dir(cfg.ContentRoot),
-		Rung:    rung,
+		Rungs:   rungs,
+		Limits:  cfg.limits(),
 	})
 	if err != nil {
 		return nil, err

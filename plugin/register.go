@@ -26,11 +26,17 @@ func init() {
 		ID:   "artifact",
 		// For the export of its root, see fromContainerd.
 		Requires: []plugin.Type{plugins.ContentPlugin},
-		// The directories and the address are containerd's, unless its
-		// configuration says otherwise.
-		Config: &Config{Rung: Default().Rung, Namespaces: Default().Namespaces},
+		Config: compiledIn(),
 		InitFn: initInContainerd,
 	})
+}
+
+// compiledIn is the default configuration without the directories and addresses,
+// which are containerd's unless its configuration says otherwise.
+func compiledIn() *Config {
+	c := Default()
+	c.Root, c.State, c.ContentRoot, c.ContainerdAddress, c.LogLevel = "", "", "", "", ""
+	return &c
 }
 
 // initInContainerd opens the snapshotter in a containerd that it is compiled into.

@@ -4,20 +4,25 @@
 package unpack
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
-// Rung is a way to lay out raw layers. Each needs less of the node than the
-// one before it, and gives less.
+// Rung is a way to lay out layers of one format. Each needs less of the node than
+// the one before it in RawRungs or TarRungs, and gives less.
 type Rung string
 
+// The rungs for raw layers.
 const (
 	// Overlay makes each file an empty, sparse one with the right attributes,
 	// whose content overlayfs takes from the blob. It needs Linux 6.5.
@@ -30,24 +35,70 @@ const (
 	Copy Rung = "copy"
 )
 
-// Rungs are all rungs, the best first.
-var Rungs = []Rung{Overlay, Link, Copy}
+// The rungs for tar layers. With the first three the metadata of an artifact are
+// one EROFS image and its tars extra devices of it: no byte is copied.
+const (
+	// EROFS mounts the files of image and tars directly, with direct I/O to
+	// them: the page cache has each byte once. It needs Linux 6.12 for the
+	// files, and 6.15 or so for the direct I/O.
+	EROFS Rung = "erofs"
+	// EROFSLoop mounts them as loop devices, with direct I/O as well. It needs
+	// Linux 5.16, and a device for each tar.
+	EROFSLoop Rung = "erofs-loop"
+	// EROFSBuffered mounts the files without direct I/O: whatever is read is in
+	// the page cache twice.
+	EROFSBuffered Rung = "erofs-buffered"
+	// Extract copies the members out of the tar.
+	Extract Rung = "extract"
+)
 
-// probes try a rung in an empty directory.
-var probes = map[Rung]func(dir string) error{
-	Overlay: probeOverlay,
-	Link:    probeLink,
-	Copy:    func(string) error { return nil },
+// RawRungs and TarRungs are all rungs of a format, the best first.
+var (
+	RawRungs = []Rung{Overlay, Link, Copy}
+	TarRungs = []Rung{EROFS, EROFSLoop, EROFSBuffered, Extract}
+)
+
+// Rungs are a rung for each format; an empty one is to be chosen.
+type Rungs struct {
+	Raw Rung `json:"raw"`
+	Tar Rung `json:"tar"`
 }
 
-// Probe returns the best rung that works in root, by trying each with a real
-// mount, and why the better ones do not (nil if the first works). What is
-// lacking for the moment, such as disk space, says nothing of a rung: then there
-// is none.
-func Probe(root string) (Rung, error) {
-	var why error
-	for _, r := range Rungs {
-		err := Try(root, r)
+// probes try a rung in an empty directory.
+var probes = map[Rung]func(ctx context.Context, dir string) error{
+	Overlay:       probeOverlay,
+	Link:          probeLink,
+	Copy:          func(context.Context, string) error { return nil },
+	EROFS:         probeImage(EROFS),
+	EROFSLoop:     probeImage(EROFSLoop),
+	EROFSBuffered: probeImage(EROFSBuffered),
+	Extract:       func(context.Context, string) error { return nil },
+}
+
+// Probe returns the best rungs that work in root, by trying each with a real
+// mount, and why the better ones do not (nil if the first ones work). Rungs that
+// forced names are not chosen but must work. What is lacking for the moment,
+// such as disk space, says nothing of a rung: then there is none, "".
+func Probe(ctx context.Context, root string, forced Rungs) (r Rungs, why error) {
+	var errs [2]error
+	if r.Raw, errs[0] = probe(ctx, root, forced.Raw, RawRungs); r.Raw == "" {
+		return Rungs{}, errs[0]
+	}
+	if r.Tar, errs[1] = probe(ctx, root, forced.Tar, TarRungs); r.Tar == "" {
+		return Rungs{}, errs[1]
+	}
+	return r, errors.Join(errs[:]...)
+}
+
+func probe(ctx context.Context, root string, forced Rung, all []Rung) (r Rung, why error) {
+	if forced != "" {
+		if !slices.Contains(all, forced) {
+			return "", fmt.Errorf("no rung is called %q, only %q: %w", forced, all, errdefs.ErrInvalidArgument)
+		}
+		all = []Rung{forced}
+	}
+	for _, r := range all {
+		err := Try(ctx, root, r)
 		if err == nil {
 			return r, why
 		}
@@ -61,25 +112,29 @@ func Probe(root string) (Rung, error) {
 	return "", why
 }
 
+// ProbeDirs is the pattern of the directories that Try leaves in its root if the
+// process is killed; something may be mounted below them.
+const ProbeDirs = "probe-*"
+
 // Try reports whether r works in root: nil, or why it does not.
-func Try(root string, r Rung) error {
+func Try(ctx context.Context, root string, r Rung) error {
 	probe, ok := probes[r]
 	if !ok {
-		return fmt.Errorf("no rung is called %q, only %v: %w", r, Rungs, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("no rung is called %q: %w", r, errdefs.ErrInvalidArgument)
 	}
-	dir, err := os.MkdirTemp(root, "probe-")
+	dir, err := os.MkdirTemp(root, ProbeDirs)
 	if err != nil {
 		return fmt.Errorf("rung %q cannot be tried in %s: %w", r, root, outOfSpace(err))
 	}
 	defer os.RemoveAll(dir)
-	if err := probe(dir); err != nil {
+	if err := probe(ctx, dir); err != nil {
 		return fmt.Errorf("rung %q does not work in %s: %w", r, root, outOfSpace(err))
 	}
 	return nil
 }
 
 // probeOverlay reads a file through an overlay as Build makes them.
-func probeOverlay(dir string) error {
+func probeOverlay(_ context.Context, dir string) error {
 	const content = "artifact"
 	lower, data, target := filepath.Join(dir, "lower"), filepath.Join(dir, "data"), filepath.Join(dir, "target")
 	for _, d := range []string{lower, data, target} {
@@ -98,31 +153,98 @@ func probeOverlay(dir string) error {
 	if err := errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	if err := mountOverlay(lower, data, target); err != nil {
-		return err
-	}
-	got, err := os.ReadFile(filepath.Join(target, "file"))
-	if err := errors.Join(err, mount.UnmountAll(target, 0)); err != nil {
-		return err
-	}
-	if string(got) != content {
-		return errors.New("overlayfs did not follow the redirect to the data-only layer")
-	}
-	return nil
-}
-
-func mountOverlay(lower, data, target string) error {
 	m := overlayMount(lower, data)
 	if err := m.Mount(target); err != nil {
 		return fmt.Errorf("data-only lower layers need Linux 6.5 and a file system that overlayfs takes as a lower layer: %w", err)
 	}
+	if err := readBack(target, map[string]string{"file": content}); err != nil {
+		return fmt.Errorf("overlayfs did not follow the redirect to the data-only layer: %w", err)
+	}
 	return nil
 }
 
-func probeLink(dir string) error {
+func probeLink(_ context.Context, dir string) error {
 	blob := filepath.Join(dir, "blob")
 	if err := os.WriteFile(blob, nil, 0o600); err != nil {
 		return err
 	}
 	return os.Link(blob, filepath.Join(dir, "link"))
+}
+
+// needs says what a rung with an image asks of the kernel.
+var needs = map[Rung]string{
+	EROFS:         "EROFS over files with direct I/O needs Linux 6.15, the erofs module, and a file system that can do direct I/O in units of 512 bytes",
+	EROFSLoop:     "EROFS over loop devices needs Linux 5.16, the erofs and loop modules, and /dev/loop-control",
+	EROFSBuffered: "EROFS over files needs Linux 6.12 and the erofs module",
+}
+
+// probeImage reads a member through an image as Build makes them, by itself and
+// below an overlay. The member begins at a block of 512 bytes but not at one of
+// 4096, where direct I/O can fail.
+func probeImage(r Rung) func(context.Context, string) error {
+	return func(ctx context.Context, dir string) error {
+		member := strings.Repeat("artifact", 1000)
+		c := &content{name: "archive", path: filepath.Join(dir, "archive")}
+		if err := os.WriteFile(c.path, []byte(strings.Repeat("x", tarBlock)+member+strings.Repeat("x", 2*tarBlock)), 0o600); err != nil {
+			return err
+		}
+		blob := &content{name: "blob", path: filepath.Join(dir, "blob")}
+		if err := os.WriteFile(blob.path, []byte("blob"), 0o600); err != nil {
+			return err
+		}
+		empty := &content{path: filepath.Join(dir, nowhere)}
+		if err := os.WriteFile(empty.path, nil, 0o600); err != nil {
+			return err
+		}
+		p := newPlan(time.Unix(0, 0), nil)
+		for name, e := range map[string]extent{
+			"member": {content: c, size: int64(len(member)), member: true, offset: tarBlock},
+			"blob":   {content: blob, size: 4},
+		} {
+			if err := p.place(name, &node{kind: regular, bytes: e}); err != nil {
+				return err
+			}
+		}
+		image, lower, target := filepath.Join(dir, "image"), filepath.Join(dir, "lower"), filepath.Join(dir, "target")
+		devices, err := buildImage(image, p, shift{}, empty)
+		if err != nil {
+			return err
+		}
+		var files []string
+		for _, c := range devices {
+			files = append(files, c.path)
+		}
+		if err := errors.Join(os.Mkdir(lower, 0o700), os.Mkdir(target, 0o700)); err != nil {
+			return err
+		}
+		if err := mountImage(ctx, r, image, files, lower); err != nil {
+			return fmt.Errorf("%s: %w", needs[r], err)
+		}
+		want := map[string]string{"member": member}
+		overlay := filepath.Join(dir, "overlay")
+		if err := os.Mkdir(overlay, 0o700); err != nil {
+			return errors.Join(err, readBack(lower, want))
+		}
+		if probeOverlay(ctx, overlay) == nil { // else no artifact is laid out by both
+			m := overlayMount(lower, dir)
+			if err := m.Mount(target); err != nil {
+				return errors.Join(fmt.Errorf("overlayfs does not take it as a lower layer: %w", err), readBack(lower, want))
+			}
+			err = readBack(target, map[string]string{"member": member, "blob": "blob"})
+		}
+		return errors.Join(err, readBack(lower, want))
+	}
+}
+
+// readBack checks what is mounted at target, and unmounts it.
+func readBack(target string, want map[string]string) error {
+	var errs []error
+	for name, content := range want {
+		got, err := os.ReadFile(filepath.Join(target, name))
+		if err == nil && string(got) != content {
+			err = fmt.Errorf("%s shows other bytes than it should", name)
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(append(errs, mount.UnmountAll(target, 0))...)
 }

@@ -117,8 +117,8 @@ func TestRefusals(t *testing.T) {
 		}, "pull"},
 	}
 	for name, c := range cases {
-		for _, rung := range Rungs {
-			t.Run(name+"/"+string(rung), func(t *testing.T) {
+		for _, rung := range ladder {
+			t.Run(name+"/"+rung.String(), func(t *testing.T) {
 				s := newSite(t)
 				good := s.tar(t, artifact.CompressionNone, archive(t, file("good", "x")))
 				_, err := s.build(rung, append([]artifact.Layer{good}, c.layers(t, s)...)...)

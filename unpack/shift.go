@@ -18,136 +18,124 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Shift makes from t, whose owners are not shifted, the Tree for a pod with a
-// user namespace, in dir, which must not exist. It is metadata: the content of
-// every file is linked from t, that of extracted ones too, and the new Tree does
-// not need t any more. Only a Tree of the rung Overlay can be shifted; another
-// one is errdefs.ErrFailedPrecondition.
-func (t *Tree) Shift(ctx context.Context, dir string, owners IDMap) (*Tree, error) {
-	if t.Rung != Overlay {
-		return nil, fmt.Errorf("the tree of artifact %s is laid out by %q and has no owners to shift: %w", t.Manifest, t.Rung, errdefs.ErrFailedPrecondition)
+// Shift makes from t, whose owners are not shifted, the Tree for a pod with the
+// user namespace of o.Owners, in dir, which must not exist. No content is copied:
+// every file is linked from t, extracted ones too, and the new Tree does not need
+// t any more. It is for what Build would copy: a Tree of files with redirects.
+// Another one is errdefs.ErrFailedPrecondition.
+func (t *Tree) Shift(ctx context.Context, dir string, o Options) (*Tree, error) {
+	if !t.CanShift() {
+		return nil, fmt.Errorf("the tree of artifact %s is laid out by %q and %q and cannot be shifted: %w", t.Manifest, t.Rungs.Raw, t.Rungs.Tar, errdefs.ErrFailedPrecondition)
 	}
-	shifted := &Tree{Manifest: t.Manifest, Rung: t.Rung, Source: t.Source, dir: dir}
-	return shifted, shifted.make(Options{Rung: t.Rung, Owners: owners}, func(w *writer) error {
+	s, err := o.Owners.parse()
+	if err != nil {
+		return nil, err
+	}
+	shifted := &Tree{Manifest: t.Manifest, Rungs: t.Rungs, Redirects: true, Source: t.Source, dir: dir}
+	return shifted, shifted.make(func() error {
+		o.Rungs = t.Rungs
+		cs := newContents(filepath.Join(dir, dataDir), nil, o)
+		p := newPlan(time.Time{}, nil)
 		from := filepath.Join(t.dir, fsDir)
-		linked := map[uint64]string{} // the names of files with several, by inode
-		err := filepath.WalkDir(from, func(p string, _ fs.DirEntry, err error) error {
+		files := map[uint64]*node{} // by inode, for those with several names
+		if err := filepath.WalkDir(from, func(path string, _ fs.DirEntry, err error) error {
 			if err := errors.Join(err, ctx.Err()); err != nil {
 				return err
 			}
-			name, err := filepath.Rel(from, p)
+			name, err := filepath.Rel(from, path)
 			if err != nil {
 				return err
 			}
-			return w.copyEntry(t, p, name, linked)
-		})
-		return errors.Join(err, w.finish())
+			return cs.addEntry(t, p, path, name, files)
+		}); err != nil {
+			return err
+		}
+		err := buildDirectory(ctx, filepath.Join(dir, fsDir), p, cs, s)
+		shifted.Size, shifted.Inodes = cs.size, cs.inodes
+		return err
 	})
 }
 
-// copyEntry makes the entry name like that at the path p of the Tree t.
-func (w *writer) copyEntry(t *Tree, p, name string, linked map[uint64]string) error {
+// CanShift reports whether Shift makes another Tree of t.
+func (t *Tree) CanShift() bool { return !t.Image && t.Rungs.Raw == Overlay }
+
+// addEntry plans the entry name, which is at path in the Tree t.
+func (cs *contents) addEntry(t *Tree, p *plan, path, name string, files map[uint64]*node) error {
 	var st unix.Stat_t
-	if err := unix.Lstat(p, &st); err != nil {
-		return &fs.PathError{Op: "lstat", Path: p, Err: err}
+	if err := unix.Lstat(path, &st); err != nil {
+		return pathError("lstat", path, err)
 	}
-	a := attrs{mode: goMode(st.Mode), uid: st.Uid, gid: st.Gid, mtime: time.Unix(st.Mtim.Unix())}
+	n := &node{attrs: attrs{mode: goMode(st.Mode), uid: st.Uid, gid: st.Gid, mtime: time.Unix(st.Mtim.Unix())}}
+	var err error
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFDIR:
-		n, err := w.mkdir(name, 0)
-		if err != nil {
-			return err
-		}
-		n.attrs = a
-		return w.copyXattrs(p, name)
+		n.kind = directory
+		n.xattrs, err = listUserXattrs(path)
 	case unix.S_IFLNK:
-		target, err := os.Readlink(p)
-		if err != nil {
-			return err
+		n.kind = symlink
+		n.target, err = os.Readlink(path)
+	default:
+		if other, ok := files[st.Ino]; ok {
+			n = other
+			break
 		}
-		dir, base, err := w.at(name)
-		if err != nil {
-			return err
+		files[st.Ino] = n
+		n.kind = regular
+		if n.xattrs, err = listUserXattrs(path); err == nil && st.Size > 0 {
+			n.bytes, err = cs.shared(t, path, st)
 		}
-		if err := unix.Symlinkat(target, dir, base); err != nil {
-			return &fs.PathError{Op: "symlink", Path: name, Err: err}
-		}
-		return w.setAttrs(name, symlink, a)
 	}
-	if first, ok := linked[st.Ino]; ok {
-		return w.root.Link(in(first), in(name))
-	}
-	if st.Nlink > 1 {
-		linked[st.Ino] = name
-	}
-	f, err := w.create(name, a.mode)
 	if err != nil {
 		return err
 	}
-	if st.Size > 0 {
-		err = w.copyContent(t, f, p, st)
-	}
-	if err := errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	if err := w.copyXattrs(p, name); err != nil {
-		return err
-	}
-	return w.setAttrs(name, regular, a)
+	return p.add(name, n)
 }
 
-// copyContent gives the file f the content of that at p of the Tree t: the same
-// blob, or the extracted file itself as if it were one.
-func (w *writer) copyContent(t *Tree, f *os.File, p string, st unix.Stat_t) error {
+// shared is the content of the file at path of the Tree t, linked from there: a
+// content of t, or the extracted file itself as if it were one.
+func (cs *contents) shared(t *Tree, path string, st unix.Stat_t) (extent, error) {
 	redirect := make([]byte, 256)
-	n, err := unix.Lgetxattr(p, xattrRedirect, redirect)
-	var name, content string
+	n, err := unix.Lgetxattr(path, xattrRedirect, redirect)
+	name, from := "f"+strconv.FormatUint(st.Ino, 10), path
 	switch {
 	case err == nil:
 		name = strings.TrimPrefix(string(redirect[:n]), "/")
-		content = filepath.Join(t.dir, dataDir, name)
-	case errors.Is(err, unix.ENODATA):
-		name, content = "f"+strconv.FormatUint(st.Ino, 10), p
-	default:
-		return &fs.PathError{Op: "getxattr " + xattrRedirect, Path: p, Err: err}
+		from = filepath.Join(t.dir, dataDir, name)
+	case !errors.Is(err, unix.ENODATA):
+		return extent{}, pathError("getxattr "+xattrRedirect, path, err)
 	}
-	if err := os.Link(content, filepath.Join(w.dir, dataDir, name)); err != nil && !errors.Is(err, os.ErrExist) {
-		return err
+	c := &content{name: name, path: filepath.Join(cs.dir, name)}
+	if err := os.Link(from, c.path); err != nil && !errors.Is(err, os.ErrExist) {
+		return extent{}, err
 	}
-	return makeMetacopy(f, name, st.Size)
+	return extent{content: c, size: st.Size}, nil
 }
 
-// copyXattrs copies the extended attributes of the user namespace, all that an
-// extracted file can have.
-func (w *writer) copyXattrs(p, name string) error {
-	const limit = 64 << 10 // XATTR_LIST_MAX, XATTR_SIZE_MAX
-	list, value := w.buf[:limit], w.buf[limit:2*limit]
-	n, err := unix.Llistxattr(p, list)
-	if err != nil {
-		return &fs.PathError{Op: "listxattr", Path: p, Err: err}
+// listUserXattrs are the extended attributes of the user namespace, all that a
+// file of a Tree can have beside those of overlayfs.
+func listUserXattrs(path string) (map[string]string, error) {
+	n, err := unix.Llistxattr(path, nil)
+	if n == 0 || err != nil {
+		return nil, pathError("listxattr", path, err)
 	}
+	const limit = 64 << 10 // XATTR_LIST_MAX, XATTR_SIZE_MAX
+	list, value := make([]byte, limit), make([]byte, limit)
+	if n, err = unix.Llistxattr(path, list); err != nil {
+		return nil, pathError("listxattr", path, err)
+	}
+	var attrs map[string]string
 	for attr := range strings.SplitSeq(string(list[:n]), "\x00") {
 		if !strings.HasPrefix(attr, "user.") {
 			continue
 		}
-		n, err := unix.Lgetxattr(p, attr, value)
+		n, err := unix.Lgetxattr(path, attr, value)
 		if err != nil {
-			return &fs.PathError{Op: "getxattr " + attr, Path: p, Err: err}
+			return nil, pathError("getxattr "+attr, path, err)
 		}
-		if err := w.setXattr(name, attr, value[:n]); err != nil {
-			return err
+		if attrs == nil {
+			attrs = map[string]string{}
 		}
+		attrs[attr] = string(value[:n])
 	}
-	return nil
-}
-
-// goMode is the reverse of unixMode.
-func goMode(mode uint32) fs.FileMode {
-	m := fs.FileMode(mode & 0o777)
-	for u, bit := range specialBits {
-		if mode&u != 0 {
-			m |= bit
-		}
-	}
-	return m
+	return attrs, nil
 }

@@ -4,10 +4,15 @@
 // Package unpack lays an artifact out as a Tree: a directory that, mounted,
 // shows exactly the artifact's files.
 //
-// A Tree is metadata wherever the kernel allows it. The bytes of raw layers
-// stay in the runtime's blob directory; the Tree retains them by hard link, so
-// that no garbage collection can take them from under a running pod. Layers
-// that are tar archives are extracted.
+// A Tree is metadata wherever the kernel allows it. The bytes of raw layers and
+// of plain tars stay in the runtime's blob directory, those of compressed tars
+// are decompressed once; the Tree retains them all by hard link, so that no
+// garbage collection can take them from under a running pod.
+//
+// A Tree is built in three steps. The contents that it needs are retained, the
+// layers are planned (plan.go, index.go), which is where every rule about names
+// and precedence is, and the plan is written: as an image of metadata (image.go),
+// or where the kernel has no use for one, as files (directory.go).
 //
 // The package knows nothing of who uses a Tree, of containerd or of
 // snapshots: that is package view and package snapshot.
@@ -20,10 +25,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
+	"runtime/debug"
 
-	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
@@ -32,9 +39,11 @@ import (
 
 // The entries of a Tree's directory.
 const (
-	fsDir    = "fs"        // what the mounted Tree shows
-	dataDir  = "data"      // the blobs that it retains, numbered
-	metaFile = "tree.json" // the Tree itself, see Tree
+	fsDir     = "fs"        // what the mounted Tree shows, or where the image is mounted meanwhile
+	imageFile = "image"     // the metadata, if they are an EROFS image
+	dataDir   = "data"      // the contents that it retains, numbered
+	nowhere   = "nowhere"   // the empty device of the image, see buildImage
+	metaFile  = "tree.json" // the Tree itself, see Tree
 )
 
 // Tree is an artifact laid out in a directory of its own. Its exported fields
@@ -42,11 +51,19 @@ const (
 type Tree struct {
 	// Manifest is the digest of the manifest the Tree was built from.
 	Manifest digest.Digest `json:"manifest"`
-	// Rung is how the raw layers were laid out, and so how to mount the Tree.
-	Rung Rung `json:"rung"`
+	// Rungs are those of the ladder when the Tree was built.
+	Rungs Rungs `json:"rungs"`
+	// Image tells that the metadata are an EROFS image, whose extra devices
+	// are the files in Devices, relative to the Tree's directory. Otherwise they
+	// are files.
+	Image   bool     `json:"image"`
+	Devices []string `json:"devices,omitempty"`
+	// Redirects tells that files have their bytes by redirects into data/, for
+	// overlayfs.
+	Redirects bool `json:"redirects"`
 	// Size and Inodes are what the files of the Tree add to the disk: allocated
 	// bytes (as du counts them) and entries, without the blobs that it shares
-	// with the runtime. A file replaced by a later layer is still counted.
+	// with the runtime. A flat tar that Trees share is counted where it was made.
 	Size   int64 `json:"size"`
 	Inodes int64 `json:"inodes"`
 	// Source is the file of the manifest, see Stale.
@@ -57,20 +74,30 @@ type Tree struct {
 
 // Options say how to build a Tree.
 type Options struct {
-	// Rung is how raw layers are laid out; see Probe.
-	Rung Rung
+	// Rungs are how layers are laid out; see Probe.
+	Rungs Rungs
 	// Blobs is where the runtime keeps the artifact's blobs.
 	Blobs blobdir.Dir
-	// Copies is a directory for the blobs that could not be linked or
-	// reflinked from Blobs (another file system) and had to be copied. Trees
-	// link to them there, so a copy with a single link is unused.
-	Copies string
+	// Shared is a directory for what is not in Blobs, or could not be linked or
+	// reflinked from there (another file system): blobs/<algorithm>/<hex> is the
+	// content with that digest, and <hex>.tar beside it a symlink from a
+	// compressed blob to what it holds. Trees link to the contents, so one with a
+	// single link is unused.
+	Shared blobdir.Dir
+	// Budget bounds what building takes of the node.
+	Budget *Budget
 	// Owners shifts every owner for a pod with a user namespace; the zero
 	// value leaves owners alone.
 	Owners IDMap
 	// Progress, if it is not nil, is told of every n bytes of the artifact's
-	// blobs that are done.
+	// blobs that are done, by several goroutines.
 	Progress func(n int64)
+}
+
+func (o Options) done(n int64) {
+	if o.Progress != nil {
+		o.Progress(n)
+	}
 }
 
 // Build lays a out in dir, which must not exist, and returns the Tree. On
@@ -78,12 +105,12 @@ type Options struct {
 // artifact: errdefs.ErrInvalidArgument, naming the layer. A missing blob is
 // errdefs.ErrNotFound, a full disk errdefs.ErrResourceExhausted.
 func Build(ctx context.Context, dir string, a *artifact.Artifact, o Options) (*Tree, error) {
-	t := &Tree{Manifest: a.Manifest.Digest, Rung: o.Rung, Source: source(o.Blobs, a.Manifest.Digest), dir: dir}
-	return t, t.make(o, func(w *writer) error { return w.write(ctx, a) })
+	t := &Tree{Manifest: a.Manifest.Digest, Rungs: o.Rungs, Source: source(o.Blobs, a.Manifest.Digest), dir: dir}
+	return t, t.make(func() error { return t.build(ctx, a, o) })
 }
 
-// make makes the Tree's directory and has write fill it.
-func (t *Tree) make(o Options, write func(*writer) error) (err error) {
+// make makes the Tree's directory and has build fill it.
+func (t *Tree) make(build func() error) (err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("artifact %s: %w", t.Manifest, outOfSpace(err))
@@ -97,16 +124,139 @@ func (t *Tree) make(o Options, write func(*writer) error) (err error) {
 			os.RemoveAll(t.dir)
 		}
 	}()
-	w, err := newWriter(t.dir, o)
+	for _, d := range []string{fsDir, dataDir} {
+		if err := os.Mkdir(filepath.Join(t.dir, d), 0o700); err != nil {
+			return err
+		}
+	}
+	if err := guard(build); err != nil {
+		return err
+	}
+	return t.save()
+}
+
+// build fills the Tree's directory. With redirects, the blobs of raw layers are
+// retained while the metadata are written: with thousands of them each is about
+// as much work for the file system.
+func (t *Tree) build(ctx context.Context, a *artifact.Artifact, o Options) error {
+	s, err := o.Owners.parse()
 	if err != nil {
 		return err
 	}
-	defer w.close()
-	if err := write(w); err != nil {
+	cs := newContents(filepath.Join(t.dir, dataDir), a.Layers, o)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	g, gctx := errgroup.WithContext(ctx)
+	if o.Rungs.Raw == Overlay {
+		g.Go(func() error { return cs.retainRaw(gctx, a.Layers) })
+	} else if o.Rungs.Raw == Link { // it is they that files are linked from
+		err = cs.retainRaw(ctx, a.Layers)
+	}
+	if err == nil {
+		err = t.write(gctx, a, cs, s)
+	}
+	if err != nil {
+		cancel()
+	}
+	if rerr := g.Wait(); rerr != nil && (err == nil || errors.Is(err, context.Canceled)) {
+		err = rerr
+	}
+	t.Size, t.Inodes = t.Size+cs.size, t.Inodes+cs.inodes
+	return err
+}
+
+// write plans the artifact and writes the plan.
+func (t *Tree) write(ctx context.Context, a *artifact.Artifact, cs *contents, s shift) error {
+	if err := cs.retainArchives(ctx, a.Layers); err != nil {
 		return err
 	}
-	t.Size, t.Inodes = w.size, w.inodes
-	return t.save()
+	p := newPlan(a.Created, a.Layers)
+	if err := each(ctx, a.Layers, func(l artifact.Layer) error { return p.addLayer(ctx, l, cs) }); err != nil {
+		return err
+	}
+	whole, archives := p.contents()
+	t.Redirects = len(whole) > 0 && t.Rungs.Raw == Overlay
+	t.Image = t.Rungs.Tar != Extract && (len(whole) == 0 || t.Redirects)
+	if t.Image {
+		return t.writeImage(p, s, len(whole) > 0)
+	}
+	if err := buildDirectory(ctx, filepath.Join(t.dir, fsDir), p, cs, s); err != nil {
+		return err
+	}
+	for c := range archives {
+		if !whole[c] { // it has been extracted
+			if err := os.Remove(c.path); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// addLayer plans a layer.
+func (p *plan) addLayer(ctx context.Context, l artifact.Layer, cs *contents) error {
+	c := cs.files[keyOf(l)]
+	if l.Format == artifact.FormatTar {
+		if err := cs.checkDiffID(ctx, c, l); err != nil {
+			return err
+		}
+		return p.addArchive(ctx, c, l.Index, cs.sparse)
+	}
+	f, d := l.File, l.Descriptor
+	// An empty blob is not looked at: it has nothing to share, and the runtime
+	// may not even have it. So its digest must say that it is empty.
+	if d.Size == 0 && d.Digest != d.Digest.Algorithm().FromBytes(nil) {
+		return fmt.Errorf("its descriptor says 0 bytes, but its digest is not that of no bytes: %w", errdefs.ErrInvalidArgument)
+	}
+	n := &node{kind: regular, layer: l.Index, attrs: attrs{mode: f.Mode, uid: f.UID, gid: f.GID, mtime: f.ModTime}}
+	if d.Size > 0 {
+		n.bytes = extent{content: c, size: d.Size}
+	}
+	if err := p.place(f.Path, n); err != nil {
+		return err
+	}
+	cs.done(d.Size)
+	return nil
+}
+
+// writeImage writes the plan as an image.
+func (t *Tree) writeImage(p *plan, s shift, redirects bool) error {
+	empty := &content{path: filepath.Join(t.dir, nowhere)}
+	if redirects {
+		if err := os.WriteFile(empty.path, nil, 0o400); err != nil {
+			return err
+		}
+	}
+	file := filepath.Join(t.dir, imageFile)
+	devices, err := buildImage(file, p, s, empty)
+	if err != nil {
+		return fmt.Errorf("the image of metadata: %w", err)
+	}
+	for _, c := range devices {
+		device, err := filepath.Rel(t.dir, c.path)
+		if err != nil {
+			return err
+		}
+		t.Devices = append(t.Devices, device)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(file, &st); err != nil {
+		return &os.PathError{Op: "stat", Path: file, Err: err}
+	}
+	t.Size, t.Inodes = st.Blocks*512, 1
+	return nil
+}
+
+// guard calls f and makes an error of a panic: a decoder that has met what its
+// authors have not thought of must not end the daemon.
+func guard(f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			log.L.Errorf("panic: %v\n%s", p, debug.Stack())
+			err = fmt.Errorf("the snapshotter has failed, please report it with its log: panic: %v: %w", p, errdefs.ErrInternal)
+		}
+	}()
+	return f()
 }
 
 // Load reads the Tree in dir.
@@ -130,22 +280,6 @@ func (t *Tree) save() error {
 	return os.WriteFile(filepath.Join(t.dir, metaFile), b, 0o600)
 }
 
-// Mount shows the Tree at target, an existing directory: read-only, nosuid and
-// nodev.
-func (t *Tree) Mount(target string) error {
-	fs := filepath.Join(t.dir, fsDir)
-	m := mount.Mount{Type: "bind", Source: fs, Options: []string{"bind", "ro", "nosuid", "nodev"}}
-	if t.Rung == Overlay {
-		m = overlayMount(fs, filepath.Join(t.dir, dataDir))
-	}
-	if err := m.Mount(target); err != nil {
-		// A bind is made read-only by a second step.
-		err = errors.Join(err, mount.UnmountAll(target, 0))
-		return fmt.Errorf("cannot mount the tree of artifact %s (%s) at %s: %w", t.Manifest, t.Rung, target, err)
-	}
-	return nil
-}
-
 // Stale reports whether the runtime has deleted the manifest and pulled it again
 // since the Tree was built: what the Tree retains is a second copy then.
 func (t *Tree) Stale(blobs blobdir.Dir) bool {
@@ -163,18 +297,12 @@ func source(blobs blobdir.Dir, blob digest.Digest) string {
 	return fmt.Sprintf("%d at %d.%09d", st.Ino, st.Mtim.Sec, st.Mtim.Nsec)
 }
 
-// overlayMount is a read-only overlay of lower whose files take their content
-// from data, a data-only lower layer (Documentation/filesystems/overlayfs.rst,
-// "Data-only lower layers", Linux 6.5). Two paths never come near the page
-// that mount(2) allows for options.
-func overlayMount(lower, data string) mount.Mount {
-	return mount.Mount{Type: "overlay", Source: "overlay", Options: []string{
-		"ro", "nosuid", "nodev",
-		"lowerdir=" + escapeOverlay.Replace(lower) + "::" + escapeOverlay.Replace(data),
-		"metacopy=on", "redirect_dir=follow", "index=off", "nfs_export=off",
-	}}
+// outOfSpace gives a full disk or an exhausted quota its errdefs kind, and
+// says what to do. The cause is text only, here and elsewhere: of an error that
+// wraps two, gRPC makes one that says its kind twice (errdefs, pkg/errgrpc).
+func outOfSpace(err error) error {
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return fmt.Errorf("%v: free space on the file system of the snapshotter's root and try again: %w", err, errdefs.ErrResourceExhausted)
+	}
+	return err
 }
-
-// escapeOverlay escapes what overlayfs gives a meaning in the value of
-// lowerdir= (fs/overlayfs/params.c: ovl_next_opt, ovl_parse_param_split_lowerdirs).
-var escapeOverlay = strings.NewReplacer(`\`, `\\`, `:`, `\:`, `,`, `\,`)

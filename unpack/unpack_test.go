@@ -12,8 +12,10 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -43,10 +45,8 @@ type site struct {
 func newSite(t *testing.T) site {
 	t.Helper()
 	s := site{content: blobdir.Dir(t.TempDir()), root: t.TempDir()}
-	for _, d := range []string{filepath.Join(string(s.content), "blobs/sha256"), filepath.Join(s.root, "copies")} {
-		if err := os.MkdirAll(d, 0o755); err != nil {
-			t.Fatal(err)
-		}
+	if err := os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755); err != nil {
+		t.Fatal(err)
 	}
 	return s
 }
@@ -136,21 +136,31 @@ func numbered(layers ...artifact.Layer) *artifact.Artifact {
 	}
 }
 
-func (s site) build(r Rung, layers ...artifact.Layer) (*Tree, error) {
-	return Build(context.Background(), filepath.Join(s.root, "tree"), numbered(layers...), Options{
-		Rung: r, Blobs: s.content, Copies: filepath.Join(s.root, "copies"),
-	})
+// best is what the kernel and the file system that the tests run on can do.
+var best = Rungs{Overlay, EROFS}
+
+// ladder is every pair of rungs that lays out artifacts in its own way.
+var ladder = []Rungs{
+	best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}, {Overlay, Extract},
+	{Link, EROFS}, {Link, Extract}, {Copy, EROFS}, {Copy, Extract},
 }
 
-// build2 builds another Tree.
-func (s site) build2(r Rung, layers ...artifact.Layer) (*Tree, error) {
-	return Build(context.Background(), filepath.Join(s.root, "tree2"), numbered(layers...), Options{
-		Rung: r, Blobs: s.content, Copies: filepath.Join(s.root, "copies"),
-	})
+func (r Rungs) String() string { return string(r.Raw) + " and " + string(r.Tar) }
+
+func (s site) options(r Rungs) Options {
+	return Options{Rungs: r, Blobs: s.content, Shared: blobdir.Dir(s.root), Budget: NewBudget(DefaultLimits)}
+}
+
+func (s site) build(r Rungs, layers ...artifact.Layer) (*Tree, error) {
+	return s.buildAs("tree", r, layers...)
+}
+
+func (s site) buildAs(name string, r Rungs, layers ...artifact.Layer) (*Tree, error) {
+	return Build(context.Background(), filepath.Join(s.root, name), numbered(layers...), s.options(r))
 }
 
 // show builds and mounts, and returns where.
-func (s site) show(t *testing.T, r Rung, layers ...artifact.Layer) string {
+func (s site) show(t *testing.T, r Rungs, layers ...artifact.Layer) string {
 	t.Helper()
 	tree, err := s.build(r, layers...)
 	if err != nil {
@@ -162,7 +172,7 @@ func (s site) show(t *testing.T, r Rung, layers ...artifact.Layer) string {
 func mountTree(t *testing.T, tree *Tree) string {
 	t.Helper()
 	target := t.TempDir()
-	if err := tree.Mount(target); err != nil {
+	if err := tree.Mount(context.Background(), target); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -196,8 +206,8 @@ func wantAttrs(t *testing.T, path string, mode uint32, uid, gid uint32, mod time
 
 func TestRawLayersAreShownWithoutACopy(t *testing.T) {
 	big := strings.Repeat("weights", 1<<17)
-	for _, rung := range Rungs {
-		t.Run(string(rung), func(t *testing.T) {
+	for _, rung := range ladder {
+		t.Run(rung.String(), func(t *testing.T) {
 			s := newSite(t)
 			dir := s.show(t, rung,
 				s.raw(t, "a/b/weights with space é.bin", big),
@@ -216,7 +226,7 @@ func TestRawLayersAreShownWithoutACopy(t *testing.T) {
 			wantAttrs(t, filepath.Join(dir, "a/b"), 0o755, 0, 0, created)
 			wantAttrs(t, dir, 0o755, 0, 0, created)
 			wantAttrs(t, filepath.Join(dir, "empty"), 0o640, 1234, 5678, mtime)
-			if rung != Link {
+			if rung.Raw != Link {
 				wantAttrs(t, filepath.Join(dir, "again"), 0o640, 1234, 5678, mtime)
 			}
 			if err := os.WriteFile(filepath.Join(dir, "again"), nil, 0o600); !errors.Is(err, unix.EROFS) {
@@ -226,7 +236,7 @@ func TestRawLayersAreShownWithoutACopy(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if rung != Copy && tree.Size > 64<<10 {
+			if rung.Raw != Copy && tree.Size > 64<<10 {
 				t.Errorf("the tree takes %d bytes of disk: something was copied", tree.Size)
 			}
 		})
@@ -234,7 +244,7 @@ func TestRawLayersAreShownWithoutACopy(t *testing.T) {
 }
 
 func TestMountsAreReadOnlyNosuidNodev(t *testing.T) {
-	for _, rung := range Rungs {
+	for _, rung := range ladder {
 		s := newSite(t)
 		dir := s.show(t, rung, s.raw(t, "f", "x"))
 		var st unix.Statfs_t
@@ -259,7 +269,7 @@ func TestTarsAreExtracted(t *testing.T) {
 	for _, c := range []artifact.Compression{artifact.CompressionNone, artifact.CompressionGzip, artifact.CompressionZstd} {
 		t.Run("compression "+string(c), func(t *testing.T) {
 			s := newSite(t)
-			dir := s.show(t, Overlay, s.tar(t, c, archive(t, members...)))
+			dir := s.show(t, best, s.tar(t, c, archive(t, members...)))
 			if got := read(t, dir, "d/f"); got != "hello" {
 				t.Errorf("d/f holds %q", got)
 			}
@@ -281,18 +291,18 @@ func TestTarsAreExtracted(t *testing.T) {
 func TestProgressIsOfAllBytes(t *testing.T) {
 	s := newSite(t)
 	a := numbered(s.raw(t, "f", "raw"), s.tar(t, artifact.CompressionZstd, archive(t, file("g", "tar"))))
-	var done, total int64
+	var done atomic.Int64
+	var total int64
 	for _, l := range a.Layers {
 		total += l.Descriptor.Size
 	}
-	if _, err := Build(context.Background(), filepath.Join(s.root, "tree"), a, Options{
-		Rung: Overlay, Blobs: s.content, Copies: filepath.Join(s.root, "copies"),
-		Progress: func(n int64) { done += n },
-	}); err != nil {
+	o := s.options(best)
+	o.Progress = func(n int64) { done.Add(n) }
+	if _, err := Build(context.Background(), filepath.Join(s.root, "tree"), a, o); err != nil {
 		t.Fatal(err)
 	}
-	if done != total {
-		t.Errorf("%d bytes done of %d", done, total)
+	if done.Load() != total {
+		t.Errorf("%d bytes done of %d", done.Load(), total)
 	}
 }
 
@@ -305,7 +315,7 @@ func TestOnlyUserXattrsAreKept(t *testing.T) {
 		"SCHILY.xattr.trusted.overlay.redirect": "/etc/shadow",
 		"SCHILY.xattr.security.capability":      "\x01\x00\x00\x02\xff\xff\xff\xff",
 	}
-	dir := s.show(t, Overlay, s.tar(t, artifact.CompressionNone, archive(t, h)))
+	dir := s.show(t, best, s.tar(t, artifact.CompressionNone, archive(t, h)))
 	buf := make([]byte, 4096)
 	n, err := unix.Listxattr(filepath.Join(dir, "f"), buf)
 	if err != nil {
@@ -318,7 +328,7 @@ func TestOnlyUserXattrsAreKept(t *testing.T) {
 
 func TestLaterLayersWin(t *testing.T) {
 	s := newSite(t)
-	dir := s.show(t, Overlay,
+	dir := s.show(t, best,
 		s.raw(t, "raw then tar", "1"),
 		s.tar(t, artifact.CompressionNone, archive(t, file("raw then tar", "2"), file("tar then raw", "1"),
 			file("twice in one tar", "1"), file("twice in one tar", "2"),
@@ -337,7 +347,7 @@ func TestLaterLayersWin(t *testing.T) {
 
 func TestSparseMembersAreServedSparse(t *testing.T) {
 	s := newSite(t)
-	tree, err := s.build(Overlay, s.tar(t, artifact.CompressionNone, sparse(t, 64<<20)))
+	tree, err := s.build(best, s.tar(t, artifact.CompressionNone, sparse(t, 64<<20)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -353,7 +363,7 @@ func TestContentIsTheSameAroundHoles(t *testing.T) {
 	s := newSite(t)
 	zeros := strings.Repeat("\x00", 256<<10)
 	want := zeros + "a" + zeros + zeros + zeros[1:] + "b" + zeros
-	dir := s.show(t, Overlay, s.tar(t, artifact.CompressionZstd, archive(t, file("f", want))))
+	dir := s.show(t, best, s.tar(t, artifact.CompressionZstd, archive(t, file("f", want))))
 	if got := read(t, dir, "f"); got != want {
 		t.Errorf("%d bytes differ from the %d of the member", len(got), len(want))
 	}
@@ -363,7 +373,7 @@ func TestNoTypeInAModeMakesAFileSetuid(t *testing.T) {
 	s := newSite(t)
 	h := file("su", "x")
 	h.Mode = 0o4755 | unix.S_IFDIR
-	dir := s.show(t, Overlay, s.tar(t, artifact.CompressionNone, archive(t, h)))
+	dir := s.show(t, best, s.tar(t, artifact.CompressionNone, archive(t, h)))
 	wantAttrs(t, filepath.Join(dir, "su"), 0o755, 0, 0, mtime)
 }
 
@@ -373,14 +383,14 @@ func TestARootWithAnyCharacterIsMounted(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(s.root, "copies"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if dir := s.show(t, Overlay, s.raw(t, "f", "x")); read(t, dir, "f") != "x" {
+	if dir := s.show(t, best, s.raw(t, "f", "x")); read(t, dir, "f") != "x" {
 		t.Error("wrong content")
 	}
 }
 
 func TestOwnersAreShiftedForAUserNamespace(t *testing.T) {
 	owners := IDMap{UID: "0:200000:65536", GID: "0:300000:65536"}
-	for _, how := range []string{"from the first Tree", "from the artifact"} {
+	for _, how := range []string{"from the first Tree", "from the artifact", "from the artifact, as an image"} {
 		t.Run(how, func(t *testing.T) {
 			s := newSite(t)
 			inside, outside := s.raw(t, "inside", "1"), s.raw(t, "outside", "2")
@@ -392,18 +402,22 @@ func TestOwnersAreShiftedForAUserNamespace(t *testing.T) {
 				tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "tarred"},
 				tar.Header{Name: "sym", Typeflag: tar.TypeSymlink, Linkname: "tarred", Uid: 1},
 				tar.Header{Name: "sticky/", Typeflag: tar.TypeDir, Mode: 0o1750, Gid: 2})))
-			o := Options{Rung: Overlay, Blobs: s.content, Copies: filepath.Join(s.root, "copies")}
+			o := s.options(Rungs{Overlay, Extract})
 			var tree *Tree
 			var err error
-			if how == "from the artifact" {
+			if how != "from the first Tree" {
 				o.Owners = owners
+				if how == "from the artifact, as an image" {
+					o.Rungs = best
+				}
 				tree, err = Build(context.Background(), filepath.Join(s.root, "tree"), a, o)
 			} else {
 				var plain *Tree
 				if plain, err = Build(context.Background(), filepath.Join(s.root, "plain"), a, o); err != nil {
 					t.Fatal(err)
 				}
-				tree, err = plain.Shift(context.Background(), filepath.Join(s.root, "tree"), owners)
+				o.Owners = owners
+				tree, err = plain.Shift(context.Background(), filepath.Join(s.root, "tree"), o)
 				if err := os.RemoveAll(filepath.Join(s.root, "plain")); err != nil { // not needed any more
 					t.Fatal(err)
 				}
@@ -435,23 +449,40 @@ func TestAShiftCopiesNoContent(t *testing.T) {
 	s := newSite(t)
 	big := make([]byte, 4<<20)
 	rand.NewChaCha8([32]byte{}).Read(big)
-	plain, err := s.build(Overlay, s.raw(t, "raw", string(big)), s.tar(t, artifact.CompressionZstd, archive(t, file("tarred", string(big)))))
+	layers := []artifact.Layer{
+		s.raw(t, "raw", string(big)), s.tar(t, artifact.CompressionZstd, archive(t, file("tarred", string(big)))),
+	}
+	plain, err := s.build(Rungs{Overlay, Extract}, layers...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	shifted, err := plain.Shift(context.Background(), filepath.Join(s.root, "shifted"), IDMap{UID: "0:1:10", GID: "0:1:10"})
+	o := s.options(plain.Rungs)
+	o.Owners = IDMap{UID: "0:1:10", GID: "0:1:10"}
+	shifted, err := plain.Shift(context.Background(), filepath.Join(s.root, "shifted"), o)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if shifted.Size > 64<<10 {
 		t.Errorf("the shifted tree takes %d bytes", shifted.Size)
 	}
-	linked, err := s.build2(Link, s.raw(t, "raw", "x"))
+	if _, err := s.buildAs("image", best, layers...); err != nil {
+		t.Fatal(err)
+	}
+	again, err := s.buildAs("again", best, layers...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := linked.Shift(context.Background(), filepath.Join(s.root, "no"), IDMap{}); !errdefs.IsFailedPrecondition(err) {
-		t.Errorf("shifting a tree of the rung link: %v", err)
+	if again.Size > 64<<10 {
+		t.Errorf("the second image takes %d bytes", again.Size)
+	}
+	for _, rungs := range []Rungs{best, {Link, Extract}} {
+		linked, err := s.buildAs(rungs.String(), rungs, s.raw(t, "raw", "x"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := linked.Shift(context.Background(), filepath.Join(s.root, "no"), o); !errdefs.IsFailedPrecondition(err) {
+			t.Errorf("shifting a tree of the rungs %s: %v", rungs, err)
+		}
 	}
 }
 
@@ -477,8 +508,8 @@ func tmpfs(t *testing.T, dir, options string) {
 }
 
 func TestBlobsOfAnotherFileSystemAreCopiedOnce(t *testing.T) {
-	for _, rung := range []Rung{Overlay, Link} {
-		t.Run(string(rung), func(t *testing.T) {
+	for _, rung := range []Rungs{best, {Overlay, Extract}, {Link, EROFS}} {
+		t.Run(rung.String(), func(t *testing.T) {
 			s := newSite(t)
 			tmpfs(t, string(s.content), "size=64m")
 			if err := os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755); err != nil {
@@ -488,9 +519,7 @@ func TestBlobsOfAnotherFileSystemAreCopiedOnce(t *testing.T) {
 			if dir := s.show(t, rung, l); read(t, dir, "f") != "bytes" {
 				t.Error("wrong content")
 			}
-			if _, err := Build(context.Background(), filepath.Join(s.root, "second"), numbered(l), Options{
-				Rung: rung, Blobs: s.content, Copies: filepath.Join(s.root, "copies"),
-			}); err != nil {
+			if _, err := s.buildAs("second", rung, l); err != nil {
 				t.Fatal(err)
 			}
 			var first, second unix.Stat_t
@@ -514,7 +543,7 @@ func TestACorruptBlobIsNotCopied(t *testing.T) {
 	if err := os.WriteFile(p, []byte("bitez"), 0o444); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.build(Copy, l); !errdefs.IsFailedPrecondition(err) {
+	if _, err := s.build(Rungs{Copy, EROFS}, l); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("%v, want a failed precondition", err)
 	}
 }
@@ -531,7 +560,7 @@ func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
 	for _, name := range []string{"a", "b", "c"} {
 		members = append(members, file(name, string(data)))
 	}
-	_, err := s.build(Overlay, s.tar(t, artifact.CompressionGzip, archive(t, members...)))
+	_, err := s.build(best, s.tar(t, artifact.CompressionGzip, archive(t, members...)))
 	if !errdefs.IsResourceExhausted(err) || !strings.Contains(err.Error(), "free space") {
 		t.Errorf("%v does not say that the disk is full", err)
 	}
@@ -541,10 +570,10 @@ func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
 }
 
 func TestEntriesAndTheirNamesAreLimited(t *testing.T) {
-	for _, w := range []writer{{entries: maxEntries}, {names: maxNames}} {
-		w.nodes = map[string]*node{}
-		if _, err := w.add("one more", &node{kind: regular}); !errdefs.IsInvalidArgument(err) {
-			t.Errorf("%d entries with %d bytes of names and one more: %v", w.entries, w.names, err)
+	for _, p := range []plan{{entries: maxEntries}, {names: maxNames}} {
+		p.nodes = map[string]*node{}
+		if err := p.add("one more", &node{kind: regular}); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%d entries with %d bytes of names and one more: %v", p.entries, p.names, err)
 		}
 	}
 }
@@ -554,7 +583,7 @@ func TestABuildEndsWithItsContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	_, err := Build(ctx, filepath.Join(s.root, "tree"), numbered(s.tar(t, artifact.CompressionGzip, archive(t, file("f", "x")))),
-		Options{Rung: Overlay, Blobs: s.content, Copies: filepath.Join(s.root, "copies")})
+		s.options(best))
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("%v, want %v", err, context.Canceled)
 	}
@@ -564,16 +593,31 @@ func TestABuildEndsWithItsContext(t *testing.T) {
 }
 
 func TestTheLadder(t *testing.T) {
-	if rung, why := Probe(t.TempDir()); rung != Overlay || why != nil {
-		t.Errorf("Probe: %s, %v; this kernel and file system can do %s", rung, why, Overlay)
+	ctx := context.Background()
+	if r, why := Probe(ctx, t.TempDir(), Rungs{}); r != best || why != nil {
+		t.Errorf("Probe: %v, %v; this kernel and file system can do %v", r, why, best)
+	}
+	for _, r := range slices.Concat(RawRungs, TarRungs) {
+		dir := t.TempDir()
+		if err := Try(ctx, dir, r); err != nil {
+			t.Error(err)
+		}
+		if left, err := os.ReadDir(dir); len(left) != 0 || err != nil {
+			t.Errorf("%s leaves %v (%v)", r, left, err)
+		}
 	}
 	// A lower layer of overlayfs may not be on a file system with case folding
 	// or one without extended attributes; procfs is the one always at hand.
-	if _, err := Probe("/proc/self"); err == nil {
+	if _, err := Probe(ctx, "/proc/self", Rungs{}); err == nil {
 		t.Error("a directory that nothing can be written to has a rung")
 	}
-	if err := Try(t.TempDir(), "ladder"); !errdefs.IsInvalidArgument(err) {
+	if err := Try(ctx, t.TempDir(), "ladder"); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("an unknown rung: %v", err)
+	}
+	for _, forced := range []Rungs{{Raw: EROFS}, {Tar: Overlay}} {
+		if r, err := Probe(ctx, t.TempDir(), forced); r != (Rungs{}) || !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%v: %v, %v, want a refusal", forced, r, err)
+		}
 	}
 }
 

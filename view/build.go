@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"sync/atomic"
 
 	"github.com/containerd/errdefs"
@@ -102,22 +101,15 @@ func (s *Store) mount(ctx context.Context, id ID, a *artifact.Artifact) error {
 	if err := makeDir(target, 0o711); err != nil {
 		return err
 	}
-	return t.Mount(target)
+	return t.Mount(ctx, target)
 }
 
-// build makes the Tree of id. A panic, of a decoder that has met what its authors
-// have not thought of, must not end the daemon.
-func (s *Store) build(ctx context.Context, id ID, a *artifact.Artifact) (_ *unpack.Tree, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			log.G(ctx).WithField("artifact", id.Manifest).Errorf("panic: %v\n%s", p, debug.Stack())
-			err = fmt.Errorf("artifact %s: the snapshotter has failed, please report it with its log: panic: %v: %w", id.Manifest, p, errdefs.ErrInternal)
-		}
-	}()
+// build makes the Tree of id.
+func (s *Store) build(ctx context.Context, id ID, a *artifact.Artifact) (*unpack.Tree, error) {
 	if a == nil { // somebody has deleted it by hand
 		return nil, fmt.Errorf("the tree of artifact %s has just gone, try again: %w", id.Manifest, errdefs.ErrUnavailable)
 	}
-	if id.shifted() && s.rung == unpack.Overlay {
+	if id.shifted() && s.rungs.Raw == unpack.Overlay && s.rungs.Tar == unpack.Extract {
 		return s.shift(ctx, id, a)
 	}
 	far := &progress{}
@@ -134,16 +126,19 @@ func (s *Store) build(ctx context.Context, id ID, a *artifact.Artifact) (_ *unpa
 	}()
 	log.G(ctx).WithField("artifact", id.Manifest).Debug("building the tree")
 	return s.publish(id, func(dir string) error {
-		_, err := unpack.Build(ctx, dir, a, unpack.Options{
-			Rung: s.rung, Blobs: s.content, Copies: s.copies, Owners: id.Owners,
-			Progress: func(n int64) { far.done.Add(n) },
-		})
+		o := s.options(id)
+		o.Progress = func(n int64) { far.done.Add(n) }
+		_, err := unpack.Build(ctx, dir, a, o)
 		return err
 	})
 }
 
+func (s *Store) options(id ID) unpack.Options {
+	return unpack.Options{Rungs: s.rungs, Blobs: s.content, Shared: s.shared, Budget: s.budget, Owners: id.Owners}
+}
+
 // shift makes the Tree of id from the one whose owners are not shifted, which is
-// built if it is not there, by whoever needs it first.
+// built if it is not there, by whoever needs it first: tars are extracted once.
 func (s *Store) shift(ctx context.Context, id ID, a *artifact.Artifact) (*unpack.Tree, error) {
 	plain := ID{Manifest: id.Manifest}
 	defer s.hold(plain.name())()
@@ -163,11 +158,11 @@ func (s *Store) shift(ctx context.Context, id ID, a *artifact.Artifact) (*unpack
 		}
 	}
 	return s.publish(id, func(dir string) error {
-		if from.Rung != unpack.Overlay { // of before a change of the rung, and still shown
-			_, err := unpack.Build(ctx, dir, a, unpack.Options{Rung: s.rung, Blobs: s.content, Copies: s.copies, Owners: id.Owners})
+		if from.CanShift() {
+			_, err := from.Shift(ctx, dir, s.options(id))
 			return err
 		}
-		_, err := from.Shift(ctx, dir, id.Owners)
+		_, err := unpack.Build(ctx, dir, a, s.options(id)) // it is of before a change of the rungs, and still shown
 		return err
 	})
 }

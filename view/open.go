@@ -19,21 +19,23 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
 // Open opens the store in c.Root and puts right what a crash or a reboot left.
-// Trees and copies of an earlier boot go, since they were never synced to the
-// disk; so do mounts of Trees that are no more. Mounts that are still there are
-// kept; the first sweep takes those that nobody shows, and whatever is to be
+// Trees of an earlier boot go, with what they share, since they were never synced
+// to the disk; so do mounts of Trees that are no more. Mounts that are still there
+// are kept; the first sweep takes those that nobody shows, and whatever is to be
 // removed. A rung that does not work here is an error.
 func Open(ctx context.Context, c Config) (*Store, error) {
 	s := &Store{
 		trees:    filepath.Join(c.Root, "trees"),
-		copies:   filepath.Join(c.Root, "copies"),
 		mounts:   filepath.Join(c.State, "mounts"),
 		content:  c.Content,
-		rung:     c.Rung,
+		shared:   blobdir.Dir(c.Root),
+		rungs:    c.Rungs,
+		budget:   unpack.NewBudget(c.Limits),
 		maxWait:  maxWait,
 		wake:     make(chan struct{}, 1),
 		held:     map[string]int{},
@@ -65,7 +67,12 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 }
 
 func (s *Store) start(ctx context.Context, marker string) error {
-	if err := s.chooseRung(ctx); err != nil {
+	// A crash in the middle of mounting a Tree, or of a probe, leaves a mount in
+	// its directory.
+	if err := mount.UnmountRecursive(s.trees, unix.MNT_DETACH); err != nil {
+		return err
+	}
+	if err := s.chooseRungs(ctx); err != nil {
 		return err
 	}
 	return s.recover(ctx, marker)
@@ -79,21 +86,10 @@ func (s *Store) emptyTrash() error {
 	}
 	for _, name := range names {
 		if manifest(name) == "" {
-			err = errors.Join(err, removeTrash(filepath.Join(s.trees, name)))
+			err = errors.Join(err, os.RemoveAll(filepath.Join(s.trees, name)))
 		}
 	}
 	return err
-}
-
-// removeTrash removes what was set aside, or a probe that was killed between its
-// mount and its unmount.
-func removeTrash(dir string) error {
-	if strings.HasPrefix(filepath.Base(dir), "probe-") {
-		if err := mount.UnmountRecursive(dir, unix.MNT_DETACH); err != nil {
-			return err
-		}
-	}
-	return os.RemoveAll(dir)
 }
 
 // makeDir makes dir, with that mode whatever the umask, unless it is there.
@@ -111,21 +107,18 @@ func makeDir(dir string, mode os.FileMode) error {
 	return os.Chmod(dir, mode)
 }
 
-func (s *Store) chooseRung(ctx context.Context) error {
-	if s.rung != "" {
-		return unpack.Try(s.trees, s.rung)
+func (s *Store) chooseRungs(ctx context.Context) error {
+	rungs, why := unpack.Probe(ctx, s.trees, s.rungs)
+	if rungs == (unpack.Rungs{}) {
+		return fmt.Errorf("layers cannot be laid out: %w", why)
 	}
-	rung, why := unpack.Probe(s.trees)
-	if rung == "" {
-		return fmt.Errorf("no way to lay out raw layers works: %w", why)
-	}
-	logger := log.G(ctx).WithField("rung", rung)
+	logger := log.G(ctx).WithFields(log.Fields{"raw": rungs.Raw, "tar": rungs.Tar})
 	if why != nil {
-		logger.WithError(why).Warn("raw layers are laid out in a lesser way than could be")
+		logger.WithError(why).Warn("layers are laid out in a lesser way than could be; `artifact-snapshotter doctor` says more")
 	} else {
-		logger.Info("raw layers are laid out")
+		logger.Info("layers are laid out")
 	}
-	s.rung = rung
+	s.rungs = rungs
 	return nil
 }
 
@@ -150,7 +143,7 @@ func (s *Store) recover(ctx context.Context, marker string) error {
 			continue // the sweep's
 		}
 		t, err := unpack.Load(filepath.Join(s.trees, name))
-		if err == nil && !rebooted && (t.Rung == s.rung || s.mounted(name)) {
+		if err == nil && !rebooted && (t.Rungs == s.rungs || s.mounted(name)) {
 			continue
 		}
 		log.G(ctx).WithField("tree", name).Info("removing a tree of an earlier boot or of another rung")
@@ -159,11 +152,11 @@ func (s *Store) recover(ctx context.Context, marker string) error {
 		}
 	}
 	if rebooted {
-		if err := s.setAside(s.copies); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err := s.setAside(s.sharedDir()); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
 	}
-	if err := makeDir(s.copies, 0o700); err != nil {
+	if err := makeDir(s.sharedDir(), 0o700); err != nil {
 		return err
 	}
 	// A mount without its Tree shows an empty directory: somebody has removed

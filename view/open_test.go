@@ -43,7 +43,10 @@ func TestTreesAndCopiesDoNotOutliveABoot(t *testing.T) {
 	if err := s.unmount(v.ID.name()); err != nil { // as a reboot does
 		t.Fatal(err)
 	}
-	for file, content := range map[string]string{"boot": "another", "copies/0123": "not synced"} {
+	if err := os.MkdirAll(filepath.Join(s.sharedDir(), "sha256"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for file, content := range map[string]string{"boot": "another", "blobs/sha256/0123": "not synced"} {
 		if err := os.WriteFile(filepath.Join(s.config.Root, file), []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -51,7 +54,7 @@ func TestTreesAndCopiesDoNotOutliveABoot(t *testing.T) {
 	s.open()
 	s.wantState(v.ID, false, false)
 	s.sweep()
-	for _, dir := range []string{s.trees, s.copies} {
+	for _, dir := range []string{s.trees, s.sharedDir()} {
 		if left, err := list(dir); len(left) != 0 || err != nil {
 			t.Errorf("left in %s: %v %v", dir, left, err)
 		}

@@ -113,7 +113,7 @@ func (s *Store) watchBlobs(w *fsnotify.Watcher) {
 
 // Sweep unmounts every Tree that nobody shows, and removes those of them whose
 // manifest the runtime has deleted or whose owners are shifted, whatever was set
-// aside, and the copies of blobs that no Tree retains. It asks all Users; if one
+// aside, and what no Tree shares any more. It asks all Users; if one
 // cannot tell, nothing is removed.
 func (s *Store) Sweep(ctx context.Context) error {
 	s.mu.Lock()
@@ -121,12 +121,12 @@ func (s *Store) Sweep(ctx context.Context) error {
 	s.mu.Unlock()
 	// Deleting a large Tree takes time that no pod should wait for.
 	for _, name := range trash {
-		err = errors.Join(err, removeTrash(filepath.Join(s.trees, name)))
+		err = errors.Join(err, os.RemoveAll(filepath.Join(s.trees, name)))
 	}
 	if err != nil {
 		return err
 	}
-	return s.sweepCopies()
+	return s.sweepShared()
 }
 
 // sweep unmounts and sets aside, and returns the names of what to delete.
@@ -203,23 +203,62 @@ func (s *Store) used(ctx context.Context) (map[string]bool, error) {
 	return used, nil
 }
 
-// sweepCopies removes the copies that only this directory links to. A build
-// that is about to link to one finds it gone and copies again.
-func (s *Store) sweepCopies() error {
-	names, err := list(s.copies)
+// sharedDir is where the shared contents are.
+func (s *Store) sharedDir() string { return filepath.Join(string(s.shared), "blobs") }
+
+// sweepShared removes the contents that no Tree links to, and then the symlinks
+// to those that are gone. A build that is about to link to one finds it gone and
+// makes it again.
+func (s *Store) sweepShared() error {
+	algorithms, err := list(s.sharedDir())
 	if err != nil {
 		return err
 	}
-	for _, name := range names {
-		p := filepath.Join(s.copies, name)
-		var st unix.Stat_t
-		err := unix.Lstat(p, &st)
-		if err == nil && st.Nlink == 1 {
-			err = os.Remove(p)
+	var symlinks []string
+	for _, algorithm := range algorithms {
+		dir := filepath.Join(s.sharedDir(), algorithm)
+		names, err := list(dir)
+		if err != nil {
+			return err
 		}
-		if err != nil && !errors.Is(err, os.ErrNotExist) { // another sweep was quicker
-			return fmt.Errorf("cannot clean up %s: %w", p, err)
+		for _, name := range names {
+			p := filepath.Join(dir, name)
+			fi, err := os.Lstat(p)
+			switch {
+			case errors.Is(err, os.ErrNotExist): // another sweep was quicker
+			case err != nil:
+				return fmt.Errorf("cannot clean up: %w", err)
+			case fi.Mode().Type() == os.ModeSymlink:
+				symlinks = append(symlinks, p)
+			default:
+				if err := removeIf(p, func() bool { return linkCount(p) == 1 }); err != nil {
+					return err
+				}
+			}
 		}
+	}
+	for _, p := range symlinks {
+		if err := removeIf(p, func() bool { _, err := os.Stat(p); return errors.Is(err, os.ErrNotExist) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func linkCount(p string) uint64 {
+	var st unix.Stat_t
+	if err := unix.Lstat(p, &st); err != nil {
+		return 0
+	}
+	return uint64(st.Nlink) //nolint:unconvert // it is 32 bits wide on arm64
+}
+
+func removeIf(p string, unused func() bool) error {
+	if !unused() {
+		return nil
+	}
+	if err := os.Remove(p); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("cannot clean up: %w", err)
 	}
 	return nil
 }

@@ -12,7 +12,8 @@
 //
 //	<root>/trees/<name>      a Tree (package unpack)
 //	<root>/trees/new-*       one being built, or to be removed (and probe-*)
-//	<root>/copies/<hex>      a blob that could not be linked from the runtime's
+//	<root>/blobs/<algorithm> what Trees share: flat tars, and blobs that could
+//	                         not be linked from the runtime's
 //	<root>/boot              the boot of the kernel that the above are of
 //	<state>/mounts/<name>    the shared mount of a Tree that somebody shows
 //
@@ -58,8 +59,10 @@ type Config struct {
 	State string
 	// Content is where the runtime keeps its blobs.
 	Content blobdir.Dir
-	// Rung is how raw layers are laid out; "" takes the best that works here.
-	Rung unpack.Rung
+	// Rungs are how layers are laid out; "" takes the best that works here.
+	Rungs unpack.Rungs
+	// Limits are what building Trees may take of the node.
+	Limits unpack.Limits
 }
 
 // Users lists the artifacts that somebody shows at this moment. It must not
@@ -68,9 +71,10 @@ type Users func(context.Context) ([]ID, error)
 
 // Store is safe for concurrent use.
 type Store struct {
-	trees, copies, mounts string
-	content               blobdir.Dir
-	rung                  unpack.Rung
+	trees, mounts   string
+	content, shared blobdir.Dir
+	rungs           unpack.Rungs
+	budget          *unpack.Budget
 
 	builds  singleflight.Group
 	maxWait time.Duration

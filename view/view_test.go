@@ -39,7 +39,7 @@ type site struct {
 
 func newSite(t *testing.T) *site {
 	t.Helper()
-	s := &site{t: t, config: Config{Root: t.TempDir(), State: t.TempDir(), Content: blobdir.Dir(t.TempDir())}}
+	s := &site{t: t, config: Config{Root: t.TempDir(), State: t.TempDir(), Content: blobdir.Dir(t.TempDir()), Limits: unpack.DefaultLimits}}
 	t.Cleanup(func() {
 		if err := mount.UnmountRecursive(s.config.State, unix.MNT_DETACH); err != nil {
 			t.Error(err)
@@ -146,7 +146,7 @@ func TestAViewLivesAsLongAsItsUsers(t *testing.T) {
 	s.show()
 	s.sweep()
 	s.wantState(v.ID, false, false)
-	for _, dir := range []string{s.trees, s.copies, s.mounts} {
+	for _, dir := range []string{s.trees, s.sharedDir(), s.mounts} {
 		if left, err := list(dir); len(left) != 0 || err != nil {
 			t.Errorf("left in %s: %v %v", dir, left, err)
 		}
@@ -285,6 +285,9 @@ func TestEachUserNamespaceHasItsTree(t *testing.T) {
 
 func TestAShiftedTreeGoesWithItsLastPod(t *testing.T) {
 	s := newSite(t)
+	s.Close()
+	s.config.Rungs.Tar = unpack.Extract
+	s.open()
 	d := s.pack("bytes")
 	v, err := s.Acquire(context.Background(), d, unpack.IDMap{UID: "0:200000:65536", GID: "0:200000:65536"})
 	if err != nil {
@@ -448,18 +451,19 @@ func TestAFullDiskIsSweptAtTheStart(t *testing.T) {
 	}
 	s.open()
 	s.acquire(s.pack("x")).Release()
+	s.sweep() // what is mounted keeps files of the root open
 }
 
 func TestAChangeOfTheRungWhileAPodRuns(t *testing.T) {
 	s := newSite(t)
 	s.Close()
-	s.config.Rung = unpack.Link
+	s.config.Rungs = unpack.Rungs{Raw: unpack.Link, Tar: unpack.Extract}
 	s.open()
 	d := s.pack("bytes")
 	v := s.acquire(d)
 	s.show(v.ID)
 	s.Close()
-	s.config.Rung = unpack.Overlay
+	s.config.Rungs = unpack.Rungs{Raw: unpack.Overlay, Tar: unpack.Extract}
 	s.open()
 	shifted, err := s.Acquire(context.Background(), d, unpack.IDMap{UID: "0:200000:65536", GID: "0:200000:65536"})
 	if err != nil {
@@ -475,7 +479,11 @@ func TestAChangeOfTheRungWhileAPodRuns(t *testing.T) {
 func TestSweepsDoNotDisturbEachOther(t *testing.T) {
 	s := newSite(t)
 	for i := range 200 {
-		if err := os.WriteFile(filepath.Join(s.copies, fmt.Sprint(i)), nil, 0o600); err != nil {
+		content := filepath.Join(s.sharedDir(), "sha256", fmt.Sprint(i))
+		if err := os.MkdirAll(filepath.Dir(content), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(os.WriteFile(content, nil, 0o600), os.Symlink(filepath.Base(content), content+".tar")); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -491,7 +499,7 @@ func TestSweepsDoNotDisturbEachOther(t *testing.T) {
 }
 
 func TestAForcedRungThatDoesNotWorkIsAnErrorAtStart(t *testing.T) {
-	c := Config{Root: t.TempDir(), State: t.TempDir(), Content: blobdir.Dir(t.TempDir()), Rung: "ladder"}
+	c := Config{Root: t.TempDir(), State: t.TempDir(), Content: blobdir.Dir(t.TempDir()), Rungs: unpack.Rungs{Raw: "ladder"}}
 	if _, err := Open(context.Background(), c); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("%v, want an invalid argument", err)
 	}
@@ -529,15 +537,61 @@ func TestCopiesGoWithTheLastTreeThatLinksToThem(t *testing.T) {
 		}
 	})
 	d := s.pack("on another file system")
-	v := s.acquire(d)
-	v.Release()
+	s.acquire(d).Release()
 	s.sweep()
-	if names, err := list(s.copies); len(names) != 1 || err != nil {
-		t.Fatalf("copies: %v %v, want the one of the layer", names, err)
+	if shared := s.sharedNames(); len(shared) != 1 {
+		t.Fatalf("shared: %v, want the one of the layer", shared)
 	}
 	s.forget(d)
 	s.sweep()
-	if names, err := list(s.copies); len(names) != 0 || err != nil {
-		t.Errorf("copies left: %v %v", names, err)
+	if shared := s.sharedNames(); len(shared) != 0 {
+		t.Errorf("copies left: %v", shared)
+	}
+}
+
+func (s *site) sharedNames() []string {
+	s.t.Helper()
+	names, err := filepath.Glob(filepath.Join(s.sharedDir(), "*/*"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return names
+}
+
+func TestAFlatTarGoesWithTheLastTreeThatLinksToIt(t *testing.T) {
+	s := newSite(t)
+	member := pack.Member{Data: []byte("bytes")}
+	member.Name, member.Mode = "weights", 0o644
+	archive, err := pack.TarOf(member)
+	if err != nil {
+		t.Fatal(err)
+	}
+	compressed, err := pack.Gzip(archive)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var targets []ocispec.Descriptor
+	for i := range 2 { // two artifacts with one layer, without DiffIDs
+		a := pack.Artifact{Config: fmt.Appendf(nil, "{\"n\": %d}", i), Layers: []pack.Layer{{
+			MediaType: "application/vnd.cncf.model.weight.v1.tar+gzip", Data: compressed,
+		}}}
+		d, err := a.WriteTo(string(s.config.Content))
+		if err != nil {
+			t.Fatal(err)
+		}
+		targets = append(targets, d)
+		s.acquire(d).Release()
+	}
+	for _, d := range targets {
+		s.sweep()
+		shared := s.sharedNames()
+		if len(shared) != 2 {
+			t.Fatalf("shared: %v, want the flat tar and the symlink to it", shared)
+		}
+		s.forget(d)
+	}
+	s.sweep()
+	if shared := s.sharedNames(); len(shared) != 0 {
+		t.Errorf("left: %v", shared)
 	}
 }

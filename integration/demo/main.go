@@ -192,7 +192,7 @@ func (d *demo) show() error {
 	if err != nil {
 		return err
 	}
-	d.rung = tree.Rung
+	d.rung = tree.Rungs.Raw
 	if err := d.compare(pod); err != nil {
 		return err
 	}

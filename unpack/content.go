@@ -1,0 +1,327 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package unpack
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"sync"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+)
+
+// content is a file in data/, which holds what the layers with one blob hold.
+type content struct {
+	// name is the file's in data/, path where it is. Names are short, for a
+	// file of an ext4 has to fit its redirect to one into what its inode has
+	// left for attributes (92 bytes of 256), or each takes a block for it.
+	name, path string
+	// layer is the first that has the blob.
+	layer artifact.Layer
+	// digest is of the content: the blob's own, or the DiffID if it is
+	// compressed.
+	digest digest.Digest
+}
+
+// contentKey tells contents apart. A blob may be a tar for one layer and a file
+// for another.
+type contentKey struct {
+	blob        digest.Digest
+	compression artifact.Compression
+}
+
+func keyOf(l artifact.Layer) contentKey {
+	k := contentKey{blob: l.Descriptor.Digest}
+	if l.Format == artifact.FormatTar {
+		k.compression = l.Compression
+	}
+	return k
+}
+
+// contents are the files in data/ of a Tree that is being built: no garbage
+// collection of the runtime takes them away.
+type contents struct {
+	Options
+	dir   string // data/
+	files map[contentKey]*content
+	// count numbers the files.
+	count int
+	// size and inodes are what they add to the disk.
+	size, inodes int64
+	// holes is what sparse members have beyond that.
+	holes int64
+	mu    sync.Mutex // of what is counted
+}
+
+func newContents(dir string, layers []artifact.Layer, o Options) *contents {
+	cs := &contents{Options: o, dir: dir, files: map[contentKey]*content{}}
+	for _, l := range layers {
+		if _, ok := cs.files[keyOf(l)]; !ok && (l.Descriptor.Size > 0 || l.Format != artifact.FormatRaw) {
+			c := cs.add()
+			c.layer, c.digest = l, l.Descriptor.Digest
+			cs.files[keyOf(l)] = c
+		}
+	}
+	return cs
+}
+
+func (cs *contents) add() *content {
+	name := strconv.Itoa(cs.count)
+	cs.count++
+	return &content{name: name, path: filepath.Join(cs.dir, name)}
+}
+
+// retainRaw retains the blobs of all raw layers: by hard link, else by copy.
+func (cs *contents) retainRaw(ctx context.Context, layers []artifact.Layer) error {
+	return each(ctx, layers, func(l artifact.Layer) error {
+		c := cs.files[keyOf(l)]
+		if l.Format != artifact.FormatRaw || c == nil {
+			return nil
+		}
+		return cs.retain(ctx, c, l.Descriptor)
+	})
+}
+
+// retainArchives retains the archives of all layers, compressed ones as what
+// they hold, several at a time.
+func (cs *contents) retainArchives(ctx context.Context, layers []artifact.Layer) error {
+	g, ctx := errgroup.WithContext(ctx)
+	defer func() { _ = g.Wait() }()
+	for _, l := range layers {
+		c := cs.files[keyOf(l)]
+		if l.Format != artifact.FormatTar || c.layer.Index != l.Index {
+			continue
+		}
+		g.Go(func() error {
+			err := guard(func() error {
+				if l.Compression == artifact.CompressionNone {
+					return cs.retain(ctx, c, l.Descriptor)
+				}
+				return cs.retainFlat(ctx, c)
+			})
+			if err != nil {
+				return l.Wrap(outOfSpace(err))
+			}
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
+// each calls f with the layers in turn and says which one failed.
+func each(ctx context.Context, layers []artifact.Layer, f func(artifact.Layer) error) error {
+	for _, l := range layers {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := f(l); err != nil {
+			return l.Wrap(outOfSpace(err))
+		}
+	}
+	return nil
+}
+
+// open opens a blob of the runtime and checks its size: the digest was checked
+// when the runtime stored it.
+func (cs *contents) open(blob ocispec.Descriptor) (*os.File, error) {
+	f, err := os.OpenFile(cs.Blobs.Path(blob.Digest), os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, explainMissing(err, cs.Blobs)
+	}
+	fi, err := f.Stat()
+	if err == nil {
+		err = checkSize(fi, blob)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+func explainMissing(err error, blobs blobdir.Dir) error {
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("its blob is not in %s; delete the image and pull it again: %w", blobs, errdefs.ErrNotFound)
+	}
+	return err
+}
+
+func checkSize(fi os.FileInfo, blob ocispec.Descriptor) error {
+	if !fi.Mode().IsRegular() {
+		return fmt.Errorf("its blob is not a regular file: %w", errdefs.ErrFailedPrecondition)
+	}
+	if fi.Size() != blob.Size {
+		return fmt.Errorf("its blob has %d bytes, its descriptor says %d: %w", fi.Size(), blob.Size, errdefs.ErrFailedPrecondition)
+	}
+	return nil
+}
+
+// retain makes c a link to the runtime's blob, else to a copy made for another
+// Tree, else a new copy that later Trees can link to. The same blob may stand in
+// many layers, with sizes that differ.
+func (cs *contents) retain(ctx context.Context, c *content, blob ocispec.Descriptor) error {
+	err := os.Link(cs.Blobs.Path(blob.Digest), c.path)
+	switch {
+	case err == nil, errors.Is(err, os.ErrExist): // it may be the second layer of this digest
+	case errors.Is(err, unix.EXDEV), errors.Is(err, unix.EMLINK), errors.Is(err, unix.EPERM), errors.Is(err, unix.EOPNOTSUPP):
+		if err := os.Link(cs.Shared.Path(blob.Digest), c.path); err == nil {
+			break
+		}
+		log.G(ctx).WithError(err).WithField("blob", blob.Digest).Warnf("copying a blob of %s, since it cannot be linked into the snapshotter's root", cs.Blobs)
+		if err := cs.copy(ctx, c.path, blob); err != nil {
+			return err
+		}
+		if err := cs.share(c); err != nil {
+			return err
+		}
+	default:
+		return explainMissing(err, cs.Blobs)
+	}
+	fi, err := os.Lstat(c.path)
+	if err != nil {
+		return err
+	}
+	return checkSize(fi, blob)
+}
+
+// share lets other Trees link to c, which is not in the runtime's directory of
+// blobs. Whoever is first shares, and the others take his.
+func (cs *contents) share(c *content) error {
+	shared := cs.Shared.Path(c.digest)
+	err := os.Link(c.path, shared)
+	if errors.Is(err, os.ErrNotExist) {
+		if err := os.MkdirAll(filepath.Dir(shared), 0o700); err != nil {
+			return err
+		}
+		err = os.Link(c.path, shared)
+	}
+	if !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	theirs := c.path + ".shared"
+	if err := os.Link(shared, theirs); err != nil {
+		return nil //nolint:nilerr // it has just been swept, or has too many links: we keep ours
+	}
+	return os.Rename(theirs, c.path)
+}
+
+func (cs *contents) copy(ctx context.Context, target string, blob ocispec.Descriptor) error {
+	dst, err := os.OpenFile(target, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o444)
+	if err != nil {
+		return err
+	}
+	return errors.Join(cs.fill(ctx, dst, blob), dst.Close())
+}
+
+// fill gives dst the content of blob: by reflink (FICLONE) where the file system
+// can, which also works between the subvolumes of btrfs where a link does not;
+// else by a copy, whose digest is checked since every byte passes by.
+func (cs *contents) fill(ctx context.Context, dst *os.File, blob ocispec.Descriptor) error {
+	src, err := cs.open(blob)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	err = unix.IoctlFileClone(int(dst.Fd()), int(src.Fd()))
+	runtime.KeepAlive(src)
+	if err == nil {
+		return nil
+	}
+	if err := cs.Budget.room(dst, blob.Size); err != nil {
+		return err
+	}
+	verifier := blob.Digest.Verifier()
+	if _, err := io.Copy(io.MultiWriter(dst, verifier), reader{ctx, src}); err != nil {
+		return err
+	}
+	if !verifier.Verified() {
+		return fmt.Errorf("its blob does not have the digest %s; delete the image and pull it again: %w", blob.Digest, errdefs.ErrFailedPrecondition)
+	}
+	return nil
+}
+
+// sparse makes a content of the size bytes of a member with holes, which keep
+// being holes: what an index cannot point to.
+func (cs *contents) sparse(r io.Reader, size int64) (*content, error) {
+	c := cs.add()
+	f, err := os.OpenFile(c.path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o444)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	// Holes take no disk, but time: what would not fit it, all of them
+	// together, is refused all the same.
+	if size > math.MaxInt64-cs.holes {
+		return nil, fmt.Errorf("the files have more bytes than can be counted: %w", errdefs.ErrInvalidArgument)
+	}
+	if err := cs.Budget.room(f, cs.holes+size); err != nil {
+		return nil, err
+	}
+	if err := copySparse(f, r, size); err != nil {
+		return nil, err
+	}
+	taken, err := cs.account(f)
+	cs.holes += max(0, size-taken)
+	return c, errors.Join(err, f.Close())
+}
+
+// account counts what f, which is in data/ alone, takes of the disk, in bytes.
+func (cs *contents) account(f *os.File) (int64, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return 0, os.NewSyscallError("fstat", err)
+	}
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	cs.inodes++
+	cs.size += st.Blocks * 512
+	return st.Blocks * 512, nil
+}
+
+// copySparse copies size bytes of r to the empty file f and leaves out what is
+// zero, so that holes stay holes.
+func copySparse(f *os.File, r io.Reader, size int64) error {
+	buf := make([]byte, 256<<10)
+	for off := int64(0); off < size; {
+		b := buf[:min(int64(len(buf)), size-off)]
+		if _, err := io.ReadFull(r, b); err != nil {
+			return err
+		}
+		if b[0] != 0 || !bytes.Equal(b[:len(b)-1], b[1:]) {
+			if _, err := f.WriteAt(b, off); err != nil {
+				return err
+			}
+		}
+		off += int64(len(b))
+	}
+	return f.Truncate(size)
+}
+
+// reader reads until ctx ends.
+type reader struct {
+	ctx context.Context
+	io.Reader
+}
+
+func (r reader) Read(p []byte) (int, error) {
+	if err := r.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return r.Reader.Read(p)
+}

@@ -1,0 +1,303 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package unpack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// writer makes the files of a plan below a directory. It is the one place where
+// a name from an artifact becomes a file: every access goes through root, which
+// no name and no symlink leaves, and every name has passed artifact.CleanPath.
+type writer struct {
+	*contents
+	root  *os.Root
+	plan  *plan
+	shift shift
+	// parent is the directory that the last entry was made in, open: files come
+	// directory by directory, and each walk from root costs an open per level.
+	parent     *os.File
+	parentName string
+	// first is the first name of each file, for its others.
+	first map[*node]string
+}
+
+// buildDirectory makes the plan in dir, which must be there and empty.
+func buildDirectory(ctx context.Context, dir string, p *plan, cs *contents, s shift) error {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	w := &writer{contents: cs, root: root, plan: p, shift: s, first: map[*node]string{}}
+	defer func() {
+		if w.parent != nil {
+			w.parent.Close()
+		}
+	}()
+	names := p.sorted()
+	for _, name := range names {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := w.entry(ctx, name, p.nodes[name]); err != nil {
+			return p.wrap(name, outOfSpace(err))
+		}
+	}
+	// Directories get their attributes last, those within others first: every
+	// new child changes the directory's time.
+	for _, name := range slices.Backward(names) {
+		if n := p.nodes[name]; n.kind == directory {
+			if err := w.setAttrs(name, n); err != nil {
+				return p.wrap(name, outOfSpace(err))
+			}
+		}
+	}
+	return nil
+}
+
+// entry makes one entry; its parent is there.
+func (w *writer) entry(ctx context.Context, name string, n *node) error {
+	if name == "." {
+		return nil
+	}
+	dir, base, err := w.at(name)
+	if err != nil {
+		return err
+	}
+	switch n.kind {
+	case directory:
+		return pathError("mkdir", name, unix.Mkdirat(dir, base, 0o700))
+	case symlink:
+		if err := unix.Symlinkat(n.target, dir, base); err != nil {
+			return pathError("symlink", name, err)
+		}
+		return w.setAttrs(name, n)
+	default:
+		return w.file(ctx, name, n)
+	}
+}
+
+// file makes a regular file, or another name of one.
+func (w *writer) file(ctx context.Context, name string, n *node) error {
+	if first, ok := w.first[n]; ok {
+		return w.root.Link(first, name)
+	}
+	w.first[n] = name
+	c := n.bytes.content
+	if w.Rungs.Raw == Link && c != nil && !n.bytes.member {
+		dir, base, err := w.at(name)
+		if err != nil {
+			return err
+		}
+		if err := unix.Linkat(unix.AT_FDCWD, c.path, dir, base, 0); err != nil {
+			return &os.LinkError{Op: "link", Old: c.path, New: name, Err: err}
+		}
+		if c.layer.Descriptor.Digest != "" {
+			return nil // its attributes are the blob's, and not ours to change
+		}
+		return w.setAttrs(name, n)
+	}
+	f, err := w.create(name, n.attrs.mode)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(w.bytes(ctx, f, n.bytes), f.Close()); err != nil {
+		return err
+	}
+	return w.setAttrs(name, n)
+}
+
+// bytes gives the empty file f its content.
+func (w *writer) bytes(ctx context.Context, f *os.File, e extent) error {
+	switch c := e.content; {
+	case c == nil:
+		return nil
+	case e.member:
+		if err := w.Budget.room(f, e.size); err != nil {
+			return err
+		}
+		archive, err := os.Open(c.path)
+		if err != nil {
+			return err
+		}
+		defer archive.Close()
+		return copySparse(f, reader{ctx, io.NewSectionReader(archive, e.offset, e.size)}, e.size)
+	case w.Rungs.Raw == Overlay:
+		return makeMetacopy(f, c.name, e.size)
+	case c.layer.Descriptor.Digest == "": // a sparse member
+		member, err := os.Open(c.path)
+		if err != nil {
+			return err
+		}
+		defer member.Close()
+		return copySparse(f, reader{ctx, member}, e.size)
+	default:
+		blob := c.layer.Descriptor
+		blob.Size = e.size // another layer may say another one
+		return w.fill(ctx, f, blob)
+	}
+}
+
+// The attributes of overlayfs (fs/overlayfs/overlayfs.h).
+const (
+	xattrMetacopy = "trusted.overlay.metacopy"
+	xattrRedirect = "trusted.overlay.redirect"
+)
+
+// metacopy is the attributes with which overlayfs shows a file with its own
+// attributes and size and the content of data/<target> in a data-only layer
+// (Documentation/filesystems/overlayfs.rst, "Metadata only copy up" and
+// "Data-only lower layers"). An empty metacopy attribute asks for no fs-verity
+// digest.
+func metacopy(target string) map[string]string {
+	return map[string]string{xattrMetacopy: "", xattrRedirect: "/" + target}
+}
+
+// makeMetacopy gives the empty file f a size and the attributes of metacopy.
+func makeMetacopy(f *os.File, target string, size int64) error {
+	if err := f.Truncate(size); err != nil {
+		return err
+	}
+	for name, value := range metacopy(target) {
+		if err := unix.Fsetxattr(int(f.Fd()), name, []byte(value), 0); err != nil {
+			return os.NewSyscallError("setxattr "+name, err)
+		}
+	}
+	return nil
+}
+
+// at is the open directory that holds name, and name's last element. The
+// descriptor is good until the next call.
+func (w *writer) at(name string) (int, string, error) {
+	dir, base := path.Dir(name), path.Base(name)
+	if w.parent != nil && w.parentName == dir {
+		return int(w.parent.Fd()), base, nil
+	}
+	if w.parent != nil {
+		w.parent.Close()
+	}
+	var err error
+	if w.parent, err = w.root.Open(dir); err != nil {
+		return 0, "", err
+	}
+	w.parentName = dir
+	return int(w.parent.Fd()), base, nil
+}
+
+// create opens a new file at name. Its mode is the wanted one already, unless
+// the umask is in the way.
+func (w *writer) create(name string, mode fs.FileMode) (*os.File, error) {
+	dir, base, err := w.at(name)
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.Openat(dir, base, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, uint32(mode.Perm()))
+	if err != nil {
+		return nil, pathError("create", name, err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// setAttrs gives the complete entry its extended attributes, owner, mode and
+// time, and counts what it takes.
+func (w *writer) setAttrs(name string, n *node) error {
+	dir, base, err := w.at(name)
+	if err != nil {
+		return err
+	}
+	if err := w.setXattrs(name, n.xattrs); err != nil {
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstatat(dir, base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return pathError("stat", name, err)
+	}
+	w.inodes++
+	w.size += st.Blocks * 512
+	uid, gid := w.shift.owner(n.attrs.uid, n.attrs.gid)
+	if st.Uid != uid || st.Gid != gid {
+		if err := unix.Fchownat(dir, base, int(uid), int(gid), unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return pathError("chown", name, err)
+		}
+	}
+	mode := unixMode(n.attrs.mode)
+	if n.kind != directory {
+		mode &= 0o777 // whatever the layer says
+	}
+	// The chown has cleared the special bits that a directory may have.
+	if n.kind != symlink && (mode > 0o777 || st.Mode&0o7777 != mode) {
+		if err := unix.Fchmodat(dir, base, mode, 0); err != nil {
+			return pathError("chmod", name, err)
+		}
+	}
+	t, err := unix.TimeToTimespec(n.attrs.mtime)
+	if err != nil {
+		return pathError("utimensat", name, err)
+	}
+	return pathError("utimensat", name, unix.UtimesNanoAt(dir, base, []unix.Timespec{t, t}, unix.AT_SYMLINK_NOFOLLOW))
+}
+
+func (w *writer) setXattrs(name string, xattrs map[string]string) error {
+	if len(xattrs) == 0 {
+		return nil
+	}
+	f, err := w.root.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for attr, value := range xattrs {
+		if err := unix.Fsetxattr(int(f.Fd()), attr, []byte(value), 0); err != nil {
+			// Also when it does not fit the file system, which ext4 calls "no
+			// space": %v, for that is not a full disk.
+			return fmt.Errorf("extended attribute %.255q: %v: %w", attr, err, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
+func pathError(op, name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &fs.PathError{Op: op, Path: name, Err: err}
+}
+
+// specialBits are the mode bits that a directory keeps, for the kernel and for
+// Go.
+var specialBits = map[uint32]fs.FileMode{
+	unix.S_ISUID: fs.ModeSetuid, unix.S_ISGID: fs.ModeSetgid, unix.S_ISVTX: fs.ModeSticky,
+}
+
+func unixMode(m fs.FileMode) uint32 {
+	mode := uint32(m.Perm())
+	for u, bit := range specialBits {
+		if m&bit != 0 {
+			mode |= u
+		}
+	}
+	return mode
+}
+
+// goMode is the reverse of unixMode.
+func goMode(mode uint32) fs.FileMode {
+	m := fs.FileMode(mode & 0o777)
+	for u, bit := range specialBits {
+		if mode&u != 0 {
+			m |= bit
+		}
+	}
+	return m
+}

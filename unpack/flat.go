@@ -1,0 +1,247 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package unpack
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/containerd/errdefs"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+)
+
+const (
+	// zstdWindow bounds the decoder's memory: what zstd itself decodes unless it
+	// is told otherwise (--long=27).
+	zstdWindow = 128 << 20
+	// chunk is how much of a stream is decompressed while the chunk before it is
+	// hashed and written.
+	chunk = 1 << 20
+)
+
+// decompressor is how a compression is read, and the memory that takes.
+type decompressor struct {
+	// open returns a reader that fails on trailing garbage by itself, being
+	// multi-stream, and decodes in the goroutine of whoever reads, where a panic
+	// can be recovered from.
+	open   func(io.Reader) (io.ReadCloser, error)
+	memory int64
+}
+
+var decompressors = map[artifact.Compression]decompressor{
+	artifact.CompressionGzip: {
+		open:   func(r io.Reader) (io.ReadCloser, error) { return gzip.NewReader(r) },
+		memory: 4 * chunk,
+	},
+	artifact.CompressionZstd: {
+		open: func(r io.Reader) (io.ReadCloser, error) {
+			d, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(zstdWindow), zstd.WithDecoderLowmem(true), zstd.WithDecoderConcurrency(1))
+			if err != nil {
+				return nil, err
+			}
+			return d.IOReadCloser(), nil
+		},
+		memory: zstdWindow + 8*chunk,
+	},
+}
+
+// retainFlat makes c the flat tar in a compressed blob: a link to that of
+// another Tree with the same blob, or a new one.
+//
+// Nothing is found by the DiffID that a config claims: whoever knows that of
+// somebody else's layer could read it so.
+func (cs *contents) retainFlat(ctx context.Context, c *content) error {
+	blob, err := cs.open(c.layer.Descriptor)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	done := cs.flatOf(c.layer.Descriptor.Digest)
+	if target, err := os.Readlink(done); err == nil {
+		shared := filepath.Join(filepath.Dir(done), target)
+		if os.Link(shared, c.path) == nil {
+			c.digest = digest.NewDigestFromEncoded(digest.Algorithm(filepath.Base(filepath.Dir(shared))), filepath.Base(shared))
+			cs.done(c.layer.Descriptor.Size)
+			return nil
+		}
+	}
+	if err := cs.inflate(ctx, c, blob); err != nil {
+		return err
+	}
+	if err := cs.share(c); err != nil {
+		return err
+	}
+	// Remembered as a symlink from the blob to what it holds.
+	if err := os.MkdirAll(filepath.Dir(done), 0o700); err != nil {
+		return err
+	}
+	target := filepath.Join("..", c.digest.Algorithm().String(), c.digest.Encoded())
+	if err := os.Symlink(target, done); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	return nil
+}
+
+// flatOf is the symlink to the flat tar of a compressed blob.
+func (cs *contents) flatOf(blob digest.Digest) string { return cs.Shared.Path(blob) + ".tar" }
+
+// inflate decompresses blob into c and computes its digest, in one pass.
+func (cs *contents) inflate(ctx context.Context, c *content, blob *os.File) error {
+	l := c.layer
+	how, ok := decompressors[l.Compression]
+	if !ok {
+		return fmt.Errorf("compression %q: %w", l.Compression, errdefs.ErrNotImplemented)
+	}
+	release, err := cs.Budget.take(ctx, how.memory)
+	if err != nil {
+		return err
+	}
+	defer release()
+	compressed := io.TeeReader(reader{ctx, blob}, counter(cs.done))
+	stream, err := how.open(bufio.NewReaderSize(compressed, chunk))
+	if err != nil {
+		return badStream(fmt.Errorf("it is not %s: %w", l.Compression, err))
+	}
+	defer stream.Close()
+	dst, err := os.OpenFile(c.path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o444)
+	if err != nil {
+		return err
+	}
+	defer dst.Close()
+	algorithm := digest.Canonical
+	if l.DiffID != "" {
+		algorithm = l.DiffID.Algorithm()
+	}
+	sum := algorithm.Digester()
+	out := &flatWriter{
+		file: dst, hash: sum.Hash(), budget: cs.Budget,
+		compressed: l.Descriptor.Size, limit: cs.Budget.expanded(l.Descriptor.Size),
+	}
+	if err := out.fill(ctx, stream); err != nil {
+		return badStream(err)
+	}
+	c.digest = sum.Digest()
+	if _, err := cs.account(dst); err != nil {
+		return err
+	}
+	return dst.Close()
+}
+
+// flatWriter writes a flat tar, within bounds.
+type flatWriter struct {
+	file              *os.File
+	hash              hash.Hash
+	budget            *Budget
+	compressed, limit int64
+	written           int64
+}
+
+// fill reads r to its end, in this goroutine, while another one hashes and
+// writes what was read before.
+func (w *flatWriter) fill(ctx context.Context, r io.Reader) (err error) {
+	free, full := make(chan []byte, 2), make(chan []byte, 2)
+	for range cap(free) {
+		free <- make([]byte, chunk)
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		for b := range full {
+			if err := w.write(b); err != nil {
+				return err
+			}
+			free <- b[:chunk]
+		}
+		return nil
+	})
+	defer func() { // when the decoder panics, too
+		close(full)
+		if werr := g.Wait(); werr != nil {
+			err = werr
+		}
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case b := <-free:
+			n, err := readChunk(r, b)
+			full <- b[:n] // there is room: there are no more chunks than that
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// readChunk fills b as far as it can. Other than io.ReadFull it tells the end of
+// a stream from one that is cut off.
+func readChunk(r io.Reader, b []byte) (n int, err error) {
+	for n < len(b) && err == nil {
+		var more int
+		more, err = r.Read(b[n:])
+		n += more
+	}
+	return n, err
+}
+
+func (w *flatWriter) write(b []byte) error {
+	w.written += int64(len(b))
+	if w.written > w.limit {
+		return fmt.Errorf("it decompresses to more than %d bytes from %d; raise max_expansion in the snapshotter's configuration if that is as it should be: %w",
+			w.limit, w.compressed, errdefs.ErrInvalidArgument)
+	}
+	if err := w.budget.room(w.file, int64(len(b))); err != nil {
+		return err
+	}
+	if _, err := w.hash.Write(b); err != nil {
+		return err
+	}
+	_, err := w.file.Write(b)
+	return err
+}
+
+// counter is a writer that only counts.
+type counter func(n int64)
+
+func (c counter) Write(p []byte) (int, error) {
+	c(int64(len(p)))
+	return len(p), nil
+}
+
+// checkDiffID checks what the config says of a layer's content. A blob that is
+// not compressed is its content, and the runtime has checked its digest.
+func (cs *contents) checkDiffID(ctx context.Context, c *content, l artifact.Layer) error {
+	got := c.digest
+	if l.DiffID == "" || l.DiffID == got {
+		return nil
+	}
+	if l.DiffID.Algorithm() != got.Algorithm() {
+		f, err := os.Open(c.path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if got, err = l.DiffID.Algorithm().FromReader(reader{ctx, f}); err != nil {
+			return err
+		}
+	}
+	if got != l.DiffID {
+		return fmt.Errorf("its content has the digest %s, the config lists the DiffID %s: %w", got, l.DiffID, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}

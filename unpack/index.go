@@ -1,0 +1,320 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package unpack
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math"
+	"os"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+)
+
+const (
+	// xattrPrefix is of the PAX records that hold extended attributes,
+	// sparsePrefix of those that describe a sparse file (GNU tar, "Storing
+	// Sparse Files").
+	xattrPrefix  = "SCHILY.xattr."
+	sparsePrefix = "GNU.sparse."
+	tarBlock     = 512
+	// maxPadding bounds the zeros behind an archive. Tools pad to a record, of
+	// 10 KiB mostly.
+	maxPadding = 1 << 20
+	// maxTarget is the longest target of a symlink (PATH_MAX).
+	maxTarget = 4095
+	// maxXattrName and maxXattrValue are the kernel's XATTR_NAME_MAX and one
+	// less than XATTR_SIZE_MAX, which is what the length field of an EROFS
+	// attribute holds. maxXattrs is for all of an inode, whose own field counts
+	// them in units of four bytes.
+	maxXattrName  = 255
+	maxXattrValue = 1<<16 - 1
+	maxXattrs     = 4 * (1<<16 - 16)
+)
+
+// index is the indexing of one archive.
+type index struct {
+	*plan
+	archive *content
+	layer   int
+	// files are the regular files of this archive, for its hard links.
+	files map[string]*node
+	// sparse makes a content of its own from a member with holes.
+	sparse func(r io.Reader, size int64) (*content, error)
+}
+
+// addArchive plans the members of the archive c. It reads headers and skips
+// what is between them. sparse is called for a sparse member.
+func (p *plan) addArchive(ctx context.Context, c *content, layer int, sparse func(io.Reader, int64) (*content, error)) error {
+	f, err := os.Open(c.path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if fi.Size()/tarBlock > math.MaxUint32 { // EROFS counts a device's blocks so
+		return fmt.Errorf("the archive has %d bytes, more than 2 TiB: %w", fi.Size(), errdefs.ErrNotImplemented)
+	}
+	x := &index{plan: p, archive: c, layer: layer, files: map[string]*node{}, sparse: sparse}
+	return badStream(x.members(ctx, io.NewSectionReader(f, 0, fi.Size())))
+}
+
+// members plans all members and checks that the archive ends as POSIX says
+// (pax, "ustar Interchange Format": two blocks of zeros, of which archive/tar
+// and others take one for enough), with nothing but zeros behind it.
+func (x *index) members(ctx context.Context, s *io.SectionReader) error {
+	r := tar.NewReader(seeking{ctx, s})
+	end := int64(0) // of the last member
+	for {
+		h, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			return checkEnd(s, end)
+		}
+		if err != nil {
+			return err
+		}
+		at, err := s.Seek(0, io.SeekCurrent)
+		if err != nil {
+			return err
+		}
+		if end, err = x.member(r, h, s, at); err != nil {
+			return fmt.Errorf("member %.255q: %w", h.Name, err)
+		}
+	}
+}
+
+// seeking is a stream until ctx ends. archive/tar skips by seeking, and reads
+// the last byte of what it skips to see that it is there.
+type seeking struct {
+	ctx context.Context
+	*io.SectionReader
+}
+
+func (s seeking) Read(p []byte) (int, error) {
+	if err := s.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return s.SectionReader.Read(p)
+}
+
+// checkEnd checks what is behind the last member, which ends at end.
+func checkEnd(s *io.SectionReader, end int64) error {
+	switch rest := s.Size() - end; {
+	case rest < tarBlock:
+		return fmt.Errorf("it ends without a mark: %w", io.ErrUnexpectedEOF)
+	case rest > maxPadding:
+		return fmt.Errorf("there are more than %d bytes of padding behind the end of the archive: %w", maxPadding, errdefs.ErrInvalidArgument)
+	default:
+		tail := make([]byte, rest)
+		if _, err := s.ReadAt(tail, end); err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		if i := bytes.IndexFunc(tail, func(r rune) bool { return r != 0 }); i >= 0 && i < tarBlock {
+			return fmt.Errorf("it ends without a mark: %w", io.ErrUnexpectedEOF)
+		} else if i >= 0 {
+			return fmt.Errorf("there is garbage behind the end of the archive: %w", errdefs.ErrInvalidArgument)
+		}
+		return nil
+	}
+}
+
+// member plans one member, whose content begins at the offset at of s, and
+// returns where it ends.
+func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int64) (end int64, err error) {
+	end = roundUp(at)
+	if h.Typeflag == tar.TypeXGlobalHeader {
+		return end, nil // git-archive writes one
+	}
+	a, err := tarAttrs(h)
+	if err != nil {
+		return 0, err
+	}
+	xattrs, err := userXattrs(h)
+	if err != nil {
+		return 0, err
+	}
+	if h.Typeflag == tar.TypeDir && isRoot(h.Name) {
+		root := x.nodes["."]
+		root.attrs, root.xattrs = a, xattrs // tar -C DIR . begins with it
+		return end, nil
+	}
+	name, err := artifact.CleanPath(h.Name)
+	if err != nil {
+		return 0, err
+	}
+	n := &node{layer: x.layer, attrs: a, xattrs: xattrs}
+	switch h.Typeflag {
+	case tar.TypeDir:
+		d, err := x.mkdir(name, x.layer)
+		if err != nil {
+			return 0, err
+		}
+		d.layer, d.attrs, d.xattrs = x.layer, a, xattrs
+		return end, nil
+	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont:
+		n.kind = regular
+		if n.bytes, end, err = x.bytes(r, h, s, at); err != nil {
+			return 0, err
+		}
+		x.files[name] = n
+	case tar.TypeSymlink:
+		// Where it points to does not matter here: nothing is ever opened
+		// through it, and the container resolves it in its own root.
+		if h.Linkname == "" || len(h.Linkname) > maxTarget {
+			return 0, fmt.Errorf("a symlink with a target of %d bytes: %w", len(h.Linkname), errdefs.ErrInvalidArgument)
+		}
+		n.kind, n.target, n.xattrs = symlink, h.Linkname, nil // no symlink has any of user.*
+		delete(x.files, name)
+	case tar.TypeLink:
+		if n, err = x.linked(h.Linkname); err != nil {
+			return 0, err
+		}
+		x.files[name] = n
+	default:
+		return 0, fmt.Errorf("%s is not a file that a volume may hold: %w", typeName(h.Typeflag), errdefs.ErrInvalidArgument)
+	}
+	return end, x.place(name, n)
+}
+
+// bytes is where the content of a regular member is, and where it ends.
+func (x *index) bytes(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int64) (extent, int64, error) {
+	if !isSparse(h) {
+		if at > math.MaxInt64-tarBlock-h.Size {
+			return extent{}, 0, fmt.Errorf("%d bytes of content: %w", h.Size, io.ErrUnexpectedEOF)
+		}
+		e := extent{content: x.archive, size: h.Size, member: true, offset: at}
+		if h.Size == 0 {
+			e = extent{}
+		}
+		return e, roundUp(at + h.Size), nil
+	}
+	// Only archive/tar knows where its holes are.
+	c, err := x.sparse(r, h.Size)
+	if err != nil {
+		return extent{}, 0, err
+	}
+	at, err = s.Seek(0, io.SeekCurrent)
+	return extent{content: c, size: h.Size}, roundUp(at), err
+}
+
+// isSparse reports whether the member may have holes, and so a content that is
+// not what stands in the archive: by its type (old GNU format) or by records of
+// its extended header (PAX formats 0.0, 0.1 and 1.0).
+func isSparse(h *tar.Header) bool {
+	if h.Typeflag == tar.TypeGNUSparse {
+		return true
+	}
+	for key := range h.PAXRecords {
+		if strings.HasPrefix(key, sparsePrefix) {
+			return true
+		}
+	}
+	return false
+}
+
+func roundUp(n int64) int64 { return (n + tarBlock - 1) / tarBlock * tarBlock }
+
+// linked is the regular file that a hard link is another name of: one that came
+// before it in the same layer. Owner, mode and time are that file's.
+func (x *index) linked(linkname string) (*node, error) {
+	target, err := artifact.CleanPath(linkname)
+	if err != nil {
+		return nil, fmt.Errorf("hard link to %.255q: %w", linkname, err)
+	}
+	n, ok := x.files[target]
+	if !ok {
+		return nil, fmt.Errorf("hard link to %.255q, which is not a regular file before it in the same layer: %w", linkname, errdefs.ErrInvalidArgument)
+	}
+	return n, nil
+}
+
+// userXattrs are the extended attributes of the user namespace. The others are
+// dropped: trusted and security attributes mean something to the node's kernel
+// (overlayfs, file capabilities, SELinux), and the system ones hold IDs that
+// no owner rule has seen.
+func userXattrs(h *tar.Header) (map[string]string, error) {
+	var attrs map[string]string
+	total := 0
+	for key, value := range h.PAXRecords {
+		attr, ok := strings.CutPrefix(key, xattrPrefix)
+		if !ok || !strings.HasPrefix(attr, "user.") {
+			continue
+		}
+		total += len(attr) + len(value)
+		if attr == "user." || len(attr) > maxXattrName || len(value) > maxXattrValue || total+8*len(attrs) > maxXattrs {
+			return nil, fmt.Errorf("extended attribute %.255q of %d bytes does not fit: %w", attr, len(value), errdefs.ErrInvalidArgument)
+		}
+		if attrs == nil {
+			attrs = map[string]string{}
+		}
+		attrs[attr] = value
+	}
+	return attrs, nil
+}
+
+// isRoot reports whether name, such as "./", is that of the volume itself.
+func isRoot(name string) bool {
+	for part := range strings.SplitSeq(name, "/") {
+		if part != "." && part != "" {
+			return false
+		}
+	}
+	return !strings.HasPrefix(name, "/")
+}
+
+func typeName(flag byte) string {
+	switch flag {
+	case tar.TypeChar:
+		return "a character device"
+	case tar.TypeBlock:
+		return "a block device"
+	case tar.TypeFifo:
+		return "a FIFO"
+	}
+	return fmt.Sprintf("a member of type %q", flag)
+}
+
+// tarAttrs are the attributes in the header h. Setuid, setgid and sticky bits
+// are kept on directories alone.
+func tarAttrs(h *tar.Header) (attrs, error) {
+	if h.Uid < 0 || h.Uid >= math.MaxUint32 || h.Gid < 0 || h.Gid >= math.MaxUint32 {
+		return attrs{}, fmt.Errorf("owner %d:%d is not a user: %w", h.Uid, h.Gid, errdefs.ErrInvalidArgument)
+	}
+	mode := h.FileInfo().Mode()
+	// Not mode.IsDir(): the mode field of a file's header may say so, too.
+	if h.Typeflag == tar.TypeDir {
+		mode &= fs.ModePerm | fs.ModeSetuid | fs.ModeSetgid | fs.ModeSticky
+	} else {
+		mode &= fs.ModePerm
+	}
+	return attrs{mode: mode, uid: uint32(h.Uid), gid: uint32(h.Gid), mtime: h.ModTime}, nil
+}
+
+// badStream names an error of the archive's format or compression for what it
+// is. An error of the node's (a full disk, an unreadable blob) stays one.
+func badStream(err error) error {
+	var path *fs.PathError
+	var link *os.LinkError
+	switch {
+	case err == nil, errors.As(err, &path), errors.As(err, &link), errors.Is(err, context.Canceled),
+		errors.Is(err, context.DeadlineExceeded), errors.Is(err, unix.ENOSPC),
+		errdefs.IsInvalidArgument(err), errdefs.IsNotImplemented(err), errdefs.IsResourceExhausted(err):
+		return err
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return fmt.Errorf("the archive is truncated: %v: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return fmt.Errorf("the archive cannot be read: %v: %w", err, errdefs.ErrInvalidArgument)
+}

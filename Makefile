@@ -15,7 +15,7 @@ PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs busy
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build tools kubelet packages demo test test-unit test-node lint fmt bench clean
+.PHONY: build tools kubelet packages demo test test-unit test-node fuzz lint bench bench-peers clean
 
 build:
 	@echo "==> building $(BIN)"
@@ -62,6 +62,19 @@ test-node: build tools
 bench: build tools kubelet
 	@echo "==> running the benchmarks (docs/benchmarks.md says what they mean)"
 	go run ./integration/bench
+
+# Against the alternatives: docs/peers.md. An hour or so, and 45 GiB of disk.
+bench-peers: build tools
+	@echo "==> running the benchmarks against the alternatives"
+	go run ./integration/peers
+
+# Every parser of what an artifact says; FUZZTIME=10m for a thorough search.
+FUZZTIME ?= 20s
+fuzz:
+	@set -e; for f in artifact:FuzzRead artifact:FuzzFileMetadata artifact:FuzzCleanPath unpack:FuzzIndex unpack:FuzzInflate; do \
+		echo "==> $$f for $(FUZZTIME)"; \
+		go test -run '^$$' -fuzz "^$${f#*:}$$" -fuzztime $(FUZZTIME) ./$${f%%:*}; \
+	done
 
 lint: packages
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "not gofmt-ed:"; gofmt -l $$(git ls-files '*.go'); exit 1; }

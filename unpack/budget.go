@@ -39,11 +39,27 @@ const alwaysAllowed = 16 << 20
 type Budget struct {
 	limits        Limits
 	memory, cores *semaphore.Weighted
+	entries       *semaphore.Weighted // of all plans, see plan
 }
 
 // NewBudget returns a Budget of which nothing is taken.
 func NewBudget(l Limits) *Budget {
-	return &Budget{limits: l, memory: semaphore.NewWeighted(l.Memory), cores: semaphore.NewWeighted(int64(runtime.GOMAXPROCS(0)))}
+	return &Budget{
+		limits:  l,
+		memory:  semaphore.NewWeighted(l.Memory),
+		cores:   semaphore.NewWeighted(int64(runtime.GOMAXPROCS(0))),
+		entries: semaphore.NewWeighted(maxEntries),
+	}
+}
+
+// plan waits until the plans of all builds together have room for entries more:
+// a million take about a gigabyte while they are written.
+func (b *Budget) plan(ctx context.Context, entries int64) (release func(), err error) {
+	entries = min(entries, maxEntries)
+	if err := b.entries.Acquire(ctx, entries); err != nil {
+		return nil, err
+	}
+	return func() { b.entries.Release(entries) }, nil
 }
 
 // take waits for the memory and the core to decompress a layer.

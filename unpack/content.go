@@ -38,6 +38,10 @@ type content struct {
 	// digest is of the content: the blob's own, or the DiffID if it is
 	// compressed.
 	digest digest.Digest
+	// retained is how retaining it went, which is done once: the same blob may
+	// stand in many layers, as a file in one and as a tar in another.
+	once     sync.Once
+	retained error
 }
 
 // contentKey tells contents apart. A blob may be a tar for one layer and a file
@@ -103,18 +107,18 @@ func (cs *contents) retainRaw(ctx context.Context, layers []artifact.Layer) erro
 // they hold, several at a time.
 func (cs *contents) retainArchives(ctx context.Context, layers []artifact.Layer) error {
 	g, ctx := errgroup.WithContext(ctx)
-	defer func() { _ = g.Wait() }()
 	for _, l := range layers {
-		c := cs.files[keyOf(l)]
-		if l.Format != artifact.FormatTar || c.layer.Index != l.Index {
+		if l.Format != artifact.FormatTar {
 			continue
 		}
 		g.Go(func() error {
+			c := cs.files[keyOf(l)]
 			err := guard(func() error {
 				if l.Compression == artifact.CompressionNone {
 					return cs.retain(ctx, c, l.Descriptor)
 				}
-				return cs.retainFlat(ctx, c)
+				c.once.Do(func() { c.retained = guard(func() error { return cs.retainFlat(ctx, c) }) })
+				return c.retained
 			})
 			if err != nil {
 				return l.Wrap(outOfSpace(err))
@@ -172,32 +176,39 @@ func checkSize(fi os.FileInfo, blob ocispec.Descriptor) error {
 	return nil
 }
 
-// retain makes c a link to the runtime's blob, else to a copy made for another
-// Tree, else a new copy that later Trees can link to. The same blob may stand in
-// many layers, with sizes that differ.
+// retain makes c the runtime's blob, unless it is that already, and checks the
+// size, which layers with the same blob may say differently.
 func (cs *contents) retain(ctx context.Context, c *content, blob ocispec.Descriptor) error {
-	err := os.Link(cs.Blobs.Path(blob.Digest), c.path)
-	switch {
-	case err == nil, errors.Is(err, os.ErrExist): // it may be the second layer of this digest
-	case errors.Is(err, unix.EXDEV), errors.Is(err, unix.EMLINK), errors.Is(err, unix.EPERM), errors.Is(err, unix.EOPNOTSUPP):
-		if err := os.Link(cs.Shared.Path(blob.Digest), c.path); err == nil {
-			break
-		}
-		log.G(ctx).WithError(err).WithField("blob", blob.Digest).Warnf("copying a blob of %s, since it cannot be linked into the snapshotter's root", cs.Blobs)
-		if err := cs.copy(ctx, c.path, blob); err != nil {
-			return err
-		}
-		if err := cs.share(c); err != nil {
-			return err
-		}
-	default:
-		return explainMissing(err, cs.Blobs)
+	c.once.Do(func() { c.retained = cs.link(ctx, c, blob) })
+	if c.retained != nil {
+		return c.retained
 	}
 	fi, err := os.Lstat(c.path)
 	if err != nil {
 		return err
 	}
 	return checkSize(fi, blob)
+}
+
+// link makes c a link to the runtime's blob, else to a copy made for another
+// Tree, else a new copy that later Trees can link to.
+func (cs *contents) link(ctx context.Context, c *content, blob ocispec.Descriptor) error {
+	err := os.Link(cs.Blobs.Path(blob.Digest), c.path)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.EXDEV), errors.Is(err, unix.EMLINK), errors.Is(err, unix.EPERM), errors.Is(err, unix.EOPNOTSUPP):
+		if err := os.Link(cs.Shared.Path(blob.Digest), c.path); err == nil {
+			return nil
+		}
+		log.G(ctx).WithError(err).WithField("blob", blob.Digest).Warnf("copying a blob of %s, since it cannot be linked into the snapshotter's root", cs.Blobs)
+		if err := cs.copy(ctx, c.path, blob); err != nil {
+			return err
+		}
+		return cs.share(c)
+	default:
+		return explainMissing(err, cs.Blobs)
+	}
 }
 
 // share lets other Trees link to c, which is not in the runtime's directory of

@@ -170,6 +170,21 @@ func (t *Tree) write(ctx context.Context, a *artifact.Artifact, cs *contents, s 
 	if err := cs.retainArchives(ctx, a.Layers); err != nil {
 		return err
 	}
+	entries := int64(len(a.Layers))
+	for _, l := range a.Layers {
+		if l.Format == artifact.FormatTar {
+			fi, err := os.Stat(cs.files[keyOf(l)].path)
+			if err != nil {
+				return err
+			}
+			entries += min(fi.Size()/tarBlock, maxEntries) // headers at the most
+		}
+	}
+	release, err := cs.Budget.plan(ctx, entries)
+	if err != nil {
+		return err
+	}
+	defer release()
 	p := newPlan(a.Created, a.Layers)
 	if err := each(ctx, a.Layers, func(l artifact.Layer) error { return p.addLayer(ctx, l, cs) }); err != nil {
 		return err

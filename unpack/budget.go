@@ -52,14 +52,20 @@ func NewBudget(l Limits) *Budget {
 	}
 }
 
-// plan waits until the plans of all builds together have room for entries more:
-// a million take about a gigabyte while they are written.
-func (b *Budget) plan(ctx context.Context, entries int64) (release func(), err error) {
-	entries = min(entries, maxEntries)
-	if err := b.entries.Acquire(ctx, entries); err != nil {
+// plan waits until the plans of all builds together have room for so many
+// entries more: a million take about a gigabyte while they are written. keep gives
+// back what is more than the real number, which is known once all is planned; with
+// 0 everything.
+func (b *Budget) plan(ctx context.Context, entries int64) (keep func(n int64), err error) {
+	held := min(entries, maxEntries)
+	if err := b.entries.Acquire(ctx, held); err != nil {
 		return nil, err
 	}
-	return func() { b.entries.Release(entries) }, nil
+	return func(n int64) {
+		n = min(n, held)
+		b.entries.Release(held - n)
+		held = n
+	}, nil
 }
 
 // take waits for the memory and the core to decompress a layer.

@@ -115,9 +115,17 @@ func (cs *contents) retainArchives(ctx context.Context, layers []artifact.Layer)
 			c := cs.files[keyOf(l)]
 			err := guard(func() error {
 				if l.Compression == artifact.CompressionNone {
+					defer cs.done(l.Descriptor.Size)
 					return cs.retain(ctx, c, l.Descriptor)
 				}
-				c.once.Do(func() { c.retained = guard(func() error { return cs.retainFlat(ctx, c) }) })
+				first := false
+				c.once.Do(func() {
+					first = true
+					c.retained = guard(func() error { return cs.retainFlat(ctx, c) })
+				})
+				if !first {
+					cs.done(l.Descriptor.Size)
+				}
 				return c.retained
 			})
 			if err != nil {

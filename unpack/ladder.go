@@ -39,8 +39,9 @@ const (
 // one EROFS image and its tars extra devices of it: no byte is copied.
 const (
 	// EROFS mounts the files of image and tars directly, with direct I/O to
-	// them: the page cache has each byte once. It needs Linux 6.12 for the
-	// files, and 6.15 or so for the direct I/O.
+	// them: the page cache has each byte once. It needs Linux 6.13, or a 6.12
+	// that has got its fixes (6422cde1b0d5, "erofs: use buffered I/O for
+	// file-backed mounts by default", which adds the option).
 	EROFS Rung = "erofs"
 	// EROFSLoop mounts them as loop devices, with direct I/O as well. It needs
 	// Linux 5.16, and a device for each tar.
@@ -173,7 +174,7 @@ func probeLink(_ context.Context, dir string) error {
 
 // needs says what a rung with an image asks of the kernel.
 var needs = map[Rung]string{
-	EROFS:         "EROFS over files with direct I/O needs Linux 6.15, the erofs module, and a file system that can do direct I/O in units of 512 bytes",
+	EROFS:         "EROFS over files with direct I/O needs Linux 6.13, the erofs module, and a file system that can do direct I/O in units of 512 bytes",
 	EROFSLoop:     "EROFS over loop devices needs Linux 5.16, the erofs and loop modules, and /dev/loop-control",
 	EROFSBuffered: "EROFS over files needs Linux 6.12 and the erofs module",
 }

@@ -180,15 +180,16 @@ func (t *Tree) write(ctx context.Context, a *artifact.Artifact, cs *contents, s 
 			entries += min(fi.Size()/tarBlock, maxEntries) // headers at the most
 		}
 	}
-	release, err := cs.Budget.plan(ctx, entries)
+	keep, err := cs.Budget.plan(ctx, entries)
 	if err != nil {
 		return err
 	}
-	defer release()
+	defer keep(0)
 	p := newPlan(a.Created, a.Layers)
 	if err := each(ctx, a.Layers, func(l artifact.Layer) error { return p.addLayer(ctx, l, cs) }); err != nil {
 		return err
 	}
+	keep(int64(len(p.nodes)))
 	whole, archives := p.contents()
 	t.Redirects = len(whole) > 0 && t.Rungs.Raw == Overlay
 	t.Image = t.Rungs.Tar != Extract && (len(whole) == 0 || t.Redirects)

@@ -290,7 +290,8 @@ func TestTarsAreExtracted(t *testing.T) {
 
 func TestProgressIsOfAllBytes(t *testing.T) {
 	s := newSite(t)
-	a := numbered(s.raw(t, "f", "raw"), s.tar(t, artifact.CompressionZstd, archive(t, file("g", "tar"))))
+	zstd := s.tar(t, artifact.CompressionZstd, archive(t, file("g", "tar")))
+	a := numbered(s.raw(t, "f", "raw"), zstd, s.tar(t, artifact.CompressionNone, archive(t, file("h", "tar"))), zstd)
 	var done atomic.Int64
 	var total int64
 	for _, l := range a.Layers {

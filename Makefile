@@ -34,7 +34,7 @@ packages:
 # pinned in integration/tools/go.mod. Go's build cache makes the second time
 # quick.
 tools: packages
-	@echo "==> building containerd, runc, crictl, critest, ctr, crane and a registry (some minutes the first time)"
+	@echo "==> building containerd, runc, crictl, critest, ctr, crane, oras and a registry (some minutes the first time)"
 	cd integration/tools && go build -tags seccomp -o bin/ tool && go test -c -o bin/critest sigs.k8s.io/cri-tools/cmd/critest
 
 # The kubelet that TestKubelet and the benchmarks run: five minutes on two cores
@@ -63,10 +63,10 @@ bench: build tools kubelet
 	@echo "==> running the benchmarks (docs/benchmarks.md says what they mean)"
 	go run ./integration/bench
 
-# Against the alternatives: docs/peers.md. An hour or so, and 45 GiB of disk.
+# Some hours, and 42 GiB in TMPDIR.
 bench-peers: build tools
-	@echo "==> running the benchmarks against the alternatives"
-	go run ./integration/peers
+	@echo "==> comparing with the alternatives (docs/peers.md says how)"
+	go run ./integration/peers -out docs/peers
 
 # Every parser of what an artifact says; FUZZTIME=10m for a thorough search.
 FUZZTIME ?= 20s

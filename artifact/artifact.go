@@ -53,6 +53,10 @@ var imageConfigs = map[string]bool{
 	images.MediaTypeDockerSchema2Config: true,
 }
 
+// IsImageConfig reports whether a config of that media type makes a manifest a
+// container image and no artifact.
+func IsImageConfig(mediaType string) bool { return imageConfigs[mediaType] }
+
 // Annotation keys of models packed before ModelPack moved to the CNCF.
 const (
 	legacyAnnotationFilepath     = "org.cnai.model.filepath"

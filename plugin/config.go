@@ -56,6 +56,9 @@ type Config struct {
 	// RawRung and TarRung are rungs of package unpack, or "auto".
 	RawRung string `toml:"raw_rung"`
 	TarRung string `toml:"tar_rung"`
+	// UnpackOnPull unpacks artifacts with compressed layers while containerd pulls
+	// them.
+	UnpackOnPull bool `toml:"unpack_on_pull"`
 	// DecompressionMemory, MaxExpansion and ReservedSpace are unpack.Limits, the
 	// memory in MiB.
 	DecompressionMemory int64 `toml:"decompression_memory"`
@@ -76,6 +79,7 @@ func Default() Config {
 		LogLevel:            "info",
 		RawRung:             rungAuto,
 		TarRung:             rungAuto,
+		UnpackOnPull:        true,
 		DecompressionMemory: unpack.DefaultLimits.Memory >> 20,
 		MaxExpansion:        unpack.DefaultLimits.Expansion,
 		ReservedSpace:       unpack.DefaultLimits.Reserve,

@@ -70,6 +70,7 @@ func Open(ctx context.Context, cfg Config) (_ snapshots.Snapshotter, err error) 
 		Content: blobdir.Dir(cfg.ContentRoot),
 		Rungs:   rungs,
 		Limits:  cfg.limits(),
+		Early:   cfg.UnpackOnPull,
 	})
 	if err != nil {
 		return nil, err

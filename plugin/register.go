@@ -26,8 +26,8 @@ func init() {
 		ID:   "artifact",
 		// For the export of its root, see fromContainerd.
 		Requires: []plugin.Type{plugins.ContentPlugin},
-		Config: compiledIn(),
-		InitFn: initInContainerd,
+		Config:   compiledIn(),
+		InitFn:   initInContainerd,
 	})
 }
 

@@ -9,7 +9,9 @@ import (
 	"math"
 	"os"
 	"runtime"
+	"sync"
 
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 )
@@ -21,7 +23,7 @@ type Limits struct {
 	// streams may ask for a window of 128 MiB.
 	Memory int64
 	// Expansion is how many times the size of its blob a compressed layer may
-	// have; it does not count for the first 16 MiB.
+	// have; it does not count for the first 64 MiB.
 	Expansion int64
 	// Reserve is the share in percent of the file system of the Trees that is
 	// left free, 0 to 99.
@@ -32,14 +34,17 @@ type Limits struct {
 var DefaultLimits = Limits{Memory: 512 << 20, Expansion: 50, Reserve: 5}
 
 // alwaysAllowed is what any compressed layer may have: a small tar is mostly
-// zeros.
-const alwaysAllowed = 16 << 20
+// zeros, and one of many small files mostly headers.
+const alwaysAllowed = 64 << 20
 
 // Budget keeps all builds of a process together within Limits.
 type Budget struct {
 	limits        Limits
 	memory, cores *semaphore.Weighted
 	entries       *semaphore.Weighted // of all plans, see plan
+
+	mu   sync.Mutex
+	busy map[digest.Digest]chan struct{} // closed when the blob is free
 }
 
 // NewBudget returns a Budget of which nothing is taken.
@@ -49,6 +54,33 @@ func NewBudget(l Limits) *Budget {
 		memory:  semaphore.NewWeighted(l.Memory),
 		cores:   semaphore.NewWeighted(int64(runtime.GOMAXPROCS(0))),
 		entries: semaphore.NewWeighted(maxEntries),
+		busy:    map[digest.Digest]chan struct{}{},
+	}
+}
+
+// only waits until nobody else decompresses the blob: pods with user namespaces,
+// and artifacts that share a layer, need it at the same time.
+func (b *Budget) only(ctx context.Context, blob digest.Digest) (release func(), err error) {
+	for {
+		b.mu.Lock()
+		busy := b.busy[blob]
+		if busy == nil {
+			free := make(chan struct{})
+			b.busy[blob] = free
+			b.mu.Unlock()
+			return func() {
+				b.mu.Lock()
+				defer b.mu.Unlock()
+				delete(b.busy, blob)
+				close(free)
+			}, nil
+		}
+		b.mu.Unlock()
+		select {
+		case <-busy:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
 	}
 }
 
@@ -95,8 +127,7 @@ func (b *Budget) expanded(size int64) int64 {
 // room refuses size bytes that the file system of f has no room for, before the
 // node's disk is full.
 func (b *Budget) room(f *os.File, size int64) error {
-	const unchecked = 1 << 20
-	if size < unchecked {
+	if size == 0 {
 		return nil
 	}
 	var st unix.Statfs_t

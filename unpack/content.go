@@ -201,6 +201,9 @@ func (cs *contents) retain(ctx context.Context, c *content, blob ocispec.Descrip
 // link makes c a link to the runtime's blob, else to a copy made for another
 // Tree, else a new copy that later Trees can link to.
 func (cs *contents) link(ctx context.Context, c *content, blob ocispec.Descriptor) error {
+	if err := cs.await(ctx, blob.Digest); err != nil {
+		return err
+	}
 	err := os.Link(cs.Blobs.Path(blob.Digest), c.path)
 	switch {
 	case err == nil:
@@ -213,31 +216,33 @@ func (cs *contents) link(ctx context.Context, c *content, blob ocispec.Descripto
 		if err := cs.copy(ctx, c.path, blob); err != nil {
 			return err
 		}
-		return cs.share(c)
+		_, err := cs.share(c)
+		return err
 	default:
 		return explainMissing(err, cs.Blobs)
 	}
 }
 
 // share lets other Trees link to c, which is not in the runtime's directory of
-// blobs. Whoever is first shares, and the others take his.
-func (cs *contents) share(c *content) error {
+// blobs. Whoever is first shares, and the others take his; ours tells whether this
+// one was kept.
+func (cs *contents) share(c *content) (ours bool, err error) {
 	shared := cs.Shared.Path(c.digest)
-	err := os.Link(c.path, shared)
+	err = os.Link(c.path, shared)
 	if errors.Is(err, os.ErrNotExist) {
 		if err := os.MkdirAll(filepath.Dir(shared), 0o700); err != nil {
-			return err
+			return true, err
 		}
 		err = os.Link(c.path, shared)
 	}
 	if !errors.Is(err, os.ErrExist) {
-		return err
+		return true, err
 	}
 	theirs := c.path + ".shared"
 	if err := os.Link(shared, theirs); err != nil {
-		return nil //nolint:nilerr // it has just been swept, or has too many links: we keep ours
+		return true, nil //nolint:nilerr // it has just been swept, or has too many links
 	}
-	return os.Rename(theirs, c.path)
+	return false, os.Rename(theirs, c.path)
 }
 
 func (cs *contents) copy(ctx context.Context, target string, blob ocispec.Descriptor) error {
@@ -295,16 +300,16 @@ func (cs *contents) sparse(r io.Reader, size int64) (*content, error) {
 	if err := copySparse(f, r, size); err != nil {
 		return nil, err
 	}
-	taken, err := cs.account(f)
+	taken, err := cs.account(c)
 	cs.holes += max(0, size-taken)
 	return c, errors.Join(err, f.Close())
 }
 
-// account counts what f, which is in data/ alone, takes of the disk, in bytes.
-func (cs *contents) account(f *os.File) (int64, error) {
+// account counts what c, which is nobody else's, takes of the disk, in bytes.
+func (cs *contents) account(c *content) (int64, error) {
 	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return 0, os.NewSyscallError("fstat", err)
+	if err := unix.Stat(c.path, &st); err != nil {
+		return 0, pathError("stat", c.path, err)
 	}
 	cs.mu.Lock()
 	defer cs.mu.Unlock()

@@ -28,7 +28,9 @@ const (
 	zstdWindow = 128 << 20
 	// chunk is how much of a stream is decompressed while the chunk before it is
 	// hashed and written.
-	chunk = 1 << 20
+	chunk = 256 << 10
+	// lookEvery is how much is written between two looks at the free space.
+	lookEvery = 16 << 20
 )
 
 // decompressor is how a compression is read, and the memory that takes.
@@ -43,7 +45,7 @@ type decompressor struct {
 var decompressors = map[artifact.Compression]decompressor{
 	artifact.CompressionGzip: {
 		open:   func(r io.Reader) (io.ReadCloser, error) { return gzip.NewReader(r) },
-		memory: 4 * chunk,
+		memory: 16 * chunk,
 	},
 	artifact.CompressionZstd: {
 		open: func(r io.Reader) (io.ReadCloser, error) {
@@ -53,7 +55,7 @@ var decompressors = map[artifact.Compression]decompressor{
 			}
 			return d.IOReadCloser(), nil
 		},
-		memory: zstdWindow + 8*chunk,
+		memory: zstdWindow + 32*chunk,
 	},
 }
 
@@ -63,11 +65,19 @@ var decompressors = map[artifact.Compression]decompressor{
 // Nothing is found by the DiffID that a config claims: whoever knows that of
 // somebody else's layer could read it so.
 func (cs *contents) retainFlat(ctx context.Context, c *content) error {
+	if err := cs.await(ctx, c.layer.Descriptor.Digest); err != nil {
+		return err
+	}
 	blob, err := cs.open(c.layer.Descriptor)
 	if err != nil {
 		return err
 	}
 	defer blob.Close()
+	release, err := cs.Budget.only(ctx, c.layer.Descriptor.Digest)
+	if err != nil {
+		return err
+	}
+	defer release()
 	done := cs.flatOf(c.layer.Descriptor.Digest)
 	if target, err := os.Readlink(done); err == nil {
 		shared := filepath.Join(filepath.Dir(done), target)
@@ -80,8 +90,12 @@ func (cs *contents) retainFlat(ctx context.Context, c *content) error {
 	if err := cs.inflate(ctx, c, blob); err != nil {
 		return err
 	}
-	if err := cs.share(c); err != nil {
+	if ours, err := cs.share(c); err != nil {
 		return err
+	} else if ours {
+		if _, err := cs.account(c); err != nil {
+			return err
+		}
 	}
 	// Remembered as a symlink from the blob to what it holds.
 	if err := os.MkdirAll(filepath.Dir(done), 0o700); err != nil {
@@ -133,9 +147,6 @@ func (cs *contents) inflate(ctx context.Context, c *content, blob *os.File) erro
 		return badStream(err)
 	}
 	c.digest = sum.Digest()
-	if _, err := cs.account(dst); err != nil {
-		return err
-	}
 	return dst.Close()
 }
 
@@ -145,7 +156,7 @@ type flatWriter struct {
 	hash              hash.Hash
 	budget            *Budget
 	compressed, limit int64
-	written           int64
+	written, look     int64
 }
 
 // fill reads r to its end, in this goroutine, while another one hashes and
@@ -205,8 +216,11 @@ func (w *flatWriter) write(b []byte) error {
 		return fmt.Errorf("it decompresses to more than %d bytes from %d; raise max_expansion in the snapshotter's configuration if that is as it should be: %w",
 			w.limit, w.compressed, errdefs.ErrInvalidArgument)
 	}
-	if err := w.budget.room(w.file, int64(len(b))); err != nil {
-		return err
+	if w.written >= w.look {
+		if err := w.budget.room(w.file, int64(len(b))); err != nil {
+			return err
+		}
+		w.look = w.written + lookEvery
 	}
 	if _, err := w.hash.Write(b); err != nil {
 		return err

@@ -29,9 +29,12 @@ func buildImage(file string, p *plan, s shift, nowhere *content) (devices []*con
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
+	i := &image{plan: p, shift: s, block: 4096, subdirs: map[string]uint32{}}
+	if _, archives := p.contents(); len(archives) > 0 {
+		i.block = tarBlock
+	}
 	// Time 0, so that nothing in the image depends on when it was made.
-	w := erofs.Create(f, erofs.WithBlockSize(tarBlock), erofs.WithBuildTime(0, 0))
-	i := &image{plan: p, shift: s, subdirs: map[string]uint32{}}
+	w := erofs.Create(f, erofs.WithBlockSize(i.block), erofs.WithBuildTime(0, 0))
 	metadata := i.part()
 	sources := map[*content]*imagePart{}
 	for _, name := range p.sorted() {
@@ -58,7 +61,7 @@ func buildImage(file string, p *plan, s shift, nowhere *content) (devices []*con
 		if err != nil {
 			return nil, err
 		}
-		device := imageDevice{sources[c], uint64(fi.Size()) / tarBlock}
+		device := imageDevice{sources[c], uint64(fi.Size()) / uint64(i.block)}
 		if err := w.CopyFrom(device, erofs.MetadataOnly()); err != nil {
 			return nil, err
 		}
@@ -73,6 +76,7 @@ func buildImage(file string, p *plan, s shift, nowhere *content) (devices []*con
 type image struct {
 	plan    *plan
 	shift   shift
+	block   int               // size
 	subdirs map[string]uint32 // how many directories are in one
 }
 
@@ -137,7 +141,7 @@ type imageDevice struct {
 }
 
 // BlockSize is that of the image and of the device.
-func (imageDevice) BlockSize() uint32 { return tarBlock }
+func (d imageDevice) BlockSize() uint32 { return uint32(d.block) }
 
 // DeviceBlocks is the size of the device.
 func (d imageDevice) DeviceBlocks() uint64 { return d.blocks }

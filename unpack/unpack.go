@@ -89,9 +89,19 @@ type Options struct {
 	// Owners shifts every owner for a pod with a user namespace; the zero
 	// value leaves owners alone.
 	Owners IDMap
+	// Await, if it is not nil, waits for a blob that Blobs may not have yet. It is
+	// called by several goroutines.
+	Await func(ctx context.Context, blob digest.Digest) error
 	// Progress, if it is not nil, is told of every n bytes of the artifact's
 	// blobs that are done, by several goroutines.
 	Progress func(n int64)
+}
+
+func (o Options) await(ctx context.Context, blob digest.Digest) error {
+	if o.Await == nil {
+		return nil
+	}
+	return o.Await(ctx, blob)
 }
 
 func (o Options) done(n int64) {
@@ -147,10 +157,12 @@ func (t *Tree) build(ctx context.Context, a *artifact.Artifact, o Options) error
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	g, gctx := errgroup.WithContext(ctx)
-	if o.Rungs.Raw == Overlay {
+	switch o.Rungs.Raw {
+	case Overlay:
 		g.Go(func() error { return cs.retainRaw(gctx, a.Layers) })
-	} else if o.Rungs.Raw == Link { // it is they that files are linked from
+	case Link: // it is they that files are linked from
 		err = cs.retainRaw(ctx, a.Layers)
+	default:
 	}
 	if err == nil {
 		err = t.write(gctx, a, cs, s)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
@@ -90,7 +91,7 @@ func (s *Store) mount(ctx context.Context, id ID, a *artifact.Artifact) error {
 		if err := s.unmount(name); err != nil {
 			return err
 		}
-		if t, err = s.build(ctx, id, a); err != nil {
+		if t, err = s.build(ctx, id, a, nil); err != nil {
 			return err
 		}
 	}
@@ -104,8 +105,9 @@ func (s *Store) mount(ctx context.Context, id ID, a *artifact.Artifact) error {
 	return t.Mount(ctx, target)
 }
 
-// build makes the Tree of id.
-func (s *Store) build(ctx context.Context, id ID, a *artifact.Artifact) (*unpack.Tree, error) {
+// build makes the Tree of id. await, if it is not nil, waits for blobs that the
+// runtime may not have yet.
+func (s *Store) build(ctx context.Context, id ID, a *artifact.Artifact, await func(context.Context, digest.Digest) error) (*unpack.Tree, error) {
 	if a == nil { // somebody has deleted it by hand
 		return nil, fmt.Errorf("the tree of artifact %s has just gone, try again: %w", id.Manifest, errdefs.ErrUnavailable)
 	}
@@ -128,6 +130,7 @@ func (s *Store) build(ctx context.Context, id ID, a *artifact.Artifact) (*unpack
 	return s.publish(id, func(dir string) error {
 		o := s.options(id)
 		o.Progress = func(n int64) { far.done.Add(n) }
+		o.Await = await
 		_, err := unpack.Build(ctx, dir, a, o)
 		return err
 	})
@@ -146,7 +149,7 @@ func (s *Store) shift(ctx context.Context, id ID, a *artifact.Artifact) (*unpack
 		if t, err := unpack.Load(s.path(plain)); err == nil {
 			return t, nil
 		}
-		return s.build(ctx, plain, a)
+		return s.build(ctx, plain, a, nil)
 	})
 	if err != nil {
 		return nil, err

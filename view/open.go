@@ -43,6 +43,9 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		progress: map[digest.Digest]*progress{},
 		failed:   map[string]error{},
 	}
+	if c.Early {
+		s.early = map[string]*early{}
+	}
 	s.closing, s.close = context.WithCancel(context.WithoutCancel(ctx))
 	// Everything above what is mounted into a pod with a user namespace must
 	// be searchable by its users; what is behind a mount need not be.

@@ -86,10 +86,16 @@ func (s *Store) watch(ctx context.Context) <-chan struct{} {
 				s.watchBlobs(w)
 				continue
 			case e := <-w.Events:
+				if e.Has(fsnotify.Create) && s.early != nil {
+					s.arrivals.tell(e.Name)
+					s.unpackEarly(ctx, e.Name)
+				}
 				if !e.Has(fsnotify.Remove) && !e.Has(fsnotify.Rename) {
 					continue
 				}
+				s.arrivals.tell("") // it may be a manifest whose layers are waited for
 			case <-w.Errors: //nolint:errcheck // an overflow: something may have been missed
+				s.arrivals.tell("")
 			}
 			select {
 			case deleted <- struct{}{}:

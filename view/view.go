@@ -63,6 +63,9 @@ type Config struct {
 	Rungs unpack.Rungs
 	// Limits are what building Trees may take of the node.
 	Limits unpack.Limits
+	// Early lets Run build the Trees of artifacts with compressed layers while
+	// the runtime pulls them.
+	Early bool
 }
 
 // Users lists the artifacts that somebody shows at this moment. It must not
@@ -94,6 +97,10 @@ type Store struct {
 	building map[string]bool
 	progress map[digest.Digest]*progress
 	failed   map[string]error
+	// early are the builds that began with their manifest's arrival, by the name
+	// of the Tree to be; nil if none may.
+	early    map[string]*early
+	arrivals arrivals
 }
 
 // AddUsers makes the sweep ask u who shows what. All doors must be added before
@@ -159,6 +166,7 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 		release()
 		return nil, err
 	}
+	s.hurry(id.name())
 	wait := s.maxWait
 	if deadline, ok := ctx.Deadline(); ok {
 		// So that the answer, which says how far the build is, still gets there.

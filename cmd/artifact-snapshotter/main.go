@@ -35,7 +35,7 @@ func command() *cli.Command {
 		Name:            name,
 		Usage:           "mount OCI model artifacts into pods as read-only volumes, without copying a byte",
 		HideHelpCommand: true,
-		Commands:        []*cli.Command{serveCommand(), configCommand(), inspectCommand(), versionCommand()},
+		Commands:        []*cli.Command{serveCommand(), configCommand(), doctorCommand(), inspectCommand(), versionCommand()},
 		// Errors are printed by main alone.
 		ExitErrHandler: func(context.Context, *cli.Command, error) {},
 		ArgValidator:   noArguments,

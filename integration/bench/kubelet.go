@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/measure"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
@@ -25,24 +26,24 @@ const kubeletRounds = 20
 // before it gets a sandbox. A pod of a cluster always has one, with the token of
 // its service account; hence the comparison with an emptyDir.
 func measureKubelet(ctx context.Context, r *report) {
-	progress("starting a node with kubelet, and packing, pushing and pulling a model of 2 GiB")
-	n := must(node.Start(ctx, node.Options{Kubelet: true}))
-	defer tidy(n.Stop)
+	measure.Progress("starting a node with kubelet, and packing, pushing and pulling a model of 2 GiB")
+	n := measure.Must(node.Start(ctx, node.Options{Kubelet: true}))
+	defer measure.Tidy(n.Stop)
 	dir := filepath.Join(n.Dir, "model")
-	check(os.Mkdir(dir, 0o755))
-	check(os.WriteFile(filepath.Join(dir, weights), nil, 0o644))
-	check(os.Truncate(filepath.Join(dir, weights), 2*gib))
-	model := must(pack.Model(dir, pack.Options{}))
-	must(model.Push(ctx, n.Registry, "models/kubelet", "latest"))
+	measure.Check(os.Mkdir(dir, 0o755))
+	measure.Check(os.WriteFile(filepath.Join(dir, weights), nil, 0o644))
+	measure.Check(os.Truncate(filepath.Join(dir, weights), 2*measure.GiB))
+	model := measure.Must(pack.Model(dir, pack.Options{}))
+	measure.Must(model.Push(ctx, n.Registry, "models/kubelet", "latest"))
 	ref := n.Registry + "/models/kubelet:latest"
-	must(n.Pull(ref))
-	check(n.StartKubelet(nil))
+	measure.Must(n.Pull(ref))
+	measure.Check(n.StartKubelet(nil))
 	kinds := [3]node.PodSpec{
 		{},
 		{EmptyDir: "/empty"},
 		{Volumes: []node.Volume{{Image: ref, Path: "/model", PullPolicy: "IfNotPresent"}}},
 	}
-	var whole, ofSandbox [len(kinds)]sample
+	var whole, ofSandbox [len(kinds)]measure.Sample
 	for round := range kubeletRounds + 1 {
 		for turn := range kinds {
 			i := (turn + round) % len(kinds) // none is always the first
@@ -54,12 +55,12 @@ func measureKubelet(ctx context.Context, r *report) {
 				ofSandbox[i] = append(ofSandbox[i], sinceSandbox)
 			}
 		}
-		r.disk.sync()
+		r.disk.Sync()
 	}
-	compare := func(what string, with, without sample) {
-		ratio := with.median() / without.median()
+	compare := func(what string, with, without measure.Sample) {
+		ratio := with.Median() / without.Median()
 		r.add("kubelet, a container with a raw model of 2 GiB starts, "+what,
-			fmt.Sprintf("**%.3f**: %s against %s", ratio, with.format("%.0f", " ms"), without.format("%.0f", " ms")),
+			fmt.Sprintf("**%.3f**: %s against %s", ratio, with.Format("%.0f", " ms"), without.Format("%.0f", " ms")),
 			"≤ 1.1", ratio <= 1.1)
 	}
 	compare("from the pod's manifest on, against a pod with an `emptyDir`", whole[2], whole[1])
@@ -72,23 +73,21 @@ func measureKubelet(ctx context.Context, r *report) {
 // could see the manifest, and from the creation of the sandbox.
 func startStatic(ctx context.Context, n *node.Node, spec node.PodSpec) (sinceGiven, sinceSandbox float64) {
 	given := time.Now()
-	check(n.RunStaticPod(spec))
+	measure.Check(n.RunStaticPod(spec))
 	var id string
 	for deadline := given.Add(time.Minute); id == ""; time.Sleep(50 * time.Millisecond) {
-		check(ctx.Err())
+		measure.Check(ctx.Err())
 		if time.Now().After(deadline) {
-			check(fmt.Errorf("pod %s does not start: %+v", spec.Name, must(n.StaticPods())[spec.Name].Status))
+			measure.Check(fmt.Errorf("pod %s does not start: %+v", spec.Name, measure.Must(n.StaticPods())[spec.Name].Status))
 		}
-		id = must(n.StaticPods())[spec.Name].Containers["main"]
+		id = measure.Must(n.StaticPods())[spec.Name].Containers["main"]
 	}
 	inspect := func(command, template, id string) string {
-		return strings.TrimSpace(must(n.Crictl(command, "--output", "go-template", "--template", template, id)))
+		return strings.TrimSpace(measure.Must(n.Crictl(command, "--output", "go-template", "--template", template, id)))
 	}
-	started := must(time.Parse(time.RFC3339Nano, inspect("inspect", "{{.status.startedAt}}", id)))
+	started := measure.Must(time.Parse(time.RFC3339Nano, inspect("inspect", "{{.status.startedAt}}", id)))
 	sandbox := inspect("inspect", "{{.info.sandboxID}}", id)
-	created := must(time.Parse(time.RFC3339Nano, inspect("inspectp", "{{.status.createdAt}}", sandbox)))
-	check(n.RemoveStaticPod(spec.Name))
-	return milliseconds(started.Sub(given)), milliseconds(started.Sub(created))
+	created := measure.Must(time.Parse(time.RFC3339Nano, inspect("inspectp", "{{.status.createdAt}}", sandbox)))
+	measure.Check(n.RemoveStaticPod(spec.Name))
+	return measure.Milliseconds(started.Sub(given)), measure.Milliseconds(started.Sub(created))
 }
-
-func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }

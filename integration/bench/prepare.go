@@ -22,15 +22,12 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/measure"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
 const (
-	mib = 1 << 20
-	gib = 1 << 30
-	tib = 1 << 40
-
 	smallRounds = 51 // of an artifact with 1 or 10 files
 	largeRounds = 11 // with 2,000
 	artifacts   = 100
@@ -45,33 +42,33 @@ type preparer struct {
 }
 
 func measurePrepare(ctx context.Context, r *report) {
-	progress("starting a node for Prepare")
-	n := must(node.Start(ctx, node.Options{}))
-	defer tidy(n.Stop)
-	_, version, _ := strings.Cut(must(n.Crictl("version")), "RuntimeVersion:")
+	measure.Progress("starting a node for Prepare")
+	n := measure.Must(node.Start(ctx, node.Options{}))
+	defer measure.Tidy(n.Stop)
+	_, version, _ := strings.Cut(measure.Must(n.Crictl("version")), "RuntimeVersion:")
 	r.containerd = strings.Fields(version)[0]
 	// The artifacts are put into the blob directory by hand, and containerd
 	// would collect them as garbage.
-	check(n.StopContainerd())
-	conn := must(grpc.NewClient(dialer.DialAddress(filepath.Join(n.Dir, "daemon.sock")),
+	measure.Check(n.StopContainerd())
+	conn := measure.Must(grpc.NewClient(dialer.DialAddress(filepath.Join(n.Dir, "daemon.sock")),
 		grpc.WithTransportCredentials(insecure.NewCredentials())))
-	defer tidy(conn.Close)
+	defer measure.Tidy(conn.Close)
 	p := &preparer{Snapshotter: proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "artifact"), Node: n}
-	for _, target := range p.some(3, p.raw(1, mib)) { // the first ones wake up everything
+	for _, target := range p.some(3, p.raw(1, measure.MiB)) { // the first ones wake up everything
 		p.prepare(ctx, target)
 	}
 	p.bytes(ctx, r)
 	p.files(ctx, r, 10, smallRounds, 5)
 	p.files(ctx, r, 2000, largeRounds, 100)
-	p.memory(ctx, r, "raw artifacts of 1 GiB in 10 files", p.raw(10, gib/10))
+	p.memory(ctx, r, "raw artifacts of 1 GiB in 10 files", p.raw(10, measure.GiB/10))
 	p.memory(ctx, r, "tar+gzip artifacts of 2.5 MiB in 10 files", gzipped)
 }
 
 // bytes compares artifacts whose only difference is the size of their file.
 func (p *preparer) bytes(ctx context.Context, r *report) {
-	targets := [2][]digest.Digest{p.some(smallRounds, p.raw(1, mib)), p.some(smallRounds, p.raw(1, tib))}
-	r.disk.sync()
-	var took [2]sample
+	targets := [2][]digest.Digest{p.some(smallRounds, p.raw(1, measure.MiB)), p.some(smallRounds, p.raw(1, measure.TiB))}
+	r.disk.Sync()
+	var took [2]measure.Sample
 	for round := range smallRounds {
 		for turn := range 2 {
 			i := (turn + round) % 2 // neither is always the first
@@ -80,47 +77,47 @@ func (p *preparer) bytes(ctx context.Context, r *report) {
 	}
 	noise := 0.0
 	for _, s := range took {
-		noise = max(noise, s.quantile(0.75)-s.quantile(0.25))
+		noise = max(noise, s.Quantile(0.75)-s.Quantile(0.25))
 	}
 	r.add("`Prepare`, one raw file of 1 TiB against one of 1 MiB",
-		took[1].format("%.2f", " ms")+" against "+took[0].format("%.2f", " ms"),
+		took[1].Format("%.2f", " ms")+" against "+took[0].Format("%.2f", " ms"),
 		fmt.Sprintf("same ± %.2f ms, the middle half of the rounds", noise),
-		math.Abs(took[1].median()-took[0].median()) <= noise)
+		math.Abs(took[1].Median()-took[0].Median()) <= noise)
 }
 
 // files prepares artifacts of 1 GiB for two pods each.
 func (p *preparer) files(ctx context.Context, r *report, files, rounds int, limit float64) {
-	targets := p.some(rounds, p.raw(files, gib/int64(files)))
-	before := r.disk.used()
-	var took [2]sample
+	targets := p.some(rounds, p.raw(files, measure.GiB/int64(files)))
+	before := r.disk.Used()
+	var took [2]measure.Sample
 	for _, target := range targets {
 		for pod := range took {
 			took[pod] = append(took[pod], p.prepare(ctx, target))
 		}
 	}
-	added := (r.disk.used() - before) / float64(rounds)
+	added := (r.disk.Used() - before) / float64(rounds)
 	for pod, s := range took {
 		r.add(fmt.Sprintf("`Prepare`, %d raw files, %s pod", files, [2]string{"first", "second"}[pod]),
-			s.format("%.2f", " ms"), fmt.Sprintf("≤ %.0f ms", limit), s.median() <= limit)
+			s.Format("%.2f", " ms"), fmt.Sprintf("≤ %.0f ms", limit), s.Median() <= limit)
 	}
 	r.add(fmt.Sprintf("disk added by a raw artifact of 1 GiB in %d files", files),
-		fmt.Sprintf("**%.0f KiB**, %.3f %%", added/1024, 100*added/gib), "≤ 1 %", added <= gib/100)
+		fmt.Sprintf("**%.0f KiB**, %.3f %%", added/1024, 100*added/measure.GiB), "≤ 1 %", added <= measure.GiB/100)
 }
 
 // memory measures a daemon that was just started.
 func (p *preparer) memory(ctx context.Context, r *report, kind string, layer layerMaker) {
-	progress("making %d %s", artifacts, kind)
+	measure.Progress("making %d %s", artifacts, kind)
 	targets := p.some(artifacts, layer)
-	check(p.StopDaemon())
-	check(p.StartDaemon())
+	measure.Check(p.StopDaemon())
+	measure.Check(p.StartDaemon())
 	status := fmt.Sprintf("/proc/%d/status", p.DaemonPID())
-	start := mebibytes(status, "VmRSS")
+	start := measure.Mebibytes(status, "VmRSS")
 	for _, target := range targets {
 		p.prepare(ctx, target)
 	}
-	end := mebibytes(status, "VmRSS")
+	end := measure.Mebibytes(status, "VmRSS")
 	r.add(fmt.Sprintf("daemon's resident memory after %d %s", artifacts, kind),
-		fmt.Sprintf("**%.1f MiB** (%.1f at the start, peak %.1f)", end, start, mebibytes(status, "VmHWM")), "< 40 MiB", end < 40)
+		fmt.Sprintf("**%.1f MiB** (%.1f at the start, peak %.1f)", end, start, measure.Mebibytes(status, "VmHWM")), "< 40 MiB", end < 40)
 }
 
 // prepare is the image volume of another pod; it returns the milliseconds.
@@ -132,8 +129,8 @@ func (p *preparer) prepare(ctx context.Context, target digest.Digest) float64 {
 	start := time.Now()
 	_, err := p.Prepare(ctx, key, "")
 	took := time.Since(start)
-	check(err)
-	return float64(took.Microseconds()) / 1000
+	measure.Check(err)
+	return measure.Milliseconds(took)
 }
 
 // layerMaker makes the layers of the artifact with a number.
@@ -144,7 +141,7 @@ func (p *preparer) some(count int, layers layerMaker) (targets []digest.Digest) 
 	for range count {
 		p.made++
 		a := pack.Artifact{ArtifactType: modelspec.ArtifactTypeModelManifest, Layers: layers(p.made)}
-		targets = append(targets, must(a.WriteTo(p.ContentRoot)).Digest)
+		targets = append(targets, measure.Must(a.WriteTo(p.ContentRoot)).Digest)
 	}
 	return targets
 }
@@ -153,12 +150,12 @@ func (p *preparer) some(count int, layers layerMaker) (targets []digest.Digest) 
 func (p *preparer) raw(files int, size int64) layerMaker {
 	return func(artifact int) (layers []pack.Layer) {
 		dir := filepath.Join(p.ContentRoot, "blobs", "sha256")
-		check(os.MkdirAll(dir, 0o755))
+		measure.Check(os.MkdirAll(dir, 0o755))
 		for i := range files {
 			d := digest.FromString(fmt.Sprint(artifact, " ", i))
 			blob := filepath.Join(dir, d.Encoded())
-			check(os.WriteFile(blob, nil, 0o444))
-			check(os.Truncate(blob, size))
+			measure.Check(os.WriteFile(blob, nil, 0o444))
+			measure.Check(os.Truncate(blob, size))
 			layers = append(layers, pack.Layer{
 				MediaType: modelspec.MediaTypeModelWeightRaw, Annotations: annotations(i, size), Digest: d, Size: size,
 			})
@@ -171,13 +168,13 @@ func (p *preparer) raw(files int, size int64) layerMaker {
 func gzipped(artifact int) (layers []pack.Layer) {
 	random := rand.NewChaCha8([32]byte{byte(artifact), byte(artifact >> 8)})
 	for i := range 10 {
-		member := pack.Member{Data: make([]byte, mib/4)}
+		member := pack.Member{Data: make([]byte, measure.MiB/4)}
 		member.Name, member.Mode = name(i), 0o644
-		must(random.Read(member.Data))
-		tar := must(pack.TarOf(member))
+		measure.Must(random.Read(member.Data))
+		tar := measure.Must(pack.TarOf(member))
 		layers = append(layers, pack.Layer{
-			MediaType: modelspec.MediaTypeModelWeightGzip, Annotations: annotations(i, mib/4),
-			Data: must(pack.Gzip(tar)), DiffID: digest.FromBytes(tar),
+			MediaType: modelspec.MediaTypeModelWeightGzip, Annotations: annotations(i, measure.MiB/4),
+			Data: measure.Must(pack.Gzip(tar)), DiffID: digest.FromBytes(tar),
 		})
 	}
 	return layers

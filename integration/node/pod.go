@@ -14,7 +14,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// Volume is an image volume.
+// Volume is an image volume, or a directory of the host.
 type Volume struct {
 	Image   string // reference or image ID; it must have been pulled
 	Path    string // in the container
@@ -22,6 +22,10 @@ type Volume struct {
 
 	// PullPolicy is Kubernetes', for static pods; "" is its default.
 	PullPolicy string
+
+	// HostPath is a directory that is mounted instead of an image; not for
+	// static pods.
+	HostPath string
 }
 
 // Container is a container of a pod.
@@ -154,11 +158,12 @@ func (p *Pod) Start(c Container) error {
 	}
 	mounts := []map[string]any{}
 	for _, v := range append(p.spec.Volumes[:len(p.spec.Volumes):len(p.spec.Volumes)], c.Volumes...) {
-		mount := map[string]any{
-			"container_path": v.Path,
-			"image":          map[string]any{"image": v.Image},
-			"image_sub_path": v.SubPath,
-			"readonly":       true,
+		mount := map[string]any{"container_path": v.Path, "readonly": true}
+		if v.HostPath != "" {
+			mount["host_path"] = v.HostPath
+		} else {
+			mount["image"] = map[string]any{"image": v.Image}
+			mount["image_sub_path"] = v.SubPath
 		}
 		if p.spec.UserNamespace {
 			mount["uidMappings"], mount["gidMappings"] = p.spec.idMap(), p.spec.idMap()
@@ -206,6 +211,13 @@ func (p *Pod) Exec(container string, args ...string) (string, error) {
 		err = fmt.Errorf("%w%s", err, out)
 	}
 	return out, err
+}
+
+// PID is the host's process ID of the container's first process, so that
+// /proc/<pid>/root is its filesystem.
+func (p *Pod) PID(container string) (string, error) {
+	out, err := p.node.Crictl("inspect", "--output", "go-template", "--template", "{{.info.pid}}", p.Containers[container])
+	return strings.TrimSpace(out), err
 }
 
 // Tree lists everything below a directory as the container sees it. The

@@ -1,0 +1,354 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/containerd/log"
+	"github.com/urfave/cli/v3"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+const (
+	outputText = "text"
+	outputJSON = "json"
+)
+
+func doctorCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "doctor",
+		Usage: "try what this node can do, and say what would make it do more",
+		Description: "It makes the mounts that the daemon makes when it starts, in the same root and beside a\n" +
+			"daemon that runs, and leaves nothing behind. The exit code is 1 if the daemon could not\n" +
+			"show artifacts with this configuration.",
+		Flags: []cli.Flag{
+			configFlag(),
+			&cli.StringFlag{Name: "root", Usage: "directory for what outlives a reboot; beats the file, as for serve"},
+			&cli.StringFlag{Name: "content-root", Usage: "root of containerd's content store; beats the file, too"},
+			&cli.StringFlag{Name: "output", Usage: outputText + " or " + outputJSON, Value: outputText},
+		},
+		Action: doctor,
+	}
+}
+
+// checks are what doctor looks at, in this order. One that fails does not keep
+// it from the next.
+var checks = []struct {
+	name string
+	run  func(context.Context, plugin.Config) finding
+}{
+	{"kernel", checkKernel},
+	{"raw layers", func(ctx context.Context, cfg plugin.Config) finding {
+		return checkRungs(ctx, cfg, "raw_rung", cfg.RawRung, unpack.RawRungs)
+	}},
+	{"tar layers", func(ctx context.Context, cfg plugin.Config) finding {
+		return checkRungs(ctx, cfg, "tar_rung", cfg.TarRung, unpack.TarRungs)
+	}},
+	{"content root", checkContentRoot},
+}
+
+// finding is what a check finds.
+type finding struct {
+	// Problem is why the daemon could not show artifacts.
+	Problem string `json:"problem,omitempty"`
+	// Facts are for programs what text is for people, with tabs between columns.
+	Facts any `json:"facts,omitempty"`
+	text  string
+	// Advice is what would make it better.
+	Advice []advice `json:"advice,omitempty"`
+}
+
+type advice struct {
+	Do   string `json:"do"`
+	Gain string `json:"gain"`
+}
+
+func doctor(ctx context.Context, command *cli.Command) error {
+	output := command.String("output")
+	if output != outputText && output != outputJSON {
+		return fmt.Errorf("--output %q is neither %s nor %s", output, outputText, outputJSON)
+	}
+	cfg, err := loadConfig(command)
+	if err != nil {
+		return err
+	}
+	for flag, value := range map[string]*string{"root": &cfg.Root, "content-root": &cfg.ContentRoot} {
+		if command.IsSet(flag) {
+			*value = command.String(flag)
+		}
+	}
+	if err := cfg.Validate(); err != nil {
+		return err
+	}
+	if os.Geteuid() != 0 {
+		return errors.New("doctor makes the mounts that the daemon makes, and needs root for it: run it as root")
+	}
+	// What the packages below log is for the daemon's log.
+	if err := log.SetLevel("error"); err != nil {
+		return err
+	}
+	findings := map[string]finding{}
+	var problems []string
+	for _, check := range checks {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		found := check.run(ctx, cfg)
+		findings[key(check.name)] = found
+		if found.Problem != "" {
+			problems = append(problems, check.name)
+		}
+	}
+	if output == outputJSON {
+		err = printJSON(command.Root().Writer, findings)
+	} else {
+		err = printFindings(command.Root().Writer, findings)
+	}
+	if err == nil && problems != nil {
+		err = fmt.Errorf("doctor has found a problem with: %s", strings.Join(problems, ", "))
+	}
+	return err
+}
+
+// key is the key of a check in JSON.
+func key(check string) string { return strings.ReplaceAll(check, " ", "_") }
+
+func printJSON(w io.Writer, v any) error {
+	encoder := json.NewEncoder(w)
+	encoder.SetEscapeHTML(false)
+	encoder.SetIndent("", "  ")
+	return encoder.Encode(v)
+}
+
+func printFindings(w io.Writer, findings map[string]finding) error {
+	for i, check := range checks {
+		found := findings[key(check.name)]
+		var text strings.Builder
+		if i > 0 {
+			text.WriteByte('\n')
+		}
+		fmt.Fprintf(&text, "%s: %s", check.name, found.text)
+		if found.Problem != "" {
+			fmt.Fprintf(&text, "problem: %s\n", found.Problem)
+		}
+		for _, a := range found.Advice {
+			fmt.Fprintf(&text, "advice: %s: %s\n", a.Do, a.Gain)
+		}
+		table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		if _, err := io.WriteString(table, text.String()); err != nil {
+			return err
+		}
+		if err := table.Flush(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// failed is the finding of a check that could not be made.
+func failed(err error) finding {
+	return finding{Problem: "it cannot be checked: " + err.Error(), text: "unknown\n"}
+}
+
+func checkKernel(context.Context, plugin.Config) finding {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return failed(os.NewSyscallError("uname", err))
+	}
+	release := unix.ByteSliceToString(name.Release[:])
+	return finding{
+		Facts: map[string]string{"release": release},
+		text:  fmt.Sprintf("Linux %s\n", release),
+	}
+}
+
+// rungFacts are the facts of checkRungs.
+type rungFacts struct {
+	Root unpack.Place `json:"root"`
+	// Configured is a rung or "auto".
+	Configured string `json:"configured"`
+	unpack.Ladder
+}
+
+// checkRungs tries all rungs; option and configured are what the configuration says.
+func checkRungs(ctx context.Context, cfg plugin.Config, option, configured string, all []unpack.Rung) finding {
+	root, err := unpack.Locate(cfg.Root)
+	if err != nil {
+		return failed(err)
+	}
+	var forced unpack.Rung // none if it is "auto"
+	if slices.Contains(all, unpack.Rung(configured)) {
+		forced = unpack.Rung(configured)
+	}
+	ladder := unpack.DiagnoseRungs(ctx, root, forced, all)
+	found := finding{Facts: rungFacts{root, configured, ladder}}
+	var text strings.Builder
+	fmt.Fprintf(&text, "%s = %q, tried in %s\n", option, configured, where(root))
+	fmt.Fprintln(&text, "RUNG\tTRIED\tRESULT")
+	for _, t := range ladder.Trials {
+		fmt.Fprintf(&text, "%s\t%s\t%s\n", t.Rung, t.Tried, result(t, ladder.Taken, forced))
+	}
+	found.text = text.String()
+	if ladder.Taken == "" {
+		found.Problem = "the daemon does not start: " + ladder.Error
+	}
+
+	found.Advice = rungAdvice(ladder, option, forced)
+	return found
+}
+
+// rungAdvice says what would make a better rung work, or be taken.
+func rungAdvice(ladder unpack.Ladder, option string, forced unpack.Rung) (all []advice) {
+	// Several rungs may lack the same; the first one gains the most by it.
+	add := func(do, gain string) {
+		if !slices.ContainsFunc(all, func(a advice) bool { return a.Do == do }) {
+			all = append(all, advice{do, gain})
+		}
+	}
+	trials := ladder.Trials
+	from := ladder.Taken
+	best := slices.IndexFunc(trials, func(t unpack.Trial) bool { return t.Works }) // what "auto" takes
+	if best < 0 {
+		best = len(trials)
+	} else if auto := trials[best].Rung; forced != "" {
+		if ladder.Taken == "" {
+			add(fmt.Sprintf("set %s to \"auto\"", option), fmt.Sprintf("the daemon takes %q", auto))
+		} else if auto != ladder.Taken {
+			add(fmt.Sprintf("set %s to \"auto\"", option), unpack.Gain(ladder.Taken, auto))
+		}
+		from = auto
+	}
+	for i, t := range trials {
+		switch {
+		case t.Remedy == "":
+		case t.Rung == forced:
+			add(t.Remedy, fmt.Sprintf("%s = %q works", option, forced))
+		case i < best:
+			add(t.Remedy, unpack.Gain(from, t.Rung))
+		}
+	}
+	return all
+}
+
+// result says what became of a rung.
+func result(t unpack.Trial, taken, forced unpack.Rung) string {
+	switch {
+	case t.Rung == taken && forced != "":
+		return "taken, as configured"
+	case t.Rung == taken:
+		return "taken"
+	case t.Works && forced != "":
+		return "works, not configured"
+	case t.Works && taken != "":
+		return "works, not needed"
+	case t.Works:
+		return "works, not taken"
+	case t.Rung == forced:
+		return "configured, does not work: " + t.Reason
+	default:
+		return "does not work: " + t.Reason
+	}
+}
+
+func (f *finding) advise(do, gain string) { f.Advice = append(f.Advice, advice{do, gain}) }
+
+// where is the directory in which something was tried, and why not in p itself.
+func where(p unpack.Place) string {
+	if p.Existing == filepath.Clean(p.Path) {
+		return p.Path
+	}
+	return fmt.Sprintf("%s, for %s is not there yet", p.Existing, p.Path)
+}
+
+// checkContentRoot tries how the daemon can retain containerd's blobs.
+func checkContentRoot(_ context.Context, cfg plugin.Config) finding {
+	root, err := unpack.Locate(cfg.Root)
+	if err != nil {
+		return failed(err)
+	}
+	s, err := unpack.DiagnoseSharing(root, blobdir.Dir(cfg.ContentRoot))
+	if err != nil {
+		return failed(err)
+	}
+	found := finding{Facts: s}
+	var text strings.Builder
+	fmt.Fprintln(&text, retention(s))
+	fmt.Fprintln(&text, "DIRECTORY\tFILESYSTEM\tDEVICE\tMOUNTED AT\tPATH")
+	for _, d := range []struct {
+		name string
+		unpack.Place
+	}{{"root", s.Root}, {"blobs", s.Blobs}} {
+		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\t%s\n", d.name, d.Type, d.Device, d.Mount, there(d.Place))
+	}
+	found.text = text.String()
+	if s.Blob != "" && s.Retention == "" {
+		found.Problem = fmt.Sprintf("blob %s can be neither linked into root nor copied: %s", s.Blob, s.Error)
+	}
+	if s.Blobs.Existing != s.Blobs.Path {
+		found.advise("if something has been pulled, set content_root to what `ctr plugins ls --detailed id==content | grep root` prints",
+			"the daemon finds the blobs")
+	}
+	const gain = "models take no second copy on the disk"
+	switch {
+	case s.Retention == unpack.Linked, s.Retention == unpack.Reflinked:
+	case s.Apart == unpack.FilesystemBoundary:
+		found.advise(fmt.Sprintf("move root to the filesystem of content_root (%s, mounted at %s)", s.Blobs.Device, s.Blobs.Mount), gain)
+	case s.Apart == unpack.MountBoundary:
+		found.advise(fmt.Sprintf("put root and content_root on one mount of their filesystem (now %s and %s)", s.Root.Mount, s.Blobs.Mount), gain)
+	case s.Apart == unpack.SubvolumeBoundary && s.Retention == unpack.Copied:
+		found.advise("put root into the subvolume of content_root", gain)
+	}
+	if s.Root.Type == "overlay" {
+		found.advise("move root to ext4, xfs or btrfs, in a container to a volume",
+			"the containers of pods start, whose own root filesystem overlayfs cannot have on an overlay")
+	}
+	return found
+}
+
+// retention says how blobs are retained.
+func retention(s unpack.Sharing) string {
+	switch {
+	case s.Retention == unpack.Linked:
+		return fmt.Sprintf("blobs are linked into root, without a copy (tried with %s)", s.Blob)
+	case s.Retention == unpack.Reflinked:
+		return fmt.Sprintf("blobs are reflinked into root, without a copy, since they cannot be linked (tried with %s: %s)", s.Blob, s.Error)
+	case s.Retention == unpack.Copied:
+		return fmt.Sprintf("blobs are copied into root, since they can be neither linked nor reflinked (tried with %s: %s)", s.Blob, s.Error)
+	case s.Blob != "":
+		return fmt.Sprintf("blobs cannot be retained (tried with %s: %s)", s.Blob, s.Error)
+	}
+	const untried = "not tried, for there is no blob yet; blobs "
+	switch s.Apart {
+	case "":
+		return untried + "can be linked into root, which is on the same filesystem"
+	case unpack.MountBoundary:
+		return untried + "cannot be linked into root, which is on the same filesystem but on another mount of it"
+	case unpack.SubvolumeBoundary:
+		return untried + "cannot be linked into root, which is another subvolume of the same filesystem"
+	default:
+		return untried + "cannot be linked into root, which is on another filesystem"
+	}
+}
+
+// there is the path of p, and whether it is there.
+func there(p unpack.Place) string {
+	if p.Existing == filepath.Clean(p.Path) {
+		return p.Path
+	}
+	return p.Path + " (not there yet)"
+}

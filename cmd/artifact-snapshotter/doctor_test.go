@@ -1,0 +1,440 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// report is what doctor prints as JSON.
+type report struct {
+	Kernel struct {
+		Facts struct {
+			Release string `json:"release"`
+		} `json:"facts"`
+	} `json:"kernel"`
+	Raw     rungReport `json:"raw_layers"`
+	Tar     rungReport `json:"tar_layers"`
+	Content struct {
+		Problem string         `json:"problem"`
+		Facts   unpack.Sharing `json:"facts"`
+		Advice  []advice       `json:"advice"`
+	} `json:"content_root"`
+}
+
+type rungReport struct {
+	Problem string    `json:"problem"`
+	Facts   rungFacts `json:"facts"`
+	Advice  []advice  `json:"advice"`
+}
+
+// examine runs doctor twice, for people and for programs, who must read the
+// same, and checks that it leaves nothing in root.
+func examine(t *testing.T, root, content, config string) (text string, got report, exit int) {
+	t.Helper()
+	before := names(t, root)
+	args := []string{"doctor", "--config", writeFile(t, config), "--root", root, "--content-root", content}
+	text, stderr, exit := run(t, args...)
+	printed, jsonStderr, jsonExit := run(t, append(args, "--output", "json")...)
+	if jsonExit != exit || jsonStderr != stderr {
+		t.Errorf("--output json ends with %d and %q, the text with %d and %q", jsonExit, jsonStderr, exit, stderr)
+	}
+	if exit == 0 && stderr != "" {
+		t.Errorf("stderr: %q", stderr)
+	}
+	decoder := json.NewDecoder(strings.NewReader(printed))
+	decoder.DisallowUnknownFields()
+	if err := decoder.Decode(&got); err != nil {
+		t.Fatalf("%v in %s", err, printed)
+	}
+	if want := "kernel: Linux " + got.Kernel.Facts.Release + "\n"; got.Kernel.Facts.Release == "" || !strings.Contains(text, want) {
+		t.Errorf("the text has no %q", want)
+	}
+	for _, r := range []rungReport{got.Raw, got.Tar} {
+		for _, trial := range r.Facts.Trials {
+			line := row(text, string(trial.Rung))
+			if strings.Contains(line, "does not work") == trial.Works || !strings.Contains(line, trial.Reason) ||
+				!strings.Contains(line, trial.Tried) || strings.Contains(line, "  taken") != (trial.Rung == r.Facts.Taken) {
+				t.Errorf("the text says %q, JSON %+v of %+v", line, trial, r.Facts)
+			}
+		}
+	}
+	for name, p := range map[string]unpack.Place{"root": got.Content.Facts.Root, "blobs": got.Content.Facts.Blobs} {
+		for _, word := range []string{p.Type, p.Device, p.Mount, p.Path} {
+			if line := row(text, name); word == "" || !strings.Contains(line, word) {
+				t.Errorf("the text says %q, JSON %+v", line, p)
+			}
+		}
+	}
+	for _, a := range slices.Concat(got.Raw.Advice, got.Tar.Advice, got.Content.Advice) {
+		if want := fmt.Sprintf("advice: %s: %s\n", a.Do, a.Gain); a.Do == "" || a.Gain == "" || !strings.Contains(text, want) {
+			t.Errorf("the text has no %q", want)
+		}
+	}
+	for check, problem := range map[string]string{"raw layers": got.Raw.Problem, "tar layers": got.Tar.Problem, "content root": got.Content.Problem} {
+		if problem != "" {
+			wantErrorLine(t, stderr, check)
+		}
+		if (problem != "") != strings.Contains(stderr, check) {
+			t.Errorf("stderr %q, and of %s JSON has %q", stderr, check, problem)
+		}
+	}
+	if after := names(t, root); !slices.Equal(after, before) {
+		t.Errorf("%s has %q, before it had %q", root, after, before)
+	}
+	return text, got, exit
+}
+
+// row is the line of a table that begins with name.
+func row(text, name string) string {
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, name+" ") {
+			return line
+		}
+	}
+	return ""
+}
+
+func names(t *testing.T, dir string) (names []string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// wantAdvice checks that there is one piece of advice that has both words.
+func wantAdvice(t *testing.T, all []advice, do, gain string) {
+	t.Helper()
+	if n := len(slices.DeleteFunc(slices.Clone(all), func(a advice) bool {
+		return !strings.Contains(a.Do, do) || !strings.Contains(a.Gain, gain)
+	})); n != 1 {
+		t.Errorf("%d of %+v are %q with the gain %q, want 1", n, all, do, gain)
+	}
+}
+
+// mounted mounts a new file system of a type until the test ends.
+func mounted(t *testing.T, fstype string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if fstype == "ext4" {
+		image := filepath.Join(t.TempDir(), "image")
+		if err := os.WriteFile(image, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(image, 64<<20); err != nil {
+			t.Fatal(err)
+		}
+		for _, args := range [][]string{{"mkfs.ext4", "-q", image}, {"mount", "-o", "loop", image, dir}} {
+			if output, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+				t.Fatalf("%s: %v\n%s", strings.Join(args, " "), err, output)
+			}
+		}
+	} else if err := unix.Mount(fstype, dir, fstype, 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	unmountAtEnd(t, dir)
+	return dir
+}
+
+func unmountAtEnd(t *testing.T, dir string) {
+	t.Helper()
+	t.Cleanup(func() {
+		// A loop device lets go of its file only when the last process has closed
+		// it, and others that look for a free one open them all.
+		err := unix.Unmount(dir, 0)
+		for deadline := time.Now().Add(30 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(deadline); {
+			<-time.After(10 * time.Millisecond)
+			err = unix.Unmount(dir, 0)
+		}
+		if err != nil {
+			t.Errorf("unmount %s: %v", dir, err)
+		}
+	})
+}
+
+// contentIn makes a content root with a blob.
+func contentIn(t *testing.T, dir string) (content string, blob digest.Digest) {
+	t.Helper()
+	content = filepath.Join(dir, "content")
+	blob = digest.FromString("blob")
+	blobs := filepath.Join(content, "blobs", "sha256")
+	if err := os.MkdirAll(blobs, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{"0-no-blob": "", blob.Encoded(): "blob"} {
+		if err := os.WriteFile(filepath.Join(blobs, name), []byte(text), 0o444); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return content, blob
+}
+
+func TestDoctorFindsAllWell(t *testing.T) {
+	disk := mounted(t, "ext4")
+	content, blob := contentIn(t, disk)
+	root := filepath.Join(disk, "root")
+	if err := os.Mkdir(root, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	text, got, exit := examine(t, root, content, "")
+	if exit != 0 || got.Raw.Facts.Taken != unpack.Overlay || got.Tar.Facts.Taken != unpack.EROFS ||
+		len(got.Raw.Facts.Trials) != len(unpack.RawRungs) || len(got.Tar.Facts.Trials) != len(unpack.TarRungs) {
+		t.Errorf("exit code %d, %+v, %+v", exit, got.Raw, got.Tar)
+	}
+	if s := got.Content.Facts; s.Blob != blob.String() || s.Retention != unpack.Linked || s.Apart != "" || s.Root.Type != "ext4" {
+		t.Errorf("%+v", s)
+	}
+	if strings.Contains(text, "advice:") || strings.Contains(text, "problem:") {
+		t.Errorf("there is nothing to do, but:\n%s", text)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(content, "blobs", "sha256", blob.Encoded()), &st); err != nil || st.Nlink != 1 {
+		t.Errorf("the blob has %d links (%v), want 1", st.Nlink, err)
+	}
+}
+
+func TestDoctorBeforeTheRootIsThere(t *testing.T) {
+	disk := mounted(t, "ext4")
+	content, _ := contentIn(t, disk)
+	before := names(t, disk)
+	text, got, exit := examine(t, filepath.Join(disk, "a", "root"), content, "")
+	if exit != 0 || got.Raw.Facts.Root.Existing != disk || got.Content.Facts.Retention != unpack.Linked {
+		t.Errorf("exit code %d, %+v, %+v", exit, got.Raw, got.Content)
+	}
+	if want := fmt.Sprintf("tried in %s, for %s/a/root is not there yet", disk, disk); !strings.Contains(text, want) {
+		t.Errorf("no %q in:\n%s", want, text)
+	}
+	if after := names(t, disk); !slices.Equal(after, before) {
+		t.Errorf("it leaves %q, before there was %q", after, before)
+	}
+}
+
+func TestDoctorWithoutABlobSaysThatNothingWasTried(t *testing.T) {
+	disk := mounted(t, "ext4")
+	for name, test := range map[string]struct {
+		root  string
+		apart unpack.Boundary
+		want  string
+	}{
+		"on the same filesystem": {filepath.Join(disk, "root"), "", "can be linked into root"},
+		"on another one":         {mounted(t, "tmpfs"), unpack.FilesystemBoundary, "cannot be linked into root, which is on another filesystem"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			text, got, exit := examine(t, test.root, filepath.Join(disk, "content"), "")
+			s := got.Content.Facts
+			if exit != 0 || s.Blob != "" || s.Retention != "" || s.Apart != test.apart {
+				t.Errorf("exit code %d, %+v", exit, s)
+			}
+			if !strings.Contains(text, "not tried") || !strings.Contains(text, test.want) {
+				t.Errorf("no %q in:\n%s", test.want, text)
+			}
+			wantAdvice(t, got.Content.Advice, "set content_root", "finds the blobs")
+		})
+	}
+}
+
+// With tmpfs as root tars need loop devices, and blobs a copy.
+func TestDoctorSaysWhatAnotherRootWouldGain(t *testing.T) {
+	disk, root := mounted(t, "ext4"), mounted(t, "tmpfs")
+	content, _ := contentIn(t, disk)
+	text, got, exit := examine(t, root, content, "")
+	if exit != 0 || got.Tar.Facts.Taken != unpack.EROFSLoop || got.Content.Facts.Retention != unpack.Copied {
+		t.Errorf("exit code %d, %+v, %+v", exit, got.Tar, got.Content)
+	}
+	if s := got.Content.Facts; s.Apart != unpack.FilesystemBoundary || s.Root.Type != "tmpfs" || s.Blobs.Type != "ext4" {
+		t.Errorf("%+v", s)
+	}
+	wantAdvice(t, got.Tar.Advice, "move root to ext4", "no loop devices")
+	wantAdvice(t, got.Content.Advice, "move root to the filesystem of content_root", "no second copy")
+	if line := row(text, "erofs"); !strings.Contains(line, "tmpfs") || !strings.Contains(line, unix.ENOTBLK.Error()) {
+		t.Errorf("%q does not say why", line)
+	}
+}
+
+// A bind mount is a boundary of hard links in one and the same file system.
+func TestDoctorTellsMountsFromFilesystems(t *testing.T) {
+	disk := mounted(t, "ext4")
+	content, _ := contentIn(t, disk)
+	root := t.TempDir()
+	if err := unix.Mount(disk, root, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	unmountAtEnd(t, root)
+	_, got, exit := examine(t, filepath.Join(root, "root"), content, "")
+	if s := got.Content.Facts; exit != 0 || s.Apart != unpack.MountBoundary || s.Retention != unpack.Copied {
+		t.Errorf("exit code %d, %+v", exit, s)
+	}
+	wantAdvice(t, got.Content.Advice, "on one mount", "no second copy")
+}
+
+// ramfs has no extended attributes, which overlayfs needs.
+func TestDoctorTriesWhatIsConfigured(t *testing.T) {
+	root := mounted(t, "ramfs")
+	content, _ := contentIn(t, t.TempDir())
+	for name, test := range map[string]struct {
+		config   string
+		exit     int
+		raw, tar unpack.Rung
+		row      string
+		do, gain string
+	}{
+		"nothing": {
+			"", 0, unpack.Link, unpack.EROFS, "link ",
+			"move root to ext4", "files of raw layers have the modes",
+		},
+		"what does not work": {
+			"raw_rung = 'overlay'", 1, "", unpack.EROFS, "overlay ",
+			`set raw_rung to "auto"`, `takes "link"`,
+		},
+		"what does not work, with a remedy": {
+			"raw_rung = 'overlay'", 1, "", unpack.EROFS, "overlay ",
+			"move root to ext4", `raw_rung = "overlay" works`,
+		},
+		"less than could be": {
+			"raw_rung = 'copy'\ntar_rung = 'extract'", 0, unpack.Copy, unpack.Extract, "copy ",
+			`set raw_rung to "auto"`, "not copied",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			text, got, exit := examine(t, root, content, test.config)
+			if exit != test.exit || got.Raw.Facts.Taken != test.raw || got.Tar.Facts.Taken != test.tar {
+				t.Errorf("exit code %d, raw %q, tar %q, want %d, %q, %q",
+					exit, got.Raw.Facts.Taken, got.Tar.Facts.Taken, test.exit, test.raw, test.tar)
+			}
+			wantAdvice(t, got.Raw.Advice, test.do, test.gain)
+			line, configured := row(text, strings.TrimSpace(test.row)), test.config != ""
+			if strings.Contains(line, "configured") != configured || strings.Contains(line, "does not work") != (test.exit != 0) {
+				t.Errorf("%q", line)
+			}
+			if (got.Raw.Problem != "") != (test.exit != 0) {
+				t.Errorf("the problem %q", got.Raw.Problem)
+			}
+		})
+	}
+}
+
+// doctor and serve agree on a rung that does not work.
+func TestServeRefusesWhatDoctorRefuses(t *testing.T) {
+	dir, root := t.TempDir(), mounted(t, "ramfs")
+	content, _ := contentIn(t, dir)
+	_, stderr, exit := run(t, "serve", "--config", writeFile(t, "raw_rung = 'overlay'\nnamespaces = []\n"),
+		"--root", root, "--state", filepath.Join(dir, "state"), "--content-root", content, "--containerd-address", filepath.Join(dir, "c.sock"))
+	if exit != 1 {
+		t.Fatalf("exit code %d\n%s", exit, stderr)
+	}
+	_, got, _ := examine(t, root, content, "raw_rung = 'overlay'")
+	for _, want := range []string{`rung "overlay" does not work in ` + root, unix.EOPNOTSUPP.Error()} {
+		if !strings.Contains(stderr, want) || !strings.Contains(got.Raw.Problem, want) {
+			t.Errorf("serve says %q, doctor %q, want %q", stderr, got.Raw.Problem, want)
+		}
+	}
+}
+
+func TestOnlyABetterRungIsAdvised(t *testing.T) {
+	const works, fails = true, false
+	trial := func(r unpack.Rung, works bool, remedy string) unpack.Trial {
+		return unpack.Trial{Rung: r, Works: works, Remedy: remedy}
+	}
+	auto := `set tar_rung to "auto"`
+	for name, test := range map[string]struct {
+		taken, forced unpack.Rung
+		trials        []unpack.Trial
+		want          []string // what to do
+	}{
+		"the best is taken":   {unpack.EROFS, "", []unpack.Trial{trial(unpack.EROFS, works, ""), trial(unpack.EROFSLoop, fails, "a")}, nil},
+		"one in the middle":   {unpack.EROFSLoop, "", []unpack.Trial{trial(unpack.EROFS, fails, "a"), trial(unpack.EROFSLoop, works, ""), trial(unpack.EROFSBuffered, fails, "b")}, []string{"a"}},
+		"the same twice":      {unpack.Extract, "", []unpack.Trial{trial(unpack.EROFS, fails, "a"), trial(unpack.EROFSLoop, fails, "a"), trial(unpack.Extract, works, "")}, []string{"a"}},
+		"two remedies":        {unpack.Extract, "", []unpack.Trial{trial(unpack.EROFS, fails, "a"), trial(unpack.EROFSLoop, fails, "b"), trial(unpack.Extract, works, "")}, []string{"a", "b"}},
+		"no remedy":           {unpack.EROFSLoop, "", []unpack.Trial{trial(unpack.EROFS, fails, ""), trial(unpack.EROFSLoop, works, "")}, nil},
+		"nothing works":       {"", "", []unpack.Trial{trial(unpack.EROFS, fails, "a"), trial(unpack.Extract, fails, "b")}, []string{"a", "b"}},
+		"the best is forced":  {unpack.EROFS, unpack.EROFS, []unpack.Trial{trial(unpack.EROFS, works, ""), trial(unpack.Extract, works, "")}, nil},
+		"a worse is forced":   {unpack.Extract, unpack.Extract, []unpack.Trial{trial(unpack.EROFS, works, ""), trial(unpack.EROFSLoop, fails, "a"), trial(unpack.Extract, works, "")}, []string{auto}},
+		"a broken is forced":  {"", unpack.EROFSLoop, []unpack.Trial{trial(unpack.EROFS, works, ""), trial(unpack.EROFSLoop, fails, "a"), trial(unpack.EROFSBuffered, fails, "b")}, []string{auto, "a"}},
+		"all broken, one set": {"", unpack.Extract, []unpack.Trial{trial(unpack.EROFS, fails, "a"), trial(unpack.Extract, fails, "")}, []string{"a"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var got []string
+			for _, a := range rungAdvice(unpack.Ladder{Taken: test.taken, Trials: test.trials}, "tar_rung", test.forced) {
+				got = append(got, a.Do)
+				if a.Gain == "" {
+					t.Errorf("%q gains nothing", a.Do)
+				}
+			}
+			if !slices.Equal(got, test.want) {
+				t.Errorf("%q, want %q", got, test.want)
+			}
+		})
+	}
+}
+
+// A process in a user namespace of its own has the ids that the namespace gives
+// it, and no rights outside.
+func TestDoctorWithoutPrivileges(t *testing.T) {
+	as := func(uid int, args ...string) (stdout, stderr string, exit int) {
+		command := exec.Command(binary, args...)
+		command.SysProcAttr = &syscall.SysProcAttr{
+			Cloneflags:  syscall.CLONE_NEWUSER,
+			UidMappings: []syscall.SysProcIDMap{{ContainerID: uid, HostID: 0, Size: 1}},
+			GidMappings: []syscall.SysProcIDMap{{ContainerID: uid, HostID: 0, Size: 1}},
+		}
+		var out, errs bytes.Buffer
+		command.Stdout, command.Stderr = &out, &errs
+		if err := command.Run(); command.ProcessState == nil {
+			t.Fatal(err)
+		}
+		return out.String(), errs.String(), command.ProcessState.ExitCode()
+	}
+	root := t.TempDir()
+	args := []string{"doctor", "--config", writeFile(t, ""), "--root", root, "--content-root", t.TempDir()}
+	stdout, stderr, exit := as(1000, args...)
+	if exit != 1 || stdout != "" {
+		t.Errorf("another user: exit code %d\n%s", exit, stdout)
+	}
+	wantErrorLine(t, stderr, "run it as root")
+
+	stdout, stderr, exit = as(0, args...)
+	if exit != 0 || stderr != "" {
+		t.Errorf("exit code %d\n%s", exit, stderr)
+	}
+	for name, want := range map[string]string{"overlay": "the kernel does not permit it", "link": "taken", "extract": "taken"} {
+		if line := row(stdout, name); !strings.Contains(line, want) {
+			t.Errorf("%q does not say %q", line, want)
+		}
+	}
+	if want := "advice: run as root with all capabilities, and not in a user namespace: tar layers"; !strings.Contains(stdout, want) {
+		t.Errorf("no %q in:\n%s", want, stdout)
+	}
+	if left := names(t, root); len(left) != 0 {
+		t.Errorf("it leaves %q", left)
+	}
+}
+
+func TestDoctorRefusesOtherOutputs(t *testing.T) {
+	stdout, stderr, exit := run(t, "doctor", "--output", "yaml")
+	if exit != 1 || stdout != "" {
+		t.Errorf("exit code %d\n%s", exit, stdout)
+	}
+	wantErrorLine(t, stderr, "yaml", "text", "json")
+}

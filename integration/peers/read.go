@@ -1,0 +1,169 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/measure"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+)
+
+const (
+	// window is how much of a model the reads are of, from its beginning: the
+	// plain files, the volume, and a volume that is cached twice have to fit
+	// into the memory at once.
+	window = 2 * measure.GiB
+
+	touches    = 20000 // pages of a random read
+	warmRounds = 3     // for each cold one: they are short
+)
+
+// reading is how fast a volume was read, and how fast in comparison with plain
+// files of the same bytes on the same disk.
+type reading struct {
+	Speed measure.Sample // MiB/s
+	Ratio measure.Sample // over 1 the volume was faster
+}
+
+// pattern is a way to read files; it returns the bytes and the seconds.
+type pattern struct {
+	name string
+	read func(root string, files []file) (bytes, seconds float64)
+}
+
+var patterns = []pattern{
+	{"read(2)", func(root string, files []file) (bytes, seconds float64) {
+		seconds = measure.Seconds(func() {
+			for _, f := range files {
+				measure.Read(filepath.Join(root, f.path), f.size)
+				bytes += float64(f.size)
+			}
+		})
+		return bytes, seconds
+	}},
+	{"mmap", func(root string, files []file) (bytes, seconds float64) {
+		var touched byte
+		seconds = measure.Seconds(func() {
+			for _, f := range files {
+				mapped(root, []file{f}, func(texts [][]byte) {
+					for at := 0; at < len(texts[0]); at += os.Getpagesize() {
+						touched += texts[0][at]
+					}
+				})
+				bytes += float64(f.size)
+			}
+		})
+		runtime.KeepAlive(touched) // or the compiler may leave the reads out
+		return bytes, seconds
+	}},
+	{"random mmap", func(root string, files []file) (bytes, seconds float64) {
+		var touched byte
+		mapped(root, files, func(texts [][]byte) {
+			var pages []*byte
+			for _, text := range texts {
+				for at := 0; at < len(text); at += os.Getpagesize() {
+					pages = append(pages, &text[at])
+				}
+			}
+			rand.New(rand.NewPCG(1, 2)).Shuffle(len(pages), func(i, j int) { pages[i], pages[j] = pages[j], pages[i] })
+			pages = pages[:min(touches, len(pages))]
+			bytes = float64(len(pages) * os.Getpagesize())
+			seconds = measure.Seconds(func() {
+				for _, page := range pages {
+					touched += *page
+				}
+			})
+		})
+		runtime.KeepAlive(touched)
+		return bytes, seconds
+	}},
+}
+
+// mapped maps files with mmap(2) and the kernel's default read-ahead, for as
+// long as use takes. A page that cannot be read is an error of the volume, not the
+// end of the program.
+func mapped(root string, files []file, use func(texts [][]byte)) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if r := recover(); r != nil {
+			if fault, ok := r.(interface{ Addr() uintptr }); ok {
+				measure.Check(fmt.Errorf("a page below %s cannot be read: %v", root, fault))
+			}
+			panic(r)
+		}
+	}()
+	var texts [][]byte
+	for _, f := range files {
+		in := measure.Must(os.Open(filepath.Join(root, f.path)))
+		text, err := unix.Mmap(int(in.Fd()), 0, int(f.size), unix.PROT_READ, unix.MAP_SHARED)
+		in.Close()
+		measure.Check(err)
+		defer measure.Tidy(func() error { return unix.Munmap(text) })
+		texts = append(texts, text)
+	}
+	use(texts)
+}
+
+// reads compares the volume of a pod with plain files, in turns.
+func (b *bench) reads(ctx context.Context, r *row, disk measure.Disk, pod *node.Pod) {
+	files := b.data.beginning(window)
+	native := filepath.Join(disk.Root(), "native")
+	b.data.write(ctx, native, files)
+	disk.Sync()
+	roots := [2]string{native, inPod(pod, target)}
+	r.Reads = map[string]reading{}
+	for _, cold := range []bool{true, false} {
+		rounds := b.options.reads
+		if !cold {
+			rounds *= warmRounds
+			makeCold(native, files) // so that all get into it in the same way
+			for _, root := range roots {
+				patterns[0].read(root, files)
+			}
+		}
+		for _, p := range patterns {
+			var got reading
+			for round := range rounds {
+				measure.Check(ctx.Err())
+				var took [2]float64
+				var bytes float64
+				for turn := range roots {
+					i := (turn + round) % len(roots) // neither is always the first
+					if cold {
+						makeCold(native, files)
+					}
+					bytes, took[i] = p.read(roots[i], files)
+				}
+				got.Speed = append(got.Speed, bytes/took[1]/measure.MiB)
+				got.Ratio = append(got.Ratio, took[0]/took[1])
+			}
+			name := p.name + ", " + map[bool]string{true: "cold", false: "warm"}[cold]
+			r.Reads[name] = got
+			measure.Progress("%s, %s: %s: %s of the plain files, %.0f MiB/s", r.Form, r.Variant, name, got.Ratio.Format("%.3f", ""), got.Speed.Median())
+		}
+	}
+}
+
+// makeCold empties the page cache, and looks whether it is.
+func makeCold(root string, files []file) {
+	measure.DropCaches()
+	largest := files[0]
+	for _, f := range files {
+		if f.size > largest.size {
+			largest = f
+		}
+	}
+	if left := measure.Cached(filepath.Join(root, largest.path)) * measure.GiB; left > 0.01*float64(largest.size) {
+		measure.Check(fmt.Errorf("%.0f bytes of %s stay in the page cache", left, largest.path))
+	}
+}

@@ -1,0 +1,191 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package view
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+)
+
+// A compressed layer takes time to unpack, which containerd spends on the layers
+// of images while it fetches the next ones. The store does the same for
+// artifacts: the manifest is the first of their blobs to arrive in the runtime's
+// directory, and a build can begin with it and wait for the others.
+
+const (
+	// maxManifest is the largest file that is looked at for a manifest: what the
+	// OCI distribution specification asks registries to take.
+	maxManifest = 4 << 20
+	// lookAgain is how often a build that waits for a blob looks by itself whether
+	// it has arrived, and whether the manifest is still there: a pull that is given
+	// up leaves it to the runtime's garbage collection.
+	lookAgain = time.Minute
+)
+
+// arrivals tells of files that appear.
+type arrivals struct {
+	mu      sync.Mutex
+	waiting map[string]chan struct{} // by path
+}
+
+// of is closed when path has arrived, or something may have been missed.
+func (a *arrivals) of(path string) <-chan struct{} {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.waiting[path] == nil {
+		if a.waiting == nil {
+			a.waiting = map[string]chan struct{}{}
+		}
+		a.waiting[path] = make(chan struct{})
+	}
+	return a.waiting[path]
+}
+
+// tell tells those who wait for path; "" is for any.
+func (a *arrivals) tell(path string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for p, ch := range a.waiting {
+		if path == "" || p == path {
+			close(ch)
+			delete(a.waiting, p)
+		}
+	}
+}
+
+// early is a build that began with the arrival of its manifest.
+type early struct {
+	manifest digest.Digest
+	hurry    chan struct{} // closed when a pod asks: then all has arrived, or never will
+	once     sync.Once
+}
+
+// unpackEarly begins to build the Tree of the artifact whose manifest has arrived
+// as the file path, if it is one that takes time: one with compressed layers. What
+// fails is left to the pod that asks, which gets the reason.
+func (s *Store) unpackEarly(ctx context.Context, path string) {
+	m, desc, ok := readManifest(path)
+	if !ok || s.content.Path(desc.Digest) != path {
+		return
+	}
+	e := &early{manifest: desc.Digest, hurry: make(chan struct{})}
+	id := ID{Manifest: desc.Digest}
+	name := id.name()
+	s.mu.Lock()
+	_, known := s.early[name]
+	if !known {
+		s.early[name] = e
+	}
+	s.mu.Unlock()
+	if known || !s.begin() {
+		return
+	}
+	go func() {
+		defer s.running.Done()
+		defer func() {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			delete(s.early, name)
+		}()
+		if err := s.buildEarly(s.closing, id, desc, m.Config.Digest, e); err != nil {
+			log.G(ctx).WithError(err).WithField("artifact", desc.Digest).Debug("not unpacked while it was pulled")
+		}
+	}()
+}
+
+func (s *Store) buildEarly(ctx context.Context, id ID, desc ocispec.Descriptor, config digest.Digest, e *early) error {
+	if err := s.await(ctx, e, config); err != nil {
+		return err
+	}
+	a, err := artifact.Read(ctx, s.content, desc)
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(a.Layers, func(l artifact.Layer) bool { return l.Compression != artifact.CompressionNone }) {
+		return nil // a matter of milliseconds
+	}
+	defer s.hold(id.name())()
+	_, err, _ = s.builds.Do(id.name(), func() (any, error) {
+		if s.has(id) {
+			return nil, nil
+		}
+		return s.build(ctx, id, a, func(ctx context.Context, blob digest.Digest) error { return s.await(ctx, e, blob) })
+	})
+	return err
+}
+
+// readManifest reads the file path if it looks like the manifest of something
+// that is not an image.
+func readManifest(path string) (m ocispec.Manifest, desc ocispec.Descriptor, ok bool) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return m, desc, false
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil || !fi.Mode().IsRegular() || fi.Size() > maxManifest {
+		return m, desc, false
+	}
+	brace := make([]byte, 1) // most blobs are not even JSON
+	if _, err := f.ReadAt(brace, 0); err != nil || brace[0] != '{' {
+		return m, desc, false
+	}
+	b, err := io.ReadAll(f)
+	if err != nil || !bytes.Contains(b, []byte(`"schemaVersion"`)) {
+		return m, desc, false
+	}
+	if json.Unmarshal(b, &m) != nil || len(m.Layers) == 0 || m.Config.Digest.Validate() != nil || artifact.IsImageConfig(m.Config.MediaType) {
+		return m, desc, false
+	}
+	return m, ocispec.Descriptor{MediaType: m.MediaType, Digest: digest.FromBytes(b), Size: int64(len(b))}, true
+}
+
+// await waits until the runtime has the blob, or a pod cannot wait any longer.
+func (s *Store) await(ctx context.Context, e *early, blob digest.Digest) error {
+	path := s.content.Path(blob)
+	again := time.NewTicker(lookAgain)
+	defer again.Stop()
+	for {
+		arrived := s.arrivals.of(path)
+		if _, err := os.Lstat(path); err == nil {
+			return nil
+		}
+		if s.deleted(e.manifest) {
+			return fmt.Errorf("the pull of %s has been given up: %w", e.manifest, errdefs.ErrNotFound)
+		}
+		select {
+		case <-arrived:
+		case <-e.hurry:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-again.C:
+		}
+	}
+}
+
+// hurry ends the waiting of a build that began early.
+func (s *Store) hurry(name string) {
+	s.mu.Lock()
+	e := s.early[name]
+	s.mu.Unlock()
+	if e != nil {
+		e.once.Do(func() { close(e.hurry) })
+	}
+}

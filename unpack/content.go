@@ -300,6 +300,9 @@ func (cs *contents) sparse(r io.Reader, size int64) (*content, error) {
 	if err := copySparse(f, r, size); err != nil {
 		return nil, err
 	}
+	if n, err := r.Read(make([]byte, 1)); n > 0 || !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("its data do not end where its holes say (%v): %w", err, errdefs.ErrInvalidArgument)
+	}
 	taken, err := cs.account(c)
 	cs.holes += max(0, size-taken)
 	return c, errors.Join(err, f.Close())

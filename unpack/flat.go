@@ -35,20 +35,26 @@ const (
 
 // decompressor is how a compression is read, and the memory that takes.
 type decompressor struct {
-	// open returns a reader that fails on trailing garbage by itself, being
-	// multi-stream, and decodes in the goroutine of whoever reads, where a panic
-	// can be recovered from.
-	open   func(io.Reader) (io.ReadCloser, error)
+	// open returns a reader that fails on trailing garbage, and decodes in the
+	// goroutine of whoever reads, where a panic can be recovered from.
+	open   func(*bufio.Reader) (io.ReadCloser, error)
 	memory int64
 }
 
 var decompressors = map[artifact.Compression]decompressor{
 	artifact.CompressionGzip: {
-		open:   func(r io.Reader) (io.ReadCloser, error) { return gzip.NewReader(r) },
+		open: func(r *bufio.Reader) (io.ReadCloser, error) {
+			z, err := gzip.NewReader(r)
+			if err != nil {
+				return nil, err
+			}
+			z.Multistream(false)
+			return &gzipMembers{z, r}, nil
+		},
 		memory: 16 * chunk,
 	},
 	artifact.CompressionZstd: {
-		open: func(r io.Reader) (io.ReadCloser, error) {
+		open: func(r *bufio.Reader) (io.ReadCloser, error) {
 			d, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(zstdWindow), zstd.WithDecoderLowmem(true), zstd.WithDecoderConcurrency(1))
 			if err != nil {
 				return nil, err
@@ -57,6 +63,35 @@ var decompressors = map[artifact.Compression]decompressor{
 		},
 		memory: zstdWindow + 32*chunk,
 	},
+}
+
+// gzipMembers reads a gzip file of any number of members (RFC 1952, 2.2). The
+// reader's own way to do that takes a member whose header is cut off for the end.
+type gzipMembers struct {
+	*gzip.Reader
+	in *bufio.Reader
+}
+
+func (m *gzipMembers) Read(p []byte) (int, error) {
+	for {
+		n, err := m.Reader.Read(p)
+		if !errors.Is(err, io.EOF) {
+			return n, err
+		}
+		if n > 0 {
+			return n, nil // the end comes again
+		}
+		if _, err := m.in.Peek(1); err != nil {
+			return 0, err
+		}
+		if err := m.Reset(m.in); err != nil {
+			if errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
+			return 0, err
+		}
+		m.Multistream(false)
+	}
 }
 
 // retainFlat makes c the flat tar in a compressed blob: a link to that of

@@ -71,9 +71,24 @@ func resolve(ctx context.Context, blobs content.Provider, target ocispec.Descrip
 	return ocispec.Descriptor{}, document{}, fmt.Errorf("index %s: indexes are nested more than %d deep: %w", target.Digest, maxIndexDepth, errdefs.ErrInvalidArgument)
 }
 
+// minDescriptor is less than any descriptor has: its digest alone is longer.
+const minDescriptor = 64
+
 // parseDocument parses a manifest or an index. The media type of the result is
 // one that images.IsManifestType or images.IsIndexType knows.
 func parseDocument(raw []byte) (document, error) {
+	// A descriptor takes fifty times the memory of the two bytes that can stand for
+	// it, so they are counted before they are parsed.
+	var parts struct {
+		Layers    []json.RawMessage `json:"layers"`
+		Manifests []json.RawMessage `json:"manifests"`
+	}
+	if err := json.Unmarshal(raw, &parts); err != nil {
+		return document{}, fmt.Errorf("malformed JSON: %.300v: %w", err, errdefs.ErrInvalidArgument)
+	}
+	if n := len(parts.Layers) + len(parts.Manifests); n > len(raw)/minDescriptor {
+		return document{}, fmt.Errorf("%d descriptors in %d bytes cannot have digests: %w", n, len(raw), errdefs.ErrInvalidArgument)
+	}
 	var doc document
 	if err := json.Unmarshal(raw, &doc); err != nil {
 		return document{}, fmt.Errorf("malformed JSON: %.300v: %w", err, errdefs.ErrInvalidArgument)

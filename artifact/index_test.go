@@ -223,3 +223,18 @@ type failing struct{ error }
 func (f failing) ReaderAt(context.Context, ocispec.Descriptor) (content.ReaderAt, error) {
 	return nil, f.error
 }
+
+// Two bytes of JSON would be a descriptor of more than a hundred in memory.
+func TestDescriptorsThatCannotHaveDigestsAreCountedFirst(t *testing.T) {
+	raw := []byte(`{"schemaVersion":2,"layers":[` + strings.Repeat("{},", 100000) + `{}]}`)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	_, err := parseDocument(raw)
+	runtime.ReadMemStats(&after)
+	if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "100001 descriptors") {
+		t.Errorf("%v, want a refusal", err)
+	}
+	if got := after.TotalAlloc - before.TotalAlloc; got > 20<<20 {
+		t.Errorf("%d bytes were allocated", got)
+	}
+}

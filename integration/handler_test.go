@@ -317,7 +317,7 @@ func TestImagesOfOneHandlerGoWithoutTheOthers(t *testing.T) {
 	}
 	check(t, sides[0].pod.Remove())
 	wantRunning(sides[1])
-	wantUsage(t, n, usage{files: []string{filepath.Join(n.DaemonRoot, "trees"), filepath.Join(n.DaemonRoot, "copies")}})
+	wantUsage(t, n, usage{files: []string{filepath.Join(n.DaemonRoot, "trees")}})
 }
 
 // With discard_unpacked_layers containerd keeps no layer that it has unpacked,

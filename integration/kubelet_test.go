@@ -28,7 +28,8 @@ import (
 // TestKubelet runs static pods of a real kubelet, all on one node, and most at
 // the same time, because it takes kubelet ten seconds to try again.
 func TestKubelet(t *testing.T) {
-	n := node.ForTest(t, node.Options{Kubelet: true})
+	// The slow builds are of zeros, and begin with the pod.
+	n := node.ForTest(t, node.Options{Kubelet: true, DaemonConfig: "max_expansion = 100000\nunpack_on_pull = false\n"})
 	check(t, n.StartKubelet(nil))
 	type tests []struct {
 		name string
@@ -249,8 +250,7 @@ func startSlowBuild(t *testing.T, n *node.Node, name string) slowBuild {
 	check(t, err)
 	addStatic(t, n, node.PodSpec{Name: name, Volumes: []node.Volume{{Image: n.Registry + "/models/" + name + ":latest", Path: "/model"}}})
 	waitFor(t, "the build to begin", func() bool {
-		files, err := filepath.Glob(filepath.Join(n.DaemonRoot, "trees", "new-*", "fs", name))
-		return err == nil && len(files) > 0
+		return len(halfDone(t, n)) > 0
 	})
 	check(t, syscall.Kill(n.DaemonPID(), syscall.SIGSTOP))
 	return slowBuild{n, name, []treelist.Entry{want}}

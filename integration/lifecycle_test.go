@@ -81,16 +81,17 @@ type usage struct {
 
 func daemonUsage(t *testing.T, n *node.Node) (u usage) {
 	t.Helper()
-	for _, dir := range []string{"trees", "copies"} {
-		check(t, filepath.WalkDir(filepath.Join(n.DaemonRoot, dir), func(path string, _ fs.DirEntry, err error) error {
-			u.files = append(u.files, path)
-			if os.IsNotExist(err) {
-				return nil
-			}
-			return err
-		}))
-	}
-	var err error
+	check(t, filepath.WalkDir(filepath.Join(n.DaemonRoot, "trees"), func(path string, _ fs.DirEntry, err error) error {
+		u.files = append(u.files, path)
+		if os.IsNotExist(err) {
+			return nil
+		}
+		return err
+	}))
+	// What Trees share; its directories stay.
+	shared, err := filepath.Glob(filepath.Join(n.DaemonRoot, "blobs", "*", "*"))
+	check(t, err)
+	u.files = append(u.files, shared...)
 	u.mounts, err = node.Mounts(n.DaemonState)
 	check(t, err)
 	return u

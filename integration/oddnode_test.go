@@ -97,7 +97,8 @@ func stat(t *testing.T, path string) (st unix.Stat_t) {
 }
 
 func TestABlobThatIsMissingIsNamed(t *testing.T) {
-	n := node.ForTest(t, node.Options{})
+	// What is unpacked during the pull does not need its blob any more.
+	n := node.ForTest(t, node.Options{DaemonConfig: "unpack_on_pull = false"})
 	const weights = 2 // the index of its layer
 	layer := func(m ocispec.Manifest, _ digest.Digest) digest.Digest { return m.Layers[weights].Digest }
 	for _, tt := range []struct {
@@ -186,15 +187,19 @@ func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
 		check(t, err)
 		return []pack.Layer{{MediaType: modelspec.MediaTypeModelWeight, Data: data}}
 	}
+	zipped := func(layers []pack.Layer) []pack.Layer {
+		return []pack.Layer{tarLayer(t, modelspec.MediaTypeModelWeightGzip, layers[0].Data)}
+	}
 	large := files(1, 20<<20)
 	for i, tt := range []struct {
 		name   string
 		layers []pack.Layer
 		want   []string
 	}{
-		{"a large file in a tar", asTar(large), []string{"layer 0 (application/vnd.cncf.model.weight.v1.tar,", "20971520 bytes are needed and "}},
-		{"small files in a tar", asTar(files(25, 900<<10)), []string{"layer 0 (application/vnd.cncf.model.weight.v1.tar,"}},
 		// The content root is on another filesystem, so that there is a copy.
+		{"a large file in a tar", asTar(large), []string{"layer 0 (application/vnd.cncf.model.weight.v1.tar,", fmt.Sprintf("%d bytes are needed and ", len(asTar(large)[0].Data))}},
+		{"small files in a tar", asTar(files(25, 900<<10)), []string{"layer 0 (application/vnd.cncf.model.weight.v1.tar,"}},
+		{"a large file in a compressed tar", zipped(asTar(large)), []string{"layer 0 (application/vnd.cncf.model.weight.v1.tar+gzip,"}},
 		{"a large raw file", asRaw(large), []string{"layer 0 (application/vnd.cncf.model.weight.v1.raw,", `"file-0"`, "20971520 bytes are needed and "}},
 		{"raw files", asRaw(files(4, 5<<20)), []string{"(application/vnd.cncf.model.weight.v1.raw,", "5242880 bytes are needed and "}},
 	} {

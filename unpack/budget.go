@@ -41,7 +41,7 @@ const alwaysAllowed = 64 << 20
 type Budget struct {
 	limits        Limits
 	memory, cores *semaphore.Weighted
-	entries       *semaphore.Weighted // of all plans, see plan
+	large         *semaphore.Weighted // of plans, see largePlan
 
 	mu   sync.Mutex
 	busy map[digest.Digest]chan struct{} // closed when the blob is free
@@ -50,11 +50,11 @@ type Budget struct {
 // NewBudget returns a Budget of which nothing is taken.
 func NewBudget(l Limits) *Budget {
 	return &Budget{
-		limits:  l,
-		memory:  semaphore.NewWeighted(l.Memory),
-		cores:   semaphore.NewWeighted(int64(runtime.GOMAXPROCS(0))),
-		entries: semaphore.NewWeighted(maxEntries),
-		busy:    map[digest.Digest]chan struct{}{},
+		limits: l,
+		memory: semaphore.NewWeighted(l.Memory),
+		cores:  semaphore.NewWeighted(int64(runtime.GOMAXPROCS(0))),
+		large:  semaphore.NewWeighted(1),
+		busy:   map[digest.Digest]chan struct{}{},
 	}
 }
 
@@ -84,20 +84,13 @@ func (b *Budget) only(ctx context.Context, blob digest.Digest) (release func(), 
 	}
 }
 
-// plan waits until the plans of all builds together have room for so many
-// entries more: a million take about a gigabyte while they are written. keep gives
-// back what is more than the real number, which is known once all is planned; with
-// 0 everything.
-func (b *Budget) plan(ctx context.Context, entries int64) (keep func(n int64), err error) {
-	held := min(entries, maxEntries)
-	if err := b.entries.Acquire(ctx, held); err != nil {
+// largePlan waits until no other plan is large: one of maxEntries takes 1.5 GB
+// while it is written.
+func (b *Budget) largePlan(ctx context.Context) (release func(), err error) {
+	if err := b.large.Acquire(ctx, 1); err != nil {
 		return nil, err
 	}
-	return func(n int64) {
-		n = min(n, held)
-		b.entries.Release(held - n)
-		held = n
-	}, nil
+	return func() { b.large.Release(1) }, nil
 }
 
 // take waits for the memory and the core to decompress a layer.
@@ -132,7 +125,7 @@ func (b *Budget) room(f *os.File, size int64) error {
 	}
 	var st unix.Statfs_t
 	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
-		return os.NewSyscallError("fstatfs", err)
+		return pathError("statfs", f.Name(), err)
 	}
 	if st.Blocks == 0 { // it does not say, as ramfs
 		return nil

@@ -9,10 +9,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"sync"
 
@@ -33,11 +35,16 @@ type content struct {
 	// file of an ext4 has to fit its redirect to one into what its inode has
 	// left for attributes (92 bytes of 256), or each takes a block for it.
 	name, path string
-	// layer is the first that has the blob.
+	// layer is the first that has the blob; it is none if own is set, and the
+	// content no blob but a sparse member.
 	layer artifact.Layer
+	own   bool
+	end   int64 // of a sparse member, in its archive
 	// digest is of the content: the blob's own, or the DiffID if it is
 	// compressed.
 	digest digest.Digest
+	// digests are of the content by other algorithms.
+	digests map[digest.Algorithm]digest.Digest
 	// retained is how retaining it went, which is done once: the same blob may
 	// stand in many layers, as a file in one and as a tar in another.
 	once     sync.Once
@@ -59,24 +66,33 @@ func keyOf(l artifact.Layer) contentKey {
 	return k
 }
 
+// memberKey tells a member by its archive and where it is there.
+type memberKey struct {
+	archive *content
+	offset  int64
+}
+
 // contents are the files in data/ of a Tree that is being built: no garbage
 // collection of the runtime takes them away.
 type contents struct {
 	Options
-	dir   string // data/
-	files map[contentKey]*content
+	dir     string // data/
+	files   map[contentKey]*content
+	members map[memberKey]*content // the sparse ones
 	// count numbers the files.
 	count int
 	// size and inodes are what they add to the disk.
 	size, inodes int64
-	// holes is what sparse members have beyond that.
-	holes int64
-	mu    sync.Mutex // of what is counted
+	// written and holes are what sparse members have together, and compressed the
+	// size of all blobs.
+	written, holes, compressed int64
+	mu                         sync.Mutex // of what is counted
 }
 
 func newContents(dir string, layers []artifact.Layer, o Options) *contents {
-	cs := &contents{Options: o, dir: dir, files: map[contentKey]*content{}}
+	cs := &contents{Options: o, dir: dir, files: map[contentKey]*content{}, members: map[memberKey]*content{}}
 	for _, l := range layers {
+		cs.compressed += min(l.Descriptor.Size, math.MaxInt64-cs.compressed)
 		if _, ok := cs.files[keyOf(l)]; !ok && (l.Descriptor.Size > 0 || l.Format != artifact.FormatRaw) {
 			c := cs.add()
 			c.layer, c.digest = l, l.Descriptor.Digest
@@ -107,6 +123,7 @@ func (cs *contents) retainRaw(ctx context.Context, layers []artifact.Layer) erro
 // they hold, several at a time.
 func (cs *contents) retainArchives(ctx context.Context, layers []artifact.Layer) error {
 	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(maxWaiting)
 	for _, l := range layers {
 		if l.Format != artifact.FormatTar {
 			continue
@@ -137,6 +154,10 @@ func (cs *contents) retainArchives(ctx context.Context, layers []artifact.Layer)
 	return g.Wait()
 }
 
+// maxWaiting is how many archives are retained at once. What they take of the node
+// is the Budget's; this is of goroutines.
+const maxWaiting = 64
+
 // each calls f with the layers in turn and says which one failed.
 func each(ctx context.Context, layers []artifact.Layer, f func(artifact.Layer) error) error {
 	for _, l := range layers {
@@ -152,8 +173,11 @@ func each(ctx context.Context, layers []artifact.Layer, f func(artifact.Layer) e
 
 // open opens a blob of the runtime and checks its size: the digest was checked
 // when the runtime stored it.
-func (cs *contents) open(blob ocispec.Descriptor) (*os.File, error) {
-	f, err := os.OpenFile(cs.Blobs.Path(blob.Digest), os.O_RDONLY|unix.O_NOFOLLOW, 0)
+func (cs *contents) open(ctx context.Context, blob ocispec.Descriptor) (*os.File, error) {
+	if err := cs.await(ctx, blob.Digest); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(cs.Blobs.Path(blob.Digest), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0) // it may be a FIFO
 	if err != nil {
 		return nil, explainMissing(err, cs.Blobs)
 	}
@@ -257,7 +281,7 @@ func (cs *contents) copy(ctx context.Context, target string, blob ocispec.Descri
 // can, which also works between the subvolumes of btrfs where a link does not;
 // else by a copy, whose digest is checked since every byte passes by.
 func (cs *contents) fill(ctx context.Context, dst *os.File, blob ocispec.Descriptor) error {
-	src, err := cs.open(blob)
+	src, err := cs.open(ctx, blob)
 	if err != nil {
 		return err
 	}
@@ -281,9 +305,15 @@ func (cs *contents) fill(ctx context.Context, dst *os.File, blob ocispec.Descrip
 }
 
 // sparse makes a content of the size bytes of a member with holes, which keep
-// being holes: what an index cannot point to.
-func (cs *contents) sparse(r io.Reader, size int64) (*content, error) {
+// being holes: what an index cannot point to. The same archive may stand in many
+// layers.
+func (cs *contents) sparse(ctx context.Context, r io.Reader, key memberKey, size int64) (*content, error) {
+	if c, ok := cs.members[key]; ok {
+		return c, nil
+	}
 	c := cs.add()
+	c.own = true
+	r = reader{ctx, r} // of holes nothing is read that would look at ctx
 	f, err := os.OpenFile(c.path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o444)
 	if err != nil {
 		return nil, err
@@ -297,48 +327,89 @@ func (cs *contents) sparse(r io.Reader, size int64) (*content, error) {
 	if err := cs.Budget.room(f, cs.holes+size); err != nil {
 		return nil, err
 	}
-	if err := copySparse(f, r, size); err != nil {
+	// A fragment of one byte takes a block.
+	limit := cs.Budget.expanded(cs.compressed) - cs.written
+	written, err := copySparse(f, r, size, limit)
+	if err != nil {
 		return nil, err
 	}
-	if n, err := r.Read(make([]byte, 1)); n > 0 || !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("its data do not end where its holes say (%v): %w", err, errdefs.ErrInvalidArgument)
+	if n, err := io.ReadFull(r, make([]byte, 1)); n > 0 {
+		return nil, fmt.Errorf("it has more data than its size says: %w", errdefs.ErrInvalidArgument)
+	} else if !errors.Is(err, io.EOF) {
+		return nil, err
 	}
-	taken, err := cs.account(c)
-	cs.holes += max(0, size-taken)
-	return c, errors.Join(err, f.Close())
+	cs.written += written
+	cs.holes += size - written
+	cs.members[key] = c
+	return c, f.Close()
 }
 
-// account counts what c, which is nobody else's, takes of the disk, in bytes.
-func (cs *contents) account(c *content) (int64, error) {
+// account counts what c, which is nobody else's, takes of the disk.
+func (cs *contents) account(c *content) error {
 	var st unix.Stat_t
 	if err := unix.Stat(c.path, &st); err != nil {
-		return 0, pathError("stat", c.path, err)
+		return pathError("stat", c.path, err)
 	}
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	cs.inodes++
 	cs.size += st.Blocks * 512
-	return st.Blocks * 512, nil
+	return nil
 }
 
-// copySparse copies size bytes of r to the empty file f and leaves out what is
-// zero, so that holes stay holes.
-func copySparse(f *os.File, r io.Reader, size int64) error {
-	buf := make([]byte, 256<<10)
+// drop removes the archives and sparse members that are not needed.
+func (cs *contents) drop(needed func(*content) bool) error {
+	dropped := slices.Collect(maps.Values(cs.members))
+	for _, c := range cs.files {
+		if c.layer.Format == artifact.FormatTar {
+			dropped = append(dropped, c)
+		}
+	}
+	for _, c := range dropped {
+		if needed(c) {
+			continue
+		}
+		if err := os.Remove(c.path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// sparseBlock is the unit that copySparse leaves out: a block of most file systems.
+const sparseBlock = 4 << 10
+
+// copySparse copies size bytes of r to the empty file f and leaves out blocks of
+// zeros, so that holes stay holes. It writes no more than limit.
+func copySparse(f *os.File, r io.Reader, size, limit int64) (written int64, err error) {
+	buf := make([]byte, 64*sparseBlock)
 	for off := int64(0); off < size; {
 		b := buf[:min(int64(len(buf)), size-off)]
 		if _, err := io.ReadFull(r, b); err != nil {
-			return err
+			return written, err
 		}
-		if b[0] != 0 || !bytes.Equal(b[:len(b)-1], b[1:]) {
-			if _, err := f.WriteAt(b, off); err != nil {
-				return err
+		for len(b) > 0 {
+			// A run of blocks that are all zeros, or all not.
+			zeros := isZero(b[:min(len(b), sparseBlock)])
+			n := min(len(b), sparseBlock)
+			for n < len(b) && isZero(b[n:min(len(b), n+sparseBlock)]) == zeros {
+				n = min(len(b), n+sparseBlock)
 			}
+			if !zeros {
+				if written += int64(n); written > limit {
+					return written, fmt.Errorf("its data take more than %d bytes of the disk; raise max_expansion in the snapshotter's configuration if that is as it should be: %w", limit, errdefs.ErrInvalidArgument)
+				}
+				if _, err := f.WriteAt(b[:n], off); err != nil {
+					return written, err
+				}
+			}
+			b, off = b[n:], off+int64(n)
 		}
-		off += int64(len(b))
 	}
-	return f.Truncate(size)
+	return written, f.Truncate(size)
 }
+
+func isZero(b []byte) bool { return b[0] == 0 && bytes.Equal(b[:len(b)-1], b[1:]) }
 
 // reader reads until ctx ends.
 type reader struct {

@@ -105,7 +105,7 @@ var gains = map[[2]Rung]string{
 var minKernel = map[Rung]kernelversion.KernelVersion{
 	Overlay:       {Kernel: 6, Major: 5},
 	EROFS:         {Kernel: 6, Major: 13},
-	EROFSLoop:     {Kernel: 5, Major: 16},
+	EROFSLoop:     {Kernel: 6, Major: 4},
 	EROFSBuffered: {Kernel: 6, Major: 12},
 }
 

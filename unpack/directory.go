@@ -96,7 +96,7 @@ func (w *writer) file(ctx context.Context, name string, n *node) error {
 	}
 	w.first[n] = name
 	c := n.bytes.content
-	if w.Rungs.Raw == Link && c != nil && !n.bytes.member {
+	if c != nil && !n.bytes.member && (w.Rungs.Raw == Link || c.own && w.Rungs.Raw == Copy) {
 		dir, base, err := w.at(name)
 		if err != nil {
 			return err
@@ -104,7 +104,7 @@ func (w *writer) file(ctx context.Context, name string, n *node) error {
 		if err := unix.Linkat(unix.AT_FDCWD, c.path, dir, base, 0); err != nil {
 			return &os.LinkError{Op: "link", Old: c.path, New: name, Err: err}
 		}
-		if c.layer.Descriptor.Digest != "" {
+		if !c.own {
 			return nil // its attributes are the blob's, and not ours to change
 		}
 		return w.setAttrs(name, n)
@@ -133,16 +133,10 @@ func (w *writer) bytes(ctx context.Context, f *os.File, e extent) error {
 			return err
 		}
 		defer archive.Close()
-		return copySparse(f, reader{ctx, io.NewSectionReader(archive, e.offset, e.size)}, e.size)
+		_, err = copySparse(f, reader{ctx, io.NewSectionReader(archive, e.offset, e.size)}, e.size, e.size)
+		return err
 	case w.Rungs.Raw == Overlay:
 		return makeMetacopy(f, c.name, e.size)
-	case c.layer.Descriptor.Digest == "": // a sparse member
-		member, err := os.Open(c.path)
-		if err != nil {
-			return err
-		}
-		defer member.Close()
-		return copySparse(f, reader{ctx, member}, e.size)
 	default:
 		blob := c.layer.Descriptor
 		blob.Size = e.size // another layer may say another one

@@ -100,14 +100,12 @@ func (m *gzipMembers) Read(p []byte) (int, error) {
 // Nothing is found by the DiffID that a config claims: whoever knows that of
 // somebody else's layer could read it so.
 func (cs *contents) retainFlat(ctx context.Context, c *content) error {
-	if err := cs.await(ctx, c.layer.Descriptor.Digest); err != nil {
-		return err
-	}
-	blob, err := cs.open(c.layer.Descriptor)
+	// What is here already is of no use to who does not have the blob.
+	blob, err := cs.open(ctx, c.layer.Descriptor)
 	if err != nil {
 		return err
 	}
-	defer blob.Close()
+	blob.Close() // many may wait here
 	release, err := cs.Budget.only(ctx, c.layer.Descriptor.Digest)
 	if err != nil {
 		return err
@@ -122,13 +120,13 @@ func (cs *contents) retainFlat(ctx context.Context, c *content) error {
 			return nil
 		}
 	}
-	if err := cs.inflate(ctx, c, blob); err != nil {
+	if err := cs.inflate(ctx, c); err != nil {
 		return err
 	}
 	if ours, err := cs.share(c); err != nil {
 		return err
 	} else if ours {
-		if _, err := cs.account(c); err != nil {
+		if err := cs.account(c); err != nil {
 			return err
 		}
 	}
@@ -146,8 +144,8 @@ func (cs *contents) retainFlat(ctx context.Context, c *content) error {
 // flatOf is the symlink to the flat tar of a compressed blob.
 func (cs *contents) flatOf(blob digest.Digest) string { return cs.Shared.Path(blob) + ".tar" }
 
-// inflate decompresses blob into c and computes its digest, in one pass.
-func (cs *contents) inflate(ctx context.Context, c *content, blob *os.File) error {
+// inflate decompresses the blob of c into c and computes its digest, in one pass.
+func (cs *contents) inflate(ctx context.Context, c *content) error {
 	l := c.layer
 	how, ok := decompressors[l.Compression]
 	if !ok {
@@ -158,6 +156,11 @@ func (cs *contents) inflate(ctx context.Context, c *content, blob *os.File) erro
 		return err
 	}
 	defer release()
+	blob, err := cs.open(ctx, l.Descriptor)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
 	compressed := io.TeeReader(reader{ctx, blob}, counter(cs.done))
 	stream, err := how.open(bufio.NewReaderSize(compressed, chunk))
 	if err != nil {
@@ -279,14 +282,20 @@ func (cs *contents) checkDiffID(ctx context.Context, c *content, l artifact.Laye
 	if l.DiffID == "" || l.DiffID == got {
 		return nil
 	}
-	if l.DiffID.Algorithm() != got.Algorithm() {
-		f, err := os.Open(c.path)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		if got, err = l.DiffID.Algorithm().FromReader(reader{ctx, f}); err != nil {
-			return err
+	if algorithm := l.DiffID.Algorithm(); algorithm != got.Algorithm() {
+		if got = c.digests[algorithm]; got == "" { // many layers may have the blob
+			f, err := os.Open(c.path)
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			if got, err = algorithm.FromReader(reader{ctx, f}); err != nil {
+				return err
+			}
+			if c.digests == nil {
+				c.digests = map[digest.Algorithm]digest.Digest{}
+			}
+			c.digests[algorithm] = got
 		}
 	}
 	if got != l.DiffID {

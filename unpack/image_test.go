@@ -155,13 +155,15 @@ func odd(t *testing.T) map[string][]byte {
 
 func TestEveryKindOfMemberIsShownAsTheArchiveHasIt(t *testing.T) {
 	all, strange := forms(t), odd(t)
-	for _, rung := range ladder {
+	// The others do with tars what one of these does.
+	for _, rung := range []Rungs{best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}, {Overlay, Extract}, {Link, EROFS}} {
 		for _, archives := range []map[string][]byte{all, strange} {
 			for name, a := range archives {
 				if _, is := strange[name]; is && (rung.Tar == Extract || rung.Raw != Overlay) {
 					continue
 				}
 				t.Run(rung.String()+"/"+name, func(t *testing.T) {
+					t.Parallel()
 					s := newSite(t)
 					wantVolume(t, s.show(t, rung, s.tar(t, artifact.CompressionNone, a)), a)
 				})
@@ -184,6 +186,7 @@ func TestCompressionChangesNothing(t *testing.T) {
 	for name, a := range forms(t) {
 		for _, c := range []artifact.Compression{artifact.CompressionGzip, artifact.CompressionZstd} {
 			t.Run(name+"/"+string(c), func(t *testing.T) {
+				t.Parallel()
 				s := newSite(t)
 				wantVolume(t, s.show(t, best, s.tar(t, c, a)), a)
 			})
@@ -310,7 +313,6 @@ func TestHundredsOfLayersAreOneMount(t *testing.T) {
 		tars, raws   int
 		compressions []artifact.Compression
 	}{
-		{best, 600, 0, []artifact.Compression{artifact.CompressionNone}},
 		{best, 600, 500, []artifact.Compression{artifact.CompressionNone, artifact.CompressionGzip, artifact.CompressionZstd}},
 		{Rungs{Overlay, EROFSBuffered}, 100, 100, []artifact.Compression{artifact.CompressionNone}},
 		{Rungs{Overlay, EROFSLoop}, 20, 20, []artifact.Compression{artifact.CompressionNone}},

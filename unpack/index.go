@@ -31,6 +31,8 @@ const (
 	// maxPadding bounds the zeros behind an archive. Tools pad to a record, of
 	// 10 KiB mostly.
 	maxPadding = 1 << 20
+	// headerBytes is how much of extended headers counts as an entry of the plan.
+	headerBytes = 4096
 	// maxTarget is the longest target of a symlink (PATH_MAX).
 	maxTarget = 4095
 	// maxXattrName and maxXattrValue are the kernel's XATTR_NAME_MAX and one
@@ -40,6 +42,8 @@ const (
 	maxXattrName  = 255
 	maxXattrValue = 1<<16 - 1
 	maxXattrs     = 4 * (1<<16 - 16)
+	// maxXattrNames is XATTR_LIST_MAX.
+	maxXattrNames = 1 << 16
 )
 
 // index is the indexing of one archive.
@@ -50,12 +54,12 @@ type index struct {
 	// files are the regular files of this archive, for its hard links.
 	files map[string]*node
 	// sparse makes a content of its own from a member with holes.
-	sparse func(r io.Reader, size int64) (*content, error)
+	sparse func(r io.Reader, key memberKey, size int64) (*content, error)
 }
 
 // addArchive plans the members of the archive c. It reads headers and skips
 // what is between them. sparse is called for a sparse member.
-func (p *plan) addArchive(ctx context.Context, c *content, layer int, sparse func(io.Reader, int64) (*content, error)) error {
+func (p *plan) addArchive(ctx context.Context, c *content, layer int, sparse func(io.Reader, memberKey, int64) (*content, error)) error {
 	f, err := os.Open(c.path)
 	if err != nil {
 		return err
@@ -90,7 +94,14 @@ func (x *index) members(ctx context.Context, s *io.SectionReader) error {
 		if err != nil {
 			return err
 		}
-		if end, err = x.member(r, h, s, at); err != nil {
+		before := x.entries
+		if err := x.count((at - end) / headerBytes); err != nil { // of extended headers
+			return err
+		}
+		if end, err = x.member(r, h, s, at); err == nil && x.entries == before {
+			err = x.count(1)
+		}
+		if err != nil {
 			return fmt.Errorf("member %.255q: %w", h.Name, err)
 		}
 	}
@@ -149,7 +160,7 @@ func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int
 	if h.Typeflag == tar.TypeDir && isRoot(h.Name) {
 		root := x.nodes["."]
 		root.attrs, root.xattrs = a, xattrs // tar -C DIR . begins with it
-		return end, nil
+		return end, x.countXattrs(xattrs)
 	}
 	name, err := artifact.CleanPath(h.Name)
 	if err != nil {
@@ -163,7 +174,7 @@ func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int
 			return 0, err
 		}
 		d.layer, d.attrs, d.xattrs = x.layer, a, xattrs
-		return end, nil
+		return end, x.countXattrs(xattrs)
 	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont:
 		n.kind = regular
 		if n.bytes, end, err = x.bytes(r, h, s, at); err != nil {
@@ -176,7 +187,9 @@ func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int
 		if h.Linkname == "" || len(h.Linkname) > maxTarget {
 			return 0, fmt.Errorf("a symlink with a target of %d bytes: %w", len(h.Linkname), errdefs.ErrInvalidArgument)
 		}
-		n.kind, n.target, n.xattrs = symlink, h.Linkname, nil // no symlink has any of user.*
+		// Cloned, here and for attributes: what archive/tar returns is part of an
+		// extended header of up to a MiB, which would stay in memory.
+		n.kind, n.target, n.xattrs = symlink, strings.Clone(h.Linkname), nil // no symlink has any of user.*
 		delete(x.files, name)
 	case tar.TypeLink:
 		if n, err = x.linked(h.Linkname); err != nil {
@@ -202,12 +215,17 @@ func (x *index) bytes(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int6
 		return e, roundUp(at + h.Size), nil
 	}
 	// Only archive/tar knows where its holes are.
-	c, err := x.sparse(r, h.Size)
+	c, err := x.sparse(r, memberKey{x.archive, at}, h.Size)
 	if err != nil {
 		return extent{}, 0, err
 	}
-	at, err = s.Seek(0, io.SeekCurrent)
-	return extent{content: c, size: h.Size}, roundUp(at), err
+	if c.end == 0 { // it has just been read
+		if at, err = s.Seek(0, io.SeekCurrent); err != nil {
+			return extent{}, 0, err
+		}
+		c.end = roundUp(at)
+	}
+	return extent{content: c, size: h.Size}, c.end, nil
 }
 
 // isSparse reports whether the member may have holes, and so a content that is
@@ -247,20 +265,21 @@ func (x *index) linked(linkname string) (*node, error) {
 // no owner rule has seen.
 func userXattrs(h *tar.Header) (map[string]string, error) {
 	var attrs map[string]string
-	total := 0
+	total, names := 0, 0
 	for key, value := range h.PAXRecords {
 		attr, ok := strings.CutPrefix(key, xattrPrefix)
 		if !ok || !strings.HasPrefix(attr, "user.") {
 			continue
 		}
 		total += len(attr) + len(value)
-		if attr == "user." || len(attr) > maxXattrName || len(value) > maxXattrValue || total+8*len(attrs) > maxXattrs {
+		names += len(attr) + 1
+		if attr == "user." || len(attr) > maxXattrName || len(value) > maxXattrValue || total+8*len(attrs) > maxXattrs || names > maxXattrNames {
 			return nil, fmt.Errorf("extended attribute %.255q of %d bytes does not fit: %w", attr, len(value), errdefs.ErrInvalidArgument)
 		}
 		if attrs == nil {
 			attrs = map[string]string{}
 		}
-		attrs[attr] = value
+		attrs[strings.Clone(attr)] = strings.Clone(value)
 	}
 	return attrs, nil
 }

@@ -44,7 +44,7 @@ const (
 	// file-backed mounts by default", which adds the option).
 	EROFS Rung = "erofs"
 	// EROFSLoop mounts them as loop devices, with direct I/O as well. It needs
-	// Linux 5.16, and a device for each tar.
+	// Linux 6.4, and a device for each tar.
 	EROFSLoop Rung = "erofs-loop"
 	// EROFSBuffered mounts the files without direct I/O: whatever is read is in
 	// the page cache twice.
@@ -52,6 +52,11 @@ const (
 	// Extract copies the members out of the tar.
 	Extract Rung = "extract"
 )
+
+// maxDevices is how many archives one image may have: for files what an EROFS can
+// count (with the device of those that have no bytes), of loop devices what a node
+// can bear. An artifact with more is extracted.
+var maxDevices = map[Rung]int{EROFS: 1<<16 - 2, EROFSBuffered: 1<<16 - 2, EROFSLoop: 1000, Extract: -1}
 
 // RawRungs and TarRungs are all rungs of a format, the best first.
 var (
@@ -175,7 +180,7 @@ func probeLink(_ context.Context, dir string) error {
 // needs says what a rung with an image asks of the kernel.
 var needs = map[Rung]string{
 	EROFS:         "EROFS over files with direct I/O needs Linux 6.13, the erofs module, and a file system that can do direct I/O in units of 512 bytes",
-	EROFSLoop:     "EROFS over loop devices needs Linux 5.16, the erofs and loop modules, and /dev/loop-control",
+	EROFSLoop:     "EROFS over loop devices needs Linux 6.4, the erofs and loop modules, and /dev/loop-control",
 	EROFSBuffered: "EROFS over files needs Linux 6.12 and the erofs module",
 }
 

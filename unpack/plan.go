@@ -20,9 +20,15 @@ import (
 const (
 	// maxEntries and maxNames, in bytes, bound the inodes, the memory and the
 	// time that one artifact can claim: a kilobyte of gzip can hold a thousand
-	// tar headers.
+	// tar headers. A header that plans nothing counts as an entry, and so does every
+	// entryBytes of a file, whose place in the image takes as much memory
+	// (go-erofs, one chunk for 65,535 blocks). Targets of symlinks and extended
+	// attributes count as names.
 	maxEntries = 1 << 20
 	maxNames   = 64 << 20
+	entryBytes = 65535 * tarBlock
+	// smallPlan is how many entries any number of plans may have at one time.
+	smallPlan = 1 << 14
 )
 
 // kind is what an entry of the Tree is, as far as the rules of precedence care.
@@ -69,7 +75,10 @@ type plan struct {
 	layers []artifact.Layer
 	nodes  map[string]*node
 	// entries and names count what the limits are for.
-	entries, names int
+	entries int64
+	names   int
+	// grow, if it is not nil, is called once, before the plan is large.
+	grow func() error
 	// implied are the attributes of a directory that no layer describes.
 	implied attrs
 }
@@ -126,13 +135,35 @@ func (p *plan) add(name string, n *node) error {
 	if n.attrs.uid == math.MaxUint32 || n.attrs.gid == math.MaxUint32 {
 		return fmt.Errorf("%q: owner %d:%d is not a user: %w", name, n.attrs.uid, n.attrs.gid, errdefs.ErrInvalidArgument)
 	}
-	p.entries++
-	p.names += len(name)
-	if p.entries > maxEntries || p.names > maxNames {
-		return fmt.Errorf("more than %d files and directories, or %d MiB of names: %w",
-			maxEntries, maxNames>>20, errdefs.ErrInvalidArgument)
+	p.names += len(name) + len(n.target)
+	if err := p.countXattrs(n.xattrs); err != nil {
+		return err
+	}
+	if err := p.count(1 + n.bytes.size/entryBytes); err != nil {
+		return err
 	}
 	p.nodes[name] = n
+	return nil
+}
+
+func (p *plan) countXattrs(xattrs map[string]string) error {
+	for attr, value := range xattrs {
+		p.names += len(attr) + len(value)
+	}
+	return p.count(0)
+}
+
+// count counts entries.
+func (p *plan) count(entries int64) error {
+	p.entries += entries
+	if p.entries > maxEntries || p.names > maxNames {
+		return fmt.Errorf("more than %d files and directories (every %d MiB of a file counts as one), or %d MiB of names, targets of symlinks and extended attributes: %w",
+			maxEntries, entryBytes>>20+1, maxNames>>20, errdefs.ErrInvalidArgument)
+	}
+	if grow := p.grow; grow != nil && p.entries > smallPlan {
+		p.grow = nil
+		return grow()
+	}
 	return nil
 }
 

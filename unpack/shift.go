@@ -31,8 +31,15 @@ func (t *Tree) Shift(ctx context.Context, dir string, o Options) (*Tree, error) 
 	if err != nil {
 		return nil, err
 	}
-	shifted := &Tree{Manifest: t.Manifest, Rungs: t.Rungs, Redirects: true, Source: t.Source, dir: dir}
+	shifted := &Tree{Format: format, Manifest: t.Manifest, Rungs: t.Rungs, Redirects: true, Source: t.Source, dir: dir}
 	return shifted, shifted.make(func() error {
+		if t.Inodes > smallPlan {
+			release, err := o.Budget.largePlan(ctx)
+			if err != nil {
+				return err
+			}
+			defer release()
+		}
 		o.Rungs = t.Rungs
 		cs := newContents(filepath.Join(dir, dataDir), nil, o)
 		p := newPlan(time.Time{}, nil)

@@ -23,6 +23,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -69,8 +70,14 @@ type Tree struct {
 	// Source is the file of the manifest, see Stale.
 	Source string `json:"source"`
 
+	// Format is of this file and what it describes.
+	Format int `json:"format"`
+
 	dir string
 }
+
+// format is the one that this version writes and reads.
+const format = 2
 
 // Options say how to build a Tree.
 type Options struct {
@@ -115,7 +122,7 @@ func (o Options) done(n int64) {
 // artifact: errdefs.ErrInvalidArgument, naming the layer. A missing blob is
 // errdefs.ErrNotFound, a full disk errdefs.ErrResourceExhausted.
 func Build(ctx context.Context, dir string, a *artifact.Artifact, o Options) (*Tree, error) {
-	t := &Tree{Manifest: a.Manifest.Digest, Rungs: o.Rungs, Source: source(o.Blobs, a.Manifest.Digest), dir: dir}
+	t := &Tree{Format: format, Manifest: a.Manifest.Digest, Rungs: o.Rungs, Source: source(o.Blobs, a.Manifest.Digest), dir: dir}
 	return t, t.make(func() error { return t.build(ctx, a, o) })
 }
 
@@ -162,7 +169,13 @@ func (t *Tree) build(ctx context.Context, a *artifact.Artifact, o Options) error
 		g.Go(func() error { return cs.retainRaw(gctx, a.Layers) })
 	case Link: // it is they that files are linked from
 		err = cs.retainRaw(ctx, a.Layers)
-	default:
+	default: // they are opened when they are copied
+		err = each(ctx, a.Layers, func(l artifact.Layer) error {
+			if l.Descriptor.Size == 0 {
+				return nil
+			}
+			return cs.await(ctx, l.Descriptor.Digest)
+		})
 	}
 	if err == nil {
 		err = t.write(gctx, a, cs, s)
@@ -182,43 +195,39 @@ func (t *Tree) write(ctx context.Context, a *artifact.Artifact, cs *contents, s 
 	if err := cs.retainArchives(ctx, a.Layers); err != nil {
 		return err
 	}
-	entries := int64(len(a.Layers))
-	for _, l := range a.Layers {
-		if l.Format == artifact.FormatTar {
-			fi, err := os.Stat(cs.files[keyOf(l)].path)
-			if err != nil {
-				return err
-			}
-			entries += min(fi.Size()/tarBlock, maxEntries) // headers at the most
+	p := newPlan(a.Created, a.Layers)
+	release := func() {}
+	defer func() { release() }()
+	p.grow = func() (err error) {
+		if release, err = cs.Budget.largePlan(ctx); err != nil {
+			release = func() {}
 		}
-	}
-	keep, err := cs.Budget.plan(ctx, entries)
-	if err != nil {
 		return err
 	}
-	defer keep(0)
-	p := newPlan(a.Created, a.Layers)
 	if err := each(ctx, a.Layers, func(l artifact.Layer) error { return p.addLayer(ctx, l, cs) }); err != nil {
 		return err
 	}
-	keep(int64(len(p.nodes)))
 	whole, archives := p.contents()
+	if err := cs.drop(func(c *content) bool { return whole[c] || archives[c] }); err != nil {
+		return err
+	}
 	t.Redirects = len(whole) > 0 && t.Rungs.Raw == Overlay
-	t.Image = t.Rungs.Tar != Extract && (len(whole) == 0 || t.Redirects)
+	for c := range whole {
+		if c.own && t.Redirects { // else it becomes a file of the Tree
+			if err := cs.account(c); err != nil {
+				return err
+			}
+		}
+	}
+	t.Image = len(archives) <= maxDevices[t.Rungs.Tar] && (len(whole) == 0 || t.Redirects)
 	if t.Image {
 		return t.writeImage(p, s, len(whole) > 0)
 	}
 	if err := buildDirectory(ctx, filepath.Join(t.dir, fsDir), p, cs, s); err != nil {
 		return err
 	}
-	for c := range archives {
-		if !whole[c] { // it has been extracted
-			if err := os.Remove(c.path); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+	// What has been extracted, or linked from, is needed no more.
+	return cs.drop(func(c *content) bool { return whole[c] && t.Redirects })
 }
 
 // addLayer plans a layer.
@@ -228,7 +237,9 @@ func (p *plan) addLayer(ctx context.Context, l artifact.Layer, cs *contents) err
 		if err := cs.checkDiffID(ctx, c, l); err != nil {
 			return err
 		}
-		return p.addArchive(ctx, c, l.Index, cs.sparse)
+		return p.addArchive(ctx, c, l.Index, func(r io.Reader, key memberKey, size int64) (*content, error) {
+			return cs.sparse(ctx, r, key, size)
+		})
 	}
 	f, d := l.File, l.Descriptor
 	// An empty blob is not looked at: it has nothing to share, and the runtime
@@ -287,7 +298,8 @@ func guard(f func() error) (err error) {
 	return f()
 }
 
-// Load reads the Tree in dir.
+// Load reads the Tree in dir. One that another version of this package has made
+// is errdefs.ErrFailedPrecondition.
 func Load(dir string) (*Tree, error) {
 	b, err := os.ReadFile(filepath.Join(dir, metaFile))
 	if err != nil {
@@ -296,6 +308,9 @@ func Load(dir string) (*Tree, error) {
 	t := &Tree{dir: dir}
 	if err := json.Unmarshal(b, t); err != nil {
 		return nil, fmt.Errorf("%s: %w", filepath.Join(dir, metaFile), err)
+	}
+	if t.Format != format {
+		return nil, fmt.Errorf("%s is of another version of the snapshotter, which pods may still show; remove them and try again: %w", dir, errdefs.ErrFailedPrecondition)
 	}
 	return t, nil
 }

@@ -103,7 +103,7 @@ func archive(t *testing.T, members ...tar.Header) []byte {
 		if h.Typeflag == tar.TypeReg {
 			h.Linkname, h.Size = "", int64(len(content))
 		}
-		if h.ModTime.IsZero() {
+		if h.ModTime.IsZero() && h.Typeflag != tar.TypeXGlobalHeader { // which has none
 			h.ModTime = mtime
 			h.Format = tar.FormatPAX
 		}

@@ -83,8 +83,8 @@ func (s *Store) begin() bool {
 func (s *Store) mount(ctx context.Context, id ID, a *artifact.Artifact) error {
 	name := id.name()
 	t, err := unpack.Load(s.path(id))
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
+	if err != nil && !errors.Is(err, os.ErrNotExist) && s.mounted(name) {
+		return nil // another version of this program has made and mounted it
 	}
 	if err != nil {
 		// Whatever is mounted shows another Tree, one that has been deleted.

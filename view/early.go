@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -32,6 +33,9 @@ const (
 	// maxManifest is the largest file that is looked at for a manifest: what the
 	// OCI distribution specification asks registries to take.
 	maxManifest = 4 << 20
+	// maxEarly is how many builds may wait for blobs at once: what looks like a
+	// manifest may be a file of an artifact, whose blobs never come.
+	maxEarly = 16
 	// lookAgain is how often a build that waits for a blob looks by itself whether
 	// it has arrived, and whether the manifest is still there: a pull that is given
 	// up leaves it to the runtime's garbage collection.
@@ -57,16 +61,24 @@ func (a *arrivals) of(path string) <-chan struct{} {
 	return a.waiting[path]
 }
 
-// tell tells those who wait for path; "" is for any.
+// tell tells those who wait for path.
 func (a *arrivals) tell(path string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for p, ch := range a.waiting {
-		if path == "" || p == path {
-			close(ch)
-			delete(a.waiting, p)
-		}
+	if ch, ok := a.waiting[path]; ok {
+		close(ch)
+		delete(a.waiting, path)
 	}
+}
+
+// tellAll tells everybody who waits to look again.
+func (a *arrivals) tellAll() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, ch := range a.waiting {
+		close(ch)
+	}
+	clear(a.waiting)
 }
 
 // early is a build that began with the arrival of its manifest.
@@ -80,7 +92,7 @@ type early struct {
 // as the file path, if it is one that takes time: one with compressed layers. What
 // fails is left to the pod that asks, which gets the reason.
 func (s *Store) unpackEarly(ctx context.Context, path string) {
-	m, desc, ok := readManifest(path)
+	config, desc, ok := readManifest(path)
 	if !ok || s.content.Path(desc.Digest) != path {
 		return
 	}
@@ -89,21 +101,27 @@ func (s *Store) unpackEarly(ctx context.Context, path string) {
 	name := id.name()
 	s.mu.Lock()
 	_, known := s.early[name]
-	if !known {
+	begin := !known && len(s.early) < maxEarly
+	if begin {
 		s.early[name] = e
 	}
 	s.mu.Unlock()
-	if known || !s.begin() {
+	if !begin {
+		return
+	}
+	done := func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.early, name)
+	}
+	if !s.begin() {
+		done()
 		return
 	}
 	go func() {
 		defer s.running.Done()
-		defer func() {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			delete(s.early, name)
-		}()
-		if err := s.buildEarly(s.closing, id, desc, m.Config.Digest, e); err != nil {
+		defer done()
+		if err := s.buildEarly(s.closing, id, desc, config, e); err != nil {
 			log.G(ctx).WithError(err).WithField("artifact", desc.Digest).Debug("not unpacked while it was pulled")
 		}
 	}()
@@ -125,35 +143,47 @@ func (s *Store) buildEarly(ctx context.Context, id ID, desc ocispec.Descriptor, 
 		if s.has(id) {
 			return nil, nil
 		}
+		// Whatever is mounted shows another Tree, one that has been deleted.
+		if err := s.unmount(id.name()); err != nil {
+			return nil, err
+		}
 		return s.build(ctx, id, a, func(ctx context.Context, blob digest.Digest) error { return s.await(ctx, e, blob) })
 	})
 	return err
 }
 
 // readManifest reads the file path if it looks like the manifest of something
-// that is not an image.
-func readManifest(path string) (m ocispec.Manifest, desc ocispec.Descriptor, ok bool) {
+// that is not an image, and returns the digest of its config.
+func readManifest(path string) (config digest.Digest, desc ocispec.Descriptor, ok bool) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return m, desc, false
+		return "", desc, false
 	}
 	defer f.Close()
 	fi, err := f.Stat()
 	if err != nil || !fi.Mode().IsRegular() || fi.Size() > maxManifest {
-		return m, desc, false
+		return "", desc, false
 	}
 	brace := make([]byte, 1) // most blobs are not even JSON
 	if _, err := f.ReadAt(brace, 0); err != nil || brace[0] != '{' {
-		return m, desc, false
+		return "", desc, false
 	}
 	b, err := io.ReadAll(f)
 	if err != nil || !bytes.Contains(b, []byte(`"schemaVersion"`)) {
-		return m, desc, false
+		return "", desc, false
 	}
-	if json.Unmarshal(b, &m) != nil || len(m.Layers) == 0 || m.Config.Digest.Validate() != nil || artifact.IsImageConfig(m.Config.MediaType) {
-		return m, desc, false
+	var m struct { // no more than is needed: a manifest is a lot larger in memory
+		MediaType string `json:"mediaType"`
+		Config    struct {
+			MediaType string        `json:"mediaType"`
+			Digest    digest.Digest `json:"digest"`
+		} `json:"config"`
 	}
-	return m, ocispec.Descriptor{MediaType: m.MediaType, Digest: digest.FromBytes(b), Size: int64(len(b))}, true
+	if json.Unmarshal(b, &m) != nil || m.MediaType != "" && !images.IsManifestType(m.MediaType) || m.Config.Digest.Validate() != nil || artifact.IsImageConfig(m.Config.MediaType) {
+		return "", desc, false
+	}
+	// The digest of the file's name is checked by whoever reads it to build.
+	return m.Config.Digest, ocispec.Descriptor{Digest: digest.FromBytes(b), Size: int64(len(b))}, true
 }
 
 // await waits until the runtime has the blob, or a pod cannot wait any longer.

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
@@ -57,6 +58,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 			return nil, err
 		}
 	}
+	removeProbes(ctx, c.Root)
 	err := s.start(ctx, filepath.Join(c.Root, "boot"))
 	if errdefs.IsResourceExhausted(err) || errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 		// What fills the disk may be what the sweep would remove.
@@ -67,6 +69,20 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		return nil, err
 	}
 	return s, nil
+}
+
+// removeProbes removes what is left in root of trying rungs, but for what may be
+// of a process that is trying now.
+func removeProbes(ctx context.Context, root string) {
+	dirs, err := filepath.Glob(filepath.Join(root, unpack.ProbeDirs))
+	for _, dir := range dirs {
+		if fi, lerr := os.Lstat(dir); lerr == nil && time.Since(fi.ModTime()) > time.Minute {
+			err = errors.Join(err, mount.UnmountRecursive(dir, unix.MNT_DETACH), os.RemoveAll(dir))
+		}
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("cannot remove what is left of trying rungs")
+	}
 }
 
 func (s *Store) start(ctx context.Context, marker string) error {
@@ -146,7 +162,7 @@ func (s *Store) recover(ctx context.Context, marker string) error {
 			continue // the sweep's
 		}
 		t, err := unpack.Load(filepath.Join(s.trees, name))
-		if err == nil && !rebooted && (t.Rungs == s.rungs || s.mounted(name)) {
+		if !rebooted && (err == nil && t.Rungs == s.rungs || s.mounted(name)) {
 			continue
 		}
 		log.G(ctx).WithField("tree", name).Info("removing a tree of an earlier boot or of another rung")
@@ -169,7 +185,7 @@ func (s *Store) recover(ctx context.Context, marker string) error {
 		return err
 	}
 	for _, name := range mounts {
-		if !s.hasName(name) {
+		if _, err := os.Lstat(filepath.Join(s.trees, name)); errors.Is(err, os.ErrNotExist) {
 			if err := s.unmount(name); err != nil {
 				return err
 			}

@@ -4,6 +4,7 @@
 package view
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -85,4 +86,35 @@ func TestAMountWithoutItsTreeIsNotShown(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An update of the daemon may change what a Tree is, while pods show old ones.
+func TestATreeOfAnotherVersionIsShownAsLongAsItIsMounted(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	v := s.acquire(d)
+	s.show(v.ID)
+	v.Release()
+	s.Close()
+	tree := filepath.Join(s.trees, v.ID.name())
+	if err := os.WriteFile(filepath.Join(tree, "tree.json"), []byte(`{"format": 1}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.open()
+	s.sweep()
+	second := s.acquire(d)
+	if b, err := os.ReadFile(filepath.Join(second.Path, "weights")); err != nil || string(b) != "bytes" {
+		t.Errorf("the second pod: %q, %v", b, err)
+	}
+	if b, err := os.ReadFile(filepath.Join(tree, "tree.json")); err != nil || string(b) != `{"format": 1}` {
+		t.Errorf("the tree was built again below a running pod: %s, %v", b, err)
+	}
+	second.Release()
+	s.show()
+	s.sweep()
+	if _, err := os.Lstat(tree); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the tree has not gone with its last pod: %v", err)
+	}
+	s.acquire(d).Release()
+	s.wantState(v.ID, true, true)
 }

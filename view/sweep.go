@@ -93,9 +93,9 @@ func (s *Store) watch(ctx context.Context) <-chan struct{} {
 				if !e.Has(fsnotify.Remove) && !e.Has(fsnotify.Rename) {
 					continue
 				}
-				s.arrivals.tell("") // it may be a manifest whose layers are waited for
+				s.arrivals.tellAll() // it may be a manifest whose layers are waited for
 			case <-w.Errors: //nolint:errcheck // an overflow: something may have been missed
-				s.arrivals.tell("")
+				s.arrivals.tellAll()
 			}
 			select {
 			case deleted <- struct{}{}:
@@ -187,7 +187,7 @@ func (s *Store) useless(name string, m digest.Digest) bool {
 		return true
 	}
 	t, err := unpack.Load(filepath.Join(s.trees, name))
-	return err == nil && t.Stale(s.content)
+	return err != nil || t.Stale(s.content) // of another version of this program
 }
 
 // used is the names of all Trees that somebody shows or is about to. The caller

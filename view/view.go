@@ -166,7 +166,7 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 		release()
 		return nil, err
 	}
-	s.hurry(id.name())
+	s.hurry(ID{Manifest: id.Manifest}.name())
 	wait := s.maxWait
 	if deadline, ok := ctx.Deadline(); ok {
 		// So that the answer, which says how far the build is, still gets there.

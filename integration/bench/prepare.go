@@ -30,6 +30,7 @@ import (
 const (
 	smallRounds = 51 // of an artifact with 1 or 10 files
 	largeRounds = 11 // with 2,000
+	scaleRounds = 5  // with 2,000 and 20,000 in turns
 	artifacts   = 100
 )
 
@@ -60,6 +61,7 @@ func measurePrepare(ctx context.Context, r *report) {
 	p.bytes(ctx, r)
 	p.files(ctx, r, 10, smallRounds, 5)
 	p.files(ctx, r, 2000, largeRounds, 100)
+	p.scale(ctx, r)
 	p.memory(ctx, r, "raw artifacts of 1 GiB in 10 files", p.raw(10, measure.GiB/10))
 	p.memory(ctx, r, "tar+gzip artifacts of 2.5 MiB in 10 files", gzipped)
 }
@@ -104,11 +106,34 @@ func (p *preparer) files(ctx context.Context, r *report, files, rounds int, limi
 		fmt.Sprintf("**%.0f KiB**, %.3f %%", added/1024, 100*added/measure.GiB), "≤ 1 %", added <= measure.GiB/100)
 }
 
+// scale compares the time for each file of artifacts whose only difference is
+// how many they have.
+func (p *preparer) scale(ctx context.Context, r *report) {
+	files := [2]int{2000, 20000}
+	var targets [2][]digest.Digest
+	for i, n := range files {
+		targets[i] = p.some(scaleRounds, p.rawFiles(n, measure.GiB/int64(n), func(i int, _ int64) map[string]string {
+			// With all attributes the manifest would be larger than registries take.
+			return map[string]string{modelspec.AnnotationFilepath: name(i)}
+		}))
+	}
+	r.disk.Sync()
+	var each [2]measure.Sample
+	for round := range scaleRounds {
+		for turn := range files {
+			i := (turn + round) % 2 // neither is always the first
+			each[i] = append(each[i], 1000*p.prepare(ctx, targets[i][round])/float64(files[i]))
+		}
+	}
+	r.add(fmt.Sprintf("`Prepare`, for each file, one of %d raw files against one of %d", files[1], files[0]),
+		each[1].Format("%.1f", " µs")+" against "+each[0].Format("%.1f", " µs"), "≤ 1.2 ×", each[1].Median() <= 1.2*each[0].Median())
+}
+
 // memory measures a daemon that was just started.
 func (p *preparer) memory(ctx context.Context, r *report, kind string, layer layerMaker) {
 	measure.Progress("making %d %s", artifacts, kind)
+	measure.Check(p.StopDaemon()) // or it would unpack what it sees arrive
 	targets := p.some(artifacts, layer)
-	measure.Check(p.StopDaemon())
 	measure.Check(p.StartDaemon())
 	status := fmt.Sprintf("/proc/%d/status", p.DaemonPID())
 	start := measure.Mebibytes(status, "VmRSS")
@@ -148,6 +173,10 @@ func (p *preparer) some(count int, layers layerMaker) (targets []digest.Digest) 
 
 // raw makes files as sparse blobs under made-up digests: nothing reads them.
 func (p *preparer) raw(files int, size int64) layerMaker {
+	return p.rawFiles(files, size, annotations)
+}
+
+func (p *preparer) rawFiles(files int, size int64, annotations func(i int, size int64) map[string]string) layerMaker {
 	return func(artifact int) (layers []pack.Layer) {
 		dir := filepath.Join(p.ContentRoot, "blobs", "sha256")
 		measure.Check(os.MkdirAll(dir, 0o755))

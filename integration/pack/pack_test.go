@@ -217,3 +217,26 @@ func TestIndexNamesItsManifests(t *testing.T) {
 		t.Errorf("manifest is %+v", manifest)
 	}
 }
+
+func TestSparseMemberHasItsHoles(t *testing.T) {
+	member, err := SparseMember("sparse", 100000, 77777, []byte("data"))
+	check(t, err)
+	rest, err := TarOf(Member{Header: tar.Header{Name: "next", Mode: 0o644}, Data: []byte("x")})
+	check(t, err)
+	if size := len(member) + len(rest); size > 10000 {
+		t.Errorf("the tar has %d bytes", size)
+	}
+	r := tar.NewReader(bytes.NewReader(append(member, rest...)))
+	header, err := r.Next()
+	check(t, err)
+	content, err := io.ReadAll(r)
+	check(t, err)
+	want := make([]byte, 100000)
+	copy(want[77777:], "data")
+	if header.Name != "sparse" || header.Mode != 0o644 || !bytes.Equal(content, want) {
+		t.Errorf("it is %+v, %d bytes that differ from the %d wanted", header, len(content), len(want))
+	}
+	if header, err = r.Next(); err != nil || header.Name != "next" {
+		t.Errorf("then comes %+v (%v)", header, err)
+	}
+}

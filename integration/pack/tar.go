@@ -48,6 +48,35 @@ func TarOf(members ...Member) ([]byte, error) {
 	return out.Bytes(), err
 }
 
+// SparseMember returns a member of size bytes that are zero but for data at an
+// offset, in the old format of GNU tar, to be put before a tar.
+func SparseMember(name string, size, offset int64, data []byte) ([]byte, error) {
+	var out bytes.Buffer
+	w := tar.NewWriter(&out)
+	header := tar.Header{Name: name, Mode: 0o644, Size: int64(len(data)), ModTime: Created, Format: tar.FormatGNU}
+	if err := w.WriteHeader(&header); err != nil {
+		return nil, fmt.Errorf("tar %q: %w", name, err)
+	}
+	if _, err := w.Write(data); err != nil {
+		return nil, fmt.Errorf("tar %q: %w", name, err)
+	}
+	if err := w.Flush(); err != nil {
+		return nil, fmt.Errorf("tar %q: %w", name, err)
+	}
+	// GNU tar, "Basic Tar Format": the type, where the data are, and the size.
+	member := out.Bytes()
+	member[156] = tar.TypeGNUSparse
+	copy(member[386:], fmt.Sprintf("%011o\x00%011o\x00", offset, len(data)))
+	copy(member[483:], fmt.Sprintf("%011o\x00", size))
+	copy(member[148:156], "        ")
+	sum := 0
+	for _, b := range member[:512] {
+		sum += int(b)
+	}
+	copy(member[148:156], fmt.Sprintf("%06o\x00 ", sum))
+	return member, nil
+}
+
 // TarDir returns a tar of everything below dir, directories and symlinks
 // included, with its real attributes.
 func TarDir(dir string) ([]byte, error) {

@@ -22,7 +22,7 @@ const (
 	// window is how much of a model the reads are of, from its beginning: the
 	// plain files, the volume, and a volume that is cached twice have to fit
 	// into the memory at once.
-	window = 2 * measure.GiB
+	window = measure.GiB
 
 	touches    = 20000 // pages of a random read
 	warmRounds = 3     // for each cold one: they are short

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -88,6 +89,29 @@ type early struct {
 	once     sync.Once
 }
 
+// arrived is told of a new blob.
+func (s *Store) arrived(ctx context.Context, path string) {
+	if s.early == nil {
+		return
+	}
+	s.arrivals.tell(path)
+	s.unpackEarly(ctx, path)
+}
+
+// arrivedBefore looks for what has arrived in dir since the store was opened and
+// before it was watched. What is older is unpacked when a pod asks.
+func (s *Store) arrivedBefore(ctx context.Context, dir string) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return // the watch tells of the next ones
+	}
+	for _, e := range entries {
+		if fi, err := e.Info(); err == nil && fi.ModTime().After(s.opened) {
+			s.arrived(ctx, filepath.Join(dir, e.Name()))
+		}
+	}
+}
+
 // unpackEarly begins to build the Tree of the artifact whose manifest has arrived
 // as the file path, if it is one that takes time: one with compressed layers. What
 // fails is left to the pod that asks, which gets the reason.
@@ -138,6 +162,7 @@ func (s *Store) buildEarly(ctx context.Context, id ID, desc ocispec.Descriptor, 
 	if !slices.ContainsFunc(a.Layers, func(l artifact.Layer) bool { return l.Compression != artifact.CompressionNone }) {
 		return nil // a matter of milliseconds
 	}
+	log.G(ctx).WithField("artifact", id.Manifest).Debug("unpacking while it is pulled")
 	defer s.hold(id.name())()
 	_, err, _ = s.builds.Do(id.name(), func() (any, error) {
 		if s.has(id) {

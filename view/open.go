@@ -43,6 +43,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		building: map[string]bool{},
 		progress: map[digest.Digest]*progress{},
 		failed:   map[string]error{},
+		opened:   time.Now(),
 	}
 	if c.Early {
 		s.early = map[string]*early{}

@@ -77,18 +77,17 @@ func (s *Store) watch(ctx context.Context) <-chan struct{} {
 		defer func() { _ = w.Close() }()
 		look := time.NewTicker(time.Second)
 		defer look.Stop()
-		s.watchBlobs(w)
+		s.watchBlobs(ctx, w)
 		for {
 			select {
 			case <-ctx.Done():
 				return
 			case <-look.C:
-				s.watchBlobs(w)
+				s.watchBlobs(ctx, w)
 				continue
 			case e := <-w.Events:
-				if e.Has(fsnotify.Create) && s.early != nil {
-					s.arrivals.tell(e.Name)
-					s.unpackEarly(ctx, e.Name)
+				if e.Has(fsnotify.Create) {
+					s.arrived(ctx, e.Name)
 				}
 				if !e.Has(fsnotify.Remove) && !e.Has(fsnotify.Rename) {
 					continue
@@ -108,11 +107,12 @@ func (s *Store) watch(ctx context.Context) <-chan struct{} {
 
 // watchBlobs watches the directories of blobs that are there and not yet
 // watched.
-func (s *Store) watchBlobs(w *fsnotify.Watcher) {
+func (s *Store) watchBlobs(ctx context.Context, w *fsnotify.Watcher) {
 	for _, algorithm := range []string{"sha256", "sha384", "sha512"} {
 		dir := filepath.Join(string(s.content), "blobs", algorithm)
 		if !slices.Contains(w.WatchList(), dir) && w.Add(dir) == nil {
 			s.Wake() // for what went before
+			s.arrivedBefore(ctx, dir)
 		}
 	}
 }

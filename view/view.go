@@ -100,6 +100,7 @@ type Store struct {
 	// early are the builds that began with their manifest's arrival, by the name
 	// of the Tree to be; nil if none may.
 	early    map[string]*early
+	opened   time.Time
 	arrivals arrivals
 }
 

@@ -268,8 +268,16 @@ func readColumns() (names []string) {
 	return names
 }
 
-func median(s measure.Sample) string  { return fmt.Sprintf("**%.2f**", s.Median()) }
-func median3(s measure.Sample) string { return fmt.Sprintf("**%.3f**", s.Median()) }
+func median(s measure.Sample) string  { return format(s, "**%.2f**") }
+func median3(s measure.Sample) string { return format(s, "**%.3f**") }
+
+// format is empty for what was not measured.
+func format(s measure.Sample, verb string) string {
+	if len(s) == 0 {
+		return ""
+	}
+	return fmt.Sprintf(verb, s.Median())
+}
 
 // bound is the cells of a bound and of whether the sample's median keeps it.
 func bound(s measure.Sample, limit float64, format string) []string {

@@ -73,7 +73,7 @@ FUZZTIME ?= 20s
 fuzz:
 	@set -e; for f in artifact:FuzzRead artifact:FuzzFileMetadata artifact:FuzzCleanPath unpack:FuzzIndex unpack:FuzzInflate; do \
 		echo "==> $$f for $(FUZZTIME)"; \
-		go test -run '^$$' -fuzz "^$${f#*:}$$" -fuzztime $(FUZZTIME) ./$${f%%:*}; \
+		go test -run '^$$' -fuzz "^$${f#*:}$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 50x ./$${f%%:*}; \
 	done
 
 lint: packages

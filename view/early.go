@@ -101,13 +101,23 @@ func (s *Store) arrived(ctx context.Context, path string) {
 // arrivedBefore looks for what has arrived in dir since the store was opened and
 // before it was watched. What is older is unpacked when a pod asks.
 func (s *Store) arrivedBefore(ctx context.Context, dir string) {
-	entries, err := os.ReadDir(dir)
+	d, err := os.Open(dir)
 	if err != nil {
 		return // the watch tells of the next ones
 	}
-	for _, e := range entries {
-		if fi, err := e.Info(); err == nil && fi.ModTime().After(s.opened) {
-			s.arrived(ctx, filepath.Join(dir, e.Name()))
+	defer d.Close()
+	if fi, err := d.Stat(); err != nil || !fi.ModTime().After(s.opened) {
+		return // nothing has arrived
+	}
+	for ctx.Err() == nil {
+		entries, err := d.ReadDir(256) // there may be many, and most are old
+		for _, e := range entries {
+			if fi, err := e.Info(); err == nil && fi.ModTime().After(s.opened) {
+				s.arrived(ctx, filepath.Join(dir, e.Name()))
+			}
+		}
+		if err != nil {
+			return
 		}
 	}
 }

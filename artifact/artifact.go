@@ -39,6 +39,7 @@ import (
 	"github.com/containerd/errdefs"
 	modelspec "github.com/modelpack/model-spec/specs-go/v1"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -128,9 +129,12 @@ type Artifact struct {
 	// Manifest has the media type, digest and size of the artifact's manifest,
 	// which is not the target of Read if that was an index.
 	Manifest ocispec.Descriptor
+	// Config is the digest of its config. CRI runtimes take it for the identity
+	// of an image.
+	Config digest.Digest
 	// Type is the manifest's artifactType, else its config's media type.
 	Type string
-	// Created is the creation time the config names, else the Unix epoch.
+	// Created is the creation time the config names, else the Unix unixEpoch.
 	Created time.Time
 	Layers  []Layer
 }
@@ -174,6 +178,7 @@ func read(ctx context.Context, blobs content.Provider, desc ocispec.Descriptor, 
 
 	a := &Artifact{
 		Manifest: desc,
+		Config:   doc.Config.Digest,
 		Type:     cmp.Or(doc.ArtifactType, doc.Config.MediaType),
 		Created:  cfg.created,
 		Layers:   make([]Layer, 0, len(doc.Layers)),
@@ -186,6 +191,31 @@ func read(ctx context.Context, blobs content.Provider, desc ocispec.Descriptor, 
 		a.Layers = append(a.Layers, l)
 	}
 	return a, nil
+}
+
+// NewLayer returns the layer that desc is by itself, as if it were that of an
+// artifact without a config: without a DiffID, unless it is not compressed.
+func NewLayer(desc ocispec.Descriptor) (Layer, error) {
+	return newLayer(0, desc, config{created: unixEpoch})
+}
+
+// ChainID is the chain ID of the layers, as defined for images
+// (https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid).
+// If the config does not name the DiffID of a compressed layer, it is the digest
+// of the manifest instead.
+func (a *Artifact) ChainID() digest.Digest {
+	ids := make([]digest.Digest, 0, len(a.Layers))
+	for _, l := range a.Layers {
+		id := l.DiffID
+		if l.Compression == CompressionNone {
+			id = l.Descriptor.Digest
+		}
+		if id == "" {
+			return a.Manifest.Digest
+		}
+		ids = append(ids, id)
+	}
+	return identity.ChainID(ids)
 }
 
 func newLayer(index int, desc ocispec.Descriptor, cfg config) (Layer, error) {

@@ -16,9 +16,12 @@ import (
 
 // config is what an artifact's config says about its files.
 type config struct {
-	created time.Time // the Unix epoch if the config names no time
+	created time.Time // the Unix unixEpoch if the config names no time
 	diffIDs []digest.Digest
 }
+
+// unixEpoch is when an artifact was created whose config names no time.
+var unixEpoch = time.Unix(0, 0).UTC()
 
 // parseConfig reads the creation time and the DiffIDs from a config. A
 // ModelPack config must be well-formed; any other type may hold anything, and
@@ -35,7 +38,7 @@ func parseConfig(mediaType string, raw []byte) (config, error) {
 		ModelFS    json.RawMessage `json:"modelfs"`
 		RootFS     json.RawMessage `json:"rootfs"`
 	}
-	cfg := config{created: time.Unix(0, 0).UTC()}
+	cfg := config{created: unixEpoch}
 	err := json.Unmarshal(raw, &top)
 	if err == nil && top == nil {
 		err = errors.New("null")

@@ -76,7 +76,7 @@ func Open(ctx context.Context, cfg Config) (_ snapshots.Snapshotter, err error) 
 		return nil, err
 	}
 	s.closers = append(s.closers, views.Close)
-	if s.Snapshotter, err = snapshot.New(cfg.Root, views); err != nil {
+	if s.Snapshotter, err = snapshot.New(cfg.Root, views, nil); err != nil {
 		return nil, err
 	}
 	s.closers = append(s.closers, s.Snapshotter.Close)

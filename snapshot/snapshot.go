@@ -11,13 +11,16 @@
 package snapshot
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"maps"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -33,29 +36,82 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/view"
 )
 
-// LabelArtifact is on every view: the digest of the artifact's manifest. It
+// LabelArtifact is on every view, and on every committed snapshot of an artifact: the digest of the artifact's manifest. It
 // does not begin with "containerd.io/snapshot/", the prefix of the labels that
 // containerd hands on to a snapshotter (snapshots.FilterInheritedLabels), some
 // of which come from the annotations of a pulled image; so no image can claim
 // to be a view.
 const LabelArtifact = "artifact-snapshotter/artifact"
 
-// imageVolume matches the key with which containerd's CRI plugin prepares an
-// image volume, as a proxy snapshotter sees it: the path of the mount, which
-// ends in the digest of the image's target
-// (internal/cri/server/container_image_mount.go).
-var imageVolume = regexp.MustCompile(`/image-volumes/[^/]+/([0-9a-f]{64}|[0-9a-f]{96}|[0-9a-f]{128})$`)
+const digestHex = `([0-9a-f]{64}|[0-9a-f]{96}|[0-9a-f]{128})`
+
+// The keys that ask for an artifact, as a proxy snapshotter sees them: behind the
+// namespace and a number (core/metadata/snapshot.go, createKey). Keys of
+// extraction end in what an image's config says, so only the beginning tells who
+// asks.
+var (
+	// imageVolume is the key with which containerd's CRI plugin prepares an
+	// image volume: the path of the mount, which ends in the digest of the
+	// image's target (internal/cri/server/container_image_mount.go).
+	imageVolume = regexp.MustCompile(`^(?:([^/]+)/\d+/)?/.*/image-volumes/[^/]+/` + digestHex + `$`)
+	// unpackKey and mountKey are those of UnpackKey and MountKey.
+	unpackKey = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + unpackPrefix + `[^/]+/` + digestHex + `$`)
+	mountKey  = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + MountPrefix + `[^/]+/` + digestHex + `$`)
+	// extraction is the key with which containerd unpacks a layer
+	// (snapshots.UnpackKeyFormat).
+	extraction = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + snapshots.UnpackKeyPrefix + `-`)
+)
+
+const (
+	unpackPrefix = "artifact-unpack/"
+	// MountPrefix begins the keys of MountKey.
+	MountPrefix = "artifact-mount/"
+)
+
+// UnpackKey is a key, different for each caller, that makes Prepare unpack the
+// artifact whose manifest or index is target, in the way of the remote
+// snapshotters: the label containerd.io/snapshot.ref is the name of the committed
+// snapshot, and success is errdefs.ErrAlreadyExists. If a snapshot of that name
+// shows another artifact it is errdefs.ErrFailedPrecondition, and if unpacking
+// takes longer than a call should, errdefs.ErrUnavailable: then try again.
+func UnpackKey(caller string, target digest.Digest) string {
+	return unpackPrefix + url.PathEscape(caller) + "/" + target.Encoded()
+}
+
+// MountKey is the key of the view that shows the artifact whose manifest or index
+// is target at the path.
+func MountKey(path string, target digest.Digest) string {
+	return MountPrefix + url.PathEscape(path) + "/" + target.Encoded()
+}
+
+// ParseMountKey is the reverse of MountKey, for a key as containerd's clients see
+// it; false if it is none. Of the digest only the encoded part is in the key.
+func ParseMountKey(key string) (path, hex string, ok bool) {
+	m := mountKey.FindStringSubmatch(key)
+	if m == nil || !strings.HasPrefix(key, MountPrefix) {
+		return "", "", false
+	}
+	path, err := url.PathUnescape(strings.Split(key, "/")[1])
+	return path, m[1], err == nil
+}
+
+// Guard returns an error if the runtime may take another artifact for the one
+// whose manifest or index is target, in a namespace of containerd's. It must not
+// call containerd.
+type Guard func(ctx context.Context, namespace string, target digest.Digest) error
 
 type snapshotter struct {
 	snapshots.Snapshotter // overlayfs, for all that is no view
 	ms                    *storage.MetaStore
 	views                 *view.Store
+	guard                 Guard
 }
 
 // New returns a Snapshotter that keeps ordinary snapshots in root/overlayfs and
-// its views in the store, and tells the store which artifacts they show. Close
-// closes neither the store nor any view.
-func New(root string, views *view.Store) (snapshots.Snapshotter, error) {
+// its views in the store, and tells the store which artifacts they show. No image
+// volume is shown that guard objects to. Close closes neither the store nor any
+// view.
+func New(root string, views *view.Store, guard Guard) (snapshots.Snapshotter, error) {
 	root = filepath.Join(root, "overlayfs")
 	// overlayfs itself would make it 0700, and a pod with a user namespace
 	// could not reach its root file system.
@@ -74,22 +130,31 @@ func New(root string, views *view.Store) (snapshots.Snapshotter, error) {
 	if err != nil {
 		return nil, errors.Join(err, ms.Close())
 	}
-	s := &snapshotter{Snapshotter: o, ms: ms, views: views}
+	s := &snapshotter{Snapshotter: o, ms: ms, views: views, guard: guard}
 	views.AddUsers(s.users)
 	return s, nil
 }
 
-// Prepare makes a view if key is the image volume of an artifact, else an
-// ordinary active snapshot.
+// Prepare makes a view if key is the image volume of an artifact, and unpacks an
+// artifact for UnpackKey; else it makes an ordinary active snapshot.
 func (s *snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
-	mounts, err := s.createView(ctx, snapshots.KindActive, key, parent, opts)
-	if errors.Is(err, artifact.ErrNotArtifact) {
-		return s.Snapshotter.Prepare(ctx, key, parent, append(opts, withoutLabel)...)
+	if m := unpackKey.FindStringSubmatch(key); m != nil && parent == "" {
+		return nil, s.unpack(ctx, key, m[1], opts)
 	}
-	return mounts, err
+	mounts, err := s.createView(ctx, snapshots.KindActive, key, parent, opts)
+	if !errors.Is(err, artifact.ErrNotArtifact) {
+		return mounts, err
+	}
+	if of, err := s.artifactOf(ctx, parent); err != nil {
+		return nil, err
+	} else if of != "" && !extraction.MatchString(key) {
+		return nil, fmt.Errorf("snapshot %q shows artifact %s, which cannot be written to or be the root of a container; make a view of it: %w", parent, of, errdefs.ErrFailedPrecondition)
+	}
+	return s.Snapshotter.Prepare(ctx, key, parent, append(opts, withoutLabel)...)
 }
 
-// View is Prepare, but for an ordinary snapshot that is read-only.
+// View makes a view for MountKey and of a snapshot that is an artifact, else an
+// ordinary snapshot that is read-only.
 func (s *snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
 	mounts, err := s.createView(ctx, snapshots.KindView, key, parent, opts)
 	if errors.Is(err, artifact.ErrNotArtifact) {
@@ -100,33 +165,147 @@ func (s *snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 
 // createView returns artifact.ErrNotArtifact for what overlayfs is to serve.
 func (s *snapshotter) createView(ctx context.Context, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) ([]mount.Mount, error) {
-	volume := imageVolume.FindStringSubmatch(key)
-	if parent != "" || volume == nil {
-		return nil, artifact.ErrNotArtifact
-	}
-	var base snapshots.Info
-	for _, opt := range opts {
-		if err := opt(&base); err != nil {
-			return nil, err
-		}
-	}
-	target, err := s.views.Find(volume[1])
+	base, err := apply(opts)
 	if err != nil {
-		return nil, fmt.Errorf("image volume: %w", err)
+		return nil, err
+	}
+	target, err := s.target(ctx, kind, key, parent)
+	if err != nil {
+		return nil, err
 	}
 	v, err := s.views.Acquire(ctx, target, owners(base))
-	if err != nil {
+	switch {
+	case err == nil:
+	case imageVolume.MatchString(key):
 		return nil, fmt.Errorf("image volume: %w", err)
+	default:
+		return nil, ordinary(target, err)
 	}
 	defer v.Release()
 	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
-		_, err := storage.CreateSnapshot(ctx, kind, key, "", append(opts, withLabel(v.ID.Manifest))...)
+		_, err := storage.CreateSnapshot(ctx, kind, key, parent, append(opts, withLabel(v.ID.Manifest))...)
 		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("failed to create snapshot: %w", err)
 	}
 	return bind(v), nil
+}
+
+// target is the manifest or index that a new snapshot is to show.
+func (s *snapshotter) target(ctx context.Context, kind snapshots.Kind, key, parent string) (target ocispec.Descriptor, err error) {
+	of, err := s.artifactOf(ctx, parent)
+	if err != nil || parent != "" && of == "" {
+		return target, cmp.Or(err, artifact.ErrNotArtifact)
+	}
+	if volume := imageVolume.FindStringSubmatch(key); volume != nil {
+		if target, err = s.views.Find(volume[2]); err == nil && s.guard != nil {
+			err = s.guard(ctx, volume[1], target.Digest)
+		}
+		if err != nil && !errors.Is(err, artifact.ErrNotArtifact) {
+			err = fmt.Errorf("image volume: %w", err)
+		}
+		return target, err
+	}
+	if kind != snapshots.KindView {
+		return target, artifact.ErrNotArtifact
+	}
+	if mounted := mountKey.FindStringSubmatch(key); mounted != nil && parent == "" {
+		return s.views.Find(mounted[1])
+	}
+	if of == "" {
+		return target, artifact.ErrNotArtifact
+	}
+	return ocispec.Descriptor{Digest: of}, nil
+}
+
+// artifactOf is the manifest of the artifact that the committed snapshot name
+// shows, or "" if it shows none.
+func (s *snapshotter) artifactOf(ctx context.Context, name string) (digest.Digest, error) {
+	if name == "" {
+		return "", nil
+	}
+	info, err := s.Stat(ctx, name)
+	if err != nil {
+		return "", err
+	}
+	id, _ := shown(info)
+	return id.Manifest, nil
+}
+
+// unpack makes the committed snapshot of an artifact; see UnpackKey. The snapshot
+// is a record: its Tree lives as long as the manifest, and is made again for a
+// view if a reboot has taken it.
+func (s *snapshotter) unpack(ctx context.Context, key, hex string, opts []snapshots.Opt) error {
+	base, err := apply(opts)
+	if err != nil {
+		return err
+	}
+	ref := base.Labels[snapshots.LabelSnapshotRef]
+	if ref == "" {
+		return fmt.Errorf("snapshot %q: the label %s must name the snapshot to be: %w", key, snapshots.LabelSnapshotRef, errdefs.ErrInvalidArgument)
+	}
+	target, err := s.views.Find(hex)
+	if err != nil {
+		return err
+	}
+	v, err := s.views.Acquire(ctx, target, unpack.IDMap{})
+	if err != nil {
+		return ordinary(target, err)
+	}
+	defer v.Release()
+	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		there, err := committed(ctx, ref)
+		if there == v.ID.Manifest || err != nil {
+			return err
+		}
+		if there != "" {
+			return fmt.Errorf("snapshot %s already shows artifact %s, whose layers have the same content: %w", ref, there, errdefs.ErrFailedPrecondition)
+		}
+		labels := append(opts, withLabel(v.ID.Manifest))
+		if _, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, "", labels...); err != nil {
+			return err
+		}
+		_, err = storage.CommitActive(ctx, key, key+"/committed", snapshots.Usage{}, labels...)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("failed to create snapshot: %w", err)
+	}
+	return fmt.Errorf("snapshot %s: %w", ref, errdefs.ErrAlreadyExists)
+}
+
+// ordinary returns err as an error of who asked for an artifact by a key of ours.
+func ordinary(target ocispec.Descriptor, err error) error {
+	if errors.Is(err, artifact.ErrNotArtifact) {
+		return fmt.Errorf("%s is an ordinary image: %w", target.Digest, errdefs.ErrInvalidArgument)
+	}
+	return err
+}
+
+// committed is the artifact that the snapshot shows which was committed as ref, ""
+// if there is none.
+func committed(ctx context.Context, ref string) (there digest.Digest, err error) {
+	err = storage.WalkInfo(ctx, func(_ context.Context, i snapshots.Info) error {
+		if id, ok := shown(i); ok && i.Kind == snapshots.KindCommitted && i.Labels[snapshots.LabelSnapshotRef] == ref {
+			there = id.Manifest
+		}
+		return nil
+	})
+	if errdefs.IsNotFound(err) { // no snapshot has ever been made
+		err = nil
+	}
+	return there, err
+}
+
+// apply is what opts say.
+func apply(opts []snapshots.Opt) (base snapshots.Info, err error) {
+	for _, opt := range opts {
+		if err := opt(&base); err != nil {
+			return base, err
+		}
+	}
+	return base, nil
 }
 
 func bind(v *view.View) []mount.Mount {
@@ -149,7 +328,8 @@ func owners(i snapshots.Info) unpack.IDMap {
 	return unpack.IDMap{UID: i.Labels[snapshots.LabelSnapshotUIDMapping], GID: i.Labels[snapshots.LabelSnapshotGIDMapping]}
 }
 
-// shown is what the view of i shows; false if i is no view.
+// shown is what i shows, a view or a committed snapshot of an artifact; false if
+// it is neither.
 func shown(i snapshots.Info) (view.ID, bool) {
 	label, ok := i.Labels[LabelArtifact]
 	return view.ID{Manifest: digest.Digest(label), Owners: owners(i)}, ok
@@ -159,7 +339,7 @@ func shown(i snapshots.Info) (view.ID, bool) {
 func (s *snapshotter) users(ctx context.Context) (ids []view.ID, err error) {
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		return storage.WalkInfo(ctx, func(_ context.Context, i snapshots.Info) error {
-			if id, ok := shown(i); ok {
+			if id, ok := shown(i); ok && i.Kind != snapshots.KindCommitted {
 				ids = append(ids, id)
 			}
 			return nil
@@ -241,6 +421,11 @@ func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	}
 	if id, ok := shown(info); ok {
 		return fmt.Errorf("snapshot %q shows artifact %s and cannot be committed: %w", key, id.Manifest, errdefs.ErrFailedPrecondition)
+	}
+	if of, err := s.artifactOf(ctx, info.Parent); err != nil {
+		return err
+	} else if of != "" {
+		return fmt.Errorf("snapshot %q is on top of artifact %s, which the layers of an image cannot be; delete the image of the artifact and pull again: %w", key, of, errdefs.ErrFailedPrecondition)
 	}
 	return s.Snapshotter.Commit(ctx, name, key, append(opts, withoutLabel)...)
 }

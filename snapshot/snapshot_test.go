@@ -52,7 +52,7 @@ func (n *node) open(t *testing.T) {
 	if n.views, err = view.Open(ctx, view.Config{Root: n.root, State: n.state, Content: blobdir.Dir(n.content)}); err != nil {
 		t.Fatal(err)
 	}
-	if n.Snapshotter, err = New(n.root, n.views); err != nil {
+	if n.Snapshotter, err = New(n.root, n.views, nil); err != nil {
 		t.Fatal(err)
 	}
 	opened, views := n.Snapshotter, n.views
@@ -105,7 +105,7 @@ func TestContainerdsOwnSuite(t *testing.T) {
 		if err != nil {
 			return nil, nil, err
 		}
-		s, err := New(root, views)
+		s, err := New(root, views, nil)
 		if err != nil {
 			return nil, nil, err
 		}

@@ -194,7 +194,7 @@ func read(ctx context.Context, blobs content.Provider, desc ocispec.Descriptor, 
 }
 
 // NewLayer returns the layer that desc is by itself, as if it were that of an
-// artifact without a config: without a DiffID, unless it is not compressed.
+// artifact whose config says nothing.
 func NewLayer(desc ocispec.Descriptor) (Layer, error) {
 	return newLayer(0, desc, config{created: unixEpoch})
 }

@@ -137,6 +137,7 @@ func TestReadModelPackModel(t *testing.T) {
 	}
 	want := &Artifact{
 		Manifest: manifest,
+		Config:   configDesc.Digest,
 		Type:     modelspec.ArtifactTypeModelManifest,
 		Created:  created,
 		Layers: []Layer{
@@ -156,6 +157,16 @@ func TestReadModelPackModel(t *testing.T) {
 	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got\n%+v\nwant\n%+v", got, want)
+	}
+	if chain := digest.FromString(digest.FromString(weights.Digest.String()+" "+docsDiffID.String()).String() + " " + again.Digest.String()); got.ChainID() != chain {
+		t.Errorf("the chain ID is %s, want %s", got.ChainID(), chain)
+	}
+	got.Layers[1].DiffID = "" // as if the config did not name any
+	if got.ChainID() != manifest.Digest {
+		t.Errorf("without DiffIDs the chain ID is %s, want %s", got.ChainID(), manifest.Digest)
+	}
+	if l, err := NewLayer(weights); err != nil || l.File != want.Layers[0].File || l.DiffID != "" {
+		t.Errorf("the layer by itself is %+v, %v", l, err)
 	}
 }
 

@@ -53,7 +53,7 @@ var (
 	// imageVolume is the key with which containerd's CRI plugin prepares an
 	// image volume: the path of the mount, which ends in the digest of the
 	// image's target (internal/cri/server/container_image_mount.go).
-	imageVolume = regexp.MustCompile(`^(?:([^/]+)/\d+/)?/.*/image-volumes/[^/]+/` + digestHex + `$`)
+	imageVolume = regexp.MustCompile(`^(?:([^/]+)/\d+/)?/(?:.*/)?image-volumes/[^/]+/` + digestHex + `$`)
 	// unpackKey and mountKey are those of UnpackKey and MountKey.
 	unpackKey = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + unpackPrefix + `[^/]+/` + digestHex + `$`)
 	mountKey  = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + MountPrefix + `[^/]+/` + digestHex + `$`)
@@ -101,7 +101,8 @@ func ParseMountKey(key string) (path, hex string, ok bool) {
 type Guard func(ctx context.Context, namespace string, target digest.Digest) error
 
 type snapshotter struct {
-	snapshots.Snapshotter // overlayfs, for all that is no view
+	snapshots.Snapshotter        // overlayfs, for all that is no view
+	root                  string // overlayfs's
 	ms                    *storage.MetaStore
 	views                 *view.Store
 	guard                 Guard
@@ -130,7 +131,7 @@ func New(root string, views *view.Store, guard Guard) (snapshots.Snapshotter, er
 	if err != nil {
 		return nil, errors.Join(err, ms.Close())
 	}
-	s := &snapshotter{Snapshotter: o, ms: ms, views: views, guard: guard}
+	s := &snapshotter{Snapshotter: o, root: root, ms: ms, views: views, guard: guard}
 	views.AddUsers(s.users)
 	return s, nil
 }
@@ -263,7 +264,13 @@ func (s *snapshotter) unpack(ctx context.Context, key, hex string, opts []snapsh
 			return fmt.Errorf("snapshot %s already shows artifact %s, whose layers have the same content: %w", ref, there, errdefs.ErrFailedPrecondition)
 		}
 		labels := append(opts, withLabel(v.ID.Manifest))
-		if _, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, "", labels...); err != nil {
+		created, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, "", labels...)
+		if err != nil {
+			return err
+		}
+		// overlayfs looks at the directory of a parent; Cleanup takes it if the
+		// transaction fails.
+		if err := os.MkdirAll(filepath.Join(s.root, "snapshots", created.ID, "fs"), 0o755); err != nil {
 			return err
 		}
 		_, err = storage.CommitActive(ctx, key, key+"/committed", snapshots.Usage{}, labels...)

@@ -1,0 +1,240 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshot
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+)
+
+// behind is a key as containerd hands it on.
+func behind(key string) string { return "k8s.io/8/" + key }
+
+// as asks for the name of the committed snapshot, as containerd does.
+func as(ref string) snapshots.Opt {
+	return snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: ref})
+}
+
+// unpacked makes the committed snapshot of d and returns its name, which it finds
+// as containerd does.
+func (n *node) unpacked(t *testing.T, d ocispec.Descriptor, ref string) (name string) {
+	t.Helper()
+	if _, err := n.Prepare(ctx, behind(UnpackKey("caller", d.Digest)), "", as(ref)); !errdefs.IsAlreadyExists(err) {
+		t.Fatalf("unpacking gives %v", err)
+	}
+	if err := n.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
+		if i.Kind == snapshots.KindCommitted {
+			name = i.Name
+		}
+		return nil
+	}, `labels."`+snapshots.LabelSnapshotRef+`"==`+ref+`,parent==""`); err != nil || name == "" {
+		t.Fatalf("no snapshot of that name, %v", err)
+	}
+	return name
+}
+
+// read is the file weights of what is mounted.
+func read(t *testing.T, mounts []mount.Mount) string {
+	t.Helper()
+	target := t.TempDir()
+	if err := mount.All(mounts, target); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(filepath.Join(target, "weights"))
+	if err := errors.Join(err, mount.UnmountAll(target, 0)); err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func TestAnArtifactIsACommittedSnapshot(t *testing.T) {
+	n := newNode(t)
+	d := n.pack(t)
+	name := n.unpacked(t, d, "sha256:chain")
+	for range 2 { // a view of it, and one that is made when it is there already
+		if again := n.unpacked(t, d, "sha256:chain"); again != name {
+			t.Errorf("unpacked again it is %s, and was %s", again, name)
+		}
+	}
+	info, err := n.Stat(ctx, name)
+	if err != nil || info.Kind != snapshots.KindCommitted || info.Parent != "" || info.Labels[LabelArtifact] != d.Digest.String() {
+		t.Errorf("%+v, %v", info, err)
+	}
+	n.cleanup(t) // nobody shows it: it is not mounted
+	if left, err := os.ReadDir(filepath.Join(n.state, "mounts")); err != nil || len(left) > 0 {
+		t.Errorf("mounted: %v, %v", left, err)
+	}
+	mounts, err := n.View(ctx, "view", name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.cleanup(t)
+	if got := read(t, mounts); got != "bytes" {
+		t.Errorf("the view shows %q", got)
+	}
+	if err := n.Remove(ctx, name); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("removing what a view shows gives %v", err)
+	}
+	n.close(t)
+	if err := mount.UnmountRecursive(n.state, unix.MNT_DETACH); err != nil { // as a reboot does
+		t.Fatal(err)
+	}
+	n.open(t)
+	if mounts, err = n.Mounts(ctx, "view"); err != nil {
+		t.Fatal(err)
+	}
+	if got := read(t, mounts); got != "bytes" {
+		t.Errorf("after a reboot the view shows %q", got)
+	}
+	for _, key := range []string{"view", name} {
+		if err := n.Remove(ctx, key); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestAMountShowsAnArtifact(t *testing.T) {
+	n := newNode(t)
+	d := n.pack(t)
+	key := MountKey("/mnt/a model", d.Digest)
+	mounts, err := n.View(ctx, behind(key), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := read(t, mounts); got != "bytes" {
+		t.Errorf("the view shows %q", got)
+	}
+	if path, hex, ok := ParseMountKey(key); path != "/mnt/a model" || hex != d.Digest.Encoded() || !ok {
+		t.Errorf("the key %s is of %q, %q, %v", key, path, hex, ok)
+	}
+	for _, other := range []string{"", "view", "x/" + key, MountPrefix + "x/y", UnpackKey("/mnt", d.Digest), behind(key)} {
+		if path, _, ok := ParseMountKey(other); ok {
+			t.Errorf("the key %q is of %q", other, path)
+		}
+	}
+}
+
+func TestOneNameIsOneArtifact(t *testing.T) {
+	n := newNode(t)
+	n.unpacked(t, n.pack(t), "sha256:chain")
+	other := pack.Artifact{Layers: []pack.Layer{{
+		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte("bytes"),
+		Annotations: map[string]string{"org.cncf.model.filepath": "another name"},
+	}}}
+	d, err := other.WriteTo(n.content)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = n.Prepare(ctx, behind(UnpackKey("caller", d.Digest)), "", as("sha256:chain"))
+	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "sha256:chain already shows artifact") {
+		t.Errorf("%v", err)
+	}
+	n.unpacked(t, d, "sha256:other")
+}
+
+func TestNothingGoesOnTopOfAnArtifact(t *testing.T) {
+	n := newNode(t)
+	name := n.unpacked(t, n.pack(t), "sha256:chain")
+	if _, err := n.Prepare(ctx, "k8s.io/9/container", name); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("a container's root gives %v", err)
+	}
+	if _, err := n.Prepare(ctx, "k8s.io/9/extract-1 sha256:next", name); err != nil {
+		t.Error(err)
+	}
+	if err := n.Commit(ctx, "next", "k8s.io/9/extract-1 sha256:next"); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("a layer of an image gives %v", err)
+	}
+}
+
+// Images choose chain IDs, which keys of extraction end in.
+func TestNoImageAsksForAnArtifact(t *testing.T) {
+	n := newNode(t)
+	d := n.pack(t)
+	for _, asking := range []string{UnpackKey("x", d.Digest), MountKey("/x", d.Digest), "/image-volumes/x/" + d.Digest.Encoded(), "/" + key("x", d)} {
+		extract := "k8s.io/9/extract-1-abcd " + asking
+		for kind, create := range map[string]func(context.Context, string, string, ...snapshots.Opt) ([]mount.Mount, error){"prepare": n.Prepare, "view": n.View} {
+			mounts, err := create(ctx, extract+kind, "", as(asking))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !strings.HasPrefix(mounts[0].Source, n.root) {
+				t.Errorf("%s of %q shows %v", kind, extract, mounts)
+			}
+			info, err := n.Stat(ctx, extract+kind)
+			if err != nil || info.Labels[LabelArtifact] != "" {
+				t.Errorf("%s of %q: %+v, %v", kind, extract, info, err)
+			}
+		}
+	}
+}
+
+func TestWhatCannotBeUnpackedLeavesNothing(t *testing.T) {
+	n := newNode(t)
+	image, err := pack.Image(ocispec.ImageConfig{}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ordinary, err := image.WriteTo(n.content)
+	if err != nil {
+		t.Fatal(err)
+	}
+	missing := digest.Digest("sha256:" + ocispecHex)
+	unnamed := n.pack(t)
+	for _, c := range []struct {
+		name string
+		make func() ([]mount.Mount, error)
+		is   func(error) bool
+		says string
+	}{
+		{"an image", func() ([]mount.Mount, error) { return n.Prepare(ctx, UnpackKey("x", ordinary.Digest), "", as("ref")) }, errdefs.IsInvalidArgument, "ordinary image"},
+		{"the mount of an image", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x", ordinary.Digest), "") }, errdefs.IsInvalidArgument, "ordinary image"},
+		{"what is not there", func() ([]mount.Mount, error) { return n.Prepare(ctx, UnpackKey("x", missing), "", as("ref")) }, errdefs.IsNotFound, n.content},
+		{"the mount of what is not there", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x", missing), "") }, errdefs.IsNotFound, n.content},
+		{"no name", func() ([]mount.Mount, error) { return n.Prepare(ctx, UnpackKey("x", unnamed.Digest), "") }, errdefs.IsInvalidArgument, snapshots.LabelSnapshotRef},
+	} {
+		if _, err := c.make(); !c.is(err) || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: %v", c.name, err)
+		}
+	}
+	if err := n.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
+		t.Errorf("left: %s", i.Name)
+		return nil
+	}); err != nil && !errdefs.IsNotFound(err) {
+		t.Error(err)
+	}
+}
+
+func TestAGuardKeepsVolumesFromBeingShown(t *testing.T) {
+	n := newNode(t)
+	d := n.pack(t)
+	var asked []string
+	guarded, err := New(t.TempDir(), n.views, func(_ context.Context, namespace string, target digest.Digest) error {
+		asked = append(asked, namespace+" "+target.String())
+		return errdefs.ErrFailedPrecondition
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer guarded.Close()
+	if _, err := guarded.Prepare(ctx, key("pod", d), ""); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("%v", err)
+	}
+	if want := []string{"k8s.io " + d.Digest.String()}; !slices.Equal(asked, want) {
+		t.Errorf("asked %q, want %q", asked, want)
+	}
+}

@@ -49,7 +49,10 @@ demo: build tools
 
 test: build tools kubelet
 	@echo "==> running all tests, those on real nodes included"
-	go test -race -timeout 60m ./...
+	@# A node that fails prints long logs: what failed stands at the end once more.
+	@bash -o pipefail -c 'go test -race -timeout 60m ./... 2>&1 | tee bin/test.log' || { \
+		echo "==> what failed (of bin/test.log):"; \
+		grep -aE '^ *--- FAIL|^ +[a-z_]+_test\.go:[0-9]+: |^(FAIL|panic|WARNING: DATA RACE)' bin/test.log | cut -c -2000; exit 1; }
 
 # Without a node: seconds instead of minutes. Still needs root, for mounts.
 test-unit: build

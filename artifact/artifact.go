@@ -31,6 +31,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"regexp"
 	"strings"
 	"time"
 
@@ -191,6 +192,28 @@ func read(ctx context.Context, blobs content.Provider, desc ocispec.Descriptor, 
 		a.Layers = append(a.Layers, l)
 	}
 	return a, nil
+}
+
+// namesAChain matches what the names of snapshots are digests of: a chain ID is that
+// of the chain below and a DiffID, with a space between.
+var namesAChain = regexp.MustCompile(`^(artifact )?(sha256|sha384|sha512):[0-9a-f]{64,128} (sha256|sha384|sha512):[0-9a-f]{64,128}$`)
+
+// NamesAChain reports whether the content of a raw layer has a chain ID of somebody
+// else's for its digest: the layer by itself would have the name of that chain's
+// snapshot. Open is asked only for contents of a size that such a one has.
+func NamesAChain(l Layer, open func(ocispec.Descriptor) ([]byte, error)) (bool, error) {
+	const shortest, longest int64 = 2*71 + 1, 2*135 + 1 + 9
+	if l.Format != FormatRaw || l.Descriptor.Size < shortest || l.Descriptor.Size > longest {
+		return false, nil
+	}
+	content, err := open(l.Descriptor)
+	return namesAChain.Match(content), err
+}
+
+// OtherName is the name of the snapshot of an artifact whose ChainID is, or may be,
+// that of something else's. No chain of layers has it, see [NamesAChain].
+func (a *Artifact) OtherName() digest.Digest {
+	return digest.FromString("artifact " + a.ChainID().String() + " " + a.Manifest.Digest.String())
 }
 
 // NewLayer returns the layer that desc is by itself, as if it were that of an

@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/errdefs"
 	modelspec "github.com/modelpack/model-spec/specs-go/v1"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -420,6 +421,37 @@ func TestWrap(t *testing.T) {
 		err := l.Wrap(cause)
 		if err.Error() != want || !errors.Is(err, cause) {
 			t.Errorf("got %q, want %q around the cause", err, want)
+		}
+	}
+}
+
+func TestNoArtifactHasTheChainIDOfAnImage(t *testing.T) {
+	chain := []digest.Digest{digest.FromString("a"), digest.FromString("b"), digest.FromString("c")}
+	below := identity.ChainID(chain[:2])
+	other := Artifact{
+		Manifest: ocispec.Descriptor{Digest: digest.FromString("manifest")},
+		Layers:   []Layer{{Descriptor: ocispec.Descriptor{Digest: chain[0]}}},
+	}
+	for content, want := range map[string]bool{
+		below.String() + " " + chain[2].String():                                                          true,
+		digest.SHA512.FromString("x").String() + " " + digest.SHA384.FromString("x").String():             true,
+		"artifact " + other.ChainID().String() + " " + other.Manifest.Digest.String():                     true,
+		"artifact " + digest.SHA512.FromString("").String() + " " + digest.SHA512.FromString("").String(): true,
+		below.String() + " " + chain[2].String() + "\n":                                                   false,
+		strings.Repeat("a", 143): false,
+		"x":                      false,
+	} {
+		desc := ocispec.Descriptor{MediaType: modelspec.MediaTypeModelDocRaw, Digest: digest.FromString(content), Size: int64(len(content))}
+		l, err := NewLayer(desc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := NamesAChain(l, func(ocispec.Descriptor) ([]byte, error) { return []byte(content), nil })
+		if got != want || err != nil {
+			t.Errorf("%q names a chain: %v, %v", content, got, err)
+		}
+		if named := desc.Digest == identity.ChainID(chain) || desc.Digest == other.OtherName(); named && !got {
+			t.Errorf("%q is what a name is the digest of", content)
 		}
 	}
 }

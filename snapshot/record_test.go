@@ -71,6 +71,9 @@ func TestAnArtifactIsACommittedSnapshot(t *testing.T) {
 			t.Errorf("unpacked again it is %s, and was %s", again, name)
 		}
 	}
+	if dirs, err := os.ReadDir(filepath.Join(n.root, "overlayfs", "snapshots")); err != nil || len(dirs) > 0 {
+		t.Errorf("a record has directories: %v, %v", dirs, err)
+	}
 	info, err := n.Stat(ctx, name)
 	if err != nil || info.Kind != snapshots.KindCommitted || info.Parent != "" || info.Labels[LabelArtifact] != d.Digest.String() {
 		t.Errorf("%+v, %v", info, err)

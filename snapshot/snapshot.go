@@ -21,6 +21,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -36,11 +37,11 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/view"
 )
 
-// LabelArtifact is on every view, and on every committed snapshot of an artifact: the digest of the artifact's manifest. It
-// does not begin with "containerd.io/snapshot/", the prefix of the labels that
-// containerd hands on to a snapshotter (snapshots.FilterInheritedLabels), some
-// of which come from the annotations of a pulled image; so no image can claim
-// to be a view.
+// LabelArtifact is on every view, and on every committed snapshot, of an artifact:
+// the digest of the artifact's manifest. It does not begin with
+// "containerd.io/snapshot/", the prefix of the labels that containerd hands on to a
+// snapshotter (snapshots.FilterInheritedLabels), some of which come from the
+// annotations of a pulled image; so no image can claim to be a view.
 const LabelArtifact = "artifact-snapshotter/artifact"
 
 const digestHex = `([0-9a-f]{64}|[0-9a-f]{96}|[0-9a-f]{128})`
@@ -100,6 +101,9 @@ func ParseMountKey(key string) (path, hex string, ok bool) {
 // call containerd.
 type Guard func(ctx context.Context, namespace string, target digest.Digest) error
 
+// unpackWait is how long Prepare waits for UnpackKey: nobody is in a hurry.
+const unpackWait = time.Second
+
 type snapshotter struct {
 	snapshots.Snapshotter        // overlayfs, for all that is no view
 	root                  string // overlayfs's
@@ -132,7 +136,12 @@ func New(root string, views *view.Store, guard Guard) (snapshots.Snapshotter, er
 		return nil, errors.Join(err, ms.Close())
 	}
 	s := &snapshotter{Snapshotter: o, root: root, ms: ms, views: views, guard: guard}
-	views.AddUsers(s.users)
+	views.AddUsers(func(ctx context.Context) ([]view.ID, error) {
+		return s.list(ctx, func(i snapshots.Info) bool { return i.Kind != snapshots.KindCommitted })
+	})
+	views.AddKept(func(ctx context.Context) ([]view.ID, error) {
+		return s.list(ctx, func(i snapshots.Info) bool { return i.Labels[LabelLayers] != "" })
+	})
 	return s, nil
 }
 
@@ -146,10 +155,15 @@ func (s *snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	if !errors.Is(err, artifact.ErrNotArtifact) {
 		return mounts, err
 	}
-	if of, err := s.artifactOf(ctx, parent); err != nil {
+	of, err := s.subjectOf(ctx, parent)
+	switch {
+	case err != nil:
 		return nil, err
-	} else if of != "" && !extraction.MatchString(key) {
-		return nil, fmt.Errorf("snapshot %q shows artifact %s, which cannot be written to or be the root of a container; make a view of it: %w", parent, of, errdefs.ErrFailedPrecondition)
+	case !of.ordinary() && !extraction.MatchString(key):
+		return nil, fmt.Errorf("snapshot %q shows %s, which cannot be written to or be the root of a container; make a view of it, or if an image has this snapshot, delete the image of the artifact (artifact-snapshotter ls) and pull that image again: %w", parent, of, errdefs.ErrFailedPrecondition)
+	}
+	if err := s.extend(of); err != nil {
+		return nil, err
 	}
 	return s.Snapshotter.Prepare(ctx, key, parent, append(opts, withoutLabel)...)
 }
@@ -170,21 +184,21 @@ func (s *snapshotter) createView(ctx context.Context, kind snapshots.Kind, key, 
 	if err != nil {
 		return nil, err
 	}
-	target, err := s.target(ctx, kind, key, parent)
+	want, err := s.target(ctx, kind, key, parent)
 	if err != nil {
 		return nil, err
 	}
-	v, err := s.views.Acquire(ctx, target, owners(base))
+	v, err := s.acquire(ctx, want, owners(base))
 	switch {
 	case err == nil:
 	case imageVolume.MatchString(key):
 		return nil, fmt.Errorf("image volume: %w", err)
 	default:
-		return nil, ordinary(target, err)
+		return nil, ordinary(want.Descriptor, err)
 	}
 	defer v.Release()
 	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
-		_, err := storage.CreateSnapshot(ctx, kind, key, parent, append(opts, withLabel(v.ID.Manifest))...)
+		_, err := storage.CreateSnapshot(ctx, kind, key, parent, append(opts, withoutLabel, want.label(v))...)
 		return err
 	})
 	if err != nil {
@@ -193,45 +207,32 @@ func (s *snapshotter) createView(ctx context.Context, kind snapshots.Kind, key, 
 	return bind(v), nil
 }
 
-// target is the manifest or index that a new snapshot is to show.
-func (s *snapshotter) target(ctx context.Context, kind snapshots.Kind, key, parent string) (target ocispec.Descriptor, err error) {
-	of, err := s.artifactOf(ctx, parent)
-	if err != nil || parent != "" && of == "" {
-		return target, cmp.Or(err, artifact.ErrNotArtifact)
+// target is what a new snapshot is to show.
+func (s *snapshotter) target(ctx context.Context, kind snapshots.Kind, key, parent string) (want wanted, err error) {
+	of, err := s.subjectOf(ctx, parent)
+	if err != nil || parent != "" && of.ordinary() {
+		return want, cmp.Or(err, artifact.ErrNotArtifact)
 	}
 	if volume := imageVolume.FindStringSubmatch(key); volume != nil {
-		if target, err = s.views.Find(volume[2]); err == nil && s.guard != nil {
-			err = s.guard(ctx, volume[1], target.Digest)
+		if want.Descriptor, err = s.views.Find(volume[2]); err == nil && s.guard != nil {
+			err = s.guard(ctx, volume[1], want.Digest)
 		}
 		if err != nil && !errors.Is(err, artifact.ErrNotArtifact) {
 			err = fmt.Errorf("image volume: %w", err)
 		}
-		return target, err
+		return want, err
 	}
 	if kind != snapshots.KindView {
-		return target, artifact.ErrNotArtifact
+		return want, artifact.ErrNotArtifact
 	}
 	if mounted := mountKey.FindStringSubmatch(key); mounted != nil && parent == "" {
-		return s.views.Find(mounted[1])
+		want.Descriptor, err = s.views.Find(mounted[1])
+		return want, err
 	}
-	if of == "" {
-		return target, artifact.ErrNotArtifact
+	if of.ordinary() {
+		return want, artifact.ErrNotArtifact
 	}
-	return ocispec.Descriptor{Digest: of}, nil
-}
-
-// artifactOf is the manifest of the artifact that the committed snapshot name
-// shows, or "" if it shows none.
-func (s *snapshotter) artifactOf(ctx context.Context, name string) (digest.Digest, error) {
-	if name == "" {
-		return "", nil
-	}
-	info, err := s.Stat(ctx, name)
-	if err != nil {
-		return "", err
-	}
-	id, _ := shown(info)
-	return id.Manifest, nil
+	return wanted{ocispec.Descriptor{Digest: of.artifact}, of.layers, parent}, nil
 }
 
 // unpack makes the committed snapshot of an artifact; see UnpackKey. The snapshot
@@ -250,30 +251,27 @@ func (s *snapshotter) unpack(ctx context.Context, key, hex string, opts []snapsh
 	if err != nil {
 		return err
 	}
-	v, err := s.views.Acquire(ctx, target, unpack.IDMap{})
+	// The caller asks again; and containerd holds a lock meanwhile (see Rules in
+	// docs/design.md), for which other pods wait.
+	building, cancel := context.WithTimeout(ctx, unpackWait)
+	defer cancel()
+	v, err := s.views.Acquire(building, target, unpack.IDMap{})
+	if err != nil && building.Err() != nil && ctx.Err() == nil {
+		err = fmt.Errorf("%v: %w", err, errdefs.ErrUnavailable)
+	}
 	if err != nil {
 		return ordinary(target, err)
 	}
 	defer v.Release()
 	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
-		there, err := committed(ctx, ref)
-		if there == v.ID.Manifest || err != nil {
+		if there, err := committed(ctx, ref, v.ID.Manifest); there || err != nil {
 			return err
 		}
-		if there != "" {
-			return fmt.Errorf("snapshot %s already shows artifact %s, whose layers have the same content: %w", ref, there, errdefs.ErrFailedPrecondition)
-		}
-		labels := append(opts, withLabel(v.ID.Manifest))
-		created, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, "", labels...)
-		if err != nil {
+		opts = append(opts, withLabel(v.ID.Manifest))
+		if _, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, "", opts...); err != nil {
 			return err
 		}
-		// overlayfs looks at the directory of a parent; Cleanup takes it if the
-		// transaction fails.
-		if err := os.MkdirAll(filepath.Join(s.root, "snapshots", created.ID, "fs"), 0o755); err != nil {
-			return err
-		}
-		_, err = storage.CommitActive(ctx, key, key+"/committed", snapshots.Usage{}, labels...)
+		_, err := storage.CommitActive(ctx, key, key+"/committed", snapshots.Usage{}, opts...)
 		return err
 	})
 	if err != nil {
@@ -290,14 +288,24 @@ func ordinary(target ocispec.Descriptor, err error) error {
 	return err
 }
 
-// committed is the artifact that the snapshot shows which was committed as ref, ""
-// if there is none.
-func committed(ctx context.Context, ref string) (there digest.Digest, err error) {
+// committed reports whether a snapshot shows the manifest that was committed as ref
+// on top of nothing. One that shows anything else, in whatever namespace, is
+// errdefs.ErrFailedPrecondition: containerd takes the first one that it finds
+// (core/metadata/snapshot.go, createSnapshot).
+func committed(ctx context.Context, ref string, manifest digest.Digest) (there bool, err error) {
 	err = storage.WalkInfo(ctx, func(_ context.Context, i snapshots.Info) error {
-		if id, ok := shown(i); ok && i.Kind == snapshots.KindCommitted && i.Labels[snapshots.LabelSnapshotRef] == ref {
-			there = id.Manifest
+		if i.Kind != snapshots.KindCommitted || i.Parent != "" || i.Labels[snapshots.LabelSnapshotRef] != ref {
+			return nil
 		}
-		return nil
+		if i.Labels[LabelArtifact] == manifest.String() {
+			there = true
+			return nil
+		}
+		what := "the layer of an image"
+		if id, ok := shown(i); ok {
+			what = "artifact " + id.Manifest.String()
+		}
+		return fmt.Errorf("snapshot %s already shows %s, which has the same content: %w", ref, what, errdefs.ErrFailedPrecondition)
 	})
 	if errdefs.IsNotFound(err) { // no snapshot has ever been made
 		err = nil
@@ -319,14 +327,15 @@ func bind(v *view.View) []mount.Mount {
 	return []mount.Mount{{Type: "bind", Source: v.Path, Options: []string{"bind", "ro", "nosuid", "nodev"}}}
 }
 
-// withLabel marks a snapshot as a view, withoutLabel one that is none, whatever
-// the caller says.
+// withLabel marks a snapshot as one of an artifact, withoutLabel one that is none,
+// whatever the caller says.
 func withLabel(manifest digest.Digest) snapshots.Opt {
 	return snapshots.WithLabels(map[string]string{LabelArtifact: manifest.String()})
 }
 
 func withoutLabel(i *snapshots.Info) error {
 	delete(i.Labels, LabelArtifact)
+	delete(i.Labels, LabelLayers)
 	return nil
 }
 
@@ -335,18 +344,22 @@ func owners(i snapshots.Info) unpack.IDMap {
 	return unpack.IDMap{UID: i.Labels[snapshots.LabelSnapshotUIDMapping], GID: i.Labels[snapshots.LabelSnapshotGIDMapping]}
 }
 
-// shown is what i shows, a view or a committed snapshot of an artifact; false if
-// it is neither.
+// shown is what i shows, a view or a committed snapshot of an artifact or of layers
+// of one; false if it is neither.
 func shown(i snapshots.Info) (view.ID, bool) {
 	label, ok := i.Labels[LabelArtifact]
+	if !ok {
+		label, ok = i.Labels[LabelLayers]
+	}
 	return view.ID{Manifest: digest.Digest(label), Owners: owners(i)}, ok
 }
 
-// users lists what the views show.
-func (s *snapshotter) users(ctx context.Context) (ids []view.ID, err error) {
+// list is what those of the views and of the committed snapshots show that are
+// wanted.
+func (s *snapshotter) list(ctx context.Context, wanted func(snapshots.Info) bool) (ids []view.ID, err error) {
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		return storage.WalkInfo(ctx, func(_ context.Context, i snapshots.Info) error {
-			if id, ok := shown(i); ok && i.Kind != snapshots.KindCommitted {
+			if id, ok := shown(i); ok && wanted(i) {
 				ids = append(ids, id)
 			}
 			return nil
@@ -368,9 +381,10 @@ func (s *snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	if !ok {
 		return s.Snapshotter.Mounts(ctx, key)
 	}
-	v, err := s.views.Acquire(ctx, ocispec.Descriptor{Digest: id.Manifest}, id.Owners)
+	want := wanted{ocispec.Descriptor{Digest: id.Manifest}, digest.Digest(info.Labels[LabelLayers]), info.Parent}
+	v, err := s.acquire(ctx, want, id.Owners)
 	if err != nil {
-		return nil, fmt.Errorf("image volume: %w", err)
+		return nil, fmt.Errorf("snapshot %q: %w", key, err)
 	}
 	defer v.Release()
 	return bind(v), nil
@@ -384,8 +398,11 @@ func (s *snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 		return snapshots.Usage{}, err
 	}
 	id, ok := shown(info)
-	if !ok {
+	switch {
+	case !ok:
 		return s.Snapshotter.Usage(ctx, key)
+	case info.Kind == snapshots.KindCommitted && info.Labels[LabelLayers] != "":
+		return s.keptUsage(ctx, key)
 	}
 	tree, err := s.views.Tree(id)
 	if errdefs.IsNotFound(err) { // gone with a reboot, and not asked for since
@@ -406,11 +423,12 @@ func (s *snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 	}
 	info.Labels = maps.Clone(info.Labels)
 	delete(info.Labels, LabelArtifact)
+	delete(info.Labels, LabelLayers)
 	if _, ok := shown(old); ok {
 		if info.Labels == nil {
 			info.Labels = map[string]string{}
 		}
-		for _, label := range []string{LabelArtifact, snapshots.LabelSnapshotUIDMapping, snapshots.LabelSnapshotGIDMapping} {
+		for _, label := range []string{LabelArtifact, LabelLayers, snapshots.LabelSnapshotUIDMapping, snapshots.LabelSnapshotGIDMapping} {
 			delete(info.Labels, label)
 			if value, ok := old.Labels[label]; ok {
 				info.Labels[label] = value
@@ -420,21 +438,25 @@ func (s *snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 	return s.Snapshotter.Update(ctx, info, fieldpaths...)
 }
 
-// Commit refuses a view: there is nothing to commit in what nobody can write.
+// Commit refuses a view: there is nothing to commit in what nobody can write. It
+// labels a snapshot that keeps layers.
 func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
 	info, err := s.Stat(ctx, key)
 	if err != nil {
 		return err
 	}
-	if id, ok := shown(info); ok {
-		return fmt.Errorf("snapshot %q shows artifact %s and cannot be committed: %w", key, id.Manifest, errdefs.ErrFailedPrecondition)
+	if of := subjectIn(info.Labels); !of.ordinary() {
+		return fmt.Errorf("snapshot %q shows %s and cannot be committed: %w", key, of, errdefs.ErrFailedPrecondition)
 	}
-	if of, err := s.artifactOf(ctx, info.Parent); err != nil {
+	base, err := apply(opts)
+	if err != nil {
 		return err
-	} else if of != "" {
-		return fmt.Errorf("snapshot %q is on top of artifact %s, which the layers of an image cannot be; delete the image of the artifact and pull again: %w", key, of, errdefs.ErrFailedPrecondition)
 	}
-	return s.Snapshotter.Commit(ctx, name, key, append(opts, withoutLabel)...)
+	label, err := s.committing(ctx, key, cmp.Or(info.Parent, base.Parent))
+	if err != nil {
+		return err
+	}
+	return s.Snapshotter.Commit(ctx, name, key, append(opts, withoutLabel, label)...)
 }
 
 // Remove removes the record; the store soon drops what no other view shows.

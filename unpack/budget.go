@@ -11,7 +11,6 @@ import (
 	"runtime"
 	"sync"
 
-	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 )
@@ -44,7 +43,7 @@ type Budget struct {
 	large         *semaphore.Weighted // of plans, see largePlan
 
 	mu   sync.Mutex
-	busy map[digest.Digest]chan struct{} // closed when the blob is free
+	busy map[string]chan struct{} // closed when the thing is free
 }
 
 // NewBudget returns a Budget of which nothing is taken.
@@ -54,24 +53,25 @@ func NewBudget(l Limits) *Budget {
 		memory: semaphore.NewWeighted(l.Memory),
 		cores:  semaphore.NewWeighted(int64(runtime.GOMAXPROCS(0))),
 		large:  semaphore.NewWeighted(1),
-		busy:   map[digest.Digest]chan struct{}{},
+		busy:   map[string]chan struct{}{},
 	}
 }
 
-// only waits until nobody else decompresses the blob: pods with user namespaces,
-// and artifacts that share a layer, need it at the same time.
-func (b *Budget) only(ctx context.Context, blob digest.Digest) (release func(), err error) {
+// only waits until nobody else works on a thing: a blob to decompress, which pods
+// with user namespaces, and artifacts that share a layer, need at the same time; or
+// the directory of a snapshot.
+func (b *Budget) only(ctx context.Context, thing string) (release func(), err error) {
 	for {
 		b.mu.Lock()
-		busy := b.busy[blob]
+		busy := b.busy[thing]
 		if busy == nil {
 			free := make(chan struct{})
-			b.busy[blob] = free
+			b.busy[thing] = free
 			b.mu.Unlock()
 			return func() {
 				b.mu.Lock()
 				defer b.mu.Unlock()
-				delete(b.busy, blob)
+				delete(b.busy, thing)
 				close(free)
 			}, nil
 		}

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"slices"
@@ -31,6 +32,8 @@ type writer struct {
 	parentName string
 	// first is the first name of each file, for its others.
 	first map[*node]string
+	// whole makes a file whose bytes are all of a content, if it is not nil.
+	whole func(ctx context.Context, name string, n *node) error
 }
 
 // buildDirectory makes the plan in dir, which must be there and empty.
@@ -40,7 +43,14 @@ func buildDirectory(ctx context.Context, dir string, p *plan, cs *contents, s sh
 		return err
 	}
 	defer root.Close()
-	w := &writer{contents: cs, root: root, plan: p, shift: s, first: map[*node]string{}}
+	w := &writer{contents: cs, root: root, plan: p, shift: s}
+	return w.write(ctx)
+}
+
+// write makes the plan. A directory may be there already.
+func (w *writer) write(ctx context.Context) error {
+	p := w.plan
+	w.first = map[*node]string{}
 	defer func() {
 		if w.parent != nil {
 			w.parent.Close()
@@ -78,7 +88,10 @@ func (w *writer) entry(ctx context.Context, name string, n *node) error {
 	}
 	switch n.kind {
 	case directory:
-		return pathError("mkdir", name, unix.Mkdirat(dir, base, 0o700))
+		if err := unix.Mkdirat(dir, base, 0o700); !errors.Is(err, unix.EEXIST) {
+			return pathError("mkdir", name, err)
+		}
+		return nil
 	case symlink:
 		if err := unix.Symlinkat(n.target, dir, base); err != nil {
 			return pathError("symlink", name, err)
@@ -96,6 +109,9 @@ func (w *writer) file(ctx context.Context, name string, n *node) error {
 	}
 	w.first[n] = name
 	c := n.bytes.content
+	if c != nil && !n.bytes.member && w.whole != nil {
+		return w.whole(ctx, name, n)
+	}
 	if c != nil && !n.bytes.member && (w.Rungs.Raw == Link || c.own && w.Rungs.Raw == Copy) {
 		dir, base, err := w.at(name)
 		if err != nil {
@@ -164,8 +180,9 @@ func makeMetacopy(f *os.File, target string, size int64) error {
 	if err := f.Truncate(size); err != nil {
 		return err
 	}
-	for name, value := range metacopy(target) {
-		if err := unix.Fsetxattr(int(f.Fd()), name, []byte(value), 0); err != nil {
+	attributes := metacopy(target)
+	for _, name := range slices.Sorted(maps.Keys(attributes)) { // errors are the same each time
+		if err := unix.Fsetxattr(int(f.Fd()), name, []byte(attributes[name]), 0); err != nil {
 			return os.NewSyscallError("setxattr "+name, err)
 		}
 	}

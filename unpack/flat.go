@@ -106,7 +106,7 @@ func (cs *contents) retainFlat(ctx context.Context, c *content) error {
 		return err
 	}
 	blob.Close() // many may wait here
-	release, err := cs.Budget.only(ctx, c.layer.Descriptor.Digest)
+	release, err := cs.Budget.only(ctx, c.layer.Descriptor.Digest.String())
 	if err != nil {
 		return err
 	}
@@ -278,28 +278,49 @@ func (c counter) Write(p []byte) (int, error) {
 // checkDiffID checks what the config says of a layer's content. A blob that is
 // not compressed is its content, and the runtime has checked its digest.
 func (cs *contents) checkDiffID(ctx context.Context, c *content, l artifact.Layer) error {
-	got := c.digest
-	if l.DiffID == "" || l.DiffID == got {
+	if l.DiffID == "" || l.DiffID == c.digest {
 		return nil
 	}
-	if algorithm := l.DiffID.Algorithm(); algorithm != got.Algorithm() {
-		if got = c.digests[algorithm]; got == "" { // many layers may have the blob
-			f, err := os.Open(c.path)
-			if err != nil {
-				return err
-			}
-			defer f.Close()
-			if got, err = algorithm.FromReader(reader{ctx, f}); err != nil {
-				return err
-			}
-			if c.digests == nil {
-				c.digests = map[digest.Algorithm]digest.Digest{}
-			}
-			c.digests[algorithm] = got
-		}
+	got, err := c.digestBy(ctx, l.DiffID.Algorithm())
+	if err != nil {
+		return err
 	}
 	if got != l.DiffID {
 		return fmt.Errorf("its content has the digest %s, the config lists the DiffID %s: %w", got, l.DiffID, errdefs.ErrInvalidArgument)
 	}
 	return nil
+}
+
+// diffID is the DiffID of l, whose content is c. If its config does not name it, it
+// is by the canonical algorithm; what another Tree has decompressed may be known by
+// the one in its config.
+func (c *content) diffID(ctx context.Context, l artifact.Layer) (digest.Digest, error) {
+	if l.DiffID != "" || l.Compression == artifact.CompressionNone {
+		return c.digest, nil
+	}
+	return c.digestBy(ctx, digest.Canonical)
+}
+
+// digestBy is the digest of c by an algorithm.
+func (c *content) digestBy(ctx context.Context, algorithm digest.Algorithm) (digest.Digest, error) {
+	if c.digest.Algorithm() == algorithm {
+		return c.digest, nil
+	}
+	if got := c.digests[algorithm]; got != "" { // many layers may have the blob
+		return got, nil
+	}
+	f, err := os.Open(c.path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	got, err := algorithm.FromReader(reader{ctx, f})
+	if err != nil {
+		return "", err
+	}
+	if c.digests == nil {
+		c.digests = map[digest.Algorithm]digest.Digest{}
+	}
+	c.digests[algorithm] = got
+	return got, nil
 }

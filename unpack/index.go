@@ -159,7 +159,7 @@ func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int
 	}
 	if h.Typeflag == tar.TypeDir && isRoot(h.Name) {
 		root := x.nodes["."]
-		root.attrs, root.xattrs = a, xattrs // tar -C DIR . begins with it
+		root.attrs, root.xattrs, root.implied = a, xattrs, false // tar -C DIR . begins with it
 		return end, x.countXattrs(xattrs)
 	}
 	name, err := artifact.CleanPath(h.Name)
@@ -173,7 +173,7 @@ func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int
 		if err != nil {
 			return 0, err
 		}
-		d.layer, d.attrs, d.xattrs = x.layer, a, xattrs
+		d.layer, d.attrs, d.xattrs, d.implied = x.layer, a, xattrs, false
 		return end, x.countXattrs(xattrs)
 	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont:
 		n.kind = regular

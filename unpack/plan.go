@@ -45,6 +45,8 @@ type node struct {
 	kind  kind
 	layer int // the last layer that said something about it; -1 for none
 	attrs attrs
+	// implied tells that no layer describes the directory.
+	implied bool
 	// xattrs are extended attributes of the user namespace.
 	xattrs map[string]string
 	target string // of a symlink
@@ -85,7 +87,7 @@ type plan struct {
 
 func newPlan(created time.Time, layers []artifact.Layer) *plan {
 	p := &plan{layers: layers, implied: attrs{mode: 0o755, mtime: created}}
-	p.nodes = map[string]*node{".": {kind: directory, layer: -1, attrs: p.implied}}
+	p.nodes = map[string]*node{".": {kind: directory, layer: -1, attrs: p.implied, implied: true}}
 	return p
 }
 
@@ -109,7 +111,7 @@ func (p *plan) mkdir(name string, layer int) (*node, error) {
 	if _, err := p.mkdir(path.Dir(name), layer); err != nil {
 		return nil, err
 	}
-	n := &node{kind: directory, layer: layer, attrs: p.implied}
+	n := &node{kind: directory, layer: layer, attrs: p.implied, implied: true}
 	return n, p.add(name, n)
 }
 
@@ -169,8 +171,10 @@ func (p *plan) count(entries int64) error {
 
 // wrap says of which layer the entry is that err is about.
 func (p *plan) wrap(name string, err error) error {
-	if i := p.nodes[name].layer; i >= 0 && i < len(p.layers) {
-		return p.layers[i].Wrap(fmt.Errorf("%.255q: %w", name, err))
+	for _, l := range p.layers {
+		if l.Index == p.nodes[name].layer {
+			return l.Wrap(fmt.Errorf("%.255q: %w", name, err))
+		}
 	}
 	return fmt.Errorf("%.255q: %w", name, err)
 }

@@ -27,6 +27,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -195,18 +196,11 @@ func (t *Tree) write(ctx context.Context, a *artifact.Artifact, cs *contents, s 
 	if err := cs.retainArchives(ctx, a.Layers); err != nil {
 		return err
 	}
-	p := newPlan(a.Created, a.Layers)
-	release := func() {}
-	defer func() { release() }()
-	p.grow = func() (err error) {
-		if release, err = cs.Budget.largePlan(ctx); err != nil {
-			release = func() {}
-		}
+	p, release, err := cs.plan(ctx, a.Created, a.Layers)
+	if err != nil {
 		return err
 	}
-	if err := each(ctx, a.Layers, func(l artifact.Layer) error { return p.addLayer(ctx, l, cs) }); err != nil {
-		return err
-	}
+	defer release()
 	whole, archives := p.contents()
 	if err := cs.drop(func(c *content) bool { return whole[c] || archives[c] }); err != nil {
 		return err
@@ -228,6 +222,24 @@ func (t *Tree) write(ctx context.Context, a *artifact.Artifact, cs *contents, s 
 	}
 	// What has been extracted, or linked from, is needed no more.
 	return cs.drop(func(c *content) bool { return whole[c] && t.Redirects })
+}
+
+// plan plans the layers, whose archives are retained. The caller calls release
+// when the plan is no longer needed.
+func (cs *contents) plan(ctx context.Context, created time.Time, layers []artifact.Layer) (p *plan, release func(), err error) {
+	p, release = newPlan(created, layers), func() {}
+	p.grow = func() error {
+		r, err := cs.Budget.largePlan(ctx)
+		if err == nil {
+			release = r
+		}
+		return err
+	}
+	if err := each(ctx, layers, func(l artifact.Layer) error { return p.addLayer(ctx, l, cs) }); err != nil {
+		release()
+		return nil, nil, err
+	}
+	return p, release, nil
 }
 
 // addLayer plans a layer.

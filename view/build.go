@@ -19,6 +19,14 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
+// source is what a Tree is built from: an artifact, whose blobs are the runtime's
+// unless snapshots keep them.
+type source struct {
+	*artifact.Artifact
+	// kept are the directories of those snapshots; nil if they are the runtime's.
+	kept []string
+}
+
 // progress is how many bytes of an artifact's blobs a build has done.
 type progress struct {
 	done  atomic.Int64
@@ -39,7 +47,7 @@ func (s *Store) unfinished(id ID, why error) error {
 
 // serve mounts the Tree of id for all who wait for it, and keeps the reason if
 // it cannot: they may have given up by then.
-func (s *Store) serve(id ID, a *artifact.Artifact) (err error) {
+func (s *Store) serve(id ID, from *source) (err error) {
 	if !s.begin() {
 		return fmt.Errorf("the snapshotter is shutting down: %w", errdefs.ErrUnavailable)
 	}
@@ -55,7 +63,7 @@ func (s *Store) serve(id ID, a *artifact.Artifact) (err error) {
 			s.mu.Unlock()
 		}
 	}()
-	return s.mount(s.closing, id, a)
+	return s.mount(s.closing, id, from)
 }
 
 // takeFailure returns why the last build failed, once, if nobody has been told.
@@ -78,9 +86,9 @@ func (s *Store) begin() bool {
 	return true
 }
 
-// mount makes sure that the Tree of id is there and mounted. The artifact may be
-// nil if the Tree was there when it was taken hold of.
-func (s *Store) mount(ctx context.Context, id ID, a *artifact.Artifact) error {
+// mount makes sure that the Tree of id is there and mounted. What it is built from
+// may be nil if the Tree was there when it was taken hold of.
+func (s *Store) mount(ctx context.Context, id ID, from *source) error {
 	name := id.name()
 	t, err := unpack.Load(s.path(id))
 	if err != nil && !errors.Is(err, os.ErrNotExist) && s.mounted(name) {
@@ -91,7 +99,7 @@ func (s *Store) mount(ctx context.Context, id ID, a *artifact.Artifact) error {
 		if err := s.unmount(name); err != nil {
 			return err
 		}
-		if t, err = s.build(ctx, id, a, nil); err != nil {
+		if t, err = s.build(ctx, id, from, nil); err != nil {
 			return err
 		}
 	}
@@ -107,15 +115,15 @@ func (s *Store) mount(ctx context.Context, id ID, a *artifact.Artifact) error {
 
 // build makes the Tree of id. await, if it is not nil, waits for blobs that the
 // runtime may not have yet.
-func (s *Store) build(ctx context.Context, id ID, a *artifact.Artifact, await func(context.Context, digest.Digest) error) (*unpack.Tree, error) {
-	if a == nil { // somebody has deleted it by hand
+func (s *Store) build(ctx context.Context, id ID, from *source, await func(context.Context, digest.Digest) error) (*unpack.Tree, error) {
+	if from == nil { // somebody has deleted it by hand
 		return nil, fmt.Errorf("the tree of artifact %s has just gone, try again: %w", id.Manifest, errdefs.ErrUnavailable)
 	}
 	if id.shifted() && s.rungs.Raw == unpack.Overlay && s.rungs.Tar == unpack.Extract {
-		return s.shift(ctx, id, a)
+		return s.shift(ctx, id, from)
 	}
 	far := &progress{}
-	for _, l := range a.Layers {
+	for _, l := range from.Layers {
 		far.total += l.Descriptor.Size
 	}
 	s.mu.Lock()
@@ -131,8 +139,7 @@ func (s *Store) build(ctx context.Context, id ID, a *artifact.Artifact, await fu
 		o := s.options(id)
 		o.Progress = func(n int64) { far.done.Add(n) }
 		o.Await = await
-		_, err := unpack.Build(ctx, dir, a, o)
-		return err
+		return s.layOut(ctx, dir, from, o)
 	})
 }
 
@@ -142,48 +149,53 @@ func (s *Store) options(id ID) unpack.Options {
 
 // shift makes the Tree of id from the one whose owners are not shifted, which is
 // built if it is not there, by whoever needs it first: tars are extracted once.
-func (s *Store) shift(ctx context.Context, id ID, a *artifact.Artifact) (*unpack.Tree, error) {
+func (s *Store) shift(ctx context.Context, id ID, from *source) (*unpack.Tree, error) {
 	plain := ID{Manifest: id.Manifest}
 	defer s.hold(plain.name())()
 	tree, err, _ := s.builds.Do(plain.name(), func() (any, error) {
 		if t, err := unpack.Load(s.path(plain)); err == nil {
 			return t, nil
 		}
-		return s.build(ctx, plain, a, nil)
+		return s.build(ctx, plain, from, nil)
 	})
 	if err != nil {
 		return nil, err
 	}
-	from, ok := tree.(*unpack.Tree)
+	unshifted, ok := tree.(*unpack.Tree)
 	if !ok { // it was a request for the plain one that we have joined
-		if from, err = unpack.Load(s.path(plain)); err != nil {
+		if unshifted, err = unpack.Load(s.path(plain)); err != nil {
 			return nil, err
 		}
 	}
 	return s.publish(id, func(dir string) error {
-		if from.CanShift() {
-			_, err := from.Shift(ctx, dir, s.options(id))
+		if unshifted.CanShift() {
+			_, err := unshifted.Shift(ctx, dir, s.options(id))
 			return err
 		}
-		_, err := unpack.Build(ctx, dir, a, s.options(id)) // it is of before a change of the rungs, and still shown
-		return err
+		return s.layOut(ctx, dir, from, s.options(id)) // it is of before a change of the rungs, and still shown
 	})
 }
 
 func (s *Store) path(id ID) string { return filepath.Join(s.trees, id.name()) }
 
-// publish has a Tree made beside the others and renames it into place complete.
-func (s *Store) publish(id ID, build func(dir string) error) (*unpack.Tree, error) {
+// reserve returns the path of a directory to be made beside the Trees, which the
+// sweep leaves alone until done.
+func (s *Store) reserve() (dir string, done func()) {
 	tmp := aside()
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.building[tmp] = true
-	s.mu.Unlock()
-	defer func() {
+	return filepath.Join(s.trees, tmp), func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		delete(s.building, tmp)
-	}()
-	dir := filepath.Join(s.trees, tmp)
+	}
+}
+
+// publish has a Tree made beside the others and renames it into place complete.
+func (s *Store) publish(id ID, build func(dir string) error) (*unpack.Tree, error) {
+	dir, done := s.reserve()
+	defer done()
 	if err := build(dir); err != nil {
 		return nil, err
 	}

@@ -182,7 +182,7 @@ func (s *Store) buildEarly(ctx context.Context, id ID, desc ocispec.Descriptor, 
 		if err := s.unmount(id.name()); err != nil {
 			return nil, err
 		}
-		return s.build(ctx, id, a, func(ctx context.Context, blob digest.Digest) error { return s.await(ctx, e, blob) })
+		return s.build(ctx, id, &source{Artifact: a}, func(ctx context.Context, blob digest.Digest) error { return s.await(ctx, e, blob) })
 	})
 	return err
 }

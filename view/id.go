@@ -6,6 +6,7 @@ package view
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"path/filepath"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -47,4 +48,10 @@ func manifest(name string) digest.Digest {
 		return ""
 	}
 	return d
+}
+
+// TreeDir is where a store in root keeps the Tree of an artifact for pods without
+// a user namespace, if it is there.
+func TreeDir(root string, manifest digest.Digest) string {
+	return filepath.Join(root, "trees", ID{Manifest: manifest}.name())
 }

@@ -137,7 +137,11 @@ func (s *Store) Sweep(ctx context.Context) error {
 
 // sweep unmounts and sets aside, and returns the names of what to delete.
 func (s *Store) sweep(ctx context.Context) (trash []string, err error) {
-	used, err := s.used(ctx)
+	used, err := s.used(ctx, s.users)
+	if err != nil {
+		return nil, err
+	}
+	kept, err := s.used(ctx, s.kept)
 	if err != nil {
 		return nil, err
 	}
@@ -153,7 +157,7 @@ func (s *Store) sweep(ctx context.Context) (trash []string, err error) {
 	trees, lerr := list(s.trees)
 	err = errors.Join(err, lerr)
 	for _, name := range trees {
-		if m := manifest(name); m != "" && !used[name] && s.useless(name, m) {
+		if m := manifest(name); m != "" && !used[name] && !kept[name] && s.useless(name, m) {
 			log.G(ctx).WithField("tree", name).Info("removing a tree whose pod is gone, or whose artifact the runtime has deleted")
 			err = errors.Join(err, s.setAside(filepath.Join(s.trees, name)))
 		}
@@ -190,15 +194,15 @@ func (s *Store) useless(name string, m digest.Digest) bool {
 	return err != nil || t.Stale(s.content) // of another version of this program
 }
 
-// used is the names of all Trees that somebody shows or is about to. The caller
-// holds s.mu: a claim ends only after its user is listed, so nobody is missed.
-func (s *Store) used(ctx context.Context) (map[string]bool, error) {
+// used is the names of all Trees that somebody of users shows or is about to. The
+// caller holds s.mu: a claim ends only after its user is listed, so nobody is missed.
+func (s *Store) used(ctx context.Context, users []Users) (map[string]bool, error) {
 	used := map[string]bool{}
 	for name := range s.held {
 		used[name] = true
 	}
-	for _, users := range s.users {
-		ids, err := users(ctx)
+	for _, list := range users {
+		ids, err := list(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("cannot tell which artifacts are in use: %w", err)
 		}

@@ -90,6 +90,7 @@ type Store struct {
 	// mu makes "nobody shows it, so it goes" one step against Acquire.
 	mu    sync.Mutex
 	users []Users
+	kept  []Users
 	held  map[string]int // views by Tree name that no Users lists yet
 	// building are the names in trees that builds write to, progress is how far
 	// they are, and failed how those ended that nobody had waited for, by the
@@ -150,19 +151,26 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 	release := s.hold(id.name())
 	// The common case needs no JSON: the Tree is there, under the digest that
 	// was asked for.
-	var a *artifact.Artifact
+	var from *source
 	if !s.has(id) {
-		var err error
-		if a, err = artifact.Read(ctx, s.content, target); err != nil {
+		a, err := artifact.Read(ctx, s.content, target)
+		if err != nil {
 			release()
 			return nil, err
 		}
+		from = &source{Artifact: a}
 		if a.Manifest.Digest != target.Digest { // of an index, this platform's
 			release()
 			id.Manifest = a.Manifest.Digest
 			release = s.hold(id.name())
 		}
 	}
+	return s.acquire(ctx, id, from, release)
+}
+
+// acquire mounts the Tree of id, which is taken hold of, and builds it before if
+// it is not there. What it is built from may be nil if it was.
+func (s *Store) acquire(ctx context.Context, id ID, from *source, release func()) (*View, error) {
 	if err := s.takeFailure(id.name()); err != nil {
 		release()
 		return nil, err
@@ -175,7 +183,7 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 	}
 	timeout := time.After(wait)
 	for {
-		build := s.builds.DoChan(id.name(), func() (any, error) { return nil, s.serve(id, a) })
+		build := s.builds.DoChan(id.name(), func() (any, error) { return nil, s.serve(id, from) })
 		var err error
 		select {
 		case r := <-build:

@@ -1,0 +1,266 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package unpack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+)
+
+// extract makes the files of l in p, and returns the descriptor of its content.
+func (a *Applier) extract(ctx context.Context, l artifact.Layer, p place, o Options, sync bool) (content ocispec.Descriptor, err error) {
+	dir, done, err := a.Scratch()
+	if err != nil {
+		return content, err
+	}
+	defer done()
+	o.Rungs = Rungs{Raw: Copy, Tar: Extract}
+	layers := []artifact.Layer{l}
+	cs := newContents(dir, layers, o)
+	if err := cs.retainArchives(ctx, layers); err != nil {
+		return content, err
+	}
+	planned, release, err := cs.plan(ctx, time.Unix(0, 0).UTC(), layers)
+	if err != nil {
+		return content, err
+	}
+	defer release()
+	if err := planned.asOfAnImage(ctx, l, cs); err != nil {
+		return content, l.Wrap(err)
+	}
+	root, err := os.OpenRoot(p.upper)
+	if err != nil {
+		return content, err
+	}
+	defer root.Close()
+	if err := planned.fit(ctx, p); err != nil {
+		return content, err
+	}
+	if err := planned.clear(ctx, root); err != nil {
+		return content, err
+	}
+	w := &writer{contents: cs, root: root, plan: planned}
+	w.whole = w.shareWhole
+	if err := w.write(ctx); err != nil {
+		return content, err
+	}
+	if sync {
+		if err := syncFS(p.upper); err != nil {
+			return content, err
+		}
+	}
+	content = ocispec.Descriptor{Digest: l.Descriptor.Digest, Size: l.Descriptor.Size}
+	if c := cs.files[keyOf(l)]; l.Format == artifact.FormatTar {
+		fi, err := os.Lstat(c.path)
+		if err != nil {
+			return content, err
+		}
+		content.Size = fi.Size()
+		if content.Digest, err = c.diffID(ctx, l); err != nil {
+			return content, err
+		}
+	}
+	return content, nil
+}
+
+// fit checks the plan against what is in a place already, by the rule for the
+// layers of an artifact: a file and a directory do not replace each other. A
+// directory that the plan does not describe stays as it is there.
+func (p *plan) fit(ctx context.Context, in place) error {
+	var roots []*os.Root
+	defer func() {
+		for _, root := range roots {
+			root.Close()
+		}
+	}()
+	for _, dir := range append([]string{in.upper}, in.lower...) {
+		root, err := os.OpenRoot(dir)
+		if err != nil {
+			return err
+		}
+		roots = append(roots, root)
+	}
+	if root := p.nodes["."]; root.implied && len(in.lower) > 0 {
+		if err := root.adopt(roots[1], "."); err != nil {
+			return err
+		}
+	}
+	merged := map[string][]*os.Root{".": roots} // those whose entries a directory shows
+	for _, name := range p.sorted() {
+		if err := ctx.Err(); err != nil { // it may take long below many layers
+			return err
+		}
+		n := p.nodes[name]
+		err := n.fitXattrs(in)
+		if err == nil && name != "." {
+			merged[name], err = n.fit(name, merged[path.Dir(name)])
+			if above := p.nodes[path.Dir(name)]; err == nil && n.implied && len(merged[name]) == 0 && above.attrs.mode&fs.ModeSetgid != 0 {
+				// The kernel would choose its group for the layer of an image.
+				err = fmt.Errorf("no layer describes this directory, and the one above it is setgid: %w", errdefs.ErrInvalidArgument)
+			}
+		}
+		if err != nil {
+			return p.wrap(name, err)
+		}
+	}
+	return nil
+}
+
+func (n *node) fitXattrs(in place) error {
+	for attr := range n.xattrs {
+		if in.userxattr && strings.HasPrefix(attr, "user.overlay.") {
+			return fmt.Errorf("extended attribute %.255q would be an order to overlayfs: %w", attr, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
+// fit compares n with the uppermost entry of that name in roots, and returns those
+// in which it is a directory that is shown.
+func (n *node) fit(name string, roots []*os.Root) (dirs []*os.Root, err error) {
+	for _, root := range roots {
+		fi, err := root.Lstat(name)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			continue
+		case err != nil:
+			return nil, err
+		case !fi.IsDir():
+			if len(dirs) == 0 && n.kind == directory && !isWhiteout(fi) {
+				return nil, fmt.Errorf("it must be a directory, but is a file of a layer below: %w", errdefs.ErrInvalidArgument)
+			}
+			return dirs, nil
+		case n.kind != directory:
+			return nil, fmt.Errorf("it is a file, but a directory of a layer below: %w", errdefs.ErrInvalidArgument)
+		case n.implied && len(dirs) == 0:
+			if err := n.adopt(root, name); err != nil {
+				return nil, err
+			}
+		}
+		dirs = append(dirs, root)
+	}
+	return dirs, nil
+}
+
+// adopt makes the attributes of n those of a directory that is there.
+func (n *node) adopt(root *os.Root, name string) error {
+	f, err := root.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return pathError("stat", name, err)
+	}
+	n.attrs = attrs{mode: goMode(st.Mode), uid: st.Uid, gid: st.Gid, mtime: time.Unix(st.Mtim.Unix())}
+	n.xattrs, err = listUserXattrs(fmt.Sprintf("/proc/self/fd/%d/.", f.Fd()))
+	return err
+}
+
+// isWhiteout reports whether an entry of a layer of an overlay says that there is
+// none (Documentation/filesystems/overlayfs.rst, "whiteouts and opaque
+// directories").
+func isWhiteout(fi fs.FileInfo) bool {
+	return fi.Mode()&fs.ModeCharDevice != 0
+}
+
+// clear removes what an earlier attempt has left in root, and the files that the
+// plan replaces.
+func (p *plan) clear(ctx context.Context, root *os.Root) error {
+	for _, name := range slices.Backward(p.sorted()) {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if p.nodes[name].kind == directory {
+			continue
+		}
+		if err := root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return p.wrap(name, err)
+		}
+	}
+	return nil
+}
+
+// shareWhole makes the file of a raw layer: a reflink of the blob, else a hard
+// link to it, whose attributes are the blob's, else a copy. A sparse member is
+// copied, for the place may be on another file system than it.
+func (w *writer) shareWhole(ctx context.Context, name string, n *node) error {
+	if n.bytes.content.own {
+		return w.copyOwn(ctx, name, n)
+	}
+	blob := n.bytes.content.layer.Descriptor
+	src, err := w.open(ctx, blob)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	dst, err := w.create(name, n.attrs.mode)
+	if err != nil {
+		return err
+	}
+	defer dst.Close()
+	if unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())) == nil {
+		return w.setAttrs(name, n)
+	}
+	dir, base, err := w.at(name)
+	if err != nil {
+		return err
+	}
+	if err := unix.Unlinkat(dir, base, 0); err != nil {
+		return pathError("unlink", name, err)
+	}
+	// The file that was opened, whatever has become of its name.
+	if unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", src.Fd()), dir, base, unix.AT_SYMLINK_FOLLOW) == nil {
+		return nil
+	}
+	copied, err := w.create(name, n.attrs.mode)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(w.fill(ctx, copied, blob), copied.Close()); err != nil {
+		return err
+	}
+	return w.setAttrs(name, n)
+}
+
+func (w *writer) copyOwn(ctx context.Context, name string, n *node) error {
+	src, err := os.Open(n.bytes.content.path)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	dst, err := w.create(name, n.attrs.mode)
+	if err != nil {
+		return err
+	}
+	_, err = copySparse(dst, reader{ctx, src}, n.bytes.size, n.bytes.size)
+	if err := errors.Join(err, dst.Close()); err != nil {
+		return err
+	}
+	return w.setAttrs(name, n)
+}
+
+// syncFS writes what the file system of dir has in memory to the disk.
+func syncFS(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return pathError("syncfs", dir, unix.Syncfs(int(f.Fd())))
+}

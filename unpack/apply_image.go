@@ -1,0 +1,152 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package unpack
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"strings"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+)
+
+// whiteoutPrefix begins the names by which a layer of an image deletes files (OCI
+// image-spec, layer.md).
+const whiteoutPrefix = ".wh."
+
+// asOfAnImage makes the plan of l what containerd makes of an image's layer with the
+// same content, but for times, or refuses to. Snapshots are named by contents alone,
+// and an image whose layer has a snapshot already gets that one. Our own snapshots
+// say that they are an artifact's; others cannot.
+func (p *plan) asOfAnImage(ctx context.Context, l artifact.Layer, cs *contents) error {
+	if l.Format == artifact.FormatRaw {
+		return cs.checkNoArchive(ctx, l)
+	}
+	f, err := os.Open(cs.files[keyOf(l)].path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	// The root is left alone (containerd, pkg/archive/tar.go, applyNaive).
+	*p.nodes["."] = node{kind: directory, layer: -1, attrs: p.implied, implied: true}
+	r, err := headers(ctx, f)
+	if err != nil {
+		return err
+	}
+	for {
+		h, err := r.Next()
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil:
+			return badStream(err)
+		}
+		if what := p.otherInAnImage(h); what != "" {
+			return fmt.Errorf("member %.255q: %s, which the layer of an image can have and an artifact's cannot; a snapshot of this snapshotter would be taken for that layer: %w", h.Name, what, errdefs.ErrInvalidArgument)
+		}
+	}
+}
+
+// checkNoArchive refuses a raw layer whose content an image can have as a layer. So
+// has an archive, and for archive/tar also nothing and what begins with zeros.
+func (cs *contents) checkNoArchive(ctx context.Context, l artifact.Layer) error {
+	if l.Descriptor.Size > 0 {
+		f, err := cs.open(ctx, l.Descriptor)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		r, err := headers(ctx, f)
+		if err != nil {
+			return err
+		}
+		_, err = r.Next()
+		var unreadable *fs.PathError
+		switch {
+		case err == nil, errors.Is(err, io.EOF):
+		case errors.As(err, &unreadable):
+			return err
+		default:
+			return ctx.Err()
+		}
+	}
+	return fmt.Errorf("its file is an archive or empty, as the layer of an image can be; a snapshot of this snapshotter would be taken for that layer: %w", errdefs.ErrInvalidArgument)
+}
+
+// headers reads an archive, and of its members' contents next to nothing.
+func headers(ctx context.Context, archive *os.File) (*tar.Reader, error) {
+	fi, err := archive.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return tar.NewReader(seeking{ctx, io.NewSectionReader(archive, 0, fi.Size())}), nil
+}
+
+// otherInAnImage is what containerd makes something else of, if h is in the layer of
+// an image, than the plan does.
+func (p *plan) otherInAnImage(h *tar.Header) string {
+	for part := range strings.SplitSeq(h.Name, "/") {
+		if strings.HasPrefix(part, whiteoutPrefix) {
+			return "a whiteout"
+		}
+	}
+	for key := range h.PAXRecords {
+		attr, ok := strings.CutPrefix(key, xattrPrefix)
+		// Those of trusted are set by nobody.
+		if ok && !strings.HasPrefix(attr, "user.") && !strings.HasPrefix(attr, "trusted.") {
+			return fmt.Sprintf("the extended attribute %.255q", attr)
+		}
+	}
+	if h.Typeflag == tar.TypeDir && isRoot(h.Name) {
+		return ""
+	}
+	name, err := artifact.CleanPath(h.Name)
+	n := p.nodes[name]
+	switch {
+	case h.Typeflag == tar.TypeXGlobalHeader:
+		// containerd makes way for it.
+		if n != nil || strings.Contains(h.Name, "/") {
+			return "a global header with the name of a file"
+		}
+		return ""
+	case err != nil || n == nil: // refused before
+		return "a name of no file"
+	case h.Typeflag == tar.TypeSymlink:
+		return ""
+	case h.Typeflag != tar.TypeDir && h.FileInfo().Mode()&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky) != 0:
+		return "a setuid, setgid or sticky bit"
+	case h.Typeflag == tar.TypeDir || h.Typeflag == tar.TypeLink:
+		return n.otherInAnImage(h)
+	}
+	return ""
+}
+
+// otherInAnImage is that for a directory, which may be there more than once, or a
+// hard link: to the attributes of what is there it adds its own.
+func (n *node) otherInAnImage(h *tar.Header) string {
+	a, err := tarAttrs(h)
+	if err != nil { // refused before
+		return err.Error()
+	}
+	if h.Typeflag == tar.TypeLink && (n.attrs.mode != a.mode || n.attrs.uid != a.uid || n.attrs.gid != a.gid) {
+		return "a hard link with a mode or owner of its own"
+	}
+	xattrs, err := userXattrs(h)
+	if err != nil {
+		return err.Error()
+	}
+	for attr, value := range xattrs {
+		if got, ok := n.xattrs[attr]; !ok || got != value {
+			return fmt.Sprintf("the extended attribute %.255q, which is not in another header of it", attr)
+		}
+	}
+	return ""
+}

@@ -1,0 +1,227 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package unpack
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+
+	containerdarchive "github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+)
+
+// What an image with the same layer would have otherwise is refused in the snapshots
+// of others, and kept in ours.
+func TestNoLayerIsTakenForThatOfAnImage(t *testing.T) {
+	setuid := file("bin/sudo", "sudo")
+	setuid.Mode = 0o4755
+	link := tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "f", Mode: 0o600}
+	other := link
+	other.Mode, other.Uid = 0o644, 7
+	noting := noted(link, map[string]string{"user.note": "x"})
+	noting.Mode = 0o644
+	global := tar.Header{Typeflag: tar.TypeXGlobalHeader, Name: "f", PAXRecords: map[string]string{"comment": "x"}}
+	elsewhere := global
+	elsewhere.Name = "a/b"
+	dir := tar.Header{Name: "dir/", Typeflag: tar.TypeDir, Mode: 0o755}
+	for name, test := range map[string]struct {
+		content []byte
+		raw     bool
+		want    string
+	}{
+		"an archive as a file":        {archive(t, file("bin/sh", "sh")), true, "an archive or empty"},
+		"one with an extended header": {archive(t, noted(file("bin/sh", "sh"), map[string]string{"user.note": "x"})), true, "an archive or empty"},
+		"the archive of no files":     {make([]byte, 1024), true, "an archive or empty"},
+		"no content":                  {nil, true, "an archive or empty"},
+		"a whiteout":                  {archive(t, file("f", "x"), file("etc/.wh.shadow", "")), false, `"etc/.wh.shadow": a whiteout`},
+		"an opaque directory":         {archive(t, file("etc/.wh..wh..opq", "")), false, "a whiteout"},
+		"setuid":                      {archive(t, setuid), false, `"bin/sudo": a setuid`},
+		"a capability":                {archive(t, noted(file("ping", "x"), map[string]string{"security.capability": "x"})), false, `"security.capability"`},
+		"a mode of a hard link":       {archive(t, file("f", "x"), link), false, `"hard": a hard link`},
+		"an owner of a hard link":     {archive(t, file("f", "x"), other), false, `"hard": a hard link`},
+		"an attribute of a hard link": {archive(t, file("f", "x"), noting), false, `"hard": the extended attribute "user.note"`},
+		"an attribute taken back":     {archive(t, noted(dir, map[string]string{"user.note": "x"}), dir), false, `"dir/": the extended attribute "user.note"`},
+		"a global header over a file": {archive(t, file("f", "x"), global), false, `"f": a global header`},
+		"a group from above":          {archive(t, tar.Header{Name: "g/", Typeflag: tar.TypeDir, Mode: 0o2755, Gid: 7}, file("g/dir/f", "x")), false, `"g/dir": no layer describes`},
+		"a directory for one":         {archive(t, file("f", "x"), elsewhere), false, `"a/b": a global header`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t)
+			l := s.tar(t, artifact.CompressionNone, test.content)
+			if test.raw {
+				l = s.raw(t, "etc/ld.so.preload", string(test.content))
+			}
+			c := newChain(t, s, false)
+			_, err := c.add(t, l)
+			if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), test.want) || strings.Count(err.Error(), "layer 0 (") != 1 {
+				t.Errorf("%v, want one about the layer that says %q", err, test.want)
+			}
+			if files, err := os.ReadDir(c.fs[0]); err != nil || len(files) > 0 {
+				t.Errorf("it has made %v, %v", files, err)
+			}
+			newChain(t, s, true).mustAdd(t, l)
+		})
+	}
+}
+
+func TestFilesAreThoseOfAnImage(t *testing.T) {
+	dir := func(name string, mode int64) tar.Header {
+		return tar.Header{Name: name, Typeflag: tar.TypeDir, Mode: mode, Uid: 1, Gid: 2}
+	}
+	again := file("again", "second")
+	again.Mode, again.Uid = 0o600, 9
+	text := archive(t,
+		dir("./", 0o777), dir("./dir/", 0o3775),
+		noted(file("./dir/f", "text"), map[string]string{"user.note": "x", "trusted.overlay.opaque": "y"}),
+		tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "dir/f", Mode: 0o644},
+		tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "dir/f", Mode: 0o777, Uid: 3},
+		file("again", "first"), again, file("empty", ""),
+		tar.Header{Typeflag: tar.TypeXGlobalHeader, Name: "pax_global_header", PAXRecords: map[string]string{"comment": "x"}},
+		dir("dir/late/", 0o1700),
+	)
+	s := newSite(t)
+	c := newChain(t, s, false)
+	c.mustAdd(t, s.tar(t, artifact.CompressionGzip, text))
+	wantAsInAnImage(t, c.fs[0], text, true)
+}
+
+// wantAsInAnImage compares the files in dir with those that containerd makes of a
+// layer of an image with the content. One that it does not unpack is none.
+func wantAsInAnImage(t *testing.T, dir string, layer []byte, unpacked bool) {
+	t.Helper()
+	image := t.TempDir()
+	if _, err := containerdarchive.Apply(context.Background(), image, bytes.NewReader(layer)); err != nil {
+		if unpacked {
+			t.Fatal(err)
+		}
+		return
+	}
+	files := func(dir string) listed {
+		got := listing(t, dir)
+		delete(got, ".")
+		for name, e := range got {
+			if e.kind == "directory" && !unpacked { // it is of now, if no layer describes it
+				e.at(epoch)
+				got[name] = e
+			}
+		}
+		return got
+	}
+	if diff := files(dir).diff(files(image)); diff != "" {
+		t.Errorf("the files are not those of an image:\n%s", diff)
+	}
+}
+
+func TestFilesOfAnyTarAreThoseOfAnImage(t *testing.T) {
+	s := newSite(t)
+	names := []string{"a", "a/b", "a/b/c", "d", "./", "./a", "a//b", "d/e", "d/./f", "e", ".wh.a", "a/.wh.b", "x/.wh..wh..opq"}
+	types := []byte{tar.TypeReg, tar.TypeReg, tar.TypeDir, tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeXGlobalHeader, tar.TypeCont}
+	modes := []int64{0o644, 0o755, 0o600, 0o4755, 0o1777, 0o2755, 0}
+	xattrs := []string{"user.x", "user.overlay.opaque", "trusted.x", "security.capability"}
+	accepted := 0
+	for seed := range uint64(600) {
+		r := rand.New(rand.NewPCG(seed, 1))
+		var members []tar.Header
+		for range 1 + r.IntN(5) {
+			h := file(names[r.IntN(len(names))], strconv.Itoa(r.IntN(3)))
+			h.Typeflag, h.Mode, h.Uid, h.Gid = types[r.IntN(len(types))], modes[r.IntN(len(modes))], r.IntN(3), r.IntN(3)
+			if h.Name == "./" {
+				h.Typeflag = tar.TypeDir
+			}
+			switch h.Typeflag {
+			case tar.TypeDir, tar.TypeCont:
+				h.Linkname = ""
+			case tar.TypeSymlink:
+				h.Linkname = []string{"a", "/etc", "../..", "d/e"}[r.IntN(4)]
+			case tar.TypeLink:
+				h.Linkname = names[r.IntN(len(names))]
+			case tar.TypeXGlobalHeader:
+				h = tar.Header{Typeflag: h.Typeflag, Name: h.Name, PAXRecords: map[string]string{"comment": "x"}}
+			}
+			if h.Typeflag != tar.TypeXGlobalHeader && r.IntN(6) == 0 {
+				h = noted(h, map[string]string{xattrs[r.IntN(len(xattrs))]: "v"})
+			}
+			members = append(members, h)
+		}
+		text := archive(t, members...)
+		c := newChain(t, s, false)
+		if _, err := c.add(t, s.tar(t, artifact.CompressionNone, text)); err != nil {
+			continue
+		}
+		accepted++
+		wantAsInAnImage(t, c.fs[0], text, false)
+		if t.Failed() {
+			t.Fatalf("they were of %+v", members)
+		}
+	}
+	if accepted < 50 {
+		t.Errorf("only %d have been unpacked", accepted)
+	}
+}
+
+// A Tree whose config names the DiffID by another algorithm has decompressed the blob
+// before.
+func TestTheDiffIDIsCanonical(t *testing.T) {
+	s := newSite(t)
+	text := archive(t, file("a", "a"))
+	l := s.tar(t, artifact.CompressionGzip, text)
+	other := l
+	other.DiffID = digest.SHA512.FromBytes(text)
+	if _, err := s.buildAs("other", best, other); err != nil {
+		t.Fatal(err)
+	}
+	for _, ours := range []bool{true, false} {
+		c := newChain(t, s, ours)
+		c.mustAdd(t, l)
+		if !ours {
+			continue
+		}
+		dir, err := c.show(t)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := read(t, dir, "a"); got != "a" {
+			t.Errorf("it reads %q", got)
+		}
+	}
+}
+
+func TestNoLayerHasTheSnapshotOfAnotherChain(t *testing.T) {
+	s := newSite(t)
+	victim := digest.FromString("a chain").String() + " " + digest.FromString("a DiffID").String()
+	for _, ours := range []bool{true, false} {
+		c := newChain(t, s, ours)
+		if _, err := c.add(t, s.raw(t, "f", victim)); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "the chain ID of other layers") {
+			t.Errorf("ours %v: %v", ours, err)
+		}
+		c = newChain(t, s, ours)
+		c.mustAdd(t, s.raw(t, "f", strings.ToUpper(victim)))
+	}
+}
+
+func TestAComparisonWithManyLayersCanBeEnded(t *testing.T) {
+	p := newPlan(epoch, nil)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	root, err := os.OpenRoot(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	for what, err := range map[string]error{"fit": p.fit(ctx, place{upper: root.Name()}), "clear": p.clear(ctx, root)} {
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}

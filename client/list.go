@@ -1,0 +1,265 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package client
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/plugins"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/view"
+)
+
+// Pod is a pod that has an artifact as an image volume.
+type Pod struct {
+	// Namespace and Name are Kubernetes'; empty if the sandbox does not tell.
+	Namespace, Name string
+	// Sandbox is the ID of its sandbox.
+	Sandbox string
+}
+
+// Use is who uses an artifact on this node.
+type Use struct {
+	Pods []Pod
+	// Targets are those of [Client.Mount], mounted or not.
+	Targets []string
+	// Views are the keys of all other snapshots that show the artifact.
+	Views []string
+	// Containers are the IDs of those whose image it is.
+	Containers []string
+	// Snapshots are the committed ones, which make no use of it by themselves.
+	Snapshots []string
+}
+
+// InUse reports whether anybody uses the artifact.
+func (u Use) InUse() bool { return len(u.Pods)+len(u.Targets)+len(u.Views)+len(u.Containers) > 0 }
+
+// volumeKey is the key of an image volume as containerd's clients see it, see
+// internal/cri/server/container_image_mount.go of containerd.
+var volumeKey = regexp.MustCompile(`/image-volumes/([^/]+)/([0-9a-f]+)$`)
+
+// Uses returns who uses which of the artifacts, by their manifests; an artifact that
+// is neither in use nor unpacked is not in it. All images of the namespace must be
+// given. Every snapshotter counts, for an artifact may be shown by another one, too,
+// and one that cannot be asked is an error.
+func (c *Client) Uses(ctx context.Context, all []Image) (map[digest.Digest]*Use, error) {
+	ctx = c.Context(ctx)
+	u := newUses(all)
+	others, err := c.IntrospectionService().Plugins(ctx, fmt.Sprintf("type==%q", plugins.SnapshotPlugin))
+	if err != nil {
+		return nil, fmt.Errorf("list the snapshotters of containerd: %w", err)
+	}
+	names := []string{c.Snapshotter}
+	for _, p := range others.Plugins {
+		if p.InitErr == nil && p.ID != c.Snapshotter {
+			names = append(names, p.ID)
+		}
+	}
+	for _, name := range names {
+		ours := name == c.Snapshotter
+		err := c.SnapshotService(name).Walk(ctx, func(_ context.Context, i snapshots.Info) error {
+			u.add(i, ours)
+			return nil
+		})
+		if err != nil && ours {
+			return nil, c.explain(err)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("list the snapshots of snapshotter %q, which may show artifacts: %w", name, err)
+		}
+	}
+	running, err := c.ContainerService().List(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list the containers of namespace %s: %w", c.Namespace, err)
+	}
+	labels := map[string]map[string]string{}
+	for _, container := range running {
+		labels[container.ID] = container.Labels
+		u.addContainer(container)
+	}
+	for _, use := range u.byManifest {
+		for i, pod := range use.Pods {
+			// A sandbox that has just gone, or is not a container, is its ID.
+			l := labels[pod.Sandbox]
+			use.Pods[i].Namespace, use.Pods[i].Name = l["io.kubernetes.pod.namespace"], l["io.kubernetes.pod.name"]
+		}
+		slices.SortFunc(use.Pods, func(a, b Pod) int {
+			return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Sandbox, b.Sandbox))
+		})
+		slices.Sort(use.Targets)
+	}
+	return u.byManifest, nil
+}
+
+// uses makes uses of snapshots.
+type uses struct {
+	byManifest map[digest.Digest]*Use
+	// targets and chains lead from the encoded digests of images, and from the
+	// chain IDs of layers, to the manifests that they may be of.
+	targets, chains map[string][]digest.Digest
+	// names are those of the images.
+	names map[string]digest.Digest
+}
+
+func newUses(all []Image) uses {
+	u := uses{map[digest.Digest]*Use{}, map[string][]digest.Digest{}, map[string][]digest.Digest{}, map[string]digest.Digest{}}
+	for _, image := range all {
+		manifest := image.Artifact.Manifest.Digest
+		u.targets[image.Target.Digest.Encoded()] = append(u.targets[image.Target.Digest.Encoded()], manifest)
+		chain := image.Artifact.ChainID().String()
+		u.chains[chain] = append(u.chains[chain], manifest)
+		u.names[image.Name] = manifest
+	}
+	return u
+}
+
+// add counts a snapshot, which is of the client's own snapshotter or not.
+func (u uses) add(i snapshots.Info, ours bool) {
+	volume := volumeKey.FindStringSubmatch(i.Name)
+	var of []digest.Digest
+	switch label := i.Labels[snapshot.LabelArtifact]; {
+	case label != "":
+		of = []digest.Digest{digest.Digest(label)}
+	case i.Kind == snapshots.KindCommitted:
+		of = u.chains[i.Name] // containerd's own unpacker has made it
+	case volume != nil:
+		of = u.targets[volume[2]]
+	default:
+		of = u.chains[i.Parent]
+	}
+	target, _, mounted := snapshot.ParseMountKey(i.Name)
+	for _, manifest := range slices.Compact(slices.Sorted(slices.Values(of))) {
+		use := u.of(manifest)
+		switch {
+		case i.Kind == snapshots.KindCommitted:
+			if ours {
+				use.Snapshots = append(use.Snapshots, i.Name)
+			}
+		case volume != nil: // each container of a pod has one
+			if pod := (Pod{Sandbox: volume[1]}); !slices.Contains(use.Pods, pod) {
+				use.Pods = append(use.Pods, pod)
+			}
+		case mounted:
+			use.Targets = append(use.Targets, target)
+		default:
+			use.Views = append(use.Views, i.Name)
+		}
+	}
+}
+
+// addContainer counts a container whose image is an artifact, though it may have a
+// root filesystem from elsewhere, or none.
+func (u uses) addContainer(container containers.Container) {
+	if manifest, ok := u.names[container.Image]; ok {
+		use := u.of(manifest)
+		use.Containers = append(use.Containers, container.ID)
+	}
+}
+
+// of is the use of an artifact.
+func (u uses) of(manifest digest.Digest) *Use {
+	if u.byManifest[manifest] == nil {
+		u.byManifest[manifest] = &Use{}
+	}
+	return u.byManifest[manifest]
+}
+
+// Chain returns the name of the snapshot that containerd's own unpacker has made of
+// the artifact's layers (docs/native-unpack.md), or "" if there is none.
+func (c *Client) Chain(ctx context.Context, image Image) (string, error) {
+	name := image.Artifact.ChainID().String()
+	there, err := c.SnapshotService(c.Snapshotter).Stat(c.Context(ctx), name)
+	switch {
+	case errdefs.IsNotFound(err) || err == nil && there.Labels[snapshot.LabelLayers] == "":
+		return "", nil
+	case err != nil:
+		return "", c.explain(err)
+	}
+	return name, nil
+}
+
+// Size is the bytes of the blobs of an artifact's layers, each blob once.
+func Size(a *artifact.Artifact) (size int64) {
+	for _, blob := range blobs(a) {
+		size += blob
+	}
+	return size
+}
+
+// blobs are the blobs of the layers, with their sizes.
+func blobs(a *artifact.Artifact) map[digest.Digest]int64 {
+	sizes := map[digest.Digest]int64{}
+	for _, l := range a.Layers {
+		sizes[l.Descriptor.Digest] = l.Descriptor.Size
+	}
+	return sizes
+}
+
+// Layout is how the daemon has laid an artifact out.
+type Layout struct {
+	// Raw and Tar are the rungs that its raw and its tar layers have, empty if it
+	// has none of the kind.
+	Raw, Tar unpack.Rung
+	// Shared is how many bytes of its blobs are containerd's very files, which
+	// no copy was made of.
+	Shared int64
+}
+
+// LayoutOf looks into the root of the daemon for the artifact's Tree. One that is
+// not there, since nobody has asked for it since the last reboot, is
+// fs.ErrNotExist.
+func LayoutOf(a *artifact.Artifact, root string, content blobdir.Dir) (Layout, error) {
+	tree, err := unpack.Load(view.TreeDir(root, a.Manifest.Digest))
+	if err != nil {
+		return Layout{}, err
+	}
+	var l Layout
+	for _, layer := range a.Layers {
+		if layer.Format == artifact.FormatTar {
+			l.Tar = tree.Rungs.Tar
+		} else {
+			l.Raw = tree.Rungs.Raw
+		}
+	}
+	l.Shared, err = tree.Shared(content, a.Layers)
+	return l, err
+}
+
+// Named leaves out the names that are not for people: CRI's image IDs, and its
+// names by digest, where there is a better one for the same target.
+func Named(images []Image) []Image {
+	rank := func(image Image) int {
+		switch {
+		case image.IsID():
+			return 0
+		case strings.HasSuffix(image.Name, "@"+image.Target.Digest.String()):
+			return 1
+		}
+		return 2
+	}
+	best := map[digest.Digest]int{}
+	for _, image := range images {
+		best[image.Target.Digest] = max(best[image.Target.Digest], rank(image))
+	}
+	var named []Image
+	for _, image := range images {
+		if rank(image) == best[image.Target.Digest] {
+			named = append(named, image)
+		}
+	}
+	return named
+}

@@ -1,0 +1,217 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package client
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// The kinds of blobs.
+const (
+	KindIndex    = "index"
+	KindManifest = "manifest"
+	KindConfig   = "config"
+	KindLayer    = "layer"
+)
+
+// Checked is a blob of an artifact that [Client.Verify] has read.
+type Checked struct {
+	Kind       string
+	Descriptor ocispec.Descriptor
+	// Layer is set for KindLayer.
+	Layer artifact.Layer
+	// DiffID is what the config says that the blob holds, if it is a compressed
+	// layer.
+	DiffID digest.Digest
+	// Err is what is wrong with it, or nil.
+	Err error
+}
+
+// Verify reads all blobs of an image, which is found as by [Client.Image], through
+// containerd, and compares them with their digests and sizes, and what compressed
+// layers hold with the DiffIDs of the config. Every blob is reported, good or bad,
+// when it has been read. The error is that there is no such artifact, or why it is
+// refused although its blobs are as they should be.
+func (c *Client) Verify(ctx context.Context, ref string, limits unpack.Limits, report func(Checked)) error {
+	ctx = c.Context(ctx)
+	found, err := c.ImageService().Get(ctx, ref)
+	if err != nil { // it may be a digest; the error is better, too
+		image, err := c.Image(ctx, ref)
+		if err != nil {
+			return err
+		}
+		found = image.Image
+	}
+	store := c.ContentStore()
+	all, refused := checks(ctx, store, found.Target)
+	if errors.Is(refused, artifact.ErrNotArtifact) {
+		return fmt.Errorf("%q is an ordinary image, not an artifact: %w", ref, errdefs.ErrInvalidArgument)
+	}
+	bad, err := verifyAll(ctx, store, all, unpack.NewBudget(limits), report)
+	if err != nil || bad { // which is why it is refused
+		return err
+	}
+	return refused
+}
+
+// verifyAll is Verify of the blobs.
+func verifyAll(ctx context.Context, store content.Provider, all []Checked, budget *unpack.Budget, report func(Checked)) (bad bool, err error) {
+	done := map[way]reading{}
+	for _, check := range all {
+		how := way{blob: check.Descriptor.Digest}
+		if check.DiffID != "" {
+			how.compression, how.diffID = check.Layer.Compression, check.DiffID.Algorithm()
+		}
+		found, ok := done[how]
+		if !ok { // many layers may have one blob
+			found = check.read(ctx, store, budget)
+			done[how] = found
+		}
+		check.Err = check.compare(found)
+		if err := ctx.Err(); err != nil {
+			return bad, err
+		}
+		bad = bad || check.Err != nil
+		report(check)
+	}
+	return bad, nil
+}
+
+// checks lists the blobs of target as far as they are known, each once, and says
+// why target is no artifact that could be shown.
+func checks(ctx context.Context, store content.Provider, target ocispec.Descriptor) ([]Checked, error) {
+	read := &recorder{Provider: store}
+	a, err := artifact.Read(ctx, read, target)
+	var all []Checked
+	var layers []artifact.Layer
+	for _, desc := range read.descs {
+		kind := KindConfig
+		switch {
+		case images.IsIndexType(desc.MediaType):
+			kind = KindIndex
+		case images.IsManifestType(desc.MediaType):
+			kind = KindManifest
+			layers = layersOf(ctx, store, desc)
+		}
+		all = append(all, Checked{Kind: kind, Descriptor: desc})
+	}
+	if err == nil {
+		layers = a.Layers
+	}
+	type key struct{ blob, diffID digest.Digest }
+	seen := map[key]bool{}
+	for _, l := range layers {
+		k := Checked{Kind: KindLayer, Descriptor: l.Descriptor, Layer: l}
+		if l.Compression != artifact.CompressionNone {
+			k.DiffID = l.DiffID
+		}
+		if !seen[key{l.Descriptor.Digest, k.DiffID}] {
+			all = append(all, k)
+		}
+		seen[key{l.Descriptor.Digest, k.DiffID}] = true
+	}
+	return all, err
+}
+
+// layersOf lists the layers of a manifest whose config cannot be read; none if the
+// manifest cannot be read either.
+func layersOf(ctx context.Context, store content.Provider, desc ocispec.Descriptor) (layers []artifact.Layer) {
+	raw, err := content.ReadBlob(ctx, store, desc)
+	var manifest ocispec.Manifest
+	if err != nil || desc.Digest.Algorithm().FromBytes(raw) != desc.Digest || json.Unmarshal(raw, &manifest) != nil {
+		return nil
+	}
+	for _, d := range manifest.Layers {
+		if l, err := artifact.NewLayer(d); err == nil {
+			layers = append(layers, l)
+		}
+	}
+	return layers
+}
+
+// recorder remembers what is read.
+type recorder struct {
+	content.Provider
+	descs []ocispec.Descriptor
+}
+
+func (r *recorder) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	r.descs = append(r.descs, desc)
+	return r.Provider.ReaderAt(ctx, desc)
+}
+
+// way is a blob, how it is decompressed, and the algorithm of the digest of that.
+type way struct {
+	blob        digest.Digest
+	compression artifact.Compression
+	diffID      digest.Algorithm
+}
+
+// reading is what a blob was found to be.
+type reading struct {
+	size   counter // what containerd says was so when it was stored
+	digest digest.Digest
+	err    error // if it could not be read
+	// diffID is the digest of what is in it, or notDecompressed why there is none.
+	diffID          digest.Digest
+	notDecompressed error
+}
+
+// read reads the blob once, to its end.
+func (k Checked) read(ctx context.Context, store content.Provider, budget *unpack.Budget) (r reading) {
+	blob, err := store.ReaderAt(ctx, ocispec.Descriptor{Digest: k.Descriptor.Digest})
+	if err != nil {
+		return reading{err: err}
+	}
+	defer blob.Close()
+	sum := k.Descriptor.Digest.Algorithm().Digester()
+	in := io.TeeReader(content.NewReader(blob), io.MultiWriter(sum.Hash(), &r.size))
+	if k.DiffID != "" {
+		k.Layer.Descriptor.Size = blob.Size() // of which it may be a multiple, whatever others say
+		r.diffID, r.notDecompressed = unpack.DiffID(ctx, k.Layer, in, budget)
+	}
+	_, r.err = io.Copy(io.Discard, in)
+	r.digest = sum.Digest()
+	return r
+}
+
+// compare says what is wrong with what was read.
+func (k Checked) compare(r reading) error {
+	switch desc := k.Descriptor; {
+	case r.err != nil:
+		return r.err
+	case int64(r.size) != desc.Size:
+		return fmt.Errorf("it has %d bytes, its descriptor says %d: %w", r.size, desc.Size, errdefs.ErrDataLoss)
+	case r.digest != desc.Digest: // which is why it cannot be decompressed, too
+		return fmt.Errorf("it has the digest %s: %w", r.digest, errdefs.ErrDataLoss)
+	case k.DiffID == "":
+		return nil
+	case r.notDecompressed != nil:
+		return r.notDecompressed
+	case r.diffID != k.DiffID:
+		return fmt.Errorf("its content has the digest %s, the config lists the DiffID %s: %w", r.diffID, k.DiffID, errdefs.ErrDataLoss)
+	}
+	return nil
+}
+
+// counter counts what is written to it.
+type counter int64
+
+func (c *counter) Write(p []byte) (int, error) {
+	*c += counter(len(p))
+	return len(p), nil
+}

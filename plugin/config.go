@@ -56,15 +56,18 @@ type Config struct {
 	// RawRung and TarRung are rungs of package unpack, or "auto".
 	RawRung string `toml:"raw_rung"`
 	TarRung string `toml:"tar_rung"`
-	// UnpackOnPull unpacks artifacts with compressed layers while containerd pulls
-	// them.
+	// DecompressOnPull decompresses layers while containerd pulls them.
+	DecompressOnPull bool `toml:"decompress_on_pull"`
+	// UnpackOnPull makes the snapshots of the artifacts that containerd pulls into
+	// Namespaces.
 	UnpackOnPull bool `toml:"unpack_on_pull"`
 	// DecompressionMemory, MaxExpansion and ReservedSpace are unpack.Limits, the
 	// memory in MiB.
 	DecompressionMemory int64 `toml:"decompression_memory"`
 	MaxExpansion        int64 `toml:"max_expansion"`
 	ReservedSpace       int   `toml:"reserved_space"`
-	// Namespaces are the containerd namespaces that get the empty blob.
+	// Namespaces are the containerd namespaces that get the empty blob, and those of
+	// UnpackOnPull.
 	Namespaces []string `toml:"namespaces"`
 }
 
@@ -79,7 +82,7 @@ func Default() Config {
 		LogLevel:            "info",
 		RawRung:             rungAuto,
 		TarRung:             rungAuto,
-		UnpackOnPull:        true,
+		DecompressOnPull:    true,
 		DecompressionMemory: unpack.DefaultLimits.Memory >> 20,
 		MaxExpansion:        unpack.DefaultLimits.Expansion,
 		ReservedSpace:       unpack.DefaultLimits.Reserve,
@@ -192,7 +195,16 @@ func rung(key, value string, all []unpack.Rung) (unpack.Rung, error) {
 	return "", fmt.Errorf("%s %q is neither %q nor one of %q", key, value, rungAuto, all)
 }
 
-func (c Config) limits() unpack.Limits {
+// unpackIn are the namespaces whose artifacts are unpacked when they are pulled.
+func (c Config) unpackIn() []string {
+	if !c.UnpackOnPull {
+		return nil
+	}
+	return c.Namespaces
+}
+
+// Limits are what unpacking may take of the node.
+func (c Config) Limits() unpack.Limits {
 	return unpack.Limits{Memory: c.DecompressionMemory << 20, Expansion: c.MaxExpansion, Reserve: c.ReservedSpace}
 }
 

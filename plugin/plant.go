@@ -102,6 +102,19 @@ func plant(ctx context.Context, address string, in []string) (planted []string, 
 // plantIn plants the empty blob in the namespace of ctx and reports whether
 // there was anything to do.
 func plantIn(ctx context.Context, store content.Store) (changed bool, err error) {
+	// A garbage collection may take what has no label yet between two steps.
+	for range 3 {
+		var done bool
+		done, err = plantOnce(ctx, store)
+		changed = changed || done
+		if !errdefs.IsNotFound(err) {
+			break
+		}
+	}
+	return changed, err
+}
+
+func plantOnce(ctx context.Context, store content.Store) (changed bool, err error) {
 	empty := ocispec.Descriptor{MediaType: "application/octet-stream", Digest: digest.FromBytes(nil)}
 	labels := map[string]string{gcRootLabel: time.Now().UTC().Format(time.RFC3339)}
 

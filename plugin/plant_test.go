@@ -171,11 +171,18 @@ func serveArtifact(t *testing.T, layers ...[]byte) (string, digest.Digest) {
 		Versioned:    specs.Versioned{SchemaVersion: 2},
 		MediaType:    ocispec.MediaTypeImageManifest,
 		ArtifactType: "application/vnd.cncf.model.manifest.v1+json",
-		Config:       add("application/vnd.cncf.model.config.v1+json", []byte(`{"descriptor":{"name":"test"}}`)),
 	}
+	var ids []string
 	for _, layer := range layers {
 		manifest.Layers = append(manifest.Layers, add("application/vnd.cncf.model.weight.v1.raw", layer))
+		ids = append(ids, digest.FromBytes(layer).String())
 	}
+	// With rootfs, so that containerd's own unpacker can unpack it.
+	config, err := json.Marshal(map[string]any{"rootfs": map[string]any{"diff_ids": ids}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	manifest.Config = add("application/vnd.cncf.model.config.v1+json", config)
 	data, err := json.Marshal(manifest)
 	if err != nil {
 		t.Fatal(err)

@@ -8,7 +8,8 @@
 //	import _ "github.com/artifact-snapshotter/artifact-snapshotter/plugin"
 //
 // the registration as snapshotter "artifact". It also plants the empty blob,
-// without which containerd cannot pull an artifact that has an empty file.
+// without which containerd cannot pull an artifact that has an empty file, and
+// watches containerd's images, so that no artifact is shown for another.
 //
 // What an artifact is and how it is shown is the business of the packages
 // below; flags are that of cmd/artifact-snapshotter.
@@ -22,10 +23,12 @@ import (
 	"path/filepath"
 	"sync"
 
+	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 	"github.com/artifact-snapshotter/artifact-snapshotter/view"
@@ -36,9 +39,9 @@ import (
 // own root and state have it, too.
 const dirMode = 0o711
 
-// Open opens the snapshotter that cfg describes and starts what runs beside
-// it: the sweep of unused artifacts and the planting of the empty blob. Both
-// run until Close, or until ctx ends.
+// Open opens the snapshotter that cfg describes, which is a diff.Applier, too, and starts what runs beside
+// it: the sweep of unused artifacts, the watch of containerd's images and the
+// planting of the empty blob. They run until Close, or until ctx ends.
 //
 // One root belongs to one process at a time: another one gets
 // errdefs.ErrFailedPrecondition. Close leaves alone what running pods read.
@@ -69,21 +72,24 @@ func Open(ctx context.Context, cfg Config) (_ snapshots.Snapshotter, err error) 
 		State:   cfg.State,
 		Content: blobdir.Dir(cfg.ContentRoot),
 		Rungs:   rungs,
-		Limits:  cfg.limits(),
-		Early:   cfg.UnpackOnPull,
+		Limits:  cfg.Limits(),
+		Early:   cfg.DecompressOnPull,
 	})
 	if err != nil {
 		return nil, err
 	}
 	s.closers = append(s.closers, views.Close)
-	if s.Snapshotter, err = snapshot.New(cfg.Root, views, nil); err != nil {
+	watcher := client.NewWatcher(cfg.ContainerdAddress, blobdir.Dir(cfg.ContentRoot), cfg.unpackIn())
+	if s.Snapshotter, err = snapshot.New(cfg.Root, views, watcher.Check); err != nil {
 		return nil, err
 	}
 	s.closers = append(s.closers, s.Snapshotter.Close)
+	s.Applier = snapshot.Applier(cfg.Root, views)
 
 	ctx, cancel := context.WithCancel(ctx)
 	var background sync.WaitGroup
 	background.Go(func() { views.Run(ctx) })
+	background.Go(func() { watcher.Run(ctx) })
 	background.Go(func() { keepPlanted(ctx, cfg.ContainerdAddress, cfg.Namespaces, replantInterval) })
 	s.closers = append(s.closers, func() error {
 		cancel()
@@ -93,9 +99,11 @@ func Open(ctx context.Context, cfg Config) (_ snapshots.Snapshotter, err error) 
 	return s, nil
 }
 
-// opened is a snapshotter with everything that Open opened for it.
+// opened is a snapshotter and its differ, with everything that Open opened for
+// them.
 type opened struct {
 	snapshots.Snapshotter
+	diff.Applier
 	closers []func() error // to be called in reverse order, once
 	once    sync.Once
 }

@@ -5,15 +5,19 @@ package plugin
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 
+	"github.com/containerd/containerd/v2/core/diff"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/containerd/plugin"
 	"github.com/containerd/plugin/registry"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // remapIDs is the capability of a snapshotter that honours the labels with the
@@ -29,6 +33,35 @@ func init() {
 		Config:   compiledIn(),
 		InitFn:   initInContainerd,
 	})
+	registry.Register(&plugin.Registration{
+		Type:     plugins.DiffPlugin,
+		ID:       "artifact",
+		Requires: []plugin.Type{plugins.SnapshotPlugin},
+		InitFn:   initDiffer,
+	})
+}
+
+// differ unpacks, and compares nothing: nobody writes to an artifact.
+type differ struct{ diff.Applier }
+
+// Compare implements diff.Comparer; it is errdefs.ErrNotImplemented.
+func (differ) Compare(context.Context, []mount.Mount, []mount.Mount, ...diff.Opt) (ocispec.Descriptor, error) {
+	return ocispec.Descriptor{}, fmt.Errorf("artifacts have no differences that could be packed: %w", errdefs.ErrNotImplemented)
+}
+
+// initDiffer returns the differ of the snapshotter that is compiled in. It names no
+// platform: containerd uses it where its configuration names it, and for nothing
+// else.
+func initDiffer(ic *plugin.InitContext) (any, error) {
+	snapshotter, err := ic.GetByID(plugins.SnapshotPlugin, "artifact")
+	if err != nil {
+		return nil, fmt.Errorf("no snapshotter to unpack artifacts for: %v: %w", err, plugin.ErrSkipPlugin)
+	}
+	applier, ok := snapshotter.(diff.Applier)
+	if !ok {
+		return nil, fmt.Errorf("snapshotter artifact is a %T: %w", snapshotter, errdefs.ErrFailedPrecondition)
+	}
+	return differ{applier}, nil
 }
 
 // compiledIn is the default configuration without the directories and addresses,

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/opencontainers/go-digest"
 )
@@ -47,6 +48,21 @@ func buildContainerd(t *testing.T) string {
 	}
 	return filepath.Join(dir, "containerd")
 }
+
+// nativeUnpack makes containerd's own unpacker unpack with the differ that is
+// compiled in.
+const nativeUnpack = `
+[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
+  platform = "linux"
+  snapshotter = "artifact"
+  differ = "walking"
+[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
+  platform = "linux(+modelpack)"
+  snapshotter = "artifact"
+  differ = "artifact"
+  config_type = "application/vnd.cncf.model.config.v1+json"
+  layer_types = ["application/vnd.cncf.model.weight.v1.raw"]
+`
 
 func TestCompiledIn(t *testing.T) {
 	containerd := buildContainerd(t)
@@ -93,6 +109,28 @@ func TestCompiledIn(t *testing.T) {
 		})
 	})
 
+	t.Run("containerd's own unpacker unpacks with the differ", func(t *testing.T) {
+		n := newNode(t, nativeUnpack)
+		n.start(t, containerd)
+		if output, err := n.ctr(t, "plugins", "ls", "type==io.containerd.differ.v1,id==artifact"); err != nil || !strings.Contains(output, " ok") {
+			t.Errorf("the differ is not there: %v\n%s", err, output)
+		}
+		weights := []byte("weights")
+		reference, _ := serveArtifact(t, weights)
+		if output, err := n.ctr(t, "images", "pull", "--plain-http", "--snapshotter", "artifact", "--platform", "linux(+modelpack)", reference); err != nil {
+			t.Fatalf("pull: %v\n%s\n%s", err, output, n.log())
+		}
+		// The chain ID of one layer is its DiffID.
+		chain := digest.FromBytes(weights).String()
+		ctx := namespaces.WithNamespace(t.Context(), "default")
+		// Else containerd's garbage collector takes it.
+		keep := snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "test"})
+		if _, err := dial(t, n.address).View(ctx, "view", chain, keep); err != nil {
+			t.Fatal(err)
+		}
+		wantShown(t, n, "view", filepath.Join(n.dir, "state", "io.containerd.snapshotter.v1.artifact", "mounts"), weights)
+	})
+
 	t.Run("what is the daemon's alone is refused", func(t *testing.T) {
 		n := newNode(t, "[plugins.'io.containerd.snapshotter.v1.artifact']\n  address = '/run/a.sock'\n")
 		n.start(t, containerd)
@@ -135,6 +173,13 @@ func wantView(t *testing.T, n *node, mounts string) {
 			t.Fatalf("ctr %s: %v\n%s", strings.Join(args, " "), err, output)
 		}
 	}
+	wantShown(t, n, key, mounts, weights)
+}
+
+// wantShown checks that the one view shows the artifact of one file, removes it, and
+// waits until it is unmounted.
+func wantShown(t *testing.T, n *node, key, mounts string, weights []byte) {
+	t.Helper()
 	// A raw layer without a path has its digest for a name.
 	files, err := filepath.Glob(filepath.Join(mounts, "*", digest.FromBytes(weights).Encoded()))
 	if err != nil || len(files) != 1 {

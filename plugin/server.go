@@ -14,8 +14,11 @@ import (
 	"syscall"
 	"time"
 
+	diffapi "github.com/containerd/containerd/api/services/diff/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/contrib/diffservice"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -28,7 +31,7 @@ import (
 // are under way.
 const stopTimeout = 10 * time.Second
 
-// Serve opens the snapshotter and serves it, as the proxy plugin of a
+// Serve opens the snapshotter and serves it and its differ, as proxy plugins of a
 // containerd, until ctx ends; then it lets the calls under way finish, for a
 // bounded time, and returns nil. Running pods go on reading.
 //
@@ -52,6 +55,8 @@ func Serve(ctx context.Context, cfg Config) (err error) {
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
 		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize))
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(snapshotter))
+	applier, _ := snapshotter.(diff.Applier)
+	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(applier, nil))
 
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()

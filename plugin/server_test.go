@@ -76,7 +76,7 @@ func serve(t *testing.T, cfg Config) (stop func() error) {
 	return stop
 }
 
-func client(t *testing.T, address string) snapshots.Snapshotter {
+func dial(t *testing.T, address string) snapshots.Snapshotter {
 	t.Helper()
 	conn, err := grpc.NewClient(dialer.DialAddress(address), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -108,7 +108,7 @@ func TestServe(t *testing.T) {
 	}
 
 	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
-	snapshotter := client(t, cfg.SocketAddress())
+	snapshotter := dial(t, cfg.SocketAddress())
 	mounts, err := snapshotter.Prepare(ctx, "key", "")
 	if err != nil || len(mounts) != 1 {
 		t.Fatalf("Prepare: %v, %v; want one mount", mounts, err)
@@ -183,7 +183,7 @@ func TestOneServerForOneAddress(t *testing.T) {
 		t.Errorf("a second server on one address: %v, want errdefs.ErrFailedPrecondition with the address", err)
 	}
 	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
-	if _, err := client(t, cfg.SocketAddress()).Prepare(ctx, "key", ""); err != nil {
+	if _, err := dial(t, cfg.SocketAddress()).Prepare(ctx, "key", ""); err != nil {
 		t.Errorf("the first server does not answer any more: %v", err)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"io"
 	"regexp"
 	"text/template"
 
@@ -39,6 +40,8 @@ func configCommand() *cli.Command {
 			{
 				Name:  "default",
 				Usage: "print the daemon's configuration file with its defaults",
+				Description: "Examples:\n\n" +
+					"  artifact-snapshotter config default > /etc/artifact-snapshotter/config.toml",
 				Action: func(_ context.Context, command *cli.Command) error {
 					_, err := fmt.Fprint(command.Root().Writer, plugin.DefaultFile)
 					return err
@@ -47,6 +50,10 @@ func configCommand() *cli.Command {
 			{
 				Name:  "containerd",
 				Usage: "print what containerd's configuration needs",
+				Description: "It is for a file of its own that containerd's configuration file has to import.\n\n" +
+					"Examples:\n\n" +
+					"  artifact-snapshotter config containerd > /etc/containerd/conf.d/artifact-snapshotter.toml\n" +
+					"  artifact-snapshotter config containerd --snapshotter-scope runtime-handler --runtime-handler models",
 				Flags: []cli.Flag{
 					&cli.StringFlag{
 						Name:  "snapshotter-scope",
@@ -57,6 +64,10 @@ func configCommand() *cli.Command {
 						Name:  "runtime-handler",
 						Usage: "the handler that a RuntimeClass names, with --snapshotter-scope " + scopeHandler,
 						Value: "artifact",
+					},
+					&cli.BoolFlag{
+						Name:  "native-unpack",
+						Usage: "let containerd's own unpacker unpack artifacts, too; needs containerd 2.3",
 					},
 					configFlag(),
 				},
@@ -88,7 +99,17 @@ func configContainerd(_ context.Context, command *cli.Command) error {
 	default:
 		return fmt.Errorf("--snapshotter-scope %q is neither %s nor %s", scope, scopeNode, scopeHandler)
 	}
-	return containerdTemplate.Execute(command.Root().Writer, map[string]string{
+	w := command.Root().Writer
+	if err := writeContainerdConfig(w, cfg, handler); err != nil || !command.Bool("native-unpack") {
+		return err
+	}
+	return writeNativeConfig(w)
+}
+
+// writeContainerdConfig writes what containerd's configuration needs if the
+// snapshotter is that of a runtime handler, or of the whole node if handler is "".
+func writeContainerdConfig(w io.Writer, cfg plugin.Config, handler string) error {
+	return containerdTemplate.Execute(w, map[string]string{
 		"Address":  cfg.SocketAddress(),
 		"Root":     cfg.Root,
 		"Platform": platforms.DefaultString(),

@@ -5,7 +5,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -15,10 +14,13 @@ import (
 	"strings"
 	"text/tabwriter"
 
+	"github.com/containerd/containerd/v2/defaults"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/log"
 	"github.com/urfave/cli/v3"
 	"golang.org/x/sys/unix"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
@@ -34,38 +36,57 @@ func doctorCommand() *cli.Command {
 		Name:  "doctor",
 		Usage: "try what this node can do, and say what would make it do more",
 		Description: "It makes the mounts that the daemon makes when it starts, in the same root and beside a\n" +
-			"daemon that runs, and leaves nothing behind. The exit code is 1 if the daemon could not\n" +
-			"show artifacts with this configuration.",
-		Flags: []cli.Flag{
-			configFlag(),
-			&cli.StringFlag{Name: "root", Usage: "directory for what outlives a reboot; beats the file, as for serve"},
-			&cli.StringFlag{Name: "content-root", Usage: "root of containerd's content store; beats the file, too"},
+			"daemon that runs, asks the daemon and containerd what they have, reads containerd's\n" +
+			"configuration, and leaves nothing behind. The exit code is 1 if the daemon could not show\n" +
+			"artifacts with this configuration; what does not run is no such problem.\n\n" +
+			"Examples:\n\n" +
+			"  artifact-snapshotter doctor\n" +
+			"  artifact-snapshotter doctor --containerd-config /etc/containerd/other.toml\n" +
+			"  artifact-snapshotter doctor --output json",
+		Flags: append(daemonFlags(),
+			&cli.StringFlag{Name: "containerd-config", Usage: "containerd's own configuration file", Value: filepath.Join(defaults.DefaultConfigDir, "config.toml"), TakesFile: true},
 			&cli.StringFlag{Name: "output", Usage: outputText + " or " + outputJSON, Value: outputText},
-		},
+		),
 		Action: doctor,
 	}
+}
+
+// patient is what doctor looks at: the daemon's configuration, and the containerd
+// that it names.
+type patient struct {
+	plugin.Config
+	containerdConfig string         // its configuration file
+	containerd       *client.Client // nil if it does not answer,
+	unanswered       error          // for this reason
 }
 
 // checks are what doctor looks at, in this order. One that fails does not keep
 // it from the next.
 var checks = []struct {
 	name string
-	run  func(context.Context, plugin.Config) finding
+	run  func(context.Context, patient) finding
 }{
 	{"kernel", checkKernel},
-	{"raw layers", func(ctx context.Context, cfg plugin.Config) finding {
-		return checkRungs(ctx, cfg, "raw_rung", cfg.RawRung, unpack.RawRungs)
+	{"raw layers", func(ctx context.Context, p patient) finding {
+		return checkRungs(ctx, p.Config, "raw_rung", p.RawRung, unpack.RawRungs)
 	}},
-	{"tar layers", func(ctx context.Context, cfg plugin.Config) finding {
-		return checkRungs(ctx, cfg, "tar_rung", cfg.TarRung, unpack.TarRungs)
+	{"tar layers", func(ctx context.Context, p patient) finding {
+		return checkRungs(ctx, p.Config, "tar_rung", p.TarRung, unpack.TarRungs)
 	}},
 	{"content root", checkContentRoot},
+	{"containerd", checkContainerd},
+	{"socket", checkSocket},
+	{"containerd config", checkContainerdConfig},
+	{"empty blob", checkEmptyBlob},
+	{"shared configs", checkSharedConfigs},
 }
 
 // finding is what a check finds.
 type finding struct {
 	// Problem is why the daemon could not show artifacts.
 	Problem string `json:"problem,omitempty"`
+	// Unknown is why something could not be looked at.
+	Unknown string `json:"unknown,omitempty"`
 	// Facts are for programs what text is for people, with tabs between columns.
 	Facts any `json:"facts,omitempty"`
 	text  string
@@ -76,6 +97,8 @@ type finding struct {
 type advice struct {
 	Do   string `json:"do"`
 	Gain string `json:"gain"`
+	// Lines are the lines to write, if it is to write lines.
+	Lines string `json:"lines,omitempty"`
 }
 
 func doctor(ctx context.Context, command *cli.Command) error {
@@ -83,24 +106,21 @@ func doctor(ctx context.Context, command *cli.Command) error {
 	if output != outputText && output != outputJSON {
 		return fmt.Errorf("--output %q is neither %s nor %s", output, outputText, outputJSON)
 	}
-	cfg, err := loadConfig(command)
+	cfg, err := daemonConfig(command)
 	if err != nil {
-		return err
-	}
-	for flag, value := range map[string]*string{"root": &cfg.Root, "content-root": &cfg.ContentRoot} {
-		if command.IsSet(flag) {
-			*value = command.String(flag)
-		}
-	}
-	if err := cfg.Validate(); err != nil {
 		return err
 	}
 	if os.Geteuid() != 0 {
 		return errors.New("doctor makes the mounts that the daemon makes, and needs root for it: run it as root")
 	}
 	// What the packages below log is for the daemon's log.
-	if err := log.SetLevel("error"); err != nil {
+	if err := log.SetLevel("fatal"); err != nil {
 		return err
+	}
+	examined := patient{Config: cfg, containerdConfig: command.String("containerd-config")}
+	examined.containerd, examined.unanswered = client.Connect(ctx, cfg.ContainerdAddress, namespaces.Default, proxyName)
+	if examined.unanswered == nil {
+		defer func() { _ = examined.containerd.Close() }()
 	}
 	findings := map[string]finding{}
 	var problems []string
@@ -108,7 +128,7 @@ func doctor(ctx context.Context, command *cli.Command) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		found := check.run(ctx, cfg)
+		found := check.run(ctx, examined)
 		findings[key(check.name)] = found
 		if found.Problem != "" {
 			problems = append(problems, check.name)
@@ -128,13 +148,6 @@ func doctor(ctx context.Context, command *cli.Command) error {
 // key is the key of a check in JSON.
 func key(check string) string { return strings.ReplaceAll(check, " ", "_") }
 
-func printJSON(w io.Writer, v any) error {
-	encoder := json.NewEncoder(w)
-	encoder.SetEscapeHTML(false)
-	encoder.SetIndent("", "  ")
-	return encoder.Encode(v)
-}
-
 func printFindings(w io.Writer, findings map[string]finding) error {
 	for i, check := range checks {
 		found := findings[key(check.name)]
@@ -143,14 +156,23 @@ func printFindings(w io.Writer, findings map[string]finding) error {
 			text.WriteByte('\n')
 		}
 		fmt.Fprintf(&text, "%s: %s", check.name, found.text)
+		if found.Unknown != "" {
+			fmt.Fprintf(&text, "unknown: %s\n", found.Unknown)
+		}
 		if found.Problem != "" {
 			fmt.Fprintf(&text, "problem: %s\n", found.Problem)
 		}
 		for _, a := range found.Advice {
 			fmt.Fprintf(&text, "advice: %s: %s\n", a.Do, a.Gain)
+			for line := range strings.Lines(a.Lines) {
+				if line != "\n" {
+					text.WriteString("    ")
+				}
+				text.WriteString(line)
+			}
 		}
 		table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-		if _, err := io.WriteString(table, text.String()); err != nil {
+		if _, err := io.WriteString(table, harmless(text.String())); err != nil {
 			return err
 		}
 		if err := table.Flush(); err != nil {
@@ -165,7 +187,7 @@ func failed(err error) finding {
 	return finding{Problem: "it cannot be checked: " + err.Error(), text: "unknown\n"}
 }
 
-func checkKernel(context.Context, plugin.Config) finding {
+func checkKernel(context.Context, patient) finding {
 	var name unix.Utsname
 	if err := unix.Uname(&name); err != nil {
 		return failed(os.NewSyscallError("uname", err))
@@ -217,7 +239,7 @@ func rungAdvice(ladder unpack.Ladder, option string, forced unpack.Rung) (all []
 	// Several rungs may lack the same; the first one gains the most by it.
 	add := func(do, gain string) {
 		if !slices.ContainsFunc(all, func(a advice) bool { return a.Do == do }) {
-			all = append(all, advice{do, gain})
+			all = append(all, advice{Do: do, Gain: gain})
 		}
 	}
 	trials := ladder.Trials
@@ -265,7 +287,7 @@ func result(t unpack.Trial, taken, forced unpack.Rung) string {
 	}
 }
 
-func (f *finding) advise(do, gain string) { f.Advice = append(f.Advice, advice{do, gain}) }
+func (f *finding) advise(do, gain string) { f.Advice = append(f.Advice, advice{Do: do, Gain: gain}) }
 
 // where is the directory in which something was tried, and why not in p itself.
 func where(p unpack.Place) string {
@@ -276,7 +298,7 @@ func where(p unpack.Place) string {
 }
 
 // checkContentRoot tries how the daemon can retain containerd's blobs.
-func checkContentRoot(_ context.Context, cfg plugin.Config) finding {
+func checkContentRoot(_ context.Context, cfg patient) finding {
 	root, err := unpack.Locate(cfg.Root)
 	if err != nil {
 		return failed(err)

@@ -37,6 +37,25 @@ type report struct {
 		Facts   unpack.Sharing `json:"facts"`
 		Advice  []advice       `json:"advice"`
 	} `json:"content_root"`
+	Containerd       section[containerdFacts] `json:"containerd"`
+	Socket           section[socketFacts]     `json:"socket"`
+	ContainerdConfig section[configFacts]     `json:"containerd_config"`
+	EmptyBlob        section[blobFacts]       `json:"empty_blob"`
+	SharedConfigs    section[[]sharedFacts]   `json:"shared_configs"`
+}
+
+type section[T any] struct {
+	Problem string   `json:"problem"`
+	Unknown string   `json:"unknown"`
+	Facts   T        `json:"facts"`
+	Advice  []advice `json:"advice"`
+}
+
+// nowhere are flags that keep doctor from a containerd or a daemon of the machine.
+func nowhere(t *testing.T) []string {
+	t.Helper()
+	dir := t.TempDir()
+	return []string{"--address", filepath.Join(dir, "a.sock"), "--containerd-address", filepath.Join(dir, "c.sock"), "--containerd-config", filepath.Join(dir, "none.toml")}
 }
 
 type rungReport struct {
@@ -50,7 +69,8 @@ type rungReport struct {
 func examine(t *testing.T, root, content, config string) (text string, got report, exit int) {
 	t.Helper()
 	before := names(t, root)
-	args := []string{"doctor", "--config", writeFile(t, config), "--root", root, "--content-root", content}
+	args := append(nowhere(t), "--config", writeFile(t, config), "--root", root, "--content-root", content)
+	args = append([]string{"doctor"}, args...)
 	text, stderr, exit := run(t, args...)
 	printed, jsonStderr, jsonExit := run(t, append(args, "--output", "json")...)
 	if jsonExit != exit || jsonStderr != stderr {
@@ -83,7 +103,7 @@ func examine(t *testing.T, root, content, config string) (text string, got repor
 			}
 		}
 	}
-	for _, a := range slices.Concat(got.Raw.Advice, got.Tar.Advice, got.Content.Advice) {
+	for _, a := range slices.Concat(got.Raw.Advice, got.Tar.Advice, got.Content.Advice, got.Containerd.Advice, got.Socket.Advice) {
 		if want := fmt.Sprintf("advice: %s: %s\n", a.Do, a.Gain); a.Do == "" || a.Gain == "" || !strings.Contains(text, want) {
 			t.Errorf("the text has no %q", want)
 		}
@@ -206,13 +226,32 @@ func TestDoctorFindsAllWell(t *testing.T) {
 	if s := got.Content.Facts; s.Blob != blob.String() || s.Retention != unpack.Linked || s.Apart != "" || s.Root.Type != "ext4" {
 		t.Errorf("%+v", s)
 	}
-	if strings.Contains(text, "advice:") || strings.Contains(text, "problem:") {
-		t.Errorf("there is nothing to do, but:\n%s", text)
+	if layers, _, _ := strings.Cut(text, "\ncontainerd: "); strings.Contains(layers, "advice:") || strings.Contains(layers, "problem:") {
+		t.Errorf("there is nothing to do, but:\n%s", layers)
 	}
 	var st unix.Stat_t
 	if err := unix.Stat(filepath.Join(content, "blobs", "sha256", blob.Encoded()), &st); err != nil || st.Nlink != 1 {
 		t.Errorf("the blob has %d links (%v), want 1", st.Nlink, err)
 	}
+}
+
+// What does not run is unknown, and no problem.
+func TestDoctorWithoutContainerdAndDaemon(t *testing.T) {
+	text, got, exit := examine(t, t.TempDir(), t.TempDir(), "")
+	if exit != 0 {
+		t.Errorf("exit code %d", exit)
+	}
+	for check, unknown := range map[string]string{
+		"containerd": got.Containerd.Unknown, "socket": got.Socket.Unknown, "containerd config": got.ContainerdConfig.Unknown,
+		"empty blob": got.EmptyBlob.Unknown, "shared configs": got.SharedConfigs.Unknown,
+	} {
+		if want := fmt.Sprintf("%s: not looked at\nunknown: %s\n", check, unknown); unknown == "" || !strings.Contains(text, want) {
+			t.Errorf("no %q in:\n%s", want, text)
+		}
+	}
+	wantAdvice(t, got.Containerd.Advice, "containerd_address", "empty blob")
+	wantAdvice(t, got.Socket.Advice, "start the daemon", "start")
+	wantAdvice(t, got.ContainerdConfig.Advice, "--containerd-config", "checked")
 }
 
 func TestDoctorBeforeTheRootIsThere(t *testing.T) {
@@ -407,7 +446,7 @@ func TestDoctorWithoutPrivileges(t *testing.T) {
 		return out.String(), errs.String(), command.ProcessState.ExitCode()
 	}
 	root := t.TempDir()
-	args := []string{"doctor", "--config", writeFile(t, ""), "--root", root, "--content-root", t.TempDir()}
+	args := append([]string{"doctor", "--config", writeFile(t, ""), "--root", root, "--content-root", t.TempDir()}, nowhere(t)...)
 	stdout, stderr, exit := as(1000, args...)
 	if exit != 1 || stdout != "" {
 		t.Errorf("another user: exit code %d\n%s", exit, stdout)

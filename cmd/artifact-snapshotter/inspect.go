@@ -11,68 +11,221 @@ import (
 	"io"
 	"strconv"
 	"strings"
-	"text/tabwriter"
 	"time"
 	"unicode"
 
 	"github.com/containerd/containerd/v2/pkg/progress"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/urfave/cli/v3"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
 )
 
 func inspectCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "inspect",
-		Usage:     "print what an artifact in containerd's content store has in it",
-		ArgsUsage: "DIGEST",
-		Flags: []cli.Flag{
-			&cli.StringFlag{
-				Name:  "content-root",
-				Usage: "root of containerd's content store",
-				Value: plugin.Default().ContentRoot,
-			},
-		},
-		ArgValidator: func(_ context.Context, command *cli.Command) error {
-			if command.Args().Len() != 1 {
-				return errors.New("inspect takes one argument: the digest of a manifest or an index")
-			}
-			return nil
-		},
-		Action: inspect,
+		Usage:     "print what an artifact has in it",
+		ArgsUsage: "REF|DIGEST",
+		Description: "A digest, of a manifest or an index, is looked up in containerd's content store if no image of\n" +
+			"the namespace has it, or containerd does not run. It may be without its algorithm.\n\n" +
+			"Examples:\n\n" +
+			"  artifact-snapshotter inspect registry.example.com/models/llama:v1\n" +
+			"  artifact-snapshotter inspect -n k8s.io --output json sha256:2474bb13…",
+		Flags:         append(clientFlags(), rootFlags()...),
+		ArgValidator:  arguments("REF|DIGEST"),
+		ShellComplete: completeReference,
+		Action:        inspect,
 	}
 }
 
+// inspected is an artifact with its layers, in JSON.
+type inspected struct {
+	// Image is null if the artifact was found by its digest and has no image.
+	Image    *inspectedImage  `json:"image"`
+	Manifest digest.Digest    `json:"manifest"`
+	Config   digest.Digest    `json:"config"`
+	Type     string           `json:"type"`
+	Created  *time.Time       `json:"created"`
+	Layers   []inspectedLayer `json:"layers"`
+}
+
+type inspectedImage struct {
+	Reference string        `json:"reference"`
+	Digest    digest.Digest `json:"digest"`
+	// Snapshot is empty if the artifact is not unpacked, or that is not known.
+	Snapshot string `json:"snapshot"`
+	// unknown is why it is not known.
+	unknown error
+	// Conflicts are the references of other artifacts with the same config.
+	Conflicts []string `json:"conflicts"`
+}
+
+type inspectedLayer struct {
+	Digest      digest.Digest        `json:"digest"`
+	Size        int64                `json:"size"`
+	MediaType   string               `json:"media_type"`
+	Format      artifact.Format      `json:"format"`
+	Compression artifact.Compression `json:"compression"`
+	DiffID      digest.Digest        `json:"diff_id,omitempty"`
+	// File is absent if the layer is an archive.
+	File *inspectedFile `json:"file,omitempty"`
+}
+
+type inspectedFile struct {
+	Path    string    `json:"path"`
+	Mode    string    `json:"mode"`
+	UID     uint32    `json:"uid"`
+	GID     uint32    `json:"gid"`
+	ModTime time.Time `json:"mtime"`
+}
+
 func inspect(ctx context.Context, command *cli.Command) error {
-	hex := command.Args().First()
-	if strings.Contains(hex, ":") {
-		parsed, err := digest.Parse(hex)
-		if err != nil {
-			return fmt.Errorf("%q: %w", hex, err)
-		}
-		hex = parsed.Encoded()
-	}
-	blobs := blobdir.Dir(command.String("content-root"))
-	target, err := blobs.Find(hex)
+	json, err := wantsJSON(command)
 	if err != nil {
 		return err
+	}
+	image, a, err := find(ctx, command)
+	if err != nil {
+		return err
+	}
+	out := command.Root().Writer
+	if json {
+		return printJSON(out, inspectedOf(image, a))
+	}
+	if image != nil {
+		if err := printImage(out, image); err != nil {
+			return err
+		}
+	}
+	return printArtifact(out, a)
+}
+
+// find finds the artifact of the argument, and its image if it has one.
+func find(ctx context.Context, command *cli.Command) (*inspectedImage, *artifact.Artifact, error) {
+	ref := command.Args().First()
+	hex, isDigest, err := digestOf(ref)
+	if err != nil {
+		return nil, nil, err
+	}
+	_, content, err := roots(command)
+	if err != nil {
+		return nil, nil, err
+	}
+	c, err := connect(ctx, command)
+	switch {
+	case err == nil:
+		defer func() { _ = c.Close() }()
+		if d, err := content.Find(hex); isDigest && err == nil {
+			ref = d.Digest.String() // with the algorithm
+		}
+		var image *inspectedImage
+		var a *artifact.Artifact
+		image, a, err = findImage(ctx, c, ref)
+		if !isDigest || !errdefs.IsNotFound(err) {
+			return image, a, err
+		}
+	case !isDigest:
+		return nil, nil, err
+	}
+	a, err := findBlob(ctx, content, hex)
+	return nil, a, err
+}
+
+// digestOf is the hex of a digest, with or without its algorithm; false if ref is
+// none.
+func digestOf(ref string) (hex string, ok bool, err error) {
+	if algorithm, _, found := strings.Cut(ref, ":"); found && digest.Algorithm(algorithm).Available() {
+		d, err := digest.Parse(ref)
+		if err != nil {
+			return "", false, fmt.Errorf("%q: %w", ref, err)
+		}
+		return d.Encoded(), true, nil
+	}
+	return ref, len(ref) >= 64 && !strings.ContainsFunc(ref, func(r rune) bool { return !strings.ContainsRune("0123456789abcdef", r) }), nil
+}
+
+func findImage(ctx context.Context, c *client.Client, ref string) (*inspectedImage, *artifact.Artifact, error) {
+	image, err := c.Image(ctx, ref)
+	if err != nil {
+		return nil, nil, err
+	}
+	conflicts, err := c.Conflicts(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	i := &inspectedImage{Reference: image.Name, Digest: image.Target.Digest, Conflicts: []string{}}
+	i.Snapshot, i.unknown = c.Unpacked(ctx, image) // the daemon need not run
+	if i.unknown == nil && i.Snapshot == "" {
+		i.Snapshot, i.unknown = c.Chain(ctx, image)
+	}
+	for _, other := range client.Named(conflicts[image.Artifact.Manifest.Digest]) {
+		i.Conflicts = append(i.Conflicts, other.Name)
+	}
+	return i, image.Artifact, nil
+}
+
+// findBlob finds an artifact without containerd.
+func findBlob(ctx context.Context, blobs blobdir.Dir, hex string) (*artifact.Artifact, error) {
+	target, err := blobs.Find(hex)
+	if err != nil {
+		return nil, err
 	}
 	found, err := artifact.Read(ctx, blobs, target)
 	if errors.Is(err, artifact.ErrNotArtifact) {
-		return fmt.Errorf("%s is an ordinary image, not an artifact", target.Digest)
+		return nil, fmt.Errorf("%s is an ordinary image, not an artifact", target.Digest)
 	}
-	if err != nil {
-		return err
+	return found, err
+}
+
+func inspectedOf(image *inspectedImage, a *artifact.Artifact) inspected {
+	i := inspected{Image: image, Manifest: a.Manifest.Digest, Config: a.Config, Type: a.Type, Layers: []inspectedLayer{}}
+	if created := a.Created.UTC(); isKnown(created) {
+		i.Created = &created
 	}
-	return printArtifact(command.Root().Writer, found)
+	for _, l := range a.Layers {
+		layer := inspectedLayer{
+			Digest:      l.Descriptor.Digest,
+			Size:        l.Descriptor.Size,
+			MediaType:   l.Descriptor.MediaType,
+			Format:      l.Format,
+			Compression: l.Compression,
+			DiffID:      l.DiffID,
+		}
+		if f := l.File; l.Format == artifact.FormatRaw {
+			layer.File = &inspectedFile{f.Path, fmt.Sprintf("%04o", f.Mode.Perm()), f.UID, f.GID, f.ModTime.UTC()}
+		}
+		i.Layers = append(i.Layers, layer)
+	}
+	return i
+}
+
+// isKnown reports whether an artifact names the time of its creation.
+func isKnown(created time.Time) bool { return !created.Equal(time.Unix(0, 0)) }
+
+func printImage(w io.Writer, i *inspectedImage) error {
+	var text strings.Builder
+	fmt.Fprintf(&text, "%s  %s\n", printable(i.Reference), i.Digest)
+	switch {
+	case i.unknown != nil:
+		fmt.Fprintf(&text, "unpacked or not: %s\n", oneLine(i.unknown))
+	case i.Snapshot == "":
+		fmt.Fprintln(&text, "not unpacked")
+	default:
+		fmt.Fprintf(&text, "unpacked as snapshot %s\n", printable(i.Snapshot))
+	}
+	if len(i.Conflicts) > 0 {
+		fmt.Fprintf(&text, "has the same config as %s: CRI may mount one for the other\n", printableList(i.Conflicts))
+	}
+	_, err := io.WriteString(w, text.String())
+	return err
 }
 
 func printArtifact(w io.Writer, a *artifact.Artifact) error {
 	created := "unknown"
-	if !a.Created.Equal(time.Unix(0, 0)) {
+	if isKnown(a.Created) {
 		created = a.Created.UTC().Format(time.RFC3339)
 	}
 	var text strings.Builder
@@ -88,11 +241,7 @@ func printArtifact(w io.Writer, a *artifact.Artifact) error {
 		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\t%s\t%s\n", path, progress.Bytes(layer.Descriptor.Size),
 			mode, owner, printable(layer.Descriptor.MediaType), cmp.Or(string(layer.Compression), "-"))
 	}
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	if _, err := io.WriteString(table, text.String()); err != nil {
-		return err
-	}
-	return table.Flush()
+	return printTable(w, text.String())
 }
 
 // printable quotes what could disturb the table or the terminal: the text is

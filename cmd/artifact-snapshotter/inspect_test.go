@@ -83,6 +83,9 @@ func TestInspect(t *testing.T) {
 	image := s.addManifest(s.addJSON(ocispec.MediaTypeImageConfig, map[string]string{"os": "linux"}))
 	missing := digest.FromString("missing")
 
+	// Without containerd.
+	none := filepath.Join(t.TempDir(), "none.sock")
+
 	want := manifest.Digest.String() + "  " + configType + `  created 2025-01-02T03:04:05Z
 PATH                    SIZE     MODE        OWNER     LAYER TYPE                                      COMPRESSION
 dir one/model.bin       1.5 KiB  -rwxr-x---  1000:100  application/vnd.cncf.model.weight.v1.raw        -
@@ -95,10 +98,20 @@ README.md               7.0 B    -rw-r--r--  0:0       application/vnd.cncf.mode
 		"digest of index": index.Digest.String(),
 	} {
 		t.Run(name, func(t *testing.T) {
-			if got := output(t, "inspect", "--content-root", s.dir, argument); got != want {
+			if got := output(t, "inspect", "--address", none, "--content-root", s.dir, argument); got != want {
 				t.Errorf("got\n%s\nwant\n%s", got, want)
 			}
 		})
+	}
+
+	var found inspected
+	if err := json.Unmarshal([]byte(output(t, "inspect", "--address", none, "--content-root", s.dir, "--output", "json", index.Digest.String())), &found); err != nil {
+		t.Fatal(err)
+	}
+	if found.Image != nil || found.Manifest != manifest.Digest || found.Type != configType || len(found.Layers) != 3 ||
+		found.Layers[0].File == nil || found.Layers[0].File.Path != "dir one/model.bin" || found.Layers[0].File.Mode != "0750" ||
+		found.Layers[2].File != nil || found.Layers[2].Compression != artifact.CompressionGzip || found.Layers[2].DiffID != digest.FromString("tar") {
+		t.Errorf("the JSON has %+v", found)
 	}
 
 	for name, test := range map[string]struct {
@@ -107,12 +120,12 @@ README.md               7.0 B    -rw-r--r--  0:0       application/vnd.cncf.mode
 	}{
 		"image":          {image.Digest.String(), []string{image.Digest.String(), "an ordinary image"}},
 		"missing":        {missing.String(), []string{missing.Encoded(), "content root"}},
-		"no digest":      {"model:v1", []string{"model:v1"}},
-		"no hex":         {"../../etc/passwd", []string{"../../etc/passwd"}},
+		"no digest":      {"model:v1", []string{"containerd does not answer on " + none}},
+		"no hex":         {"../../etc/passwd", []string{"containerd does not answer on " + none}},
 		"not a manifest": {readme.Digest.String(), []string{readme.Digest.Encoded()}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			stdout, stderr, exit := run(t, "inspect", "--content-root", s.dir, test.argument)
+			stdout, stderr, exit := run(t, "inspect", "--address", none, "--content-root", s.dir, test.argument)
 			if exit != 1 || stdout != "" {
 				t.Errorf("exit code %d, want 1; stdout %q, want nothing", exit, stdout)
 			}

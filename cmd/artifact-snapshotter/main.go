@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"strings"
 
 	"github.com/urfave/cli/v3"
 	"golang.org/x/sys/unix"
@@ -25,7 +24,7 @@ func main() {
 	context.AfterFunc(ctx, stop)
 	if err := command().Run(ctx, os.Args); err != nil {
 		// One line, whatever the error: it is read in logs and in events.
-		fmt.Fprintf(os.Stderr, "%s: %s\n", name, strings.ReplaceAll(err.Error(), "\n", "; "))
+		fmt.Fprintf(os.Stderr, "%s: %s\n", name, oneLine(err))
 		os.Exit(1)
 	}
 }
@@ -35,12 +34,19 @@ func command() *cli.Command {
 		Name:            name,
 		Usage:           "mount OCI model artifacts into pods as read-only volumes, without copying a byte",
 		HideHelpCommand: true,
-		Commands:        []*cli.Command{serveCommand(), configCommand(), doctorCommand(), inspectCommand(), versionCommand()},
+		Commands: []*cli.Command{
+			serveCommand(), configCommand(), doctorCommand(),
+			pullCommand(), unpackCommand(), mountCommand(), unmountCommand(), lsCommand(),
+			inspectCommand(), verifyCommand(), pruneCommand(), versionCommand(),
+		},
+		EnableShellCompletion:           true,
+		ConfigureShellCompletionCommand: func(command *cli.Command) { *command = *completionCommand() },
 		// Errors are printed by main alone.
 		ExitErrHandler: func(context.Context, *cli.Command, error) {},
 		ArgValidator:   noArguments,
 	}
 	quietly(root)
+	completable(root)
 	return root
 }
 
@@ -62,5 +68,5 @@ func noArguments(_ context.Context, command *cli.Command) error {
 	if len(command.Commands) > 0 {
 		return fmt.Errorf("no such command: %s %s (see %[1]s --help)", command.FullName(), command.Args().First())
 	}
-	return fmt.Errorf("%s takes no argument, but got %q", command.FullName(), command.Args().First())
+	return fmt.Errorf("%s takes no argument, but was given %q", command.Name, command.Args().First())
 }

@@ -104,8 +104,8 @@ func TestErrors(t *testing.T) {
 		"an unknown flag":               {[]string{"serve", "--rooot", "/r"}, []string{"rooot", "serve --help"}},
 		"a flag without its value":      {[]string{"serve", "--root"}, []string{"root"}},
 		"an argument too many":          {[]string{"version", "now"}, []string{"version", `"now"`}},
-		"inspect without a digest":      {[]string{"inspect"}, []string{"digest"}},
-		"inspect of two digests":        {[]string{"inspect", "a", "b"}, []string{"one argument"}},
+		"inspect without a digest":      {[]string{"inspect"}, []string{"REF|DIGEST"}},
+		"inspect of two digests":        {[]string{"inspect", "a", "b"}, []string{"REF|DIGEST", "was given 2"}},
 		"a configuration not there":     {[]string{"serve", "--config", "/none.toml"}, []string{"/none.toml"}},
 		"unknown keys":                  {[]string{"serve", "--config", unknown}, []string{unknown, "rooot (line 1)", "other (line 2)"}},
 		"bad values":                    {[]string{"serve", "--config", bad}, []string{"root", "absolute", "stairs"}},
@@ -154,17 +154,18 @@ type containerdConfig struct {
 		} `toml:"io.containerd.cri.v1.images"`
 		Runtime struct {
 			Containerd struct {
+				Default  string `toml:"default_runtime_name"`
 				Runtimes map[string]struct {
 					Type        string `toml:"runtime_type"`
 					Snapshotter string `toml:"snapshotter"`
+					Options     struct {
+						SystemdCgroup bool
+					} `toml:"options"`
 				} `toml:"runtimes"`
 			} `toml:"containerd"`
 		} `toml:"io.containerd.cri.v1.runtime"`
 		Transfer struct {
-			UnpackConfig []struct {
-				Snapshotter string `toml:"snapshotter"`
-				Differ      string `toml:"differ"`
-			} `toml:"unpack_config"`
+			UnpackConfig []unpackEntry `toml:"unpack_config"`
 		} `toml:"io.containerd.transfer.v1.local"`
 	} `toml:"plugins"`
 }
@@ -233,6 +234,28 @@ func TestConfigContainerd(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// containerd takes the first entry that matches, so those of artifacts come last.
+func TestConfigContainerdWithNativeUnpacking(t *testing.T) {
+	got := dump(t, writeFile(t, output(t, "config", "containerd", "--native-unpack")))
+	if proxy := got.ProxyPlugins["artifact-diff"]; proxy.Type != "diff" || proxy.Address != got.ProxyPlugins["artifact"].Address {
+		t.Errorf("the proxy plugin of the differ is %+v", proxy)
+	}
+	unpack := got.Plugins.Transfer.UnpackConfig
+	if len(unpack) != 5 || unpack[0].Differ != "walking" || unpack[1].Differ != "walking" {
+		t.Fatalf("unpack_config is %+v", unpack)
+	}
+	platforms := map[string]bool{}
+	for _, entry := range unpack[2:] {
+		if entry.Snapshotter != "artifact" || entry.Differ != "artifact-diff" || !strings.HasPrefix(entry.Platform, "linux(+") {
+			t.Errorf("unpack_config has %+v", entry)
+		}
+		platforms[entry.Platform] = true
+	}
+	if len(platforms) != 3 {
+		t.Errorf("the platforms are %v, and only the first of each is taken", platforms)
 	}
 }
 

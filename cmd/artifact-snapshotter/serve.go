@@ -25,27 +25,23 @@ func configFlag() cli.Flag {
 	}
 }
 
-func serveCommand() *cli.Command {
-	return &cli.Command{
-		Name:  "serve",
-		Usage: "run the daemon that containerd's proxy plugin talks to",
-		Flags: []cli.Flag{
-			configFlag(),
-			&cli.StringFlag{Name: "root", Usage: "directory for what outlives a reboot; beats the file, as all the following flags"},
-			&cli.StringFlag{Name: "state", Usage: "directory for mounts and the socket"},
-			&cli.StringFlag{Name: "address", Usage: "Unix socket to serve on"},
-			&cli.StringFlag{Name: "content-root", Usage: "root of containerd's content store"},
-			&cli.StringFlag{Name: "containerd-address", Usage: "containerd's own Unix socket"},
-			&cli.StringFlag{Name: "log-level", Usage: "trace, debug, info, warn, error, fatal or panic"},
-		},
-		Action: serve,
+// daemonFlags are the configuration file and the flags that beat it.
+func daemonFlags() []cli.Flag {
+	return []cli.Flag{
+		configFlag(),
+		&cli.StringFlag{Name: "root", Usage: "directory for what outlives a reboot; beats the file, as all the following flags"},
+		&cli.StringFlag{Name: "state", Usage: "directory for mounts and the socket"},
+		&cli.StringFlag{Name: "address", Usage: "Unix socket to serve on"},
+		&cli.StringFlag{Name: "content-root", Usage: "root of containerd's content store"},
+		&cli.StringFlag{Name: "containerd-address", Usage: "containerd's own Unix socket"},
 	}
 }
 
-func serve(ctx context.Context, command *cli.Command) error {
+// daemonConfig is the daemon's configuration with those flags.
+func daemonConfig(command *cli.Command) (plugin.Config, error) {
 	cfg, err := loadConfig(command)
 	if err != nil {
-		return err
+		return plugin.Config{}, err
 	}
 	for flag, value := range map[string]*string{
 		"root":               &cfg.Root,
@@ -59,7 +55,24 @@ func serve(ctx context.Context, command *cli.Command) error {
 			*value = command.String(flag)
 		}
 	}
-	if err := cfg.Validate(); err != nil {
+	return cfg, cfg.Validate()
+}
+
+func serveCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "serve",
+		Usage: "run the daemon that containerd's proxy plugin talks to",
+		Description: "Examples:\n\n" +
+			"  artifact-snapshotter serve\n" +
+			"  artifact-snapshotter serve --content-root /data/containerd/io.containerd.content.v1.content",
+		Flags:  append(daemonFlags(), &cli.StringFlag{Name: "log-level", Usage: "trace, debug, info, warn, error, fatal or panic"}),
+		Action: serve,
+	}
+}
+
+func serve(ctx context.Context, command *cli.Command) error {
+	cfg, err := daemonConfig(command)
+	if err != nil {
 		return err
 	}
 	if err := errors.Join(log.SetFormat(log.TextFormat), log.SetLevel(cfg.LogLevel)); err != nil {

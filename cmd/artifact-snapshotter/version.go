@@ -20,6 +20,8 @@ func versionCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "version",
 		Usage: "print the version",
+		Description: "Examples:\n\n" +
+			"  artifact-snapshotter version",
 		Action: func(_ context.Context, command *cli.Command) error {
 			_, err := fmt.Fprintf(command.Root().Writer, "%s %s %s %s/%s\n",
 				name, buildVersion(), runtime.Version(), runtime.GOOS, runtime.GOARCH)

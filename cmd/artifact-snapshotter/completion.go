@@ -1,0 +1,143 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"embed"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/urfave/cli/v3"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+)
+
+// scripts ask the program for candidates, one a line. Those of the library take
+// what is behind a colon for a description, and references have colons.
+//
+//go:embed completion
+var scripts embed.FS
+
+func completionCommand() *cli.Command {
+	command := &cli.Command{
+		Name:  "completion",
+		Usage: "print the script that completes commands, flags and references in a shell",
+		Description: "Examples:\n\n" +
+			"  source <(artifact-snapshotter completion bash)\n" +
+			"  source <(artifact-snapshotter completion zsh)\n" +
+			"  artifact-snapshotter completion fish > ~/.config/fish/completions/artifact-snapshotter.fish",
+	}
+	for _, shell := range []string{"bash", "zsh", "fish"} {
+		command.Commands = append(command.Commands, &cli.Command{
+			Name:  shell,
+			Usage: "for " + shell,
+			Action: func(_ context.Context, command *cli.Command) error {
+				script, err := scripts.ReadFile("completion/" + shell)
+				if err != nil {
+					return err
+				}
+				_, err = command.Root().Writer.Write(script)
+				return err
+			},
+		})
+	}
+	completable(command) // the library adds it when the others have been made so
+	return command
+}
+
+// completable gives all commands below root what the scripts ask for, unless they
+// have a completion of their own.
+func completable(root *cli.Command) {
+	if root.ShellComplete == nil {
+		root.ShellComplete = func(_ context.Context, command *cli.Command) { completeNames(command) }
+	}
+	for _, sub := range root.Commands {
+		completable(sub)
+	}
+}
+
+// completeNames prints the flags, if one has been begun, or else the commands. It
+// reports whether it was a flag. Nothing stands for a flag's value, which only the
+// shell may know.
+func completeNames(command *cli.Command) (flag bool) {
+	var names []string
+	// The last argument is the mark of a request, the one before what was begun.
+	if n := len(os.Args); n > 2 && strings.HasPrefix(os.Args[n-2], "-") {
+		flag = true
+		for _, f := range command.Flags {
+			value, ok := f.(interface{ TakesValue() bool })
+			if ok && value.TakesValue() && slices.Contains(f.Names(), strings.TrimLeft(os.Args[n-2], "-")) {
+				return true
+			}
+			names = append(names, "--"+f.Names()[0])
+		}
+	} else {
+		for _, sub := range command.Commands {
+			names = append(names, sub.Name)
+		}
+	}
+	printCandidates(command, names)
+	return flag
+}
+
+// plain is what no shell takes for anything but a word. An image may have any
+// name, and bash does not quote what it inserts.
+var plain = regexp.MustCompile(`^[A-Za-z0-9._:/@+-]+$`)
+
+// printCandidates prints those that are plain. Errors have no place to go, here and
+// below.
+func printCandidates(command *cli.Command, candidates []string) {
+	for _, c := range candidates {
+		if plain.MatchString(c) {
+			_, _ = fmt.Fprintln(command.Root().Writer, c)
+		}
+	}
+}
+
+// completeReference prints the references of the artifacts in the namespace, for
+// the first argument.
+func completeReference(ctx context.Context, command *cli.Command) {
+	completeFirst(ctx, command, func(ctx context.Context, c *client.Client) (names []string, err error) {
+		all, err := c.Brief(ctx)
+		for _, image := range client.Named(all) {
+			names = append(names, image.Name)
+		}
+		return names, err
+	})
+}
+
+// completeTarget prints what unmount can unmount.
+func completeTarget(ctx context.Context, command *cli.Command) {
+	completeFirst(ctx, command, func(ctx context.Context, c *client.Client) (targets []string, err error) {
+		mounts, err := c.Mounts(ctx)
+		for _, m := range mounts {
+			targets = append(targets, m.Target)
+		}
+		return targets, err
+	})
+}
+
+// completeFirst prints what is listed for the first argument.
+func completeFirst(ctx context.Context, command *cli.Command, list func(context.Context, *client.Client) ([]string, error)) {
+	if completeNames(command) || command.Args().Present() {
+		return
+	}
+	for _, f := range command.Flags { // the library has not looked into the environment yet
+		if f.PostParse() != nil {
+			return
+		}
+	}
+	c, err := connect(ctx, command)
+	if err != nil {
+		return
+	}
+	defer func() { _ = c.Close() }()
+	if names, err := list(ctx, c); err == nil {
+		printCandidates(command, names)
+	}
+}

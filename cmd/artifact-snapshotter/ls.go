@@ -1,0 +1,229 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/containerd/containerd/v2/pkg/progress"
+	"github.com/opencontainers/go-digest"
+	"github.com/urfave/cli/v3"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+func lsCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "ls",
+		Usage: "list the artifacts of a namespace and who uses them",
+		Description: "SHARED is how much of an artifact is containerd's own files, without a copy, and RUNG how its\n" +
+			"layers are laid out; both are \"-\" if it is not laid out, or the daemon's root cannot be read.\n" +
+			"Artifacts that share a config are one image to CRI: it may mount one for the other.\n\n" +
+			"Examples:\n\n" +
+			"  artifact-snapshotter ls -n k8s.io\n" +
+			"  artifact-snapshotter ls --mounts\n" +
+			"  artifact-snapshotter ls --output json",
+		Flags: append(clientFlags(), append(rootFlags(),
+			&cli.BoolFlag{Name: "mounts", Usage: "list what the command mount shows instead"},
+		)...),
+		ArgValidator: arguments(),
+		Action: func(ctx context.Context, command *cli.Command) error {
+			if _, err := wantsJSON(command); err != nil {
+				return err
+			}
+			c, err := connect(ctx, command)
+			if err != nil {
+				return err
+			}
+			defer func() { _ = c.Close() }()
+			if command.Bool("mounts") {
+				return listMounts(ctx, command, c)
+			}
+			return listArtifacts(ctx, command, c)
+		},
+	}
+}
+
+// rootFlags say where the daemon keeps things.
+func rootFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "root", Usage: "root of the daemon; beats the configuration file"},
+		&cli.StringFlag{Name: "content-root", Usage: "root of containerd's content store; beats the file, too"},
+	}
+}
+
+// roots are the directories of rootFlags.
+func roots(command *cli.Command) (root string, content blobdir.Dir, err error) {
+	cfg, err := loadConfig(command)
+	if err != nil {
+		return "", "", err
+	}
+	if command.IsSet("root") {
+		cfg.Root = command.String("root")
+	}
+	if command.IsSet("content-root") {
+		cfg.ContentRoot = command.String("content-root")
+	}
+	return cfg.Root, blobdir.Dir(cfg.ContentRoot), nil
+}
+
+// listed is an artifact in JSON.
+type listed struct {
+	Reference string        `json:"reference"`
+	Digest    digest.Digest `json:"digest"`
+	Manifest  digest.Digest `json:"manifest"`
+	Config    digest.Digest `json:"config"`
+	Size      int64         `json:"size"`
+	// Layout is null if the artifact is not laid out.
+	Layout    *layout  `json:"layout"`
+	Snapshots []string `json:"snapshots"`
+	Pods      []pod    `json:"pods"`
+	Mounts    []string `json:"mounts"`
+	// Containers are the IDs of those whose image it is.
+	Containers []string `json:"containers"`
+	// Conflicts are the references of other artifacts with the same config.
+	Conflicts []string `json:"conflicts"`
+}
+
+type layout struct {
+	Raw    unpack.Rung `json:"raw,omitempty"`
+	Tar    unpack.Rung `json:"tar,omitempty"`
+	Shared int64       `json:"shared"`
+}
+
+type pod struct {
+	Namespace string `json:"namespace"`
+	Name      string `json:"name"`
+	Sandbox   string `json:"sandbox"`
+}
+
+func (p pod) String() string {
+	if p.Name == "" {
+		return p.Sandbox
+	}
+	return p.Namespace + "/" + p.Name
+}
+
+func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) error {
+	root, content, err := roots(command)
+	if err != nil {
+		return err
+	}
+	all, err := c.Images(ctx)
+	if err != nil {
+		return err
+	}
+	uses, err := c.Uses(ctx, all)
+	if err != nil {
+		return err
+	}
+	conflicts, err := c.Conflicts(ctx)
+	if err != nil {
+		return err
+	}
+	list := []listed{}
+	for _, image := range client.Named(all) {
+		list = append(list, describe(image, uses, conflicts, root, content))
+	}
+	if json, _ := wantsJSON(command); json {
+		return printJSON(command.Root().Writer, list)
+	}
+	var text strings.Builder
+	fmt.Fprintln(&text, "REFERENCE\tDIGEST\tSIZE\tSHARED\tRUNG\tCONFIG\tPODS")
+	for _, l := range list {
+		shared, rung, config := "-", "-", "own"
+		if l.Layout != nil {
+			shared = progress.Bytes(l.Layout.Shared).String()
+			rung = strings.Trim(fmt.Sprintf("%s %s", l.Layout.Raw, l.Layout.Tar), " ")
+		}
+		if len(l.Conflicts) > 0 {
+			config = "shared with " + printableList(l.Conflicts)
+		}
+		var pods []string
+		for _, p := range l.Pods {
+			pods = append(pods, p.String())
+		}
+		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", printable(l.Reference), short(l.Digest), progress.Bytes(l.Size),
+			shared, rung, config, orNone(printableList(pods)))
+	}
+	return printTable(command.Root().Writer, text.String())
+}
+
+// describe is what there is to say about an image.
+func describe(image client.Image, uses map[digest.Digest]*client.Use, conflicts map[digest.Digest][]client.Image, root string, content blobdir.Dir) listed {
+	a := image.Artifact
+	l := listed{
+		Reference:  image.Name,
+		Digest:     image.Target.Digest,
+		Manifest:   a.Manifest.Digest,
+		Config:     a.Config,
+		Size:       client.Size(a),
+		Snapshots:  []string{},
+		Pods:       []pod{},
+		Mounts:     []string{},
+		Containers: []string{},
+		Conflicts:  []string{},
+	}
+	if use := uses[a.Manifest.Digest]; use != nil {
+		l.Snapshots = append(l.Snapshots, use.Snapshots...)
+		l.Mounts = append(l.Mounts, use.Targets...)
+		l.Containers = append(l.Containers, use.Containers...)
+		for _, p := range use.Pods {
+			l.Pods = append(l.Pods, pod(p))
+		}
+	}
+	for _, other := range client.Named(conflicts[a.Manifest.Digest]) {
+		l.Conflicts = append(l.Conflicts, other.Name)
+	}
+	if how, err := client.LayoutOf(a, root, content); err == nil {
+		l.Layout = &layout{how.Raw, how.Tar, how.Shared}
+	}
+	return l
+}
+
+// mountInfo is a mount in JSON.
+type mountInfo struct {
+	Target     string        `json:"target"`
+	References []string      `json:"references"`
+	Manifest   digest.Digest `json:"manifest"`
+	Mounted    bool          `json:"mounted"`
+}
+
+func listMounts(ctx context.Context, command *cli.Command, c *client.Client) error {
+	mounts, err := c.Mounts(ctx)
+	if err != nil {
+		return err
+	}
+	all, err := c.Brief(ctx)
+	if err != nil {
+		return err
+	}
+	list := []mountInfo{}
+	for _, m := range mounts {
+		info := mountInfo{m.Target, []string{}, m.Manifest, m.Mounted}
+		for _, image := range client.Named(all) {
+			if image.Artifact.Manifest.Digest == m.Manifest {
+				info.References = append(info.References, image.Name)
+			}
+		}
+		list = append(list, info)
+	}
+	if json, _ := wantsJSON(command); json {
+		return printJSON(command.Root().Writer, list)
+	}
+	var text strings.Builder
+	fmt.Fprintln(&text, "TARGET\tREFERENCE\tDIGEST\tSTATE")
+	for _, m := range list {
+		state := "mounted"
+		if !m.Mounted {
+			state = "not mounted"
+		}
+		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\n", printable(m.Target), orNone(printableList(m.References)), short(m.Manifest), state)
+	}
+	return printTable(command.Root().Writer, text.String())
+}

@@ -1,0 +1,62 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/urfave/cli/v3"
+)
+
+func unpackCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "unpack",
+		Usage:     "make the snapshot of an artifact that containerd has, and print its name",
+		ArgsUsage: "REF|DIGEST",
+		Description: "The snapshot has the chain ID of the artifact's layers for a name, or, if something else has\n" +
+			"that, another one. containerd deletes it with the image. To see what is in it:\n\n" +
+			"  ctr snapshots --snapshotter artifact view KEY $(artifact-snapshotter unpack REF)\n\n" +
+			"Examples:\n\n" +
+			"  artifact-snapshotter unpack registry.example.com/models/llama:v1\n" +
+			"  artifact-snapshotter unpack -n k8s.io --output json registry.example.com/models/llama:v1",
+		Flags:         clientFlags(),
+		ArgValidator:  arguments("REF|DIGEST"),
+		ShellComplete: completeReference,
+		Action:        unpackImage,
+	}
+}
+
+// unpacked is what unpack prints as JSON.
+type unpacked struct {
+	Reference string        `json:"reference"`
+	Manifest  digest.Digest `json:"manifest"`
+	Snapshot  string        `json:"snapshot"`
+}
+
+func unpackImage(ctx context.Context, command *cli.Command) error {
+	asJSON, err := wantsJSON(command)
+	if err != nil {
+		return err
+	}
+	c, err := connect(ctx, command)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = c.Close() }()
+	image, err := c.Image(ctx, command.Args().First())
+	if err != nil {
+		return err
+	}
+	snapshot, err := c.Unpack(ctx, image)
+	if err != nil {
+		return err
+	}
+	if asJSON {
+		return printJSON(command.Root().Writer, unpacked{image.Name, image.Artifact.Manifest.Digest, snapshot})
+	}
+	_, err = fmt.Fprintln(command.Root().Writer, snapshot)
+	return err
+}

@@ -1,0 +1,105 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/containerd/containerd/v2/pkg/progress"
+	"github.com/opencontainers/go-digest"
+	"github.com/urfave/cli/v3"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+)
+
+func verifyCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "verify",
+		Usage:     "read every blob of an artifact and compare it with its digest",
+		ArgsUsage: "REF",
+		Description: "Compressed layers are decompressed, too, and compared with the DiffIDs of the config. Pods see the\n" +
+			"same files, but for what the daemon has decompressed. The exit code is 1 if anything is wrong.\n\n" +
+			"Examples:\n\n" +
+			"  artifact-snapshotter verify registry.example.com/models/llama:v1\n" +
+			"  artifact-snapshotter verify -n k8s.io --output json sha256:2474bb13…",
+		Flags:         clientFlags(),
+		ArgValidator:  arguments("REF"),
+		ShellComplete: completeReference,
+		Action:        verify,
+	}
+}
+
+// verified is what verify has read, in JSON.
+type verified struct {
+	Reference string         `json:"reference"`
+	OK        bool           `json:"ok"`
+	Blobs     []verifiedBlob `json:"blobs"`
+}
+
+type verifiedBlob struct {
+	Kind   string        `json:"kind"`
+	Digest digest.Digest `json:"digest"`
+	Size   int64         `json:"size"`
+	// Path is what the layer was packed from, if it says so.
+	Path   string        `json:"path,omitempty"`
+	DiffID digest.Digest `json:"diff_id,omitempty"`
+	// Problem is what is wrong, absent if nothing is.
+	Problem string `json:"problem,omitempty"`
+}
+
+func verify(ctx context.Context, command *cli.Command) error {
+	json, err := wantsJSON(command)
+	if err != nil {
+		return err
+	}
+	cfg, err := loadConfig(command)
+	if err != nil {
+		return err
+	}
+	c, err := connect(ctx, command)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = c.Close() }()
+	// What is read for hours is printed line by line, and has columns of a fixed
+	// width, but for the last two.
+	const line = "%-8s  %-19s  %10s  %-6s  %s"
+	out := command.Root().Writer
+	v := verified{Reference: command.Args().First(), Blobs: []verifiedBlob{}}
+	bad := 0
+	printLine := func(columns ...any) {
+		if !json {
+			_, _ = fmt.Fprintln(out, strings.TrimRight(fmt.Sprintf(line, columns...), " "))
+		}
+	}
+	report := func(k client.Checked) {
+		b := verifiedBlob{k.Kind, k.Descriptor.Digest, k.Descriptor.Size, packedAs(k.Layer), k.DiffID, ""}
+		result := "ok"
+		if k.Err != nil {
+			bad++
+			b.Problem = k.Err.Error()
+			result = "BAD: " + printable(b.Problem)
+		}
+		if len(v.Blobs) == 0 {
+			printLine("BLOB", "DIGEST", "SIZE", "RESULT", "PATH")
+		}
+		v.Blobs = append(v.Blobs, b)
+		printLine(b.Kind, short(b.Digest), progress.Bytes(b.Size), result, printable(b.Path))
+	}
+	if err := c.Verify(ctx, v.Reference, cfg.Limits(), report); err != nil {
+		return err
+	}
+	v.OK = bad == 0
+	if json {
+		if err := printJSON(out, v); err != nil {
+			return err
+		}
+	}
+	if bad > 0 {
+		return fmt.Errorf("%d of %d blobs of %q are not what they should be; delete the image and pull it again", bad, len(v.Blobs), v.Reference)
+	}
+	return nil
+}

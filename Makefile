@@ -15,7 +15,7 @@ PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs busy
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build tools kubelet packages demo test test-unit test-node fuzz lint bench bench-peers clean
+.PHONY: build tools containerd-older kubelet packages demo test test-unit test-node test-matrix fuzz lint bench bench-peers clean
 
 build:
 	@echo "==> building $(BIN)"
@@ -36,6 +36,17 @@ packages:
 tools: packages
 	@echo "==> building containerd, runc, crictl, critest, ctr, crane, oras and a registry (some minutes the first time)"
 	cd integration/tools && go build -tags seccomp -o bin/ tool && go test -c -o bin/critest sigs.k8s.io/cri-tools/cmd/critest
+
+# The newest of each older minor version of containerd that is supported; the newest
+# of all is pinned in integration/tools/go.mod. They are built where Go keeps their
+# source, with their own go.mod: `go install` refuses those that exclude modules.
+CONTAINERD_OLDER := 2.1.9 2.2.9 2.3.7
+containerd-older: packages
+	@set -e; for v in $(CONTAINERD_OLDER); do \
+		echo "==> building containerd $$v (a minute the first time)"; \
+		source=$$(go mod download -json github.com/containerd/containerd/v2@v$$v | sed -n 's/^\t"Dir": "\(.*\)",$$/\1/p'); \
+		go build -C "$$source" -ldflags "-s -w" -o $(CURDIR)/$(TOOLS)-$$v/ ./cmd/containerd ./cmd/containerd-shim-runc-v2 ./cmd/ctr; \
+	done
 
 # The kubelet that TestKubelet and the benchmarks run: five minutes on two cores
 # the first time, so that nothing else waits for it.
@@ -62,6 +73,11 @@ test-unit: build
 test-node: build tools
 	go test -race -timeout 60m -v -skip '^TestKubelet$$' ./integration/...
 
+# All that runs on a node, on every supported version of containerd: the table of
+# docs/support.md.
+test-matrix: build tools containerd-older
+	go run ./integration/matrix $(CONTAINERD_OLDER:%=$(TOOLS)-%) $(TOOLS)
+
 bench: build tools kubelet
 	@echo "==> running the benchmarks (docs/benchmarks.md says what they mean)"
 	go run ./integration/bench
@@ -86,4 +102,4 @@ lint: packages
 	go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT) run ./...
 
 clean:
-	rm -rf bin $(TOOLS)
+	rm -rf bin $(TOOLS) $(TOOLS)-*

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -228,6 +229,10 @@ func TestAnImagePulledForOneHandlerIsUnpackedForTheOther(t *testing.T) {
 				_, err := n.Crictl(append(pull, ref)...)
 				check(t, err)
 			}
+			after := snapshotters
+			if tt.pullFor != "" && older(t, n, 3, "a pull for a runtime handler is one for the node, unless runtime_platforms names the handler") {
+				tt.pulled, after = "overlayfs", []string{"overlayfs"}
+			}
 			wantUnpacked(t, n, layer, tt.pulled)
 
 			spec := node.PodSpec{
@@ -237,7 +242,7 @@ func TestAnImagePulledForOneHandlerIsUnpackedForTheOther(t *testing.T) {
 			}
 			pod, err := n.RunPod(spec)
 			check(t, err)
-			wantUnpacked(t, n, layer, snapshotters...)
+			wantUnpacked(t, n, layer, after...)
 			wantWritable(t, pod, "/file")
 			check(t, pod.Remove())
 
@@ -254,6 +259,18 @@ func TestAnImagePulledForOneHandlerIsUnpackedForTheOther(t *testing.T) {
 			wantUnpacked(t, n, layer)
 		})
 	}
+}
+
+// What docs/support.md says to add for a containerd before 2.3.
+func TestRuntimePlatformsNameTheSnapshotterOfAPullForAHandler(t *testing.T) {
+	n := node.ForTest(t, node.Options{HandlerScope: true, ContainerdConfig: `[plugins.'io.containerd.cri.v1.images'.runtime_platforms.artifact]
+  platform = "` + platforms.DefaultString() + `"
+  snapshotter = "artifact"
+`})
+	ref, layer := guestImage(t, n, "for-handler")
+	_, err := n.Crictl("pull", "--pod-config", podConfig(t, node.ArtifactHandler), ref)
+	check(t, err)
+	wantUnpacked(t, n, layer, "artifact")
 }
 
 func TestImagesOfOneHandlerGoWithoutTheOthers(t *testing.T) {

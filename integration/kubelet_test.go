@@ -29,7 +29,7 @@ import (
 // the same time, because it takes kubelet ten seconds to try again.
 func TestKubelet(t *testing.T) {
 	// The slow builds are of zeros, and begin with the pod.
-	n := node.ForTest(t, node.Options{Kubelet: true, DaemonConfig: "max_expansion = 100000\nunpack_on_pull = false\n"})
+	n := node.ForTest(t, node.Options{Kubelet: true, DaemonConfig: "max_expansion = 100000\ndecompress_on_pull = false\n"})
 	check(t, n.StartKubelet(nil))
 	type tests []struct {
 		name string

@@ -62,6 +62,18 @@ func runIn(m *testing.M) (int, error) {
 	return code, nil
 }
 
+// older says whether the node's containerd is older than 2.minor, where something
+// is different, which the test then checks instead. It is a note in the table of
+// docs/support.md; one that begins with "no " says that nothing works.
+func older(t *testing.T, n *node.Node, minor int, different string) bool {
+	t.Helper()
+	if n.Minor >= minor {
+		return false
+	}
+	t.Logf("containerd before 2.%d: %s", minor, different)
+	return true
+}
+
 func check(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {

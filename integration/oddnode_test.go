@@ -98,7 +98,7 @@ func stat(t *testing.T, path string) (st unix.Stat_t) {
 
 func TestABlobThatIsMissingIsNamed(t *testing.T) {
 	// What is unpacked during the pull does not need its blob any more.
-	n := node.ForTest(t, node.Options{DaemonConfig: "unpack_on_pull = false"})
+	n := node.ForTest(t, node.Options{DaemonConfig: "decompress_on_pull = false"})
 	const weights = 2 // the index of its layer
 	layer := func(m ocispec.Manifest, _ digest.Digest) digest.Digest { return m.Layers[weights].Digest }
 	for _, tt := range []struct {

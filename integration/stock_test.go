@@ -23,6 +23,9 @@ import (
 // What stock containerd does is the baseline: if one of these tests fails with
 // a new containerd, the reason for the snapshotter, or its way in, has changed.
 
+// noSubPaths is what containerd 2.1 lacks.
+const noSubPaths = "no sub paths: the container gets the whole volume"
+
 // writeModel returns a directory with the model of pack.WriteModel, less what
 // is named.
 func writeModel(t *testing.T, without ...string) string {
@@ -107,6 +110,9 @@ func TestStockContainerdMountsAnOrdinaryImage(t *testing.T) {
 			check(t, err)
 			wantSub, err := treelist.List(filepath.Join(src, "tokenizer"))
 			check(t, err)
+			if older(t, n, 2, noSubPaths) {
+				wantSub = want
+			}
 			if diff := treelist.Diff(wantSub, sub); diff != "" {
 				t.Errorf("the sub path differs from the source:\n%s", diff)
 			}
@@ -180,7 +186,11 @@ func waitFor(t *testing.T, what string, done func() bool) {
 func TestPodThatCannotBeCreatedIsRemovedAndSaysWhy(t *testing.T) {
 	n := node.ForTest(t, node.Options{Stock: true})
 	_, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: n.Registry + "/no/such:image", Path: "/model"}}})
-	if err == nil || !strings.Contains(err.Error(), "code = NotFound desc = failed to mount image volume: ImageVolumeMountFailed: failed to resolve image") {
+	want := "code = NotFound desc = failed to mount image volume: ImageVolumeMountFailed: failed to resolve image"
+	if n.Minor < 2 { // it has no reason for kubelet
+		want = strings.Replace(want, "ImageVolumeMountFailed: ", "", 1)
+	}
+	if err == nil || !strings.Contains(err.Error(), want) {
 		t.Errorf("got %v, want that the image cannot be resolved", err)
 	}
 	pods, err := n.Crictl("pods", "--quiet")

@@ -83,7 +83,7 @@ func dirEntry(path string, mode uint32) treelist.Entry {
 // push pushes and pulls a model and returns its reference.
 func push(t *testing.T, n *node.Node, name string, layers ...pack.Layer) string {
 	t.Helper()
-	model := &pack.Artifact{ArtifactType: modelspec.ArtifactTypeModelManifest, Layers: layers}
+	model := &pack.Artifact{ArtifactType: modelspec.ArtifactTypeModelManifest, Name: name, Layers: layers}
 	_, err := model.Push(t.Context(), n.Registry, "tars/"+name, "latest")
 	check(t, err)
 	ref := n.Registry + "/tars/" + name + ":latest"
@@ -335,7 +335,8 @@ func halfDone(t *testing.T, n *node.Node) []string {
 }
 
 func TestADaemonThatIsKilledWhileItDecompressesLeavesNothing(t *testing.T) {
-	n := node.ForTest(t, node.Options{DaemonConfig: "max_expansion = 100000"})
+	// Not before the pod asks: it might be done by then.
+	n := node.ForTest(t, node.Options{DaemonConfig: "max_expansion = 100000\ndecompress_on_pull = false\n"})
 	before := daemonUsage(t, n)
 	layer, want := zeros(t, "zeros")
 	ref := push(t, n, "killed", layer)

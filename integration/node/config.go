@@ -12,17 +12,17 @@ import (
 	"text/template"
 )
 
-// containerdConfig keeps all that containerd writes below the node's directory.
-const containerdConfig = `version = 4
+// containerdConfig keeps all that containerd writes below the node's directory
+// (before 2.3 the sockets of its shims are in /run/containerd/s). Every containerd
+// from 2.1 on reads this version.
+const containerdConfig = `version = 3
 root = '{{.Root}}'
 state = '{{.State}}'
 temp = '{{.Dir}}/tmp'
 imports = ['{{.Dir}}/containerd.d/*.toml']
 
-[plugins.'io.containerd.server.v1.grpc']
+[grpc]
   address = '{{.Address}}'
-[plugins.'io.containerd.server.v1.ttrpc']
-  address = '{{.Address}}.ttrpc'
 [plugins.'io.containerd.shim.v1.manager']
   socket_dir = '{{.Dir}}/s'
 [plugins.'io.containerd.internal.v1.opt']
@@ -51,17 +51,20 @@ imports = ['{{.Dir}}/containerd.d/*.toml']
 `
 
 // snippetConfig is what the daemon has to know to print the part of containerd's
-// configuration that makes it the snapshotter of the whole node.
+// configuration that makes it the snapshotter of the whole node, and the tool to
+// find the two.
 const snippetConfig = `root = '{{.DaemonRoot}}'
 state = '{{.DaemonState}}'
 address = '{{.Dir}}/daemon.sock'
+content_root = '{{.ContentRoot}}'
+containerd_address = '{{.Address}}'
 `
 
 // ArtifactHandler is the runtime handler of Options.HandlerScope.
 const ArtifactHandler = "artifact"
 
 // handlerConfig repeats runc's options for it, as the snippet says.
-const handlerConfig = `version = 4
+const handlerConfig = `version = 3
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.artifact.options]
   BinaryName = '{{.Runc}}'
   Root = '{{.Dir}}/runc'
@@ -126,7 +129,7 @@ func (n *Node) writeConfig() error {
 		n.writeFile("cni/10-test.conflist", cniConfig),
 		n.writeFile("crictl.yaml", crictlConfig),
 		n.writeVerbatim("daemon.toml", n.options.DaemonConfig),
-		n.writeVerbatim("containerd.d/20-test.toml", "version = 4\n"+n.options.ContainerdConfig),
+		n.writeVerbatim("containerd.d/20-test.toml", "version = 3\n"+n.options.ContainerdConfig),
 	}
 	if n.options.Kubelet {
 		errs = append(errs, n.writeKubelet())
@@ -153,6 +156,9 @@ func (n *Node) writeSnippet() error {
 			return err
 		}
 	}
+	if n.options.NativeUnpack {
+		args = append(args, "--native-unpack")
+	}
 	snippet, err := n.run(bin, args...)
 	if err != nil {
 		return err
@@ -162,18 +168,22 @@ func (n *Node) writeSnippet() error {
 
 var listening = regexp.MustCompile(`listening on (127\.0\.0\.1:\d+)`)
 
-// startRegistry lets the kernel choose the port, which the log tells.
-func (n *Node) startRegistry() error {
-	if err := n.writeFile("registry.yaml", registryConfig); err != nil {
-		return err
+func (n *Node) startRegistry() (err error) {
+	n.registry, n.Registry, err = n.spawnRegistry("registry", registryConfig)
+	return err
+}
+
+// spawnRegistry lets the kernel choose the port, which the log tells.
+func (n *Node) spawnRegistry(name, config string) (p *process, host string, err error) {
+	if err := n.writeFile(name+".yaml", config); err != nil {
+		return nil, "", err
 	}
-	var err error
-	n.registry, err = n.spawn("registry", []string{filepath.Join(n.tools, "registry"), "serve", n.path("registry.yaml")}, false)
+	p, err = n.spawn(name, []string{filepath.Join(n.tools, "registry"), "serve", n.path(name + ".yaml")}, false)
 	if err != nil {
-		return err
+		return nil, "", err
 	}
-	return n.await("the registry", func() error {
-		text, err := os.ReadFile(n.logPath("registry"))
+	err = n.await("the "+name, func() error {
+		text, err := os.ReadFile(n.logPath(name))
 		if err != nil {
 			return err
 		}
@@ -181,7 +191,8 @@ func (n *Node) startRegistry() error {
 		if found == nil {
 			return errors.New("its log does not say where it listens")
 		}
-		n.Registry = string(found[1])
+		host = string(found[1])
 		return nil
 	})
+	return p, host, err
 }

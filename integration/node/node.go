@@ -28,7 +28,7 @@ type Options struct {
 	Stock bool
 
 	// ContainerdConfig is TOML that containerd merges over its configuration
-	// (tables by key, lists are appended to). DaemonConfig is the daemon's
+	// (tables by key; a list replaces one of the snippet's). DaemonConfig is the daemon's
 	// configuration file, DaemonFlags are added to its command line.
 	ContainerdConfig string
 	DaemonConfig     string
@@ -37,6 +37,12 @@ type Options struct {
 	// HandlerScope makes the daemon the snapshotter of the pods of one
 	// RuntimeHandler, [ArtifactHandler]; the others have overlayfs.
 	HandlerScope bool
+
+	// NativeUnpack lets containerd's own unpacker unpack artifacts.
+	NativeUnpack bool
+
+	// RaceDaemon runs a daemon that is built with Go's race detector.
+	RaceDaemon bool
 
 	// Kubelet prepares the node for StartKubelet.
 	Kubelet bool
@@ -58,15 +64,19 @@ type Node struct {
 	DaemonRoot  string
 	DaemonState string
 	GuestImage  string // reference of the test image, whose only program is Guest
+	Minor       int    // containerd is of version 2.Minor
 
 	// ctx is Start's: when it ends, so do the commands in flight.
-	ctx      context.Context
-	options  Options
-	tools    string
-	daemon   *process
-	registry *process
-	runtime  *process // containerd
-	kubelet  *process
+	ctx     context.Context
+	options Options
+	tools   string
+	// containerd is the directory of containerd, ctr and the shim.
+	containerd string
+	daemon     *process
+	registry   *process
+	private    *process // of StartPrivateRegistry
+	runtime    *process // containerd
+	kubelet    *process
 	// kubeletPods is where it answers.
 	kubeletPods string
 	cgroup      string // parent of all containers' cgroups
@@ -118,7 +128,10 @@ func (n *Node) start() error {
 		return err
 	}
 	var err error
-	if n.tools, err = findTools(); err != nil {
+	if n.tools, n.containerd, err = findTools(); err != nil {
+		return err
+	}
+	if n.Minor, err = Minor(); err != nil {
 		return err
 	}
 	if err := n.startRegistry(); err != nil {
@@ -187,10 +200,10 @@ func (n *Node) Stop() error {
 			errs = append(errs, err)
 		}
 	}
-	for _, p := range []*process{n.runtime, n.daemon, n.registry} {
+	for _, p := range []*process{n.runtime, n.daemon, n.registry, n.private} {
 		errs = append(errs, p.stop(syscall.SIGTERM))
 	}
-	n.runtime, n.daemon, n.registry, n.kubelet = nil, nil, nil, nil // a second Stop has nothing to do
+	n.runtime, n.daemon, n.registry, n.private, n.kubelet = nil, nil, nil, nil, nil // a second Stop has nothing to do
 	if err := n.cleanUp(); err != nil {
 		errs = append(errs, fmt.Errorf("left over by the node in %s: %w", n.Dir, err))
 	}
@@ -199,7 +212,7 @@ func (n *Node) Stop() error {
 
 // StartContainerd starts containerd and returns when CRI answers.
 func (n *Node) StartContainerd() error {
-	p, err := n.spawn("containerd", []string{filepath.Join(n.tools, "containerd"), "--config", n.path("containerd.toml")}, true)
+	p, err := n.spawn("containerd", []string{filepath.Join(n.containerd, "containerd"), "--config", n.path("containerd.toml")}, true)
 	if err != nil {
 		return err
 	}
@@ -224,7 +237,7 @@ func (n *Node) RestartContainerd() error {
 
 // StartDaemon starts the daemon and returns when it has said that it is ready.
 func (n *Node) StartDaemon() error {
-	bin, err := findDaemon()
+	bin, err := n.daemonBinary()
 	if err != nil {
 		return err
 	}
@@ -285,7 +298,7 @@ func (n *Node) Critest(env []string, args ...string) (string, error) {
 
 // Ctr runs ctr in CRI's namespace and returns what it printed.
 func (n *Node) Ctr(args ...string) (string, error) {
-	return n.run(filepath.Join(n.tools, "ctr"), append([]string{"--address", n.Address, "--namespace", "k8s.io"}, args...)...)
+	return n.run(filepath.Join(n.containerd, "ctr"), append([]string{"--address", n.Address, "--namespace", "k8s.io"}, args...)...)
 }
 
 // Pull pulls an image or artifact through CRI, as kubelet does, and returns

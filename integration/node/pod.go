@@ -121,6 +121,7 @@ func (n *Node) RunSandbox(spec PodSpec) (*Pod, error) {
 	var err error
 	p.sandbox, err = p.write("sandbox", map[string]any{
 		"metadata":      map[string]any{"name": spec.Name, "namespace": "default", "uid": fmt.Sprint(n.cgroup, "-", number)},
+		"labels":        map[string]any{"io.kubernetes.pod.name": spec.Name, "io.kubernetes.pod.namespace": "default"}, // as kubelet's
 		"log_directory": p.dir,
 		"linux":         map[string]any{"cgroup_parent": "/" + n.cgroup, "security_context": p.securityContext()},
 	})
@@ -212,6 +213,9 @@ func (p *Pod) Exec(container string, args ...string) (string, error) {
 	}
 	return out, err
 }
+
+// Node is the node that the pod runs on.
+func (p *Pod) Node() *Node { return p.node }
 
 // PID is the host's process ID of the container's first process, so that
 // /proc/<pid>/root is its filesystem.

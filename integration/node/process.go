@@ -144,7 +144,7 @@ func (n *Node) run(program string, args ...string) (string, error) {
 // env puts the tools first, where containerd finds its shim, and keeps the
 // registry from exporting traces.
 func (n *Node) env() []string {
-	return append(os.Environ(), "PATH="+n.tools+":"+os.Getenv("PATH"), "OTEL_TRACES_EXPORTER=none")
+	return append(os.Environ(), "PATH="+n.containerd+":"+n.tools+":"+os.Getenv("PATH"), "OTEL_TRACES_EXPORTER=none")
 }
 
 func (n *Node) logPath(name string) string { return filepath.Join(n.path("logs"), name) }

@@ -5,6 +5,7 @@ package node
 
 import (
 	"archive/tar"
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -22,22 +23,50 @@ import (
 // for what it does.
 const Guest = "/guest"
 
-// findTools returns the directory of containerd and the other tools.
-func findTools() (string, error) {
+// findTools returns the directory of the tools, and that of containerd, ctr and
+// the shim, which ARTIFACT_SNAPSHOTTER_CONTAINERD makes another one.
+func findTools() (tools, containerd string, err error) {
 	dir := os.Getenv("ARTIFACT_SNAPSHOTTER_TOOLS")
 	if dir == "" {
 		repository, err := findRepository()
 		if err != nil {
-			return "", err
+			return "", "", err
 		}
 		dir = filepath.Join(repository, "integration", "tools", "bin")
 	}
-	for _, tool := range []string{"containerd", "containerd-shim-runc-v2", "runc", "crictl", "ctr", "registry"} {
-		if _, err := os.Stat(filepath.Join(dir, tool)); err != nil {
-			return "", fmt.Errorf("the test tool %s is missing: run `make tools`, or set ARTIFACT_SNAPSHOTTER_TOOLS to the directory that has it: %w", tool, err)
+	if tools, err = filepath.Abs(dir); err != nil {
+		return "", "", err
+	}
+	if containerd, err = filepath.Abs(cmp.Or(os.Getenv("ARTIFACT_SNAPSHOTTER_CONTAINERD"), tools)); err != nil {
+		return "", "", err
+	}
+	for _, tool := range []string{
+		filepath.Join(containerd, "containerd"), filepath.Join(containerd, "containerd-shim-runc-v2"), filepath.Join(containerd, "ctr"),
+		filepath.Join(tools, "runc"), filepath.Join(tools, "crictl"), filepath.Join(tools, "registry"),
+	} {
+		if _, err := os.Stat(tool); err != nil {
+			return "", "", fmt.Errorf("a test tool is missing: run `make tools`, or set ARTIFACT_SNAPSHOTTER_TOOLS to the directory that has it: %w", err)
 		}
 	}
-	return filepath.Abs(dir)
+	return tools, containerd, nil
+}
+
+// Minor asks the containerd of the nodes for its version, which is 2.Minor.
+func Minor() (minor int, err error) {
+	_, dir, err := findTools()
+	if err != nil {
+		return 0, err
+	}
+	out, err := exec.Command(filepath.Join(dir, "containerd"), "--version").Output()
+	if err != nil {
+		return 0, fmt.Errorf("containerd --version: %w", err)
+	}
+	// "containerd github.com/containerd/containerd/v2 2.4.2+unknown"
+	fields := append(strings.Fields(string(out)), "", "", "")
+	if _, err := fmt.Sscanf(strings.TrimPrefix(fields[2], "v"), "2.%d.", &minor); err != nil {
+		return 0, fmt.Errorf("containerd says its version is %q: %w", out, err)
+	}
+	return minor, nil
 }
 
 // findDaemon returns the path of the daemon's binary.
@@ -73,6 +102,28 @@ func findRepository() (string, error) {
 		}
 	}
 	return "", errors.New("the repository was not found: run this inside it, or set ARTIFACT_SNAPSHOTTER_TOOLS and ARTIFACT_SNAPSHOTTER_BIN")
+}
+
+// daemonBinary returns the path of the daemon to run; one with the race detector is
+// built for the node.
+func (n *Node) daemonBinary() (string, error) {
+	if !n.options.RaceDaemon {
+		return findDaemon()
+	}
+	bin := n.path("artifact-snapshotter-race")
+	if _, err := os.Stat(bin); err == nil {
+		return bin, nil
+	}
+	repository, err := findRepository()
+	if err != nil {
+		return "", err
+	}
+	build := exec.CommandContext(n.ctx, "go", "build", "-race", "-o", bin, "./cmd/artifact-snapshotter")
+	build.Dir = repository
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%s: %w\n%s", build, err, out)
+	}
+	return bin, nil
 }
 
 // pushGuest builds the guest and pushes it as the test image.

@@ -36,6 +36,7 @@ const (
 	TarZstd   Form = "tar+zstd"   //
 	Legacy    Form = "legacy"     // as Raw, with the names from before ModelPack was in the CNCF
 	LegacyTar Form = "legacy-tar" // as Tar, with their one media type for all files
+	Docker    Form = "docker"     // a model of Docker's, with rootfs in its config
 	Generic   Form = "generic"    // not a model: titles, an artifact type of its own and the empty config
 )
 
@@ -49,6 +50,11 @@ const (
 	legacyMetadata     = "org.cnai.model.file.metadata+json"
 )
 
+// DockerConfigType is the config type of Docker's models
+// (https://github.com/docker/model-spec/blob/main/config.md), whose config has
+// rootfs.diff_ids as an image's.
+const DockerConfigType = "application/vnd.docker.ai.model.config.v0.1+json"
+
 // GenericType is the artifact type of the form Generic.
 const GenericType = "application/vnd.example.files.v1"
 
@@ -57,7 +63,8 @@ const GenericType = "application/vnd.example.files.v1"
 type form struct {
 	artifactType, configType string
 	mediaType                string
-	path, metadata           string // annotations; without metadata there is none
+	kind                     func(name string) string // nil means kind
+	path, metadata           string                   // annotations; without metadata there is none
 	tar                      func(io.Writer) (io.WriteCloser, error)
 }
 
@@ -68,6 +75,7 @@ var forms = map[Form]form{
 	TarZstd:   {artifactType: modelspec.ArtifactTypeModelManifest, mediaType: "application/vnd.cncf.model.KIND.v1.tar+zstd", path: modelspec.AnnotationFilepath, metadata: modelspec.AnnotationFileMetadata, tar: zstandard},
 	Legacy:    {artifactType: legacyManifestType, configType: legacyConfigType, mediaType: legacyPrefix + "KIND.v1.raw", path: legacyFilepath, metadata: legacyMetadata},
 	LegacyTar: {artifactType: legacyManifestType, configType: legacyConfigType, mediaType: legacyTarType, path: legacyFilepath, metadata: legacyMetadata, tar: uncompressed},
+	Docker:    {configType: DockerConfigType, mediaType: "application/vnd.docker.ai.KIND", kind: dockerKind, path: modelspec.AnnotationFilepath, metadata: modelspec.AnnotationFileMetadata},
 	Generic:   {artifactType: GenericType, configType: ocispec.MediaTypeEmptyJSON, mediaType: "application/octet-stream", path: ocispec.AnnotationTitle},
 }
 
@@ -104,6 +112,9 @@ func Model(dir string, o Options) (*Artifact, error) {
 		return nil, fmt.Errorf("the form %q needs Options.Scratch", o.Form)
 	}
 	a := &Artifact{ArtifactType: how.artifactType, ConfigType: how.configType}
+	if o.Form != Raw { // the DiffIDs are the same, and CRI takes what has one config for one image
+		a.Name = "tiny, " + string(o.Form)
+	}
 	err := filepath.WalkDir(dir, func(name string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
@@ -131,8 +142,12 @@ func Model(dir string, o Options) (*Artifact, error) {
 
 // layer is the layer of one file as it is.
 func (f form) layer(dir, rel string) (Layer, error) {
+	of := f.kind
+	if of == nil {
+		of = kind
+	}
 	layer := Layer{
-		MediaType:   strings.ReplaceAll(f.mediaType, "KIND", kind(rel)),
+		MediaType:   strings.ReplaceAll(f.mediaType, "KIND", of(rel)),
 		Path:        filepath.Join(dir, rel),
 		Annotations: map[string]string{f.path: rel},
 	}
@@ -157,6 +172,19 @@ func kind(name string) string {
 		return "code"
 	}
 	return "dataset"
+}
+
+// dockerKind is the type of a file in a model of Docker's.
+func dockerKind(name string) string {
+	switch path.Ext(name) {
+	case ".safetensors":
+		return "safetensors"
+	case ".jinja":
+		return "chat.template.jinja"
+	case ".gguf":
+		return "gguf.v3"
+	}
+	return "license"
 }
 
 // fileMetadata is the file metadata annotation as the reference packer writes

@@ -10,6 +10,7 @@ package pack
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -48,7 +49,8 @@ type Layer struct {
 type Artifact struct {
 	ArtifactType string
 	ConfigType   string // "" means ModelPack's
-	Config       []byte // nil means a model config with the layers' DiffIDs, or {} for the empty type
+	Config       []byte // nil means a config with the layers' DiffIDs, or {} for the empty type
+	Name         string // in the model config; "" means "tiny"
 	Layers       []Layer
 	Annotations  map[string]string
 }
@@ -151,8 +153,14 @@ func (a *Artifact) config(diffIDs []digest.Digest) (blob, error) {
 	case data != nil:
 	case mediaType == modelspec.MediaTypeModelConfig || mediaType == legacyConfigType:
 		data, err = json.Marshal(modelspec.Model{
-			Descriptor: modelspec.ModelDescriptor{Name: "tiny", CreatedAt: &Created},
+			Descriptor: modelspec.ModelDescriptor{Name: cmp.Or(a.Name, "tiny"), CreatedAt: &Created},
 			ModelFS:    modelspec.ModelFS{Type: "layers", DiffIDs: diffIDs},
+		})
+	case mediaType == DockerConfigType:
+		data, err = json.Marshal(map[string]any{
+			"config":     map[string]string{"format": "gguf"},
+			"descriptor": map[string]time.Time{"createdAt": Created},
+			"rootfs":     map[string]any{"type": "rootfs", "diff_ids": diffIDs},
 		})
 	case mediaType == ocispec.MediaTypeEmptyJSON:
 		data = ocispec.DescriptorEmptyJSON.Data

@@ -1,0 +1,267 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+)
+
+// diagnosis is what doctor finds in one of its checks.
+type diagnosis struct {
+	Problem string         `json:"problem"`
+	Unknown string         `json:"unknown"`
+	Facts   map[string]any `json:"facts"`
+	Advice  []struct {
+		Do    string `json:"do"`
+		Gain  string `json:"gain"`
+		Lines string `json:"lines"`
+	} `json:"advice"`
+}
+
+// healthy says that there is nothing to do.
+func (d diagnosis) healthy() bool { return d.Problem == "" && d.Unknown == "" && len(d.Advice) == 0 }
+
+// doctor runs doctor on the node, and returns what it finds in and around
+// containerd, by check, and as text.
+func doctor(t *testing.T, n *node.Node, flags ...string) (found map[string]diagnosis, text string) {
+	t.Helper()
+	args := append([]string{
+		"doctor", "--root", n.DaemonRoot, "--state", n.DaemonState, "--address", filepath.Join(n.Dir, "daemon.sock"),
+		"--content-root", n.ContentRoot, "--containerd-address", n.Address, "--containerd-config", filepath.Join(n.Dir, "containerd.toml"),
+	}, flags...)
+	text, _, textErr := n.Artifact(args...)
+	out, _, err := n.Artifact(append(args, "--output", "json")...)
+	if (err == nil) != (textErr == nil) {
+		t.Errorf("as text it ends with %v, as JSON with %v", textErr, err)
+	}
+	var all map[string]json.RawMessage
+	check(t, json.Unmarshal([]byte(out), &all))
+	found = map[string]diagnosis{}
+	var problems []string
+	for _, name := range []string{"containerd", "socket", "containerd_config", "empty_blob", "shared_configs"} {
+		var d diagnosis
+		if name == "shared_configs" { // whose facts are a list
+			var list struct {
+				diagnosis
+				Facts []map[string]any `json:"facts"`
+			}
+			check(t, json.Unmarshal(all[name], &list))
+			d = list.diagnosis
+			d.Facts = map[string]any{"list": list.Facts}
+		} else {
+			check(t, json.Unmarshal(all[name], &d))
+		}
+		found[name] = d
+		if d.Problem != "" {
+			problems = append(problems, name)
+			if !strings.Contains(text, "problem: "+d.Problem+"\n") {
+				t.Errorf("the text does not say %q", d.Problem)
+			}
+		}
+		for _, a := range d.Advice {
+			if !strings.Contains(text, "advice: "+a.Do+": "+a.Gain+"\n") {
+				t.Errorf("the text does not say %q", a.Do)
+			}
+		}
+	}
+	if (err != nil) != (len(problems) > 0) {
+		t.Errorf("with problems of %q it ends with %v", problems, err)
+	}
+	return found, text
+}
+
+func TestDoctorHasNothingToSayOnAGoodNode(t *testing.T) {
+	for name, scope := range map[string]bool{"node": false, "runtime handler": true} {
+		t.Run(name, func(t *testing.T) {
+			n := node.ForTest(t, node.Options{HandlerScope: scope})
+			pulled(t, n, writeModel(t), pack.Raw)
+			namespaces, err := n.Ctr("namespaces", "ls")
+			check(t, err)
+			snapshots := snapshotsIn(t, n, "artifact")
+			found, text := doctor(t, n)
+			for check, d := range found {
+				if check == "containerd" && n.Minor < 2 {
+					if d.Problem != "" || len(d.Advice) != 1 || !strings.Contains(d.Advice[0].Do, "upgrade") {
+						t.Errorf("%s: %+v", check, d)
+					}
+				} else if !d.healthy() {
+					t.Errorf("%s: %+v", check, d)
+				}
+			}
+			if f := found["containerd"].Facts; f["content_root"] != n.ContentRoot || !strings.Contains(f["version"].(string), "2.") {
+				t.Errorf("containerd: %v", f)
+			}
+			if f := found["socket"].Facts; f["answers"] != true || f["reached_by_containerd"] != true {
+				t.Errorf("socket: %v", f)
+			}
+			socket := filepath.Join(n.Dir, "daemon.sock")
+			f := found["containerd_config"].Facts
+			if s := f["snapshotter"].(map[string]any); s["configured"] != socket || s["loaded"] != socket {
+				t.Errorf("the snapshotter is %v", s)
+			}
+			want := "every pod of the node has the snapshotter"
+			if scope {
+				want = "pods of these runtime handlers have the snapshotter: artifact; all others have overlayfs"
+			}
+			if !strings.Contains(text, want+"\n") {
+				t.Errorf("no %q in\n%s", want, text)
+			}
+			if planted := found["empty_blob"].Facts["planted"].([]any); len(planted) != 1 || planted[0] != "k8s.io" {
+				t.Errorf("the empty blob is in %v", planted)
+			}
+
+			// It leaves nothing.
+			after, err := n.Ctr("namespaces", "ls")
+			check(t, err)
+			if after != namespaces || len(snapshotsIn(t, n, "artifact")) != len(snapshots) {
+				t.Errorf("namespaces %q, before %q; snapshots %v, before %v", after, namespaces, snapshotsIn(t, n, "artifact"), snapshots)
+			}
+		})
+	}
+}
+
+// A containerd that knows nothing of the snapshotter becomes a good one by the
+// lines that doctor prints, and by nothing else.
+func TestDoctorsLinesMakeAContainerdWork(t *testing.T) {
+	n := node.ForTest(t, node.Options{Stock: true})
+	found, _ := doctor(t, n)
+	config := found["containerd_config"]
+	for _, want := range []string{"does not have the snapshotter", "no pod has the snapshotter"} {
+		if !strings.Contains(config.Problem, want) {
+			t.Errorf("the problem is %q, want %q", config.Problem, want)
+		}
+	}
+	if s := found["socket"]; s.Problem != "" || !strings.Contains(s.Unknown, "no daemon answers") {
+		t.Errorf("without a daemon the socket is %+v", s)
+	}
+	// The node's file imports what is in containerd.d.
+	file := filepath.Join(n.Dir, "containerd.d", "artifact-snapshotter.toml")
+	if len(config.Advice) != 1 || !strings.HasPrefix(config.Advice[0].Do, "write this into "+file+",") {
+		t.Fatalf("the advice is %+v, want lines for %s alone", config.Advice, file)
+	}
+	check(t, os.WriteFile(file, []byte(config.Advice[0].Lines), 0o600))
+
+	check(t, n.StartDaemon())
+	found, _ = doctor(t, n)
+	config = found["containerd_config"]
+	if want := "has not read this configuration"; !strings.Contains(config.Problem, want) || len(config.Advice) == 0 || config.Advice[0].Do != "restart containerd" {
+		t.Errorf("%+v, want that containerd %s", config, want)
+	}
+	if s := found["socket"]; s.Problem != "" || s.Facts["answers"] != true || s.Facts["reached_by_containerd"] != nil {
+		t.Errorf("before the restart the socket is %+v", s)
+	}
+
+	check(t, n.RestartContainerd())
+	waitFor(t, "a good node", func() bool {
+		found, _ = doctor(t, n)
+		return found["containerd"].Problem == "" && !slices.ContainsFunc([]string{"socket", "containerd_config", "empty_blob", "shared_configs"},
+			func(check string) bool { return !found[check].healthy() })
+	})
+	src := writeModel(t)
+	ref := pulled(t, n, src, pack.Raw)
+	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+	check(t, err)
+	wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.Raw))
+	check(t, pod.Remove())
+}
+
+func TestDoctorFindsWhatIsWrongOnANode(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+
+	// A content root that is another's.
+	other := t.TempDir()
+	found, _ := doctor(t, n, "--content-root", other)
+	if d := found["containerd"]; !strings.Contains(d.Problem, n.ContentRoot) || !strings.Contains(d.Problem, other) ||
+		len(d.Advice) == 0 || !strings.Contains(d.Advice[len(d.Advice)-1].Do, n.ContentRoot) {
+		t.Errorf("with another content root: %+v", d)
+	}
+
+	// A daemon that listens elsewhere.
+	elsewhere := filepath.Join(other, "a.sock")
+	found, _ = doctor(t, n, "--address", elsewhere)
+	if d := found["containerd_config"]; !strings.Contains(d.Problem, "containerd looks for the daemon at "+filepath.Join(n.Dir, "daemon.sock")) {
+		t.Errorf("with another address: %+v", d)
+	}
+	if d := found["socket"]; d.Problem != "" || !strings.Contains(d.Unknown, elsewhere) {
+		t.Errorf("with another address: %+v", d)
+	}
+	found, _ = doctor(t, n, "--address", n.Address)
+	if d := found["socket"]; !strings.Contains(d.Problem, "it is no snapshotter") {
+		t.Errorf("with an address where something else answers: %+v", d)
+	}
+
+	// A configuration file that is not containerd's.
+	found, _ = doctor(t, n, "--containerd-config", filepath.Join(other, "none.toml"))
+	if d := found["containerd_config"]; d.Problem != "" || !strings.Contains(d.Unknown, "none.toml") {
+		t.Errorf("with another configuration file: %+v", d)
+	}
+
+	// The empty blob is gone. The daemon plants it again after some minutes.
+	_, err := n.Ctr("content", "rm", digest.FromBytes(nil).String())
+	check(t, err)
+	found, _ = doctor(t, n)
+	if d := found["empty_blob"]; d.Problem != "" || len(d.Advice) != 1 || !strings.HasSuffix(d.Advice[0].Gain, "k8s.io") {
+		t.Errorf("without the empty blob: %+v", d)
+	}
+
+	// Two artifacts with one config, and a third one.
+	for _, name := range []string{"one", "two", "three"} {
+		config := []byte("{}")
+		if name == "three" {
+			config = []byte(`{"own": true}`)
+		}
+		a := pack.Artifact{ConfigType: ocispec.MediaTypeEmptyJSON, Config: config, ArtifactType: "application/vnd.example",
+			Layers: []pack.Layer{{MediaType: "text/plain", Data: []byte(name), Annotations: map[string]string{ocispec.AnnotationTitle: name}}}}
+		_, err := a.Push(t.Context(), n.Registry, "files/"+name, "v1")
+		check(t, err)
+		_, err = n.Pull(n.Registry + "/files/" + name + ":v1")
+		check(t, err)
+	}
+	found, text := doctor(t, n)
+	d := found["shared_configs"]
+	if list := d.Facts["list"].([]map[string]any); d.Problem != "" || len(d.Advice) != 1 || len(list) != 1 ||
+		list[0]["namespace"] != "k8s.io" || list[0]["config"] != digest.FromString("{}").String() {
+		t.Errorf("with artifacts that share a config: %+v", d)
+	}
+	for name, want := range map[string]bool{"/files/one:v1": true, "/files/two:v1": true, "/files/three:v1": false} {
+		if strings.Contains(text, n.Registry+name) != want {
+			t.Errorf("that %s is named is %t, want %t:\n%s", name, !want, want, text)
+		}
+	}
+
+	// The daemon does not run, then containerd: that is no problem of the daemon's.
+	check(t, n.StopDaemon())
+	found, _ = doctor(t, n)
+	if d := found["socket"]; d.Problem != "" || !strings.Contains(d.Unknown, "no daemon answers") || len(d.Advice) != 1 {
+		t.Errorf("without the daemon: %+v", d)
+	}
+	check(t, n.StopContainerd())
+	found, _ = doctor(t, n)
+	for check, d := range found {
+		if d.Problem != "" || d.Unknown == "" {
+			t.Errorf("without containerd %s: %+v", check, d)
+		}
+	}
+	check(t, n.StartDaemon())
+	found, _ = doctor(t, n)
+	if d := found["socket"]; d.Problem != "" || d.Facts["answers"] != true || !strings.Contains(d.Unknown, "whether containerd reaches it") {
+		t.Errorf("without containerd the socket is %+v", d)
+	}
+	check(t, n.StartContainerd())
+	found, _ = doctor(t, n)
+	if d := found["socket"]; !d.healthy() {
+		t.Errorf("with both again: %+v", d)
+	}
+}

@@ -1,0 +1,502 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"unicode"
+
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
+)
+
+// The JSON of the tool, as docs/tool.md has it.
+type (
+	jsonPulled struct {
+		Reference string        `json:"reference"`
+		Digest    digest.Digest `json:"digest"`
+		Manifest  digest.Digest `json:"manifest"`
+		Size      int64         `json:"size"`
+		Snapshot  string        `json:"snapshot"`
+	}
+	jsonListed struct {
+		Reference string        `json:"reference"`
+		Digest    digest.Digest `json:"digest"`
+		Manifest  digest.Digest `json:"manifest"`
+		Config    digest.Digest `json:"config"`
+		Size      int64         `json:"size"`
+		Layout    *struct {
+			Raw    string `json:"raw"`
+			Tar    string `json:"tar"`
+			Shared int64  `json:"shared"`
+		} `json:"layout"`
+		Snapshots []string `json:"snapshots"`
+		Pods      []struct {
+			Namespace string `json:"namespace"`
+			Name      string `json:"name"`
+			Sandbox   string `json:"sandbox"`
+		} `json:"pods"`
+		Mounts     []string `json:"mounts"`
+		Containers []string `json:"containers"`
+		Conflicts  []string `json:"conflicts"`
+	}
+	jsonMount struct {
+		Target     string        `json:"target"`
+		References []string      `json:"references"`
+		Manifest   digest.Digest `json:"manifest"`
+		Mounted    bool          `json:"mounted"`
+	}
+	jsonInspected struct {
+		Image *struct {
+			Reference string        `json:"reference"`
+			Digest    digest.Digest `json:"digest"`
+			Snapshot  string        `json:"snapshot"`
+			Conflicts []string      `json:"conflicts"`
+		} `json:"image"`
+		Manifest digest.Digest `json:"manifest"`
+		Config   digest.Digest `json:"config"`
+		Type     string        `json:"type"`
+		Created  string        `json:"created"`
+		Layers   []struct {
+			Digest      digest.Digest `json:"digest"`
+			Size        int64         `json:"size"`
+			MediaType   string        `json:"media_type"`
+			Format      string        `json:"format"`
+			Compression string        `json:"compression"`
+			DiffID      digest.Digest `json:"diff_id"`
+			File        *struct {
+				Path  string `json:"path"`
+				Mode  string `json:"mode"`
+				UID   uint32 `json:"uid"`
+				GID   uint32 `json:"gid"`
+				MTime string `json:"mtime"`
+			} `json:"file"`
+		} `json:"layers"`
+	}
+	jsonVerified struct {
+		Reference string `json:"reference"`
+		OK        bool   `json:"ok"`
+		Blobs     []struct {
+			Kind    string        `json:"kind"`
+			Digest  digest.Digest `json:"digest"`
+			Size    int64         `json:"size"`
+			Path    string        `json:"path"`
+			DiffID  digest.Digest `json:"diff_id"`
+			Problem string        `json:"problem"`
+		} `json:"blobs"`
+	}
+	jsonPruned struct {
+		DryRun    bool `json:"dry_run"`
+		Artifacts []struct {
+			References []string      `json:"references"`
+			Manifest   digest.Digest `json:"manifest"`
+			Size       int64         `json:"size"`
+		} `json:"artifacts"`
+		Freed int64 `json:"freed"`
+	}
+)
+
+// toolJSON runs the tool and decodes all that it prints, and nothing else.
+func toolJSON[T any](t *testing.T, n *node.Node, args ...string) T {
+	t.Helper()
+	out, _, err := n.Artifact(append(args, "--output", "json", "--config", n.ConfigFile())...)
+	check(t, err)
+	return decoded[T](t, out)
+}
+
+func decoded[T any](t *testing.T, out string) (v T) {
+	t.Helper()
+	d := json.NewDecoder(strings.NewReader(out))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&v); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if d.More() {
+		t.Fatalf("there is more than one value in\n%s", out)
+	}
+	return v
+}
+
+// tool runs the tool and returns what it printed.
+func tool(t *testing.T, n *node.Node, args ...string) string {
+	t.Helper()
+	out, _, err := n.Artifact(append(args, "--config", n.ConfigFile())...)
+	check(t, err)
+	return out
+}
+
+// wantRefusal runs the tool, which must print nothing but one sentence with all
+// words of want, and exit with 1.
+func wantRefusal(t *testing.T, n *node.Node, want []string, args ...string) {
+	t.Helper()
+	cmd, err := n.ArtifactCommand(args...)
+	check(t, err)
+	var out, errs strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	_ = cmd.Run() // the exit code says it
+	if code := cmd.ProcessState.ExitCode(); code != 1 || out.Len() > 0 {
+		t.Errorf("%q: exit code %d, standard output %q; want 1 and nothing", args, code, out.String())
+	}
+	line := errs.String()
+	sentence, rest, ended := strings.Cut(line, "\n")
+	unprintable := strings.ContainsFunc(sentence, func(r rune) bool { return !unicode.IsPrint(r) })
+	if !ended || rest != "" || unprintable || !strings.HasPrefix(line, "artifact-snapshotter: ") {
+		t.Errorf("%q: the error is not one line of text:\n%q", args, line)
+	}
+	for _, w := range want {
+		if !strings.Contains(line, w) {
+			t.Errorf("%q: the error has no %q:\n%s", args, w, line)
+		}
+	}
+}
+
+// state is what the tool could change.
+func state(t *testing.T, n *node.Node, dir string) string {
+	t.Helper()
+	var text strings.Builder
+	for _, namespace := range []string{"default", "k8s.io"} {
+		for _, args := range [][]string{
+			{"images", "ls"}, {"content", "ls", "-q"}, {"leases", "ls", "-q"}, {"snapshots", "--snapshotter", "artifact", "ls"},
+		} {
+			out, err := n.Ctr(append([]string{"--namespace", namespace}, args...)...)
+			check(t, err)
+			fmt.Fprintln(&text, namespace, args, out)
+		}
+	}
+	mounts, err := node.Mounts(dir)
+	check(t, err)
+	entries, err := os.ReadDir(dir)
+	check(t, err)
+	fmt.Fprintln(&text, mounts, entries)
+	return text.String()
+}
+
+// wantFiles compares what is mounted at target with the source.
+func wantFiles(t *testing.T, target string, want []treelist.Entry) {
+	t.Helper()
+	got, err := treelist.List(target)
+	check(t, err)
+	if diff := treelist.Diff(want, got); diff != "" {
+		t.Errorf("%s differs from the source:\n%s", target, diff)
+	}
+}
+
+// toolTarget is an empty directory to mount at.
+func toolTarget(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	t.Cleanup(func() { // if the test has failed
+		for unix.Unmount(dir, unix.UMOUNT_NOFOLLOW) == nil {
+		}
+	})
+	return dir
+}
+
+// The life of an artifact on a node, by the tool alone.
+func TestTheToolPullsShowsVerifiesAndPrunes(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	before := daemonUsage(t, n)
+	src := writeModel(t)
+	for _, form := range []pack.Form{pack.Raw, pack.TarGzip} {
+		t.Run(string(form), func(t *testing.T) {
+			tag := strings.ReplaceAll(string(form), "+", "-")
+			d := pushModel(t, n, src, form, tag)
+			ref := n.Registry + "/models/tiny:" + tag
+			out, progress, err := n.Artifact("pull", ref, "--output", "json")
+			check(t, err)
+			pulled := decoded[jsonPulled](t, out)
+			if pulled.Reference != ref || pulled.Digest != d || pulled.Manifest != d || pulled.Size == 0 {
+				t.Errorf("pulled %+v, want %s with digest %s", pulled, ref, d)
+			}
+			for _, file := range []string{"model-00001.safetensors: pulled", "src/__init__.py: ", "tokenizer/Wörter 语.txt: "} {
+				if strings.Count(progress, file) != 1 {
+					t.Errorf("the progress has not one line for %q:\n%s", file, progress)
+				}
+			}
+
+			list := toolJSON[[]jsonListed](t, n, "ls")
+			if len(list) != 1 {
+				t.Fatalf("ls lists %+v", list)
+			}
+			l := list[0]
+			rung := map[pack.Form]string{pack.Raw: "overlay", pack.TarGzip: "erofs"}[form]
+			if l.Reference != ref || l.Digest != d || l.Size != pulled.Size || l.Layout == nil || l.Layout.Raw+l.Layout.Tar != rung ||
+				!slices.Equal(l.Snapshots, []string{pulled.Snapshot}) || len(l.Pods)+len(l.Mounts)+len(l.Conflicts) != 0 {
+				t.Errorf("ls lists %+v", l)
+			}
+			// What is decompressed is not containerd's.
+			if want := map[pack.Form]int64{pack.Raw: l.Size}[form]; l.Layout.Shared != want {
+				t.Errorf("%d bytes are shared with the content store, want %d", l.Layout.Shared, want)
+			}
+
+			// A pod and two mounts show the same.
+			pod, err := n.RunPod(node.PodSpec{Name: "llama", Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+			check(t, err)
+			dir := t.TempDir()
+			fresh, empty := filepath.Join(dir, "fresh"), toolTarget(t)
+			t.Cleanup(func() { _ = unix.Unmount(fresh, unix.UMOUNT_NOFOLLOW) }) // if the test has failed
+			check(t, os.Symlink(empty, filepath.Join(dir, "link")))
+			want := wantTree(t, src, form)
+			tool(t, n, "mount", ref, fresh)
+			tool(t, n, "mount", d.String(), filepath.Join(dir, "link"))
+			var inodes []uint64
+			for _, target := range []string{fresh, empty} {
+				wantFiles(t, target, want)
+				if err := os.WriteFile(filepath.Join(target, "new"), nil, 0o600); !os.IsExist(err) && !strings.Contains(fmt.Sprint(err), "read-only") {
+					t.Errorf("writing to %s: %v, want that it is read-only", target, err)
+				}
+				var st unix.Stat_t
+				check(t, unix.Stat(filepath.Join(target, "config.json"), &st))
+				inodes = append(inodes, st.Ino, st.Dev)
+			}
+			if inodes[0] != inodes[2] || inodes[1] != inodes[3] {
+				t.Errorf("two mounts have different files: %v", inodes)
+			}
+			l = toolJSON[[]jsonListed](t, n, "ls")[0]
+			if len(l.Pods) != 1 || l.Pods[0].Namespace != "default" || l.Pods[0].Name != "llama" || l.Pods[0].Sandbox != pod.ID {
+				t.Errorf("the pods are %+v", l.Pods)
+			}
+			targets := []string{empty, fresh}
+			slices.Sort(targets)
+			if !slices.Equal(l.Mounts, targets) {
+				t.Errorf("the mounts are %q, want %q", l.Mounts, targets)
+			}
+			mounts := toolJSON[[]jsonMount](t, n, "ls", "--mounts")
+			if len(mounts) != 2 || mounts[0].Target != targets[0] || !mounts[0].Mounted || !slices.Equal(mounts[0].References, []string{ref}) || mounts[0].Manifest != d {
+				t.Errorf("ls --mounts lists %+v", mounts)
+			}
+			text := tool(t, n, "ls")
+			for _, w := range []string{"REFERENCE", ref, d.String()[:19], rung, "default/llama", "own"} {
+				if !strings.Contains(text, w) {
+					t.Errorf("ls has no %q:\n%s", w, text)
+				}
+			}
+
+			inspected := toolJSON[jsonInspected](t, n, "inspect", ref)
+			if inspected.Image == nil || inspected.Image.Reference != ref || inspected.Image.Snapshot != pulled.Snapshot || inspected.Manifest != d || len(inspected.Layers) != 8 {
+				t.Errorf("inspect says %+v", inspected)
+			}
+			verified := toolJSON[jsonVerified](t, n, "verify", ref)
+			if !verified.OK || len(verified.Blobs) < 8 {
+				t.Errorf("verify says %+v", verified)
+			}
+
+			// What is used in any way stays.
+			for _, stop := range []func(){
+				func() { check(t, pod.Remove()) },
+				func() { tool(t, n, "unmount", filepath.Join(dir, "link")) },
+				func() { tool(t, n, "unmount", fresh) },
+			} {
+				if got := toolJSON[jsonPruned](t, n, "prune"); len(got.Artifacts) != 0 || got.Freed != 0 {
+					t.Fatalf("prune deletes what is used: %+v", got)
+				}
+				stop()
+			}
+			wantFiles(t, fresh, nil)
+			dry := toolJSON[jsonPruned](t, n, "prune", "--dry-run")
+			if !dry.DryRun || len(dry.Artifacts) != 1 || dry.Artifacts[0].Manifest != d || !slices.Equal(dry.Artifacts[0].References, []string{ref}) || dry.Freed != 0 {
+				t.Errorf("prune --dry-run says %+v", dry)
+			}
+			if len(toolJSON[[]jsonListed](t, n, "ls")) != 1 {
+				t.Error("prune --dry-run has deleted an artifact")
+			}
+			pruned := toolJSON[jsonPruned](t, n, "prune")
+			if len(pruned.Artifacts) != 1 || pruned.Freed != pulled.Size {
+				t.Errorf("prune says %+v, want that %d bytes are free", pruned, pulled.Size)
+			}
+			if list := toolJSON[[]jsonListed](t, n, "ls"); len(list) != 0 {
+				t.Errorf("after prune, ls lists %+v", list)
+			}
+			out, err = n.Ctr("snapshots", "--snapshotter", "artifact", "ls")
+			check(t, err)
+			if strings.Contains(out, pulled.Snapshot) {
+				t.Errorf("prune leaves the snapshot:\n%s", out)
+			}
+			wantUsage(t, n, before)
+		})
+	}
+}
+
+// The tool has ended, everything restarts, the mount goes and the image is deleted:
+// what was mounted can be mounted again, and given up.
+func TestAMountOutlivesEverythingButAReboot(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeModel(t)
+	want := wantTree(t, src, pack.TarGzip)
+	ref := pulled(t, n, src, pack.TarGzip)
+	manifest := blobPath(n, manifestOf(t, n, ref))
+	target := toolTarget(t)
+	tool(t, n, "mount", ref, target)
+	check(t, n.StopContainerd())
+	check(t, n.KillDaemon())
+	wantFiles(t, target, want)
+	check(t, n.StartDaemon())
+	check(t, n.StartContainerd())
+	waitForDaemon(t, n)
+	_, err := n.Crictl("rmi", ref)
+	check(t, err)
+	wantFiles(t, target, want)
+
+	// As a reboot leaves it.
+	check(t, unix.Unmount(target, 0))
+	mounts := toolJSON[[]jsonMount](t, n, "ls", "--mounts")
+	if len(mounts) != 1 || mounts[0].Target != target || mounts[0].Mounted {
+		t.Errorf("ls --mounts lists %+v, want that %s is not mounted", mounts, target)
+	}
+	// crictl has deleted all names of the image. The content is there all the same,
+	// for this target, until the mount is given up.
+	wantRefusal(t, n, []string{"no image"}, "mount", ref, filepath.Join(t.TempDir(), "new"))
+	wantRefusal(t, n, []string{"no image"}, "mount", n.Registry+"/models/another:v1", target)
+	for _, name := range []string{ref, "sha256:" + filepath.Base(manifest)} {
+		tool(t, n, "mount", name, target)
+		wantFiles(t, target, want)
+		check(t, unix.Unmount(target, 0))
+	}
+	_, err = n.Pull(ref)
+	check(t, err)
+	tool(t, n, "mount", ref, target)
+	wantFiles(t, target, want)
+	check(t, unix.Unmount(target, 0))
+	check(t, os.Remove(target))
+	tool(t, n, "unmount", target)
+	if mounts := toolJSON[[]jsonMount](t, n, "ls", "--mounts"); len(mounts) != 0 {
+		t.Errorf("ls --mounts lists %+v, want nothing", mounts)
+	}
+	wantRefusal(t, n, []string{"no artifact is mounted at " + target}, "unmount", target)
+	tool(t, n, "prune")
+	if _, err := os.Stat(manifest); !os.IsNotExist(err) {
+		t.Errorf("the content of an artifact that nothing uses is there: %v", err)
+	}
+}
+
+// Whoever owns what is above a target can put anything there.
+func TestATargetThatHasGoneStopsNothing(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	ref := pulled(t, n, writeModel(t), pack.Raw)
+	for name, change := range map[string]func(dir string) error{
+		"nothing": os.RemoveAll,
+		"a file":  func(dir string) error { return errors.Join(os.RemoveAll(dir), os.WriteFile(dir, nil, 0o600)) },
+		"a loop":  func(dir string) error { return errors.Join(os.RemoveAll(dir), os.Symlink(dir, dir)) },
+		"another": func(dir string) error { return errors.Join(os.RemoveAll(dir), os.Symlink("/", dir)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "dir")
+			check(t, os.Mkdir(dir, 0o755))
+			target, other := filepath.Join(dir, "proc"), toolTarget(t)
+			tool(t, n, "mount", ref, target)
+			check(t, unix.Unmount(target, 0))
+			check(t, change(dir))
+			tool(t, n, "pull", ref)
+			tool(t, n, "mount", ref, other)
+			for _, m := range toolJSON[[]jsonMount](t, n, "ls", "--mounts") {
+				if m.Mounted != (m.Target == other) {
+					t.Errorf("ls --mounts lists %+v", m)
+				}
+			}
+			tool(t, n, "unmount", other)
+			if name == "another" { // the same words lead to something else now
+				wantRefusal(t, n, []string{"no artifact is mounted at /proc"}, "unmount", target)
+				check(t, os.Remove(dir))
+			}
+			tool(t, n, "unmount", target)
+			if mounts := toolJSON[[]jsonMount](t, n, "ls", "--mounts"); len(mounts) != 0 {
+				t.Errorf("ls --mounts lists %+v, want nothing", mounts)
+			}
+		})
+	}
+}
+
+// Of two who mount at one target, one does.
+func TestATargetIsForOneMount(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeModel(t)
+	refs := []string{pulled(t, n, src, pack.Raw), pulled(t, n, src, pack.Tar)}
+	for round := range 5 {
+		target := toolTarget(t)
+		var commands []*exec.Cmd
+		for _, ref := range refs {
+			cmd, err := n.ArtifactCommand("mount", ref, target)
+			check(t, err)
+			check(t, cmd.Start())
+			commands = append(commands, cmd)
+		}
+		succeeded := 0
+		for _, cmd := range commands {
+			if cmd.Wait() == nil {
+				succeeded++
+			}
+		}
+		if mounts := toolJSON[[]jsonMount](t, n, "ls", "--mounts"); succeeded != 1 || len(mounts) != 1 || !mounts[0].Mounted {
+			t.Errorf("round %d: %d have succeeded, ls --mounts lists %+v", round, succeeded, mounts)
+		}
+		tool(t, n, "unmount", target)
+		wantFiles(t, target, nil)
+	}
+}
+
+// An index that has nothing for this platform but one manifest stands for that.
+func TestTheToolPullsAnIndex(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	here := platforms.DefaultSpec()
+	src, little := writeModel(t), writeModel(t, "README.md")
+	model, err := pack.Model(src, pack.Options{})
+	check(t, err)
+	other, err := pack.Model(little, pack.Options{})
+	check(t, err)
+	alien := &ocispec.Platform{OS: "linux", Architecture: "s390x"}
+	for name, c := range map[string]struct {
+		entries []pack.IndexEntry
+		want    string
+	}{
+		"both":   {[]pack.IndexEntry{{Artifact: other, Platform: alien}, {Artifact: model, Platform: &here}}, src},
+		"nobody": {[]pack.IndexEntry{{Artifact: model}}, src},
+		"alien":  {[]pack.IndexEntry{{Artifact: other, Platform: alien}}, little},
+	} {
+		index := &pack.Index{Manifests: c.entries}
+		d, err := index.Push(t.Context(), n.Registry, "models/"+name, "v1")
+		check(t, err)
+		ref := n.Registry + "/models/" + name + ":v1"
+		out, _, err := n.Artifact("pull", ref, "--output", "json")
+		check(t, err)
+		if pulled := decoded[jsonPulled](t, out); pulled.Digest != d || pulled.Manifest == d {
+			t.Errorf("pulled %+v, want the index %s", pulled, d)
+		}
+		target := toolTarget(t)
+		tool(t, n, "mount", ref, target)
+		wantFiles(t, target, wantTree(t, c.want, pack.Raw))
+		if v := toolJSON[jsonVerified](t, n, "verify", ref); !v.OK || v.Blobs[0].Kind != "index" || v.Blobs[1].Kind != "manifest" {
+			t.Errorf("verify says %+v", v)
+		}
+		tool(t, n, "unmount", target)
+	}
+}
+
+// What containerd itself has unpacked is a snapshot, too.
+func TestInspectNamesTheSnapshotOfContainerdsUnpacker(t *testing.T) {
+	n := nativeNode(t, node.Options{NativeUnpack: true})
+	if n == nil {
+		return
+	}
+	got := mustPullNatively(t, n, tarred(t, writeModel(t), ""), "artifact", dockerPlatform, "tar")
+	if i := toolJSON[jsonInspected](t, n, "inspect", got.ref); i.Image == nil || i.Image.Snapshot != got.last() {
+		t.Errorf("inspect says %+v, want snapshot %s", i.Image, got.last())
+	}
+	if text := tool(t, n, "inspect", got.ref); !strings.Contains(text, "unpacked as snapshot "+got.last()) {
+		t.Errorf("inspect says\n%s", text)
+	}
+}

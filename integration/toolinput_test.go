@@ -1,0 +1,394 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
+)
+
+// Every mistake is answered with one sentence, and changes nothing.
+func TestTheToolRefusesBadInput(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeModel(t)
+	ref := pulled(t, n, src, pack.TarGzip)
+	dir := t.TempDir()
+	full, plain, free := filepath.Join(dir, "full"), filepath.Join(dir, "plain"), filepath.Join(dir, "free")
+	check(t, os.MkdirAll(filepath.Join(full, "child"), 0o755))
+	check(t, os.Mkdir(free, 0o755))
+	check(t, os.WriteFile(plain, nil, 0o600))
+	other := mounted(t, "tmpfs", "size=1m")
+	image, err := pack.Image(ocispec.ImageConfig{}, false, []byte("no tar, but nobody looks"))
+	check(t, err)
+	_, err = image.Push(t.Context(), n.Registry, "test/other", "latest")
+	check(t, err)
+	hostile := &pack.Artifact{Layers: []pack.Layer{goodLayer(), {MediaType: "application/vnd.cncf.model.doc.v1.raw", Data: []byte("x"), Annotations: map[string]string{"org.cncf.model.filepath": "../../etc/passwd"}}}}
+	_, err = hostile.Push(t.Context(), n.Registry, "test/hostile", "latest")
+	check(t, err)
+
+	rude := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusForbidden)
+		_, _ = io.WriteString(w, `{"errors":[{"code":"DENIED","message":"\u001b[2J\u009b31mowned"}]}`)
+	}))
+	defer rude.Close()
+
+	unknown := n.Registry + "/models/nobody:v1"
+	digestOfNothing := digest.FromString("nothing").String()
+	cases := map[string]struct {
+		args []string
+		want []string
+	}{
+		"mount of an unknown reference":   {[]string{"mount", unknown, free}, []string{unknown, "in namespace k8s.io", "pull"}},
+		"inspect of an unknown reference": {[]string{"inspect", unknown}, []string{unknown, "in namespace k8s.io"}},
+		"verify of an unknown reference":  {[]string{"verify", unknown}, []string{unknown, "in namespace k8s.io"}},
+		"verify of an unknown digest":     {[]string{"verify", digestOfNothing}, []string{digestOfNothing}},
+		"inspect of an unknown digest":    {[]string{"inspect", digestOfNothing, "--config", n.ConfigFile()}, []string{digestOfNothing}},
+		"the wrong namespace":             {[]string{"mount", "-n", "default", ref, free}, []string{ref, "use -n k8s.io"}},
+		"no such namespace":               {[]string{"ls", "-n", "nowhere"}, []string{"nowhere", "k8s.io"}},
+		"no such namespace, mount":        {[]string{"mount", "-n", "nowhere", ref, free}, []string{ref, "use -n k8s.io"}},
+		"no containerd":                   {[]string{"ls", "--address", filepath.Join(dir, "none.sock")}, []string{"containerd does not answer on " + filepath.Join(dir, "none.sock")}},
+		"no containerd, pull":             {[]string{"pull", "--address", filepath.Join(dir, "none.sock"), ref}, []string{"containerd does not answer"}},
+		"no such snapshotter":             {[]string{"mount", "--snapshotter", "nothing", ref, free}, []string{`no snapshotter "nothing"`, "artifact-snapshotter config containerd"}},
+		"no such snapshotter, pull":       {[]string{"pull", "--snapshotter", "nothing", n.Registry + "/models/tiny:tar-gzip"}, []string{`no snapshotter "nothing"`}},
+		"another snapshotter":             {[]string{"mount", "--snapshotter", "overlayfs", ref, free}, []string{"overlayfs", "not artifact-snapshotter"}},
+		"a target that is not empty":      {[]string{"mount", ref, full}, []string{full, "not empty"}},
+		"a target that is a file":         {[]string{"mount", ref, plain}, []string{plain, "not a directory"}},
+		"a target that is a mount point":  {[]string{"mount", ref, other}, []string{other, "mount point"}},
+		"a target in no directory":        {[]string{"mount", ref, filepath.Join(dir, "a", "b")}, []string{filepath.Join(dir, "a", "b")}},
+		"an empty target":                 {[]string{"mount", ref, ""}, []string{"empty"}},
+		"mount of an ordinary image":      {[]string{"mount", n.GuestImage, free}, []string{n.GuestImage, "ordinary image"}},
+		"inspect of an ordinary image":    {[]string{"inspect", n.GuestImage}, []string{n.GuestImage, "ordinary image"}},
+		"verify of an ordinary image":     {[]string{"verify", n.GuestImage}, []string{n.GuestImage, "ordinary image"}},
+		"pull of an ordinary image":       {[]string{"pull", n.Registry + "/test/other:latest"}, []string{"/test/other:latest", "ordinary image"}},
+		"pull of a hostile artifact":      {[]string{"pull", n.Registry + "/test/hostile:latest"}, []string{"layer 1", "../../etc/passwd"}},
+		"pull of what is not there":       {[]string{"pull", unknown}, []string{unknown, "the registry does not have it", "not found"}},
+		"pull from nowhere":               {[]string{"pull", "127.0.0.1:1/models/tiny:v1"}, []string{"127.0.0.1:1", "connection refused"}},
+		"pull from a rude registry":       {[]string{"pull", strings.TrimPrefix(rude.URL, "http://") + "/models/tiny:v1"}, []string{`\x1b[2J\u009b31mowned`}},
+		"pull without a tag":              {[]string{"pull", n.Registry + "/models/tiny"}, []string{"neither a tag nor a digest"}},
+		"pull of no reference":            {[]string{"pull", "llama"}, []string{"llama", "full reference"}},
+		"pull without a password":         {[]string{"pull", "-u", "reader", unknown}, []string{"password"}},
+		"unmount of a directory":          {[]string{"unmount", free}, []string{"no artifact is mounted at " + free}},
+		"no namespace":                    {[]string{"mount", "-n", "", ref, free}, []string{"the namespace is empty", "-n"}},
+		"unmount of another mount":        {[]string{"unmount", other}, []string{"no artifact is mounted at " + other}},
+		"an unknown form of output":       {[]string{"ls", "--output", "xml"}, []string{"xml", "json"}},
+		"an argument too few":             {[]string{"mount", ref}, []string{"REF TARGET"}},
+		"an argument too many":            {[]string{"prune", ref}, []string{"no argument"}},
+	}
+	before := state(t, n, dir)
+	for name, c := range cases {
+		t.Run(name, func(t *testing.T) { wantRefusal(t, n, c.want, c.args...) })
+	}
+	if after := state(t, n, dir); after != before {
+		t.Errorf("something has changed, from\n%s\nto\n%s", before, after)
+	}
+}
+
+// A node whose containerd does not know the snapshotter.
+func TestTheToolNeedsTheProxyPlugin(t *testing.T) {
+	n := node.ForTest(t, node.Options{Stock: true})
+	pushModel(t, n, writeModel(t, "src/__init__.py"), pack.Raw, "raw")
+	ref := n.Registry + "/models/tiny:raw"
+	_, err := n.Pull(ref)
+	check(t, err)
+	want := []string{`no snapshotter "artifact"`, "artifact-snapshotter config containerd"}
+	target := filepath.Join(t.TempDir(), "target")
+	for _, args := range [][]string{{"pull", ref}, {"mount", ref, target}, {"unmount", target}, {"ls"}, {"ls", "--mounts"}, {"prune"}} {
+		wantRefusal(t, n, want, args...)
+	}
+	if _, err := os.Stat(target); !os.IsNotExist(err) {
+		t.Errorf("%s is there: %v", target, err)
+	}
+	if v := decodedTool[jsonVerified](t, n, "verify", ref); !v.OK { // it needs none
+		t.Errorf("verify says %+v", v)
+	}
+}
+
+// decodedTool is toolJSON on a node without a daemon.
+func decodedTool[T any](t *testing.T, n *node.Node, args ...string) T {
+	t.Helper()
+	out, _, err := n.Artifact(append(args, "--output", "json")...)
+	check(t, err)
+	return decoded[T](t, out)
+}
+
+// A view without a mount is what a kill between the two leaves.
+func TestAMountThatWasCutOffIsRepaired(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeModel(t)
+	ref := pulled(t, n, src, pack.Raw)
+	want := wantTree(t, src, pack.Raw)
+	c, err := client.Connect(t.Context(), n.Address, "k8s.io", "artifact")
+	check(t, err)
+	defer c.Close()
+	image, err := c.Image(t.Context(), ref)
+	check(t, err)
+	cutOff := func(target string) {
+		_, err := c.SnapshotService("artifact").View(c.Context(t.Context()), snapshot.MountKey(target, image.Target.Digest), "", snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "now"}))
+		check(t, err)
+		mounts := toolJSON[[]jsonMount](t, n, "ls", "--mounts")
+		if len(mounts) != 1 || mounts[0].Target != target || mounts[0].Mounted {
+			t.Errorf("ls --mounts lists %+v, want that %s is not mounted", mounts, target)
+		}
+	}
+	target := toolTarget(t)
+	cutOff(target)
+	if got := toolJSON[jsonPruned](t, n, "prune"); len(got.Artifacts) != 0 {
+		t.Errorf("prune deletes what should be mounted: %+v", got)
+	}
+	another := &pack.Artifact{Layers: []pack.Layer{goodLayer()}}
+	_, err = another.Push(t.Context(), n.Registry, "models/another", "v1")
+	check(t, err)
+	tool(t, n, "pull", n.Registry+"/models/another:v1")
+	wantRefusal(t, n, []string{target, "unmount it first"}, "mount", n.Registry+"/models/another:v1", target)
+	tool(t, n, "mount", ref, target)
+	wantFiles(t, target, want)
+	wantRefusal(t, n, []string{target, "in namespace default", "use -n k8s.io"}, "unmount", "-n", "default", target)
+	// What is mounted over it is not ours to take away.
+	check(t, unix.Mount("tmpfs", target, "tmpfs", 0, "size=1m"))
+	wantRefusal(t, n, []string{target, "is not the artifact"}, "unmount", target)
+	check(t, unix.Unmount(target, 0))
+	tool(t, n, "unmount", target)
+	cutOff(target)
+	tool(t, n, "unmount", target)
+	if mounts := toolJSON[[]jsonMount](t, n, "ls", "--mounts"); len(mounts) != 0 {
+		t.Errorf("ls --mounts lists %+v, want nothing", mounts)
+	}
+}
+
+// A tool that may not mount leaves neither its view nor its directory.
+func TestAMountThatFailsLeavesNothing(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	ref := pulled(t, n, writeModel(t), pack.Raw)
+	tool(t, n, "unpack", ref) // which is no failure's to undo
+	dir := t.TempDir()
+	before := state(t, n, dir)
+	cmd, err := n.ArtifactCommand("mount", ref, filepath.Join(dir, "new"))
+	check(t, err)
+	weak := exec.Command("setpriv", append([]string{"--bounding-set=-sys_admin", "--"}, cmd.Args...)...)
+	weak.Env = cmd.Env
+	out, err := weak.CombinedOutput()
+	if weak.ProcessState.ExitCode() != 1 || !strings.Contains(string(out), "operation not permitted") || strings.Count(string(out), "\n") != 1 {
+		t.Errorf("mount without the right to mount: %v, with\n%s", err, out)
+	}
+	if after := state(t, n, dir); after != before {
+		t.Errorf("something has changed, from\n%s\nto\n%s", before, after)
+	}
+}
+
+func TestVerifyFindsWhatIsWrong(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeModel(t)
+	model, err := pack.Model(src, pack.Options{Form: pack.TarZstd, Scratch: t.TempDir()})
+	check(t, err)
+	model.Layers[1].DiffID = digest.FromString("another content")
+	raw, err := pack.Model(src, pack.Options{})
+	check(t, err)
+	model.Layers = append(model.Layers, raw.Layers...)
+	_, err = model.Push(t.Context(), n.Registry, "models/wrong", "v1")
+	check(t, err)
+	ref := n.Registry + "/models/wrong:v1"
+	_, err = n.Pull(ref)
+	check(t, err)
+	manifest, top := pulledManifest(t, n, ref)
+	// The runtime's files are changed below it, as by a disk.
+	spoil := func(hex string, change func([]byte) []byte) {
+		path := blobPath(n, hex)
+		text, err := os.ReadFile(path)
+		check(t, err)
+		check(t, os.WriteFile(path, change(slices.Clone(text)), 0o444))
+	}
+	flip := func(b []byte) []byte { b[len(b)/2] ^= 1; return b }
+	spoil(manifest.Layers[0].Digest.Encoded(), flip)
+	spoil(manifest.Layers[8].Digest.Encoded(), func(b []byte) []byte { return b[:len(b)-1] })
+	spoil(manifest.Layers[10].Digest.Encoded(), flip)
+	check(t, os.Remove(blobPath(n, manifest.Layers[9].Digest.Encoded())))
+
+	want := map[digest.Digest]string{
+		manifest.Layers[0].Digest:  "it has the digest",
+		manifest.Layers[1].Digest:  "the config lists the DiffID " + model.Layers[1].DiffID.String(),
+		manifest.Layers[8].Digest:  "its descriptor says",
+		manifest.Layers[9].Digest:  "not found",
+		manifest.Layers[10].Digest: "it has the digest",
+	}
+	verify := func() jsonVerified {
+		out, _, err := n.Artifact("verify", ref, "--output", "json")
+		if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() != 1 {
+			t.Errorf("verify ends with %v, want exit code 1", err)
+		}
+		return decoded[jsonVerified](t, out)
+	}
+	wantProblems := func(v jsonVerified) {
+		t.Helper()
+		for _, b := range v.Blobs {
+			if problem := want[b.Digest]; problem == "" && b.Problem != "" || !strings.Contains(b.Problem, problem) {
+				t.Errorf("verify says of blob %s: %q, want %q", b.Digest, b.Problem, problem)
+			}
+		}
+	}
+	v := verify()
+	if v.OK || len(v.Blobs) < 16 || v.Blobs[0].Kind != "manifest" || v.Blobs[1].Kind != "config" {
+		t.Errorf("verify says %+v", v)
+	}
+	wantProblems(v)
+	out, _, err := n.Artifact("verify", ref)
+	if err == nil || strings.Count(out, "BAD") != len(want) || !strings.Contains(out, "  ok  ") {
+		t.Errorf("verify: %v, with\n%s", err, out)
+	}
+
+	// A config that is wrong keeps nobody from the layers; a manifest does.
+	spoil(manifest.Config.Digest.Encoded(), flip)
+	want[manifest.Config.Digest] = "it has the digest"
+	delete(want, manifest.Layers[1].Digest) // nobody names its DiffID
+	v = verify()
+	wantProblems(v)
+	if len(v.Blobs) < 16 {
+		t.Errorf("verify lists %d blobs without a config", len(v.Blobs))
+	}
+	spoil(top.Encoded(), func(b []byte) []byte { return bytes.Replace(b, []byte("{"), []byte(" "), 1) })
+	want[top] = "it has the digest"
+	v = verify()
+	wantProblems(v)
+	if len(v.Blobs) != 1 {
+		t.Errorf("verify says of an artifact without a manifest %+v", v)
+	}
+}
+
+// The daemon plants no empty blob in the namespace "default", and artifacts that
+// share a config are not to be mistaken for each other.
+func TestLsMarksArtifactsThatShareAConfig(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	var refs []string
+	for i, src := range []string{writeModel(t), writeModel(t, "README.md")} {
+		model, err := pack.Model(src, pack.Options{Form: pack.Generic})
+		check(t, err)
+		name := []string{"models/one", "models/two"}[i]
+		_, err = model.Push(t.Context(), n.Registry, name, "v1")
+		check(t, err)
+		refs = append(refs, n.Registry+"/"+name+":v1")
+		tool(t, n, "pull", "-n", "default", refs[i])
+		if l := toolJSON[[]jsonListed](t, n, "ls", "-n", "default")[0]; i == 0 && len(l.Conflicts) != 0 {
+			t.Errorf("ls marks %+v", l)
+		}
+	}
+	for i, l := range toolJSON[[]jsonListed](t, n, "ls", "-n", "default") {
+		other := refs[1-i]
+		if l.Reference != refs[i] || !slices.Equal(l.Conflicts, []string{other}) {
+			t.Errorf("ls does not mark %+v with %s", l, other)
+		}
+		inspected := toolJSON[jsonInspected](t, n, "inspect", "-n", "default", l.Reference)
+		if inspected.Image == nil || !slices.Equal(inspected.Image.Conflicts, []string{other}) {
+			t.Errorf("inspect does not mark %+v with %s", inspected, other)
+		}
+	}
+	for _, text := range []string{tool(t, n, "ls", "-n", "default"), tool(t, n, "inspect", "-n", "default", refs[1])} {
+		if !strings.Contains(text, refs[0]) {
+			t.Errorf("the text does not name %s:\n%s", refs[0], text)
+		}
+	}
+	if pruned := toolJSON[jsonPruned](t, n, "prune", "-n", "default"); len(pruned.Artifacts) != 2 {
+		t.Errorf("prune says %+v", pruned)
+	}
+}
+
+// CRI gives an image three names. Ordinary images are none of the tool's business.
+func TestPruneTakesAllNamesAndLeavesWhatIsPinnedOrRuns(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeModel(t)
+	gone, pinned := pulled(t, n, src, pack.Raw), pulled(t, n, src, pack.TarGzip)
+	_, err := n.Ctr("images", "label", pinned, "io.cri-containerd.pinned=pinned")
+	check(t, err)
+	hex := manifestOf(t, n, gone)
+	// A container whose root is not that of its image.
+	c := connect(t, n)
+	ctx := c.Context(t.Context())
+	running := containers.Container{ID: "odd", Image: gone, Runtime: containers.RuntimeInfo{Name: "io.containerd.runc.v2"}}
+	_, err = c.ContainerService().Create(ctx, running)
+	check(t, err)
+	if got := toolJSON[jsonPruned](t, n, "prune"); len(got.Artifacts) != 0 {
+		t.Errorf("prune deletes the image of a container: %+v", got)
+	}
+	if l := toolJSON[[]jsonListed](t, n, "ls"); len(l) != 2 || !slices.Equal(slices.Concat(l[0].Containers, l[1].Containers), []string{"odd"}) {
+		t.Errorf("ls lists %+v", l)
+	}
+	check(t, c.ContainerService().Delete(ctx, "odd"))
+	got := toolJSON[jsonPruned](t, n, "prune")
+	if len(got.Artifacts) != 1 || !slices.Equal(got.Artifacts[0].References, []string{gone}) || got.Freed == 0 {
+		t.Errorf("prune says %+v", got)
+	}
+	left, err := n.Ctr("images", "ls")
+	check(t, err)
+	if strings.Contains(left, hex) || !strings.Contains(left, pinned) || !strings.Contains(left, n.GuestImage) {
+		t.Errorf("the images that are left are\n%s", left)
+	}
+	waitFor(t, "CRI to forget the image", func() bool {
+		out, err := n.Crictl("images", "--no-trunc", "-o", "json")
+		return err == nil && !strings.Contains(out, gone) && strings.Contains(out, pinned)
+	})
+	if v := toolJSON[jsonVerified](t, n, "verify", pinned); !v.OK {
+		t.Errorf("verify says of what is left %+v", v)
+	}
+	// As a pull that was killed leaves it.
+	lease, err := c.LeasesService().Create(ctx, leases.WithRandomID())
+	check(t, err)
+	check(t, c.LeasesService().AddResource(ctx, lease, leases.Resource{ID: "sha256:" + manifestOf(t, n, pinned), Type: "content"}))
+	_, err = n.Ctr("images", "label", pinned, "io.cri-containerd.pinned=")
+	check(t, err)
+	_, progress, err := n.Artifact("prune")
+	check(t, err)
+	if !strings.HasPrefix(progress, "0.0 B freed; ") || !strings.Contains(progress, "a lease keeps it") {
+		t.Errorf("prune says %q", progress)
+	}
+}
+
+// One of the two that the tool needs does not run.
+func TestTheToolSaysWhatDoesNotRun(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	ref := pulled(t, n, writeModel(t), pack.Raw)
+	target := filepath.Join(t.TempDir(), "target")
+	snapshot := strings.TrimSpace(tool(t, n, "unpack", ref))
+	check(t, n.StopDaemon())
+	// It says what it can.
+	if i := toolJSON[jsonInspected](t, n, "inspect", ref); i.Image == nil || i.Image.Reference != ref || i.Image.Snapshot != "" || len(i.Layers) != 8 {
+		t.Errorf("inspect says %+v", i)
+	}
+	if text := tool(t, n, "inspect", ref); !strings.Contains(text, "unpacked or not: containerd does not reach the daemon") || !strings.Contains(text, "model-00001.safetensors") {
+		t.Errorf("inspect says\n%s", text)
+	}
+	for _, args := range [][]string{{"ls"}, {"mount", ref, target}, {"unmount", target}, {"prune"}, {"pull", ref}} {
+		wantRefusal(t, n, []string{"containerd does not reach the daemon", "artifact-snapshotter serve"}, args...)
+	}
+	check(t, n.StartDaemon())
+	check(t, n.StopContainerd())
+	for _, args := range [][]string{{"ls"}, {"mount", ref, target}, {"unmount", target}, {"prune"}, {"pull", ref}, {"verify", ref}, {"inspect", ref}} {
+		wantRefusal(t, n, []string{"containerd does not answer on " + n.Address}, args...)
+	}
+	check(t, n.StartContainerd())
+	waitForDaemon(t, n)
+	tool(t, n, "mount", ref, target)
+	tool(t, n, "unmount", target)
+	if i := toolJSON[jsonInspected](t, n, "inspect", ref); i.Image == nil || i.Image.Snapshot != snapshot {
+		t.Errorf("inspect says %+v, want snapshot %s", i, snapshot)
+	}
+}

@@ -1,0 +1,191 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/containerd/console"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+)
+
+// onTerminal starts the tool on a terminal with 80 columns.
+func onTerminal(t *testing.T, n *node.Node, args ...string) (console.Console, *exec.Cmd) {
+	t.Helper()
+	master, path, err := console.NewPty()
+	check(t, err)
+	t.Cleanup(func() { _ = master.Close() })
+	check(t, master.Resize(console.WinSize{Height: 24, Width: 80}))
+	slave, err := os.OpenFile(path, os.O_RDWR|unix.O_NOCTTY, 0)
+	check(t, err)
+	cmd, err := n.ArtifactCommand(args...)
+	check(t, err)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
+	check(t, cmd.Start())
+	check(t, slave.Close())
+	return master, cmd
+}
+
+// terminal runs the tool on a terminal, writes what is typed and returns what it
+// shows.
+func terminal(t *testing.T, n *node.Node, typed string, args ...string) string {
+	t.Helper()
+	master, cmd := onTerminal(t, n, args...)
+	_, err := master.Write([]byte(typed))
+	check(t, err)
+	var shown bytes.Buffer
+	_, err = io.Copy(&shown, master)
+	if err != nil && !errors.Is(err, unix.EIO) { // EIO is the end of a terminal
+		t.Error(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("%q: %v, with\n%s", args, err, shown.String())
+	}
+	return shown.String()
+}
+
+func TestPullOnATerminalAndWithAPassword(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeModel(t)
+	pushModel(t, n, src, pack.Raw, "raw")
+	shown := terminal(t, n, "", "pull", n.Registry+"/models/tiny:raw")
+	for _, want := range []string{"model-00001.safetensors", "|\x1b[32m++++", "3.0 MiB/3.0 MiB", "8 of 8 layers", "\x1b[1A"} {
+		if !strings.Contains(shown, want) {
+			t.Errorf("the terminal does not show %q:\n%q", want, shown)
+		}
+	}
+
+	private, err := n.StartPrivateRegistry()
+	check(t, err)
+	ref := private + "/models/tiny:raw"
+	before := state(t, n, t.TempDir())
+	wantRefusal(t, n, []string{ref, "401 Unauthorized"}, "pull", ref)
+	wantRefusal(t, n, []string{ref, "401 Unauthorized"}, "pull", "-u", node.PrivateUser+":wrong", ref)
+	if after := state(t, n, t.TempDir()); withoutDirs(after) != withoutDirs(before) {
+		t.Errorf("something has changed, from\n%s\nto\n%s", before, after)
+	}
+	tool(t, n, "pull", "-u", node.PrivateUser+":"+node.PrivatePassword, ref)
+	check(t, removeByName(n, ref))
+	shown = terminal(t, n, node.PrivatePassword+"\n", "pull", "-u", node.PrivateUser, ref)
+	if !strings.Contains(shown, "Password: ") || !strings.Contains(shown, ref) {
+		t.Errorf("the terminal shows %q", shown)
+	}
+
+	// Both containerd and the tool look into hosts.toml.
+	hosts := t.TempDir()
+	check(t, os.Mkdir(filepath.Join(hosts, "models.example.com"), 0o755))
+	check(t, os.WriteFile(filepath.Join(hosts, "models.example.com", "hosts.toml"), []byte("server = 'http://"+private+"'\n"), 0o600))
+	named := "models.example.com/models/tiny:raw"
+	out := tool(t, n, "pull", "--hosts-dir", hosts, "-u", node.PrivateUser+":"+node.PrivatePassword, named)
+	if !strings.Contains(out, named) {
+		t.Errorf("pull says %q", out)
+	}
+
+	// Who is redirected to gets no password.
+	var asked atomic.Int64
+	thief := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if header := r.Header.Get("Authorization"); header != "" {
+			t.Errorf("another host gets %q", header)
+		}
+		asked.Add(1)
+		w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
+		w.WriteHeader(http.StatusUnauthorized)
+	}))
+	defer thief.Close()
+	trusted := httptest.NewServer(http.RedirectHandler(thief.URL, http.StatusTemporaryRedirect))
+	defer trusted.Close()
+	wantRefusal(t, n, []string{"credentials"}, "pull", "-u", node.PrivateUser+":"+node.PrivatePassword, strings.TrimPrefix(trusted.URL, "http://")+"/models/tiny:raw")
+	if asked.Load() == 0 {
+		t.Error("nobody was redirected")
+	}
+
+	// Whoever does not answer has a terminal that shows what is typed all the same.
+	master, cmd := onTerminal(t, n, "pull", "-u", node.PrivateUser, ref)
+	echo := func() bool {
+		termios, err := unix.IoctlGetTermios(int(master.Fd()), unix.TCGETS)
+		check(t, err)
+		return termios.Lflag&unix.ECHO != 0
+	}
+	waitFor(t, "the terminal to show nothing", func() bool { return !echo() })
+	check(t, cmd.Process.Signal(unix.SIGINT))
+	if err := cmd.Wait(); err == nil || cmd.ProcessState.ExitCode() != 1 {
+		t.Errorf("the tool ends with %v, want exit code 1", err)
+	}
+	if !echo() {
+		t.Error("the terminal goes on showing nothing")
+	}
+}
+
+func removeByName(n *node.Node, ref string) error {
+	_, err := n.Ctr("images", "rm", "--sync", ref)
+	return err
+}
+
+// withoutDirs is a state without its last line, which is about a directory.
+func withoutDirs(state string) string {
+	return state[:strings.LastIndex(strings.TrimSpace(state), "\n")]
+}
+
+func TestBashCompletesReferences(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	ref := pulled(t, n, writeModel(t, "src/__init__.py"), pack.Raw)
+	// bash inserts what it is given as it is.
+	c := connect(t, n)
+	image, err := c.Image(t.Context(), ref)
+	check(t, err)
+	image.Name = "zz;touch$IFS/tmp/x;$(id)"
+	_, err = c.ImageService().Create(c.Context(t.Context()), image.Image)
+	check(t, err)
+	script, _, err := n.Artifact("completion", "bash")
+	check(t, err)
+	bin, err := n.ArtifactCommand()
+	check(t, err)
+	complete := func(line string) []string {
+		t.Helper()
+		// The name that is completed is the function's first word, too.
+		text := "artifact-snapshotter() { " + bin.Path + ` "$@"; }` + "\n" + script +
+			"COMP_LINE=$1 COMP_POINT=${#1}; _artifact_snapshotter; printf '%s\\n' \"${COMPREPLY[@]}\""
+		cmd := exec.CommandContext(context.WithoutCancel(t.Context()), "bash", "-c", text, "bash", line)
+		cmd.Env = bin.Env
+		out, err := cmd.Output()
+		check(t, err)
+		return strings.Fields(string(out))
+	}
+	host, _, _ := strings.Cut(ref, ":")
+	for line, want := range map[string][]string{
+		"artifact-snapshotter ver":                        {"verify", "version"},
+		"artifact-snapshotter config d":                   {"default"},
+		"artifact-snapshotter ls --mo":                    {"--mounts"},
+		"artifact-snapshotter verify ":                    {ref},
+		"artifact-snapshotter mount -n k8s.io " + ref[:5]: {ref},
+		// To bash a word begins behind the colon.
+		"artifact-snapshotter inspect " + ref[:len(host)+3]: {strings.TrimPrefix(ref, host+":")},
+		"artifact-snapshotter verify x":                     nil,
+		"artifact-snapshotter verify zz":                    nil,
+		"artifact-snapshotter completion ":                  {"bash", "zsh", "fish"},
+		"artifact-snapshotter ls --output ":                 nil,
+		"artifact-snapshotter ls -n ":                       nil,
+		"artifact-snapshotter verify -n nowhere ":           nil,
+		"artifact-snapshotter unmount ":                     nil,
+	} {
+		if got := complete(line); !slices.Equal(got, want) {
+			t.Errorf("%q is completed with %q, want %q", line, got, want)
+		}
+	}
+}

@@ -1,0 +1,411 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"archive/tar"
+	"context"
+	"encoding/json"
+	"errors"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/platforms"
+	modelspec "github.com/modelpack/model-spec/specs-go/v1"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
+)
+
+// connect is a client of the node's containerd in CRI's namespace.
+func connect(t *testing.T, n *node.Node) *client.Client {
+	t.Helper()
+	c, err := client.Connect(t.Context(), n.Address, "k8s.io", "artifact")
+	check(t, err)
+	t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+// unpack runs artifact-snapshotter unpack and returns the snapshot's name.
+func unpack(t *testing.T, n *node.Node, ref string) string {
+	t.Helper()
+	out, _, err := n.Artifact("unpack", ref)
+	check(t, err)
+	return strings.TrimSpace(out)
+}
+
+// artifactOf is what containerd has as ref.
+func artifactOf(t *testing.T, n *node.Node, ref string) *artifact.Artifact {
+	t.Helper()
+	image, err := connect(t, n).Image(t.Context(), ref)
+	check(t, err)
+	return image.Artifact
+}
+
+// chainID is that of the layers of what containerd has as ref, by its config.
+func chainID(t *testing.T, n *node.Node, ref string) string {
+	t.Helper()
+	text, err := os.ReadFile(blobPath(n, artifactOf(t, n, ref).Config.Encoded()))
+	check(t, err)
+	var config modelspec.Model
+	check(t, json.Unmarshal(text, &config))
+	return identity.ChainID(config.ModelFS.DiffIDs).String()
+}
+
+// snapshotsOf are the kinds of the snapshots that show an artifact, by key.
+func snapshotsOf(t *testing.T, n *node.Node) map[string]string {
+	t.Helper()
+	c, err := client.Connect(t.Context(), n.Address, "k8s.io", "artifact")
+	check(t, err)
+	defer c.Close()
+	found := map[string]string{}
+	check(t, c.SnapshotService("artifact").Walk(c.Context(t.Context()), func(_ context.Context, i snapshots.Info) error {
+		if i.Labels[snapshot.LabelArtifact] != "" {
+			found[i.Name] = i.Kind.String()
+		}
+		return nil
+	}))
+	return found
+}
+
+// wantShown has ctr view the snapshot, and compares what it shows.
+func wantShown(t *testing.T, n *node.Node, name string, want []treelist.Entry) {
+	t.Helper()
+	target := t.TempDir()
+	key := "view of " + name
+	var commands string
+	waitFor(t, "a view of "+name, func() bool {
+		var err error
+		commands, err = n.Ctr("snapshots", "--snapshotter", "artifact", "view", "--target", target, key, name)
+		check(t, err)
+		// Until it has this label, a garbage collection may take it.
+		_, err = n.Ctr("snapshots", "--snapshotter", "artifact", "label", key, "containerd.io/gc.root=test")
+		return err == nil
+	})
+	out, err := exec.CommandContext(t.Context(), "sh", "-e", "-c", commands).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", commands, err, out)
+	}
+	got, err := treelist.List(target)
+	check(t, errors.Join(err, mount.Unmount(target, 0)))
+	if diff := treelist.Diff(want, got); diff != "" {
+		t.Errorf("snapshot %s differs from the source:\n%s", name, diff)
+	}
+	_, err = n.Ctr("snapshots", "--snapshotter", "artifact", "rm", key)
+	check(t, err)
+}
+
+// removeImage removes all names of what ref is, the last one with a garbage
+// collection.
+func removeImage(t *testing.T, n *node.Node, ref string) {
+	t.Helper()
+	c := connect(t, n)
+	image, err := c.Image(t.Context(), ref)
+	check(t, err)
+	all, err := c.Images(t.Context())
+	check(t, err)
+	args := []string{"images", "rm", "--sync"}
+	for _, i := range all {
+		if i.Target.Digest == image.Target.Digest {
+			args = append(args, i.Name)
+		}
+	}
+	_, err = n.Ctr(args...)
+	check(t, err)
+}
+
+// collect makes containerd collect garbage.
+func collect(t *testing.T, c *client.Client) {
+	t.Helper()
+	ctx := c.Context(t.Context())
+	lease, err := c.LeasesService().Create(ctx, leases.WithRandomID())
+	check(t, err)
+	check(t, c.LeasesService().Delete(ctx, lease, leases.SynchronousDelete))
+}
+
+func TestAnUnpackedArtifactIsASnapshotThatGoesWithItsImage(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeModel(t)
+	before := daemonUsage(t, n)
+	for _, form := range []pack.Form{pack.Raw, pack.Tar, pack.TarGzip} {
+		t.Run(string(form), func(t *testing.T) {
+			pushModel(t, n, src, form, "ctr")
+			ref := n.Registry + "/models/tiny:ctr"
+			_, err := n.Ctr("images", "pull", "--plain-http", ref)
+			check(t, err)
+			name := unpack(t, n, ref)
+			if want := chainID(t, n, ref); name != want {
+				t.Errorf("the snapshot is %s, want the chain ID %s", name, want)
+			}
+			if again := unpack(t, n, ref); again != name {
+				t.Errorf("unpacked again it is %s, want %s", again, name)
+			}
+			manifest := artifactOf(t, n, ref).Manifest.Digest
+			if byDigest := unpack(t, n, manifest.String()); byDigest != name {
+				t.Errorf("by its digest it is %s, want %s", byDigest, name)
+			}
+			wantShown(t, n, name, wantTree(t, src, form))
+
+			out, _, err := n.Artifact("unpack", "--output", "json", ref)
+			check(t, err)
+			var printed map[string]string
+			check(t, json.Unmarshal([]byte(out), &printed))
+			if want := map[string]string{"reference": ref, "manifest": manifest.String(), "snapshot": name}; !maps.Equal(printed, want) {
+				t.Errorf("printed %v, want %v", printed, want)
+			}
+
+			// Garbage collections leave it alone, until its image goes.
+			c := connect(t, n)
+			collect(t, c)
+			if got, want := snapshotsOf(t, n), map[string]string{name: "Committed"}; !maps.Equal(got, want) {
+				t.Errorf("the snapshots are %v, want %v", got, want)
+			}
+			if all, err := c.LeasesService().List(c.Context(t.Context())); err != nil || len(all) > 0 {
+				t.Errorf("there are the leases %v, %v; want none", all, err)
+			}
+			removeImage(t, n, ref)
+			if left := snapshotsOf(t, n); len(left) > 0 {
+				t.Errorf("the snapshots %v are left", left)
+			}
+			wantUsage(t, n, before)
+		})
+	}
+}
+
+// A pod, and a view of the snapshot, keep what they show when the image goes, and
+// the snapshot is no obstacle to either.
+func TestAPodHasAnUnpackedArtifact(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeModel(t)
+	before := daemonUsage(t, n)
+	ref := pulled(t, n, src, pack.TarZstd)
+	name := unpack(t, n, ref)
+	pod, err := n.RunPod(reading(ref))
+	check(t, err)
+	_, err = n.Crictl("rmi", ref)
+	check(t, err)
+	waitFor(t, "the snapshot to go", func() bool { return snapshotsOf(t, n)[name] == "" })
+	wantReading(t, pod)
+	wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.TarZstd))
+	check(t, pod.Remove())
+	wantUsage(t, n, before)
+}
+
+// Chain IDs know nothing of the names of files, nor whether a layer is that of an
+// image.
+func TestArtifactsWithTheSameChainIDHaveSnapshotsOfTheirOwn(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	pulledAs := func(name string, layer pack.Layer) string {
+		a := &pack.Artifact{ArtifactType: modelspec.ArtifactTypeModelManifest, Name: name, Layers: []pack.Layer{layer}}
+		_, err := a.Push(t.Context(), n.Registry, "models/"+name, "latest")
+		check(t, err)
+		ref := n.Registry + "/models/" + name + ":latest"
+		_, err = n.Pull(ref)
+		check(t, err)
+		return ref
+	}
+	// fallback is the name of the snapshot of ref if its chain ID is taken.
+	fallback := func(ref string) string {
+		manifest := artifactOf(t, n, ref).Manifest.Digest
+		return digest.FromString("artifact " + chainID(t, n, ref) + " " + manifest.String()).String()
+	}
+	content := []byte("the same bytes")
+	shown := func(name string) []treelist.Entry {
+		entry := fileEntry(name, content)
+		entry.Mode, entry.UID, entry.GID, entry.ModTime = 0o640, 1234, 5678, 1612325106789000000 // as rawLayer has it
+		return []treelist.Entry{entry}
+	}
+
+	one, two := pulledAs("one", rawLayer("one", content)), pulledAs("two", rawLayer("two", content))
+	first, second := unpack(t, n, one), unpack(t, n, two)
+	if want := chainID(t, n, one); first != want {
+		t.Errorf("the first snapshot is %s, want the chain ID %s", first, want)
+	}
+	if want := fallback(two); second != want {
+		t.Errorf("the second snapshot is %s, want %s", second, want)
+	}
+	wantShown(t, n, first, shown("one"))
+	wantShown(t, n, second, shown("two"))
+	_, err := n.Crictl("rmi", one)
+	check(t, err)
+	waitFor(t, "the snapshot of the first to go", func() bool { return snapshotsOf(t, n)[first] == "" })
+	if again := unpack(t, n, two); again != second {
+		t.Errorf("the second snapshot is %s now, and was %s", again, second)
+	}
+	wantShown(t, n, second, shown("two"))
+
+	archive := archiveOf(t, file("in the layer"))
+	image, err := pack.Image(ocispec.ImageConfig{}, false, archive)
+	check(t, err)
+	_, err = image.Push(t.Context(), n.Registry, "images/same", "latest")
+	check(t, err)
+	_, err = n.Pull(n.Registry + "/images/same:latest") // and unpacks it
+	check(t, err)
+	wantUnpacked(t, n, digest.FromBytes(archive), "artifact")
+	three := pulledAs("three", tarLayer(t, modelspec.MediaTypeModelWeight, archive))
+	third := unpack(t, n, three)
+	if want := fallback(three); third != want {
+		t.Errorf("the snapshot is %s, want %s", third, want)
+	}
+	wantShown(t, n, third, []treelist.Entry{fileEntry("in the layer", []byte("in the layer"))})
+}
+
+func TestAnIndexIsUnpackedForThisPlatform(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeModel(t)
+	model, err := pack.Model(src, pack.Options{})
+	check(t, err)
+	other, err := pack.Model(writeModel(t, "README.md"), pack.Options{})
+	check(t, err)
+	here := platforms.DefaultSpec()
+	index := pack.Index{Manifests: []pack.IndexEntry{
+		{Artifact: other, Platform: &ocispec.Platform{OS: "linux", Architecture: "s390x"}},
+		{Artifact: model, Platform: &here},
+	}}
+	_, err = index.Push(t.Context(), n.Registry, "models/index", "latest")
+	check(t, err)
+	ref := n.Registry + "/models/index:latest"
+	_, err = n.Pull(ref)
+	check(t, err)
+	name := unpack(t, n, ref)
+	if want := chainID(t, n, ref); name != want {
+		t.Errorf("the snapshot is %s, want the chain ID %s", name, want)
+	}
+	if again := unpack(t, n, artifactOf(t, n, ref).Manifest.Digest.String()); again != name {
+		t.Errorf("by the digest of the manifest it is %s, want %s", again, name)
+	}
+	collect(t, connect(t, n))
+	wantShown(t, n, name, wantTree(t, src, pack.Raw))
+	removeImage(t, n, ref)
+	if left := snapshotsOf(t, n); len(left) > 0 {
+		t.Errorf("the snapshots %v are left", left)
+	}
+}
+
+// Whoever comes first has the chain ID, and nobody gets the snapshot of the other.
+func TestArtifactsWithTheSameChainIDMayBeUnpackedAtOnce(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	c := connect(t, n)
+	var refs []string
+	for _, name := range []string{"one", "two"} {
+		refs = append(refs, push(t, n, name, rawLayer(name, []byte("the same bytes"))))
+	}
+	const times = 4
+	names := make([][times]string, len(refs))
+	var group errgroup.Group
+	for i, ref := range refs {
+		image, err := c.Image(t.Context(), ref)
+		check(t, err)
+		for j := range times {
+			group.Go(func() (err error) {
+				names[i][j], err = c.Unpack(t.Context(), image)
+				return err
+			})
+		}
+	}
+	check(t, group.Wait())
+	for i, ref := range refs {
+		for _, name := range names[i] {
+			if name != names[i][0] {
+				t.Errorf("%s has the snapshots %q, want one", ref, names[i])
+			}
+		}
+	}
+	if names[0][0] == names[1][0] {
+		t.Errorf("both have the snapshot %s", names[0][0])
+	}
+	if got := snapshotsOf(t, n); len(got) != 2 {
+		t.Errorf("the snapshots are %v, want two", got)
+	}
+}
+
+// If the artifact is first, containerd skips the layers of an image with the same
+// chain ID. No container has the artifact for its root, and none half a root.
+func TestTheSnapshotOfAnArtifactIsNotTheRootOfAContainer(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	program, err := os.ReadFile(filepath.Join(n.Dir, "guest"))
+	check(t, err)
+	archive := archiveOf(t, pack.Member{Header: tar.Header{Name: "guest", Mode: 0o755}, Data: program}, file("another layer than the test image's"))
+	artifactRef := push(t, n, "first", tarLayer(t, modelspec.MediaTypeModelWeight, archive))
+	name := unpack(t, n, artifactRef)
+	if want := digest.FromBytes(archive).String(); name != want {
+		t.Fatalf("the snapshot is %s, want the DiffID %s", name, want)
+	}
+	image, err := pack.Image(ocispec.ImageConfig{Entrypoint: []string{node.Guest}, Cmd: []string{"pause"}}, false, archive)
+	check(t, err)
+	_, err = image.Push(t.Context(), n.Registry, "images/second", "latest")
+	check(t, err)
+	ref := n.Registry + "/images/second:latest"
+	_, err = n.Pull(ref)
+	check(t, err)
+
+	pod, err := n.RunSandbox(node.PodSpec{})
+	check(t, err)
+	err = pod.Start(node.Container{Name: "refused", Image: ref})
+	if err == nil {
+		t.Fatal("a container has started")
+	}
+	if got := answer(t, err); !strings.Contains(got, "shows artifact "+artifactOf(t, n, artifactRef).Manifest.Digest.String()) {
+		t.Errorf("the error does not say why: %s", got)
+	}
+	for _, gone := range []string{ref, artifactRef} {
+		_, err := n.Crictl("rmi", gone)
+		check(t, err)
+	}
+	waitFor(t, "the snapshot to go", func() bool { return snapshotsOf(t, n)[name] == "" })
+	_, err = n.Pull(ref)
+	check(t, err)
+	check(t, pod.Start(node.Container{Name: "main", Image: ref}))
+	check(t, pod.Remove())
+}
+
+func TestArtifactsAreUnpackedWhenTheyArePulled(t *testing.T) {
+	n := node.ForTest(t, node.Options{DaemonConfig: "unpack_on_pull = true\ndecompress_on_pull = false\n"})
+	src := writeModel(t)
+	before := daemonUsage(t, n)
+	for _, form := range []pack.Form{pack.TarGzip, pack.TarZstd, pack.Raw} {
+		pushModel(t, n, src, form, "tag") // which moves
+		ref := n.Registry + "/models/tiny:tag"
+		_, err := n.Ctr("images", "pull", "--plain-http", ref)
+		check(t, err)
+		name := chainID(t, n, ref)
+		waitFor(t, "the snapshot of "+string(form), func() bool { return snapshotsOf(t, n)[name] == "Committed" })
+		wantShown(t, n, name, wantTree(t, src, form))
+		removeImage(t, n, ref)
+		if left := snapshotsOf(t, n); len(left) > 0 {
+			t.Errorf("the snapshots %v are left", left)
+		}
+	}
+	// In another namespace nothing is done.
+	ref := n.Registry + "/models/tiny:tag"
+	pushModel(t, n, writeModel(t, "src/__init__.py"), pack.TarGzip, "tag")
+	_, err := n.Tool("ctr", "--address", n.Address, "--namespace", "other", "images", "pull", "--plain-http", ref)
+	check(t, err)
+	_, err = n.Ctr("images", "pull", "--plain-http", ref)
+	check(t, err)
+	name := chainID(t, n, ref)
+	waitFor(t, "the snapshot in the namespace k8s.io", func() bool { return snapshotsOf(t, n)[name] == "Committed" })
+	if out, err := n.Tool("ctr", "--address", n.Address, "--namespace", "other", "snapshots", "--snapshotter", "artifact", "ls"); err != nil || strings.Contains(out, "sha256") {
+		t.Errorf("the namespace that is not configured has the snapshots %s, %v", out, err)
+	}
+	_, err = n.Tool("ctr", "--address", n.Address, "--namespace", "other", "images", "rm", "--sync", ref)
+	check(t, err)
+	removeImage(t, n, ref)
+	wantUsage(t, n, before)
+}

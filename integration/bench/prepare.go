@@ -14,6 +14,7 @@ import (
 	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/proxy"
 	"github.com/containerd/containerd/v2/pkg/dialer"
@@ -22,6 +23,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/measure"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
@@ -39,23 +41,31 @@ const (
 type preparer struct {
 	snapshots.Snapshotter
 	*node.Node
+	client        *client.Client
 	made, volumes int
 }
 
+const noCollection = `
+[plugins.'io.containerd.gc.v1.scheduler']
+  startup_delay = "10h"
+  schedule_delay = "10h"
+`
+
 func measurePrepare(ctx context.Context, r *report) {
 	measure.Progress("starting a node for Prepare")
-	n := measure.Must(node.Start(ctx, node.Options{}))
+	// The artifacts are put into the blob directory by hand, and containerd
+	// would collect them as garbage.
+	n := measure.Must(node.Start(ctx, node.Options{ContainerdConfig: noCollection}))
 	defer measure.Tidy(n.Stop)
 	_, version, _ := strings.Cut(measure.Must(n.Crictl("version")), "RuntimeVersion:")
 	r.containerd = strings.Fields(version)[0]
-	// The artifacts are put into the blob directory by hand, and containerd
-	// would collect them as garbage.
-	measure.Check(n.StopContainerd())
 	conn := measure.Must(grpc.NewClient(dialer.DialAddress(filepath.Join(n.Dir, "daemon.sock")),
 		grpc.WithTransportCredentials(insecure.NewCredentials())))
 	defer measure.Tidy(conn.Close)
-	p := &preparer{Snapshotter: proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "artifact"), Node: n}
-	for _, target := range p.some(3, p.raw(1, measure.MiB)) { // the first ones wake up everything
+	c := measure.Must(client.Connect(ctx, n.Address, "k8s.io", "artifact"))
+	defer measure.Tidy(c.Close)
+	p := &preparer{client: c, Snapshotter: proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "artifact"), Node: n}
+	for _, target := range p.some(ctx, 3, p.raw(1, measure.MiB)) { // the first ones wake up everything
 		p.prepare(ctx, target)
 	}
 	p.bytes(ctx, r)
@@ -68,7 +78,7 @@ func measurePrepare(ctx context.Context, r *report) {
 
 // bytes compares artifacts whose only difference is the size of their file.
 func (p *preparer) bytes(ctx context.Context, r *report) {
-	targets := [2][]digest.Digest{p.some(smallRounds, p.raw(1, measure.MiB)), p.some(smallRounds, p.raw(1, measure.TiB))}
+	targets := [2][]digest.Digest{p.some(ctx, smallRounds, p.raw(1, measure.MiB)), p.some(ctx, smallRounds, p.raw(1, measure.TiB))}
 	r.disk.Sync()
 	var took [2]measure.Sample
 	for round := range smallRounds {
@@ -89,7 +99,7 @@ func (p *preparer) bytes(ctx context.Context, r *report) {
 
 // files prepares artifacts of 1 GiB for two pods each.
 func (p *preparer) files(ctx context.Context, r *report, files, rounds int, limit float64) {
-	targets := p.some(rounds, p.raw(files, measure.GiB/int64(files)))
+	targets := p.some(ctx, rounds, p.raw(files, measure.GiB/int64(files)))
 	before := r.disk.Used()
 	var took [2]measure.Sample
 	for _, target := range targets {
@@ -112,7 +122,7 @@ func (p *preparer) scale(ctx context.Context, r *report) {
 	files := [2]int{2000, 20000}
 	var targets [2][]digest.Digest
 	for i, n := range files {
-		targets[i] = p.some(scaleRounds, p.rawFiles(n, measure.GiB/int64(n), func(i int, _ int64) map[string]string {
+		targets[i] = p.some(ctx, scaleRounds, p.rawFiles(n, measure.GiB/int64(n), func(i int, _ int64) map[string]string {
 			// With all attributes the manifest would be larger than registries take.
 			return map[string]string{modelspec.AnnotationFilepath: name(i)}
 		}))
@@ -133,7 +143,7 @@ func (p *preparer) scale(ctx context.Context, r *report) {
 func (p *preparer) memory(ctx context.Context, r *report, kind string, layer layerMaker) {
 	measure.Progress("making %d %s", artifacts, kind)
 	measure.Check(p.StopDaemon()) // or it would unpack what it sees arrive
-	targets := p.some(artifacts, layer)
+	targets := p.some(ctx, artifacts, layer)
 	measure.Check(p.StartDaemon())
 	status := fmt.Sprintf("/proc/%d/status", p.DaemonPID())
 	start := measure.Mebibytes(status, "VmRSS")
@@ -161,12 +171,15 @@ func (p *preparer) prepare(ctx context.Context, target digest.Digest) float64 {
 // layerMaker makes the layers of the artifact with a number.
 type layerMaker func(artifact int) []pack.Layer
 
-// some writes artifacts that are all different into the blob directory.
-func (p *preparer) some(count int, layers layerMaker) (targets []digest.Digest) {
+// some writes artifacts that are all different into the blob directory, and tells
+// containerd of their images.
+func (p *preparer) some(ctx context.Context, count int, layers layerMaker) (targets []digest.Digest) {
 	for range count {
 		p.made++
 		a := pack.Artifact{ArtifactType: modelspec.ArtifactTypeModelManifest, Layers: layers(p.made)}
-		targets = append(targets, measure.Must(a.WriteTo(p.ContentRoot)).Digest)
+		target := measure.Must(a.WriteTo(p.ContentRoot))
+		measure.Must(p.client.ImageService().Create(p.client.Context(ctx), images.Image{Name: fmt.Sprintf("registry.example.com/bench:%d", p.made), Target: target}))
+		targets = append(targets, target.Digest)
 	}
 	return targets
 }

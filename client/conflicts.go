@@ -43,22 +43,12 @@ func (c *Client) Conflicts(ctx context.Context) (map[digest.Digest][]Image, erro
 	if err != nil {
 		return nil, err
 	}
-	var found []Image
-	for _, i := range all {
-		found = append(found, readAny(c.Context(ctx), c.ContentStore(), i).brief())
-		if ctx.Err() != nil {
-			return nil, ctx.Err()
-		}
+	found := readAll(c.Context(ctx), c.ContentStore(), all, map[digest.Digest]Image{})
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
 	}
-	byName := map[string]Image{}
-	for _, i := range found {
-		byName[i.Name] = i
-	}
-	adopt(byName)
-	for n := range found {
-		found[n] = byName[found[n].Name]
-	}
-	return conflicts(found), nil
+	byName := slices.SortedFunc(maps.Values(found), func(a, b Image) int { return strings.Compare(a.Name, b.Name) })
+	return conflicts(byName), nil
 }
 
 // conflicts are the conflicts among images of one namespace, see Client.Conflicts.

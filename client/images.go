@@ -109,11 +109,19 @@ func (c *Client) artifacts(ctx context.Context, keep func(Image) Image) ([]Image
 		return nil, err
 	}
 	var found []Image
+	read := map[digest.Digest]*artifact.Artifact{} // nil if it cannot be: CRI gives an image several names
 	for _, i := range all {
-		if image, err := c.read(ctx, i); err == nil {
-			found = append(found, keep(image))
-		} else if ctx.Err() != nil {
-			return nil, ctx.Err()
+		a, ok := read[i.Target.Digest]
+		if !ok {
+			if image, err := c.read(ctx, i); err == nil {
+				a = keep(image).Artifact
+			} else if ctx.Err() != nil {
+				return nil, ctx.Err()
+			}
+			read[i.Target.Digest] = a
+		}
+		if a != nil {
+			found = append(found, keep(Image{Image: i, Artifact: a}))
 		}
 	}
 	return found, nil

@@ -56,6 +56,27 @@ func readAny(ctx context.Context, blobs content.Provider, i images.Image) Image 
 	return image
 }
 
+// readAll reads the images of a namespace, by their names, as far as they can be
+// read and only what brief keeps of them. What has been read already is in read, by
+// target: CRI gives an image several names.
+func readAll(ctx context.Context, blobs content.Provider, all []images.Image, read map[digest.Digest]Image) map[string]Image {
+	known := map[string]Image{}
+	for _, i := range all {
+		if ctx.Err() != nil {
+			break
+		}
+		image, ok := read[i.Target.Digest]
+		if !ok {
+			image = readAny(ctx, blobs, i).brief()
+			read[i.Target.Digest] = image
+		}
+		image.Name = i.Name
+		known[i.Name] = image
+	}
+	adopt(known)
+	return known
+}
+
 // adopt finds out what the images of a namespace are that could not be read, by the
 // image IDs of CRI, which are names for the same target: it makes them in each pull,
 // before it knows another name (internal/cri/server/images/image_pull.go).

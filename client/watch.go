@@ -295,25 +295,16 @@ func (w *Watcher) list(ctx context.Context, c *Client) (map[string]map[string]Im
 		return nil, fmt.Errorf("list containerd's namespaces: %w", err)
 	}
 	known := map[string]map[string]Image{}
-	read := map[digest.Digest]Image{} // CRI gives an image several names
+	read := map[digest.Digest]Image{}
 	for _, namespace := range all {
 		there, err := c.ImageService().List(c.In(namespace).Context(ctx))
 		if err != nil {
 			return nil, fmt.Errorf("list the images of namespace %s: %w", namespace, err)
 		}
-		known[namespace] = map[string]Image{}
-		for _, i := range there {
-			image, ok := read[i.Target.Digest]
-			if !ok {
-				image = readAny(ctx, w.blobs, i).brief()
-				read[i.Target.Digest] = image
-			}
-			image.Name = i.Name
-			known[namespace][i.Name] = image
-		}
-		adopt(known[namespace])
+		known[namespace] = readAll(ctx, w.blobs, there, read)
 	}
-	return known, nil
+	// What was cut off is no list.
+	return known, ctx.Err()
 }
 
 // brief is what is to be known of an image: the layers of all may be a lot.

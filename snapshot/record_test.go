@@ -125,7 +125,7 @@ func TestAMountShowsAnArtifact(t *testing.T) {
 	if path, hex, ok := ParseMountKey(key); path != "/mnt/a model" || hex != d.Digest.Encoded() || !ok {
 		t.Errorf("the key %s is of %q, %q, %v", key, path, hex, ok)
 	}
-	for _, other := range []string{"", "view", "x/" + key, MountPrefix + "x/y", UnpackKey("/mnt", d.Digest), behind(key)} {
+	for _, other := range []string{"", "view", "x/" + key, mountPrefix + "x/y", UnpackKey("/mnt", d.Digest), behind(key)} {
 		if path, _, ok := ParseMountKey(other); ok {
 			t.Errorf("the key %q is of %q", other, path)
 		}

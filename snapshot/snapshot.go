@@ -57,7 +57,7 @@ var (
 	imageVolume = regexp.MustCompile(`^(?:([^/]+)/\d+/)?/(?:.*/)?image-volumes/[^/]+/` + digestHex + `$`)
 	// unpackKey and mountKey are those of UnpackKey and MountKey.
 	unpackKey = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + unpackPrefix + `[^/]+/` + digestHex + `$`)
-	mountKey  = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + MountPrefix + `[^/]+/` + digestHex + `$`)
+	mountKey  = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + mountPrefix + `[^/]+/` + digestHex + `$`)
 	// extraction is the key with which containerd unpacks a layer
 	// (snapshots.UnpackKeyFormat).
 	extraction = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + snapshots.UnpackKeyPrefix + `-`)
@@ -65,8 +65,7 @@ var (
 
 const (
 	unpackPrefix = "artifact-unpack/"
-	// MountPrefix begins the keys of MountKey.
-	MountPrefix = "artifact-mount/"
+	mountPrefix  = "artifact-mount/"
 )
 
 // UnpackKey is a key, different for each caller, that makes Prepare unpack the
@@ -82,14 +81,14 @@ func UnpackKey(caller string, target digest.Digest) string {
 // MountKey is the key of the view that shows the artifact whose manifest or index
 // is target at the path.
 func MountKey(path string, target digest.Digest) string {
-	return MountPrefix + url.PathEscape(path) + "/" + target.Encoded()
+	return mountPrefix + url.PathEscape(path) + "/" + target.Encoded()
 }
 
 // ParseMountKey is the reverse of MountKey, for a key as containerd's clients see
 // it; false if it is none. Of the digest only the encoded part is in the key.
 func ParseMountKey(key string) (path, hex string, ok bool) {
 	m := mountKey.FindStringSubmatch(key)
-	if m == nil || !strings.HasPrefix(key, MountPrefix) {
+	if m == nil || !strings.HasPrefix(key, mountPrefix) {
 		return "", "", false
 	}
 	path, err := url.PathUnescape(strings.Split(key, "/")[1])

@@ -95,9 +95,10 @@ func TestAModelIsShownAsItWasPacked(t *testing.T) {
 	}
 }
 
-func TestAnIndexIsResolvedToThisPlatform(t *testing.T) {
-	n := node.ForTest(t, node.Options{})
-	src := writeModel(t)
+// pulledIndex is an index that is pulled, with the model of src for this platform and
+// another one for another.
+func pulledIndex(t *testing.T, n *node.Node, src string) (ref string) {
+	t.Helper()
 	model, err := pack.Model(src, pack.Options{})
 	check(t, err)
 	other, err := pack.Model(writeModel(t, "README.md"), pack.Options{})
@@ -109,9 +110,16 @@ func TestAnIndexIsResolvedToThisPlatform(t *testing.T) {
 	}}
 	_, err = index.Push(t.Context(), n.Registry, "models/index", "latest")
 	check(t, err)
-	ref := n.Registry + "/models/index:latest"
+	ref = n.Registry + "/models/index:latest"
 	_, err = n.Pull(ref)
 	check(t, err)
+	return ref
+}
+
+func TestAnIndexIsResolvedToThisPlatform(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeModel(t)
+	ref := pulledIndex(t, n, src)
 	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
 	check(t, err)
 	wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.Raw))

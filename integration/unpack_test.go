@@ -18,7 +18,6 @@ import (
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/platforms"
 	modelspec "github.com/modelpack/model-spec/specs-go/v1"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
@@ -269,20 +268,7 @@ func TestArtifactsWithTheSameChainIDHaveSnapshotsOfTheirOwn(t *testing.T) {
 func TestAnIndexIsUnpackedForThisPlatform(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
-	model, err := pack.Model(src, pack.Options{})
-	check(t, err)
-	other, err := pack.Model(writeModel(t, "README.md"), pack.Options{})
-	check(t, err)
-	here := platforms.DefaultSpec()
-	index := pack.Index{Manifests: []pack.IndexEntry{
-		{Artifact: other, Platform: &ocispec.Platform{OS: "linux", Architecture: "s390x"}},
-		{Artifact: model, Platform: &here},
-	}}
-	_, err = index.Push(t.Context(), n.Registry, "models/index", "latest")
-	check(t, err)
-	ref := n.Registry + "/models/index:latest"
-	_, err = n.Pull(ref)
-	check(t, err)
+	ref := pulledIndex(t, n, src)
 	name := unpack(t, n, ref)
 	if want := chainID(t, n, ref); name != want {
 		t.Errorf("the snapshot is %s, want the chain ID %s", name, want)

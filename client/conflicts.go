@@ -13,6 +13,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -100,6 +101,79 @@ func (w *Watcher) Check(ctx context.Context, namespace string, target digest.Dig
 			return ctx.Err()
 		}
 	}
+}
+
+// WatcherStats is what a Watcher knows.
+type WatcherStats struct {
+	// Connected tells that containerd's images are known. Else image volumes are
+	// refused, and the following are 0.
+	Connected bool
+	// Artifacts is how many artifacts there are in all namespaces, and Conflicts how
+	// many of them are refused because the runtime may take them for others.
+	Artifacts, Conflicts int
+}
+
+// Stats counts what is known at this moment.
+func (w *Watcher) Stats() WatcherStats {
+	w.mu.Lock()
+	known := map[string][]Image{}
+	for namespace, images := range w.known {
+		known[namespace] = slices.Collect(maps.Values(images))
+	}
+	stats := WatcherStats{Connected: w.known != nil}
+	w.mu.Unlock()
+	for _, images := range known {
+		artifacts := map[digest.Digest]bool{}
+		for _, i := range images {
+			if i.Artifact != nil && !i.ordinary {
+				artifacts[i.Artifact.Manifest.Digest] = true
+			}
+		}
+		stats.Artifacts += len(artifacts)
+		for manifest := range conflicts(images) {
+			if artifacts[manifest] {
+				stats.Conflicts++
+			}
+		}
+	}
+	return stats
+}
+
+// Name returns the best name that the namespace has for the image with that target:
+// a tag, if there is one. It is "" if none is known.
+func (w *Watcher) Name(namespace string, target digest.Digest) string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var named []Image
+	for _, i := range w.known[namespace] {
+		if i.Target.Digest == target && !i.IsID() {
+			named = append(named, i)
+		}
+	}
+	var names []string
+	for _, i := range Named(named) {
+		names = append(names, i.Name)
+	}
+	if len(names) == 0 {
+		return ""
+	}
+	return slices.Min(names)
+}
+
+// warn says that an artifact which has just come is in conflict with others.
+func (w *Watcher) warn(ctx context.Context, namespace string, image Image) {
+	w.mu.Lock()
+	known := slices.Collect(maps.Values(w.known[namespace]))
+	w.mu.Unlock()
+	if err := refuse(image, known); err != nil {
+		log.G(ctx).WithError(err).WithField("namespace", namespace).WithField("image", image.Name).
+			Warn("An image is in conflict with others: image volumes of them are refused")
+	}
+}
+
+// sameManifest reports whether two images stand for one manifest.
+func (i Image) sameManifest(other Image) bool {
+	return i.Artifact != nil && other.Artifact != nil && i.Artifact.Manifest.Digest == other.Artifact.Manifest.Digest
 }
 
 // judge is the answer of Check if known are the images of the namespace.

@@ -87,6 +87,9 @@ func (w *Watcher) Run(ctx context.Context) {
 	wait, failures := minReconnect, 0
 	for ctx.Err() == nil {
 		listed, err := w.watch(ctx)
+		if listed && ctx.Err() == nil {
+			logger.WithError(err).Info("Lost containerd: image volumes are refused until it is back")
+		}
 		w.set(func() {
 			w.known, w.broken = nil, err
 			if listed {
@@ -142,7 +145,7 @@ func (w *Watcher) watch(ctx context.Context) (listed bool, err error) {
 		return false, err
 	}
 	w.set(func() { w.known, w.seen = known, number })
-	log.G(ctx).WithField("containerd", w.address).Debug("Watching containerd's images")
+	log.G(ctx).WithFields(log.Fields{"containerd": w.address, "artifacts": w.Stats().Artifacts}).Info("Watching containerd's images")
 	for _, e := range early {
 		if err := handle(e); err != nil {
 			return true, err
@@ -348,13 +351,20 @@ func (w *Watcher) handle(ctx context.Context, c *Client, u *unpacker, e *events.
 		known = readAny(ctx, w.blobs, image)
 	}
 	known.Name = name
+	first := true // of the names of the artifact
 	w.set(func() {
 		if w.known[e.Namespace] == nil {
 			w.known[e.Namespace] = map[string]Image{}
 		}
+		for _, i := range w.known[e.Namespace] {
+			first = first && (i.IsID() || !i.sameManifest(known))
+		}
 		w.known[e.Namespace][name] = known.brief()
 		adopt(w.known[e.Namespace])
 	})
+	if first && !known.IsID() {
+		w.warn(ctx, e.Namespace, known)
+	}
 	if unpacks && known.isArtifact() {
 		u.unpack(ctx, c, known)
 	}

@@ -53,6 +53,9 @@ type Config struct {
 	ContainerdAddress string `toml:"containerd_address"`
 	// LogLevel is a level of github.com/containerd/log. Only for the daemon, like Address.
 	LogLevel string `toml:"log_level,omitempty"`
+	// MetricsAddress is where the daemon serves its metrics: unix:///path or a port of
+	// a loopback address; "" for nowhere. Only for the daemon, too.
+	MetricsAddress string `toml:"metrics_address,omitempty"`
 	// RawRung and TarRung are rungs of package unpack, or "auto".
 	RawRung string `toml:"raw_rung"`
 	TarRung string `toml:"tar_rung"`
@@ -138,7 +141,7 @@ func (c Config) Validate() error {
 	if !slices.Contains(levels, c.LogLevel) {
 		level = fmt.Errorf("log_level %q is none of %s", c.LogLevel, strings.Join(levels, ", "))
 	}
-	return errors.Join(c.validateSnapshotter(), validateSocket("address", c.SocketAddress()), level)
+	return errors.Join(c.validateSnapshotter(), validateSocket("address", c.SocketAddress()), validateMetrics(c.MetricsAddress), level)
 }
 
 // validateSnapshotter checks what a compiled-in snapshotter needs, too.

@@ -45,7 +45,16 @@ const dirMode = 0o711
 //
 // One root belongs to one process at a time: another one gets
 // errdefs.ErrFailedPrecondition. Close leaves alone what running pods read.
-func Open(ctx context.Context, cfg Config) (_ snapshots.Snapshotter, err error) {
+func Open(ctx context.Context, cfg Config) (snapshots.Snapshotter, error) {
+	s, err := open(ctx, cfg, newMetrics(""))
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// open is Open with metrics.
+func open(ctx context.Context, cfg Config, m *metrics) (_ *opened, err error) {
 	if err := cfg.validateSnapshotter(); err != nil {
 		return nil, err
 	}
@@ -68,21 +77,23 @@ func Open(ctx context.Context, cfg Config) (_ snapshots.Snapshotter, err error) 
 	}()
 
 	views, err := view.Open(ctx, view.Config{
-		Root:    cfg.Root,
-		State:   cfg.State,
-		Content: blobdir.Dir(cfg.ContentRoot),
-		Rungs:   rungs,
-		Limits:  cfg.Limits(),
-		Early:   cfg.DecompressOnPull,
+		Root:     cfg.Root,
+		State:    cfg.State,
+		Content:  blobdir.Dir(cfg.ContentRoot),
+		Rungs:    rungs,
+		Limits:   cfg.Limits(),
+		Early:    cfg.DecompressOnPull,
+		Observer: m.observer(),
 	})
 	if err != nil {
 		return nil, err
 	}
 	s.closers = append(s.closers, views.Close)
 	watcher := client.NewWatcher(cfg.ContainerdAddress, blobdir.Dir(cfg.ContentRoot), cfg.unpackIn())
-	if s.Snapshotter, err = snapshot.New(cfg.Root, views, watcher.Check); err != nil {
+	if s.Snapshotter, err = snapshot.New(cfg.Root, views, images{watcher}); err != nil {
 		return nil, err
 	}
+	m.watch(views, watcher)
 	s.closers = append(s.closers, s.Snapshotter.Close)
 	s.Applier = snapshot.Applier(cfg.Root, views)
 
@@ -110,11 +121,7 @@ type opened struct {
 
 // Cleanup implements snapshots.Cleaner, which embedding a Snapshotter hides.
 func (s *opened) Cleanup(ctx context.Context) error {
-	cleaner, ok := s.Snapshotter.(snapshots.Cleaner)
-	if !ok {
-		return fmt.Errorf("snapshotter %T has no Cleanup: %w", s.Snapshotter, errdefs.ErrNotImplemented)
-	}
-	return cleaner.Cleanup(ctx)
+	return cleanup(ctx, s.Snapshotter)
 }
 
 // Close implements snapshots.Snapshotter.

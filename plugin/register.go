@@ -92,8 +92,8 @@ func fromContainerd(ic *plugin.InitContext) (Config, error) {
 	if !ok {
 		return Config{}, fmt.Errorf("artifact snapshotter: configuration is a %T: %w", ic.Config, errdefs.ErrInvalidArgument)
 	}
-	if config.Address != "" || config.LogLevel != "" {
-		return Config{}, fmt.Errorf("artifact snapshotter: address and log_level are containerd's own when compiled in, remove them: %w",
+	if config.Address != "" || config.LogLevel != "" || config.MetricsAddress != "" {
+		return Config{}, fmt.Errorf("artifact snapshotter: address, log_level and metrics_address are the daemon's, and containerd has its own, remove them: %w",
 			errdefs.ErrInvalidArgument)
 	}
 	cfg := *config

@@ -18,13 +18,14 @@ import (
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/diffservice"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
-	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	"google.golang.org/grpc/health/grpc_health_v1"
 )
 
 // stopTimeout is how long a server that is to stop waits for the calls that
@@ -35,28 +36,44 @@ const stopTimeout = 10 * time.Second
 // containerd, until ctx ends; then it lets the calls under way finish, for a
 // bounded time, and returns nil. Running pods go on reading.
 //
-// systemd is told when the server is ready and when it stops (sd_notify(3)).
-func Serve(ctx context.Context, cfg Config) (err error) {
+// systemd is told when the server is ready and when it stops (sd_notify(3)), and so is
+// who asks the health service of gRPC. Metrics and traces are exported if cfg and the
+// environment say where to; version is the program's in them.
+func Serve(ctx context.Context, cfg Config, version string) (err error) {
 	if err := cfg.Validate(); err != nil {
 		return err
 	}
-	snapshotter, err := Open(ctx, cfg)
+	traced, stopTracing, err := startTracing(ctx, version)
+	if err != nil {
+		return err
+	}
+	defer stopTracing()
+	metrics := newMetrics(version)
+	snapshotter, err := open(ctx, cfg, metrics)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, snapshotter.Close()) }()
+	if cfg.MetricsAddress != "" {
+		exporter, err := metrics.serve(ctx, cfg.MetricsAddress)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = exporter.Close() }()
+	}
 
 	address := cfg.SocketAddress()
 	listener, err := listen(ctx, address)
 	if err != nil {
 		return err
 	}
-	server := grpc.NewServer(
+	server := grpc.NewServer(append(traced,
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
-		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize))
-	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(snapshotter))
-	applier, _ := snapshotter.(diff.Applier)
-	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(applier, nil))
+		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize))...)
+	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(measured{snapshotter, metrics}))
+	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(snapshotter.Applier, nil))
+	healthy := health.NewServer() // it serves: the snapshotter is open
+	grpc_health_v1.RegisterHealthServer(server, healthy)
 
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
@@ -70,6 +87,7 @@ func Serve(ctx context.Context, cfg Config) (err error) {
 	}
 	log.G(ctx).Info("Stopping; running pods keep their volumes")
 	notify(ctx, daemon.SdNotifyStopping)
+	healthy.Shutdown()
 	hard := time.AfterFunc(stopTimeout, server.Stop)
 	defer hard.Stop()
 	server.GracefulStop()

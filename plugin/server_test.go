@@ -46,7 +46,7 @@ func serve(t *testing.T, cfg Config) (stop func() error) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	result := make(chan error, 1)
-	go func() { result <- Serve(ctx, cfg) }()
+	go func() { result <- Serve(ctx, cfg, "v0") }()
 	ended := false
 	stop = func() error {
 		cancel()
@@ -167,7 +167,7 @@ func TestOneServerForOneRoot(t *testing.T) {
 	serve(t, cfg)
 	second := cfg
 	second.State += "2"
-	err := Serve(t.Context(), second)
+	err := Serve(t.Context(), second, "v0")
 	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), cfg.Root) {
 		t.Errorf("a second server on one root: %v, want errdefs.ErrFailedPrecondition with the root", err)
 	}
@@ -178,7 +178,7 @@ func TestOneServerForOneAddress(t *testing.T) {
 	serve(t, cfg)
 	second := testConfig(t)
 	second.Address = cfg.SocketAddress()
-	err := Serve(t.Context(), second)
+	err := Serve(t.Context(), second, "v0")
 	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), second.Address) {
 		t.Errorf("a second server on one address: %v, want errdefs.ErrFailedPrecondition with the address", err)
 	}
@@ -211,7 +211,7 @@ func TestOtherFileIsNotReplaced(t *testing.T) {
 	if err := os.WriteFile(cfg.Address, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := Serve(t.Context(), cfg); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), cfg.Address) {
+	if err := Serve(t.Context(), cfg, "v0"); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), cfg.Address) {
 		t.Errorf("a file at the address: %v, want errdefs.ErrFailedPrecondition with the address", err)
 	}
 	if text, err := os.ReadFile(cfg.Address); err != nil || string(text) != "precious" {
@@ -222,7 +222,7 @@ func TestOtherFileIsNotReplaced(t *testing.T) {
 func TestServeRefusesBadConfig(t *testing.T) {
 	cfg := testConfig(t)
 	cfg.RawRung = "stairs"
-	wantError(t, Serve(t.Context(), cfg), "stairs")
+	wantError(t, Serve(t.Context(), cfg, "v0"), "stairs")
 	if _, err := os.Stat(cfg.Root); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a root was made for a configuration that is refused: %v", err)
 	}

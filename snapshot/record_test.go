@@ -222,14 +222,23 @@ func TestWhatCannotBeUnpackedLeavesNothing(t *testing.T) {
 	}
 }
 
+// guard is Images that know no names.
+type guard func(namespace string, target digest.Digest) error
+
+func (g guard) Check(_ context.Context, namespace string, target digest.Digest) error {
+	return g(namespace, target)
+}
+
+func (guard) Name(string, digest.Digest) string { return "" }
+
 func TestAGuardKeepsVolumesFromBeingShown(t *testing.T) {
 	n := newNode(t)
 	d := n.pack(t)
 	var asked []string
-	guarded, err := New(t.TempDir(), n.views, func(_ context.Context, namespace string, target digest.Digest) error {
+	guarded, err := New(t.TempDir(), n.views, guard(func(namespace string, target digest.Digest) error {
 		asked = append(asked, namespace+" "+target.String())
 		return errdefs.ErrFailedPrecondition
-	})
+	}))
 	if err != nil {
 		t.Fatal(err)
 	}

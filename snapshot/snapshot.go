@@ -54,7 +54,7 @@ var (
 	// imageVolume is the key with which containerd's CRI plugin prepares an
 	// image volume: the path of the mount, which ends in the digest of the
 	// image's target (internal/cri/server/container_image_mount.go).
-	imageVolume = regexp.MustCompile(`^(?:([^/]+)/\d+/)?/(?:.*/)?image-volumes/[^/]+/` + digestHex + `$`)
+	imageVolume = regexp.MustCompile(`^(?:([^/]+)/\d+/)?/(?:.*/)?image-volumes/([^/]+)/` + digestHex + `$`)
 	// unpackKey and mountKey are those of UnpackKey and MountKey.
 	unpackKey = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + unpackPrefix + `[^/]+/` + digestHex + `$`)
 	mountKey  = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + mountPrefix + `[^/]+/` + digestHex + `$`)
@@ -95,10 +95,15 @@ func ParseMountKey(key string) (path, hex string, ok bool) {
 	return path, m[1], err == nil
 }
 
-// Guard returns an error if the runtime may take another artifact for the one
-// whose manifest or index is target, in a namespace of containerd's. It must not
-// call containerd.
-type Guard func(ctx context.Context, namespace string, target digest.Digest) error
+// Images is what is known of the runtime's images, in a namespace of containerd's.
+// It must not call containerd.
+type Images interface {
+	// Check returns an error if the runtime may take another artifact for the one
+	// whose manifest or index is target.
+	Check(ctx context.Context, namespace string, target digest.Digest) error
+	// Name is a name of the image with that target, for people; "" if none is known.
+	Name(namespace string, target digest.Digest) string
+}
 
 // unpackWait is how long Prepare waits for UnpackKey: nobody is in a hurry.
 const unpackWait = time.Second
@@ -108,14 +113,14 @@ type snapshotter struct {
 	root                  string // overlayfs's
 	ms                    *storage.MetaStore
 	views                 *view.Store
-	guard                 Guard
+	images                Images
 }
 
 // New returns a Snapshotter that keeps ordinary snapshots in root/overlayfs and
 // its views in the store, and tells the store which artifacts they show. No image
-// volume is shown that guard objects to. Close closes neither the store nor any
-// view.
-func New(root string, views *view.Store, guard Guard) (snapshots.Snapshotter, error) {
+// volume is shown that images object to, if they are not nil. Close closes neither
+// the store nor any view.
+func New(root string, views *view.Store, images Images) (snapshots.Snapshotter, error) {
 	root = filepath.Join(root, "overlayfs")
 	// overlayfs itself would make it 0700, and a pod with a user namespace
 	// could not reach its root file system.
@@ -134,7 +139,7 @@ func New(root string, views *view.Store, guard Guard) (snapshots.Snapshotter, er
 	if err != nil {
 		return nil, errors.Join(err, ms.Close())
 	}
-	s := &snapshotter{Snapshotter: o, root: root, ms: ms, views: views, guard: guard}
+	s := &snapshotter{Snapshotter: o, root: root, ms: ms, views: views, images: images}
 	views.AddUsers(func(ctx context.Context) ([]view.ID, error) {
 		return s.list(ctx, func(i snapshots.Info) bool { return i.Kind != snapshots.KindCommitted })
 	})
@@ -179,18 +184,30 @@ func (s *snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 
 // createView returns artifact.ErrNotArtifact for what overlayfs is to serve.
 func (s *snapshotter) createView(ctx context.Context, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) ([]mount.Mount, error) {
+	volume := parseVolume(key)
+	ctx, answered := s.asked(ctx, volume)
+	v, err := s.show(ctx, volume, kind, key, parent, opts)
+	answered(v, err)
+	if err != nil {
+		return nil, err
+	}
+	return bind(v), nil
+}
+
+// show is createView. The view has been released, for it is recorded.
+func (s *snapshotter) show(ctx context.Context, volume *volume, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) (*view.View, error) {
 	base, err := apply(opts)
 	if err != nil {
 		return nil, err
 	}
-	want, err := s.target(ctx, kind, key, parent)
+	want, err := s.target(ctx, volume, kind, key, parent)
 	if err != nil {
 		return nil, err
 	}
 	v, err := s.acquire(ctx, want, owners(base))
 	switch {
 	case err == nil:
-	case imageVolume.MatchString(key):
+	case volume != nil:
 		return nil, fmt.Errorf("image volume: %w", err)
 	default:
 		return nil, ordinary(want.Descriptor, err)
@@ -203,18 +220,20 @@ func (s *snapshotter) createView(ctx context.Context, kind snapshots.Kind, key, 
 	if err != nil {
 		return nil, fmt.Errorf("failed to create snapshot: %w", err)
 	}
-	return bind(v), nil
+	return v, nil
 }
 
-// target is what a new snapshot is to show.
-func (s *snapshotter) target(ctx context.Context, kind snapshots.Kind, key, parent string) (want wanted, err error) {
+// target is what a new snapshot is to show; volume is nil if the key is that of none.
+func (s *snapshotter) target(ctx context.Context, volume *volume, kind snapshots.Kind, key, parent string) (want wanted, err error) {
 	of, err := s.subjectOf(ctx, parent)
 	if err != nil || parent != "" && of.ordinary() {
 		return want, cmp.Or(err, artifact.ErrNotArtifact)
 	}
-	if volume := imageVolume.FindStringSubmatch(key); volume != nil {
-		if want.Descriptor, err = s.views.Find(volume[2]); err == nil && s.guard != nil {
-			err = s.guard(ctx, volume[1], want.Digest)
+	if volume != nil {
+		want.Descriptor, err = s.views.Find(volume.hex)
+		volume.target = want.Digest
+		if err == nil && s.images != nil {
+			err = s.images.Check(ctx, volume.namespace, want.Digest)
 		}
 		if err != nil && !errors.Is(err, artifact.ErrNotArtifact) {
 			err = fmt.Errorf("image volume: %w", err)
@@ -381,9 +400,17 @@ func (s *snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 		return s.Snapshotter.Mounts(ctx, key)
 	}
 	want := wanted{ocispec.Descriptor{Digest: id.Manifest}, digest.Digest(info.Labels[LabelLayers]), info.Parent}
+	volume := parseVolume(key)
+	if volume != nil {
+		ctx = volume.context(ctx)
+	}
 	v, err := s.acquire(ctx, want, id.Owners)
 	if err != nil {
-		return nil, fmt.Errorf("snapshot %q: %w", key, err)
+		err = fmt.Errorf("snapshot %q: %w", key, err)
+		if volume != nil {
+			s.logRefused(ctx, volume, err)
+		}
+		return nil, err
 	}
 	defer v.Release()
 	return bind(v), nil
@@ -460,9 +487,11 @@ func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 
 // Remove removes the record; the store soon drops what no other view shows.
 func (s *snapshotter) Remove(ctx context.Context, key string) error {
+	dropped := s.dropping(ctx, key)
 	if err := s.Snapshotter.Remove(ctx, key); err != nil {
 		return err
 	}
+	dropped()
 	s.views.Wake()
 	return nil
 }

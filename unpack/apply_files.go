@@ -215,6 +215,7 @@ func (w *writer) shareWhole(ctx context.Context, name string, n *node) error {
 	}
 	defer dst.Close()
 	if unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())) == nil {
+		w.counted(Reflinked, blob.Size)
 		return w.setAttrs(name, n)
 	}
 	dir, base, err := w.at(name)
@@ -226,6 +227,7 @@ func (w *writer) shareWhole(ctx context.Context, name string, n *node) error {
 	}
 	// The file that was opened, whatever has become of its name.
 	if unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", src.Fd()), dir, base, unix.AT_SYMLINK_FOLLOW) == nil {
+		w.counted(Linked, blob.Size)
 		return nil
 	}
 	copied, err := w.create(name, n.attrs.mode)
@@ -248,7 +250,8 @@ func (w *writer) copyOwn(ctx context.Context, name string, n *node) error {
 	if err != nil {
 		return err
 	}
-	_, err = copySparse(dst, reader{ctx, src}, n.bytes.size, n.bytes.size)
+	written, err := copySparse(dst, reader{ctx, src}, n.bytes.size, n.bytes.size)
+	w.counted(Copied, written)
 	if err := errors.Join(err, dst.Close()); err != nil {
 		return err
 	}

@@ -334,11 +334,16 @@ func TestFilesAreReflinksWhereTheFileSystemHasThem(t *testing.T) {
 		}
 	}
 	l := s.raw(t, "dir/weights", strings.Repeat("weights ", 4<<20))
+	counted := map[Retention]int64{}
+	c.Options.Counted = func(how Retention, n int64) { counted[how] += n }
 	if _, err := c.Apply(context.Background(), descriptor(l), []mount.Mount{{Type: "bind", Source: upper, Options: []string{"rbind", "rw"}}}); err != nil {
 		t.Fatal(err)
 	}
 	if got := read(t, upper, "dir/weights"); int64(len(got)) != l.Descriptor.Size || !strings.HasPrefix(got, "weights weights") {
 		t.Errorf("the file has %d bytes", len(got))
+	}
+	if want := map[Retention]int64{Reflinked: l.Descriptor.Size}; !maps.Equal(counted, want) {
+		t.Errorf("counted %v, want %v", counted, want)
 	}
 	wantAttrs(t, filepath.Join(upper, "dir/weights"), 0o640, 1234, 5678, mtime)
 	wantAttrs(t, filepath.Join(upper, "dir"), 0o755, 0, 0, epoch)

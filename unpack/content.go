@@ -211,7 +211,8 @@ func checkSize(fi os.FileInfo, blob ocispec.Descriptor) error {
 // retain makes c the runtime's blob, unless it is that already, and checks the
 // size, which layers with the same blob may say differently.
 func (cs *contents) retain(ctx context.Context, c *content, blob ocispec.Descriptor) error {
-	c.once.Do(func() { c.retained = cs.link(ctx, c, blob) })
+	linked := false
+	c.once.Do(func() { linked, c.retained = cs.link(ctx, c, blob) })
 	if c.retained != nil {
 		return c.retained
 	}
@@ -219,31 +220,34 @@ func (cs *contents) retain(ctx context.Context, c *content, blob ocispec.Descrip
 	if err != nil {
 		return err
 	}
+	if linked {
+		cs.counted(Linked, fi.Size())
+	}
 	return checkSize(fi, blob)
 }
 
 // link makes c a link to the runtime's blob, else to a copy made for another
 // Tree, else a new copy that later Trees can link to.
-func (cs *contents) link(ctx context.Context, c *content, blob ocispec.Descriptor) error {
+func (cs *contents) link(ctx context.Context, c *content, blob ocispec.Descriptor) (linked bool, err error) {
 	if err := cs.await(ctx, blob.Digest); err != nil {
-		return err
+		return false, err
 	}
-	err := os.Link(cs.Blobs.Path(blob.Digest), c.path)
+	err = os.Link(cs.Blobs.Path(blob.Digest), c.path)
 	switch {
 	case err == nil:
-		return nil
+		return true, nil
 	case errors.Is(err, unix.EXDEV), errors.Is(err, unix.EMLINK), errors.Is(err, unix.EPERM), errors.Is(err, unix.EOPNOTSUPP):
 		if err := os.Link(cs.Shared.Path(blob.Digest), c.path); err == nil {
-			return nil
+			return true, nil
 		}
 		log.G(ctx).WithError(err).WithField("blob", blob.Digest).Warnf("copying a blob of %s, since it cannot be linked into the snapshotter's root", cs.Blobs)
 		if err := cs.copy(ctx, c.path, blob); err != nil {
-			return err
+			return false, err
 		}
 		_, err := cs.share(c)
-		return err
+		return false, err
 	default:
-		return explainMissing(err, cs.Blobs)
+		return false, explainMissing(err, cs.Blobs)
 	}
 }
 
@@ -289,6 +293,7 @@ func (cs *contents) fill(ctx context.Context, dst *os.File, blob ocispec.Descrip
 	err = unix.IoctlFileClone(int(dst.Fd()), int(src.Fd()))
 	runtime.KeepAlive(src)
 	if err == nil {
+		cs.counted(Reflinked, blob.Size)
 		return nil
 	}
 	if err := cs.Budget.room(dst, blob.Size); err != nil {
@@ -301,6 +306,7 @@ func (cs *contents) fill(ctx context.Context, dst *os.File, blob ocispec.Descrip
 	if !verifier.Verified() {
 		return fmt.Errorf("its blob does not have the digest %s; delete the image and pull it again: %w", blob.Digest, errdefs.ErrFailedPrecondition)
 	}
+	cs.counted(Copied, blob.Size)
 	return nil
 }
 
@@ -338,6 +344,7 @@ func (cs *contents) sparse(ctx context.Context, r io.Reader, key memberKey, size
 	} else if !errors.Is(err, io.EOF) {
 		return nil, err
 	}
+	cs.counted(Copied, written)
 	cs.written += written
 	cs.holes += size - written
 	cs.members[key] = c

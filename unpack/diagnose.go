@@ -276,15 +276,23 @@ func mountID(path string) (id int, err error) {
 	return 0, fmt.Errorf("%s has no mnt_id: %w", info.Name(), errdefs.ErrUnavailable)
 }
 
-// Retention is how a Tree comes by the blobs that it retains.
+// Retention is how a Tree comes by the contents that it retains.
 type Retention string
 
-// The ways to retain a blob; a Tree takes the first that works.
+// The ways to retain a blob; a Tree takes the first that works. Members that are
+// extracted from a tar are copied, too.
 const (
 	Linked    Retention = "link"
 	Reflinked Retention = "reflink"
 	Copied    Retention = "copy"
 )
+
+// Decompressed is how a Tree comes by the flat tar in a compressed blob. What counts
+// is what comes out.
+const Decompressed Retention = "decompress"
+
+// Retentions are all of them.
+var Retentions = []Retention{Linked, Reflinked, Copied, Decompressed}
 
 // Sharing is what root and the directory of blobs have in common.
 type Sharing struct {

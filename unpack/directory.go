@@ -149,7 +149,8 @@ func (w *writer) bytes(ctx context.Context, f *os.File, e extent) error {
 			return err
 		}
 		defer archive.Close()
-		_, err = copySparse(f, reader{ctx, io.NewSectionReader(archive, e.offset, e.size)}, e.size, e.size)
+		written, err := copySparse(f, reader{ctx, io.NewSectionReader(archive, e.offset, e.size)}, e.size, e.size)
+		w.counted(Copied, written)
 		return err
 	case w.Rungs.Raw == Overlay:
 		return makeMetacopy(f, c.name, e.size)

@@ -12,8 +12,10 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
@@ -31,6 +33,8 @@ const (
 	chunk = 256 << 10
 	// lookEvery is how much is written between two looks at the free space.
 	lookEvery = 16 << 20
+	// largeLayer is how large a layer is of which the log tells.
+	largeLayer = 64 << 20
 )
 
 // decompressor is how a compression is read, and the memory that takes.
@@ -117,6 +121,9 @@ func (cs *contents) retainFlat(ctx context.Context, c *content) error {
 		if os.Link(shared, c.path) == nil {
 			c.digest = digest.NewDigestFromEncoded(digest.Algorithm(filepath.Base(filepath.Dir(shared))), filepath.Base(shared))
 			cs.done(c.layer.Descriptor.Size)
+			if fi, err := os.Lstat(c.path); err == nil {
+				cs.counted(Linked, fi.Size())
+			}
 			return nil
 		}
 	}
@@ -181,9 +188,18 @@ func (cs *contents) inflate(ctx context.Context, c *content) error {
 		file: dst, hash: sum.Hash(), budget: cs.Budget,
 		compressed: l.Descriptor.Size, limit: cs.Budget.expanded(l.Descriptor.Size),
 	}
+	began := time.Now()
 	if err := out.fill(ctx, stream); err != nil {
 		return badStream(err)
 	}
+	cs.counted(Decompressed, out.written)
+	level := log.DebugLevel // an artifact may have a layer for each of its files
+	if out.written >= largeLayer {
+		level = log.InfoLevel
+	}
+	log.G(ctx).WithFields(log.Fields{
+		"blob": l.Descriptor.Digest, "bytes": l.Descriptor.Size, "decompressed": out.written, "duration": time.Since(began),
+	}).Log(level, "decompressed a layer")
 	c.digest = sum.Digest()
 	return dst.Close()
 }

@@ -103,6 +103,15 @@ type Options struct {
 	// Progress, if it is not nil, is told of every n bytes of the artifact's
 	// blobs that are done, by several goroutines.
 	Progress func(n int64)
+	// Counted, if it is not nil, is told of every n bytes of contents that a Tree has
+	// come by, by several goroutines.
+	Counted func(how Retention, n int64)
+}
+
+func (o Options) counted(how Retention, n int64) {
+	if o.Counted != nil {
+		o.Counted(how, n)
+	}
 }
 
 func (o Options) await(ctx context.Context, blob digest.Digest) error {

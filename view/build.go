@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync/atomic"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -42,14 +43,31 @@ func (s *Store) unfinished(id ID, why error) error {
 	if p != nil && p.total > 0 {
 		far = fmt.Sprintf(" (%d %% of %.1f MiB)", 100*p.done.Load()/p.total, float64(p.total)/(1<<20))
 	}
-	return fmt.Errorf("artifact %s is still being unpacked%s, which goes on; try again: %w", id.Manifest, far, why)
+	return &UnfinishedError{fmt.Errorf("artifact %s is still being unpacked%s, which goes on; try again: %w", id.Manifest, far, why)}
+}
+
+// UnfinishedError is the error of a request that could not wait until a Tree was
+// built. The build goes on.
+type UnfinishedError struct{ err error }
+
+// Error implements error.
+func (e *UnfinishedError) Error() string { return e.err.Error() }
+
+// Unwrap returns why the request could not wait: the error of its context, or
+// errdefs.ErrUnavailable.
+func (e *UnfinishedError) Unwrap() error { return errors.Unwrap(e.err) }
+
+// served is a Tree that is mounted.
+type served struct {
+	rungs unpack.Rungs
+	built *Build // nil if it was there
 }
 
 // serve mounts the Tree of id for all who wait for it, and keeps the reason if
 // it cannot: they may have given up by then.
-func (s *Store) serve(id ID, from *source) (err error) {
+func (s *Store) serve(ctx context.Context, id ID, from *source) (_ served, err error) {
 	if !s.begin() {
-		return fmt.Errorf("the snapshotter is shutting down: %w", errdefs.ErrUnavailable)
+		return served{}, fmt.Errorf("the snapshotter is shutting down: %w", errdefs.ErrUnavailable)
 	}
 	defer s.running.Done()
 	defer s.hold(id.name())() // also when all who asked have given up
@@ -57,13 +75,14 @@ func (s *Store) serve(id ID, from *source) (err error) {
 		if err == nil {
 			_ = s.takeFailure(id.name()) // of an earlier one
 		} else if s.closing.Err() == nil {
-			log.L.WithError(err).WithField("artifact", id.Manifest).Warn("cannot show an artifact")
+			// Who asks, or asks again, is told, and tells it at a level that is read.
+			log.G(ctx).WithError(err).WithField("artifact", id.Manifest).Debug("cannot show an artifact")
 			s.mu.Lock()
 			s.failed[id.name()] = err
 			s.mu.Unlock()
 		}
 	}()
-	return s.mount(s.closing, id, from)
+	return s.mount(ctx, id, from)
 }
 
 // takeFailure returns why the last build failed, once, if nobody has been told.
@@ -88,39 +107,56 @@ func (s *Store) begin() bool {
 
 // mount makes sure that the Tree of id is there and mounted. What it is built from
 // may be nil if the Tree was there when it was taken hold of.
-func (s *Store) mount(ctx context.Context, id ID, from *source) error {
+func (s *Store) mount(ctx context.Context, id ID, from *source) (done served, err error) {
 	name := id.name()
 	t, err := unpack.Load(s.path(id))
 	if err != nil && !errors.Is(err, os.ErrNotExist) && s.mounted(name) {
-		return nil // another version of this program has made and mounted it
+		return done, nil // another version of this program has made and mounted it
 	}
 	if err != nil {
 		// Whatever is mounted shows another Tree, one that has been deleted.
 		if err := s.unmount(name); err != nil {
-			return err
+			return done, err
 		}
-		if t, err = s.build(ctx, id, from, nil); err != nil {
-			return err
+		if t, done.built, err = s.build(ctx, id, from, nil); err != nil {
+			return done, err
 		}
 	}
+	done.rungs = t.Rungs
 	if s.mounted(name) {
-		return nil
+		return done, nil
 	}
 	target := s.mountpoint(name)
 	if err := makeDir(target, 0o711); err != nil {
-		return err
+		return done, err
 	}
-	return t.Mount(ctx, target)
+	ctx, end := span(ctx, "tree.mount", id.Manifest)
+	err = t.Mount(ctx, target)
+	end(err)
+	return done, err
 }
 
 // build makes the Tree of id. await, if it is not nil, waits for blobs that the
-// runtime may not have yet.
-func (s *Store) build(ctx context.Context, id ID, from *source, await func(context.Context, digest.Digest) error) (*unpack.Tree, error) {
+// runtime may not have yet: the build is an early one.
+func (s *Store) build(ctx context.Context, id ID, from *source, await func(context.Context, digest.Digest) error) (t *unpack.Tree, b *Build, err error) {
 	if from == nil { // somebody has deleted it by hand
-		return nil, fmt.Errorf("the tree of artifact %s has just gone, try again: %w", id.Manifest, errdefs.ErrUnavailable)
+		return nil, nil, fmt.Errorf("the tree of artifact %s has just gone, try again: %w", id.Manifest, errdefs.ErrUnavailable)
 	}
+	ctx, end := span(ctx, "tree.build", id.Manifest)
+	b = &Build{Rungs: s.rungs, Early: await != nil}
+	began := time.Now()
+	t, b.Bytes, err = s.make(ctx, id, from, await)
+	b.Duration, b.Err = time.Since(began), err
+	end(err)
+	s.observe(ctx, id, *b)
+	return t, b, err
+}
+
+// make is build. It also returns how many bytes it has come by.
+func (s *Store) make(ctx context.Context, id ID, from *source, await func(context.Context, digest.Digest) error) (*unpack.Tree, map[unpack.Retention]int64, error) {
 	if id.shifted() && s.rungs.Raw == unpack.Overlay && s.rungs.Tar == unpack.Extract {
-		return s.shift(ctx, id, from)
+		t, err := s.shift(ctx, id, from)
+		return t, nil, err
 	}
 	far := &progress{}
 	for _, l := range from.Layers {
@@ -135,16 +171,28 @@ func (s *Store) build(ctx context.Context, id ID, from *source, await func(conte
 		delete(s.progress, id.Manifest)
 	}()
 	log.G(ctx).WithField("artifact", id.Manifest).Debug("building the tree")
-	return s.publish(id, func(dir string) error {
+	got := newCounts()
+	t, err := s.publish(id, func(dir string) error {
 		o := s.options(id)
 		o.Progress = func(n int64) { far.done.Add(n) }
 		o.Await = await
+		o.Counted = func(how unpack.Retention, n int64) {
+			got[how].Add(n)
+			s.counted(how, n)
+		}
 		return s.layOut(ctx, dir, from, o)
 	})
+	return t, got.bytes(), err
 }
 
 func (s *Store) options(id ID) unpack.Options {
-	return unpack.Options{Rungs: s.rungs, Blobs: s.content, Shared: s.shared, Budget: s.budget, Owners: id.Owners}
+	return unpack.Options{Rungs: s.rungs, Blobs: s.content, Shared: s.shared, Budget: s.budget, Owners: id.Owners, Counted: s.counted}
+}
+
+func (s *Store) counted(how unpack.Retention, n int64) {
+	if s.observer.Counted != nil {
+		s.observer.Counted(how, n)
+	}
 }
 
 // shift makes the Tree of id from the one whose owners are not shifted, which is
@@ -156,7 +204,8 @@ func (s *Store) shift(ctx context.Context, id ID, from *source) (*unpack.Tree, e
 		if t, err := unpack.Load(s.path(plain)); err == nil {
 			return t, nil
 		}
-		return s.build(ctx, plain, from, nil)
+		t, _, err := s.build(ctx, plain, from, nil)
+		return t, err
 	})
 	if err != nil {
 		return nil, err

@@ -182,7 +182,8 @@ func (s *Store) buildEarly(ctx context.Context, id ID, desc ocispec.Descriptor, 
 		if err := s.unmount(id.name()); err != nil {
 			return nil, err
 		}
-		return s.build(ctx, id, &source{Artifact: a}, func(ctx context.Context, blob digest.Digest) error { return s.await(ctx, e, blob) })
+		_, b, err := s.build(ctx, id, &source{Artifact: a}, func(ctx context.Context, blob digest.Digest) error { return s.await(ctx, e, blob) })
+		return b, err
 	})
 	return err
 }

@@ -37,6 +37,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		shared:   blobdir.Dir(c.Root),
 		rungs:    c.Rungs,
 		budget:   unpack.NewBudget(c.Limits),
+		observer: c.Observer,
 		maxWait:  maxWait,
 		wake:     make(chan struct{}, 1),
 		held:     map[string]int{},

@@ -122,32 +122,54 @@ func (s *Store) watchBlobs(ctx context.Context, w *fsnotify.Watcher) {
 // aside, and what no Tree shares any more. It asks all Users; if one
 // cannot tell, nothing is removed.
 func (s *Store) Sweep(ctx context.Context) error {
+	began := time.Now()
+	done := &Sweep{}
+	done.Err = s.sweepAll(ctx, done)
+	done.Duration = time.Since(began)
+	if s.observer.Swept != nil {
+		s.observer.Swept(*done)
+	}
+	return done.Err
+}
+
+// sweepAll is Sweep, and counts in done what it removes.
+func (s *Store) sweepAll(ctx context.Context, done *Sweep) error {
 	s.mu.Lock()
-	trash, err := s.sweep(ctx)
+	trash, trees, err := s.sweep(ctx)
 	s.mu.Unlock()
+	done.Trees = trees
 	// Deleting a large Tree takes time that no pod should wait for.
 	for _, name := range trash {
-		err = errors.Join(err, os.RemoveAll(filepath.Join(s.trees, name)))
+		dir := filepath.Join(s.trees, name)
+		bytes := freed(dir)
+		if rerr := os.RemoveAll(dir); rerr != nil {
+			err = errors.Join(err, rerr)
+			continue
+		}
+		done.Freed += bytes
 	}
 	if err != nil {
 		return err
 	}
-	return s.sweepShared()
+	bytes, err := s.sweepShared()
+	done.Freed += bytes
+	return err
 }
 
-// sweep unmounts and sets aside, and returns the names of what to delete.
-func (s *Store) sweep(ctx context.Context) (trash []string, err error) {
+// sweep unmounts and sets aside, and returns the names of what to delete, and how
+// many Trees were set aside.
+func (s *Store) sweep(ctx context.Context) (trash []string, removed int, err error) {
 	used, err := s.used(ctx, s.users)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	kept, err := s.used(ctx, s.kept)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	mounts, err := list(s.mounts)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	for _, name := range mounts {
 		if !used[name] {
@@ -158,8 +180,12 @@ func (s *Store) sweep(ctx context.Context) (trash []string, err error) {
 	err = errors.Join(err, lerr)
 	for _, name := range trees {
 		if m := manifest(name); m != "" && !used[name] && !kept[name] && s.useless(name, m) {
-			log.G(ctx).WithField("tree", name).Info("removing a tree whose pod is gone, or whose artifact the runtime has deleted")
-			err = errors.Join(err, s.setAside(filepath.Join(s.trees, name)))
+			aerr := s.setAside(filepath.Join(s.trees, name))
+			if aerr == nil {
+				removed++
+				log.G(ctx).WithFields(log.Fields{"artifact": m, "tree": name}).Info("removed a tree whose pod is gone, or whose artifact the runtime has deleted")
+			}
+			err = errors.Join(err, aerr)
 		}
 	}
 	trees, lerr = list(s.trees)
@@ -168,7 +194,7 @@ func (s *Store) sweep(ctx context.Context) (trash []string, err error) {
 			trash = append(trash, name)
 		}
 	}
-	return trash, errors.Join(err, lerr)
+	return trash, removed, errors.Join(err, lerr)
 }
 
 // deleted reports whether the runtime has deleted the blob. Where the content
@@ -218,18 +244,18 @@ func (s *Store) sharedDir() string { return filepath.Join(string(s.shared), "blo
 
 // sweepShared removes the contents that no Tree links to, and then the symlinks
 // to those that are gone. A build that is about to link to one finds it gone and
-// makes it again.
-func (s *Store) sweepShared() error {
+// makes it again. It returns how many bytes of the disk that has freed.
+func (s *Store) sweepShared() (bytes int64, err error) {
 	algorithms, err := list(s.sharedDir())
 	if err != nil {
-		return err
+		return 0, err
 	}
 	var symlinks []string
 	for _, algorithm := range algorithms {
 		dir := filepath.Join(s.sharedDir(), algorithm)
 		names, err := list(dir)
 		if err != nil {
-			return err
+			return bytes, err
 		}
 		for _, name := range names {
 			p := filepath.Join(dir, name)
@@ -237,22 +263,24 @@ func (s *Store) sweepShared() error {
 			switch {
 			case errors.Is(err, os.ErrNotExist): // another sweep was quicker
 			case err != nil:
-				return fmt.Errorf("cannot clean up: %w", err)
+				return bytes, fmt.Errorf("cannot clean up: %w", err)
 			case fi.Mode().Type() == os.ModeSymlink:
 				symlinks = append(symlinks, p)
 			default:
+				size := freed(p)
 				if err := removeIf(p, func() bool { return linkCount(p) == 1 }); err != nil {
-					return err
+					return bytes, err
 				}
+				bytes += size
 			}
 		}
 	}
 	for _, p := range symlinks {
 		if err := removeIf(p, func() bool { _, err := os.Stat(p); return errors.Is(err, os.ErrNotExist) }); err != nil {
-			return err
+			return bytes, err
 		}
 	}
-	return nil
+	return bytes, nil
 }
 
 func linkCount(p string) uint64 {

@@ -22,6 +22,7 @@
 package view
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -66,6 +67,8 @@ type Config struct {
 	// Early lets Run build the Trees of artifacts with compressed layers while
 	// the runtime pulls them.
 	Early bool
+	// Observer is told of what the store does.
+	Observer Observer
 }
 
 // Users lists the artifacts that somebody shows at this moment. It must not
@@ -78,6 +81,7 @@ type Store struct {
 	content, shared blobdir.Dir
 	rungs           unpack.Rungs
 	budget          *unpack.Budget
+	observer        Observer
 
 	builds  singleflight.Group
 	maxWait time.Duration
@@ -105,6 +109,9 @@ type Store struct {
 	arrivals arrivals
 }
 
+// Rungs are how the store lays out layers.
+func (s *Store) Rungs() unpack.Rungs { return s.rungs }
+
 // AddUsers makes the sweep ask u who shows what. All doors must be added before
 // Run.
 func (s *Store) AddUsers(u Users) {
@@ -130,6 +137,11 @@ type View struct {
 	ID ID
 	// Path is the shared, read-only mount. Bind it where it is wanted.
 	Path string
+	// Rungs are those that the Tree was laid out by; "" if another version of this
+	// program has done it.
+	Rungs unpack.Rungs
+	// Built is the build that the caller has waited for; nil if the Tree was there.
+	Built *Build
 
 	release func()
 }
@@ -153,7 +165,7 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 	// was asked for.
 	var from *source
 	if !s.has(id) {
-		a, err := artifact.Read(ctx, s.content, target)
+		a, err := s.read(ctx, target)
 		if err != nil {
 			release()
 			return nil, err
@@ -168,9 +180,18 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 	return s.acquire(ctx, id, from, release)
 }
 
+// read reads the artifact whose manifest or index is target.
+func (s *Store) read(ctx context.Context, target ocispec.Descriptor) (a *artifact.Artifact, err error) {
+	ctx, end := span(ctx, "artifact.read", target.Digest)
+	defer func() { end(err) }()
+	return artifact.Read(ctx, s.content, target)
+}
+
 // acquire mounts the Tree of id, which is taken hold of, and builds it before if
 // it is not there. What it is built from may be nil if it was.
-func (s *Store) acquire(ctx context.Context, id ID, from *source, release func()) (*View, error) {
+func (s *Store) acquire(ctx context.Context, id ID, from *source, release func()) (_ *View, err error) {
+	ctx, end := span(ctx, "tree.wait", id.Manifest)
+	defer func() { end(err) }()
 	if err := s.takeFailure(id.name()); err != nil {
 		release()
 		return nil, err
@@ -182,8 +203,9 @@ func (s *Store) acquire(ctx context.Context, id ID, from *source, release func()
 		wait = min(wait, time.Until(deadline)*9/10)
 	}
 	timeout := time.After(wait)
+	var built *Build
 	for {
-		build := s.builds.DoChan(id.name(), func() (any, error) { return nil, s.serve(id, from) })
+		build := s.builds.DoChan(id.name(), func() (any, error) { return s.serve(s.following(ctx), id, from) })
 		var err error
 		select {
 		case r := <-build:
@@ -191,12 +213,17 @@ func (s *Store) acquire(ctx context.Context, id ID, from *source, release func()
 				_ = s.takeFailure(id.name()) // this is it
 				break
 			}
+			if b, ok := r.Val.(*Build); ok && b != nil { // an early one
+				built = b
+			}
+			tree, _ := r.Val.(served)
+			built = cmp.Or(built, tree.built)
 			// A call that was about to end when we joined it may have been
 			// swept before we took hold.
 			if !s.mounted(id.name()) {
 				continue
 			}
-			return &View{ID: id, Path: s.mountpoint(id.name()), release: release}, nil
+			return &View{ID: id, Path: s.mountpoint(id.name()), Rungs: tree.rungs, Built: built, release: release}, nil
 		case <-ctx.Done():
 			err = s.unfinished(id, ctx.Err())
 		case <-timeout:

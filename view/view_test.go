@@ -377,7 +377,7 @@ func TestTheReasonOfAFailureReachesWhoeverAsksNext(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.serve(ID{Manifest: d.Digest}, &source{Artifact: a}); !errdefs.IsNotFound(err) { // for nobody
+	if _, err := s.serve(s.closing, ID{Manifest: d.Digest}, &source{Artifact: a}); !errdefs.IsNotFound(err) { // for nobody
 		t.Fatal(err)
 	}
 	// Blocked, so that it can only be the reason of before.
@@ -395,7 +395,7 @@ func TestTheReasonOfAFailureReachesWhoeverAsksNext(t *testing.T) {
 
 func TestAPanicIsAnError(t *testing.T) {
 	s := newSite(t)
-	err := s.serve(ID{Manifest: s.pack("bytes").Digest}, &source{Artifact: &artifact.Artifact{Layers: []artifact.Layer{{
+	_, err := s.serve(s.closing, ID{Manifest: s.pack("bytes").Digest}, &source{Artifact: &artifact.Artifact{Layers: []artifact.Layer{{
 		// No manifest is read into this: it has no digest.
 		Format: artifact.FormatRaw, File: artifact.File{Path: "f"},
 	}}}})

@@ -78,7 +78,7 @@ func serve(ctx context.Context, command *cli.Command) error {
 	if err := errors.Join(log.SetFormat(log.TextFormat), log.SetLevel(cfg.LogLevel)); err != nil {
 		return err
 	}
-	return plugin.Serve(ctx, cfg)
+	return plugin.Serve(ctx, cfg, buildVersion())
 }
 
 // loadConfig loads the file of --config. Without the flag it need not exist.

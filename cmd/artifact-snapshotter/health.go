@@ -1,0 +1,54 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/urfave/cli/v3"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+)
+
+func healthCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "health",
+		Usage: "say whether the daemon serves: exit status 0, or 1 and the reason",
+		Description: "For probes and scripts. `doctor` says more, of the node and of containerd.\n\n" +
+			"Examples:\n\n" +
+			"  artifact-snapshotter health\n" +
+			"  artifact-snapshotter health --address /run/artifact-snapshotter/artifact-snapshotter.sock --timeout 1s",
+		Flags: []cli.Flag{
+			configFlag(),
+			&cli.StringFlag{Name: "address", Usage: "the daemon's Unix socket", DefaultText: "address of the configuration file"},
+			&cli.DurationFlag{Name: "timeout", Usage: "how long to wait for an answer", Value: 5 * time.Second},
+		},
+		Action: health,
+	}
+}
+
+func health(ctx context.Context, command *cli.Command) error {
+	timeout := command.Duration("timeout")
+	if timeout <= 0 {
+		return errors.New("--timeout must be more than 0")
+	}
+	address := command.String("address")
+	if address == "" {
+		cfg, err := loadConfig(command)
+		if err != nil {
+			return err
+		}
+		address = cfg.SocketAddress()
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	if err := plugin.Health(ctx, address); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintln(command.Root().Writer, "ok")
+	return err
+}

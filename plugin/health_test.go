@@ -1,0 +1,65 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package plugin
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/dialer"
+	"github.com/containerd/errdefs"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health/grpc_health_v1"
+)
+
+func TestHealth(t *testing.T) {
+	cfg := testConfig(t)
+	ask := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		return Health(ctx, cfg.SocketAddress())
+	}
+	if err := ask(); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), cfg.SocketAddress()) {
+		t.Errorf("before there is a daemon: %v", err)
+	}
+	stop := serve(t, cfg)
+	if err := ask(); err != nil {
+		t.Errorf("of a daemon that serves: %v", err)
+	}
+
+	// Who watches is told when the daemon is about to stop, which waits for him.
+	conn, err := grpc.NewClient(dialer.DialAddress(cfg.SocketAddress()), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	watch, err := grpc_health_v1.NewHealthClient(conn).Watch(ctx, &grpc_health_v1.HealthCheckRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stopped := make(chan error, 1)
+	for _, want := range []grpc_health_v1.HealthCheckResponse_ServingStatus{
+		grpc_health_v1.HealthCheckResponse_SERVING, grpc_health_v1.HealthCheckResponse_NOT_SERVING,
+	} {
+		got, err := watch.Recv()
+		if err != nil || got.GetStatus() != want {
+			t.Fatalf("%v (%v), want %v", got, err, want)
+		}
+		if want == grpc_health_v1.HealthCheckResponse_SERVING {
+			go func() { stopped <- stop() }()
+		}
+	}
+	cancel()
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
+	if err := ask(); !errdefs.IsUnavailable(err) {
+		t.Errorf("after the end: %v", err)
+	}
+}

@@ -1,0 +1,337 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/view"
+)
+
+// The values of the label begun: what a build of a Tree began with.
+const (
+	begunByPull = "pull"
+	begunByPod  = "pod"
+)
+
+// kinds are the values of the label kind, with the errdefs kind that each stands for;
+// an error of none of them is kindOther. That a snapshot is there already is no
+// failure but an answer. What the caller gave up, or what took too long for it, is one
+// kind: it depends on who was quicker.
+var kinds = []struct {
+	name string
+	is   func(error) bool
+}{
+	{"invalid_argument", errdefs.IsInvalidArgument},
+	{"not_found", errdefs.IsNotFound},
+	{"permission_denied", errdefs.IsPermissionDenied},
+	{"resource_exhausted", errdefs.IsResourceExhausted},
+	{"failed_precondition", errdefs.IsFailedPrecondition},
+	{"not_implemented", errdefs.IsNotImplemented},
+	{"internal", errdefs.IsInternal},
+	{"unavailable", errdefs.IsUnavailable},
+	{"canceled", func(err error) bool { return errdefs.IsCanceled(err) || errdefs.IsDeadlineExceeded(err) }},
+}
+
+const kindOther = "other"
+
+func kindOf(err error) string {
+	for _, kind := range kinds {
+		if kind.is(err) {
+			return kind.name
+		}
+	}
+	return kindOther
+}
+
+// The values of the label reason.
+const (
+	reasonInvalid    = "invalid_artifact" // it breaks a rule, and will do so the next time
+	reasonMissing    = "blob_missing"
+	reasonConflict   = "conflict"       // with another image that has its config
+	reasonUnknown    = "images_unknown" // containerd does not tell which images it has
+	reasonUnfinished = "unfinished"     // it takes longer than a request may wait
+	reasonDiskFull   = "disk_full"
+	reasonOther      = "other"
+)
+
+// reasons are all values of the label reason.
+var reasons = []string{
+	reasonInvalid, reasonMissing, reasonConflict, reasonUnknown, reasonUnfinished, reasonDiskFull, reasonOther,
+}
+
+// unsure is the error of an image volume that might be that of another image.
+type unsure struct{ error }
+
+func (u unsure) Unwrap() error { return u.error }
+
+// reasonOf is why an image volume was refused: one of few words, whatever is in the
+// error, which may have been written by the artifact.
+func reasonOf(err error) string {
+	_, unfinished := errors.AsType[*view.UnfinishedError](err)
+	_, unsure := errors.AsType[unsure](err)
+	switch {
+	case unfinished:
+		return reasonUnfinished
+	case unsure && errdefs.IsFailedPrecondition(err):
+		return reasonConflict
+	case unsure:
+		return reasonUnknown
+	case errdefs.IsInvalidArgument(err), errdefs.IsNotImplemented(err):
+		return reasonInvalid
+	case errdefs.IsNotFound(err):
+		return reasonMissing
+	case errdefs.IsResourceExhausted(err):
+		return reasonDiskFull
+	default:
+		return reasonOther
+	}
+}
+
+// metrics count what the snapshotter does. Every series is there from the beginning,
+// so that a query for one finds 0 and not nothing. docs/operations.md says what each
+// means.
+type metrics struct {
+	registry *prometheus.Registry
+
+	bytes    map[unpack.Retention]prometheus.Counter
+	builds   *prometheus.HistogramVec
+	unbuilt  *prometheus.CounterVec
+	volumes  prometheus.Histogram
+	refusals *prometheus.CounterVec
+	failures *prometheus.CounterVec
+	sweeps   prometheus.Histogram
+	unswept  prometheus.Counter
+	removed  prometheus.Counter
+	freed    prometheus.Counter
+}
+
+// prefix is that of all names of ours.
+const prefix = "artifact_snapshotter"
+
+func counter(name, help string) prometheus.CounterOpts {
+	return prometheus.CounterOpts{Namespace: prefix, Name: name, Help: help}
+}
+
+func newMetrics(version string) *metrics {
+	bytes := prometheus.NewCounterVec(counter("content_bytes_total",
+		"Bytes of the contents of artifacts that were linked, reflinked, copied or decompressed."), []string{"by"})
+	m := &metrics{
+		registry: prometheus.NewRegistry(),
+		bytes:    map[unpack.Retention]prometheus.Counter{},
+		builds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Namespace: prefix, Name: "tree_build_duration_seconds",
+			Help:    "Time that it took to build the tree of an artifact; one that was begun by a pull waits for that.",
+			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300, 1800},
+		}, []string{"raw", "tar", "begun"}),
+		unbuilt: prometheus.NewCounterVec(counter("tree_build_failures_total",
+			"Builds of trees that failed, those of pulls that were given up included."), []string{"begun"}),
+		volumes: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Namespace: prefix, Name: "image_volume_duration_seconds",
+			Help:    "Time that it took to answer a request for an image volume that was shown.",
+			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 20},
+		}),
+		refusals: prometheus.NewCounterVec(counter("image_volume_refusals_total",
+			"Requests for an image volume that were refused, each try of kubelet's, by reason."), []string{"reason"}),
+		failures: prometheus.NewCounterVec(counter("prepare_failures_total",
+			"Requests for a snapshot of any image that failed, by the kind of the error."), []string{"kind"}),
+		sweeps: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Namespace: prefix, Name: "sweep_duration_seconds",
+			Help:    "Time that the sweeps of what nobody uses took.",
+			Buckets: []float64{.001, .01, .1, 1, 10, 60},
+		}),
+		unswept: prometheus.NewCounter(counter("sweep_failures_total", "Sweeps that could not remove all that nobody uses.")),
+		removed: prometheus.NewCounter(counter("removed_trees_total", "Trees that sweeps have removed.")),
+		freed:   prometheus.NewCounter(counter("freed_bytes_total", "Bytes of the disk that sweeps have freed.")),
+	}
+	for _, how := range unpack.Retentions {
+		m.bytes[how] = bytes.WithLabelValues(string(how))
+	}
+	for _, begun := range []string{begunByPull, begunByPod} {
+		m.unbuilt.WithLabelValues(begun)
+	}
+	for _, reason := range reasons {
+		m.refusals.WithLabelValues(reason)
+	}
+	for _, kind := range kinds {
+		m.failures.WithLabelValues(kind.name)
+	}
+	m.failures.WithLabelValues(kindOther)
+	info := prometheus.NewGauge(prometheus.GaugeOpts{
+		Namespace: prefix, Name: "build_info", Help: "The version of the daemon; always 1.",
+		ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()},
+	})
+	info.Set(1)
+	m.registry.MustRegister(bytes, m.builds, m.unbuilt, m.volumes, m.refusals, m.failures,
+		m.sweeps, m.unswept, m.removed, m.freed, info,
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return m
+}
+
+// observer counts what a store does.
+func (m *metrics) observer() view.Observer {
+	return view.Observer{
+		Counted: func(how unpack.Retention, n int64) { m.bytes[how].Add(float64(n)) },
+		Built: func(b view.Build) {
+			begun := begunByPod
+			if b.Early {
+				begun = begunByPull
+			}
+			if b.Err != nil {
+				m.unbuilt.WithLabelValues(begun).Inc()
+				return
+			}
+			m.builds.WithLabelValues(string(b.Rungs.Raw), string(b.Rungs.Tar), begun).Observe(b.Duration.Seconds())
+		},
+		Swept: func(s view.Sweep) {
+			m.sweeps.Observe(s.Duration.Seconds())
+			m.removed.Add(float64(s.Trees))
+			m.freed.Add(float64(s.Freed))
+			if s.Err != nil {
+				m.unswept.Inc()
+			}
+		},
+	}
+}
+
+// watch exports what the store and the watcher have, when somebody asks.
+func (m *metrics) watch(views *view.Store, watcher *client.Watcher) {
+	m.registry.MustRegister(&gauges{views, watcher})
+	rungs := views.Rungs()
+	for _, begun := range []string{begunByPull, begunByPod} {
+		m.builds.WithLabelValues(string(rungs.Raw), string(rungs.Tar), begun)
+	}
+}
+
+// prepared counts the answer to a request for the snapshot key, begun at that time.
+func (m *metrics) prepared(key string, began time.Time, err error) {
+	_, volume := snapshot.VolumeSandbox(key)
+	switch {
+	case err == nil && volume:
+		m.volumes.Observe(time.Since(began).Seconds())
+	case err == nil, errdefs.IsAlreadyExists(err): // which containerd asks to hear
+	default:
+		m.failures.WithLabelValues(kindOf(err)).Inc()
+		if volume {
+			m.refusals.WithLabelValues(reasonOf(err)).Inc()
+		}
+	}
+}
+
+// measured is a Snapshotter whose answers are counted.
+type measured struct {
+	snapshots.Snapshotter
+	*metrics
+}
+
+func (s measured) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	began := time.Now()
+	mounts, err := s.Snapshotter.Prepare(ctx, key, parent, opts...)
+	s.prepared(key, began, err)
+	return mounts, err
+}
+
+func (s measured) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	began := time.Now()
+	mounts, err := s.Snapshotter.View(ctx, key, parent, opts...)
+	s.prepared(key, began, err)
+	return mounts, err
+}
+
+// Cleanup implements snapshots.Cleaner, which embedding a Snapshotter hides.
+func (s measured) Cleanup(ctx context.Context) error { return cleanup(ctx, s.Snapshotter) }
+
+// images marks the errors of a Watcher.
+type images struct{ *client.Watcher }
+
+// Check implements snapshot.Images.
+func (i images) Check(ctx context.Context, namespace string, target digest.Digest) error {
+	if err := i.Watcher.Check(ctx, namespace, target); err != nil && !errors.Is(err, artifact.ErrNotArtifact) {
+		return unsure{err}
+	}
+	return nil
+}
+
+// gauges are read when somebody asks for them.
+type gauges struct {
+	views   *view.Store
+	watcher *client.Watcher
+}
+
+func gauge(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc(prometheus.BuildFQName(prefix, "", name), help, labels, nil)
+}
+
+var (
+	connectedGauge = gauge("containerd_connected", "Whether the images of containerd are known: 1, or 0, and then image volumes are refused.")
+	artifactsGauge = gauge("artifacts", "Artifacts among the images of containerd, in all namespaces.")
+	conflictsGauge = gauge("image_conflicts", "Artifacts that are refused because they share their config with another image.")
+	treesGauge     = gauge("trees", "Trees on the node: artifacts that are laid out, and those of pods with a user namespace again.", "raw", "tar")
+	mountsGauge    = gauge("mounts", "Trees that are mounted.")
+	viewsGauge     = gauge("views", "Snapshots that show an artifact: one for each artifact and sandbox, and what tools have mounted.")
+	sizeGauge      = gauge("tree_disk_bytes", "What the trees add to the disk: metadata, decompressed and copied contents.")
+)
+
+// Describe implements prometheus.Collector.
+func (g *gauges) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{connectedGauge, artifactsGauge, conflictsGauge, treesGauge, mountsGauge, viewsGauge, sizeGauge} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector. What cannot be read is left out, with the
+// reason in the log.
+func (g *gauges) Collect(ch chan<- prometheus.Metric) {
+	set := func(d *prometheus.Desc, n int64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(n), labels...)
+	}
+	known := g.watcher.Stats()
+	connected := int64(0)
+	if known.Connected {
+		connected = 1
+	}
+	set(connectedGauge, connected)
+	set(artifactsGauge, int64(known.Artifacts))
+	set(conflictsGauge, int64(known.Conflicts))
+
+	ctx, cancel := context.WithTimeout(context.Background(), gatherTimeout)
+	defer cancel()
+	stats, err := g.views.Stats(ctx)
+	if err != nil {
+		log.L.WithError(err).Warn("Cannot count the trees for the metrics")
+		return
+	}
+	stats.Trees[g.views.Rungs()] += 0 // there is a series before there is a tree
+	for rungs, n := range stats.Trees {
+		set(treesGauge, int64(n), string(rungs.Raw), string(rungs.Tar))
+	}
+	set(mountsGauge, int64(stats.Mounts))
+	set(viewsGauge, int64(stats.Views))
+	set(sizeGauge, stats.Size)
+}
+
+// cleanup is the Cleanup of a snapshotter that has one.
+func cleanup(ctx context.Context, s snapshots.Snapshotter) error {
+	cleaner, ok := s.(snapshots.Cleaner)
+	if !ok {
+		return fmt.Errorf("snapshotter %T has no Cleanup: %w", s, errdefs.ErrNotImplemented)
+	}
+	return cleaner.Cleanup(ctx)
+}

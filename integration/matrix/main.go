@@ -44,11 +44,14 @@ var capabilities = []struct {
 	{"unpacking on pull, by image events", []string{"TestArtifactsAreUnpackedWhenTheyArePulled"}},
 	{"shared configs, by image events", []string{"TestArtifactsWithOneConfigAreNotMixedUp"}},
 	{"`doctor`", []string{"TestDoctorHasNothingToSayOnAGoodNode", "TestDoctorsLinesMakeAContainerdWork", "TestDoctorFindsWhatIsWrongOnANode"}},
+	{"the recipes of kubernetes.md, by crictl", []string{"TestPrivateRegistry", "TestVerifierChecksSignatures", "TestVerifierAllowsDigests", "TestAirGappedNode", "TestPinnedModel", "TestMirrorServesArtifacts", "TestPageCacheIsChargedToTheFirstReader", "TestImageFilesystemUsage"}},
 	{"garbage collection under load", []string{"TestGarbageCollectionWhileViewsUnpacksAndPullsRun"}},
+	{"metrics, health and the log", []string{"TestMetricsCountWhatTheDaemonDoes", "TestMetricsCountRefusalsByReason", "TestTheLogTellsOfEachImageVolume", "TestHealthTellsWhetherTheDaemonServes"}},
+	{"traces that go on in the daemon", []string{"TestSpansOfTheDaemonAreInTheTracesOfContainerd"}},
 }
 
 // skipped need a kubelet, or are Kubernetes' own suite and take minutes each.
-const skipped = "^(TestKubelet|TestCRIValidationSuite)$"
+const skipped = "^(TestKubelet.*|TestCRIValidationSuite)$"
 
 func main() {
 	only := flag.String("run", "", "run only the tests that match this")

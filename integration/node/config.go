@@ -106,10 +106,12 @@ func (n *Node) writeFile(name, text string) error {
 	var out strings.Builder
 	err := template.Must(template.New(name).Parse(text)).Execute(&out, struct {
 		*Node
-		Tools  string
-		Runc   string
-		Cgroup string
-	}{n, n.tools, runc, n.cgroup})
+		Tools      string
+		Containerd string
+		Runc       string
+		Cgroup     string
+		Systemd    bool
+	}{n, n.tools, n.containerd, runc, n.cgroup, n.options.Systemd})
 	if err != nil {
 		return err
 	}

@@ -57,7 +57,7 @@ func (n *Node) kubeletConfig(port int) map[string]any {
 // kernel parameters that kubelet would set have the values that it wants, and
 // /var/log and /var/lib, where it makes links to logs and a directory whatever
 // its configuration says, are empty. What is mounted in the node's directory
-// already must not be kept mounted by the namespace.
+// already must not be kept mounted by the namespace. A machine's /var is its own.
 const kubeletScript = `#!/bin/sh
 set -e
 awk -v dir='{{.Dir}}/' 'index($5, dir) == 1 {print $5}' /proc/self/mountinfo | while read -r point; do
@@ -70,10 +70,12 @@ for parameter in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel
 	echo "${parameter#*=}" > "$file"
 	mount --bind "$file" "/proc/sys/${parameter%=*}"
 done
+{{if not .Systemd -}}
 mount -t tmpfs -o mode=755 tmpfs /var/log
 mount -t tmpfs -o mode=755 tmpfs /var/lib
+{{end -}}
 exec '{{.Tools}}/kubelet' --config '{{.Dir}}/kubelet.json' --root-dir '{{.Dir}}/kubelet' --cert-dir '{{.Dir}}/kubelet/pki' \
-	--hostname-override ` + kubeletName + ` --v 2
+	--hostname-override ` + kubeletName + ` --v 2 "$@"
 `
 
 // runcScript lets the pods of a kubelet run where not every OOM score is
@@ -130,7 +132,17 @@ func (n *Node) StartKubelet(config map[string]any) error {
 		return err
 	}
 	n.kubeletPods = fmt.Sprintf("http://127.0.0.1:%d/pods", port)
-	n.kubelet, err = n.spawn("kubelet", []string{"unshare", "--mount", "--propagation", "slave", "sh", n.path("kubelet.sh")}, false)
+	if n.options.Systemd {
+		if _, err := n.Run("systemctl", "enable", "--now", "kubelet"); err != nil {
+			return err
+		}
+		return n.await("kubelet", func() error {
+			_, err := n.StaticPods()
+			return err
+		})
+	}
+	command := append([]string{"unshare", "--mount", "--propagation", "slave", "sh", n.path("kubelet.sh")}, n.kubeletFlags...)
+	n.kubelet, err = n.spawn("kubelet", command, false)
 	if err != nil {
 		return err
 	}
@@ -154,7 +166,13 @@ func freePort() (int, error) {
 }
 
 // StopKubelet ends kubelet by SIGTERM and waits. Pods go on.
-func (n *Node) StopKubelet() error { return n.kubelet.stop(syscall.SIGTERM) }
+func (n *Node) StopKubelet() error {
+	if n.machine.running() && n.options.Kubelet {
+		_, err := n.Run("systemctl", "stop", "kubelet")
+		return err
+	}
+	return n.kubelet.stop(syscall.SIGTERM)
+}
 
 // RunStaticPod gives kubelet the pod, in the place of one of the same name, and
 // does not wait for it. Its name must be given; no image needs to have been
@@ -204,6 +222,7 @@ func (n *Node) RunStaticPod(spec PodSpec) error {
 			"command":         c.Command,
 			"args":            c.Args,
 			"volumeMounts":    mounts,
+			"securityContext": c.SecurityContext,
 		})
 	}
 	text, err := json.MarshalIndent(map[string]any{
@@ -214,6 +233,7 @@ func (n *Node) RunStaticPod(spec PodSpec) error {
 			"hostNetwork":                   !spec.OwnNetwork,
 			"hostUsers":                     !spec.UserNamespace,
 			"terminationGracePeriodSeconds": 1,
+			"securityContext":               spec.SecurityContext,
 			"volumes":                       volumes,
 			"containers":                    containers,
 		},
@@ -221,13 +241,19 @@ func (n *Node) RunStaticPod(spec PodSpec) error {
 	if err != nil {
 		return err
 	}
+	return n.RunStaticManifest(spec.Name, string(text))
+}
+
+// RunStaticManifest gives kubelet a pod of this name by its manifest, JSON or YAML,
+// as RunStaticPod does.
+func (n *Node) RunStaticManifest(name, text string) error {
 	// kubelet does not look at names that begin with a dot, and reads the file
 	// as soon as it has its name.
 	draft := filepath.Join(n.path("static-pods"), ".draft")
-	if err := os.WriteFile(draft, text, 0o644); err != nil {
+	if err := os.WriteFile(draft, []byte(text), 0o644); err != nil {
 		return err
 	}
-	return os.Rename(draft, n.manifest(spec.Name))
+	return os.Rename(draft, n.manifest(name))
 }
 
 func (n *Node) manifest(name string) string {

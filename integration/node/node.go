@@ -44,8 +44,19 @@ type Options struct {
 	// RaceDaemon runs a daemon that is built with Go's race detector.
 	RaceDaemon bool
 
+	// Traces is the URL of a receiver of OTLP, to which containerd and the daemon
+	// send their spans; "" is none.
+	Traces string
+
 	// Kubelet prepares the node for StartKubelet.
 	Kubelet bool
+
+	// Systemd boots a machine in namespaces of its own, whose first process is
+	// systemd and where containerd is a service at its default places, with an
+	// /etc/containerd/config.toml that knows nothing of the daemon. What it takes
+	// to have that is for the caller, with Run. Only Stock goes with it, and the
+	// methods that start and stop daemons are not for it.
+	Systemd bool
 
 	// DaemonRoot is where the daemon keeps what it keeps, "" a directory of
 	// the node's own, on the filesystem of containerd's content.
@@ -75,13 +86,16 @@ type Node struct {
 	daemon     *process
 	registry   *process
 	private    *process // of StartPrivateRegistry
+	mirror     *process // of StartMirror
 	runtime    *process // containerd
 	kubelet    *process
+	machine    *process // of Options.Systemd
 	// kubeletPods is where it answers.
-	kubeletPods string
-	cgroup      string // parent of all containers' cgroups
-	pods        atomic.Int64
-	lastLogs    string // of a node that was stopped
+	kubeletPods  string
+	kubeletFlags []string // of ProvideCredentials
+	cgroup       string   // parent of all containers' cgroups
+	pods         atomic.Int64
+	lastLogs     string // of a node that was stopped
 }
 
 // Start starts a node and returns when pods can run on it; with the daemon,
@@ -140,6 +154,13 @@ func (n *Node) start() error {
 	n.GuestImage = n.Registry + "/test/guest:latest"
 	if err := n.pushGuest(); err != nil {
 		return fmt.Errorf("test image: %w", err)
+	}
+	if n.options.Systemd {
+		if err := n.startMachine(); err != nil {
+			return err
+		}
+		_, err = n.Pull(n.GuestImage)
+		return err
 	}
 	if err := n.writeConfig(); err != nil {
 		return err
@@ -200,10 +221,14 @@ func (n *Node) Stop() error {
 			errs = append(errs, err)
 		}
 	}
-	for _, p := range []*process{n.runtime, n.daemon, n.registry, n.private} {
+	if n.machine.running() {
+		_, err := n.Crictl("rmp", "--force", "--all")
+		errs = append(errs, err, n.Shutdown())
+	}
+	for _, p := range []*process{n.runtime, n.daemon, n.registry, n.private, n.mirror} {
 		errs = append(errs, p.stop(syscall.SIGTERM))
 	}
-	n.runtime, n.daemon, n.registry, n.private, n.kubelet = nil, nil, nil, nil, nil // a second Stop has nothing to do
+	n.runtime, n.daemon, n.registry, n.private, n.mirror, n.kubelet = nil, nil, nil, nil, nil, nil // a second Stop has nothing to do
 	if err := n.cleanUp(); err != nil {
 		errs = append(errs, fmt.Errorf("left over by the node in %s: %w", n.Dir, err))
 	}

@@ -35,6 +35,13 @@ type Container struct {
 	Command []string // replaces the image's entrypoint
 	Args    []string // replaces the image's command
 	Volumes []Volume // beside the pod's
+
+	// SecurityContext is Kubernetes', for static pods.
+	SecurityContext map[string]any
+
+	// MemoryLimit is the bytes of memory that the container may have, 0 is any
+	// number; not for static pods.
+	MemoryLimit int64
 }
 
 // PodSpec says what RunPod runs.
@@ -58,6 +65,9 @@ type PodSpec struct {
 	// are the host's from HostID on. It needs OwnNetwork.
 	UserNamespace bool
 	HostID        uint32 // 0 means UserNamespaceBase
+
+	// SecurityContext is Kubernetes' of the pod, for static pods.
+	SecurityContext map[string]any
 }
 
 // UserNamespaceBase is the host's ID for the root of a pod with UserNamespace
@@ -178,7 +188,10 @@ func (p *Pod) Start(c Container) error {
 		"args":     c.Args,
 		"mounts":   mounts,
 		"log_path": c.Name + ".log",
-		"linux":    map[string]any{"security_context": p.securityContext()},
+		"linux": map[string]any{
+			"security_context": p.securityContext(),
+			"resources":        map[string]any{"memory_limit_in_bytes": c.MemoryLimit},
+		},
 	})
 	if err != nil {
 		return err

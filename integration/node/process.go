@@ -69,6 +69,9 @@ func (n *Node) spawn(name string, args []string, notify bool) (*process, error) 
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.Env = n.env()
+	if n.options.Traces != "" && notify {
+		cmd.Env = append(cmd.Env, "OTEL_TRACES_EXPORTER=otlp", "OTEL_EXPORTER_OTLP_ENDPOINT="+n.options.Traces, "OTEL_BSP_SCHEDULE_DELAY=100")
+	}
 	// A group of its own, so that a Ctrl-C at the terminal reaches only the
 	// program that has to clean up.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -159,7 +162,7 @@ func (n *Node) Logs() string {
 	for _, log := range []struct {
 		name  string
 		lines int
-	}{{"containerd", 60}, {"daemon", 60}, {"kubelet", 60}, {"registry", 5}} {
+	}{{"containerd", 60}, {"daemon", 60}, {"kubelet", 60}, {"registry", 5}, {"systemd", 20}, {"journal", 100}} {
 		text, err := os.ReadFile(n.logPath(log.name))
 		if err != nil {
 			continue // never started

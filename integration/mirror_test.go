@@ -1,0 +1,94 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+)
+
+// The recipes of docs/kubernetes.md are taken from there, so that what stands there
+// is what was tried.
+
+// recipe is the block of docs/kubernetes.md below the line <!-- recipe: name -->,
+// with replacements of one string by another, each of which must occur.
+func recipe(t *testing.T, name string, oldnew ...string) string {
+	t.Helper()
+	text, err := os.ReadFile("../docs/kubernetes.md")
+	check(t, err)
+	_, rest, found := strings.Cut(string(text), "<!-- recipe: "+name+" -->\n```")
+	_, rest, fence := strings.Cut(rest, "\n")
+	block, _, end := strings.Cut(rest, "\n```\n")
+	if !found || !fence || !end {
+		t.Fatalf("docs/kubernetes.md has no recipe %q", name)
+	}
+	for i := 0; i < len(oldnew); i += 2 {
+		if !strings.Contains(block, oldnew[i]) {
+			t.Fatalf("the recipe %q has no %q:\n%s", name, oldnew[i], block)
+		}
+		block = strings.ReplaceAll(block, oldnew[i], oldnew[i+1])
+	}
+	return block + "\n"
+}
+
+// writeHosts writes the hosts.toml of a host into one of containerd's config_path.
+func writeHosts(t *testing.T, dir, host, text string) {
+	t.Helper()
+	check(t, os.MkdirAll(filepath.Join(dir, host), 0o755))
+	check(t, os.WriteFile(filepath.Join(dir, host, "hosts.toml"), []byte(text), 0o600))
+}
+
+// configPath is containerd's configuration for such a directory.
+func configPath(dir string) string {
+	return "[plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = '" + dir + "'\n"
+}
+
+// A mirror serves artifacts as it serves images: whatever stands behind hosts.toml,
+// a registry or the peers of a node. The origin has a name that no resolver knows.
+func TestMirrorServesArtifacts(t *testing.T) {
+	dir := t.TempDir()
+	n := node.ForTest(t, node.Options{ContainerdConfig: configPath(dir)})
+	mirror, err := n.StartMirror()
+	check(t, err)
+	const origin = "registry.example.com"
+	src := writeModel(t)
+	refs := map[pack.Form]string{}
+	for _, form := range []pack.Form{pack.Raw, pack.TarGzip} {
+		_, refs[form], _ = strings.Cut(pushTo(t, n, "models/"+strings.ReplaceAll(string(form), "+", "-"), src, form), "/")
+		refs[form] = origin + "/" + refs[form]
+	}
+	check(t, n.StopRegistry())
+	if _, err := n.Pull(refs[pack.Raw]); err == nil {
+		t.Fatal("the origin can be reached: this tests nothing")
+	}
+
+	// No restart: containerd reads the directory at each pull.
+	writeHosts(t, dir, origin, recipe(t, "mirror", "http://mirror.example.com:5000", "http://"+mirror))
+	for form, ref := range refs {
+		_, err := n.Pull(ref)
+		check(t, err)
+		pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+		check(t, err)
+		wantVolume(t, pod, "main", "/model", wantTree(t, src, form))
+	}
+	// What the node could give to others: a peer reads the blobs that containerd has.
+	manifest, target := pulledManifest(t, n, refs[pack.Raw])
+	for _, blob := range append(manifest.Layers, manifest.Config) {
+		st := stat(t, blobPath(n, blob.Digest.Encoded()))
+		if st.Size != blob.Size {
+			t.Errorf("blob %s of %s has %d bytes in the content store, want %d", blob.Digest, target, st.Size, blob.Size)
+		}
+	}
+	// The tool does not know CRI's config_path.
+	out, _, err := n.Artifact("pull", "--hosts-dir", dir, refs[pack.Raw])
+	check(t, err)
+	if !strings.Contains(out, refs[pack.Raw]) {
+		t.Errorf("the tool says: %s", out)
+	}
+}

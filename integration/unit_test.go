@@ -1,0 +1,246 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/deploy"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+)
+
+const unitName = "artifact-snapshotter.service"
+
+// run runs a command in the machine and returns what it printed, without the
+// newline at its end.
+func run(t *testing.T, n *node.Node, args ...string) string {
+	t.Helper()
+	out, err := n.Run(args...)
+	check(t, err)
+	return strings.TrimSuffix(out, "\n")
+}
+
+// property is one of `systemctl show`.
+func property(t *testing.T, n *node.Node, unit, name string) string {
+	t.Helper()
+	return run(t, n, "systemctl", "show", "--value", "--property", name, unit)
+}
+
+// started is when the unit's process was started or its state entered, in
+// microseconds since the kernel started.
+func started(t *testing.T, n *node.Node, unit, name string) int {
+	t.Helper()
+	at, err := strconv.Atoi(property(t, n, unit, name))
+	check(t, err)
+	if at == 0 {
+		t.Fatalf("%s of %s: never", name, unit)
+	}
+	return at
+}
+
+// machineFile is the host's name of a file of the machine in /etc or /usr/local.
+func machineFile(n *node.Node, path string) string {
+	return filepath.Join(n.Dir, "machine", strings.Replace(path, "/usr/local/", "/local/", 1))
+}
+
+func writeFile(t *testing.T, path, text string, mode os.FileMode) {
+	t.Helper()
+	check(t, os.MkdirAll(filepath.Dir(path), 0o755))
+	check(t, os.WriteFile(path, []byte(text), mode))
+}
+
+// copyBinary puts the binary into the machine, as path.
+func copyBinary(t *testing.T, n *node.Node, path string) {
+	t.Helper()
+	cmd, err := n.ArtifactCommand()
+	check(t, err)
+	binary, err := os.ReadFile(cmd.Path)
+	check(t, err)
+	writeFile(t, path, string(binary), 0o755)
+}
+
+// installByHand does what docs/install.md says for those who do not want
+// `artifact-snapshotter install`.
+func installByHand(t *testing.T, n *node.Node) {
+	t.Helper()
+	copyBinary(t, n, machineFile(n, deploy.UnitBinary))
+	writeFile(t, machineFile(n, "/etc/systemd/system/"+unitName), deploy.Unit, 0o644)
+	snippet := run(t, n, deploy.UnitBinary, "config", "containerd")
+	writeFile(t, machineFile(n, "/etc/containerd/conf.d/artifact-snapshotter.toml"), snippet, 0o644)
+	config := machineFile(n, "/etc/containerd/config.toml")
+	text, err := os.ReadFile(config)
+	check(t, err)
+	writeFile(t, config, "imports = [\"/etc/containerd/conf.d/*.toml\"]\n"+string(text), 0o644)
+	run(t, n, "systemctl", "daemon-reload")
+	run(t, n, "systemctl", "enable", "--now", unitName)
+	run(t, n, "systemctl", "restart", "containerd")
+	waitForCRI(t, n)
+}
+
+func waitForCRI(t *testing.T, n *node.Node) {
+	t.Helper()
+	waitFor(t, "CRI to answer", func() bool {
+		_, err := n.Crictl("version")
+		return err == nil
+	})
+}
+
+// mountNamespace is that of the unit's process. "" is none, since it is not running.
+func mountNamespace(t *testing.T, n *node.Node, unit string) string {
+	t.Helper()
+	return run(t, n, "readlink", "/proc/"+property(t, n, unit, "MainPID")+"/ns/mnt")
+}
+
+// The unit is one of a real systemd here, with all that it takes from the daemon.
+func TestTheUnit(t *testing.T) {
+	n := node.ForTest(t, node.Options{Systemd: true})
+	installByHand(t, n)
+	src := writeModel(t)
+	refs := map[pack.Form]string{}
+	for _, form := range []pack.Form{pack.Raw, pack.TarGzip} {
+		refs[form] = pulled(t, n, src, form)
+	}
+	wantServed := func(t *testing.T) {
+		t.Helper()
+		for form, ref := range refs {
+			pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+			check(t, err)
+			wantVolume(t, pod, "main", "/model", wantTree(t, src, form))
+			check(t, pod.Remove())
+		}
+	}
+	wantServed(t)
+
+	t.Run("the mounts are the host's", func(t *testing.T) {
+		host := run(t, n, "readlink", "/proc/1/ns/mnt")
+		if got := mountNamespace(t, n, unitName); got != host {
+			t.Errorf("the daemon is in the mount namespace %s, systemd in %s", got, host)
+		}
+		// It can be told: with one setting more it is in another.
+		drop := machineFile(n, "/etc/systemd/system/"+unitName+".d/private.conf")
+		writeFile(t, drop, "[Service]\nPrivateTmp=yes\n", 0o644)
+		run(t, n, "systemctl", "daemon-reload")
+		run(t, n, "systemctl", "restart", unitName)
+		if got := mountNamespace(t, n, unitName); got == host {
+			t.Error("PrivateTmp=yes has given the daemon no mount namespace of its own: this test would not have noticed one")
+		}
+		check(t, os.Remove(drop))
+		run(t, n, "systemctl", "daemon-reload")
+		run(t, n, "systemctl", "restart", unitName)
+		wantServed(t)
+	})
+
+	t.Run("the daemon is confined", func(t *testing.T) {
+		status := run(t, n, "cat", "/proc/"+property(t, n, unitName, "MainPID")+"/status")
+		for _, want := range []string{"\nNoNewPrivs:\t1\n", "\nSeccomp:\t2\n"} {
+			if !strings.Contains(status, want) {
+				t.Errorf("no %q in the daemon's status:\n%s", want, status)
+			}
+		}
+	})
+
+	// EROFS over loop devices needs more of the unit than what this kernel has.
+	t.Run("every rung", func(t *testing.T) {
+		config := machineFile(n, "/etc/artifact-snapshotter/config.toml")
+		for _, rungs := range []string{
+			"raw_rung = 'overlay'\ntar_rung = 'erofs-loop'\n",
+			"raw_rung = 'link'\ntar_rung = 'extract'\n",
+			"raw_rung = 'copy'\ntar_rung = 'extract'\n",
+		} {
+			writeFile(t, config, rungs, 0o644)
+			run(t, n, "systemctl", "restart", unitName) // a rung that does not work is an error
+		}
+		check(t, os.Remove(config))
+		run(t, n, "systemctl", "restart", unitName)
+	})
+
+	t.Run("a restart", func(t *testing.T) {
+		for form, ref := range refs {
+			pod, err := n.RunPod(reading(ref))
+			check(t, err)
+			runtime := property(t, n, "containerd", "MainPID")
+			for _, end := range [][]string{
+				{"systemctl", "restart", unitName},
+				{"systemctl", "kill", "--signal", "KILL", unitName},
+				{"systemctl", "stop", unitName},
+			} {
+				before := property(t, n, unitName, "MainPID")
+				run(t, n, end...)
+				wantReading(t, pod)
+				if end[1] == "stop" {
+					run(t, n, "systemctl", "start", unitName)
+				}
+				waitFor(t, "systemd to start the daemon", func() bool {
+					return property(t, n, unitName, "ActiveState") == "active" && property(t, n, unitName, "MainPID") != before
+				})
+				waitForDaemon(t, n)
+				wantReading(t, pod)
+				wantVolume(t, pod, "main", "/model", wantTree(t, src, form))
+				wantServed(t)
+			}
+			if got := property(t, n, "containerd", "MainPID"); got != runtime {
+				t.Errorf("containerd is process %s now, and was %s", got, runtime)
+			}
+			check(t, pod.Remove())
+		}
+	})
+
+	t.Run("a boot", func(t *testing.T) {
+		check(t, n.Shutdown())
+		check(t, n.Boot())
+		ready := started(t, n, unitName, "ActiveEnterTimestampMonotonic")
+		if containerd := started(t, n, "containerd", "ExecMainStartTimestampMonotonic"); containerd < ready {
+			t.Errorf("containerd was started %d µs before the daemon was ready", ready-containerd)
+		}
+		wantServed(t)
+	})
+
+	// The node's other pods must not suffer from a daemon that cannot start, and
+	// it is tried again however often it could not.
+	t.Run("a boot with a daemon that cannot start", func(t *testing.T) {
+		config := machineFile(n, "/etc/artifact-snapshotter/config.toml")
+		writeFile(t, config, "rooot = \"/data\"\n", 0o644)
+		check(t, n.Shutdown())
+		check(t, n.Boot())
+		waitFor(t, "systemd to have tried the daemon six times", func() bool {
+			tries, err := strconv.Atoi(property(t, n, unitName, "NRestarts"))
+			check(t, err)
+			return tries > 5 // by default systemd gives up after five
+		})
+		check(t, os.Remove(config))
+		waitFor(t, "the daemon to run", func() bool { return property(t, n, unitName, "ActiveState") == "active" })
+		waitForDaemon(t, n)
+		wantServed(t)
+	})
+}
+
+// systemd itself reads the unit and finds nothing to say.
+func TestTheUnitIsValid(t *testing.T) {
+	dir := t.TempDir()
+	cmd, err := exec.LookPath("systemd-analyze")
+	check(t, err)
+	verify := func(unit string) string {
+		// A binary that is there, or that is what it says.
+		unit = strings.Replace(unit, deploy.UnitBinary, "/bin/true", 1)
+		path := filepath.Join(dir, unitName)
+		writeFile(t, path, unit, 0o644)
+		out, err := exec.Command(cmd, "verify", "--man=no", path).CombinedOutput()
+		if err != nil {
+			return string(out) + err.Error()
+		}
+		return string(out)
+	}
+	if said := verify(deploy.Unit); said != "" {
+		t.Errorf("systemd-analyze verify: %s", said)
+	}
+	if said := verify(strings.Replace(deploy.Unit, "Restart=always", "Restart=allways", 1)); !strings.Contains(said, "allways") {
+		t.Errorf("systemd-analyze verify does not find a wrong value: %q", said)
+	}
+}

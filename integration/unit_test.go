@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/artifact-snapshotter/artifact-snapshotter/deploy"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
@@ -82,12 +84,22 @@ func installByHand(t *testing.T, n *node.Node) {
 	run(t, n, "systemctl", "enable", "--now", unitName)
 	run(t, n, "systemctl", "restart", "containerd")
 	waitForCRI(t, n)
+	waitForEmptyBlob(t, n)
 }
 
 func waitForCRI(t *testing.T, n *node.Node) {
 	t.Helper()
 	waitFor(t, "CRI to answer", func() bool {
 		_, err := n.Crictl("version")
+		return err == nil
+	})
+}
+
+// waitForEmptyBlob waits until an artifact with an empty file can be pulled.
+func waitForEmptyBlob(t *testing.T, n *node.Node) {
+	t.Helper()
+	waitFor(t, "the daemon to plant the empty blob", func() bool {
+		_, err := n.Ctr("--namespace", "k8s.io", "content", "get", digest.FromString("").String())
 		return err == nil
 	})
 }

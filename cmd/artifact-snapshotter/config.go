@@ -6,7 +6,6 @@ package main
 import (
 	"context"
 	_ "embed"
-	"errors"
 	"fmt"
 	"io"
 	"regexp"
@@ -85,19 +84,9 @@ func configContainerd(_ context.Context, command *cli.Command) error {
 	if err := cfg.Validate(); err != nil {
 		return err
 	}
-	scope, handler := command.String("snapshotter-scope"), command.String("runtime-handler")
-	switch scope {
-	case scopeNode:
-		if command.IsSet("runtime-handler") {
-			return errors.New("--runtime-handler needs --snapshotter-scope " + scopeHandler)
-		}
-		handler = ""
-	case scopeHandler:
-		if !dnsLabel.MatchString(handler) {
-			return fmt.Errorf("--runtime-handler %q is not a DNS label, as the handler of a RuntimeClass must be", handler)
-		}
-	default:
-		return fmt.Errorf("--snapshotter-scope %q is neither %s nor %s", scope, scopeNode, scopeHandler)
+	handler, err := handlerOf(command, "snapshotter-scope")
+	if err != nil {
+		return err
 	}
 	w := command.Root().Writer
 	if err := writeContainerdConfig(w, cfg, handler); err != nil || !command.Bool("native-unpack") {
@@ -115,4 +104,23 @@ func writeContainerdConfig(w io.Writer, cfg plugin.Config, handler string) error
 		"Platform": platforms.DefaultString(),
 		"Handler":  handler,
 	})
+}
+
+// handlerOf is the runtime handler of the flags, "" for the whole node.
+func handlerOf(command *cli.Command, scopeFlag string) (string, error) {
+	scope, handler := command.String(scopeFlag), command.String("runtime-handler")
+	switch scope {
+	case scopeNode:
+		if command.IsSet("runtime-handler") {
+			return "", fmt.Errorf("--runtime-handler needs --%s %s", scopeFlag, scopeHandler)
+		}
+		return "", nil
+	case scopeHandler:
+		if !dnsLabel.MatchString(handler) {
+			return "", fmt.Errorf("--runtime-handler %q is not a DNS label, as the handler of a RuntimeClass must be", handler)
+		}
+		return handler, nil
+	default:
+		return "", fmt.Errorf("--%s %q is neither %s nor %s", scopeFlag, scope, scopeNode, scopeHandler)
+	}
 }

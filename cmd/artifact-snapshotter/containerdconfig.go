@@ -48,6 +48,8 @@ type runtimeConfig struct {
 	// entries are those of Unpack as they were written; nil if Unpack is containerd's
 	// default, which any entry replaces.
 	entries []any
+	// tables are those of the runtime handlers as they were written.
+	tables map[string]any
 }
 
 // unpackEntry is an entry of unpack_config.
@@ -85,6 +87,9 @@ func readRuntimeConfig(ctx context.Context, paths ...string) (*runtimeConfig, er
 	}
 	local, _ := loaded.Plugins[transfer].(map[string]any)
 	read.entries, _ = local["unpack_config"].([]any)
+	cri, _ := loaded.Plugins[criRuntime].(map[string]any)
+	ofRuntimes, _ := cri["containerd"].(map[string]any)
+	read.tables, _ = ofRuntimes["runtimes"].(map[string]any)
 	if read.transfer.Unpack == nil { // containerd's defaultUnpackConfig
 		read.transfer.Unpack = []unpackEntry{{Platform: platforms.DefaultString(), Snapshotter: defaults.DefaultSnapshotter, Differ: defaults.DefaultDiffer}}
 	}

@@ -35,7 +35,7 @@ func command() *cli.Command {
 		Usage:           "mount OCI model artifacts into pods as read-only volumes, without copying a byte",
 		HideHelpCommand: true,
 		Commands: []*cli.Command{
-			serveCommand(), configCommand(), doctorCommand(), healthCommand(),
+			serveCommand(), installCommand(), uninstallCommand(), configCommand(), doctorCommand(), healthCommand(),
 			pullCommand(), unpackCommand(), mountCommand(), unmountCommand(), lsCommand(),
 			inspectCommand(), verifyCommand(), pruneCommand(), versionCommand(),
 		},

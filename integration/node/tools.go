@@ -153,3 +153,13 @@ func (n *Node) pushGuest() error {
 	_, err = image.Push(n.ctx, n.Registry, "test/guest", "latest")
 	return err
 }
+
+// Program is the binary under test, and Containerd that of the containerd which the
+// nodes run.
+func Program() (string, error) { return findDaemon() }
+
+// Containerd is containerd's binary.
+func Containerd() (string, error) {
+	_, containerd, err := findTools()
+	return filepath.Join(containerd, "containerd"), err
+}

@@ -1,0 +1,201 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/pmezard/go-difflib/difflib"
+	"golang.org/x/sys/unix"
+)
+
+// change is what becomes of a file.
+type change struct {
+	path string
+	// before and after are its contents, nil if it is not there.
+	before, after []byte
+	mode          fs.FileMode // of a new file; one that is there keeps its own
+	binary        bool        // and so it has no lines to show
+}
+
+// changed is the change of the file at path from what is there.
+func changed(path string, after []byte, mode fs.FileMode) (change, error) {
+	before, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return change{}, err
+	}
+	if err == nil && before == nil {
+		before = []byte{}
+	}
+	return change{path: path, before: before, after: after, mode: mode}, nil
+}
+
+func (c change) none() bool {
+	return (c.before == nil) == (c.after == nil) && bytes.Equal(c.before, c.after)
+}
+
+// String says it for a person.
+func (c change) String() string {
+	switch {
+	case c.before == nil:
+		return "made " + c.path
+	case c.after == nil:
+		return "removed " + c.path
+	}
+	return "changed " + c.path
+}
+
+// diff shows the change as `diff -u` does.
+func (c change) diff() (string, error) {
+	from, to := c.path, c.path
+	if c.before == nil {
+		from = os.DevNull
+	}
+	if c.after == nil {
+		to = os.DevNull
+	}
+	if c.binary {
+		return fmt.Sprintf("--- %s\n+++ %s\n(a program of %d bytes)\n", from, to, max(len(c.before), len(c.after))), nil
+	}
+	return difflib.GetUnifiedDiffString(difflib.UnifiedDiff{
+		A: lines(c.before), B: lines(c.after),
+		FromFile: from, ToFile: to, Context: 3,
+	})
+}
+
+// lines are those of a text, each with its newline.
+func lines(text []byte) []string {
+	split := strings.SplitAfter(string(text), "\n")
+	if last := len(split) - 1; split[last] == "" {
+		return split[:last]
+	}
+	split[len(split)-1] += "\n\\ No newline at end of file\n" // as diff has it
+	return split
+}
+
+// writable returns an error if the change cannot be made, without making it.
+func (c change) writable() error {
+	what := c.path
+	err := unix.Access(what, unix.W_OK) // also of a file that may not be changed (chattr +i)
+	if c.before == nil || err == nil {
+		what = filepath.Dir(c.path)
+		for !exists(what) { // it will be made
+			what = filepath.Dir(what)
+		}
+		err = unix.Access(what, unix.W_OK)
+	}
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.EROFS):
+		return fmt.Errorf("%s is on a filesystem that is read-only, so %s cannot be written: make it writable (mount -o remount,rw), or choose another place: %w", what, c.path, errdefs.ErrFailedPrecondition)
+	}
+	return fmt.Errorf("%s may not be written to (%v), so %s cannot be changed: check its permissions and attributes (lsattr): %w", what, err, c.path, errdefs.ErrFailedPrecondition)
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// tempName is how the files are called that become others by renaming. containerd
+// imports none that is called so.
+const tempName = ".artifact-snapshotter-*.tmp"
+
+// apply makes the change: at any instant the file is the old one or the new one, also
+// after the power has failed.
+func (c change) apply() (err error) {
+	dir := filepath.Dir(c.path)
+	if c.after == nil {
+		if err := os.Remove(c.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		return syncDir(dir)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	left, _ := filepath.Glob(filepath.Join(dir, tempName)) // by a process that was killed
+	for _, path := range left {
+		_ = os.Remove(path)
+	}
+	f, err := os.CreateTemp(dir, tempName)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = f.Close()
+			_ = os.Remove(f.Name())
+		}
+	}()
+	mode := c.mode
+	if fi, err := os.Stat(c.path); err == nil {
+		mode = fi.Mode().Perm()
+		var st unix.Stat_t
+		if err := unix.Stat(c.path, &st); err != nil {
+			return err
+		}
+		if err := f.Chown(int(st.Uid), int(st.Gid)); err != nil {
+			return err
+		}
+	}
+	if _, err := f.Write(c.after); err != nil {
+		return err
+	}
+	if err := errors.Join(f.Chmod(mode), f.Sync()); err != nil {
+		return err
+	}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), c.path); err != nil {
+		return err
+	}
+	return syncDir(dir)
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// applyAll makes the changes in order, or none.
+func applyAll(changes []change) error {
+	for i, c := range changes {
+		err := c.apply()
+		if err == nil {
+			continue
+		}
+		err = fmt.Errorf("%s could not be written: %w", c.path, err)
+		return takeBack(changes[:i], err)
+	}
+	return nil
+}
+
+// takeBack undoes changes for that reason, the last first.
+func takeBack(changes []change, why error) error {
+	var failed []string
+	for i := len(changes) - 1; i >= 0; i-- {
+		c := changes[i]
+		c.before, c.after = c.after, c.before
+		if err := c.apply(); err != nil {
+			failed = append(failed, fmt.Sprintf("%s: %v", c.path, err))
+		}
+	}
+	if failed != nil {
+		return fmt.Errorf("%w; and it could not be taken back: %s", why, strings.Join(failed, ", "))
+	}
+	return fmt.Errorf("%w; all is as it was", why)
+}

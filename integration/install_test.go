@@ -1,0 +1,123 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/deploy"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+)
+
+// files are the contents of all files below dir that are not directories.
+func files(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	all := map[string]string{}
+	check(t, filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		if d.Type() == os.ModeSymlink {
+			target, err := os.Readlink(path)
+			all[path] = "-> " + target
+			return err
+		}
+		text, err := os.ReadFile(path)
+		all[path] = string(text)
+		return err
+	}))
+	return all
+}
+
+func wantSame(t *testing.T, dir string, want map[string]string) {
+	t.Helper()
+	got := files(t, dir)
+	for path, text := range want {
+		if got[path] != text {
+			t.Errorf("%s is %q, and was %q", path, got[path], text)
+		}
+	}
+	for path := range got {
+		if _, ok := want[path]; !ok {
+			t.Errorf("%s is left over", path)
+		}
+	}
+}
+
+// By the README's lines alone: from a containerd that knows nothing of artifacts to a
+// pod that mounts a model, and back.
+func TestInstallAndUninstall(t *testing.T) {
+	for _, test := range []struct{ name, flags, handler string }{
+		{"the node", "", ""},
+		{"a runtime handler", "--scope runtime-handler --runtime-handler models", "models"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			n := node.ForTest(t, node.Options{Systemd: true})
+			etc := filepath.Join(n.Dir, "machine", "etc")
+			before := files(t, etc)
+			program := filepath.Join(n.Dir, "artifact-snapshotter")
+			copyBinary(t, n, program)
+			flags := strings.Fields(test.flags)
+			command := func(args ...string) []string { return append([]string{program}, append(args, flags...)...) }
+			started := func() string { return property(t, n, "containerd", "ExecMainStartTimestampMonotonic") }
+
+			at := started()
+			preview := run(t, n, command("install", "--dry-run")...)
+			for _, want := range []string{"+++ /etc/containerd/config.toml", "+imports = [\"/etc/containerd/conf.d/*.toml\"]", "+  [proxy_plugins.artifact]", "would restart containerd.service"} {
+				if !strings.Contains(preview, want) {
+					t.Errorf("the dry run does not say %q:\n%s", want, preview)
+				}
+			}
+			wantSame(t, etc, before)
+
+			t.Log(run(t, n, command("install")...))
+			if started() == at {
+				t.Error("containerd was not restarted")
+			}
+			at = started()
+			waitForCRI(t, n)
+			waitForEmptyBlob(t, n)
+			src := writeModel(t)
+			ref := pulled(t, n, src, pack.Raw)
+			pod, err := n.RunPod(node.PodSpec{RuntimeHandler: test.handler, Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+			check(t, err)
+			wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.Raw))
+
+			installed := files(t, etc)
+			if said := run(t, n, command("install")...); said != "nothing to do" {
+				t.Errorf("a second time it said %q", said)
+			}
+			wantSame(t, etc, installed)
+			if started() != at {
+				t.Error("a second time it has restarted containerd")
+			}
+
+			if said, err := n.Run(command("uninstall")...); err == nil || !strings.Contains(said+err.Error(), "drain the node") {
+				t.Errorf("uninstall with a pod said %q, %v", said, err)
+			}
+			wantSame(t, etc, installed)
+			check(t, pod.Remove())
+			t.Log(run(t, n, command("uninstall")...))
+			waitForCRI(t, n)
+			wantSame(t, etc, before)
+			if _, err := os.Stat(machineFile(n, deploy.UnitBinary)); !os.IsNotExist(err) {
+				t.Errorf("the program is still there: %v", err)
+			}
+			at = started()
+			if said := run(t, n, command("uninstall")...); said != "nothing to do" {
+				t.Errorf("a second time it said %q", said)
+			}
+			if started() != at {
+				t.Error("a second time it has restarted containerd")
+			}
+			pod, err = n.RunPod(node.PodSpec{})
+			check(t, err)
+			check(t, pod.Remove())
+		})
+	}
+}

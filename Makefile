@@ -9,13 +9,13 @@ GOLANGCI_LINT := v2.15.0
 VERSION       := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 BIN           := bin/artifact-snapshotter
 TOOLS         := integration/tools/bin
-PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs busybox-static containernetworking-plugins systemd dbus
+PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs busybox-static containernetworking-plugins systemd dbus yamllint
 
 # Without this, Go refuses to build in a checkout that belongs to another user
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build image tools containerd-older kubelet packages demo test test-unit test-node test-matrix fuzz lint bench bench-peers clean
+.PHONY: build image tools containerd-older kubelet helm packages demo test test-deploy test-unit test-node test-matrix fuzz lint bench bench-peers clean
 
 build:
 	@echo "==> building $(BIN)"
@@ -67,16 +67,28 @@ kubelet: packages
 	@echo "==> building kubelet (5 minutes the first time)"
 	cd integration/tools/kubelet && CGO_ENABLED=0 go build -ldflags "-s -w" -o ../bin/ tool
 
+# helm and chart-testing's ct, for the chart in deploy/.
+helm: packages
+	@echo "==> building helm and ct (a minute and a half the first time)"
+	cd integration/tools/helm && CGO_ENABLED=0 go build -ldflags "-s -w" -o ../bin/ tool
+
 demo: build tools
 	@echo "==> running the demo"
 	go run ./integration/demo
 
-test: build tools kubelet
+test: build tools kubelet test-deploy
 	@echo "==> running all tests, those on real nodes included"
 	@# A node that fails prints long logs: what failed stands at the end once more.
 	@bash -o pipefail -c 'go test -race -timeout 60m ./... 2>&1 | tee bin/test.log' || { \
 		echo "==> what failed (of bin/test.log):"; \
 		grep -aE '^ *--- FAIL|^ +[a-z_]+_test\.go:[0-9]+: |^(FAIL|panic|WARNING: DATA RACE)' bin/test.log | cut -c -2000; exit 1; }
+
+# The chart, the examples, the dashboard and the alerts: files that Go does not see
+# change, hence -count=1. Without cgo, as the kubelet,
+# whose packages they share.
+test-deploy: build helm
+	@echo "==> testing what is in deploy/"
+	cd deploy/verify && CGO_ENABLED=0 go test -count=1 ./...
 
 # Without a node: seconds instead of minutes. Still needs root, for mounts.
 test-unit: build
@@ -111,8 +123,10 @@ fuzz:
 lint: packages
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "not gofmt-ed:"; gofmt -l $$(git ls-files '*.go'); exit 1; }
 	go vet ./...
+	cd deploy/verify && CGO_ENABLED=0 go vet ./...
 	@echo "==> golangci-lint $(GOLANGCI_LINT) (built the first time)"
 	go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT) run ./...
+	cd deploy/verify && CGO_ENABLED=0 go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT) run ./...
 
 clean:
 	rm -rf bin $(TOOLS) $(TOOLS)-*

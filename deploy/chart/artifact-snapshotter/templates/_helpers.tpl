@@ -1,0 +1,165 @@
+{{/*
+SPDX-FileCopyrightText: The artifact-snapshotter Authors
+SPDX-License-Identifier: Apache-2.0
+*/}}
+
+{{- define "fullname" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 63 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "selector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "labels" -}}
+{{ include "selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{- define "image" -}}
+{{- if .Values.image.digest -}}
+{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{- else -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+
+{{/*
+The directory that has both the daemon's root and containerd's. It is one mount in the
+daemon's container, for a hard link from one mount to another is refused (EXDEV), even if
+both are of one filesystem.
+*/}}
+{{- define "hostRoot" -}}
+{{- $other := splitList "/" .Values.containerd.root -}}
+{{- $common := list -}}
+{{- $same := true -}}
+{{- range $i, $name := splitList "/" .Values.root -}}
+{{- if and $same (lt $i (len $other)) (eq $name (index $other $i)) -}}
+{{- $common = append $common $name -}}
+{{- else -}}
+{{- $same = false -}}
+{{- end -}}
+{{- end -}}
+{{- join "/" $common -}}
+{{- end -}}
+
+{{/* Fails with the reason where values do not fit each other. */}}
+{{- define "check" -}}
+{{- if not .Values.image.repository -}}
+{{- fail "image.repository is needed: push the image of `make image` to a registry of yours and name it here" -}}
+{{- end -}}
+{{- if and (eq .Values.scope "node") (eq .Values.daemon "pod") -}}
+{{- fail "scope: node needs daemon: systemd: after a reboot the daemon's own pod could not start without the snapshotter that it provides" -}}
+{{- end -}}
+{{- if eq .Values.daemon "pod" -}}
+{{- $hostRoot := include "hostRoot" . -}}
+{{- if not $hostRoot -}}
+{{- fail (printf "root (%s) and containerd.root (%s) have no directory in common but /, and the daemon's container must have both in one mount: choose a root beside or below %[2]s" .Values.root .Values.containerd.root) -}}
+{{- end -}}
+{{- if hasPrefix (printf "%s/" .Values.state) (printf "%s/" $hostRoot) -}}
+{{- fail (printf "state (%s) must not contain root and containerd.root (%s): choose a directory of its own, as /run/artifact-snapshotter" .Values.state $hostRoot) -}}
+{{- end -}}
+{{- if and (hasPrefix "unix://" .Values.metrics.address) (not (hasPrefix (printf "unix://%s/" .Values.state) .Values.metrics.address)) -}}
+{{- fail (printf "metrics.address (%s): a socket outside of state (%s) could not be seen outside of the daemon's container" .Values.metrics.address .Values.state) -}}
+{{- end -}}
+{{- else if .Values.env -}}
+{{- fail "env is for daemon: pod; give the service of the host a drop-in with Environment= instead" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Flags of install and uninstall alike. */}}
+{{- define "installFlags" -}}
+- --host=/host
+- --config=/etc/artifact-snapshotter/config.toml
+- --scope={{ .Values.scope }}
+{{- if eq .Values.scope "runtime-handler" }}
+- --runtime-handler={{ .Values.runtimeHandler }}
+{{- end }}
+{{- with .Values.containerd.config }}
+- --containerd-config={{ . }}
+{{- end }}
+{{- if eq .Values.daemon "pod" }}
+- --no-service
+{{- end }}
+{{- end -}}
+
+{{- define "container" -}}
+image: {{ include "image" . }}
+{{- with .Values.image.pullPolicy }}
+imagePullPolicy: {{ . }}
+{{- end }}
+terminationMessagePolicy: FallbackToLogsOnError
+{{- end -}}
+
+{{/*
+Root of the host's files, but not privileged: it changes its root directory to the host's,
+writes files there that are root's, and talks to systemd and containerd over their sockets.
+*/}}
+{{- define "installer" -}}
+{{ include "container" . }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities:
+    drop: [ALL]
+    add: [CHOWN, DAC_OVERRIDE, FOWNER, SYS_CHROOT]
+  # The usual profiles let no container talk to the host's systemd.
+  appArmorProfile:
+    type: Unconfined
+  seLinuxOptions:
+    type: spc_t
+volumeMounts:
+  - name: config
+    mountPath: /etc/artifact-snapshotter
+    readOnly: true
+  # With None it would keep a copy of every mount of the host, which could then not
+  # detach its volumes.
+  - name: host
+    mountPath: /host
+    mountPropagation: HostToContainer
+{{- end -}}
+
+{{/* The container that serves, without its name and probes. */}}
+{{- define "daemon" -}}
+{{ include "container" . }}
+args: [serve]
+{{- with .Values.env }}
+env:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+securityContext:
+  # Kubernetes lets no other container make mounts that the host sees.
+  privileged: true
+  readOnlyRootFilesystem: true
+# Not /dev/termination-log, which would be a file in the host's /dev.
+terminationMessagePath: /termination-log
+resources:
+  {{- toYaml .Values.resources | nindent 2 }}
+volumeMounts:
+  - name: config
+    mountPath: /etc/artifact-snapshotter
+    readOnly: true
+  # All paths are those of the host, since containerd is told them.
+  - name: root
+    mountPath: {{ include "hostRoot" . }}
+    mountPropagation: HostToContainer
+  - name: state
+    mountPath: {{ .Values.state }}
+    mountPropagation: Bidirectional
+  # The directory and not the socket: containerd makes a new one when it starts.
+  - name: containerd
+    mountPath: {{ dir .Values.containerd.socket }}
+    mountPropagation: HostToContainer
+    readOnly: true
+  # For loop devices that are made later; a container's own /dev does not show them.
+  - name: dev
+    mountPath: /dev
+    mountPropagation: HostToContainer
+{{- end -}}

@@ -1,0 +1,344 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package verify
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/kubernetes/pkg/apis/apps"
+	"k8s.io/kubernetes/pkg/apis/core"
+	"k8s.io/kubernetes/pkg/apis/node"
+)
+
+const (
+	chart  = "../chart/artifact-snapshotter"
+	tools  = "../../integration/tools/bin"
+	binary = "../../bin/artifact-snapshotter"
+	image  = "image: {repository: registry.example.com/artifact-snapshotter}\n"
+)
+
+// helm returns helm with arguments, which leaves nothing in the user's home.
+func helm(t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	command := exec.Command(filepath.Join(tools, "helm"), args...)
+	command.Env = append(os.Environ(), "HELM_CACHE_HOME="+t.TempDir(), "HELM_CONFIG_HOME="+t.TempDir(), "HELM_DATA_HOME="+t.TempDir())
+	return command
+}
+
+// render returns what the chart makes of values, a YAML document, beside those of
+// files, as the API server would have it.
+func render(t *testing.T, values string, files ...string) ([]runtime.Object, error) {
+	t.Helper()
+	args := []string{"template", "artifact-snapshotter", chart, "--namespace=kube-system"}
+	for _, file := range files {
+		args = append(args, "--values="+filepath.Join(chart, file))
+	}
+	command := helm(t, append(args, "--values=-")...)
+	command.Stdin = strings.NewReader(values)
+	var stderr strings.Builder
+	command.Stderr = &stderr
+	manifest, err := command.Output()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s", err, stderr.String())
+	}
+	return decode(manifest)
+}
+
+// mustRender renders values with an image.
+func mustRender(t *testing.T, values string) []runtime.Object {
+	t.Helper()
+	objects, err := render(t, image+values)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return objects
+}
+
+// TestChart: what holds for all values.
+func TestChart(t *testing.T) {
+	for _, test := range []struct {
+		name, values string
+		files        []string
+		classes      int // RuntimeClasses
+	}{
+		{name: "defaults", classes: 1},
+		{name: "k3s", files: []string{"values-k3s.yaml"}, classes: 1},
+		{name: "RKE2", files: []string{"values-rke2.yaml"}, classes: 1},
+		{name: "a disk for containerd", values: "root: /var/lib/containerd/artifact-snapshotter", classes: 1},
+		{name: "other paths", values: "{root: /data/models, state: /run/models, runtimeHandler: models, containerd: {root: /data/containerd, socket: /run/containerd.sock, config: /data/containerd.toml}}", classes: 1},
+		{name: "state beside root", values: "state: /var/lib/artifact-state", classes: 1},
+		{name: "a class of somebody else", values: "runtimeClass: {create: false}"},
+		{name: "some nodes", values: "{nodeSelector: {pool: gpu}, tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}]}", classes: 1},
+		{name: "metrics on a port", values: `metrics: {address: "127.0.0.1:9477"}`, classes: 1},
+		{name: "metrics on a socket", values: "metrics: {address: unix:///run/artifact-snapshotter/metrics.sock}", classes: 1},
+		{name: "everything else", values: "{config: {log_level: debug, decompression_memory: 1024, namespaces: [k8s.io, models]}, env: [{name: A, value: b}], resources: {limits: {memory: 1Gi}}, maxUnavailable: 10%, priorityClassName: system-cluster-critical}", classes: 1},
+		{name: "a digest and a secret", values: "image: {digest: 'sha256:" + strings.Repeat("0a", 32) + "', repository: registry.example.com/a, pullPolicy: Always, pullSecrets: [{name: s}]}", classes: 1},
+		{name: "systemd", values: "daemon: systemd", classes: 1},
+		{name: "the node", values: "{scope: node, daemon: systemd}"},
+		{name: "roots apart, systemd", values: "{daemon: systemd, root: /data/models}", classes: 1},
+		{name: "uninstall", values: "uninstall: true"},
+		{name: "uninstall, systemd", values: "{uninstall: true, daemon: systemd, scope: node}"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			values := test.values
+			if !strings.Contains(values, "image:") {
+				values = inject(values)
+			}
+			objects, err := render(t, values, test.files...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			classes := 0
+			for _, object := range objects {
+				if err := validate(object); err != nil {
+					t.Errorf("the API server would refuse the %T: %v", object, err)
+				}
+				if _, ok := object.(*node.RuntimeClass); ok {
+					classes++
+				}
+			}
+			if classes != test.classes {
+				t.Errorf("got %d RuntimeClasses, want %d", classes, test.classes)
+			}
+			set := one[*apps.DaemonSet](t, objects)
+			checkSet(t, set)
+			checkMounts(t, &set.Spec.Template.Spec)
+			config := one[*core.ConfigMap](t, objects).Data["config.toml"]
+			checkCommands(t, &set.Spec.Template.Spec, config)
+			checkPaths(t, &set.Spec.Template.Spec, config)
+		})
+	}
+}
+
+// inject adds the image to values, which are one line of YAML.
+func inject(values string) string {
+	if rest, ok := strings.CutPrefix(values, "{"); ok {
+		return "{" + strings.TrimSpace(image) + ", " + rest
+	}
+	return image + values
+}
+
+// containers are all of a pod.
+func containers(spec *core.PodSpec) []core.Container {
+	return slices.Concat(spec.InitContainers, spec.Containers)
+}
+
+func checkSet(t *testing.T, set *apps.DaemonSet) {
+	t.Helper()
+	spec := &set.Spec.Template.Spec
+	if spec.AutomountServiceAccountToken == nil || *spec.AutomountServiceAccountToken {
+		t.Error("the pod has a token of its service account")
+	}
+	if set.Spec.UpdateStrategy.RollingUpdate.MaxSurge.IntValue() != 0 {
+		t.Error("an update runs two daemons on one node")
+	}
+	if set.Spec.Template.Annotations["checksum/config"] == "" {
+		t.Error("another configuration does not restart the daemon")
+	}
+	if spec.NodeSelector["kubernetes.io/os"] != "linux" {
+		t.Errorf("it runs on nodes of %q", spec.NodeSelector)
+	}
+	if terms := spec.Affinity.PodAntiAffinity.RequiredDuringSchedulingIgnoredDuringExecution; len(terms) != 1 ||
+		terms[0].NamespaceSelector == nil || terms[0].LabelSelector.MatchLabels["app.kubernetes.io/name"] != set.Spec.Template.Labels["app.kubernetes.io/name"] {
+		t.Errorf("two releases run on one node: %v", terms)
+	}
+	if spec.HostIPC {
+		t.Error("the pod has the host's IPC namespace")
+	}
+	for _, container := range containers(spec) {
+		security := container.SecurityContext
+		if container.TerminationMessagePolicy != core.TerminationMessageFallbackToLogsOnError {
+			t.Errorf("%s: kubectl describe pod does not show why it failed", container.Name)
+		}
+		if security.ReadOnlyRootFilesystem == nil || !*security.ReadOnlyRootFilesystem {
+			t.Errorf("%s: its root filesystem is writable", container.Name)
+		}
+		if len(container.Command) != 0 {
+			t.Errorf("%s: replaces the entry point of the image: %q", container.Name, container.Command)
+		}
+		if container.Name == "daemon" {
+			continue
+		}
+		if security.Privileged != nil && *security.Privileged || *security.AllowPrivilegeEscalation {
+			t.Errorf("%s is privileged", container.Name)
+		}
+		if !slices.Equal(security.Capabilities.Drop, []core.Capability{"ALL"}) || slices.Contains(security.Capabilities.Add, "SYS_ADMIN") {
+			t.Errorf("%s has more capabilities than it needs: %v", container.Name, security.Capabilities)
+		}
+	}
+}
+
+// checkMounts: the host sees the daemon's mounts, those in its state directory and no
+// other, and nothing keeps a mount of the host that the host wants to be rid of.
+func checkMounts(t *testing.T, spec *core.PodSpec) {
+	t.Helper()
+	paths := map[string]string{}
+	for _, volume := range spec.Volumes {
+		if volume.HostPath != nil {
+			paths[volume.Name] = volume.HostPath.Path
+		}
+	}
+	for _, container := range containers(spec) {
+		for _, mount := range container.VolumeMounts {
+			path, ok := paths[mount.Name]
+			if !ok {
+				continue
+			}
+			want := core.MountPropagationHostToContainer
+			if mount.Name == "state" {
+				want = core.MountPropagationBidirectional
+			}
+			if mount.MountPropagation == nil || *mount.MountPropagation != want {
+				t.Errorf("%s: %s is not mounted with %s", container.Name, path, want)
+			}
+			if inside := map[string]string{"/": "/host"}[path]; mount.MountPath != path && mount.MountPath != inside {
+				t.Errorf("%s: %s is at %s", container.Name, path, mount.MountPath)
+			}
+		}
+	}
+}
+
+// checkPaths: what the daemon is told to use is there in its container, and root and
+// content_root are in one mount: between two, hard links are refused.
+func checkPaths(t *testing.T, spec *core.PodSpec, config string) {
+	t.Helper()
+	i := slices.IndexFunc(containers(spec), func(c core.Container) bool { return c.Name == "daemon" })
+	if i < 0 {
+		return
+	}
+	// The mount that has path: the deepest one, as for the kernel.
+	mount := func(path string) (found core.VolumeMount) {
+		for _, mount := range containers(spec)[i].VolumeMounts {
+			if strings.HasPrefix(path+"/", mount.MountPath+"/") && len(mount.MountPath) > len(found.MountPath) {
+				found = mount
+			}
+		}
+		return found
+	}
+	root, content, state := mount(value(t, config, "root")), mount(value(t, config, "content_root")), mount(value(t, config, "state"))
+	if root.Name != "root" || root.Name != content.Name || root.ReadOnly {
+		t.Errorf("root is in the mount %+v, content_root in %+v", root, content)
+	}
+	if state.Name != "state" || state.ReadOnly {
+		t.Errorf("state is in the mount %+v", state)
+	}
+	if socket := mount(value(t, config, "containerd_address")); socket.Name != "containerd" {
+		t.Errorf("containerd's socket is in the mount %+v", socket)
+	}
+}
+
+// value returns a string of a configuration file of the daemon.
+func value(t *testing.T, config, key string) string {
+	t.Helper()
+	for line := range strings.Lines(config) {
+		if value, ok := strings.CutPrefix(strings.TrimSpace(line), key+" = "); ok {
+			return strings.Trim(value, `"`)
+		}
+	}
+	t.Fatalf("no %s in:\n%s", key, config)
+	return ""
+}
+
+// checkCommands: the program takes the flags and the configuration.
+func checkCommands(t *testing.T, spec *core.PodSpec, config string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "config.toml")
+	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if output, err := exec.Command(binary, "config", "containerd", "--config", path).CombinedOutput(); err != nil {
+		t.Errorf("the daemon does not take the configuration: %s\n%s", output, config)
+	}
+	for _, container := range containers(spec) {
+		commands := [][]string{container.Args}
+		for _, probe := range []*core.Probe{container.StartupProbe, container.LivenessProbe, container.ReadinessProbe} {
+			if probe != nil {
+				commands = append(commands, probe.Exec.Command[1:])
+			}
+		}
+		for _, args := range commands {
+			if output, err := exec.Command(binary, append(slices.Clone(args), "--help")...).CombinedOutput(); err != nil {
+				t.Errorf("%s: the program does not take %q: %s", container.Name, args, output)
+			}
+		}
+	}
+}
+
+// TestChartOfAPod and those below: what depends on values.
+func TestChartOfAPod(t *testing.T) {
+	objects := mustRender(t, "nodeSelector: {pool: gpu}")
+	spec := one[*apps.DaemonSet](t, objects).Spec.Template.Spec
+	daemon := spec.Containers[0]
+	if len(spec.Containers) != 1 || daemon.Name != "daemon" || !*daemon.SecurityContext.Privileged {
+		t.Errorf("the daemon is not the one container, privileged: %+v", spec.Containers)
+	}
+	if daemon.LivenessProbe == nil || daemon.StartupProbe == nil {
+		t.Error("kubelet does not see when the daemon is stuck")
+	}
+	install := spec.InitContainers[0]
+	if len(spec.InitContainers) != 1 || install.Args[0] != "install" || !slices.Contains(install.Args, "--no-service") {
+		t.Errorf("the install of a pod: %q", install.Args)
+	}
+	if spec.HostNetwork {
+		t.Error("the pod has the host's network for nothing")
+	}
+	class := one[*node.RuntimeClass](t, objects)
+	if class.Scheduling == nil || class.Scheduling.NodeSelector["pool"] != "gpu" {
+		t.Errorf("pods with models go to nodes without the snapshotter: %+v", class.Scheduling)
+	}
+	if !slices.Contains(install.Args, "--runtime-handler="+class.Handler) {
+		t.Errorf("the class has another handler (%s) than install makes: %q", class.Handler, install.Args)
+	}
+}
+
+func TestChartOfSystemd(t *testing.T) {
+	spec := one[*apps.DaemonSet](t, mustRender(t, "daemon: systemd\nscope: node")).Spec.Template.Spec
+	for _, container := range containers(&spec) {
+		if container.Args[0] != "install" || slices.Contains(container.Args, "--no-service") || !slices.Contains(container.Args, "--scope=node") {
+			t.Errorf("%s does not install the service for the node: %q", container.Name, container.Args)
+		}
+	}
+	if stay := spec.Containers[0]; !slices.Contains(stay.Args, "--stay") || stay.ReadinessProbe == nil {
+		t.Errorf("the pod does not stay, or is ready without the daemon: %q", stay.Args)
+	}
+}
+
+// TestChartOfUninstall: the daemon goes on until nothing uses it.
+func TestChartOfUninstall(t *testing.T) {
+	spec := one[*apps.DaemonSet](t, mustRender(t, "uninstall: true")).Spec.Template.Spec
+	if len(spec.InitContainers) != 2 {
+		t.Fatalf("got %d init containers, want 2", len(spec.InitContainers))
+	}
+	daemon, uninstall := spec.InitContainers[0], spec.InitContainers[1]
+	if daemon.Name != "daemon" || daemon.RestartPolicy == nil || *daemon.RestartPolicy != core.ContainerRestartPolicyAlways {
+		t.Errorf("no daemon beside uninstall: %+v", daemon)
+	}
+	if daemon.StartupProbe != nil {
+		t.Error("a daemon that does not start hinders uninstall")
+	}
+	for _, container := range []core.Container{uninstall, spec.Containers[0]} {
+		if container.Args[0] != "uninstall" {
+			t.Errorf("%s: %q", container.Name, container.Args)
+		}
+	}
+}
+
+func TestChartOfMetrics(t *testing.T) {
+	for address, hostNetwork := range map[string]bool{"127.0.0.1:9477": true, "'[::1]:9477'": true, "unix:///run/artifact-snapshotter/m.sock": false} {
+		objects := mustRender(t, "metrics: {address: "+address+"}")
+		if got := one[*apps.DaemonSet](t, objects).Spec.Template.Spec.HostNetwork; got != hostNetwork {
+			t.Errorf("%s: host network %t, want %t", address, got, hostNetwork)
+		}
+		if got := value(t, one[*core.ConfigMap](t, objects).Data["config.toml"], "metrics_address"); got != strings.Trim(address, "'") {
+			t.Errorf("the daemon serves metrics at %s, want %s", got, address)
+		}
+	}
+}

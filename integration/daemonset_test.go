@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,6 +18,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/deploy"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
@@ -123,27 +125,39 @@ func daemonPod(t *testing.T, manifests, name, dir string) string {
 	return string(text)
 }
 
-// The pod is the chart's, with all that Kubernetes and the kernel let it do and no
-// more, and kubelet runs it on a node that knows nothing of the daemon before.
-func TestKubeletRunsTheDaemonSet(t *testing.T) {
-	n := node.ForTest(t, node.Options{Systemd: true, Kubelet: true})
-	layout := t.TempDir()
-	_, err := n.BuildImage(layout)
-	check(t, err)
-	image, err := n.PushImage(layout)
-	check(t, err)
+// chartPod is the pod of the chart's DaemonSet, for a node whose registry has the
+// daemon's image. The values are JSON.
+func chartPod(t *testing.T, n *node.Node, image string, values map[string]string) string {
+	t.Helper()
 	quoted := func(value any) string {
 		text, err := json.Marshal(value)
 		check(t, err)
 		return string(text)
 	}
 	repository, tag, _ := cutLast(image, ":")
-	manifests, err := n.Chart(map[string]string{
-		"image.repository": quoted(repository),
-		"image.tag":        quoted(tag),
-	})
+	all := map[string]string{"image.repository": quoted(repository), "image.tag": quoted(tag)}
+	maps.Copy(all, values)
+	manifests, err := n.Chart(all)
 	check(t, err)
-	pod := daemonPod(t, manifests, "daemon", n.Dir)
+	return daemonPod(t, manifests, "daemon", n.Dir)
+}
+
+// daemonImage is the daemon's image in the node's registry.
+func daemonImage(t *testing.T, n *node.Node) string {
+	t.Helper()
+	layout := t.TempDir()
+	_, err := n.BuildImage(layout)
+	check(t, err)
+	image, err := n.PushImage(layout)
+	check(t, err)
+	return image
+}
+
+// The pod is the chart's, with all that Kubernetes and the kernel let it do and no
+// more, and kubelet runs it on a node that knows nothing of the daemon before.
+func TestKubeletRunsTheDaemonSet(t *testing.T) {
+	n := node.ForTest(t, node.Options{Systemd: true, Kubelet: true})
+	pod := chartPod(t, n, daemonImage(t, n), nil)
 	// A runtime handler takes a cluster, so the pods with models are not kubelet's. It
 	// leaves them alone as long as it has not heard of all pods from all its sources.
 	check(t, n.StartKubelet(map[string]any{"staticPodURL": "http://127.0.0.1:1/"}))
@@ -202,6 +216,49 @@ func TestKubeletRunsTheDaemonSet(t *testing.T) {
 		wantVolume(t, reader, "main", "/model", wantTree(t, src, pack.Raw))
 	})
 	check(t, reader.Remove())
+}
+
+// The DaemonSet makes the daemon a service of the host, which serves every pod, its own
+// included, and takes all back.
+func TestKubeletInstallsTheService(t *testing.T) {
+	n := node.ForTest(t, node.Options{Systemd: true, Kubelet: true})
+	etc := filepath.Join(n.Dir, "machine", "etc")
+	check(t, n.StartKubelet(nil))
+	before := files(t, etc)
+	image := daemonImage(t, n)
+	values := map[string]string{"scope": `"node"`, "daemon": `"systemd"`}
+	check(t, n.RunStaticManifest("daemon", chartPod(t, n, image, values)))
+	waitForStatic(t, n, "daemon")
+	waitForCRI(t, n)
+	waitForEmptyBlob(t, n)
+	if state := property(t, n, unitName, "ActiveState"); state != "active" {
+		t.Errorf("the service is %s", state)
+	}
+	src := writeModel(t)
+	ref := pulled(t, n, src, pack.Raw)
+	check(t, n.RunStaticPod(node.PodSpec{Name: "model", Volumes: []node.Volume{{Image: ref, Path: "/model"}}}))
+	model := waitForStatic(t, n, "model")
+	wantVolume(t, &model.Pod, "main", "/model", wantTree(t, src, pack.Raw))
+
+	// What a cluster does at `helm upgrade --set uninstall=true`, when the node is
+	// drained, and at `kubectl rollout restart`.
+	values["uninstall"] = "true"
+	pod := chartPod(t, n, image, values)
+	check(t, n.RunStaticManifest("daemon", pod))
+	drop := filepath.Join(etc, "containerd", "conf.d", "artifact-snapshotter.toml")
+	waitFor(t, "new containers to get the node's own snapshotter", func() bool {
+		text, err := os.ReadFile(drop)
+		return err == nil && !strings.Contains(string(text), "\n    snapshotter = 'artifact'")
+	})
+	wantVolume(t, &model.Pod, "main", "/model", wantTree(t, src, pack.Raw))
+	check(t, n.RemoveStaticPod("model"))
+	check(t, n.RemoveStaticPod("daemon"))
+	check(t, n.RunStaticManifest("daemon", pod))
+	waitForStatic(t, n, "daemon")
+	wantSame(t, etc, before)
+	if _, err := os.Stat(machineFile(n, deploy.UnitBinary)); !os.IsNotExist(err) {
+		t.Errorf("the program is still there: %v", err)
+	}
 }
 
 // cutLast is strings.Cut at the last separator.

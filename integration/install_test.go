@@ -4,6 +4,7 @@
 package integration
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -97,10 +98,23 @@ func TestInstallAndUninstall(t *testing.T) {
 				t.Error("a second time it has restarted containerd")
 			}
 
-			if said, err := n.Run(command("uninstall")...); err == nil || !strings.Contains(said+err.Error(), "drain the node") {
-				t.Errorf("uninstall with a pod said %q, %v", said, err)
+			// While a pod has it, it stays for that; a new one gets what the node had.
+			for range 2 {
+				if said, err := n.Run(command("uninstall")...); err == nil || !strings.Contains(said+err.Error(), "drain the node") {
+					t.Errorf("uninstall with a pod said %q, %v", said, err)
+				}
+				waitForCRI(t, n)
 			}
-			wantSame(t, etc, installed)
+			wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.Raw))
+			if test.handler != "" {
+				wantSame(t, etc, installed)
+			}
+			other, err := n.RunPod(node.PodSpec{})
+			check(t, err)
+			if got := containersOf(t, n, "artifact"); got != 2 { // of the first pod, its sandbox is one
+				t.Errorf("%d containers have the snapshotter, want 2", got)
+			}
+			check(t, other.Remove())
 			check(t, pod.Remove())
 			t.Log(run(t, n, command("uninstall")...))
 			waitForCRI(t, n)
@@ -120,4 +134,19 @@ func TestInstallAndUninstall(t *testing.T) {
 			check(t, pod.Remove())
 		})
 	}
+}
+
+// containersOf counts the containers that have a snapshotter.
+func containersOf(t *testing.T, n *node.Node, snapshotter string) (count int) {
+	t.Helper()
+	ids, err := n.Ctr("containers", "ls", "-q")
+	check(t, err)
+	for _, id := range strings.Fields(ids) {
+		info, err := n.Ctr("containers", "info", id)
+		check(t, err)
+		if strings.Contains(info, fmt.Sprintf("\"Snapshotter\": %q", snapshotter)) {
+			count++
+		}
+	}
+	return count
 }

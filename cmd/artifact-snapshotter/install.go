@@ -58,7 +58,8 @@ func uninstallCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "uninstall",
 		Usage: "take back what install has done",
-		Description: "Containers of the snapshotter could not be removed without it: drain the node before.\n\n" +
+		Description: "Containers of the snapshotter could not be removed without it. While there are any, new\n" +
+			"ones get the one that the node had before, and the rest waits until the last is gone.\n\n" +
 			"Examples:\n\n" +
 			"  artifact-snapshotter uninstall --dry-run\n" +
 			"  artifact-snapshotter uninstall",
@@ -98,8 +99,8 @@ func runInstall(ctx context.Context, command *cli.Command, do func(*installRun, 
 func newInstallRun(command *cli.Command) (*installRun, error) {
 	r := &installRun{restart: !command.Bool("no-restart"), dryRun: command.Bool("dry-run"), out: command.Root().Writer}
 	r.service, r.binary = !command.Bool("no-service"), command.String("binary")
-	// Of containerd's code that reads its files, which says much that is no matter here.
-	err := log.SetLevel("error")
+	// Of containerd's code that reads its files: what matters here is in its errors, too.
+	err := log.SetLevel("fatal")
 	if err != nil {
 		return nil, err
 	}
@@ -197,12 +198,13 @@ func (r *installRun) install(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := r.write(ofContainerd); err != nil {
+	if err := applyAll(ofContainerd); err != nil {
 		return err
 	}
 	if err := r.effective(ctx, r.main); err != nil {
 		return takeBack(ofContainerd, err)
 	}
+	r.report(ofContainerd)
 	return r.finish(ctx, c, len(ofContainerd) > 0, r.cfg.SocketAddress())
 }
 
@@ -222,10 +224,14 @@ func (r *installRun) write(changes []change) error {
 	if err := applyAll(changes); err != nil {
 		return err
 	}
+	r.report(changes)
+	return nil
+}
+
+func (r *installRun) report(changes []change) {
 	for _, c := range changes {
 		r.say(c.String())
 	}
-	return nil
 }
 
 // finish restarts containerd if it has to be.
@@ -289,8 +295,12 @@ func (r *installRun) uninstall(ctx context.Context) error {
 	}
 	if c != nil {
 		defer c.Close()
-		if err := inUse(ctx, c); err != nil {
+		using, err := c.using(ctx)
+		if err != nil {
 			return nothing(err)
+		}
+		if len(using) > 0 {
+			return r.retire(ctx, c, using)
 		}
 	}
 	changes, err := r.removal()
@@ -338,19 +348,45 @@ func (r *installRun) previewRemoval(ctx context.Context, c *running, changes []c
 	return nil
 }
 
-// inUse returns an error while containers have the snapshotter: without it they could
-// neither be restarted nor removed.
-func inUse(ctx context.Context, c *running) error {
+// retire is the part of uninstall that can be done while containers have the
+// snapshotter, which could neither be restarted nor removed without it: new ones get the
+// one that the node had before. It returns an error, for uninstall is not done.
+func (r *installRun) retire(ctx context.Context, c *running, using []string) error {
+	changes, err := r.retirement()
+	if err != nil {
+		return fmt.Errorf("nothing was changed: %w", err)
+	}
+	state := "nothing was changed"
+	switch {
+	case len(changes) == 0:
+	case r.dryRun:
+		if err := r.preview(ctx, c, nil, changes, r.cfg.SocketAddress()); err != nil {
+			return err
+		}
+	default:
+		if err := r.write(changes); err != nil {
+			return err
+		}
+		if err := r.finish(ctx, c, true, r.cfg.SocketAddress()); err != nil {
+			return err
+		}
+		state = "new containers will have another snapshotter"
+	}
+	return fmt.Errorf("%s, but %d containers have this one, and could not be removed without it: drain the node, remove what is left (crictl rmp --force), and uninstall again: %s: %w",
+		state, len(using), list(using[:min(len(using), 3)]), errdefs.ErrFailedPrecondition)
+}
+
+// using are the containers that have the snapshotter.
+func (c *running) using(ctx context.Context) (using []string, err error) {
 	all, err := c.NamespaceService().List(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	using := []string{}
 	for _, namespace := range all {
 		in := c.In(namespace)
 		containers, err := in.ContainerService().List(in.Context(ctx))
 		if err != nil {
-			return err
+			return nil, err
 		}
 		for _, container := range containers {
 			if container.Snapshotter == proxyName {
@@ -358,9 +394,5 @@ func inUse(ctx context.Context, c *running) error {
 			}
 		}
 	}
-	if len(using) == 0 {
-		return nil
-	}
-	return fmt.Errorf("%d containers have the snapshotter, and could not be removed without it: drain the node, and remove what is left (crictl rmp --force): %s: %w",
-		len(using), list(using[:min(len(using), 3)]), errdefs.ErrFailedPrecondition)
+	return using, nil
 }

@@ -155,7 +155,10 @@ func (n *installation) containerdChanges(ctx context.Context) ([]change, error) 
 		pattern := filepath.Join(filepath.Dir(d.path), "*.toml")
 		switch {
 		case generated(main.before):
-			return nil, fmt.Errorf("%s is made anew whenever its service starts, and imports no folder: add what `%s config containerd` prints, without the version, below `{{ template \"base\" . }}` in the template beside it (config-v3.toml.tmpl, or config.toml.tmpl for version 2): %w", n.main, name, errdefs.ErrFailedPrecondition)
+			if n.effective(ctx, files...) == nil { // the template says it all
+				return nil, nil
+			}
+			return nil, n.byHand()
 		case !d.main.exists:
 			main.after = mainText(pattern)
 		default:
@@ -171,6 +174,16 @@ func (n *installation) containerdChanges(ctx context.Context) ([]change, error) 
 		changes = append(changes, main)
 	}
 	return changes, n.tried(ctx, files, text)
+}
+
+// byHand says what to do where k3s or RKE2 make a file that imports no folder, as those
+// from before 2026 do. Tables that are in their base already must not come twice.
+func (n *installation) byHand() error {
+	if n.handler == "" {
+		return fmt.Errorf("%s is made anew whenever its service starts, and imports no folder: use --scope %s, or a release of k3s or RKE2 whose file has imports: %w", n.main, scopeHandler, errdefs.ErrFailedPrecondition)
+	}
+	return fmt.Errorf("%s is made anew whenever its service starts, and imports no folder: write {{ template \"base\" . }} and below it what `%s config containerd --snapshotter-scope %s --runtime-handler %s` prints, without the version, into config-v3.toml.tmpl beside it, and restart the service; or use a release of k3s or RKE2 whose file has imports: %w",
+		n.main, name, scopeHandler, n.handler, errdefs.ErrFailedPrecondition)
 }
 
 // checkImports looks for what containerd's file imports in vain.
@@ -279,6 +292,11 @@ func (n *installation) dropIn(read *runtimeConfig, d dropIn) ([]byte, error) {
 		}
 	}
 	d.set(entries, "plugins", transfer, "unpack_config")
+	return d.text()
+}
+
+// text is the file with tables.
+func (d *dropIn) text() ([]byte, error) {
 	var out bytes.Buffer
 	out.WriteString(writtenBy)
 	err := toml.NewEncoder(&out).SetIndentTables(true).Encode(d.tables)
@@ -324,6 +342,43 @@ func (n *installation) effective(ctx context.Context, files ...string) error {
 		return nil
 	}
 	return fmt.Errorf("%s is overruled by %s or another file that it imports: look (containerd config dump) which one says otherwise, and take that away: %w", missing, n.main, errdefs.ErrFailedPrecondition)
+}
+
+// retirement takes the snapshotter from new containers, if the node has it, and leaves it
+// to those that are there. Those of a runtime handler keep it.
+func (n *installation) retirement() ([]change, error) {
+	d, err := findDropIn(n.main)
+	if err != nil {
+		return nil, fmt.Errorf("containerd's configuration cannot be read: %w", err)
+	}
+	forNode := false
+	all, _ := d.tables["plugins"].(map[string]any)
+	cri, _ := all[criBefore3].(map[string]any)
+	for _, of := range []any{all[criImages], cri["containerd"]} {
+		if images, ok := of.(map[string]any); ok && images["snapshotter"] == proxyName {
+			forNode = true
+			delete(images, "snapshotter")
+		}
+	}
+	if !forNode {
+		return nil, nil
+	}
+	runtime, _ := all[criRuntime].(map[string]any)
+	for _, of := range []any{runtime["containerd"], cri["containerd"]} { // the default handler's
+		in, _ := of.(map[string]any)
+		handlers, _ := in["runtimes"].(map[string]any)
+		for _, handler := range handlers {
+			if handler, ok := handler.(map[string]any); ok && handler["snapshotter"] == proxyName {
+				delete(handler, "snapshotter")
+			}
+		}
+	}
+	text, err := d.text()
+	if err != nil {
+		return nil, err
+	}
+	drop, err := changed(d.path, text, 0o644)
+	return []change{drop}, errors.Join(err, drop.writable())
 }
 
 // removal is the way back, in an order in which containerd can always start.

@@ -243,13 +243,17 @@ func TestKubeletInstallsTheService(t *testing.T) {
 	// What a cluster does at `helm upgrade --set uninstall=true`, when the node is
 	// drained, and at `kubectl rollout restart`.
 	values["uninstall"] = "true"
+	started := func() string { return property(t, n, "containerd", "ExecMainStartTimestampMonotonic") }
+	at := started()
 	pod := chartPod(t, n, image, values)
 	check(t, n.RunStaticManifest("daemon", pod))
-	drop := filepath.Join(etc, "containerd", "conf.d", "artifact-snapshotter.toml")
-	waitFor(t, "new containers to get the node's own snapshotter", func() bool {
-		text, err := os.ReadFile(drop)
-		return err == nil && !strings.Contains(string(text), "\n    snapshotter = 'artifact'")
-	})
+	waitFor(t, "uninstall to restart containerd, for new containers", func() bool { return started() != at })
+	waitForCRI(t, n)
+	drop, err := os.ReadFile(filepath.Join(etc, "containerd", "conf.d", "artifact-snapshotter.toml"))
+	check(t, err)
+	if strings.Contains(string(drop), "\n    snapshotter = 'artifact'") {
+		t.Errorf("the node still has the snapshotter:\n%s", drop)
+	}
 	wantVolume(t, &model.Pod, "main", "/model", wantTree(t, src, pack.Raw))
 	check(t, n.RemoveStaticPod("model"))
 	check(t, n.RemoveStaticPod("daemon"))

@@ -9,24 +9,33 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/deploy"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// files are the contents of all files below dir that are not directories.
+// files are the contents of all files below dir; a directory has none.
 func files(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	all := map[string]string{}
 	check(t, filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
+		if err != nil {
 			return err
+		}
+		if d.IsDir() {
+			all[path+"/"] = ""
+			return nil
 		}
 		if d.Type() == os.ModeSymlink {
 			target, err := os.Readlink(path)
 			all[path] = "-> " + target
 			return err
+		}
+		if !d.Type().IsRegular() {
+			all[path] = d.Type().String()
+			return nil
 		}
 		text, err := os.ReadFile(path)
 		all[path] = string(text)
@@ -69,7 +78,7 @@ func TestInstallAndUninstall(t *testing.T) {
 
 			at := started()
 			preview := run(t, n, command("install", "--dry-run")...)
-			for _, want := range []string{"+++ /etc/containerd/config.toml", "+imports = [\"/etc/containerd/conf.d/*.toml\"]", "+  [proxy_plugins.artifact]", "would restart containerd.service"} {
+			for _, want := range []string{"+++ /etc/containerd/config.toml", "+imports = [\"/etc/containerd/conf.d/artifact-snapshotter.toml\"]", "+  [proxy_plugins.artifact]", "would restart containerd.service"} {
 				if !strings.Contains(preview, want) {
 					t.Errorf("the dry run does not say %q:\n%s", want, preview)
 				}
@@ -97,6 +106,23 @@ func TestInstallAndUninstall(t *testing.T) {
 			if started() != at {
 				t.Error("a second time it has restarted containerd")
 			}
+
+			// As after a kill between the writing of the program and its start.
+			daemon := property(t, n, unitName, "MainPID")
+			check(t, os.Chtimes(machineFile(n, deploy.UnitBinary), time.Time{}, time.Now()))
+			if said := run(t, n, command("install")...); said != "started artifact-snapshotter.service" || property(t, n, unitName, "MainPID") == daemon {
+				t.Errorf("with a newer program it said %q", said)
+			}
+			if started() != at {
+				t.Error("it has restarted containerd for the daemon")
+			}
+			run(t, n, "systemctl", "stop", "containerd")
+			if said, err := n.Run(command("uninstall")...); err == nil || !strings.Contains(said+err.Error(), "no containerd answers") {
+				t.Errorf("uninstall without containerd said %q, %v", said, err)
+			}
+			run(t, n, "systemctl", "start", "containerd")
+			waitForCRI(t, n)
+			wantSame(t, etc, installed)
 
 			// While a pod has it, it stays for that; a new one gets what the node had.
 			for range 2 {
@@ -129,9 +155,22 @@ func TestInstallAndUninstall(t *testing.T) {
 			if started() != at {
 				t.Error("a second time it has restarted containerd")
 			}
+			if mounts := run(t, n, "cat", "/proc/self/mountinfo"); strings.Contains(mounts, "/run/artifact-snapshotter/mounts/") {
+				t.Errorf("mounts of the daemon are left:\n%s", mounts)
+			}
 			pod, err = n.RunPod(node.PodSpec{})
 			check(t, err)
 			check(t, pod.Remove())
+
+			// containerd has forgotten what was there.
+			check(t, os.RemoveAll(n.DaemonRoot))
+			run(t, n, command("install")...)
+			waitForCRI(t, n)
+			pod, err = n.RunPod(node.PodSpec{RuntimeHandler: test.handler, Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+			check(t, err)
+			wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.Raw))
+			check(t, pod.Remove())
+			run(t, n, command("uninstall")...)
 		})
 	}
 }

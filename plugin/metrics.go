@@ -263,10 +263,11 @@ type images struct{ *client.Watcher }
 
 // Check implements snapshot.Images.
 func (i images) Check(ctx context.Context, namespace string, target digest.Digest) error {
-	if err := i.Watcher.Check(ctx, namespace, target); err != nil && !errors.Is(err, artifact.ErrNotArtifact) {
+	err := i.Watcher.Check(ctx, namespace, target)
+	if err != nil && !errors.Is(err, artifact.ErrNotArtifact) {
 		return unsure{err}
 	}
-	return nil
+	return err
 }
 
 // gauges are read when somebody asks for them.

@@ -41,12 +41,12 @@ func validateMetrics(address string) error {
 	return nil
 }
 
-// serveMetrics serves /metrics on the address, until it is closed.
-func (m *metrics) serve(ctx context.Context, address string) (*http.Server, error) {
-	listener, err := listenMetrics(ctx, address)
-	if err != nil {
-		return nil, fmt.Errorf("metrics: %w", err)
-	}
+// metricsRetry is how long to wait for an address that something else has.
+const metricsRetry = 10 * time.Second
+
+// serve serves /metrics on the address until it is told to stop. That the address cannot
+// be had is no reason to leave pods without their volumes: it is tried again.
+func (m *metrics) serve(ctx context.Context, address string, retry time.Duration) (stop func()) {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.InstrumentMetricHandler(m.registry, promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{
 		ErrorHandling:       promhttp.ContinueOnError,
@@ -62,13 +62,34 @@ func (m *metrics) serve(ctx context.Context, address string) (*http.Server, erro
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan struct{})
 	go func() {
-		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
-			log.G(ctx).WithError(err).Error("No metrics any more")
+		defer close(ended)
+		logger := log.G(ctx).WithField("address", address)
+		for failures := 0; ; failures++ {
+			listener, err := listenMetrics(ctx, address)
+			if err == nil {
+				logger.Info("Serving metrics")
+				if err = server.Serve(listener); errors.Is(err, http.ErrServerClosed) {
+					return
+				}
+			}
+			if failures == 0 {
+				logger.WithError(err).Error("No metrics; trying again")
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(retry):
+			}
 		}
 	}()
-	log.G(ctx).WithField("address", address).Info("Serving metrics")
-	return server, nil
+	return func() {
+		cancel()
+		_ = server.Close()
+		<-ended
+	}
 }
 
 func listenMetrics(ctx context.Context, address string) (net.Listener, error) {

@@ -55,11 +55,7 @@ func Serve(ctx context.Context, cfg Config, version string) (err error) {
 	}
 	defer func() { err = errors.Join(err, snapshotter.Close()) }()
 	if cfg.MetricsAddress != "" {
-		exporter, err := metrics.serve(ctx, cfg.MetricsAddress)
-		if err != nil {
-			return err
-		}
-		defer func() { _ = exporter.Close() }()
+		defer metrics.serve(ctx, cfg.MetricsAddress, metricsRetry)()
 	}
 
 	address := cfg.SocketAddress()

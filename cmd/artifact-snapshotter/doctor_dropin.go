@@ -46,7 +46,7 @@ func findDropIn(main string) (d dropIn, err error) {
 			pattern = filepath.Join(filepath.Dir(main), pattern)
 		}
 		path := filepath.Join(filepath.Dir(pattern), name+".toml")
-		if matches, err := filepath.Match(pattern, path); err == nil && matches && !strings.Contains(path, "*") {
+		if matches, err := filepath.Match(pattern, path); pattern == path || err == nil && matches && !strings.Contains(path, "*") {
 			d.path, d.imported = path, true
 		}
 	}
@@ -67,14 +67,26 @@ func findDropIn(main string) (d dropIn, err error) {
 
 // readTOML reads a file, if it is there.
 func readTOML(path string, into any) (exists bool, err error) {
-	text, err := os.ReadFile(path)
+	fi, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
 	if err != nil {
 		return false, err
 	}
-	if err := toml.Unmarshal(text, into); err != nil {
+	if !fi.Mode().IsRegular() {
+		return false, notRegular(path)
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return false, err
+	}
+	err = toml.Unmarshal(text, into)
+	if decode, ok := errors.AsType[*toml.DecodeError](err); ok {
+		row, _ := decode.Position()
+		return false, fmt.Errorf("%s: line %d: %w", path, row, err)
+	}
+	if err != nil {
 		return false, fmt.Errorf("%s: %w", path, err)
 	}
 	return true, nil

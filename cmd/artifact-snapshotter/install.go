@@ -11,15 +11,20 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/moby/sys/mountinfo"
 	"github.com/urfave/cli/v3"
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/deploy"
 )
+
+// sweepTimeout is how long the daemon may take to drop the mounts of what is gone.
+const sweepTimeout = 10 * time.Second
 
 // installFlags are those of install and uninstall.
 func installFlags() []cli.Flag {
@@ -32,7 +37,6 @@ func installFlags() []cli.Flag {
 		&cli.BoolFlag{Name: "no-restart", Usage: "do not restart containerd, but say that it has to be"},
 		&cli.BoolFlag{Name: "dry-run", Usage: "change nothing, but print what would be, files as diffs"},
 		&cli.StringFlag{Name: "host", Usage: "directory with the files of the host, for a container that has them in one"},
-		&cli.BoolFlag{Name: "stay", Usage: "do not end before a signal (SIGTERM), as the pod of a DaemonSet must not"},
 		configFlag(),
 	}
 }
@@ -83,14 +87,18 @@ func runInstall(ctx context.Context, command *cli.Command, do func(*installRun, 
 	if err != nil {
 		return err
 	}
+	if !r.dryRun {
+		lock, err := lockFor(filepath.Dir(r.main))
+		if err != nil {
+			return err
+		}
+		defer lock.Close()
+	}
 	if err := do(r, ctx); err != nil {
 		return err
 	}
 	if !r.did {
 		r.say("nothing to do")
-	}
-	if command.Bool("stay") {
-		<-ctx.Done()
 	}
 	return nil
 }
@@ -124,8 +132,12 @@ func newInstallRun(command *cli.Command) (*installRun, error) {
 	}
 	if host := command.String("host"); host != "" {
 		if r.service {
-			if r.configText, err = os.ReadFile(config); err != nil && command.IsSet("config") {
+			text, err := os.ReadFile(config)
+			if err != nil && command.IsSet("config") {
 				return nil, err
+			}
+			if err == nil {
+				r.configText = append([]byte(writtenBy), text...)
 			}
 		}
 		if err := errors.Join(unix.Chroot(host), unix.Chdir("/")); err != nil {
@@ -144,9 +156,6 @@ func newInstallRun(command *cli.Command) (*installRun, error) {
 	if r.main, err = filepath.Abs(r.main); err != nil {
 		return nil, err
 	}
-	if real, err := filepath.EvalSymlinks(r.main); err == nil {
-		r.main = real // which is edited in place of the link
-	}
 	if r.service && !hasSystemd() {
 		return nil, fmt.Errorf("there is no systemd here: use --no-service, and have `%s serve` run before containerd: %w", name, errdefs.ErrFailedPrecondition)
 	}
@@ -158,16 +167,18 @@ func (r *installRun) say(what string) {
 	_, _ = fmt.Fprintln(r.out, what)
 }
 
+// nothing says that no file has been changed when the error came.
+func nothing(err error) error { return fmt.Errorf("nothing was changed: %w", err) }
+
 // install plans everything before it writes the first byte.
 func (r *installRun) install(ctx context.Context) error {
-	nothing := func(err error) error { return fmt.Errorf("nothing was changed: %w", err) }
 	c, err := r.askRuntime(ctx)
 	if err != nil {
 		return nothing(err)
 	}
 	if c != nil {
 		defer c.Close()
-		if err := r.checkContent(ctx, c); err != nil {
+		if err := errors.Join(r.checkFile(c), r.checkContent(ctx, c)); err != nil {
 			return nothing(err)
 		}
 	}
@@ -182,30 +193,47 @@ func (r *installRun) install(ctx context.Context) error {
 		return nothing(err)
 	}
 	ofService, ofContainerd = slices.DeleteFunc(ofService, change.none), slices.DeleteFunc(ofContainerd, change.none)
-	for _, change := range slices.Concat(ofService, ofContainerd) {
-		if err := change.writable(); err != nil {
-			return nothing(err)
-		}
+	if err := writable(slices.Concat(ofService, ofContainerd)); err != nil {
+		return nothing(err)
 	}
 	if r.dryRun {
-		return r.preview(ctx, c, ofService, ofContainerd, r.cfg.SocketAddress())
+		if err := r.preview(ctx, c, slices.Concat(ofService, ofContainerd), len(ofContainerd) > 0, r.cfg.SocketAddress()); err != nil {
+			return err
+		}
+		if len(ofService) > 0 {
+			r.say("would restart " + unitName)
+		}
+		return nil
 	}
 	if err := r.write(ofService); err != nil {
 		return err
 	}
 	if r.service {
-		if err := r.startService(ctx, len(ofService) > 0); err != nil {
+		if err := r.startService(ctx); err != nil {
 			return err
 		}
 	}
-	if err := applyAll(ofContainerd); err != nil {
+	if err := r.write(ofContainerd); err != nil {
 		return err
 	}
-	if err := r.effective(ctx, r.main); err != nil {
-		return takeBack(ofContainerd, err)
-	}
-	r.report(ofContainerd)
 	return r.finish(ctx, c, len(ofContainerd) > 0, r.cfg.SocketAddress())
+}
+
+func writable(changes []change) error {
+	for _, c := range changes {
+		if err := c.writable(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkFile looks whether the containerd that runs reads the file.
+func (r *installRun) checkFile(c *running) error {
+	if c.config == "" || c.config == r.main || same(c.config, r.main) {
+		return nil
+	}
+	return fmt.Errorf("containerd (process %d) does not read %s, but %s: use --containerd-config %[3]s: %w", c.pid, r.main, c.config, errdefs.ErrInvalidArgument)
 }
 
 // checkContent looks whether the daemon would look for blobs where containerd has them.
@@ -224,14 +252,10 @@ func (r *installRun) write(changes []change) error {
 	if err := applyAll(changes); err != nil {
 		return err
 	}
-	r.report(changes)
-	return nil
-}
-
-func (r *installRun) report(changes []change) {
 	for _, c := range changes {
 		r.say(c.String())
 	}
+	return nil
 }
 
 // finish restarts containerd if it has to be.
@@ -255,9 +279,10 @@ func (r *installRun) finish(ctx context.Context, c *running, changed bool, wante
 	return r.restartRuntime(ctx, c, wanted)
 }
 
-// preview prints what would be done.
-func (r *installRun) preview(ctx context.Context, c *running, ofService, ofContainerd []change, wanted string) error {
-	for _, change := range slices.Concat(ofService, ofContainerd) {
+// preview prints what would be done, to containerd if its files change or it has not
+// read them as they are.
+func (r *installRun) preview(ctx context.Context, c *running, changes []change, ofContainerd bool, wanted string) error {
+	for _, change := range changes {
 		text, err := change.diff()
 		if err != nil {
 			return err
@@ -267,35 +292,34 @@ func (r *installRun) preview(ctx context.Context, c *running, ofService, ofConta
 			return err
 		}
 	}
-	if len(ofService) > 0 {
-		r.say("would restart " + filepath.Base(installedUnit))
-	}
-	if c == nil {
+	if c == nil || !r.restart || c.unit == "" {
 		return nil
 	}
-	stale := len(ofContainerd) > 0
+	stale := ofContainerd
 	if !stale {
 		var err error
 		if stale, err = r.stale(ctx, c, wanted); err != nil {
 			return err
 		}
 	}
-	if stale && r.restart && c.unit != "" {
-		r.say("would restart " + c.unit)
+	if stale {
+		r.say(fmt.Sprintf("would restart %s (containerd is its process %d)", c.unit, c.pid))
 	}
 	return nil
 }
 
 // uninstall takes back what install has done.
 func (r *installRun) uninstall(ctx context.Context) error {
-	nothing := func(err error) error { return fmt.Errorf("nothing was changed: %w", err) }
 	c, err := r.askRuntime(ctx)
 	if err != nil {
 		return nothing(err)
 	}
 	if c != nil {
 		defer c.Close()
-		using, err := c.using(ctx)
+		using, err := c.Using(ctx)
+		if err == nil {
+			err = r.checkFile(c)
+		}
 		if err != nil {
 			return nothing(err)
 		}
@@ -303,26 +327,39 @@ func (r *installRun) uninstall(ctx context.Context) error {
 			return r.retire(ctx, c, using)
 		}
 	}
-	changes, err := r.removal()
+	changes, folder, err := r.removal(ctx)
 	if err != nil {
 		return nothing(err)
 	}
 	changes = slices.DeleteFunc(changes, change.none)
-	for _, change := range changes {
-		if err := change.writable(); err != nil {
-			return nothing(err)
-		}
+	if err := writable(changes); err != nil {
+		return nothing(err)
+	}
+	if c == nil && (len(changes) > 0 || r.service && exists(installedUnit)) && r.used() {
+		return nothing(fmt.Errorf("no containerd answers on %s, so it is not known whether containers still have the snapshotter: start it, and uninstall again; if it cannot start because of %s, take that out of its imports by hand: %w",
+			r.cfg.ContainerdAddress, name+".toml", errdefs.ErrUnavailable))
 	}
 	if r.dryRun {
 		return r.previewRemoval(ctx, c, changes)
 	}
+	if c != nil {
+		if err := r.forget(ctx, c); err != nil {
+			return nothing(err)
+		}
+	}
 	if err := r.write(changes); err != nil {
 		return err
 	}
-	if err := r.removeEmptyDir(); err != nil {
-		return err
+	if folder != "" {
+		_ = unix.Rmdir(folder) // that of a link or a mount stays
 	}
 	if err := r.finish(ctx, c, len(changes) > 0, ""); err != nil {
+		return err
+	}
+	if left, err := r.stillLoaded(ctx); err != nil || left {
+		if left {
+			r.say("uninstall again when it has been restarted, for the rest")
+		}
 		return err
 	}
 	if r.service {
@@ -331,18 +368,72 @@ func (r *installRun) uninstall(ctx context.Context) error {
 		}
 	}
 	if r.did && exists(r.cfg.Root) {
-		r.say(fmt.Sprintf("%s stays: once containerd has no snapshots there, remove it with rm -rf", r.cfg.Root))
+		r.say(fmt.Sprintf("%s stays: remove it with rm -rf", r.cfg.Root))
 	}
 	return nil
 }
 
-func (r *installRun) previewRemoval(ctx context.Context, c *running, changes []change) error {
-	if err := r.preview(ctx, c, nil, changes, ""); err != nil || !r.service {
+// used says whether the daemon has made snapshots of images or containers.
+func (r *installRun) used() bool {
+	snapshots, _ := os.ReadDir(filepath.Join(r.cfg.Root, "overlayfs", "snapshots"))
+	return len(snapshots) > 0
+}
+
+// forget removes what containerd has of the snapshotter while it has it: it would take
+// it for unpacked images after another install. The daemon then drops its mounts.
+func (r *installRun) forget(ctx context.Context, c *running) error {
+	loaded, err := c.loaded(ctx)
+	if err != nil || loaded != r.cfg.SocketAddress() {
 		return err
 	}
-	for _, path := range []string{installedUnit, r.binary} {
-		if exists(path) {
-			r.say("would remove " + path)
+	removed, err := c.RemoveSnapshots(ctx)
+	if removed > 0 {
+		r.say(fmt.Sprintf("removed snapshots of images from containerd: %d", removed))
+	}
+	if err != nil {
+		return err
+	}
+	return r.awaitNoMounts(ctx)
+}
+
+// awaitNoMounts waits for the daemon's sweep, for a while.
+func (r *installRun) awaitNoMounts(ctx context.Context) error {
+	dir := filepath.Join(r.cfg.State, "mounts")
+	for deadline := time.Now().Add(sweepTimeout); ; time.Sleep(100 * time.Millisecond) {
+		left, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+		if err != nil || len(left) == 0 || ctx.Err() != nil {
+			return errors.Join(err, ctx.Err())
+		}
+		if time.Now().After(deadline) {
+			r.say(fmt.Sprintf("%d mounts are left in %s: umount %[2]s/*", len(left), dir))
+			return nil
+		}
+	}
+}
+
+// stillLoaded says whether the containerd that runs has the snapshotter, and so needs
+// the daemon.
+func (r *installRun) stillLoaded(ctx context.Context) (bool, error) {
+	c, err := r.askRuntime(ctx)
+	if err != nil || c == nil {
+		return false, err
+	}
+	defer c.Close()
+	loaded, err := c.loaded(ctx)
+	return loaded == r.cfg.SocketAddress(), err
+}
+
+func (r *installRun) previewRemoval(ctx context.Context, c *running, changes []change) error {
+	if err := r.preview(ctx, c, changes, len(changes) > 0, ""); err != nil || !r.service {
+		return err
+	}
+	files, err := r.serviceFiles()
+	if err != nil {
+		return err
+	}
+	for _, file := range files {
+		if !file.none() {
+			r.say("would remove " + file.path)
 		}
 	}
 	return nil
@@ -354,45 +445,21 @@ func (r *installRun) previewRemoval(ctx context.Context, c *running, changes []c
 func (r *installRun) retire(ctx context.Context, c *running, using []string) error {
 	changes, err := r.retirement()
 	if err != nil {
-		return fmt.Errorf("nothing was changed: %w", err)
+		return nothing(err)
+	}
+	changes = slices.DeleteFunc(changes, change.none)
+	if r.dryRun {
+		err = r.preview(ctx, c, changes, len(changes) > 0, r.cfg.SocketAddress())
+	} else if err = r.write(changes); err == nil {
+		err = r.finish(ctx, c, len(changes) > 0, r.cfg.SocketAddress())
+	}
+	if err != nil {
+		return err
 	}
 	state := "nothing was changed"
-	switch {
-	case len(changes) == 0:
-	case r.dryRun:
-		if err := r.preview(ctx, c, nil, changes, r.cfg.SocketAddress()); err != nil {
-			return err
-		}
-	default:
-		if err := r.write(changes); err != nil {
-			return err
-		}
-		if err := r.finish(ctx, c, true, r.cfg.SocketAddress()); err != nil {
-			return err
-		}
+	if r.did && !r.dryRun {
 		state = "new containers will have another snapshotter"
 	}
 	return fmt.Errorf("%s, but %d containers have this one, and could not be removed without it: drain the node, remove what is left (crictl rmp --force), and uninstall again: %s: %w",
 		state, len(using), list(using[:min(len(using), 3)]), errdefs.ErrFailedPrecondition)
-}
-
-// using are the containers that have the snapshotter.
-func (c *running) using(ctx context.Context) (using []string, err error) {
-	all, err := c.NamespaceService().List(ctx)
-	if err != nil {
-		return nil, err
-	}
-	for _, namespace := range all {
-		in := c.In(namespace)
-		containers, err := in.ContainerService().List(in.Context(ctx))
-		if err != nil {
-			return nil, err
-		}
-		for _, container := range containers {
-			if container.Snapshotter == proxyName {
-				using = append(using, namespace+"/"+container.ID)
-			}
-		}
-	}
-	return using, nil
 }

@@ -22,20 +22,45 @@ type change struct {
 	path string
 	// before and after are its contents, nil if it is not there.
 	before, after []byte
-	mode          fs.FileMode // of a new file; one that is there keeps its own
-	binary        bool        // and so it has no lines to show
+	// owner and mode are those of the file that is there, or is to be.
+	owner
+	// note stands for the lines that need not be shown.
+	note string
 }
 
-// changed is the change of the file at path from what is there.
+// owner is whose a file is, and who may read it.
+type owner struct {
+	uid, gid uint32
+	mode     fs.FileMode
+}
+
+// changed is the change of the file at path from what is there. A new file is root's
+// and has the mode.
 func changed(path string, after []byte, mode fs.FileMode) (change, error) {
-	before, err := os.ReadFile(path)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return change{}, err
+	c := change{path: path, after: after, owner: owner{mode: mode}}
+	var st unix.Stat_t
+	err := unix.Stat(path, &st)
+	if errors.Is(err, fs.ErrNotExist) {
+		return c, nil
 	}
-	if err == nil && before == nil {
-		before = []byte{}
+	if err != nil {
+		return c, &fs.PathError{Op: "stat", Path: path, Err: err}
 	}
-	return change{path: path, before: before, after: after, mode: mode}, nil
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return c, notRegular(path)
+	}
+	c.owner = owner{st.Uid, st.Gid, fs.FileMode(st.Mode & 0o777)}
+	c.before, err = os.ReadFile(path)
+	if err == nil && c.before == nil {
+		c.before = []byte{}
+	}
+	return c, err
+}
+
+// notRegular is the error of something that is no file. To read a FIFO could last for
+// ever.
+func notRegular(path string) error {
+	return fmt.Errorf("%s is not a regular file: %w", path, errdefs.ErrInvalidArgument)
 }
 
 func (c change) none() bool {
@@ -62,8 +87,8 @@ func (c change) diff() (string, error) {
 	if c.after == nil {
 		to = os.DevNull
 	}
-	if c.binary {
-		return fmt.Sprintf("--- %s\n+++ %s\n(a program of %d bytes)\n", from, to, max(len(c.before), len(c.after))), nil
+	if c.note != "" {
+		return fmt.Sprintf("--- %s\n+++ %s\n(%s)\n", from, to, c.note), nil
 	}
 	return difflib.GetUnifiedDiffString(difflib.UnifiedDiff{
 		A: lines(c.before), B: lines(c.after),
@@ -83,6 +108,9 @@ func lines(text []byte) []string {
 
 // writable returns an error if the change cannot be made, without making it.
 func (c change) writable() error {
+	if c.before == nil && exists(c.path) {
+		return fmt.Errorf("%s is a link to nothing: remove it, or make the file: %w", c.path, errdefs.ErrFailedPrecondition)
+	}
 	what := c.path
 	err := unix.Access(what, unix.W_OK) // also of a file that may not be changed (chattr +i)
 	if c.before == nil || err == nil {
@@ -106,19 +134,30 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// tempName is how the files are called that become others by renaming. containerd
-// imports none that is called so.
+// tempName is how the files are called that become others by renaming, so that no
+// import of *.toml has them.
 const tempName = ".artifact-snapshotter-*.tmp"
 
 // apply makes the change: at any instant the file is the old one or the new one, also
-// after the power has failed.
+// after the power has failed. A link stays, and what it points to is changed.
 func (c change) apply() (err error) {
-	dir := filepath.Dir(c.path)
+	now, err := changed(c.path, c.before, 0)
+	if err != nil {
+		return err
+	}
+	if !now.none() {
+		return fmt.Errorf("it has been changed meanwhile by somebody else: try again: %w", errdefs.ErrAborted)
+	}
+	path := c.path
+	if real, err := filepath.EvalSymlinks(path); err == nil {
+		path = real
+	}
+	dir := filepath.Dir(path)
 	if c.after == nil {
 		if err := os.Remove(c.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-		return syncDir(dir)
+		return syncDir(filepath.Dir(c.path))
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
@@ -137,27 +176,16 @@ func (c change) apply() (err error) {
 			_ = os.Remove(f.Name())
 		}
 	}()
-	mode := c.mode
-	if fi, err := os.Stat(c.path); err == nil {
-		mode = fi.Mode().Perm()
-		var st unix.Stat_t
-		if err := unix.Stat(c.path, &st); err != nil {
-			return err
-		}
-		if err := f.Chown(int(st.Uid), int(st.Gid)); err != nil {
-			return err
-		}
-	}
 	if _, err := f.Write(c.after); err != nil {
 		return err
 	}
-	if err := errors.Join(f.Chmod(mode), f.Sync()); err != nil {
+	if err := errors.Join(f.Chown(int(c.uid), int(c.gid)), f.Chmod(c.mode), f.Sync()); err != nil {
 		return err
 	}
 	if err := f.Close(); err != nil {
 		return err
 	}
-	if err := os.Rename(f.Name(), c.path); err != nil {
+	if err := os.Rename(f.Name(), path); err != nil {
 		return err
 	}
 	return syncDir(dir)
@@ -174,12 +202,9 @@ func syncDir(dir string) error {
 // applyAll makes the changes in order, or none.
 func applyAll(changes []change) error {
 	for i, c := range changes {
-		err := c.apply()
-		if err == nil {
-			continue
+		if err := c.apply(); err != nil {
+			return takeBack(changes[:i], fmt.Errorf("%s could not be written: %w", c.path, err))
 		}
-		err = fmt.Errorf("%s could not be written: %w", c.path, err)
-		return takeBack(changes[:i], err)
 	}
 	return nil
 }
@@ -197,5 +222,25 @@ func takeBack(changes []change, why error) error {
 	if failed != nil {
 		return fmt.Errorf("%w; and it could not be taken back: %s", why, strings.Join(failed, ", "))
 	}
-	return fmt.Errorf("%w; all is as it was", why)
+	return fmt.Errorf("%w; the files are as they were", why)
+}
+
+// lockFor keeps other installations from the files of a directory, which may not be
+// there yet, until the file is closed.
+func lockFor(dir string) (*os.File, error) {
+	for !exists(dir) {
+		dir = filepath.Dir(dir)
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = fmt.Errorf("another `%s install` or `uninstall` is at work in %s: wait for it: %w", name, dir, errdefs.ErrUnavailable)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }

@@ -68,6 +68,16 @@ func findImports(text []byte) (in importsIn, err error) {
 	return in, p.Error()
 }
 
+// withoutImports is the text of a file that says the same but imports nothing.
+func withoutImports(text []byte) ([]byte, error) {
+	var all map[string]any
+	if err := toml.Unmarshal(text, &all); err != nil {
+		return nil, err
+	}
+	delete(all, "imports")
+	return toml.Marshal(all)
+}
+
 // addImport makes the file import pattern, too, and changes nothing else.
 func addImport(text []byte, pattern string) ([]byte, error) {
 	in, err := findImports(text)

@@ -4,24 +4,22 @@
 package main
 
 import (
+	"bytes"
+	"cmp"
 	"context"
-	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
-	"regexp"
-	"strconv"
+	"slices"
 	"strings"
 	"time"
 
-	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
 	"github.com/coreos/go-systemd/v22/dbus"
-	"golang.org/x/sys/unix"
-
-	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 )
+
+// unitName is the daemon's unit.
+var unitName = filepath.Base(installedUnit)
 
 // restartTimeout is how long a service may take to be restarted, and containerd to
 // answer after that.
@@ -49,232 +47,100 @@ func job(ctx context.Context, do func(context.Context, string, string, chan<- st
 	}
 }
 
-// startService makes systemd read the unit and start it, again if it has changed.
-func (r *installRun) startService(ctx context.Context, changed bool) error {
+// startService makes systemd read the unit and start it, again if the daemon was started
+// before its files were last changed: by this run, or by one that was killed.
+func (r *installRun) startService(ctx context.Context) error {
 	conn, err := dbus.NewWithContext(ctx)
 	if err != nil {
 		return fmt.Errorf("systemd cannot be asked to start the daemon: %w", err)
 	}
 	defer conn.Close()
-	if changed {
-		if err := conn.ReloadContext(ctx); err != nil {
-			return err
-		}
+	if err := conn.ReloadContext(ctx); err != nil {
+		return err
 	}
-	unit := filepath.Base(installedUnit)
-	if _, links, err := conn.EnableUnitFilesContext(ctx, []string{unit}, false, false); err != nil {
-		return fmt.Errorf("enable %s: %w", unit, err)
+	if _, links, err := conn.EnableUnitFilesContext(ctx, []string{unitName}, false, false); err != nil {
+		return fmt.Errorf("enable %s: %w", unitName, err)
 	} else if len(links) > 0 {
-		r.say("enabled " + unit)
+		r.say("enabled " + unitName)
 		if err := conn.ReloadContext(ctx); err != nil {
 			return err
 		}
 	}
-	state, err := conn.GetUnitPropertyContext(ctx, unit, "ActiveState")
-	if err != nil {
+	if current, err := r.serviceIsCurrent(ctx, conn); err != nil || current {
 		return err
 	}
-	if !changed && state.Value.Value() == "active" {
-		return nil
-	}
-	if err := job(ctx, conn.RestartUnitContext, unit); err != nil {
+	if err := job(ctx, conn.RestartUnitContext, unitName); err != nil {
 		return err
 	}
-	r.say("started " + unit)
+	r.say("started " + unitName)
 	return nil
+}
+
+// serviceIsCurrent says whether the daemon runs, and has read its files as they are.
+func (r *installRun) serviceIsCurrent(ctx context.Context, conn *dbus.Conn) (bool, error) {
+	state, err := conn.GetUnitPropertyContext(ctx, unitName, "ActiveState")
+	if err != nil {
+		return false, err
+	}
+	started, err := conn.GetServicePropertyContext(ctx, unitName, "ExecMainStartTimestamp") // microseconds
+	if err != nil {
+		return false, err
+	}
+	at, _ := started.Value.Value().(uint64)
+	for _, path := range []string{r.binary, installedUnit, cmp.Or(r.configFile, defaultConfigFile)} {
+		if fi, err := os.Stat(path); err == nil && fi.ModTime().After(time.UnixMicro(int64(at))) {
+			return false, nil
+		}
+	}
+	return state.Value.Value() == "active", nil
+}
+
+// serviceFiles are what is to be removed with the service: what install has made, and
+// this version's program.
+func (r *installRun) serviceFiles() (files []change, err error) {
+	for path, is := range map[string]func([]byte) bool{
+		installedUnit:     func(text []byte) bool { return true },
+		r.binary:          func(program []byte) bool { return bytes.Equal(program, r.program) },
+		defaultConfigFile: ours,
+	} {
+		file, err := changed(path, nil, 0)
+		if err != nil {
+			return nil, err
+		}
+		if file.before != nil && is(file.before) {
+			files = append(files, file)
+		}
+	}
+	slices.SortFunc(files, func(a, b change) int { return strings.Compare(a.path, b.path) })
+	return files, nil
 }
 
 // removeService stops the daemon and has systemd forget it.
 func (r *installRun) removeService(ctx context.Context) error {
-	program, err := changed(r.binary, nil, 0)
+	files, err := r.serviceFiles()
 	if err != nil {
 		return err
 	}
-	unit, err := changed(installedUnit, nil, 0)
-	if err != nil {
-		return err
-	}
-	if unit.before != nil {
+	if exists(installedUnit) {
 		conn, err := dbus.NewWithContext(ctx)
 		if err != nil {
 			return fmt.Errorf("systemd cannot be asked to stop the daemon: %w", err)
 		}
 		defer conn.Close()
-		base := filepath.Base(installedUnit)
-		if err := job(ctx, conn.StopUnitContext, base); err != nil {
+		if err := job(ctx, conn.StopUnitContext, unitName); err != nil {
 			return err
 		}
-		if _, err := conn.DisableUnitFilesContext(ctx, []string{base}, false); err != nil {
+		if _, err := conn.DisableUnitFilesContext(ctx, []string{unitName}, false); err != nil {
 			return err
 		}
-		if err := unit.apply(); err != nil {
-			return err
-		}
-		r.say(unit.String())
-		if err := conn.ReloadContext(ctx); err != nil {
-			return err
-		}
+		defer func() { _ = conn.ReloadContext(ctx) }()
 	}
-	config, err := changed(defaultConfigFile, nil, 0)
-	if err != nil {
+	if err := r.write(files); err != nil {
 		return err
 	}
-	if r.configText != nil && string(config.before) == string(r.configText) {
-		if err := config.apply(); err != nil {
-			return err
-		}
-		_ = os.Remove(filepath.Dir(defaultConfigFile)) // if it is empty now
-		r.say(config.String())
+	_ = os.Remove(filepath.Dir(defaultConfigFile)) // if there is nothing in it
+	if r.did && exists(r.binary) {
+		r.say(r.binary + " stays: it is another version's program")
 	}
-	if string(program.before) != string(r.program) { // another version's, or none
-		return nil
-	}
-	r.say(program.String())
-	return program.apply()
-}
-
-// running is the containerd that runs.
-type running struct {
-	*client.Client
-	patient patient
-	pid     int
-	unit    string // "" if it is no service
-	started time.Time
-}
-
-// service is the name of a unit in a line of /proc/PID/cgroup.
-var service = regexp.MustCompile(`(?m)^(?:0:|\d+:name=systemd):.*?/([^/]+\.service)(?:/.*)?$`)
-
-// askRuntime is nil if no containerd answers.
-func (r *installRun) askRuntime(ctx context.Context) (*running, error) {
-	c, err := client.Connect(ctx, r.cfg.ContainerdAddress, "default", proxyName)
-	if errdefs.IsUnavailable(err) {
-		return nil, nil //nolint:nilnil // there is none
-	}
-	if err != nil {
-		return nil, err
-	}
-	found := &running{Client: c, patient: patient{Config: r.cfg, containerd: c}}
-	if err := found.identify(r.cfg.ContainerdAddress); err != nil {
-		return nil, errors.Join(err, c.Close())
-	}
-	return found, nil
-}
-
-// identify finds the process that listens on the socket, and the unit that it is of.
-func (c *running) identify(address string) error {
-	conn, err := net.Dial("unix", socketOf(address))
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	raw, err := conn.(*net.UnixConn).SyscallConn()
-	if err != nil {
-		return err
-	}
-	var peer *unix.Ucred
-	var perr error
-	err = raw.Control(func(fd uintptr) { peer, perr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
-	if err := errors.Join(err, perr); err != nil {
-		return err
-	}
-	c.pid = int(peer.Pid)
-	groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", c.pid))
-	if err != nil {
-		return fmt.Errorf("containerd's process cannot be seen from here: %w", err)
-	}
-	if found := service.FindSubmatch(groups); found != nil {
-		c.unit = string(found[1])
-	}
-	c.started, err = startOf(c.pid)
-	return err
-}
-
-// startOf is when a process was started, by the kernel's clock and to its tick
-// (proc_pid_stat(5), starttime).
-func startOf(pid int) (time.Time, error) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return time.Time{}, err
-	}
-	// Behind the name, which may be anything, in parentheses.
-	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
-	if len(fields) < 20 {
-		return time.Time{}, fmt.Errorf("/proc/%d/stat has %d fields", pid, len(fields))
-	}
-	ticks, err := strconv.ParseInt(fields[19], 10, 64)
-	if err != nil {
-		return time.Time{}, err
-	}
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
-		return time.Time{}, err
-	}
-	const perSecond = 100 // USER_HZ, of every architecture of Linux that Go has
-	age := time.Duration(now.Nano()) - time.Duration(ticks)*time.Second/perSecond
-	return time.Now().Add(-age), nil
-}
-
-// loaded is the socket of the snapshotter in the running containerd, "" if it has none.
-func (c *running) loaded(ctx context.Context) (string, error) {
-	found, err := c.patient.plugin(ctx, plugins.SnapshotPlugin, proxyName)
-	if err != nil || found == nil {
-		return "", err
-	}
-	if address := socketOf(found.Exports["address"]); address != "" {
-		return address, nil
-	}
-	return compiledIn, nil
-}
-
-// stale says whether containerd was started before its files were last changed, or
-// has loaded something else than wanted.
-func (r *installRun) stale(ctx context.Context, c *running, wanted string) (bool, error) {
-	loaded, err := c.loaded(ctx)
-	if err != nil || loaded != wanted && loaded != compiledIn {
-		return true, err
-	}
-	d, err := findDropIn(r.main)
-	if err != nil {
-		return false, err
-	}
-	for _, path := range []string{r.main, d.path} {
-		// Within a second or so nobody knows: the tick, and the clocks.
-		if fi, err := os.Stat(path); err == nil && fi.ModTime().After(c.started.Add(time.Second)) {
-			return true, nil
-		}
-	}
-	return false, nil
-}
-
-// restartRuntime restarts containerd and waits until it has loaded what is wanted.
-func (r *installRun) restartRuntime(ctx context.Context, c *running, wanted string) error {
-	conn, err := dbus.NewWithContext(ctx)
-	if err != nil {
-		return fmt.Errorf("systemd cannot be asked to restart %s, do it by hand: %w", c.unit, err)
-	}
-	defer conn.Close()
-	back := ""
-	if wanted != "" {
-		back = fmt.Sprintf(" (`%s uninstall` takes all back)", name)
-	}
-	if err := job(ctx, conn.RestartUnitContext, c.unit); err != nil {
-		return fmt.Errorf("restart containerd%s: %w", back, err)
-	}
-	r.say("restarted " + c.unit)
-	deadline := time.Now().Add(restartTimeout)
-	for {
-		got := "nothing"
-		if again, err := r.askRuntime(ctx); err == nil && again != nil {
-			loaded, err := again.loaded(ctx)
-			if err := errors.Join(err, again.Close()); err == nil && loaded == wanted {
-				return nil
-			}
-			got = strconv.Quote(loaded)
-		}
-		if time.Now().After(deadline) || ctx.Err() != nil {
-			return fmt.Errorf("containerd was restarted, and has loaded %s as the snapshotter %s; see journalctl -u %s%s: %w", got, proxyName, c.unit, back, errdefs.ErrUnavailable)
-		}
-		time.Sleep(200 * time.Millisecond)
-	}
+	return nil
 }

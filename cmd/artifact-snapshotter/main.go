@@ -37,7 +37,7 @@ func command() *cli.Command {
 		Commands: []*cli.Command{
 			serveCommand(), installCommand(), uninstallCommand(), configCommand(), doctorCommand(), healthCommand(),
 			pullCommand(), unpackCommand(), mountCommand(), unmountCommand(), lsCommand(),
-			inspectCommand(), verifyCommand(), pruneCommand(), versionCommand(),
+			inspectCommand(), verifyCommand(), pruneCommand(), versionCommand(), pauseCommand(),
 		},
 		EnableShellCompletion:           true,
 		ConfigureShellCompletionCommand: func(command *cli.Command) { *command = *completionCommand() },

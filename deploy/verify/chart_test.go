@@ -193,7 +193,7 @@ func checkMounts(t *testing.T, spec *core.PodSpec) {
 				continue
 			}
 			want := core.MountPropagationHostToContainer
-			if mount.Name == "state" {
+			if mount.Name == "state" && container.Name == "daemon" {
 				want = core.MountPropagationBidirectional
 			}
 			if mount.MountPropagation == nil || *mount.MountPropagation != want {

@@ -301,13 +301,30 @@ func TestChartOfAPod(t *testing.T) {
 
 func TestChartOfSystemd(t *testing.T) {
 	spec := one[*apps.DaemonSet](t, mustRender(t, "daemon: systemd\nscope: node")).Spec.Template.Spec
-	for _, container := range containers(&spec) {
-		if container.Args[0] != "install" || slices.Contains(container.Args, "--no-service") || !slices.Contains(container.Args, "--scope=node") {
-			t.Errorf("%s does not install the service for the node: %q", container.Name, container.Args)
-		}
+	install := spec.InitContainers[0].Args
+	if len(spec.InitContainers) != 1 || install[0] != "install" || slices.Contains(install, "--no-service") || !slices.Contains(install, "--scope=node") {
+		t.Errorf("the service is not installed for the node: %q", install)
 	}
-	if stay := spec.Containers[0]; !slices.Contains(stay.Args, "--stay") || stay.ReadinessProbe == nil {
-		t.Errorf("the pod does not stay, or is ready without the daemon: %q", stay.Args)
+	checkStay(t, &spec)
+	if spec.Containers[0].ReadinessProbe == nil {
+		t.Error("the pod is ready without the daemon")
+	}
+}
+
+// checkStay: what runs for good can do nothing to the host.
+func checkStay(t *testing.T, spec *core.PodSpec) {
+	t.Helper()
+	stay := spec.Containers[0]
+	if len(spec.Containers) != 1 || !slices.Equal(stay.Args, []string{"pause"}) {
+		t.Errorf("the pod does not stay: %q", stay.Args)
+	}
+	if security := stay.SecurityContext; *security.AllowPrivilegeEscalation || !slices.Equal(security.Capabilities.Drop, []core.Capability{"ALL"}) || security.Capabilities.Add != nil || security.Privileged != nil {
+		t.Errorf("it has rights: %+v", security)
+	}
+	for _, mount := range stay.VolumeMounts {
+		if mount.Name != "state" || !mount.ReadOnly {
+			t.Errorf("it has %s of the host", mount.MountPath)
+		}
 	}
 }
 
@@ -324,11 +341,10 @@ func TestChartOfUninstall(t *testing.T) {
 	if daemon.StartupProbe != nil {
 		t.Error("a daemon that does not start hinders uninstall")
 	}
-	for _, container := range []core.Container{uninstall, spec.Containers[0]} {
-		if container.Args[0] != "uninstall" {
-			t.Errorf("%s: %q", container.Name, container.Args)
-		}
+	if uninstall.Args[0] != "uninstall" {
+		t.Errorf("%s: %q", uninstall.Name, uninstall.Args)
 	}
+	checkStay(t, &spec)
 }
 
 func TestChartOfMetrics(t *testing.T) {

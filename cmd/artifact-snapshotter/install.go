@@ -177,7 +177,7 @@ func (r *installRun) install(ctx context.Context) error {
 		return nothing(err)
 	}
 	if c != nil {
-		defer c.Close()
+		defer func() { _ = c.Close() }()
 		if err := errors.Join(r.checkFile(c), r.checkContent(ctx, c)); err != nil {
 			return nothing(err)
 		}
@@ -315,7 +315,7 @@ func (r *installRun) uninstall(ctx context.Context) error {
 		return nothing(err)
 	}
 	if c != nil {
-		defer c.Close()
+		defer func() { _ = c.Close() }()
 		using, err := c.Using(ctx)
 		if err == nil {
 			err = r.checkFile(c)
@@ -418,7 +418,7 @@ func (r *installRun) stillLoaded(ctx context.Context) (bool, error) {
 	if err != nil || c == nil {
 		return false, err
 	}
-	defer c.Close()
+	defer func() { _ = c.Close() }()
 	loaded, err := c.loaded(ctx)
 	return loaded == r.cfg.SocketAddress(), err
 }

@@ -402,7 +402,7 @@ func (n *installation) dropIn(read *runtimeConfig, d dropIn) ([]byte, error) {
 	if d.main.exists && d.main.Version < 3 { // each file has to be of the version of all (docs/install.md)
 		d.set(int64(d.main.Version), "version")
 		images = []string{"plugins", criBefore3, "containerd"}
-		runtimes = append(images[:3:3], "runtimes")
+		runtimes = slices.Concat(images, []string{"runtimes"})
 		if n.handler == "" { // containerd ignores the snapshotter where there is no runtime
 			d.set(like, append(runtimes, usual)...)
 		}
@@ -470,7 +470,7 @@ func (n *installation) effective(ctx context.Context, files ...string) error {
 		return fmt.Errorf("containerd could not read it: %w", err)
 	}
 	unpacks, _ := read.unpacks()
-	missing := ""
+	var missing string
 	switch {
 	case socketOf(read.proxies[proxyName].Address) != n.cfg.SocketAddress():
 		missing = "proxy_plugins." + proxyName

@@ -99,7 +99,7 @@ func (r *installRun) serviceIsCurrent(ctx context.Context, conn *dbus.Conn) (boo
 // this version's program.
 func (r *installRun) serviceFiles() (files []change, err error) {
 	for path, is := range map[string]func([]byte) bool{
-		installedUnit:     func(text []byte) bool { return true },
+		installedUnit:     func([]byte) bool { return true },
 		r.binary:          func(program []byte) bool { return bytes.Equal(program, r.program) },
 		defaultConfigFile: ours,
 	} {

@@ -44,7 +44,7 @@ var capabilities = []struct {
 	{"unpacking on pull, by image events", []string{"TestArtifactsAreUnpackedWhenTheyArePulled"}},
 	{"shared configs, by image events", []string{"TestArtifactsWithOneConfigAreNotMixedUp"}},
 	{"`doctor`", []string{"TestDoctorHasNothingToSayOnAGoodNode", "TestDoctorsLinesMakeAContainerdWork", "TestDoctorFindsWhatIsWrongOnANode"}},
-	{"`install` and `uninstall`", []string{"TestInstallFitsTheFilesOfNodes", "TestInstallAndUninstall", "TestTheUnit"}},
+	{"[`install` and `uninstall`](install.md), the systemd unit", []string{"TestInstallFitsTheFilesOfNodes", "TestInstallAndUninstall", "TestTheUnit"}},
 	{"the recipes of kubernetes.md, by crictl", []string{"TestPrivateRegistry", "TestVerifierChecksSignatures", "TestVerifierAllowsDigests", "TestAirGappedNode", "TestPinnedModel", "TestMirrorServesArtifacts", "TestPageCacheIsChargedToTheFirstReader", "TestImageFilesystemUsage"}},
 	{"garbage collection under load", []string{"TestGarbageCollectionWhileViewsUnpacksAndPullsRun"}},
 	{"metrics, health and the log", []string{"TestMetricsCountWhatTheDaemonDoes", "TestMetricsCountRefusalsByReason", "TestTheLogTellsOfEachImageVolume", "TestHealthTellsWhetherTheDaemonServes"}},

@@ -111,7 +111,8 @@ func (n *Node) writeFile(name, text string) error {
 		Runc       string
 		Cgroup     string
 		Systemd    bool
-	}{n, n.tools, n.containerd, runc, n.cgroup, n.options.Systemd})
+		CRIO       crioPrograms
+	}{n, n.tools, n.containerd, runc, n.cgroup, n.options.Systemd, n.crio})
 	if err != nil {
 		return err
 	}

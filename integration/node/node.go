@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package node runs a real node in a temporary directory: a registry,
-// containerd with its CRI service, the artifact-snapshotter daemon and, if
-// wanted, kubelet. Tests, the demo and benchmarks use it; nothing in it is
+// containerd with its CRI service or CRI-O, the artifact-snapshotter daemon and,
+// if wanted, kubelet. Tests, the demo and benchmarks use it; nothing in it is
 // simulated, and nothing of it outlives [Node.Stop]. It needs root.
 package node
 
@@ -51,6 +51,10 @@ type Options struct {
 	// Kubelet prepares the node for StartKubelet.
 	Kubelet bool
 
+	// CRIO runs CRI-O in containerd's place. Stock is CRI-O as it comes; otherwise
+	// the daemon is its NRI plugin. [ErrNoCRIO] is the error where there is none.
+	CRIO bool
+
 	// Systemd boots a machine in namespaces of its own, whose first process is
 	// systemd and where containerd is a service at its default places, with an
 	// /etc/containerd/config.toml that knows nothing of the daemon. What it takes
@@ -68,14 +72,14 @@ type Options struct {
 type Node struct {
 	Dir         string // everything below it is the node's
 	Registry    string // host:port; plain HTTP
-	Address     string // containerd's socket, for CRI too
-	Root        string // containerd's
-	State       string // containerd's
-	ContentRoot string // containerd's blob directory: blobs/<algorithm>/<hex>
+	Address     string // containerd's socket, for CRI too, or CRI-O's
+	Root        string // containerd's, or that of CRI-O's storage
+	State       string // containerd's, or the run root of CRI-O's storage
+	ContentRoot string // containerd's or CRI-O's blob directory: blobs/<algorithm>/<hex>
 	DaemonRoot  string
 	DaemonState string
 	GuestImage  string // reference of the test image, whose only program is Guest
-	Minor       int    // containerd is of version 2.Minor
+	Minor       int    // containerd is of version 2.Minor; 0 with CRI-O
 
 	// ctx is Start's: when it ends, so do the commands in flight.
 	ctx     context.Context
@@ -83,11 +87,12 @@ type Node struct {
 	tools   string
 	// containerd is the directory of containerd, ctr and the shim.
 	containerd string
+	crio       crioPrograms
 	daemon     *process
 	registry   *process
 	private    *process // of StartPrivateRegistry
 	mirror     *process // of StartMirror
-	runtime    *process // containerd
+	runtime    *process // containerd or CRI-O
 	kubelet    *process
 	machine    *process // of Options.Systemd
 	// kubeletPods is where it answers.
@@ -122,6 +127,11 @@ func Start(ctx context.Context, o Options) (*Node, error) {
 		options:     o,
 		cgroup:      filepath.Base(dir),
 	}
+	if o.CRIO {
+		n.Address = filepath.Join(dir, "crio.sock")
+		n.Root = filepath.Join(dir, "storage")
+		n.ContentRoot = filepath.Join(n.Root, "artifacts")
+	}
 	if n.DaemonRoot == "" {
 		n.DaemonRoot = filepath.Join(dir, "daemon")
 	}
@@ -145,8 +155,10 @@ func (n *Node) start() error {
 	if n.tools, n.containerd, err = findTools(); err != nil {
 		return err
 	}
-	if n.Minor, err = Minor(); err != nil {
-		return err
+	if !n.options.CRIO {
+		if n.Minor, err = Minor(); err != nil {
+			return err
+		}
 	}
 	if err := n.startRegistry(); err != nil {
 		return err
@@ -161,6 +173,9 @@ func (n *Node) start() error {
 		}
 		_, err = n.Pull(n.GuestImage)
 		return err
+	}
+	if n.options.CRIO {
+		return n.startCRIO()
 	}
 	if err := n.writeConfig(); err != nil {
 		return err
@@ -215,7 +230,7 @@ func (n *Node) Stop() error {
 			errs = append(errs, n.StartDaemon())
 		}
 		if !n.runtime.running() {
-			errs = append(errs, n.StartContainerd())
+			errs = append(errs, n.startRuntime())
 		}
 		if _, err := n.Crictl("rmp", "--force", "--all"); err != nil {
 			errs = append(errs, err)

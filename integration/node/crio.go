@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -55,6 +56,7 @@ pause_image = '{{.GuestImage}}'
 pause_command = ''
 signature_policy = '{{.Dir}}/policy.json'
 signature_policy_dir = '{{.Dir}}/policies'
+namespaced_auth_dir = '{{.Dir}}/auth'
 big_files_temporary_dir = '{{.Dir}}/tmp'
 
 [crio.network]
@@ -81,6 +83,10 @@ runroot = '{{.State}}'
 `
 
 const crioPolicy = `{"default": [{"type": "insecureAcceptAnything"}]}`
+
+// crioCache is where CRI-O notes which registry has which blob, whatever its
+// configuration says.
+const crioCache = "/var/lib/containers"
 
 // crioPrograms are the paths of what CRI-O consists of.
 type crioPrograms struct{ Crio, Pinns, Conmon string }
@@ -146,6 +152,7 @@ func (n *Node) startCRIO() error {
 	}
 	if err := errors.Join(
 		n.writeFile("crio.conf", crioConfig),
+		n.writeVerbatim("crio.conf.d/10-test.conf", n.options.CRIOConfig),
 		n.writeFile("registries.conf", crioRegistries),
 		n.writeFile("storage.conf", crioStorage),
 		n.writeVerbatim("policy.json", crioPolicy),
@@ -158,6 +165,9 @@ func (n *Node) startCRIO() error {
 		os.MkdirAll(n.Root, 0o711), os.MkdirAll(n.State, 0o711),
 	); err != nil {
 		return err
+	}
+	if _, err := os.Stat(crioCache); errors.Is(err, fs.ErrNotExist) {
+		n.strays = []string{crioCache} // it is not the machine's, but this node's
 	}
 	if !n.options.Stock {
 		if err := n.StartDaemon(); err != nil {

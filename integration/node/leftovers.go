@@ -80,6 +80,9 @@ func (n *Node) cleanUp() error {
 	if err := n.removeCgroups(); err != nil {
 		errs = append(errs, err)
 	}
+	for _, stray := range n.strays {
+		errs = append(errs, os.RemoveAll(stray))
+	}
 	n.lastLogs = n.Logs()
 	// Never through a mount that is still there.
 	if left, err := Mounts(n.Dir); err != nil || len(left) > 0 {

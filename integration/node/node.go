@@ -53,7 +53,9 @@ type Options struct {
 
 	// CRIO runs CRI-O in containerd's place. Stock is CRI-O as it comes; otherwise
 	// the daemon is its NRI plugin. [ErrNoCRIO] is the error where there is none.
-	CRIO bool
+	// CRIOConfig is TOML that CRI-O reads after its own configuration.
+	CRIO       bool
+	CRIOConfig string
 
 	// Systemd boots a machine in namespaces of its own, whose first process is
 	// systemd and where containerd is a service at its default places, with an
@@ -99,6 +101,7 @@ type Node struct {
 	kubeletPods  string
 	kubeletFlags []string // of ProvideCredentials
 	cgroup       string   // parent of all containers' cgroups
+	strays       []string // made by the node elsewhere
 	pods         atomic.Int64
 	lastLogs     string // of a node that was stopped
 }

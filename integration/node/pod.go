@@ -161,6 +161,16 @@ func (p *Pod) securityContext() map[string]any {
 // Start creates and starts a container of the pod, with the pod's volumes and
 // its own. The error has crictl's message word for word.
 func (p *Pod) Start(c Container) error {
+	id, err := p.Create(c)
+	if err != nil {
+		return err
+	}
+	_, err = p.node.Crictl("start", id)
+	return err
+}
+
+// Create is Start without starting, and returns the container's ID.
+func (p *Pod) Create(c Container) (id string, err error) {
 	if c.Name == "" {
 		c.Name = "main"
 	}
@@ -194,16 +204,15 @@ func (p *Pod) Start(c Container) error {
 		},
 	})
 	if err != nil {
-		return err
+		return "", err
 	}
-	id, err := p.node.Crictl("create", p.ID, config, p.sandbox)
+	id, err = p.node.Crictl("create", p.ID, config, p.sandbox)
 	if err != nil {
-		return err
+		return "", err
 	}
 	id = strings.TrimSpace(id)
 	p.Containers[c.Name] = id
-	_, err = p.node.Crictl("start", id)
-	return err
+	return id, nil
 }
 
 func (p *Pod) write(name string, config map[string]any) (string, error) {

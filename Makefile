@@ -76,12 +76,18 @@ demo: build tools
 	@echo "==> running the demo"
 	go run ./integration/demo
 
+# Nothing here builds CRI-O: that its tests are skipped must not go unnoticed.
+tell_crio = @for p in crio pinns conmon; do \
+	PATH="$${ARTIFACT_SNAPSHOTTER_CRIO:-$(TOOLS)}:$(TOOLS):$$PATH" command -v $$p >/dev/null || \
+	echo "==> NOT TESTED: CRI-O, for there is no $$p; docs/development.md says how to get it"; done
+
 test: build tools kubelet test-deploy
 	@echo "==> running all tests, those on real nodes included"
 	@# A node that fails prints long logs: what failed stands at the end once more.
 	@bash -o pipefail -c 'go test -race -timeout 60m ./... 2>&1 | tee bin/test.log' || { \
 		echo "==> what failed (of bin/test.log):"; \
 		grep -aE '^ *--- FAIL|^ +[a-z_]+_test\.go:[0-9]+: |^(FAIL|panic|WARNING: DATA RACE)' bin/test.log | cut -c -2000; exit 1; }
+	$(tell_crio)
 
 # The chart, the examples, the dashboard and the alerts: files that Go does not see
 # change, hence -count=1. Without cgo, as the kubelet,
@@ -97,6 +103,7 @@ test-unit: build
 # All that runs on a node, but for kubelet's pods.
 test-node: build tools
 	go test -race -timeout 60m -v -skip '^TestKubelet' ./integration/...
+	$(tell_crio)
 
 # All that runs on a node, on every supported version of containerd: the table of
 # docs/support.md.

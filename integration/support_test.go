@@ -138,6 +138,13 @@ func supportProbes() (probes []probe) {
 		probe{"mounts of a volume of 8 files", func(t *testing.T, n *node.Node, src string) string {
 			return fmt.Sprint(countMounts(inside(t, n, pulled(t, n, src, pack.Raw), "mountinfo"), "/model"))
 		}},
+		probe{"one of two artifacts with the same config", func(t *testing.T, n *node.Node, src string) string {
+			ref := pulled(t, n, src, pack.Generic)
+			pushModel(t, n, writeModel(t, "README.md"), pack.Generic, "other")
+			_, err := n.Pull(n.Registry + "/models/tiny:other")
+			check(t, err)
+			return filesOf(wantTree(t, src, pack.Generic), shown(t, n, node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}}))
+		}},
 	)
 }
 

@@ -178,7 +178,7 @@ func (n *Node) startCRIO() error {
 		return err
 	}
 	if !n.options.Stock {
-		if err := n.WaitForPlugin(); err != nil {
+		if err := n.WaitForNRI(); err != nil {
 			return err
 		}
 	}
@@ -188,7 +188,6 @@ func (n *Node) startCRIO() error {
 
 // StartCRIO starts CRI-O and returns when CRI answers.
 func (n *Node) StartCRIO() error {
-	n.connected = n.connections()
 	p, err := n.spawn("crio", []string{
 		n.crio.Crio, "--config", n.path("crio.conf"), "--config-dir", n.path("crio.conf.d"),
 		"--registries-conf", n.path("registries.conf"), "--registries-conf-dir", n.path("registries.conf.d"),
@@ -216,24 +215,4 @@ func (n *Node) startRuntime() error {
 		return n.StartCRIO()
 	}
 	return n.StartContainerd()
-}
-
-// WaitForPlugin waits until CRI-O or containerd has taken the daemon, or has again taken
-// the one that was started last, as its NRI plugin.
-func (n *Node) WaitForPlugin() error {
-	return n.await("the NRI plugin", func() error {
-		if n.connections() <= n.connected {
-			return errors.New("the daemon's log does not say that it is one")
-		}
-		return nil
-	})
-}
-
-// connections is how often the daemon says that it has become an NRI plugin.
-func (n *Node) connections() int {
-	text, err := os.ReadFile(n.logPath("daemon"))
-	if err != nil {
-		return 0 // never started
-	}
-	return strings.Count(string(text), "Showing artifacts to a runtime by NRI")
 }

@@ -102,7 +102,6 @@ type Node struct {
 	kubeletFlags []string // of ProvideCredentials
 	cgroup       string   // parent of all containers' cgroups
 	strays       []string // made by the node elsewhere
-	connected    int      // connections before the daemon or the runtime was started last
 	pods         atomic.Int64
 	lastLogs     string // of a node that was stopped
 }
@@ -295,7 +294,6 @@ func (n *Node) StartDaemon() error {
 		"--containerd-address", n.Address,
 		"--log-level", "debug",
 	}, n.options.DaemonFlags...)
-	n.connected = n.connections()
 	n.daemon, err = n.spawn("daemon", args, true)
 	return err
 }

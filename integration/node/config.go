@@ -52,9 +52,9 @@ imports = ['{{.Dir}}/containerd.d/*.toml']
 
 // daemonConfig is the daemon's, beside its flags.
 const daemonConfig = `{{.DaemonConfig}}
-{{if .NRI -}}
+{{if or .NRI .NRIConfig -}}
 [nri]
-enabled = true
+enabled = {{.NRI}}
 socket = '{{.Dir}}/nri.sock'
 {{.NRIConfig}}
 {{end}}`

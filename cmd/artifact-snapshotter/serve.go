@@ -55,6 +55,9 @@ func daemonConfig(command *cli.Command) (plugin.Config, error) {
 			*value = command.String(flag)
 		}
 	}
+	if command.IsSet("nri") {
+		cfg.NRI.Enabled = command.Bool("nri")
+	}
 	return cfg, cfg.Validate()
 }
 
@@ -64,8 +67,11 @@ func serveCommand() *cli.Command {
 		Usage: "run the daemon that containerd's proxy plugin talks to",
 		Description: "Examples:\n\n" +
 			"  artifact-snapshotter serve\n" +
+			"  artifact-snapshotter serve --nri\n" +
 			"  artifact-snapshotter serve --content-root /data/containerd/io.containerd.content.v1.content",
-		Flags:  append(daemonFlags(), &cli.StringFlag{Name: "log-level", Usage: "trace, debug, info, warn, error, fatal or panic"}),
+		Flags: append(daemonFlags(),
+			&cli.BoolFlag{Name: "nri", Usage: "show artifacts by NRI, too: for CRI-O, and for a containerd with another snapshotter"},
+			&cli.StringFlag{Name: "log-level", Usage: "trace, debug, info, warn, error, fatal or panic"}),
 		Action: serve,
 	}
 }

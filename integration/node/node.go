@@ -27,6 +27,12 @@ type Options struct {
 	// Stock leaves the daemon out: containerd as it comes, with overlayfs.
 	Stock bool
 
+	// NRI leaves containerd as it comes, with overlayfs, and makes the daemon a plugin of
+	// its NRI. [Node.WaitForNRI] waits until it is one. NRIConfig are more keys of the
+	// table of that name in the daemon's configuration file.
+	NRI       bool
+	NRIConfig string
+
 	// ContainerdConfig is TOML that containerd merges over its configuration
 	// (tables by key; a list replaces one of the snippet's). DaemonConfig is the daemon's
 	// configuration file, DaemonFlags are added to its command line.
@@ -196,6 +202,11 @@ func (n *Node) start() error {
 			return err
 		}
 	}
+	if n.options.NRI {
+		if err := n.WaitForNRI(); err != nil {
+			return err
+		}
+	}
 	_, err = n.Pull(n.GuestImage)
 	return err
 }
@@ -296,6 +307,19 @@ func (n *Node) StartDaemon() error {
 	}, n.options.DaemonFlags...)
 	n.daemon, err = n.spawn("daemon", args, true)
 	return err
+}
+
+// WaitForNRI waits until containerd has taken the daemon as a plugin of NRI, after either
+// has been started.
+func (n *Node) WaitForNRI() error {
+	bin, err := findDaemon()
+	if err != nil {
+		return err
+	}
+	return n.await("NRI", func() error {
+		_, err := n.run(bin, "health", "--address", n.path("daemon.sock"), "--nri")
+		return err
+	})
 }
 
 // StopDaemon ends the daemon by SIGTERM and waits.

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
@@ -233,12 +234,22 @@ func TestCRIOOtherMountsStay(t *testing.T) {
 // An image is mounted by CRI-O itself.
 func TestCRIOOrdinaryImagesAreNotTouched(t *testing.T) {
 	n := crioNode(t, node.Options{})
-	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: n.GuestImage, Path: "/image"}}})
+	src := writeModel(t)
+	layer, err := pack.TarDir(src)
 	check(t, err)
-	entries, err := pod.Tree("main", "/image")
+	image, err := pack.Image(ocispec.ImageConfig{}, true, layer)
 	check(t, err)
-	if !slices.ContainsFunc(entries, func(e treelist.Entry) bool { return e.Path == "guest" && e.Mode == 0o755 }) {
-		t.Errorf("the volume of the image has %v", entries)
-	}
+	_, err = image.Push(t.Context(), n.Registry, "images/tiny", "latest")
+	check(t, err)
+	ref := n.Registry + "/images/tiny:latest"
+	_, err = n.Pull(ref)
+	check(t, err)
+	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/image"}}})
+	check(t, err)
+	want, err := treelist.List(src)
+	check(t, err)
+	wantVolume(t, pod, "main", "/image", want)
 	check(t, pod.Remove())
+	_, err = n.Crictl("rmi", ref) // or CRI-O keeps it mounted
+	check(t, err)
 }

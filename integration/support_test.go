@@ -26,7 +26,9 @@ var ways = []struct {
 	options node.Options
 }{
 	{"containerd, snapshotter", node.Options{}},
+	{"containerd, NRI plugin", node.Options{NRI: true}},
 	{"CRI-O", node.Options{CRIO: true, Stock: true}},
+	{"CRI-O, NRI plugin", node.Options{CRIO: true}},
 }
 
 // The table of docs/cri-o.md is what is measured here, whatever it is: of CRI-O as it

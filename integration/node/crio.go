@@ -159,7 +159,7 @@ func (n *Node) startCRIO() error {
 		n.writeFile("runc.sh", runcScript), os.Chmod(n.path("runc.sh"), 0o755),
 		n.writeFile("cni/10-test.conflist", cniConfig),
 		n.writeFile("crictl.yaml", crictlConfig),
-		n.writeVerbatim("daemon.toml", n.options.DaemonConfig),
+		n.writeFile("daemon.toml", "blob_roots = ['{{.ContentRoot}}']\n"+daemonConfig),
 		os.MkdirAll(n.path("tmp"), 0o700),
 		// User namespaces must be able to pass through.
 		os.MkdirAll(n.Root, 0o711), os.MkdirAll(n.State, 0o711),

@@ -137,6 +137,7 @@ func Start(ctx context.Context, o Options) (*Node, error) {
 		cgroup:      filepath.Base(dir),
 	}
 	if o.CRIO {
+		n.options.NRI = !o.Stock
 		n.Address = filepath.Join(dir, "crio.sock")
 		n.Root = filepath.Join(dir, "storage")
 		n.ContentRoot = filepath.Join(n.Root, "artifacts")
@@ -295,14 +296,19 @@ func (n *Node) StartDaemon() error {
 	if err != nil {
 		return err
 	}
+	// Beside CRI-O there is no containerd, and its store is one of blob_roots.
+	contentRoot, containerd := n.ContentRoot, n.Address
+	if n.options.CRIO {
+		contentRoot, containerd = n.path("containerd"), n.path("containerd.sock")
+	}
 	args := append([]string{
 		bin, "serve",
 		"--config", n.path("daemon.toml"),
 		"--root", n.DaemonRoot,
 		"--state", n.DaemonState,
 		"--address", n.path("daemon.sock"),
-		"--content-root", n.ContentRoot,
-		"--containerd-address", n.Address,
+		"--content-root", contentRoot,
+		"--containerd-address", containerd,
 		"--log-level", "debug",
 	}, n.options.DaemonFlags...)
 	n.daemon, err = n.spawn("daemon", args, true)

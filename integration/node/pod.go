@@ -183,7 +183,8 @@ func (p *Pod) Create(c Container) (id string, err error) {
 		if v.HostPath != "" {
 			mount["host_path"] = v.HostPath
 		} else {
-			mount["image"] = map[string]any{"image": v.Image}
+			// As kubelet does; CRI-O wants the latter for an image's signature.
+			mount["image"] = map[string]any{"image": v.Image, "user_specified_image": v.Image}
 			mount["image_sub_path"] = v.SubPath
 		}
 		if p.spec.UserNamespace {

@@ -204,14 +204,35 @@ func (s *session) Synchronize(ctx context.Context, pods []*api.PodSandbox, conta
 
 // CreateContainer shows the artifacts that the container mounts. Its error is what the
 // pod's event says. No kind of it is for the runtime, which takes a plugin away that was
-// too slow (pkg/adaptation/plugin.go of NRI, isFatalError), and goes on without it.
+// too slow (pkg/adaptation/plugin.go of NRI, isFatalError), and goes on without it. So
+// there is an answer before it is, even if the node is too busy for one.
 func (s *session) CreateContainer(ctx context.Context, pod *api.PodSandbox, c *api.Container) (*api.ContainerAdjustment, []*api.ContainerUpdate, error) {
 	ctx = log.WithLogger(ctx, s.logger.WithFields(log.Fields{"sandbox": pod.GetId(), "container": c.GetName()}))
-	adjustment, err := s.create(ctx, s.runtime, pod, c)
-	if err != nil {
-		return nil, nil, errors.New(s.Name + ": " + err.Error())
+	ctx, cancel := within(ctx, 3, 4)
+	defer cancel()
+	type answer struct {
+		adjustment *api.ContainerAdjustment
+		err        error
 	}
-	return adjustment, nil, nil
+	answered := make(chan answer, 1)
+	go func() {
+		adjustment, err := s.create(ctx, s.runtime, pod, c)
+		answered <- answer{adjustment, err}
+	}()
+	var a answer
+	select {
+	case a = <-answered:
+	case <-ctx.Done():
+		a.err = errors.New("this node is too busy to say in time what artifacts the container mounts; try again")
+		s.logger.WithField("container", c.GetName()).Warn(a.err)
+		if s.Passthrough {
+			a.err = nil
+		}
+	}
+	if a.err != nil {
+		return nil, nil, errors.New(s.Name + ": " + a.err.Error())
+	}
+	return a.adjustment, nil, nil
 }
 
 // StopContainer drops what the container has shown. It comes when it has ended, and

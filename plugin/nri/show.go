@@ -30,14 +30,15 @@ const settling = 2 * time.Minute
 
 // create is the answer to the creation of a container.
 func (p *Plugin) create(ctx context.Context, runtime string, pod *api.PodSandbox, c *api.Container) (_ *api.ContainerAdjustment, err error) {
-	ctx, cancel := hurried(ctx)
-	defer cancel()
 	volumes := p.find(ctx, runtime, pod, c)
 	if len(volumes) == 0 {
 		return nil, nil
 	}
 	owners, oerr := p.owners(pod, c)
 	adjustment := &api.ContainerAdjustment{}
+	// Who waits for a build is told so while there is time to say it.
+	hurried, cancel := within(ctx, 2, 3)
+	defer cancel()
 	var ids []view.ID
 	var held []*view.View
 	defer func() {
@@ -48,7 +49,7 @@ func (p *Plugin) create(ctx context.Context, runtime string, pod *api.PodSandbox
 	for i := range volumes {
 		v := &volumes[i]
 		began := time.Now()
-		ctx, span := tracing.StartSpan(ctx, "volume.nri", tracing.WithAttribute("sandbox", pod.GetId()), tracing.WithAttribute("target", v.hex))
+		ctx, span := tracing.StartSpan(hurried, "volume.nri", tracing.WithAttribute("sandbox", pod.GetId()), tracing.WithAttribute("target", v.hex))
 		shown, source, err := p.show(ctx, v, owners, oerr)
 		span.SetStatus(err)
 		span.End()
@@ -75,6 +76,9 @@ func (p *Plugin) create(ctx context.Context, runtime string, pod *api.PodSandbox
 	if len(ids) == 0 {
 		return nil, nil
 	}
+	if ctx.Err() != nil { // the container has been refused
+		return nil, ctx.Err()
+	}
 	// From here on the record keeps what is held until now.
 	if err := p.references.set(c.GetId(), pod.GetId(), time.Now(), ids); err != nil {
 		return nil, err
@@ -82,14 +86,14 @@ func (p *Plugin) create(ctx context.Context, runtime string, pod *api.PodSandbox
 	return adjustment, nil
 }
 
-// hurried leaves half of the time that the runtime waits for the answer. It takes away a
-// plugin that is late, and creates the container without it.
-func hurried(ctx context.Context) (context.Context, context.CancelFunc) {
+// within leaves a part of the time that is left, which is what the runtime waits for the
+// answer.
+func within(ctx context.Context, part, of time.Duration) (context.Context, context.CancelFunc) {
 	deadline, ok := ctx.Deadline()
 	if !ok {
 		return context.WithCancel(ctx)
 	}
-	return context.WithTimeout(ctx, time.Until(deadline)/2)
+	return context.WithTimeout(ctx, time.Until(deadline)*part/of)
 }
 
 // show mounts what the volume is of, and returns what to bind: all of it, or the sub

@@ -19,11 +19,17 @@ import (
 
 // What comes and goes under CRI-O: processes, images, and what nobody uses any more.
 
-// crioRequired lets CRI-O create no container while the plugin is not there.
-const crioRequired = `[crio.nri.default_validator]
+// crioRequired lets CRI-O create no container while the plugin is not there, and
+// crioValidated none of a pod with requiring.
+const (
+	crioValidated = `[crio.nri.default_validator]
 nri_enable_default_validator = true
-nri_validator_required_plugins = ['artifact-snapshotter']
 `
+	crioRequired = crioValidated + `nri_validator_required_plugins = ["artifact-snapshotter"]
+`
+)
+
+var requiring = map[string]string{"required-plugins.noderesource.dev": `["artifact-snapshotter"]`}
 
 func TestAPodGoesOnReadingWhenThePluginOrCRIOEnds(t *testing.T) {
 	n := crioNode(t, node.Options{})
@@ -221,17 +227,26 @@ func wantAsCRIOMounts(t *testing.T, pod *node.Pod, want []treelist.Entry) {
 }
 
 // With the daemon away a container has what CRI-O makes of the artifact, unless CRI-O
-// is told that the plugin must be there.
+// is told that the plugin must be there: for all pods, or by the pod.
 func TestCRIOWithoutThePlugin(t *testing.T) {
-	for _, c := range []struct{ name, config string }{{"not required", ""}, {"required", crioRequired}} {
+	for _, c := range []struct {
+		name, config string
+		annotations  map[string]string
+		refused      bool
+	}{
+		{"not required", "", nil, false},
+		{"required for all pods", crioRequired, nil, true},
+		{"required by the pod", crioValidated, requiring, true},
+		{"not required by the pod", crioValidated, nil, false},
+	} {
 		t.Run(c.name, func(t *testing.T) {
 			n := crioNode(t, node.Options{CRIOConfig: c.config})
 			src := writeModel(t)
-			spec := node.PodSpec{Volumes: []node.Volume{{Image: pulled(t, n, src, pack.Raw), Path: "/model"}}}
+			spec := node.PodSpec{Annotations: c.annotations, Volumes: []node.Volume{{Image: pulled(t, n, src, pack.Raw), Path: "/model"}}}
 			want := wantTree(t, src, pack.Raw)
 			check(t, n.StopDaemon())
 			pod, err := n.RunPod(spec)
-			if c.config == "" {
+			if !c.refused {
 				check(t, err)
 				wantAsCRIOMounts(t, pod, want)
 				check(t, pod.Remove())
@@ -246,6 +261,14 @@ func TestCRIOWithoutThePlugin(t *testing.T) {
 			check(t, pod.Remove())
 		})
 	}
+}
+
+// CRI-O stores the manifest when it has all layers: what is compressed is unpacked
+// from then on, and not only when a pod asks.
+func TestCRIOCompressedLayersAreUnpackedAfterThePull(t *testing.T) {
+	n := crioNode(t, node.Options{})
+	manifest := manifestOf(t, n, pulled(t, n, writeModel(t), pack.TarGzip))
+	waitFor(t, "the tree", func() bool { return len(trees(t, n, manifest)) == 1 })
 }
 
 // NRI takes a plugin away that does not answer in time, and goes on without it: the

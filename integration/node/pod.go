@@ -54,6 +54,9 @@ type PodSpec struct {
 	// Kubernetes' emptyDir; "" is nowhere.
 	EmptyDir string
 
+	// Annotations are the pod's, not for static pods.
+	Annotations map[string]string
+
 	// RuntimeHandler is what a RuntimeClass names; "" is the node's default.
 	RuntimeHandler string
 
@@ -132,6 +135,7 @@ func (n *Node) RunSandbox(spec PodSpec) (*Pod, error) {
 	p.sandbox, err = p.write("sandbox", map[string]any{
 		"metadata":      map[string]any{"name": spec.Name, "namespace": "default", "uid": fmt.Sprint(n.cgroup, "-", number)},
 		"labels":        map[string]any{"io.kubernetes.pod.name": spec.Name, "io.kubernetes.pod.namespace": "default"}, // as kubelet's
+		"annotations":   spec.Annotations,
 		"log_directory": p.dir,
 		"linux":         map[string]any{"cgroup_parent": "/" + n.cgroup, "security_context": p.securityContext()},
 	})

@@ -4,10 +4,12 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	modelspec "github.com/modelpack/model-spec/specs-go/v1"
@@ -261,6 +263,30 @@ func TestCRIOWithoutThePlugin(t *testing.T) {
 			check(t, pod.Remove())
 		})
 	}
+}
+
+// A plugin that hangs is worse than one that is not there: NRI goes on without it, and
+// its validator, which was asked before, counts it in. It comes back by itself.
+func TestCRIOGoesOnWithoutAPluginThatHangs(t *testing.T) {
+	n := crioNode(t, node.Options{CRIOConfig: crioRequired})
+	src := writeModel(t)
+	spec := node.PodSpec{Volumes: []node.Volume{{Image: pulled(t, n, src, pack.Raw), Path: "/model"}}}
+	want := wantTree(t, src, pack.Raw)
+	check(t, syscall.Kill(n.DaemonPID(), syscall.SIGSTOP))
+	pod, err := n.RunPod(spec)
+	check(t, errors.Join(err, syscall.Kill(n.DaemonPID(), syscall.SIGCONT)))
+	wantAsCRIOMounts(t, pod, want)
+	check(t, pod.Remove())
+	check(t, n.WaitForNRI())
+	waitFor(t, "the plugin to be back", func() bool {
+		pod, err := n.RunPod(spec)
+		if err != nil {
+			return false
+		}
+		wantVolume(t, pod, "main", "/model", want)
+		check(t, pod.Remove())
+		return true
+	})
 }
 
 // CRI-O stores the manifest when it has all layers: what is compressed is unpacked

@@ -345,10 +345,18 @@ func (t *Tree) save() error {
 }
 
 // Stale reports whether the runtime has deleted the manifest and pulled it again
-// since the Tree was built: what the Tree retains is a second copy then.
+// since the Tree was built, or only another runtime has it: what the Tree retains is a
+// second copy then.
 func (t *Tree) Stale(blobs blobdir.Blobs) bool {
-	now := source(blobs, t.Manifest)
-	return now != "" && now != t.Source
+	there := false
+	for _, dir := range blobs.All() {
+		now := source(dir, t.Manifest)
+		if now == t.Source {
+			return false
+		}
+		there = there || now != ""
+	}
+	return there
 }
 
 // source tells the file of a blob from another one with the same content; it is

@@ -191,27 +191,36 @@ func (s *search) cover(first int) error {
 		s.end()
 		return nil
 	}
-	tried := map[string]bool{}
+	type choice struct {
+		candidate int
+		path, sub string
+	}
+	tried := map[choice]bool{}
+	destination := path.Clean(s.binds[first].destination)
 	for n, c := range s.candidates {
 		for _, l := range c.layers {
-			if s.steps++; s.steps > maxSteps {
-				return errTooManySteps
+			if err := s.step(1); err != nil {
+				return err
 			}
 			if l.blob != s.binds[first].blob {
 				continue
 			}
 			for sub, rest := range splits(l.name) {
-				at, ok := strings.CutSuffix(path.Clean(s.binds[first].destination), "/"+rest)
-				key := fmt.Sprint(n, " ", sub, "\x00", at)
-				if !ok || rest == "" || at == "" || tried[key] || c.paths != nil && !c.paths[at] {
-					continue
-				}
-				tried[key] = true
-				if err := s.try(c, at, sub, first); err != nil {
+				if err := s.step(1); err != nil {
 					return err
 				}
-				if s.ambiguous != nil {
-					return nil
+				at, ok := strings.CutSuffix(destination, rest)
+				if !ok {
+					break // nor is it below a directory further up
+				}
+				at, ok = strings.CutSuffix(at, "/")
+				choice := choice{n, at, sub}
+				if !ok || at == "" || tried[choice] || c.paths != nil && !c.paths[at] {
+					continue
+				}
+				tried[choice] = true
+				if err := s.try(c, at, sub, first); err != nil || s.ambiguous != nil {
+					return err
 				}
 			}
 		}
@@ -219,21 +228,30 @@ func (s *search) cover(first int) error {
 	return nil
 }
 
-// splits are the ways in which a name may be a sub path and what is below it: none, and
-// every directory above.
+// step counts n steps of the search.
+func (s *search) step(n int) error {
+	if s.steps += n; s.steps > maxSteps {
+		return errTooManySteps
+	}
+	return nil
+}
+
+// splits are the ways in which a name may be a sub path and what is below it: every
+// directory above, the lowest first, and none. A name that is not clean is no sub path's.
 func splits(name string) func(yield func(sub, rest string) bool) {
 	return func(yield func(sub, rest string) bool) {
-		if !yield("", clean(name)) {
+		cleaned := clean(name)
+		if cleaned == "" {
 			return
 		}
-		for i := range len(name) {
-			if name[i] != '/' {
-				continue
-			}
-			if sub := name[:i]; sub != "" && sub != "." && path.Clean(sub) == sub && !yield(sub, clean(name[i+1:])) {
-				return
+		if cleaned == name {
+			for i := strings.LastIndexByte(name, '/'); i > 0; i = strings.LastIndexByte(name[:i], '/') {
+				if !yield(name[:i], name[i+1:]) {
+					return
+				}
 			}
 		}
+		yield("", cleaned)
 	}
 }
 
@@ -245,10 +263,10 @@ func (s *search) try(c candidate, at, sub string, first int) error {
 			s.covered[i] = false
 		}
 	}()
+	if err := s.step(len(c.layers)); err != nil {
+		return err
+	}
 	for _, l := range c.under(sub) {
-		if s.steps++; s.steps > maxSteps {
-			return errTooManySteps
-		}
 		i, ok := s.at[named{path.Join(at, l.name), l.blob}]
 		if !ok || s.covered[i] {
 			return nil

@@ -47,3 +47,18 @@ func TestAnAnswerIsNotLate(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+func TestAPartOfTheTimeIsTheRuntimes(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+	defer cancel()
+	part, stop := within(ctx, 3, 4)
+	defer stop()
+	if deadline, ok := part.Deadline(); !ok || time.Until(deadline) > 46*time.Minute {
+		t.Errorf("the deadline is in %v", time.Until(deadline))
+	}
+	whole, stop := within(t.Context(), 3, 4)
+	defer stop()
+	if _, ok := whole.Deadline(); ok {
+		t.Error("there is a deadline where the runtime has none")
+	}
+}

@@ -294,20 +294,6 @@ func TestAVolumeThatTheSnapshotterShowsIsLeftAlone(t *testing.T) {
 	s.wantRecords()
 }
 
-// The runtime takes a plugin away that is late.
-func TestTheAnswerComesBeforeTheRuntimeGivesUp(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
-	defer cancel()
-	hurry, stop := hurried(ctx)
-	defer stop()
-	if deadline, ok := hurry.Deadline(); !ok || time.Until(deadline) > 31*time.Minute {
-		t.Errorf("the deadline is in %v", time.Until(deadline))
-	}
-	if _, ok := func() (time.Time, bool) { c, stop := hurried(t.Context()); defer stop(); return c.Deadline() }(); ok {
-		t.Error("there is a deadline where the runtime has none")
-	}
-}
-
 func TestRecordsOutliveTheDaemonAndAreMadeTrue(t *testing.T) {
 	s := newSite(t)
 	d := s.model(s.content)

@@ -5,6 +5,8 @@ package nri
 
 import (
 	"context"
+	"io"
+	"net"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -21,6 +23,43 @@ type runtime struct {
 	*adaptation.Adaptation
 	t          *testing.T
 	containers []*api.Container // that it has
+
+	// The plugin's connection goes by way of the test: in the same process nothing
+	// ends it when the runtime stops.
+	listener net.Listener
+	mu       sync.Mutex
+	conns    []net.Conn
+}
+
+// accept connects the plugin with the runtime at that socket.
+func (r *runtime) accept(socket string) {
+	for {
+		plugin, err := r.listener.Accept()
+		if err != nil {
+			return
+		}
+		runtime, err := net.Dial("unix", socket)
+		if err != nil {
+			r.t.Error(err)
+			return
+		}
+		r.mu.Lock()
+		r.conns = append(r.conns, plugin, runtime)
+		r.mu.Unlock()
+		go io.Copy(plugin, runtime)
+		go io.Copy(runtime, plugin)
+	}
+}
+
+// end ends the runtime.
+func (r *runtime) end() {
+	r.listener.Close()
+	r.Stop()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, c := range r.conns {
+		c.Close()
+	}
 }
 
 func (s *site) startRuntime(containers ...*api.Container) *runtime {
@@ -37,13 +76,17 @@ func (s *site) startRuntime(containers ...*api.Container) *runtime {
 	update := func(context.Context, []*api.ContainerUpdate) ([]*api.ContainerUpdate, error) { return nil, nil }
 	var err error
 	r.Adaptation, err = adaptation.New(crio, "1.37.0", sync, update,
-		adaptation.WithSocketPath(s.Socket), adaptation.WithPluginPath(filepath.Join(s.root, "none")), adaptation.WithPluginConfigPath(filepath.Join(s.root, "none")))
+		adaptation.WithSocketPath(s.Socket+".runtime"), adaptation.WithPluginPath(filepath.Join(s.root, "none")), adaptation.WithPluginConfigPath(filepath.Join(s.root, "none")))
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	if err := r.Start(); err != nil {
 		s.t.Fatal(err)
 	}
+	if r.listener, err = net.Listen("unix", s.Socket); err != nil {
+		s.t.Fatal(err)
+	}
+	go r.accept(s.Socket + ".runtime")
 	return r
 }
 
@@ -104,7 +147,7 @@ func TestThePluginComesBackWhenTheRuntimeIsRestarted(t *testing.T) {
 		}
 		kept = []*api.Container{{Id: "runs", PodSandboxId: sandbox, Mounts: got.Mounts}}
 		s.wantRecords("runs")
-		r.Stop()
+		r.end()
 		r.await(connected, false)
 		s.wantRecords("runs")
 	}
@@ -117,7 +160,7 @@ func TestThePluginComesBackWhenTheRuntimeIsRestarted(t *testing.T) {
 		}
 		return len(s.references.of("")) == 0
 	})
-	r.Stop()
+	r.end()
 	r.await(connected, false)
 }
 
@@ -125,7 +168,7 @@ func TestTheReasonReachesTheRuntime(t *testing.T) {
 	s := newSite(t)
 	connected := s.run()
 	r := s.startRuntime()
-	defer r.Stop()
+	defer r.end()
 	r.await(connected, true)
 	mounts := []*api.Mount{s.crio.mountOf("/model/file", "f")}
 	eventually(t, "the container is refused", func() bool {

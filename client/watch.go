@@ -57,7 +57,7 @@ type Watcher struct {
 	mu      sync.Mutex
 	changed chan struct{} // closed when something below changes
 	// known are the images by namespace and name, nil until they have been listed.
-	known map[string]map[string]Image
+	known   map[string]map[string]Image
 	running bool
 	// broken is why known is nil, and lost since when.
 	broken error

@@ -107,6 +107,7 @@ func Default() Config {
 		Root:                "/var/lib/artifact-snapshotter",
 		State:               "/run/artifact-snapshotter",
 		ContentRoot:         "/var/lib/containerd/io.containerd.content.v1.content",
+		BlobRoots:           []string{},
 		ContainerdAddress:   "/run/containerd/containerd.sock",
 		LogLevel:            "info",
 		RawRung:             rungAuto,

@@ -34,6 +34,7 @@ func daemonFlags() []cli.Flag {
 		&cli.StringFlag{Name: "address", Usage: "Unix socket to serve on"},
 		&cli.StringFlag{Name: "content-root", Usage: "root of containerd's content store"},
 		&cli.StringFlag{Name: "containerd-address", Usage: "containerd's own Unix socket"},
+		&cli.BoolFlag{Name: "nri", Usage: "show artifacts by NRI, too: for CRI-O, and for a containerd with another snapshotter"},
 	}
 }
 
@@ -70,7 +71,6 @@ func serveCommand() *cli.Command {
 			"  artifact-snapshotter serve --nri\n" +
 			"  artifact-snapshotter serve --content-root /data/containerd/io.containerd.content.v1.content",
 		Flags: append(daemonFlags(),
-			&cli.BoolFlag{Name: "nri", Usage: "show artifacts by NRI, too: for CRI-O, and for a containerd with another snapshotter"},
 			&cli.StringFlag{Name: "log-level", Usage: "trace, debug, info, warn, error, fatal or panic"}),
 		Action: serve,
 	}

@@ -421,6 +421,22 @@ func TestByNRIAContainerThatFailsLaterLeavesNothing(t *testing.T) {
 	})
 }
 
+// What happened while nobody was there is at least said.
+func TestByNRIAContainerThatWasCreatedWithoutThePluginIsNamed(t *testing.T) {
+	n := node.ForTest(t, node.Options{NRI: true})
+	ref := pulled(t, n, writeModel(t), pack.Raw)
+	check(t, n.StopDaemon())
+	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+	check(t, err)
+	wantVolume(t, pod, "main", "/model", nil)
+	check(t, n.StartDaemon())
+	check(t, n.WaitForNRI())
+	if logs := n.Logs(); !strings.Contains(logs, "A container was created without the plugin of NRI") || !strings.Contains(logs, "sandbox="+pod.ID) {
+		t.Errorf("the log does not name pod %s:\n%s", pod.ID, logs)
+	}
+	check(t, pod.Remove())
+}
+
 // What NRI offers for a runtime that is without its plugin.
 func TestByNRIARequiredPluginThatIsNotThereStopsContainers(t *testing.T) {
 	n := node.ForTest(t, node.Options{NRI: true, ContainerdConfig: `[plugins.'io.containerd.nri.v1.nri'.default_validator]

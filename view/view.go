@@ -78,12 +78,12 @@ type Users func(context.Context) ([]ID, error)
 
 // Store is safe for concurrent use.
 type Store struct {
-	trees, mounts   string
-	content         blobdir.Blobs
-	shared          blobdir.Dir
-	rungs           unpack.Rungs
-	budget          *unpack.Budget
-	observer        Observer
+	trees, mounts string
+	content       blobdir.Blobs
+	shared        blobdir.Dir
+	rungs         unpack.Rungs
+	budget        *unpack.Budget
+	observer      Observer
 
 	builds  singleflight.Group
 	maxWait time.Duration

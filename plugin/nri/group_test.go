@@ -5,6 +5,7 @@ package nri
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -136,7 +137,7 @@ func (s *store) wantRefused(kind error, annotations map[string]string, mounts []
 		s.t.Fatalf("found %+v, want one that is refused", got)
 	}
 	err := got[0].refused
-	if !isKind(err, kind) {
+	if !errors.Is(err, kind) {
 		s.t.Errorf("%v is not %v", err, kind)
 	}
 	for _, text := range texts {
@@ -144,20 +145,6 @@ func (s *store) wantRefused(kind error, annotations map[string]string, mounts []
 			s.t.Errorf("%q does not say %q", err, text)
 		}
 	}
-}
-
-func isKind(err, kind error) bool {
-	switch kind {
-	case errdefs.ErrNotFound:
-		return errdefs.IsNotFound(err)
-	case errdefs.ErrInvalidArgument:
-		return errdefs.IsInvalidArgument(err)
-	case errdefs.ErrFailedPrecondition:
-		return errdefs.IsFailedPrecondition(err)
-	case errdefs.ErrNotImplemented:
-		return errdefs.IsNotImplemented(err)
-	}
-	return false
 }
 
 func TestAnArtifactIsFoundByItsMounts(t *testing.T) {

@@ -50,8 +50,6 @@ type volume struct {
 	hex, namespace, sub string
 	// target is the image, once it is found.
 	target ocispec.Descriptor
-	// ordinary tells that it is no artifact.
-	ordinary bool
 	// refused is why it is not to be shown, whatever it is.
 	refused error
 }

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -234,6 +235,7 @@ func (p *Plugin) synchronize(ctx context.Context, pods []*api.PodSandbox, contai
 	listed := map[string]bool{}
 	for _, c := range containers {
 		listed[c.GetId()] = true
+		p.missed(ctx, c)
 		of, recorded := p.references.get(c.GetId())
 		ids := p.mounted(sandboxes[c.GetPodSandboxId()], c, of)
 		switch {
@@ -252,6 +254,35 @@ func (p *Plugin) synchronize(ctx context.Context, pods []*api.PodSandbox, contai
 		}
 		p.drop(ctx, container)
 	}
+}
+
+// missed warns of a container that was created without the plugin: nothing else does.
+func (p *Plugin) missed(ctx context.Context, c *api.Container) {
+	for _, m := range c.GetMounts() {
+		if !isBind(m) {
+			continue
+		}
+		_, is := p.inCRIO(m, "")
+		if _, ok := inContainerd(m, c.GetPodSandboxId()); ok {
+			is = empty(m.GetSource())
+		}
+		if is {
+			log.G(ctx).WithFields(log.Fields{"sandbox": c.GetPodSandboxId(), "container": c.GetName(), "path": m.GetDestination()}).
+				Warn("A container was created without the plugin of NRI, and its image volume is what the runtime makes of it: delete its pod")
+			return
+		}
+	}
+}
+
+// empty reports whether dir has nothing in it, as containerd's volume of an artifact.
+func empty(dir string) bool {
+	f, err := os.Open(dir)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	_, err = f.Readdirnames(1)
+	return errors.Is(err, io.EOF)
 }
 
 // mounted is what a container shows by its mounts. Of a Tree that is shifted for a user

@@ -15,7 +15,7 @@ PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs busy
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build image tools containerd-older kubelet helm packages demo test test-deploy test-unit test-node test-matrix fuzz lint bench bench-peers clean
+.PHONY: build image tools containerd-older kubelet helm packages demo test test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
 
 build:
 	@echo "==> building $(BIN)"
@@ -114,6 +114,10 @@ bench: build tools kubelet
 	@echo "==> running the benchmarks (docs/benchmarks.md says what they mean)"
 	go run ./integration/bench
 
+# What a plugin of NRI costs a container, on containerd; for another runtime see -help.
+bench-nri: build tools
+	go run ./integration/benchnri
+
 # Some hours, and 42 GiB in TMPDIR.
 bench-peers: build tools
 	@echo "==> comparing with the alternatives (docs/peers.md says how)"
@@ -122,7 +126,7 @@ bench-peers: build tools
 # Every parser of what an artifact says; FUZZTIME=10m for a thorough search.
 FUZZTIME ?= 20s
 fuzz:
-	@set -e; for f in artifact:FuzzRead artifact:FuzzFileMetadata artifact:FuzzCleanPath unpack:FuzzIndex unpack:FuzzInflate; do \
+	@set -e; for f in artifact:FuzzRead artifact:FuzzFileMetadata artifact:FuzzCleanPath unpack:FuzzIndex unpack:FuzzInflate plugin/nri:FuzzResolve; do \
 		echo "==> $$f for $(FUZZTIME)"; \
 		go test -run '^$$' -fuzz "^$${f#*:}$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 50x ./$${f%%:*}; \
 	done

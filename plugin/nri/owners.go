@@ -65,10 +65,11 @@ func userNamespace(c *api.Container) (path string, ok bool) {
 }
 
 // mapOf is the map of the process whose directory in /proc is given, which must be in
-// that user namespace, if it is known.
+// that user namespace, if it is known. To look at a namespace takes CAP_SYS_PTRACE, which
+// the daemon need not have; to read a map does not.
 func mapOf(process, namespace string) (m unpack.IDMap, err error) {
-	if namespace != "" {
-		is, err := os.Stat(filepath.Join(process, "ns/user"))
+	if own := filepath.Join(process, "ns/user"); namespace != "" && namespace != own {
+		is, err := os.Stat(own)
 		if err != nil {
 			return m, err
 		}

@@ -114,9 +114,9 @@ bench: build tools kubelet
 	@echo "==> running the benchmarks (docs/benchmarks.md says what they mean)"
 	go run ./integration/bench
 
-# What a plugin of NRI costs a container, on containerd; for another runtime see -help.
+# What a plugin of NRI costs a container, on containerd and on CRI-O if there is one.
 bench-nri: build tools
-	go run ./integration/benchnri
+	go run ./integration/bench -run create
 
 # Some hours, and 42 GiB in TMPDIR.
 bench-peers: build tools

@@ -15,7 +15,7 @@ PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs busy
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build image tools containerd-older kubelet helm packages demo test test-deploy test-unit test-node test-matrix fuzz lint bench bench-peers clean
+.PHONY: build image tools containerd-older kubelet helm packages demo test test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
 
 build:
 	@echo "==> building $(BIN)"
@@ -76,12 +76,18 @@ demo: build tools
 	@echo "==> running the demo"
 	go run ./integration/demo
 
+# Nothing here builds CRI-O: that its tests are skipped must not go unnoticed.
+tell_crio = @for p in crio pinns conmon; do \
+	PATH="$${ARTIFACT_SNAPSHOTTER_CRIO:-$(TOOLS)}:$(TOOLS):$$PATH" command -v $$p >/dev/null || \
+	echo "==> NOT TESTED: CRI-O, for there is no $$p; docs/development.md says how to get it"; done
+
 test: build tools kubelet test-deploy
 	@echo "==> running all tests, those on real nodes included"
 	@# A node that fails prints long logs: what failed stands at the end once more.
 	@bash -o pipefail -c 'go test -race -timeout 60m ./... 2>&1 | tee bin/test.log' || { \
 		echo "==> what failed (of bin/test.log):"; \
 		grep -aE '^ *--- FAIL|^ +[a-z_]+_test\.go:[0-9]+: |^(FAIL|panic|WARNING: DATA RACE)' bin/test.log | cut -c -2000; exit 1; }
+	$(tell_crio)
 
 # The chart, the examples, the dashboard and the alerts: files that Go does not see
 # change, hence -count=1. Without cgo, as the kubelet,
@@ -97,6 +103,7 @@ test-unit: build
 # All that runs on a node, but for kubelet's pods.
 test-node: build tools
 	go test -race -timeout 60m -v -skip '^TestKubelet' ./integration/...
+	$(tell_crio)
 
 # All that runs on a node, on every supported version of containerd: the table of
 # docs/support.md.
@@ -107,6 +114,10 @@ bench: build tools kubelet
 	@echo "==> running the benchmarks (docs/benchmarks.md says what they mean)"
 	go run ./integration/bench
 
+# What a plugin of NRI costs a container, on containerd and on CRI-O if there is one.
+bench-nri: build tools
+	go run ./integration/bench -run create
+
 # Some hours, and 42 GiB in TMPDIR.
 bench-peers: build tools
 	@echo "==> comparing with the alternatives (docs/peers.md says how)"
@@ -115,7 +126,7 @@ bench-peers: build tools
 # Every parser of what an artifact says; FUZZTIME=10m for a thorough search.
 FUZZTIME ?= 20s
 fuzz:
-	@set -e; for f in artifact:FuzzRead artifact:FuzzFileMetadata artifact:FuzzCleanPath unpack:FuzzIndex unpack:FuzzInflate; do \
+	@set -e; for f in artifact:FuzzRead artifact:FuzzFileMetadata artifact:FuzzCleanPath unpack:FuzzIndex unpack:FuzzInflate plugin/nri:FuzzResolve; do \
 		echo "==> $$f for $(FUZZTIME)"; \
 		go test -run '^$$' -fuzz "^$${f#*:}$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 50x ./$${f%%:*}; \
 	done

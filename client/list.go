@@ -222,7 +222,7 @@ type Layout struct {
 // LayoutOf looks into the root of the daemon for the artifact's Tree. One that is
 // not there, since nobody has asked for it since the last reboot, is
 // fs.ErrNotExist.
-func LayoutOf(a *artifact.Artifact, root string, content blobdir.Dir) (Layout, error) {
+func LayoutOf(a *artifact.Artifact, root string, content blobdir.Blobs) (Layout, error) {
 	tree, err := unpack.Load(view.TreeDir(root, a.Manifest.Digest))
 	if err != nil {
 		return Layout{}, err

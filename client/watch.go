@@ -57,7 +57,8 @@ type Watcher struct {
 	mu      sync.Mutex
 	changed chan struct{} // closed when something below changes
 	// known are the images by namespace and name, nil until they have been listed.
-	known map[string]map[string]Image
+	known   map[string]map[string]Image
+	running bool
 	// broken is why known is nil, and lost since when.
 	broken error
 	lost   time.Time
@@ -84,6 +85,7 @@ func NewWatcher(address string, blobs blobdir.Dir, unpackIn []string) *Watcher {
 // Run watches until ctx ends. containerd need not run yet.
 func (w *Watcher) Run(ctx context.Context) {
 	logger := log.G(ctx).WithField("containerd", w.address)
+	w.set(func() { w.running = true })
 	wait, failures := minReconnect, 0
 	for ctx.Err() == nil {
 		listed, err := w.watch(ctx)
@@ -113,6 +115,13 @@ func (w *Watcher) Run(ctx context.Context) {
 		}
 		wait = min(2*wait, maxReconnect)
 	}
+}
+
+// Running tells whether Run has been called.
+func (w *Watcher) Running() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.running
 }
 
 // watch watches until the connection fails. It reports whether there was a list.

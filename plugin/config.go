@@ -14,8 +14,10 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/pkg/identifiers"
+	"github.com/containerd/nri/pkg/api"
 	"github.com/pelletier/go-toml/v2"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
@@ -49,9 +51,14 @@ type Config struct {
 	Address string `toml:"address,omitempty"`
 	// ContentRoot is the root of containerd's content store, the directory with blobs/.
 	ContentRoot string `toml:"content_root"`
+	// BlobRoots are more such directories: CRI-O's artifact stores. If there are none, NRI
+	// looks for them in CRI-O's configuration.
+	BlobRoots []string `toml:"blob_roots"`
 	// ContainerdAddress is the Unix socket of containerd's API.
 	ContainerdAddress string `toml:"containerd_address"`
-	// LogLevel is a level of github.com/containerd/log. Only for the daemon, like Address.
+	// NRI is how to be a plugin of NRI. Only for the daemon, like Address.
+	NRI NRI `toml:"nri,omitempty"`
+	// LogLevel is a level of github.com/containerd/log. Only for the daemon, too.
 	LogLevel string `toml:"log_level,omitempty"`
 	// MetricsAddress is where the daemon serves its metrics: unix:///path or a port of
 	// a loopback address; "" for nowhere. Only for the daemon, too.
@@ -74,6 +81,25 @@ type Config struct {
 	Namespaces []string `toml:"namespaces"`
 }
 
+// NRI is the configuration of the plugin of NRI, which shows artifacts where a runtime asks
+// no snapshotter of ours.
+type NRI struct {
+	Enabled bool `toml:"enabled"`
+	// Socket is NRI's own.
+	Socket string `toml:"socket"`
+	// Index is where in the order of all plugins this one is, two digits; Name its name.
+	Index string `toml:"index"`
+	Name  string `toml:"name"`
+	// OnError is what happens to a container whose artifact cannot be shown: "fail", or
+	// "passthrough" for the runtime's own mount.
+	OnError string `toml:"on_error"`
+}
+
+const (
+	onErrorFail        = "fail"
+	onErrorPassthrough = "passthrough"
+)
+
 // Default returns the configuration of a daemon beside a containerd with
 // default directories.
 func Default() Config {
@@ -81,6 +107,7 @@ func Default() Config {
 		Root:                "/var/lib/artifact-snapshotter",
 		State:               "/run/artifact-snapshotter",
 		ContentRoot:         "/var/lib/containerd/io.containerd.content.v1.content",
+		BlobRoots:           []string{},
 		ContainerdAddress:   "/run/containerd/containerd.sock",
 		LogLevel:            "info",
 		RawRung:             rungAuto,
@@ -90,6 +117,7 @@ func Default() Config {
 		MaxExpansion:        unpack.DefaultLimits.Expansion,
 		ReservedSpace:       unpack.DefaultLimits.Reserve,
 		Namespaces:          []string{"k8s.io"},
+		NRI:                 NRI{Socket: api.DefaultSocketPath, Index: "50", Name: "artifact-snapshotter", OnError: onErrorFail},
 	}
 }
 
@@ -141,23 +169,36 @@ func (c Config) Validate() error {
 	if !slices.Contains(levels, c.LogLevel) {
 		level = fmt.Errorf("log_level %q is none of %s", c.LogLevel, strings.Join(levels, ", "))
 	}
-	return errors.Join(c.validateSnapshotter(), validateSocket("address", c.SocketAddress()), validateMetrics(c.MetricsAddress), level)
+	return errors.Join(c.validateSnapshotter(), validateSocket("address", c.SocketAddress()), validateMetrics(c.MetricsAddress), c.NRI.validate(), level)
+}
+
+func (c NRI) validate() error {
+	errs := []error{validateSocket("nri.socket", c.Socket)}
+	if err := api.CheckPluginIndex(c.Index); err != nil {
+		errs = append(errs, fmt.Errorf("nri.index %q is not two digits", c.Index))
+	}
+	if err := api.CheckPluginName(c.Name); err != nil {
+		errs = append(errs, fmt.Errorf("nri.name: %w", err))
+	}
+	if c.OnError != onErrorFail && c.OnError != onErrorPassthrough {
+		errs = append(errs, fmt.Errorf("nri.on_error %q is neither %q nor %q", c.OnError, onErrorFail, onErrorPassthrough))
+	}
+	return errors.Join(errs...)
 }
 
 // validateSnapshotter checks what a compiled-in snapshotter needs, too.
 func (c Config) validateSnapshotter() error {
 	var errs []error
 	for _, dir := range []struct{ key, path string }{
-		{"root", c.Root}, {"state", c.State}, {"content_root", c.ContentRoot},
+		{"root", c.Root}, {"state", c.State},
 	} {
 		if !filepath.IsAbs(dir.path) {
 			errs = append(errs, fmt.Errorf("%s %q is not an absolute path", dir.key, dir.path))
 		}
 	}
-	// The sweep of one and the garbage collector of the other would delete
-	// what they do not know.
-	if within(c.Root, c.ContentRoot) || within(c.ContentRoot, c.Root) {
-		errs = append(errs, fmt.Errorf("root %s and content_root %s must not lie within each other", c.Root, c.ContentRoot))
+	errs = append(errs, c.validateBlobs("content_root", c.ContentRoot))
+	for _, dir := range c.BlobRoots {
+		errs = append(errs, c.validateBlobs("blob_roots", dir))
 	}
 	errs = append(errs, validateSocket("containerd_address", c.ContainerdAddress))
 	if _, err := c.rungs(); err != nil {
@@ -178,6 +219,28 @@ func (c Config) validateSnapshotter() error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// validateBlobs checks a directory of blobs.
+func (c Config) validateBlobs(key, dir string) error {
+	if !filepath.IsAbs(dir) {
+		return fmt.Errorf("%s %q is not an absolute path", key, dir)
+	}
+	// The sweep of one and the garbage collector of the other would delete
+	// what they do not know.
+	if within(c.Root, dir) || within(dir, c.Root) {
+		return fmt.Errorf("root %s and %s %s must not lie within each other", c.Root, key, dir)
+	}
+	return nil
+}
+
+// Blobs are the directories of blobs: containerd's, and CRI-O's behind it.
+func (c Config) Blobs() blobdir.Dirs {
+	dirs := blobdir.Dirs{blobdir.Dir(c.ContentRoot)}
+	for _, dir := range c.BlobRoots {
+		dirs = append(dirs, blobdir.Dir(dir))
+	}
+	return dirs
 }
 
 // rungs translates the configured rungs to those of package unpack, where an

@@ -17,6 +17,8 @@ func TestLoad(t *testing.T) {
 	changed := Default()
 	changed.State = "/run/other"
 	changed.Namespaces = []string{"a", "b"}
+	plugged := Default()
+	plugged.NRI.Enabled = true
 	none := Default()
 	none.Namespaces = []string{}
 	for name, test := range map[string]struct {
@@ -25,6 +27,7 @@ func TestLoad(t *testing.T) {
 	}{
 		"the default file says the defaults": {DefaultFile, Default()},
 		"an empty file":                      {"", Default()},
+		"a table leaves its other keys":      {"[nri]\nenabled = true\n", plugged},
 		"a key replaces its default":         {"state = '/run/other'\nnamespaces = ['a', 'b']", changed},
 		"an empty list is empty":             {"namespaces = []", none},
 	} {
@@ -42,11 +45,16 @@ func TestLoad(t *testing.T) {
 
 // The default file is there to be read: it must say every key.
 func TestDefaultFileHasEveryKey(t *testing.T) {
-	config := reflect.TypeFor[Config]()
-	for i := range config.NumField() {
-		key, _, _ := strings.Cut(config.Field(i).Tag.Get("toml"), ",")
-		if !strings.Contains(DefaultFile, "\n"+key+" = ") {
-			t.Errorf("the default file has no %s", key)
+	top, nri, _ := strings.Cut(DefaultFile, "\n[nri]\n")
+	for _, table := range []struct {
+		config reflect.Type
+		file   string
+	}{{reflect.TypeFor[Config](), top}, {reflect.TypeFor[NRI](), "\n" + nri}} {
+		for i := range table.config.NumField() {
+			key, _, _ := strings.Cut(table.config.Field(i).Tag.Get("toml"), ",")
+			if !strings.Contains(table.file, "\n"+key+" = ") && table.config.Field(i).Type.Kind() != reflect.Struct {
+				t.Errorf("the default file has no %s", key)
+			}
 		}
 	}
 }
@@ -101,6 +109,12 @@ func TestValidate(t *testing.T) {
 		"memory beyond counting":    {func(c *Config) { c.DecompressionMemory = 1 << 50 }, []string{"decompression_memory"}},
 		"a layer that must shrink":  {func(c *Config) { c.MaxExpansion = 0 }, []string{"max_expansion 0"}},
 		"all space in reserve":      {func(c *Config) { c.ReservedSpace = 100 }, []string{"reserved_space 100"}},
+		"a relative blob root":      {func(c *Config) { c.BlobRoots = []string{"/ok", "b"} }, []string{"blob_roots", `"b"`, "absolute"}},
+		"a blob root inside root":   {func(c *Config) { c.BlobRoots = []string{c.Root + "/x"} }, []string{"blob_roots", "within"}},
+		"a relative NRI socket":     {func(c *Config) { c.NRI.Socket = "nri.sock" }, []string{"nri.socket", "absolute"}},
+		"a short NRI index":         {func(c *Config) { c.NRI.Index = "5" }, []string{"nri.index", "two digits"}},
+		"an NRI name with a space":  {func(c *Config) { c.NRI.Name = "a b" }, []string{"nri.name"}},
+		"an unknown way out":        {func(c *Config) { c.NRI.OnError = "ignore" }, []string{"nri.on_error", `"fail"`, `"passthrough"`}},
 		"an unknown log level":      {func(c *Config) { c.LogLevel = "loud" }, []string{`"loud"`, "debug"}},
 		"a bad namespace":           {func(c *Config) { c.Namespaces = []string{"a/b"} }, []string{"namespaces", "a/b"}},
 		"root is content root":      {func(c *Config) { c.Root = c.ContentRoot }, []string{"root", "content_root", "within"}},

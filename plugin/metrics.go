@@ -235,6 +235,15 @@ func (m *metrics) prepared(key string, began time.Time, err error) {
 	}
 }
 
+// answered counts the answer to a runtime that has asked for an image volume by NRI.
+func (m *metrics) answered(took time.Duration, err error) {
+	if err != nil {
+		m.refusals.WithLabelValues(reasonOf(err)).Inc()
+		return
+	}
+	m.volumes.Observe(took.Seconds())
+}
+
 // measured is a Snapshotter whose answers are counted.
 type measured struct {
 	snapshots.Snapshotter
@@ -308,7 +317,9 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	if known.Connected {
 		connected = 1
 	}
-	set(connectedGauge, connected)
+	if g.watcher.Running() { // else there is no containerd, which is no failure
+		set(connectedGauge, connected)
+	}
 	set(artifactsGauge, int64(known.Artifacts))
 	set(conflictsGauge, int64(known.Conflicts))
 

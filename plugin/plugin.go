@@ -9,7 +9,8 @@
 //
 // the registration as snapshotter "artifact". It also plants the empty blob,
 // without which containerd cannot pull an artifact that has an empty file, and
-// watches containerd's images, so that no artifact is shown for another.
+// watches containerd's images, so that no artifact is shown for another; and it is
+// the plugin of NRI (package nri) for runtimes that ask no snapshotter.
 //
 // What an artifact is and how it is shown is the business of the packages
 // below; flags are that of cmd/artifact-snapshotter.
@@ -22,6 +23,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -30,6 +32,7 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/plugin/nri"
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 	"github.com/artifact-snapshotter/artifact-snapshotter/view"
 )
@@ -39,6 +42,9 @@ import (
 // own root and state have it, too.
 const dirMode = 0o711
 
+// socketInterval is how often awaitSocket looks.
+const socketInterval = 200 * time.Millisecond
+
 // Open opens the snapshotter that cfg describes, which is a diff.Applier, too, and starts what runs beside
 // it: the sweep of unused artifacts, the watch of containerd's images and the
 // planting of the empty blob. They run until Close, or until ctx ends.
@@ -46,15 +52,17 @@ const dirMode = 0o711
 // One root belongs to one process at a time: another one gets
 // errdefs.ErrFailedPrecondition. Close leaves alone what running pods read.
 func Open(ctx context.Context, cfg Config) (snapshots.Snapshotter, error) {
-	s, err := open(ctx, cfg, newMetrics(""))
+	s, err := open(ctx, cfg, newMetrics(""), nil)
 	if err != nil {
 		return nil, err
 	}
 	return s, nil
 }
 
-// open is Open with metrics.
-func open(ctx context.Context, cfg Config, m *metrics) (_ *opened, err error) {
+// open is Open with metrics, and for a daemon. Who is told whether a runtime has taken the
+// plugin of NRI may be nil.
+func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ *opened, err error) {
+	cfg = cfg.Discover(ctx)
 	if err := cfg.validateSnapshotter(); err != nil {
 		return nil, err
 	}
@@ -79,7 +87,7 @@ func open(ctx context.Context, cfg Config, m *metrics) (_ *opened, err error) {
 	views, err := view.Open(ctx, view.Config{
 		Root:     cfg.Root,
 		State:    cfg.State,
-		Content:  blobdir.Dir(cfg.ContentRoot),
+		Content:  cfg.Blobs(),
 		Rungs:    rungs,
 		Limits:   cfg.Limits(),
 		Early:    cfg.DecompressOnPull,
@@ -96,18 +104,58 @@ func open(ctx context.Context, cfg Config, m *metrics) (_ *opened, err error) {
 	m.watch(views, watcher)
 	s.closers = append(s.closers, s.Snapshotter.Close)
 	s.Applier = snapshot.Applier(cfg.Root, views)
+	var door *nri.Plugin
+	if cfg.NRI.Enabled {
+		if door, err = nri.New(ctx, nri.Config{
+			Socket: cfg.NRI.Socket, Index: cfg.NRI.Index, Name: cfg.NRI.Name,
+			Root:        cfg.Root,
+			Views:       views,
+			Blobs:       cfg.Blobs(),
+			Layouts:     cfg.Blobs()[1:],
+			Images:      images{watcher},
+			Passthrough: cfg.NRI.OnError == onErrorPassthrough,
+			Observer:    nri.Observer{Answered: m.answered, Connected: connected},
+		}); err != nil {
+			return nil, err
+		}
+	}
 
 	ctx, cancel := context.WithCancel(ctx)
 	var background sync.WaitGroup
 	background.Go(func() { views.Run(ctx) })
-	background.Go(func() { watcher.Run(ctx) })
-	background.Go(func() { keepPlanted(ctx, cfg.ContainerdAddress, cfg.Namespaces, replantInterval) })
+	background.Go(func() {
+		if door != nil && !awaitSocket(ctx, cfg.ContainerdAddress) {
+			return
+		}
+		var containerd sync.WaitGroup
+		containerd.Go(func() { watcher.Run(ctx) })
+		containerd.Go(func() { keepPlanted(ctx, cfg.ContainerdAddress, cfg.Namespaces, replantInterval) })
+		containerd.Wait()
+	})
+	if door != nil {
+		background.Go(func() { door.Run(ctx) })
+	}
 	s.closers = append(s.closers, func() error {
 		cancel()
 		background.Wait()
 		return nil
 	})
 	return s, nil
+}
+
+// awaitSocket waits until there is a socket, or ctx ends. With a plugin of NRI the node may
+// have no containerd, and nobody would want to read that it cannot be reached.
+func awaitSocket(ctx context.Context, address string) bool {
+	for {
+		if _, err := os.Stat(address); err == nil {
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(socketInterval):
+		}
+	}
 }
 
 // opened is a snapshotter and its differ, with everything that Open opened for

@@ -68,7 +68,7 @@ func initDiffer(ic *plugin.InitContext) (any, error) {
 // which are containerd's unless its configuration says otherwise.
 func compiledIn() *Config {
 	c := Default()
-	c.Root, c.State, c.ContentRoot, c.ContainerdAddress, c.LogLevel = "", "", "", "", ""
+	c.Root, c.State, c.ContentRoot, c.ContainerdAddress, c.LogLevel, c.NRI = "", "", "", "", "", NRI{}
 	return &c
 }
 
@@ -92,8 +92,8 @@ func fromContainerd(ic *plugin.InitContext) (Config, error) {
 	if !ok {
 		return Config{}, fmt.Errorf("artifact snapshotter: configuration is a %T: %w", ic.Config, errdefs.ErrInvalidArgument)
 	}
-	if config.Address != "" || config.LogLevel != "" || config.MetricsAddress != "" {
-		return Config{}, fmt.Errorf("artifact snapshotter: address, log_level and metrics_address are the daemon's, and containerd has its own, remove them: %w",
+	if config.Address != "" || config.LogLevel != "" || config.MetricsAddress != "" || config.NRI != (NRI{}) {
+		return Config{}, fmt.Errorf("artifact snapshotter: address, log_level, metrics_address and nri are the daemon's, and containerd has its own, remove them: %w",
 			errdefs.ErrInvalidArgument)
 	}
 	cfg := *config

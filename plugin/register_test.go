@@ -134,7 +134,7 @@ func TestCompiledIn(t *testing.T) {
 	t.Run("what is the daemon's alone is refused", func(t *testing.T) {
 		n := newNode(t, "[plugins.'io.containerd.snapshotter.v1.artifact']\n  address = '/run/a.sock'\n")
 		n.start(t, containerd)
-		if details := listed(t, n, "--detailed"); !strings.Contains(details, "address, log_level and metrics_address") {
+		if details := listed(t, n, "--detailed"); !strings.Contains(details, "address, log_level, metrics_address and nri") {
 			t.Errorf("the plugin does not say what is wrong:\n%s", details)
 		}
 	})

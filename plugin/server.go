@@ -49,7 +49,13 @@ func Serve(ctx context.Context, cfg Config, version string) (err error) {
 	}
 	defer stopTracing()
 	metrics := newMetrics(version)
-	snapshotter, err := open(ctx, cfg, metrics)
+	healthy := health.NewServer()
+	connected := func(bool) {}
+	if cfg.NRI.Enabled {
+		connected = func(yes bool) { healthy.SetServingStatus(HealthNRI, servingIf(yes)) }
+		connected(false)
+	}
+	snapshotter, err := open(ctx, cfg, metrics, connected)
 	if err != nil {
 		return err
 	}
@@ -68,8 +74,7 @@ func Serve(ctx context.Context, cfg Config, version string) (err error) {
 		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize))...)
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(measured{snapshotter, metrics}))
 	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(snapshotter.Applier, nil))
-	healthy := health.NewServer() // it serves: the snapshotter is open
-	grpc_health_v1.RegisterHealthServer(server, healthy)
+	grpc_health_v1.RegisterHealthServer(server, healthy) // it serves: the snapshotter is open
 
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()

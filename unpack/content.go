@@ -191,7 +191,7 @@ func (cs *contents) open(ctx context.Context, blob ocispec.Descriptor) (*os.File
 	return f, nil
 }
 
-func explainMissing(err error, blobs blobdir.Dir) error {
+func explainMissing(err error, blobs blobdir.Blobs) error {
 	if errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("its blob is not in %s; delete the image and pull it again: %w", blobs, errdefs.ErrNotFound)
 	}

@@ -85,7 +85,7 @@ type Options struct {
 	// Rungs are how layers are laid out; see Probe.
 	Rungs Rungs
 	// Blobs is where the runtime keeps the artifact's blobs.
-	Blobs blobdir.Dir
+	Blobs blobdir.Blobs
 	// Shared is a directory for what is not in Blobs, or could not be linked or
 	// reflinked from there (another file system): blobs/<algorithm>/<hex> is the
 	// content with that digest, and <hex>.tar beside it a symlink from a
@@ -345,15 +345,23 @@ func (t *Tree) save() error {
 }
 
 // Stale reports whether the runtime has deleted the manifest and pulled it again
-// since the Tree was built: what the Tree retains is a second copy then.
-func (t *Tree) Stale(blobs blobdir.Dir) bool {
-	now := source(blobs, t.Manifest)
-	return now != "" && now != t.Source
+// since the Tree was built, or only another runtime has it: what the Tree retains is a
+// second copy then.
+func (t *Tree) Stale(blobs blobdir.Blobs) bool {
+	there := false
+	for _, dir := range blobs.All() {
+		now := source(dir, t.Manifest)
+		if now == t.Source {
+			return false
+		}
+		there = there || now != ""
+	}
+	return there
 }
 
 // source tells the file of a blob from another one with the same content; it is
 // "" if there is none. An inode number alone may have been used again.
-func source(blobs blobdir.Dir, blob digest.Digest) string {
+func source(blobs blobdir.Blobs, blob digest.Digest) string {
 	var st unix.Stat_t
 	if err := unix.Lstat(blobs.Path(blob), &st); err != nil {
 		return ""

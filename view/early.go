@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 )
 
 // A compressed layer takes time to unpack, which containerd spends on the layers
@@ -46,29 +47,29 @@ const (
 // arrivals tells of files that appear.
 type arrivals struct {
 	mu      sync.Mutex
-	waiting map[string]chan struct{} // by path
+	waiting map[string]chan struct{} // by the name of the file, whatever directory it comes to
 }
 
-// of is closed when path has arrived, or something may have been missed.
-func (a *arrivals) of(path string) <-chan struct{} {
+// of is closed when the file has arrived, or something may have been missed.
+func (a *arrivals) of(name string) <-chan struct{} {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.waiting[path] == nil {
+	if a.waiting[name] == nil {
 		if a.waiting == nil {
 			a.waiting = map[string]chan struct{}{}
 		}
-		a.waiting[path] = make(chan struct{})
+		a.waiting[name] = make(chan struct{})
 	}
-	return a.waiting[path]
+	return a.waiting[name]
 }
 
-// tell tells those who wait for path.
-func (a *arrivals) tell(path string) {
+// tell tells those who wait for the file.
+func (a *arrivals) tell(name string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if ch, ok := a.waiting[path]; ok {
+	if ch, ok := a.waiting[name]; ok {
 		close(ch)
-		delete(a.waiting, path)
+		delete(a.waiting, name)
 	}
 }
 
@@ -94,7 +95,7 @@ func (s *Store) arrived(ctx context.Context, path string) {
 	if s.early == nil {
 		return
 	}
-	s.arrivals.tell(path)
+	s.arrivals.tell(filepath.Base(path))
 	s.unpackEarly(ctx, path)
 }
 
@@ -127,7 +128,8 @@ func (s *Store) arrivedBefore(ctx context.Context, dir string) {
 // fails is left to the pod that asks, which gets the reason.
 func (s *Store) unpackEarly(ctx context.Context, path string) {
 	config, desc, ok := readManifest(path)
-	if !ok || s.content.Path(desc.Digest) != path {
+	named := func(d blobdir.Dir) bool { return d.Path(desc.Digest) == path }
+	if !ok || !slices.ContainsFunc(s.content.All(), named) {
 		return
 	}
 	e := &early{manifest: desc.Digest, hurry: make(chan struct{})}
@@ -224,12 +226,11 @@ func readManifest(path string) (config digest.Digest, desc ocispec.Descriptor, o
 
 // await waits until the runtime has the blob, or a pod cannot wait any longer.
 func (s *Store) await(ctx context.Context, e *early, blob digest.Digest) error {
-	path := s.content.Path(blob)
 	again := time.NewTicker(lookAgain)
 	defer again.Stop()
 	for {
-		arrived := s.arrivals.of(path)
-		if _, err := os.Lstat(path); err == nil {
+		arrived := s.arrivals.of(blob.Encoded())
+		if _, err := os.Lstat(s.content.Path(blob)); err == nil {
 			return nil
 		}
 		if s.deleted(e.manifest) {

@@ -50,7 +50,7 @@ func (s *Store) layOut(ctx context.Context, dir string, from *source, o unpack.O
 		}
 		defer done()
 		o.Blobs = blobdir.Dir(blobs)
-		if err := unpack.CollectKept(o.Blobs, from.kept); err != nil {
+		if err := unpack.CollectKept(blobdir.Dir(blobs), from.kept); err != nil {
 			return err
 		}
 	}

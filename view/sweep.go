@@ -108,11 +108,13 @@ func (s *Store) watch(ctx context.Context) <-chan struct{} {
 // watchBlobs watches the directories of blobs that are there and not yet
 // watched.
 func (s *Store) watchBlobs(ctx context.Context, w *fsnotify.Watcher) {
-	for _, algorithm := range []string{"sha256", "sha384", "sha512"} {
-		dir := filepath.Join(string(s.content), "blobs", algorithm)
-		if !slices.Contains(w.WatchList(), dir) && w.Add(dir) == nil {
-			s.Wake() // for what went before
-			s.arrivedBefore(ctx, dir)
+	for _, content := range s.content.All() {
+		for _, algorithm := range []string{"sha256", "sha384", "sha512"} {
+			dir := filepath.Join(string(content), "blobs", algorithm)
+			if !slices.Contains(w.WatchList(), dir) && w.Add(dir) == nil {
+				s.Wake() // for what went before
+				s.arrivedBefore(ctx, dir)
+			}
 		}
 	}
 }
@@ -197,15 +199,26 @@ func (s *Store) sweep(ctx context.Context) (trash []string, removed int, err err
 	return trash, removed, errors.Join(err, lerr)
 }
 
-// deleted reports whether the runtime has deleted the blob. Where the content
-// root is not there or cannot be read, nobody can tell.
+// deleted reports whether the runtime has deleted the blob, and no other runtime has
+// it. Where a directory of blobs cannot be read, or none is there, nobody can tell.
+// One that is not there beside others is of a runtime that is not on this node.
 func (s *Store) deleted(m digest.Digest) bool {
-	blob := s.content.Path(m)
-	if _, err := os.Stat(filepath.Dir(blob)); err != nil {
-		return false
+	there := false
+	for _, content := range s.content.All() {
+		blob := content.Path(m)
+		_, err := os.Stat(filepath.Dir(blob))
+		switch {
+		case errors.Is(err, os.ErrNotExist):
+			continue
+		case err != nil:
+			return false
+		}
+		there = true
+		if _, err := os.Lstat(blob); !errors.Is(err, os.ErrNotExist) {
+			return false
+		}
 	}
-	_, err := os.Lstat(blob)
-	return errors.Is(err, os.ErrNotExist)
+	return there
 }
 
 // useless reports whether a Tree that nobody shows is of no use to the next pod

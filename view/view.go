@@ -28,6 +28,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -58,8 +59,8 @@ type Config struct {
 	Root string
 	// State is the directory for mounts. It does not have to survive a reboot.
 	State string
-	// Content is where the runtime keeps its blobs.
-	Content blobdir.Dir
+	// Content is where the runtime keeps its blobs, or each of the runtimes.
+	Content blobdir.Blobs
 	// Rungs are how layers are laid out; "" takes the best that works here.
 	Rungs unpack.Rungs
 	// Limits are what building Trees may take of the node.
@@ -77,11 +78,12 @@ type Users func(context.Context) ([]ID, error)
 
 // Store is safe for concurrent use.
 type Store struct {
-	trees, mounts   string
-	content, shared blobdir.Dir
-	rungs           unpack.Rungs
-	budget          *unpack.Budget
-	observer        Observer
+	trees, mounts string
+	content       blobdir.Blobs
+	shared        blobdir.Dir
+	rungs         unpack.Rungs
+	budget        *unpack.Budget
+	observer      Observer
 
 	builds  singleflight.Group
 	maxWait time.Duration
@@ -263,6 +265,23 @@ func (s *Store) Tree(id ID) (*unpack.Tree, error) {
 		return nil, fmt.Errorf("artifact %s is not unpacked: %w", id.Manifest, errdefs.ErrNotFound)
 	}
 	return t, err
+}
+
+// Shown is the ID of the Tree whose shared mount the path is, or is in, if a View for
+// these owners, or for none, can have had it.
+func (s *Store) Shown(path string, owners unpack.IDMap) (ID, bool) {
+	rel, err := filepath.Rel(s.mounts, path)
+	if err != nil {
+		return ID{}, false
+	}
+	name, _, _ := strings.Cut(rel, "/")
+	for _, o := range []unpack.IDMap{{}, owners} {
+		id := ID{Manifest: manifest(name), Owners: o}
+		if id.Manifest != "" && id.name() == name {
+			return id, true
+		}
+	}
+	return ID{}, false
 }
 
 func (s *Store) mountpoint(name string) string { return filepath.Join(s.mounts, name) }

@@ -79,7 +79,7 @@ func (s *site) pack(content string) ocispec.Descriptor {
 		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte(content),
 		Annotations: map[string]string{"org.cncf.model.filepath": "weights"},
 	}}}
-	d, err := a.WriteTo(string(s.config.Content))
+	d, err := a.WriteTo(s.config.Content.String())
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -253,7 +253,7 @@ func TestAnImageIsNoView(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, err := image.WriteTo(string(s.config.Content))
+	d, err := image.WriteTo(s.config.Content.String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -348,7 +348,7 @@ func TestNothingGoesWhenTheContentRootIsUnreadable(t *testing.T) {
 	s := newSite(t)
 	v := s.acquire(s.pack("bytes"))
 	v.Release()
-	blobs := filepath.Join(string(s.config.Content), "blobs")
+	blobs := filepath.Join(s.config.Content.String(), "blobs")
 	if err := os.Rename(blobs, blobs+".away"); err != nil {
 		t.Fatal(err)
 	}
@@ -425,7 +425,7 @@ func TestAnUnusedTreeIsNoSecondCopy(t *testing.T) {
 
 func (s *site) blobs() []string {
 	s.t.Helper()
-	blobs, err := filepath.Glob(filepath.Join(string(s.config.Content), "blobs/*/*"))
+	blobs, err := filepath.Glob(filepath.Join(s.config.Content.String(), "blobs/*/*"))
 	if err != nil || len(blobs) == 0 {
 		s.t.Fatal(blobs, err)
 	}
@@ -529,11 +529,11 @@ func TestRunSweepsWhenTheRuntimeDeletesAManifest(t *testing.T) {
 
 func TestCopiesGoWithTheLastTreeThatLinksToThem(t *testing.T) {
 	s := newSite(t)
-	if err := unix.Mount("tmpfs", string(s.config.Content), "tmpfs", 0, "size=16m"); err != nil {
+	if err := unix.Mount("tmpfs", s.config.Content.String(), "tmpfs", 0, "size=16m"); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := mount.UnmountAll(string(s.config.Content), 0); err != nil {
+		if err := mount.UnmountAll(s.config.Content.String(), 0); err != nil {
 			t.Error(err)
 		}
 	})
@@ -576,7 +576,7 @@ func TestAFlatTarGoesWithTheLastTreeThatLinksToIt(t *testing.T) {
 		a := pack.Artifact{Config: fmt.Appendf(nil, "{\"n\": %d}", i), Layers: []pack.Layer{{
 			MediaType: "application/vnd.cncf.model.weight.v1.tar+gzip", Data: compressed,
 		}}}
-		d, err := a.WriteTo(string(s.config.Content))
+		d, err := a.WriteTo(s.config.Content.String())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -640,8 +640,8 @@ func (s *site) gzipped(n int) (target ocispec.Descriptor, blobs map[string][]byt
 // arrive puts a blob into the content store as containerd does.
 func (s *site) arrive(hex string, b []byte) {
 	s.t.Helper()
-	dir := filepath.Join(string(s.config.Content), "blobs/sha256")
-	ingest := filepath.Join(string(s.config.Content), "ingest")
+	dir := filepath.Join(s.config.Content.String(), "blobs/sha256")
+	ingest := filepath.Join(s.config.Content.String(), "ingest")
 	for _, d := range []string{dir, ingest} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			s.t.Fatal(err)

@@ -65,20 +65,23 @@ type patient struct {
 var checks = []struct {
 	name string
 	run  func(context.Context, patient) finding
+	// without says whether there is nothing to look at on the node; nil is never.
+	without func(patient) bool
 }{
-	{"kernel", checkKernel},
+	{"kernel", checkKernel, nil},
 	{"raw layers", func(ctx context.Context, p patient) finding {
 		return checkRungs(ctx, p.Config, "raw_rung", p.RawRung, unpack.RawRungs)
-	}},
+	}, nil},
 	{"tar layers", func(ctx context.Context, p patient) finding {
 		return checkRungs(ctx, p.Config, "tar_rung", p.TarRung, unpack.TarRungs)
-	}},
-	{"content root", checkContentRoot},
-	{"containerd", checkContainerd},
-	{"socket", checkSocket},
-	{"containerd config", checkContainerdConfig},
-	{"empty blob", checkEmptyBlob},
-	{"shared configs", checkSharedConfigs},
+	}, nil},
+	{"content root", checkContentRoot, withoutContainerd},
+	{"containerd", checkContainerd, withoutContainerd},
+	{"socket", checkSocket, nil},
+	{"containerd config", checkContainerdConfig, withNRI},
+	{"empty blob", checkEmptyBlob, withoutContainerd},
+	{"shared configs", checkSharedConfigs, withoutContainerd},
+	{"NRI", checkNRI, func(p patient) bool { return !p.NRI.Enabled }},
 }
 
 // finding is what a check finds.
@@ -117,7 +120,7 @@ func doctor(ctx context.Context, command *cli.Command) error {
 	if err := log.SetLevel("fatal"); err != nil {
 		return err
 	}
-	examined := patient{Config: cfg, containerdConfig: command.String("containerd-config")}
+	examined := patient{Config: cfg.Discover(ctx), containerdConfig: command.String("containerd-config")}
 	examined.containerd, examined.unanswered = client.Connect(ctx, cfg.ContainerdAddress, namespaces.Default, proxyName)
 	if examined.unanswered == nil {
 		defer func() { _ = examined.containerd.Close() }()
@@ -127,6 +130,9 @@ func doctor(ctx context.Context, command *cli.Command) error {
 	for _, check := range checks {
 		if err := ctx.Err(); err != nil {
 			return err
+		}
+		if check.without != nil && check.without(examined) {
+			continue
 		}
 		found := check.run(ctx, examined)
 		findings[key(check.name)] = found
@@ -146,11 +152,14 @@ func doctor(ctx context.Context, command *cli.Command) error {
 }
 
 // key is the key of a check in JSON.
-func key(check string) string { return strings.ReplaceAll(check, " ", "_") }
+func key(check string) string { return strings.ReplaceAll(strings.ToLower(check), " ", "_") }
 
 func printFindings(w io.Writer, findings map[string]finding) error {
 	for i, check := range checks {
-		found := findings[key(check.name)]
+		found, ok := findings[key(check.name)]
+		if !ok {
+			continue
+		}
 		var text strings.Builder
 		if i > 0 {
 			text.WriteByte('\n')

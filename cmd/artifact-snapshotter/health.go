@@ -25,6 +25,7 @@ func healthCommand() *cli.Command {
 		Flags: []cli.Flag{
 			configFlag(),
 			&cli.StringFlag{Name: "address", Usage: "the daemon's Unix socket", DefaultText: "address of the configuration file"},
+			&cli.BoolFlag{Name: "nri", Usage: "ask whether a runtime has taken the daemon's plugin of NRI"},
 			&cli.DurationFlag{Name: "timeout", Usage: "how long to wait for an answer", Value: 5 * time.Second},
 		},
 		Action: health,
@@ -46,7 +47,11 @@ func health(ctx context.Context, command *cli.Command) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	if err := plugin.Health(ctx, address); err != nil {
+	service := ""
+	if command.Bool("nri") {
+		service = plugin.HealthNRI
+	}
+	if err := plugin.HealthOf(ctx, address, service); err != nil {
 		return err
 	}
 	_, err := fmt.Fprintln(command.Root().Writer, "ok")

@@ -168,7 +168,7 @@ func findImage(ctx context.Context, c *client.Client, ref string) (*inspectedIma
 }
 
 // findBlob finds an artifact without containerd.
-func findBlob(ctx context.Context, blobs blobdir.Dir, hex string) (*artifact.Artifact, error) {
+func findBlob(ctx context.Context, blobs blobdir.Blobs, hex string) (*artifact.Artifact, error) {
 	target, err := blobs.Find(hex)
 	if err != nil {
 		return nil, err

@@ -58,10 +58,10 @@ func rootFlags() []cli.Flag {
 }
 
 // roots are the directories of rootFlags.
-func roots(command *cli.Command) (root string, content blobdir.Dir, err error) {
+func roots(command *cli.Command) (root string, content blobdir.Blobs, err error) {
 	cfg, err := loadConfig(command)
 	if err != nil {
-		return "", "", err
+		return "", nil, err
 	}
 	if command.IsSet("root") {
 		cfg.Root = command.String("root")
@@ -69,7 +69,7 @@ func roots(command *cli.Command) (root string, content blobdir.Dir, err error) {
 	if command.IsSet("content-root") {
 		cfg.ContentRoot = command.String("content-root")
 	}
-	return cfg.Root, blobdir.Dir(cfg.ContentRoot), nil
+	return cfg.Root, cfg.Discover(context.Background()).Blobs(), nil
 }
 
 // listed is an artifact in JSON.
@@ -155,7 +155,7 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) 
 }
 
 // describe is what there is to say about an image.
-func describe(image client.Image, uses map[digest.Digest]*client.Use, conflicts map[digest.Digest][]client.Image, root string, content blobdir.Dir) listed {
+func describe(image client.Image, uses map[digest.Digest]*client.Use, conflicts map[digest.Digest][]client.Image, root string, content blobdir.Blobs) listed {
 	a := image.Artifact
 	l := listed{
 		Reference:  image.Name,

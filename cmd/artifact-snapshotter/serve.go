@@ -34,6 +34,7 @@ func daemonFlags() []cli.Flag {
 		&cli.StringFlag{Name: "address", Usage: "Unix socket to serve on"},
 		&cli.StringFlag{Name: "content-root", Usage: "root of containerd's content store"},
 		&cli.StringFlag{Name: "containerd-address", Usage: "containerd's own Unix socket"},
+		&cli.BoolFlag{Name: "nri", Usage: "show artifacts by NRI, too: for CRI-O, and for a containerd with another snapshotter"},
 	}
 }
 
@@ -55,6 +56,9 @@ func daemonConfig(command *cli.Command) (plugin.Config, error) {
 			*value = command.String(flag)
 		}
 	}
+	if command.IsSet("nri") {
+		cfg.NRI.Enabled = command.Bool("nri")
+	}
 	return cfg, cfg.Validate()
 }
 
@@ -64,8 +68,10 @@ func serveCommand() *cli.Command {
 		Usage: "run the daemon that containerd's proxy plugin talks to",
 		Description: "Examples:\n\n" +
 			"  artifact-snapshotter serve\n" +
+			"  artifact-snapshotter serve --nri\n" +
 			"  artifact-snapshotter serve --content-root /data/containerd/io.containerd.content.v1.content",
-		Flags:  append(daemonFlags(), &cli.StringFlag{Name: "log-level", Usage: "trace, debug, info, warn, error, fatal or panic"}),
+		Flags: append(daemonFlags(),
+			&cli.StringFlag{Name: "log-level", Usage: "trace, debug, info, warn, error, fatal or panic"}),
 		Action: serve,
 	}
 }

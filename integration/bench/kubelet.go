@@ -58,10 +58,7 @@ func measureKubelet(ctx context.Context, r *report) {
 		r.disk.Sync()
 	}
 	compare := func(what string, with, without measure.Sample) {
-		ratio := with.Median() / without.Median()
-		r.add("kubelet, a container with a raw model of 2 GiB starts, "+what,
-			fmt.Sprintf("**%.3f**: %s against %s", ratio, with.Format("%.0f", " ms"), without.Format("%.0f", " ms")),
-			"≤ 1.1", ratio <= 1.1)
+		r.compare("kubelet, a container with a raw model of 2 GiB starts, "+what, with, without, 1.1)
 	}
 	compare("from the pod's manifest on, against a pod with an `emptyDir`", whole[2], whole[1])
 	compare("from the pod's manifest on, against a pod with no volume", whole[2], whole[0])

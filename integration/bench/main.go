@@ -9,14 +9,30 @@ package main
 
 import (
 	"context"
+	"flag"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/measure"
 )
 
 func main() { measure.Main("bench", run) }
 
+// parts are what is measured, by the names that -run selects.
+var parts = []struct {
+	name    string
+	measure func(context.Context, *report)
+}{
+	{"prepare", measurePrepare},
+	{"pods", measurePods},
+	{"kubelet", measureKubelet},
+	{"create", measureCreate},
+}
+
 func run(ctx context.Context) {
+	only := flag.String("run", "", "measure only the parts with these names, separated by commas: prepare, pods, kubelet, create")
+	flag.Parse()
 	r := &report{load: measure.Load()}
 	measure.Progress("making an ext4 on a loop device in %s", os.TempDir())
 	// Nothing large is ever deleted on it before the end.
@@ -24,8 +40,10 @@ func run(ctx context.Context) {
 	defer measure.Tidy(r.disk.Remove)
 	// All temporary files, those of nodes included, go to the disk.
 	measure.Check(os.Setenv("TMPDIR", r.disk.Root()))
-	measurePrepare(ctx, r)
-	measurePods(ctx, r)
-	measureKubelet(ctx, r)
+	for _, part := range parts {
+		if *only == "" || slices.Contains(strings.Split(*only, ","), part.name) {
+			part.measure(ctx, r)
+		}
+	}
 	r.print()
 }

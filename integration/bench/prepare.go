@@ -10,7 +10,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
@@ -57,8 +56,7 @@ func measurePrepare(ctx context.Context, r *report) {
 	// would collect them as garbage.
 	n := measure.Must(node.Start(ctx, node.Options{ContainerdConfig: noCollection}))
 	defer measure.Tidy(n.Stop)
-	_, version, _ := strings.Cut(measure.Must(n.Crictl("version")), "RuntimeVersion:")
-	r.containerd = strings.Fields(version)[0]
+	r.version(n)
 	conn := measure.Must(grpc.NewClient(dialer.DialAddress(filepath.Join(n.Dir, "daemon.sock")),
 		grpc.WithTransportCredentials(insecure.NewCredentials())))
 	defer measure.Tidy(conn.Close)

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/measure"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
 // report is the table and the machine that it is of.
@@ -16,7 +17,26 @@ type report struct {
 	disk       measure.Disk
 	load       string // average of the minute before the run
 	containerd string // version
+	crio       string // version, "" where there is none
 	rows       []string
+}
+
+// version asks the runtime of a node.
+func (r *report) version(n *node.Node) {
+	_, version, _ := strings.Cut(measure.Must(n.Crictl("version")), "RuntimeVersion:")
+	r.containerd = strings.Fields(version)[0]
+}
+
+// compare adds a row about two samples of milliseconds: their medians' ratio may be at
+// most the bound, 0 is none.
+func (r *report) compare(what string, measured, against measure.Sample, bound float64) {
+	ratio := measured.Median() / against.Median()
+	text := fmt.Sprintf("**%.2f**: %s against %s", ratio, measured.Format("%.0f", " ms"), against.Format("%.0f", " ms"))
+	if bound == 0 {
+		r.add(what, text, "none", true)
+		return
+	}
+	r.add(what, text, fmt.Sprintf("≤ %.1f", bound), ratio <= bound)
 }
 
 func (r *report) add(what, measured, bound string, met bool) {
@@ -29,6 +49,10 @@ func (r *report) add(what, measured, bound string, met bool) {
 }
 
 func (r *report) print() {
-	fmt.Printf("%s, containerd %s, %s; load average before the run %s.\n\n", measure.Machine(), r.containerd, runtime.Version(), r.load)
+	versions := "containerd " + r.containerd
+	if r.crio != "" {
+		versions += ", CRI-O " + r.crio
+	}
+	fmt.Printf("%s, %s, %s; load average before the run %s.\n\n", measure.Machine(), versions, runtime.Version(), r.load)
 	fmt.Printf("| what | measured | bound | met |\n|---|---|---|---|\n%s\n", strings.Join(r.rows, "\n"))
 }

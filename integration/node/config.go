@@ -50,6 +50,15 @@ imports = ['{{.Dir}}/containerd.d/*.toml']
     conf_dir = '{{.Dir}}/cni'
 `
 
+// daemonConfig is the daemon's, beside its flags.
+const daemonConfig = `{{.DaemonConfig}}
+{{if or .NRI .NRIConfig -}}
+[nri]
+enabled = {{.NRI}}
+socket = '{{.Dir}}/nri.sock'
+{{.NRIConfig}}
+{{end}}`
+
 // snippetConfig is what the daemon has to know to print the part of containerd's
 // configuration that makes it the snapshotter of the whole node, and the tool to
 // find the two.
@@ -111,7 +120,11 @@ func (n *Node) writeFile(name, text string) error {
 		Runc       string
 		Cgroup     string
 		Systemd    bool
-	}{n, n.tools, n.containerd, runc, n.cgroup, n.options.Systemd})
+		NRI        bool
+		CRIO       crioPrograms
+
+		DaemonConfig, NRIConfig string
+	}{n, n.tools, n.containerd, runc, n.cgroup, n.options.Systemd, n.options.NRI, n.crio, n.options.DaemonConfig, n.options.NRIConfig})
 	if err != nil {
 		return err
 	}
@@ -130,13 +143,13 @@ func (n *Node) writeConfig() error {
 		n.writeFile("containerd.toml", containerdConfig),
 		n.writeFile("cni/10-test.conflist", cniConfig),
 		n.writeFile("crictl.yaml", crictlConfig),
-		n.writeVerbatim("daemon.toml", n.options.DaemonConfig),
+		n.writeFile("daemon.toml", daemonConfig),
 		n.writeVerbatim("containerd.d/20-test.toml", "version = 3\n"+n.options.ContainerdConfig),
 	}
 	if n.options.Kubelet {
 		errs = append(errs, n.writeKubelet())
 	}
-	if !n.options.Stock {
+	if !n.options.Stock && !n.options.NRI {
 		errs = append(errs, n.writeSnippet())
 	}
 	return errors.Join(errs...)

@@ -80,6 +80,9 @@ func (n *Node) cleanUp() error {
 	if err := n.removeCgroups(); err != nil {
 		errs = append(errs, err)
 	}
+	for _, stray := range n.strays {
+		errs = append(errs, os.RemoveAll(stray))
+	}
 	n.lastLogs = n.Logs()
 	// Never through a mount that is still there.
 	if left, err := Mounts(n.Dir); err != nil || len(left) > 0 {
@@ -90,7 +93,7 @@ func (n *Node) cleanUp() error {
 	return errors.Join(errs...)
 }
 
-// endProcesses gives the shims, which end by themselves after their last
+// endProcesses gives the shims, or conmons, which end by themselves after their last
 // container, ten seconds, and kills what is still there: containers, and shims
 // that name this node's containerd.
 func (n *Node) endProcesses() error {
@@ -120,7 +123,11 @@ func (n *Node) waitForProcesses(limit time.Duration) (left map[int]string, err e
 
 // processes returns the node's containers and shims.
 func (n *Node) processes() (map[int]string, error) {
-	found, err := Processes(n.Address)
+	mark := n.Address
+	if n.options.CRIO { // conmon is told of no socket, but of a container's directory
+		mark = n.State
+	}
+	found, err := Processes(mark)
 	if err != nil {
 		return nil, err
 	}

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package node runs a real node in a temporary directory: a registry,
-// containerd with its CRI service, the artifact-snapshotter daemon and, if
-// wanted, kubelet. Tests, the demo and benchmarks use it; nothing in it is
+// containerd with its CRI service or CRI-O, the artifact-snapshotter daemon and,
+// if wanted, kubelet. Tests, the demo and benchmarks use it; nothing in it is
 // simulated, and nothing of it outlives [Node.Stop]. It needs root.
 package node
 
@@ -26,6 +26,12 @@ import (
 type Options struct {
 	// Stock leaves the daemon out: containerd as it comes, with overlayfs.
 	Stock bool
+
+	// NRI leaves containerd as it comes, with overlayfs, and makes the daemon a plugin of
+	// its NRI. [Node.WaitForNRI] waits until it is one. NRIConfig are more keys of the
+	// table of that name in the daemon's configuration file.
+	NRI       bool
+	NRIConfig string
 
 	// ContainerdConfig is TOML that containerd merges over its configuration
 	// (tables by key; a list replaces one of the snippet's). DaemonConfig is the daemon's
@@ -51,6 +57,12 @@ type Options struct {
 	// Kubelet prepares the node for StartKubelet.
 	Kubelet bool
 
+	// CRIO runs CRI-O in containerd's place. Stock is CRI-O as it comes; otherwise
+	// the daemon is its NRI plugin. [ErrNoCRIO] is the error where there is none.
+	// CRIOConfig is TOML that CRI-O reads after its own configuration.
+	CRIO       bool
+	CRIOConfig string
+
 	// Systemd boots a machine in namespaces of its own, whose first process is
 	// systemd and where containerd is a service at its default places, with an
 	// /etc/containerd/config.toml that knows nothing of the daemon. What it takes
@@ -68,14 +80,14 @@ type Options struct {
 type Node struct {
 	Dir         string // everything below it is the node's
 	Registry    string // host:port; plain HTTP
-	Address     string // containerd's socket, for CRI too
-	Root        string // containerd's
-	State       string // containerd's
-	ContentRoot string // containerd's blob directory: blobs/<algorithm>/<hex>
+	Address     string // containerd's socket, for CRI too, or CRI-O's
+	Root        string // containerd's, or that of CRI-O's storage
+	State       string // containerd's, or the run root of CRI-O's storage
+	ContentRoot string // containerd's or CRI-O's blob directory: blobs/<algorithm>/<hex>
 	DaemonRoot  string
 	DaemonState string
 	GuestImage  string // reference of the test image, whose only program is Guest
-	Minor       int    // containerd is of version 2.Minor
+	Minor       int    // containerd is of version 2.Minor; 0 with CRI-O
 
 	// ctx is Start's: when it ends, so do the commands in flight.
 	ctx     context.Context
@@ -83,17 +95,19 @@ type Node struct {
 	tools   string
 	// containerd is the directory of containerd, ctr and the shim.
 	containerd string
+	crio       crioPrograms
 	daemon     *process
 	registry   *process
 	private    *process // of StartPrivateRegistry
 	mirror     *process // of StartMirror
-	runtime    *process // containerd
+	runtime    *process // containerd or CRI-O
 	kubelet    *process
 	machine    *process // of Options.Systemd
 	// kubeletPods is where it answers.
 	kubeletPods  string
 	kubeletFlags []string // of ProvideCredentials
 	cgroup       string   // parent of all containers' cgroups
+	strays       []string // made by the node elsewhere
 	pods         atomic.Int64
 	lastLogs     string // of a node that was stopped
 }
@@ -122,6 +136,12 @@ func Start(ctx context.Context, o Options) (*Node, error) {
 		options:     o,
 		cgroup:      filepath.Base(dir),
 	}
+	if o.CRIO {
+		n.options.NRI = !o.Stock
+		n.Address = filepath.Join(dir, "crio.sock")
+		n.Root = filepath.Join(dir, "storage")
+		n.ContentRoot = filepath.Join(n.Root, "artifacts")
+	}
 	if n.DaemonRoot == "" {
 		n.DaemonRoot = filepath.Join(dir, "daemon")
 	}
@@ -145,8 +165,10 @@ func (n *Node) start() error {
 	if n.tools, n.containerd, err = findTools(); err != nil {
 		return err
 	}
-	if n.Minor, err = Minor(); err != nil {
-		return err
+	if !n.options.CRIO {
+		if n.Minor, err = Minor(); err != nil {
+			return err
+		}
 	}
 	if err := n.startRegistry(); err != nil {
 		return err
@@ -162,6 +184,9 @@ func (n *Node) start() error {
 		_, err = n.Pull(n.GuestImage)
 		return err
 	}
+	if n.options.CRIO {
+		return n.startCRIO()
+	}
 	if err := n.writeConfig(); err != nil {
 		return err
 	}
@@ -175,6 +200,11 @@ func (n *Node) start() error {
 	}
 	if !n.options.Stock {
 		if err := n.waitForEmptyBlob(); err != nil {
+			return err
+		}
+	}
+	if n.options.NRI {
+		if err := n.WaitForNRI(); err != nil {
 			return err
 		}
 	}
@@ -215,7 +245,7 @@ func (n *Node) Stop() error {
 			errs = append(errs, n.StartDaemon())
 		}
 		if !n.runtime.running() {
-			errs = append(errs, n.StartContainerd())
+			errs = append(errs, n.startRuntime())
 		}
 		if _, err := n.Crictl("rmp", "--force", "--all"); err != nil {
 			errs = append(errs, err)
@@ -266,18 +296,36 @@ func (n *Node) StartDaemon() error {
 	if err != nil {
 		return err
 	}
+	// Beside CRI-O there is no containerd, and its store is one of blob_roots.
+	contentRoot, containerd := n.ContentRoot, n.Address
+	if n.options.CRIO {
+		contentRoot, containerd = n.path("containerd"), n.path("containerd.sock")
+	}
 	args := append([]string{
 		bin, "serve",
 		"--config", n.path("daemon.toml"),
 		"--root", n.DaemonRoot,
 		"--state", n.DaemonState,
 		"--address", n.path("daemon.sock"),
-		"--content-root", n.ContentRoot,
-		"--containerd-address", n.Address,
+		"--content-root", contentRoot,
+		"--containerd-address", containerd,
 		"--log-level", "debug",
 	}, n.options.DaemonFlags...)
 	n.daemon, err = n.spawn("daemon", args, true)
 	return err
+}
+
+// WaitForNRI waits until containerd has taken the daemon as a plugin of NRI, after either
+// has been started.
+func (n *Node) WaitForNRI() error {
+	bin, err := findDaemon()
+	if err != nil {
+		return err
+	}
+	return n.await("NRI", func() error {
+		_, err := n.run(bin, "health", "--address", n.path("daemon.sock"), "--nri")
+		return err
+	})
 }
 
 // StopDaemon ends the daemon by SIGTERM and waits.

@@ -54,6 +54,9 @@ type PodSpec struct {
 	// Kubernetes' emptyDir; "" is nowhere.
 	EmptyDir string
 
+	// Annotations are the pod's, not for static pods.
+	Annotations map[string]string
+
 	// RuntimeHandler is what a RuntimeClass names; "" is the node's default.
 	RuntimeHandler string
 
@@ -132,6 +135,7 @@ func (n *Node) RunSandbox(spec PodSpec) (*Pod, error) {
 	p.sandbox, err = p.write("sandbox", map[string]any{
 		"metadata":      map[string]any{"name": spec.Name, "namespace": "default", "uid": fmt.Sprint(n.cgroup, "-", number)},
 		"labels":        map[string]any{"io.kubernetes.pod.name": spec.Name, "io.kubernetes.pod.namespace": "default"}, // as kubelet's
+		"annotations":   spec.Annotations,
 		"log_directory": p.dir,
 		"linux":         map[string]any{"cgroup_parent": "/" + n.cgroup, "security_context": p.securityContext()},
 	})
@@ -161,6 +165,16 @@ func (p *Pod) securityContext() map[string]any {
 // Start creates and starts a container of the pod, with the pod's volumes and
 // its own. The error has crictl's message word for word.
 func (p *Pod) Start(c Container) error {
+	id, err := p.Create(c)
+	if err != nil {
+		return err
+	}
+	_, err = p.node.Crictl("start", id)
+	return err
+}
+
+// Create is Start without starting, and returns the container's ID.
+func (p *Pod) Create(c Container) (id string, err error) {
 	if c.Name == "" {
 		c.Name = "main"
 	}
@@ -173,7 +187,8 @@ func (p *Pod) Start(c Container) error {
 		if v.HostPath != "" {
 			mount["host_path"] = v.HostPath
 		} else {
-			mount["image"] = map[string]any{"image": v.Image}
+			// As kubelet does; CRI-O wants the latter for an image's signature.
+			mount["image"] = map[string]any{"image": v.Image, "user_specified_image": v.Image}
 			mount["image_sub_path"] = v.SubPath
 		}
 		if p.spec.UserNamespace {
@@ -194,16 +209,15 @@ func (p *Pod) Start(c Container) error {
 		},
 	})
 	if err != nil {
-		return err
+		return "", err
 	}
-	id, err := p.node.Crictl("create", p.ID, config, p.sandbox)
+	id, err = p.node.Crictl("create", p.ID, config, p.sandbox)
 	if err != nil {
-		return err
+		return "", err
 	}
 	id = strings.TrimSpace(id)
 	p.Containers[c.Name] = id
-	_, err = p.node.Crictl("start", id)
-	return err
+	return id, nil
 }
 
 func (p *Pod) write(name string, config map[string]any) (string, error) {

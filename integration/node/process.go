@@ -144,10 +144,11 @@ func (n *Node) run(program string, args ...string) (string, error) {
 	return stdout.String(), nil
 }
 
-// env puts the tools first, where containerd finds its shim, and keeps the
-// registry from exporting traces.
+// env puts the tools first, where containerd finds its shim, keeps the registry from
+// exporting traces, and CRI-O from the machine's storage.
 func (n *Node) env() []string {
-	return append(os.Environ(), "PATH="+n.containerd+":"+n.tools+":"+os.Getenv("PATH"), "OTEL_TRACES_EXPORTER=none")
+	return append(os.Environ(), "PATH="+n.containerd+":"+n.tools+":"+os.Getenv("PATH"), "OTEL_TRACES_EXPORTER=none",
+		"CONTAINERS_STORAGE_CONF="+n.path("storage.conf"))
 }
 
 func (n *Node) logPath(name string) string { return filepath.Join(n.path("logs"), name) }
@@ -162,7 +163,7 @@ func (n *Node) Logs() string {
 	for _, log := range []struct {
 		name  string
 		lines int
-	}{{"containerd", 60}, {"daemon", 60}, {"kubelet", 60}, {"registry", 5}, {"systemd", 20}, {"journal", 100}} {
+	}{{"containerd", 60}, {"crio", 60}, {"daemon", 60}, {"kubelet", 60}, {"registry", 5}, {"systemd", 20}, {"journal", 100}} {
 		text, err := os.ReadFile(n.logPath(log.name))
 		if err != nil {
 			continue // never started

@@ -31,7 +31,30 @@ import (
 // Dir is the path of a directory with blobs/<algorithm>/<hex>.
 type Dir string
 
-var _ content.Provider = Dir("")
+// Blobs is where blobs are: a Dir, or Dirs.
+type Blobs interface {
+	content.Provider
+	// String names the directories, for people.
+	fmt.Stringer
+	// Path returns where the blob is or would be; for an invalid digest it is "",
+	// which no file has.
+	Path(digest.Digest) string
+	// Find returns the descriptor of the blob whose digest in hex is given.
+	Find(hex string) (ocispec.Descriptor, error)
+	// All are the directories, in the order in which they are looked at.
+	All() []Dir
+}
+
+var (
+	_ Blobs = Dir("")
+	_ Blobs = Dirs{}
+)
+
+// String implements fmt.Stringer.
+func (d Dir) String() string { return string(d) }
+
+// All implements Blobs.
+func (d Dir) All() []Dir { return []Dir{d} }
 
 // algorithms by the length of their digests in hex.
 var algorithms = map[int]digest.Algorithm{

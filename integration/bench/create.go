@@ -1,0 +1,104 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/measure"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+)
+
+const (
+	createRounds = 21
+	createFiles  = 200
+)
+
+// creator is a node with a sandbox, in which containers are created.
+type creator struct {
+	*node.Node
+	*node.Pod
+	before measure.Sample // without a volume
+	first  measure.Sample // the first container with an artifact
+	second measure.Sample // another one
+}
+
+// measureCreate creates containers with a volume of 200 raw files, on nodes with and
+// without the NRI plugin in turns.
+func measureCreate(ctx context.Context, r *report) {
+	kinds := []struct {
+		runtime, how string
+		options      node.Options
+	}{
+		{"containerd", "as it comes", node.Options{Stock: true}},
+		{"containerd", "with the NRI plugin", node.Options{NRI: true}},
+		{"CRI-O", "as it comes", node.Options{CRIO: true, Stock: true}},
+		{"CRI-O", "with the NRI plugin", node.Options{CRIO: true}},
+	}
+	if _, err := node.FindCRIO(); errors.Is(err, node.ErrNoCRIO) {
+		measure.Progress("NOT MEASURED with CRI-O: %v", err)
+		kinds = kinds[:2]
+	} else {
+		r.crio = measure.Must(node.CRIOVersion())
+	}
+	dir := measure.Must(os.MkdirTemp("", "files-"))
+	for i := range createFiles {
+		file := filepath.Join(dir, name(i))
+		measure.Check(os.MkdirAll(filepath.Dir(file), 0o755))
+		measure.Check(os.WriteFile(file, fmt.Appendf(nil, "file %d", i), 0o644))
+	}
+	var creators []*creator
+	for _, kind := range kinds {
+		measure.Progress("starting a node with %s, %s", kind.runtime, kind.how)
+		n := measure.Must(node.Start(ctx, kind.options))
+		defer measure.Tidy(n.Stop)
+		creators = append(creators, &creator{Node: n, Pod: measure.Must(n.RunSandbox(node.PodSpec{}))})
+	}
+	r.version(creators[0].Node)
+	for round := range createRounds + 1 {
+		// Artifacts that differ in one file, so that each is new to its node.
+		measure.Check(os.WriteFile(filepath.Join(dir, name(0)), fmt.Appendf(nil, "round %d", round), 0o644))
+		for _, c := range creators {
+			model := measure.Must(pack.Model(dir, pack.Options{}))
+			measure.Must(model.Push(ctx, c.Registry, "models/create", fmt.Sprint(round)))
+			measure.Must(c.Pull(fmt.Sprintf("%s/models/create:%d", c.Registry, round)))
+		}
+		r.disk.Sync()
+		for turn := range creators {
+			c := creators[(turn+round)%len(creators)] // none is always the first
+			volumes := []node.Volume{{Image: fmt.Sprintf("%s/models/create:%d", c.Registry, round), Path: "/model"}}
+			before, first, second := c.create(nil), c.create(volumes), c.create(volumes)
+			if round > 0 { // the first one wakes up everything
+				c.before, c.first, c.second = append(c.before, before), append(c.first, first), append(c.second, second)
+			}
+		}
+	}
+	for i := 0; i < len(kinds); i += 2 {
+		stock, plugin, runtime := creators[i], creators[i+1], kinds[i].runtime
+		bound := 0.0
+		if runtime == "CRI-O" {
+			bound = 1 // containerd as it comes mounts an empty directory
+		}
+		what := fmt.Sprintf("`CreateContainer` of %s with the NRI plugin against without, ", runtime)
+		r.compare(what+"no volume", plugin.before, stock.before, 0)
+		r.compare(what+fmt.Sprintf("%d raw files, first pod", createFiles), plugin.first, stock.first, bound)
+		r.compare(what+fmt.Sprintf("%d raw files, second pod", createFiles), plugin.second, stock.second, bound)
+	}
+}
+
+// create creates a container, removes it, and returns the milliseconds that creating
+// took, those of crictl's own start included.
+func (c *creator) create(volumes []node.Volume) float64 {
+	start := time.Now()
+	id := measure.Must(c.Create(node.Container{Volumes: volumes}))
+	took := time.Since(start)
+	measure.Must(c.Crictl("rm", "--force", id))
+	return measure.Milliseconds(took)
+}

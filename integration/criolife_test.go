@@ -1,0 +1,341 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	modelspec "github.com/modelpack/model-spec/specs-go/v1"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
+)
+
+// What comes and goes under CRI-O: processes, images, and what nobody uses any more.
+
+// crioRequired lets CRI-O create no container while the plugin is not there, and
+// crioValidated none of a pod with requiring.
+const (
+	crioValidated = `[crio.nri.default_validator]
+nri_enable_default_validator = true
+`
+	crioRequired = crioValidated + `nri_validator_required_plugins = ["artifact-snapshotter"]
+`
+)
+
+var requiring = map[string]string{"required-plugins.noderesource.dev": `["artifact-snapshotter"]`}
+
+func TestAPodGoesOnReadingWhenThePluginOrCRIOEnds(t *testing.T) {
+	n := crioNode(t, node.Options{})
+	src := writeModel(t)
+	before := daemonUsage(t, n)
+	for _, form := range []pack.Form{pack.Raw, pack.TarGzip} {
+		ref := pulled(t, n, src, form)
+		want := wantTree(t, src, form)
+		pod, err := n.RunPod(reading(ref))
+		check(t, err)
+		for _, c := range []struct {
+			name       string
+			end, start func() error
+		}{
+			{"daemon, SIGTERM", n.StopDaemon, n.StartDaemon},
+			{"daemon, SIGKILL", n.KillDaemon, n.StartDaemon},
+			{"CRI-O, SIGTERM", n.StopCRIO, n.StartCRIO},
+			{"CRI-O, SIGKILL", n.KillCRIO, n.StartCRIO},
+		} {
+			t.Run(string(form)+", "+c.name, func(t *testing.T) {
+				check(t, c.end())
+				wantReading(t, pod) // conmon writes the log
+				check(t, c.start())
+				check(t, n.WaitForNRI())
+				wantReading(t, pod)
+				wantVolume(t, pod, "main", "/model", want)
+				next, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+				check(t, err)
+				wantVolume(t, next, "main", "/model", want)
+				check(t, next.Remove())
+				wantReading(t, pod)
+			})
+		}
+		check(t, pod.Remove())
+		_, err = n.Crictl("rmi", ref)
+		check(t, err)
+	}
+	wantUsage(t, n, before)
+}
+
+// A container that ends while the daemon does not run is not one that shows anything.
+func TestWhatEndsWhileThePluginIsAwayIsNotKept(t *testing.T) {
+	n := crioNode(t, node.Options{})
+	before := daemonUsage(t, n)
+	ref := pulled(t, n, writeModel(t), pack.Raw)
+	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+	check(t, err)
+	check(t, n.KillDaemon())
+	check(t, pod.Remove())
+	_, err = n.Crictl("rmi", ref)
+	check(t, err)
+	check(t, n.StartDaemon())
+	wantUsage(t, n, before)
+}
+
+// CRI-O lets nobody remove what a container mounts, with the plugin or without.
+func TestCRIOKeepsWhatIsInUse(t *testing.T) {
+	n := crioNode(t, node.Options{})
+	src := writeModel(t)
+	before := daemonUsage(t, n)
+	for _, form := range []pack.Form{pack.Raw, pack.TarGzip} {
+		t.Run(string(form), func(t *testing.T) {
+			ref := pulled(t, n, src, form)
+			pod, err := n.RunPod(reading(ref))
+			check(t, err)
+			if _, err = n.Crictl("rmi", ref); err == nil || !strings.Contains(err.Error(), "the image is in use by") {
+				t.Errorf("got %v, want that the image is in use", err)
+			}
+			wantReading(t, pod)
+			check(t, pod.Remove())
+			_, err = n.Crictl("rmi", ref)
+			check(t, err)
+			wantUsage(t, n, before)
+		})
+	}
+}
+
+// Whoever deletes the blobs of an artifact takes nothing from those who read it.
+func TestCRIOPodKeepsItsBlobs(t *testing.T) {
+	n := crioNode(t, node.Options{})
+	src := writeModel(t)
+	ref := pulled(t, n, src, pack.Raw)
+	pod, err := n.RunPod(reading(ref))
+	check(t, err)
+	blobs := filepath.Join(n.ContentRoot, "blobs", "sha256")
+	entries, err := os.ReadDir(blobs)
+	check(t, err)
+	for _, e := range entries {
+		check(t, os.Remove(filepath.Join(blobs, e.Name())))
+	}
+	wantReading(t, pod)
+	wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.Raw))
+	check(t, pod.Remove())
+	wantUsage(t, n, usage{files: []string{filepath.Join(n.DaemonRoot, "trees")}})
+}
+
+// A moved tag: the old pod keeps the old model, a new pod gets the new one.
+func TestCRIOMovedTag(t *testing.T) {
+	n := crioNode(t, node.Options{})
+	before, after := writeModel(t), writeModel(t, "README.md")
+	volumes := []node.Volume{{Image: pulled(t, n, before, pack.Raw), Path: "/model"}}
+	old, err := n.RunPod(node.PodSpec{Volumes: volumes})
+	check(t, err)
+	pulled(t, n, after, pack.Raw)
+	young, err := n.RunPod(node.PodSpec{Volumes: volumes})
+	check(t, err)
+	wantVolume(t, young, "main", "/model", wantTree(t, after, pack.Raw))
+	wantVolume(t, old, "main", "/model", wantTree(t, before, pack.Raw))
+	check(t, old.Remove())
+	check(t, young.Remove())
+}
+
+func TestCRIOPodsInTurnLeaveNothing(t *testing.T) {
+	n := crioNode(t, node.Options{})
+	before := daemonUsage(t, n)
+	ref := pulled(t, n, writeModel(t), pack.Raw)
+	spec := node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}}
+	run := func() {
+		pod, err := n.RunPod(spec)
+		check(t, err)
+		check(t, pod.Remove())
+	}
+	run()
+	idle := daemonUsage(t, n)
+	idle.mounts = nil
+	wantUsage(t, n, idle)
+	files := openFiles(t, n)
+	for range 20 {
+		run()
+	}
+	wantUsage(t, n, idle)
+	waitFor(t, fmt.Sprintf("the daemon to have no more than %d open files", files), func() bool {
+		return openFiles(t, n) <= files
+	})
+	_, err := n.Crictl("rmi", ref)
+	check(t, err)
+	wantUsage(t, n, before)
+}
+
+// What is refused is said where kubelet takes the pod's event from, and leaves nothing.
+func TestCRIOArtifactThatBreaksARuleIsRefused(t *testing.T) {
+	n := crioNode(t, node.Options{})
+	pod, err := n.RunSandbox(node.PodSpec{})
+	check(t, err)
+	before := daemonUsage(t, n)
+	h := hostile{t, t.TempDir()}
+	named := func(l pack.Layer) pack.Layer { // or CRI-O mounts the good layer alone
+		l.Annotations = map[string]string{modelspec.AnnotationFilepath: "named"}
+		return l
+	}
+	for name, r := range map[string]struct {
+		layers []pack.Layer
+		reason string
+	}{
+		"dot dot in a tar":                     {[]pack.Layer{named(h.tar(file("a/../b")))}, `path "a/../b" contains ".."`},
+		"a device in a tar":                    {[]pack.Layer{named(h.tar(special('3')))}, `member "special": a character device is not a file that a volume may hold`},
+		"not a tar":                            {[]pack.Layer{named(pack.Layer{MediaType: modelspec.MediaTypeModelWeightGzip, Data: []byte("text")})}, "it is not gzip"},
+		"a wrong DiffID":                       {[]pack.Layer{named(h.stream(stream{mediaType: modelspec.MediaTypeModelWeightGzip, wrong: true})[0])}, "the config lists the DiffID"},
+		"bad metadata":                         {h.described(`{"mode": 65536}`), "mode 65536 is not a Unix file mode"},
+		"a name that only the daemon looks at": {[]pack.Layer{h.tar(directory("a/.."))}, `contains ".."`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ref := push(t, n, strings.ReplaceAll(strings.ToLower(name), " ", "-"), append([]pack.Layer{goodLayer()}, r.layers...)...)
+			var errs []string
+			for range 2 {
+				err := pod.Start(node.Container{Name: "refused", Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+				if err == nil {
+					t.Fatal("a container started")
+				}
+				errs = append(errs, answer(t, err))
+			}
+			if !strings.Contains(errs[0], r.reason) || !strings.Contains(errs[0], "artifact-snapshotter") {
+				t.Errorf("the error does not say %q: %s", r.reason, errs[0])
+			}
+			_, err := n.Crictl("rmi", ref)
+			check(t, err)
+			wantUsage(t, n, before)
+		})
+	}
+	check(t, pod.Remove())
+}
+
+// asCRIOMounts is what CRI-O itself makes of a raw artifact: files of root's with the
+// mode and the time of a blob, whatever that is.
+func wantAsCRIOMounts(t *testing.T, pod *node.Pod, want []treelist.Entry) {
+	t.Helper()
+	entries, err := pod.Tree("main", "/model")
+	check(t, err)
+	if got := filesOf(want, seen{entries: entries}); got != "yes" {
+		t.Errorf("the files: %s", got)
+	}
+	if got := attributesOf(want, seen{entries: entries}); got == "yes" {
+		t.Error("the attributes are those of the artifact, which CRI-O does not know")
+	}
+}
+
+// With the daemon away a container has what CRI-O makes of the artifact, unless CRI-O
+// is told that the plugin must be there: for all pods, or by the pod.
+func TestCRIOWithoutThePlugin(t *testing.T) {
+	for _, c := range []struct {
+		name, config string
+		annotations  map[string]string
+		refused      bool
+	}{
+		{"not required", "", nil, false},
+		{"required for all pods", crioRequired, nil, true},
+		{"required by the pod", crioValidated, requiring, true},
+		{"not required by the pod", crioValidated, nil, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n := crioNode(t, node.Options{CRIOConfig: c.config})
+			src := writeModel(t)
+			spec := node.PodSpec{Annotations: c.annotations, Volumes: []node.Volume{{Image: pulled(t, n, src, pack.Raw), Path: "/model"}}}
+			want := wantTree(t, src, pack.Raw)
+			check(t, n.StopDaemon())
+			pod, err := n.RunPod(spec)
+			if !c.refused {
+				check(t, err)
+				wantAsCRIOMounts(t, pod, want)
+				check(t, pod.Remove())
+			} else if want := `required plugin "artifact-snapshotter" not present`; err == nil || !strings.Contains(answer(t, err), want) {
+				t.Errorf("got %v, want %s", err, want)
+			}
+			check(t, n.StartDaemon())
+			check(t, n.WaitForNRI())
+			pod, err = n.RunPod(spec)
+			check(t, err)
+			wantVolume(t, pod, "main", "/model", want)
+			check(t, pod.Remove())
+		})
+	}
+}
+
+// A plugin that hangs is worse than one that is not there: NRI goes on without it, and
+// its validator, which was asked before, counts it in. It comes back by itself.
+func TestCRIOGoesOnWithoutAPluginThatHangs(t *testing.T) {
+	n := crioNode(t, node.Options{CRIOConfig: crioRequired})
+	src := writeModel(t)
+	spec := node.PodSpec{Volumes: []node.Volume{{Image: pulled(t, n, src, pack.Raw), Path: "/model"}}}
+	want := wantTree(t, src, pack.Raw)
+	check(t, syscall.Kill(n.DaemonPID(), syscall.SIGSTOP))
+	pod, err := n.RunPod(spec)
+	check(t, errors.Join(err, syscall.Kill(n.DaemonPID(), syscall.SIGCONT)))
+	wantAsCRIOMounts(t, pod, want)
+	check(t, pod.Remove())
+	check(t, n.WaitForNRI())
+	waitFor(t, "the plugin to be back", func() bool {
+		pod, err := n.RunPod(spec)
+		if err != nil {
+			return false
+		}
+		wantVolume(t, pod, "main", "/model", want)
+		check(t, pod.Remove())
+		return true
+	})
+}
+
+// CRI-O stores the manifest when it has all layers: what is compressed is unpacked
+// from then on, and not only when a pod asks.
+func TestCRIOCompressedLayersAreUnpackedAfterThePull(t *testing.T) {
+	n := crioNode(t, node.Options{})
+	manifest := manifestOf(t, n, pulled(t, n, writeModel(t), pack.TarGzip))
+	waitFor(t, "the tree", func() bool { return len(trees(t, n, manifest)) == 1 })
+}
+
+// NRI takes a plugin away that does not answer in time, and goes on without it: the
+// answer must come before, and be a refusal.
+func TestCRIOSlowBuildIsRefusedUntilItIsDone(t *testing.T) {
+	n := crioNode(t, node.Options{DaemonConfig: "max_expansion = 100000\ndecompress_on_pull = false\n"})
+	layer, want := zeros(t, "zeros")
+	layer.Annotations = map[string]string{modelspec.AnnotationFilepath: "zeros"}
+	ref := push(t, n, "slow", layer)
+	pod, err := n.RunSandbox(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+	check(t, err)
+	refused := 0
+	waitFor(t, "the container to start", func() bool {
+		err := pod.Start(node.Container{})
+		if err == nil {
+			return true
+		}
+		if !strings.Contains(err.Error(), "still being unpacked") {
+			t.Fatalf("got %v, want that the model is still being unpacked", err)
+		}
+		refused++
+		return false
+	})
+	t.Logf("refused %d times", refused)
+	wantVolume(t, pod, "main", "/model", []treelist.Entry{want})
+	wantMounts(t, pod, "main", "/model")
+	check(t, pod.Remove())
+}
+
+func TestCRIOPassthroughLeavesCRIOsMounts(t *testing.T) {
+	n := crioNode(t, node.Options{NRIConfig: "on_error = 'passthrough'\n"})
+	good, bad := goodLayer(), rawLayer("bad", []byte("bad"))
+	bad.Annotations[modelspec.AnnotationFileMetadata] = `{"mode": 65536}`
+	ref := push(t, n, "bad", good, bad)
+	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+	check(t, err)
+	wantAsCRIOMounts(t, pod, []treelist.Entry{fileEntry("good.txt", good.Data), fileEntry("bad", bad.Data)})
+	check(t, pod.Remove())
+	for _, want := range []string{"refused an image volume", "mode 65536 is not a Unix file mode"} {
+		if !strings.Contains(daemonLog(t, n), want) {
+			t.Errorf("the log does not say %q", want)
+		}
+	}
+}

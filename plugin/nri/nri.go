@@ -1,0 +1,275 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package nri is the door for runtimes that ask no snapshotter of ours: CRI-O, and a
+// containerd whose configuration is left alone. It is a plugin of NRI
+// (https://github.com/containerd/nri), which both have on by default: before a
+// container is created it looks at the container's mounts, and puts the files of an
+// artifact where the runtime has its own idea of an image volume, an empty directory
+// (containerd) or a bind of each blob (CRI-O). All other mounts it leaves alone.
+//
+// Trees are those of package view, whichever door the pod came through. Which
+// container shows what is recorded below the root before the runtime is answered, and
+// put right when the plugin connects: it neither forgets a container when the daemon
+// is killed, nor keeps one that ended meanwhile.
+//
+// The package knows NRI, and how the two runtimes mount artifacts. It calls neither.
+package nri
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/containerd/nri/pkg/api"
+	"github.com/containerd/nri/pkg/stub"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/view"
+)
+
+const (
+	minReconnect = 50 * time.Millisecond
+	// maxReconnect is short: what a runtime that has just started creates before the
+	// plugin is there has no artifacts.
+	maxReconnect = 500 * time.Millisecond
+	// warnAfter is the failure in a row that is a warning, once: it comes after some
+	// seconds, since a runtime that is just starting is nothing to warn of.
+	warnAfter = 10
+	// registerTimeout bounds what comes before the first request. A runtime gives a
+	// plugin 5 seconds, and may close the connection without a word.
+	registerTimeout = 20 * time.Second
+)
+
+// Config says how to be a plugin, and of what.
+type Config struct {
+	// Socket is NRI's, Index where in the order of its plugins this one is (two
+	// digits), and Name its name.
+	Socket, Index, Name string
+	// Root is the directory of the daemon, below which the records are.
+	Root string
+	// Views are where the Trees are.
+	Views *view.Store
+	// Blobs are all directories of blobs, and Layouts those of them that are stores of
+	// CRI-O's: OCI layouts, whose blobs it mounts.
+	Blobs   blobdir.Blobs
+	Layouts []blobdir.Dir
+	// Images are containerd's.
+	Images Images
+	// Passthrough leaves the runtime's own mounts where the artifact cannot be shown.
+	// Else the container is not created.
+	Passthrough bool
+	// Observer is told of what the plugin does.
+	Observer Observer
+}
+
+// Images is what is known of containerd's images, in one of its namespaces.
+type Images interface {
+	// Check returns an error if the runtime may have taken another artifact for the one
+	// whose manifest or index is target.
+	Check(ctx context.Context, namespace string, target digest.Digest) error
+	// Name is a name of the image with that target, for people; "" if none is known.
+	Name(namespace string, target digest.Digest) string
+}
+
+// Observer is told of what a Plugin does, by several goroutines at once. A function
+// that is nil is not called.
+type Observer struct {
+	// Answered is told of every image volume of an artifact that a runtime has asked
+	// for: how long the answer took, and why the volume is not shown.
+	Answered func(took time.Duration, err error)
+	// Connected is told when a runtime has taken the plugin, and when it is lost.
+	Connected func(bool)
+}
+
+// Plugin is safe for concurrent use.
+type Plugin struct {
+	Config
+	references *references
+}
+
+// New returns a plugin that keeps what its records say from the sweep of c.Views, which
+// must not run yet.
+func New(ctx context.Context, c Config) (*Plugin, error) {
+	r, err := openReferences(ctx, filepath.Join(c.Root, "nri"))
+	if err != nil {
+		return nil, err
+	}
+	c.Views.AddUsers(r.shown)
+	return &Plugin{Config: c, references: r}, nil
+}
+
+// Run is the plugin of whatever runtime listens on the socket, until ctx ends. The
+// runtime need not run yet, and may be restarted.
+func (p *Plugin) Run(ctx context.Context) {
+	logger := log.G(ctx).WithField("nri", p.Socket)
+	wait, failures := minReconnect, 0
+	for ctx.Err() == nil {
+		served, err := p.serve(ctx)
+		if served {
+			wait, failures = minReconnect, 0
+		}
+		failures++
+		switch {
+		case ctx.Err() != nil:
+		case served:
+			logger.WithError(err).Info("Lost the runtime: until it is back, its image volumes are what it makes of them itself")
+		case failures == warnAfter:
+			logger.WithError(err).Warn("Cannot connect to NRI: image volumes are what the runtime makes of them itself until this works; still trying")
+		default:
+			logger.WithError(err).Debug("Cannot connect to NRI")
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+		wait = min(2*wait, maxReconnect)
+	}
+}
+
+// serve is Run for one connection. It reports whether the runtime has taken the plugin.
+func (p *Plugin) serve(ctx context.Context) (served bool, err error) {
+	var dialer net.Dialer
+	conn, err := dialer.DialContext(ctx, "unix", p.Socket)
+	if err != nil {
+		return false, err
+	}
+	defer func() { _ = conn.Close() }()
+	s := &session{Plugin: p, logger: log.G(ctx), synchronized: make(chan struct{})}
+	plugin, err := stub.New(s, stub.WithLogger(stubLogger{s.logger}), stub.WithConnection(conn),
+		stub.WithPluginName(p.Name), stub.WithPluginIdx(p.Index))
+	if err != nil {
+		return false, err
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- plugin.Run(ctx) }()
+	select {
+	case err := <-ended:
+		return false, lost(err)
+	case <-time.After(registerTimeout):
+		// The stub waits for ever when it has registered and nobody configures it:
+		// it is left behind, and a new one tries again.
+		return false, fmt.Errorf("the runtime has taken the connection, but not the plugin: %w", errdefs.ErrUnavailable)
+	case <-ctx.Done():
+		return false, ctx.Err()
+	case <-s.synchronized:
+	}
+	if p.Observer.Connected != nil {
+		p.Observer.Connected(true)
+		defer p.Observer.Connected(false)
+	}
+	log.G(ctx).WithFields(log.Fields{"nri": p.Socket, "runtime": s.runtime, "version": s.version}).Info("Showing artifacts to a runtime by NRI")
+	return true, lost(<-ended)
+}
+
+// lost is the error for a connection that has ended with err.
+func lost(err error) error {
+	if err == nil {
+		err = errdefs.ErrUnavailable
+	}
+	return fmt.Errorf("the connection has ended: %w", err)
+}
+
+// session is the Plugin in one connection with a runtime. Its methods are those that
+// the stub looks for; the runtime calls them one at a time.
+type session struct {
+	*Plugin
+	logger           *log.Entry
+	runtime, version string
+	synchronized     chan struct{} // closed when the runtime has told all that it has
+}
+
+// Configure takes note of the runtime.
+func (s *session) Configure(_ context.Context, _, runtime, version string) (api.EventMask, error) {
+	s.runtime, s.version = runtime, version
+	return 0, nil // all events that there is a method for
+}
+
+// Synchronize puts the records right: containers is all that the runtime has.
+func (s *session) Synchronize(ctx context.Context, pods []*api.PodSandbox, containers []*api.Container) ([]*api.ContainerUpdate, error) {
+	s.synchronize(log.WithLogger(ctx, s.logger), pods, containers)
+	select {
+	case <-s.synchronized:
+	default:
+		close(s.synchronized)
+	}
+	return nil, nil
+}
+
+// CreateContainer shows the artifacts that the container mounts. Its error is what the
+// pod's event says. No kind of it is for the runtime, which takes a plugin away that was
+// too slow (pkg/adaptation/plugin.go of NRI, isFatalError), and goes on without it. So
+// there is an answer before it is, even if the node is too busy for one.
+func (s *session) CreateContainer(ctx context.Context, pod *api.PodSandbox, c *api.Container) (*api.ContainerAdjustment, []*api.ContainerUpdate, error) {
+	ctx = log.WithLogger(ctx, s.logger.WithFields(log.Fields{"sandbox": pod.GetId(), "container": c.GetName()}))
+	ctx, cancel := within(ctx, 3, 4)
+	defer cancel()
+	type answer struct {
+		adjustment *api.ContainerAdjustment
+		err        error
+	}
+	answered := make(chan answer, 1)
+	go func() {
+		adjustment, err := s.create(ctx, s.runtime, pod, c)
+		answered <- answer{adjustment, err}
+	}()
+	var a answer
+	select {
+	case a = <-answered:
+	case <-ctx.Done():
+		a.err = errors.New("this node is too busy to say in time what artifacts the container mounts; try again")
+		s.logger.WithField("container", c.GetName()).Warn(a.err)
+		if s.Passthrough {
+			a.err = nil
+		}
+	}
+	if a.err != nil {
+		return nil, nil, errors.New(s.Name + ": " + a.err.Error())
+	}
+	return a.adjustment, nil, nil
+}
+
+// StopContainer drops what the container has shown. It comes when it has ended, and
+// when it could not be created after all.
+func (s *session) StopContainer(ctx context.Context, _ *api.PodSandbox, c *api.Container) ([]*api.ContainerUpdate, error) {
+	s.drop(log.WithLogger(ctx, s.logger), c.GetId())
+	return nil, nil
+}
+
+// RemoveContainer is StopContainer for one that has not been stopped.
+func (s *session) RemoveContainer(ctx context.Context, _ *api.PodSandbox, c *api.Container) error {
+	s.drop(log.WithLogger(ctx, s.logger), c.GetId())
+	return nil
+}
+
+// RemovePodSandbox drops what is left of a pod. CRI-O tells of nothing else if a
+// container could not be created because of another plugin.
+func (s *session) RemovePodSandbox(ctx context.Context, pod *api.PodSandbox) error {
+	s.drop(log.WithLogger(ctx, s.logger), s.references.of(pod.GetId())...)
+	return nil
+}
+
+// stubLogger is where the stub logs: what it says is for who looks for an error.
+type stubLogger struct{ *log.Entry }
+
+func (l stubLogger) Debugf(_ context.Context, format string, args ...any) {
+	l.Entry.Debugf("NRI: "+format, args...)
+}
+
+func (l stubLogger) Infof(_ context.Context, format string, args ...any) {
+	l.Entry.Debugf("NRI: "+format, args...)
+}
+
+func (l stubLogger) Warnf(_ context.Context, format string, args ...any) {
+	l.Entry.Debugf("NRI: "+format, args...)
+}
+
+func (l stubLogger) Errorf(_ context.Context, format string, args ...any) {
+	l.Entry.Debugf("NRI: "+format, args...)
+}

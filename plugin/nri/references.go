@@ -1,0 +1,185 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package nri
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/view"
+)
+
+// reference is what a container shows.
+type reference struct {
+	Sandbox string    `json:"sandbox"`
+	Created time.Time `json:"created"`
+	Shows   []shown   `json:"shows"`
+}
+
+// shown is a view.ID.
+type shown struct {
+	Manifest digest.Digest `json:"manifest"`
+	UID      string        `json:"uidmap,omitempty"`
+	GID      string        `json:"gidmap,omitempty"`
+}
+
+func shownOf(id view.ID) shown {
+	return shown{Manifest: id.Manifest, UID: id.Owners.UID, GID: id.Owners.GID}
+}
+
+func (s shown) id() view.ID {
+	return view.ID{Manifest: s.Manifest, Owners: unpack.IDMap{UID: s.UID, GID: s.GID}}
+}
+
+// references are those of all containers: a file for each, so that they outlive the
+// daemon. They are not synced to the disk: Trees and mounts do not outlive a crash of
+// the node either.
+type references struct {
+	dir string
+
+	mu sync.Mutex
+	by map[string]reference // by container
+}
+
+const recordSuffix = ".json"
+
+// containerID is what a container's ID may be, for it is the name of a file.
+var containerID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,199}$`)
+
+func openReferences(ctx context.Context, dir string) (*references, error) {
+	r := &references{dir: dir, by: map[string]reference{}}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		container, ok := strings.CutSuffix(e.Name(), recordSuffix)
+		if ok {
+			r.by[container], err = readReference(path)
+			if err == nil {
+				continue
+			}
+			// Only a crash of the node leaves such a one, and no container with it.
+			delete(r.by, container)
+			log.G(ctx).WithError(err).WithField("container", container).Warn("removing the record of a container, which cannot be read")
+		}
+		if err := os.RemoveAll(path); err != nil {
+			return nil, err
+		}
+	}
+	return r, nil
+}
+
+func readReference(path string) (r reference, err error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return r, err
+	}
+	if err := json.Unmarshal(b, &r); err != nil {
+		return r, err
+	}
+	for _, s := range r.Shows {
+		if err := s.Manifest.Validate(); err != nil {
+			return r, fmt.Errorf("digest %.255q: %w", s.Manifest, err)
+		}
+	}
+	return r, nil
+}
+
+// shown is the view.Users of the plugin.
+func (r *references) shown(context.Context) (ids []view.ID, _ error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, of := range r.by {
+		for _, s := range of.Shows {
+			ids = append(ids, s.id())
+		}
+	}
+	return ids, nil
+}
+
+// set records what a container shows. An artifact that it shows twice counts once.
+func (r *references) set(container, sandbox string, created time.Time, ids []view.ID) error {
+	if !containerID.MatchString(container) {
+		return fmt.Errorf("%.255q is not the ID of a container: %w", container, errdefs.ErrInvalidArgument)
+	}
+	of := reference{Sandbox: sandbox, Created: created}
+	for _, id := range ids {
+		if s := shownOf(id); !slices.Contains(of.Shows, s) {
+			of.Shows = append(of.Shows, s)
+		}
+	}
+	b, err := json.Marshal(of)
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.write(filepath.Join(r.dir, container+recordSuffix), b); err != nil {
+		return fmt.Errorf("cannot record what the container shows: %w", err)
+	}
+	r.by[container] = of
+	return nil
+}
+
+// write puts b into the place of the file at once, whatever happens.
+func (r *references) write(path string, b []byte) error {
+	tmp := path + ".new"
+	if err := os.WriteFile(tmp, b, 0o600); err != nil {
+		return errors.Join(err, os.RemoveAll(tmp))
+	}
+	return os.Rename(tmp, path)
+}
+
+// get is what a container shows; false if nothing.
+func (r *references) get(container string) (reference, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	of, ok := r.by[container]
+	return of, ok
+}
+
+// drop forgets a container, and returns what it has shown; false if nothing.
+func (r *references) drop(container string) (of reference, ok bool, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if of, ok = r.by[container]; !ok {
+		return of, false, nil
+	}
+	if err := os.Remove(filepath.Join(r.dir, container+recordSuffix)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return of, true, err
+	}
+	delete(r.by, container)
+	return of, true, nil
+}
+
+// of are the containers of a sandbox; those of all if it is "".
+func (r *references) of(sandbox string) (containers []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for container, of := range r.by {
+		if sandbox == "" || of.Sandbox == sandbox {
+			containers = append(containers, container)
+		}
+	}
+	return containers
+}

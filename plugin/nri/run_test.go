@@ -1,0 +1,195 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package nri
+
+import (
+	"context"
+	"io"
+	"net"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/nri/pkg/adaptation"
+	"github.com/containerd/nri/pkg/api"
+)
+
+// runtime is the side of NRI that is in a runtime, as CRI-O has it.
+type runtime struct {
+	*adaptation.Adaptation
+	t          *testing.T
+	containers []*api.Container // that it has
+
+	// The plugin's connection goes by way of the test: in the same process nothing
+	// ends it when the runtime stops.
+	listener net.Listener
+	mu       sync.Mutex
+	conns    []net.Conn
+}
+
+// accept connects the plugin with the runtime at that socket.
+func (r *runtime) accept(socket string) {
+	for {
+		plugin, err := r.listener.Accept()
+		if err != nil {
+			return
+		}
+		runtime, err := net.Dial("unix", socket)
+		if err != nil {
+			r.t.Error(err)
+			return
+		}
+		r.mu.Lock()
+		r.conns = append(r.conns, plugin, runtime)
+		r.mu.Unlock()
+		go io.Copy(plugin, runtime)
+		go io.Copy(runtime, plugin)
+	}
+}
+
+// end ends the runtime.
+func (r *runtime) end() {
+	r.listener.Close()
+	r.Stop()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, c := range r.conns {
+		c.Close()
+	}
+}
+
+func (s *site) startRuntime(containers ...*api.Container) *runtime {
+	s.t.Helper()
+	r := &runtime{t: s.t, containers: containers}
+	var pods []*api.PodSandbox
+	if len(containers) > 0 {
+		pods = []*api.PodSandbox{{Id: sandbox}}
+	}
+	sync := func(ctx context.Context, f adaptation.SyncCB) error {
+		_, err := f(ctx, pods, r.containers)
+		return err
+	}
+	update := func(context.Context, []*api.ContainerUpdate) ([]*api.ContainerUpdate, error) { return nil, nil }
+	var err error
+	r.Adaptation, err = adaptation.New(crio, "1.37.0", sync, update,
+		adaptation.WithSocketPath(s.Socket+".runtime"), adaptation.WithPluginPath(filepath.Join(s.root, "none")), adaptation.WithPluginConfigPath(filepath.Join(s.root, "none")))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if err := r.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	if r.listener, err = net.Listen("unix", s.Socket); err != nil {
+		s.t.Fatal(err)
+	}
+	go r.accept(s.Socket + ".runtime")
+	return r
+}
+
+func (r *runtime) create(id string, mounts ...*api.Mount) (*api.ContainerAdjustment, error) {
+	answer, err := r.CreateContainer(r.t.Context(), &adaptation.CreateContainerRequest{
+		Pod: &api.PodSandbox{Id: sandbox}, Container: &api.Container{Id: id, PodSandboxId: sandbox, Mounts: mounts},
+	})
+	return answer.GetAdjust(), err
+}
+
+// run runs the plugin until the test ends.
+func (s *site) run() (connected chan bool) {
+	s.t.Helper()
+	connected = make(chan bool, 10)
+	s.Socket = filepath.Join(s.root, "nri.sock")
+	s.Observer.Connected = func(yes bool) { connected <- yes }
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { s.Run(ctx) })
+	s.t.Cleanup(func() { cancel(); running.Wait() })
+	return connected
+}
+
+// await waits until the plugin says so. A runtime has it a moment later.
+func (r *runtime) await(connected chan bool, want bool) {
+	r.t.Helper()
+	select {
+	case got := <-connected:
+		if got != want {
+			r.t.Fatalf("connected: %v, want %v", got, want)
+		}
+	case <-time.After(30 * time.Second):
+		r.t.Fatalf("connected: not %v within 30 s", want)
+	}
+}
+
+func TestThePluginComesBackWhenTheRuntimeIsRestarted(t *testing.T) {
+	s := newSite(t)
+	d := s.model(s.crio.dir)
+	s.crio.index(d)
+	connected := s.run() // the runtime is not there yet
+	mounts := []*api.Mount{s.crio.mountOf("/model/config.json", "c"), s.crio.mountOf("/model/dir/weights", "w")}
+	var kept []*api.Container
+	for range 3 {
+		r := s.startRuntime(kept...)
+		r.await(connected, true)
+		var got *api.ContainerAdjustment
+		eventually(t, "the container is adjusted", func() bool {
+			var err error
+			if got, err = r.create("runs", mounts...); err != nil {
+				t.Fatal(err)
+			}
+			return len(got.GetMounts()) > 0
+		})
+		i := slices.IndexFunc(got.GetMounts(), func(m *api.Mount) bool { return m.GetDestination() == "/model" })
+		if i < 0 || len(got.Mounts) != 3 {
+			t.Fatalf("the adjustment is %+v", got)
+		}
+		kept = []*api.Container{{Id: "runs", PodSandboxId: sandbox, Mounts: got.Mounts}}
+		s.wantRecords("runs")
+		r.end()
+		r.await(connected, false)
+		s.wantRecords("runs")
+	}
+	r := s.startRuntime(kept...)
+	r.await(connected, true)
+	s.wantRecords("runs")
+	eventually(t, "the pod is gone", func() bool {
+		if err := r.RemovePodSandbox(t.Context(), &adaptation.RemovePodSandboxRequest{Pod: &api.PodSandbox{Id: sandbox}}); err != nil {
+			t.Fatal(err)
+		}
+		return len(s.references.of("")) == 0
+	})
+	r.end()
+	r.await(connected, false)
+}
+
+func TestTheReasonReachesTheRuntime(t *testing.T) {
+	s := newSite(t)
+	connected := s.run()
+	r := s.startRuntime()
+	defer r.end()
+	r.await(connected, true)
+	mounts := []*api.Mount{s.crio.mountOf("/model/file", "f")}
+	eventually(t, "the container is refused", func() bool {
+		_, err := r.create("refused", mounts...)
+		if err != nil && !strings.Contains(err.Error(), "test: image volume /model/file: no artifact in CRI-O's store has exactly the layers") {
+			t.Fatal(err)
+		}
+		return err != nil
+	})
+	// It is no reason to take the plugin away.
+	if _, err := r.create("refused", mounts...); err == nil {
+		t.Error("the second time it is not refused")
+	}
+	s.wantRecords()
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not within 30 s", what)
+		}
+	}
+}

@@ -1,0 +1,79 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package plugin
+
+import (
+	"context"
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+)
+
+// A node of CRI-O's: no containerd, and a runtime that is not there yet.
+func TestNothingIsSaidOfAContainerdThatIsNotThere(t *testing.T) {
+	cfg := testConfig(t)
+	if err := os.RemoveAll(cfg.ContentRoot); err != nil {
+		t.Fatal(err)
+	}
+	cfg.NRI.Enabled = true
+	cfg.NRI.Socket = filepath.Join(cfg.State, "nri.sock")
+	cfg.BlobRoots = []string{filepath.Join(filepath.Dir(cfg.Root), "storage/artifacts")}
+	m := newMetrics("")
+	s, err := open(t.Context(), cfg, m, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if isExported(t, m, "containerd_connected") {
+		t.Error("the metrics say that containerd is not connected")
+	}
+	l, err := net.Listen("unix", cfg.ContainerdAddress)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for deadline := time.Now().Add(20 * time.Second); !isExported(t, m, "containerd_connected"); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("a containerd that has come is not watched")
+		}
+	}
+}
+
+func isExported(t *testing.T, m *metrics, name string) bool {
+	t.Helper()
+	families, err := m.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() == prefix+"_"+name {
+			return true
+		}
+	}
+	return false
+}
+
+func TestHealthSaysWhetherARuntimeHasThePlugin(t *testing.T) {
+	for enabled, is := range map[bool]func(error) bool{true: errdefs.IsUnavailable, false: errdefs.IsNotFound} {
+		cfg := testConfig(t)
+		cfg.NRI.Enabled = enabled
+		cfg.NRI.Socket = filepath.Join(cfg.State, "nri.sock")
+		stop := serve(t, cfg)
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		if err := Health(ctx, cfg.SocketAddress()); err != nil {
+			t.Error(err)
+		}
+		if err := HealthOf(ctx, cfg.SocketAddress(), HealthNRI); !is(err) {
+			t.Errorf("enabled: %v, health: %v", enabled, err)
+		}
+		if err := stop(); err != nil {
+			t.Error(err)
+		}
+	}
+}

@@ -77,7 +77,10 @@ func scenarios(m *models) (all []*scenario) {
 	}
 	shifted := shown("show mixed in a user namespace, and drop it", "", m.mixed)
 	shifted.act = func(h *host) error {
-		return errors.Join(h.run(inUserns(m.mixed), userns), h.drop(h.pods[len(h.pods)-1]), h.cleanup())
+		if err := h.run(inUserns(m.mixed), userns); err != nil {
+			return err
+		}
+		return do(h.drop(h.pods[0]), h.cleanup)
 	}
 	copied := shown("show mixed in a user namespace, of a tree of files", rungs("overlay", "extract"), m.mixed)
 	copied.act = func(h *host) error { return h.run(inUserns(m.mixed), userns) }
@@ -86,7 +89,7 @@ func scenarios(m *models) (all []*scenario) {
 		return func(h *host) error {
 			err := h.pull(of...)
 			for _, m := range of {
-				err = errors.Join(err, h.run(m))
+				err = do(err, func() error { return h.run(m) })
 			}
 			return err
 		}
@@ -103,17 +106,14 @@ func scenarios(m *models) (all []*scenario) {
 	return append(all, apart, refused, quietly(shifted), quietly(copied),
 		quietly(&scenario{
 			name: "show one that shares a compressed layer", next: []*model{m.half, m.otherHalf},
-			before: func(h *host) error { return errors.Join(runs(m.half)(h), h.pull(m.otherHalf)) },
+			before: func(h *host) error { return do(runs(m.half)(h), func() error { return h.pull(m.otherHalf) }) },
 			act:    func(h *host) error { return h.run(m.otherHalf) },
 		}),
 		&scenario{
 			name: "drop one that shares a compressed layer, and delete it", next: []*model{m.half, m.otherHalf},
 			before: runs(m.half, m.otherHalf),
 			act: func(h *host) error {
-				if err := h.drop(h.pods[0]); err != nil {
-					return err
-				}
-				return errors.Join(h.remove(m.half), h.cleanup())
+				return do(h.drop(h.pods[0]), func() error { return h.remove(m.half) }, h.cleanup)
 			},
 		},
 		&scenario{
@@ -136,36 +136,27 @@ func scenarios(m *models) (all []*scenario) {
 		&scenario{
 			name: "drop the last view", next: everything,
 			before: runs(everything...),
-			act:    func(h *host) error { return errors.Join(dropAll(h), h.cleanup()) },
+			act:    func(h *host) error { return do(dropAll(h), h.cleanup) },
 		},
 		&scenario{
 			name: "drop the last view and delete the artifacts", next: everything,
 			before: runs(everything...),
 			act: func(h *host) error {
-				if err := dropAll(h); err != nil {
-					return err
-				}
-				return errors.Join(h.remove(m.raw), h.remove(m.gzip), h.remove(m.mixed), h.cleanup())
+				return do(dropAll(h), func() error { return h.remove(everything...) }, h.cleanup)
 			},
 		},
 		&scenario{
 			name: "delete artifacts with pods, then drop these", next: everything,
 			before: runs(everything...),
 			act: func(h *host) error {
-				if err := errors.Join(h.remove(m.raw), h.remove(m.gzip), h.remove(m.mixed), h.cleanup()); err != nil {
-					return err
-				}
-				return errors.Join(dropAll(h), h.cleanup())
+				return do(h.remove(everything...), h.cleanup, func() error { return dropAll(h) }, h.cleanup)
 			},
 		},
 		&scenario{
 			name: "pull an artifact again and show it", next: []*model{m.mixed},
-			before: func(h *host) error { return errors.Join(runs(m.mixed)(h), dropAll(h)) },
+			before: func(h *host) error { return do(runs(m.mixed)(h), func() error { return dropAll(h) }) },
 			act: func(h *host) error {
-				if err := errors.Join(h.remove(m.mixed), h.pull(m.mixed)); err != nil {
-					return err
-				}
-				return errors.Join(h.cleanup(), h.run(m.mixed))
+				return do(h.remove(m.mixed), func() error { return h.pull(m.mixed) }, h.cleanup, func() error { return h.run(m.mixed) })
 			},
 		},
 		&scenario{
@@ -215,7 +206,7 @@ func scenarios(m *models) (all []*scenario) {
 		},
 		&scenario{
 			name: "delete what containerd unpacked", next: []*model{m.gzip},
-			before: func(h *host) error { return errors.Join(h.pull(m.gzip), h.unpack(m.gzip)) },
+			before: func(h *host) error { return do(h.pull(m.gzip), func() error { return h.unpack(m.gzip) }) },
 			act:    func(h *host) error { return h.empty() },
 		},
 		&scenario{name: "snapshots of an image", act: (*host).image, again: (*host).image},
@@ -223,24 +214,21 @@ func scenarios(m *models) (all []*scenario) {
 		&scenario{
 			name: "start while pods run", starting: true, next: everything,
 			before: runs(everything...),
-			act:    func(h *host) error { return errors.Join(h.run(m.raw), h.cleanup()) },
+			act:    func(h *host) error { return do(h.run(m.raw), h.cleanup) },
 		},
 		&scenario{
 			name: "start when pods and artifacts have gone meanwhile", starting: true, next: everything,
 			before: func(h *host) error {
-				if err := errors.Join(runs(everything...)(h), dropAll(h)); err != nil {
-					return err
-				}
-				if err := h.stop(syscall.SIGKILL); err != nil {
-					return err
-				}
-				return errors.Join(h.remove(m.raw), h.remove(m.gzip))
+				return do(runs(everything...)(h),
+					func() error { return dropAll(h) },
+					func() error { return h.stop(syscall.SIGKILL) },
+					func() error { return h.remove(m.raw, m.gzip) })
 			},
 			act: (*host).cleanup,
 		},
 		&scenario{
 			name: "start after a reboot", starting: true, next: everything,
-			before: func(h *host) error { return errors.Join(runs(everything...)(h), h.reboot()) },
+			before: func(h *host) error { return do(runs(everything...)(h), h.reboot) },
 			act: func(h *host) error {
 				// containerd starts the pods again, whose snapshots it knows.
 				for key, of := range h.must {
@@ -260,10 +248,7 @@ func scenarios(m *models) (all []*scenario) {
 		&scenario{
 			name: "start with another rung", starting: true, next: everything,
 			before: func(h *host) error {
-				if err := errors.Join(runs(everything...)(h), h.drop(h.pods[2])); err != nil {
-					return err
-				}
-				if err := h.cleanup(); err != nil {
+				if err := do(runs(everything...)(h), func() error { return h.drop(h.pods[2]) }, h.cleanup); err != nil {
 					return err
 				}
 				return os.WriteFile(filepath.Join(h.dir, "daemon.toml"), []byte("reserved_space = 0\n"+rungs("overlay", "extract")), 0o644)
@@ -273,14 +258,18 @@ func scenarios(m *models) (all []*scenario) {
 		&scenario{
 			name: "start after a kill in the middle of a build", starting: true, next: []*model{m.mixed},
 			before: func(h *host) error {
-				return errors.Join(h.pull(m.mixed), h.killedAt(Op{"renameat", filepath.Join("root/trees", treeOf(m.mixed)), 1}, func() error { return h.run(m.mixed) }))
+				return do(h.pull(m.mixed), func() error {
+					return h.killedAt(Op{"renameat", filepath.Join("root/trees", treeOf(m.mixed)), 1}, m.mixed)
+				})
 			},
 			act: (*host).cleanup,
 		},
 		&scenario{
 			name: "start after a kill in the middle of a mount", starting: true, next: []*model{m.mixed},
 			before: func(h *host) error {
-				return errors.Join(h.pull(m.mixed), h.killedAt(Op{"mount", filepath.Join("state/mounts", treeOf(m.mixed)), 1}, func() error { return h.run(m.mixed) }))
+				return do(h.pull(m.mixed), func() error {
+					return h.killedAt(Op{"mount", filepath.Join("state/mounts", treeOf(m.mixed)), 1}, m.mixed)
+				})
 			},
 			act: (*host).cleanup,
 		},
@@ -292,14 +281,22 @@ func scenarios(m *models) (all []*scenario) {
 	)
 }
 
+// do does one thing after the other, until one fails; the first has been done already.
+func do(err error, steps ...func() error) error {
+	for _, step := range steps {
+		if err != nil {
+			return err
+		}
+		err = step()
+	}
+	return err
+}
+
 // quietly adds a sweep to a scenario, so that all that it does has been done.
 func quietly(s *scenario) *scenario {
 	act := s.act
 	s.act = func(h *host) error {
-		if err := act(h); err != nil {
-			return err
-		}
-		return h.cleanup()
+		return do(act(h), h.cleanup)
 	}
 	return s
 }
@@ -390,15 +387,15 @@ func (h *host) bootedBefore() error {
 	return os.WriteFile(name, boot, 0o600)
 }
 
-// killedAt starts the daemon, to be killed at op while it does something.
-func (h *host) killedAt(op Op, act func() error) error {
+// killedAt starts the daemon, to be killed at op while it shows the model.
+func (h *host) killedAt(op Op, m *model) error {
 	if err := h.stop(syscall.SIGKILL); err != nil {
 		return err
 	}
 	if err := h.start(true, true, &op, false); err != nil {
 		return err
 	}
-	_ = act() // the daemon ends in the middle of it
+	_ = h.run(m) // the daemon ends in the middle of it
 	traced := h.daemon.traced
 	if err := h.stop(syscall.SIGKILL); err != nil {
 		return err
@@ -478,7 +475,19 @@ func (h *host) unpack(m *model) error {
 		}
 		parent = name
 	}
-	return h.view(parent, m)
+	return h.view(parent, ofLayers(m))
+}
+
+// ofLayers is the model as its layers alone show it, without the time in the config.
+func ofLayers(m *model) *model {
+	alone := *m
+	alone.want = slices.Clone(m.want)
+	for i := range alone.want {
+		if alone.want[i].Type == "dir" {
+			alone.want[i].ModTime = 0
+		}
+	}
+	return &alone
 }
 
 // image does with the snapshots of an ordinary image what a container of it takes.
@@ -509,5 +518,5 @@ func (h *host) image() error {
 	if len(got) != 1 || got[0].Path != "file" || got[0].Size != 10 {
 		return fmt.Errorf("a container has the root %+v", got)
 	}
-	return errors.Join(h.forget(container), h.forget(name), h.cleanup())
+	return do(h.forget(container), func() error { return h.forget(name) }, h.cleanup)
 }

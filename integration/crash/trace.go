@@ -123,7 +123,8 @@ func (p *Process) trace(program Program, started chan<- error) {
 	threads := map[int]bool{p.pid: true}
 	for {
 		var status unix.WaitStatus
-		tid, err := unix.Wait4(-1, &status, unix.WALL|unix.WNOTHREAD, nil)
+		// By its process group: the thread may have had other children before.
+		tid, err := unix.Wait4(-p.pid, &status, unix.WALL|unix.WNOTHREAD, nil)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}

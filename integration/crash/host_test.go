@@ -89,7 +89,12 @@ func newHost(dir, program, containerd string, toml string) (*host, error) {
 			return nil, err
 		}
 	}
-	return h, os.WriteFile(filepath.Join(dir, "daemon.toml"), []byte("reserved_space = 0\n"+toml), 0o644)
+	return h, h.configure(toml)
+}
+
+// configure writes the daemon's configuration.
+func (h *host) configure(toml string) error {
+	return os.WriteFile(filepath.Join(h.dir, "daemon.toml"), []byte("reserved_space = 0\n"+toml), 0o644)
 }
 
 func (h *host) args() []string {

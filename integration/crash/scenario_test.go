@@ -32,6 +32,9 @@ import (
 type scenario struct {
 	name string
 	toml string // of the daemon's configuration
+	// early has it decompress layers while they are pulled. Elsewhere it does not, so
+	// that it is known what it does when.
+	early bool
 	// apart has containerd's content on another file system than the daemon's root.
 	apart bool
 	// before makes what there is before; the daemon runs, and if act is its start is
@@ -160,7 +163,7 @@ func scenarios(m *models) (all []*scenario) {
 			},
 		},
 		&scenario{
-			name: "decompress during a pull", next: []*model{m.zstd},
+			name: "decompress during a pull", early: true, next: []*model{m.zstd},
 			act: func(h *host) error {
 				if err := h.pull(m.zstd); err != nil {
 					return err
@@ -172,7 +175,7 @@ func scenarios(m *models) (all []*scenario) {
 			},
 		},
 		&scenario{
-			name: "give up a pull", next: []*model{m.gzip},
+			name: "give up a pull", early: true, next: []*model{m.gzip},
 			act: func(h *host) error {
 				for _, blob := range m.gzip.files[:len(m.gzip.files)-1] {
 					if err := m.gzip.deliver(h.content, blob); err != nil {
@@ -251,7 +254,7 @@ func scenarios(m *models) (all []*scenario) {
 				if err := do(runs(everything...)(h), func() error { return h.drop(h.pods[2]) }, h.cleanup); err != nil {
 					return err
 				}
-				return os.WriteFile(filepath.Join(h.dir, "daemon.toml"), []byte("reserved_space = 0\n"+rungs("overlay", "extract")), 0o644)
+				return h.configure(rungs("overlay", "extract"))
 			},
 			act: (*host).cleanup,
 		},

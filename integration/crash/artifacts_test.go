@@ -6,7 +6,6 @@
 package crash
 
 import (
-	"fmt"
 	"io"
 	"io/fs"
 	"math/rand/v2"
@@ -194,8 +193,8 @@ func newModel(t testing.TB, name string, a *pack.Artifact, want []treelist.Entry
 }
 
 // deliver makes blob, one of files, appear in the content store content as containerd
-// does: complete, by a rename.
-func (m *model) deliver(content, blob string) error {
+// does: complete, by a rename, and synced to the disk before.
+func (m *model) deliver(content, blob string, synced bool) error {
 	target := filepath.Join(content, blob)
 	if _, err := os.Lstat(target); err == nil {
 		return nil // of another model, too
@@ -222,8 +221,10 @@ func (m *model) deliver(content, blob string) error {
 	if err := out.Chmod(0o444); err != nil {
 		return err
 	}
-	if err := os.Rename(out.Name(), target); err != nil {
-		return fmt.Errorf("deliver %s: %w", blob, err)
+	if synced {
+		if err := out.Sync(); err != nil {
+			return err
+		}
 	}
-	return nil
+	return os.Rename(out.Name(), target)
 }

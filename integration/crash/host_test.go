@@ -46,7 +46,7 @@ const namespace = "crash"
 // host is what there is on a node of the daemon and of those it works for: its
 // directories, containerd's content, the snapshots that containerd knows, and pods.
 type host struct {
-	dir        string
+	dir        string // of what a reboot takes
 	containerd string // its socket
 	program    string // the daemon
 	flags      []string
@@ -67,6 +67,10 @@ type host struct {
 	// it to remove, by their keys; may are those for which a request was not answered.
 	must map[string]*model
 	may  map[string]bool
+	// noted, if it is not nil, is called when these have changed.
+	noted func()
+	// synced has containerd sync what it has fetched to the disk.
+	synced bool
 }
 
 // daemon is a running one.
@@ -77,10 +81,11 @@ type daemon struct {
 	conn   *grpc.ClientConn
 }
 
-func newHost(dir, program, containerd string, toml string) (*host, error) {
+// newHost makes a host; what outlives a reboot is in disk.
+func newHost(dir, disk, program, containerd string, toml string) (*host, error) {
 	h := &host{
 		dir: dir, containerd: containerd, program: program,
-		content: filepath.Join(dir, "content"), root: filepath.Join(dir, "root"), state: filepath.Join(dir, "state"),
+		content: filepath.Join(disk, "content"), root: filepath.Join(disk, "root"), state: filepath.Join(dir, "state"),
 		exact: !strings.Contains(toml, `"link"`),
 		there: map[*model]bool{}, must: map[string]*model{}, may: map[string]bool{},
 	}
@@ -232,7 +237,7 @@ func (h *host) key(rest string) string {
 func (h *host) pull(all ...*model) error {
 	for _, m := range all {
 		for _, blob := range m.files {
-			if err := m.deliver(h.content, blob); err != nil {
+			if err := m.deliver(h.content, blob, h.synced); err != nil {
 				return err
 			}
 		}
@@ -262,13 +267,21 @@ func (h *host) ask(key string, m *model, call func(ctx context.Context) ([]mount
 	ctx, cancel := h.context()
 	defer cancel()
 	h.may[key] = true
+	h.note()
 	mounts, err := call(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", key, err)
 	}
 	delete(h.may, key)
 	h.must[key] = m
+	h.note()
 	return mounts, nil
+}
+
+func (h *host) note() {
+	if h.noted != nil {
+		h.noted()
+	}
 }
 
 // forget removes a snapshot.
@@ -277,10 +290,12 @@ func (h *host) forget(key string) error {
 	defer cancel()
 	delete(h.must, key)
 	h.may[key] = true
+	h.note()
 	if err := h.Remove(ctx, key); err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("remove %s: %w", key, err)
 	}
 	delete(h.may, key)
+	h.note()
 	return nil
 }
 
@@ -495,12 +510,16 @@ func (h *host) checkIdle() error {
 	return err
 }
 
+// leftovers is what there is on the disk and mounted.
 func (h *host) leftovers() (left []string, err error) {
 	walk := func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
-		rel, err := filepath.Rel(h.dir, path)
+		rel, err := filepath.Rel(filepath.Dir(h.root), path)
+		if !filepath.IsLocal(rel) {
+			rel, err = filepath.Rel(h.dir, path)
+		}
 		if err != nil {
 			return err
 		}
@@ -522,7 +541,7 @@ func (h *host) leftovers() (left []string, err error) {
 		return nil, err
 	}
 	for _, m := range mounts {
-		if m != h.content && m != h.root { // the harness's own
+		if m != h.content && m != filepath.Dir(h.root) { // the harness's own
 			left = append(left, "mount "+strings.TrimPrefix(m, h.dir))
 		}
 	}

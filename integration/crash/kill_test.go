@@ -80,7 +80,7 @@ func (r run) run(dir string) (done result, err error) {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return done, err
 	}
-	h, err := newHost(dir, r.program, r.containerd, fmt.Sprintf("decompress_on_pull = %v\n%s", r.early, r.toml))
+	h, err := newHost(dir, dir, r.program, r.containerd, fmt.Sprintf("decompress_on_pull = %v\n%s", r.early, r.toml))
 	if err != nil {
 		return done, err
 	}

@@ -178,7 +178,7 @@ func scenarios(m *models) (all []*scenario) {
 			name: "give up a pull", early: true, next: []*model{m.gzip},
 			act: func(h *host) error {
 				for _, blob := range m.gzip.files[:len(m.gzip.files)-1] {
-					if err := m.gzip.deliver(h.content, blob); err != nil {
+					if err := m.gzip.deliver(h.content, blob, false); err != nil {
 						return err
 					}
 				}
@@ -415,8 +415,6 @@ func (h *host) record(m *model) error {
 	key := h.key(snapshot.UnpackKey("crash", m.manifest.Digest))
 	name := key + "/committed"
 	h.may[name] = true
-	ctx, cancel := h.context()
-	defer cancel()
 	ref := digest.FromString(key).String()
 	_, err := h.ask(key, nil, func(ctx context.Context) ([]mount.Mount, error) {
 		return h.Prepare(ctx, key, "", snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: ref}))
@@ -427,7 +425,7 @@ func (h *host) record(m *model) error {
 	delete(h.may, key)
 	delete(h.may, name)
 	h.must[name] = m
-	_ = ctx
+	h.note()
 	return h.view(name, m)
 }
 
@@ -447,12 +445,14 @@ func (h *host) commit(name, key string, m *model) error {
 	defer cancel()
 	delete(h.must, key)
 	h.may[key], h.may[name] = true, true
+	h.note()
 	if err := h.Commit(ctx, name, key); err != nil {
 		return fmt.Errorf("commit %s: %w", key, err)
 	}
 	delete(h.may, key)
 	delete(h.may, name)
 	h.must[name] = m
+	h.note()
 	return nil
 }
 

@@ -1,0 +1,191 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build amd64
+
+package crash
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+)
+
+// cuts is how many times the power is cut: cutsSelected in a selection.
+const (
+	cuts         = 800
+	cutsSelected = 20
+)
+
+// moment is what the daemon had acknowledged, and what it had been asked for, when the
+// disk had seen so many writes and flushes.
+type moment struct {
+	position int
+	must     map[string]*model
+	may      map[string]bool
+}
+
+// The daemon's root and containerd's content are on a disk whose power is cut at random
+// moments of an hour in the life of a node, which takes some seconds here. In every
+// other case the disk has lost some of what it was not told to keep.
+func TestThePowerIsCutAtAnyMoment(t *testing.T) {
+	program, err := node.Program()
+	check(t, err)
+	containerd := startContainerd(t)
+	models := packModels(t)
+	began := time.Now()
+	d, err := newDisk(t.TempDir())
+	check(t, err)
+	moments, err := live(d, models, program, containerd)
+	check(t, errors.Join(err, d.close()))
+	end := d.position()
+	flushes, bytes := 0, 0
+	for _, w := range d.log {
+		if bytes += len(w.data); w.data == nil {
+			flushes++
+		}
+	}
+	t.Logf("the disk saw %d writes of %d KiB and %d flushes while the daemon acknowledged %d requests", end-flushes, bytes>>10, flushes, acknowledged(moments))
+
+	number := cutsSelected
+	if long {
+		number = cuts
+	}
+	const seed = 20 // another one is as good
+	random := rand.New(rand.NewPCG(seed, 0))
+	runs := pool{dir: t.TempDir(), workers: 2}
+	var mu sync.Mutex
+	lost, distinct := 0, map[cut]bool{}
+	for i := range number {
+		c := cut{position: random.IntN(end + 1), some: i%2 == 1}
+		if c.some {
+			c.seed = random.Uint64()
+		}
+		distinct[c] = true
+		runs.add(func(dir string) {
+			if err := recovered(dir, d, c, moments, models, program, containerd); err != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				lost++
+				t.Errorf("after a cut at %+v of %d: %v", c, end, err)
+			}
+		})
+	}
+	runs.wait()
+	t.Logf("%d distinct cuts survived, %d lost, in %v", len(distinct)-lost, lost, time.Since(began).Round(time.Second))
+}
+
+func acknowledged(moments []moment) (number int) {
+	for i, m := range moments {
+		if i > 0 && len(m.may) < len(moments[i-1].may) {
+			number++
+		}
+	}
+	return number
+}
+
+// live has the daemon do everything that it does, with the disk, and returns what it
+// had acknowledged when.
+func live(d *disk, m *models, program, containerd string) (moments []moment, err error) {
+	h, err := newHost(filepath.Join(d.dir, "host"), d.mounted, program, containerd, "")
+	if err != nil {
+		return nil, err
+	}
+	h.synced = true
+	h.noted = func() {
+		moments = append(moments, moment{d.position(), maps.Clone(h.must), maps.Clone(h.may)})
+	}
+	h.note()
+	defer func() {
+		err = errors.Join(err, h.clear())
+	}()
+	if err := h.start(false, false, nil, false); err != nil {
+		return nil, err
+	}
+	drop := func(n int) func() error {
+		return func() error {
+			for range n {
+				if err := h.drop(h.pods[0]); err != nil {
+					return err
+				}
+			}
+			return nil
+		}
+	}
+	show := func(of *model) func() error {
+		return func() error { return do(h.pull(of), func() error { return h.run(of) }) }
+	}
+	// Longer than the file system waits until it commits by itself.
+	wait := func() error { time.Sleep(1100 * time.Millisecond); return nil }
+	for range 2 {
+		if err := do(nil,
+			show(m.raw), show(m.mixed), show(m.raw), wait,
+			func() error { return do(h.pull(m.gzip), func() error { return h.unpack(m.gzip) }) },
+			func() error { return do(h.pull(m.zstd), func() error { return h.record(m.zstd) }) },
+			h.image,
+			drop(2), wait,
+			show(m.half), show(m.otherHalf), show(m.tar), drop(2),
+			func() error { return h.remove(m.half, m.mixed) }, h.cleanup,
+			func() error { return h.stop(syscall.SIGTERM) }, func() error { return h.start(false, false, nil, false) },
+			show(m.mixed), wait,
+			func() error { return h.stop(syscall.SIGKILL) }, func() error { return h.start(false, false, nil, false) },
+			drop(1), h.cleanup,
+		); err != nil {
+			return nil, err
+		}
+	}
+	return moments, do(wait(), h.empty, wait)
+}
+
+// recovered boots a node with what the disk holds after the cut, and checks it.
+func recovered(dir string, d *disk, c cut, moments []moment, m *models, program, containerd string) (err error) {
+	image, mounted := filepath.Join(dir, "image"), filepath.Join(dir, "disk")
+	if err := os.MkdirAll(mounted, 0o755); err != nil {
+		return err
+	}
+	if err := errors.Join(d.after(c, image), mountFS(image, mounted, "")); err != nil {
+		return err
+	}
+	h, err := newHost(dir, mounted, program, containerd, "")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			log, _ := os.ReadFile(h.logPath())
+			lines := strings.Split(string(log), "\n")
+			err = fmt.Errorf("%w\nthe end of its log:\n%s", err, strings.Join(lines[max(0, len(lines)-25):], "\n"))
+		}
+		err = errors.Join(err, h.clear())
+	}()
+	h.number = 1000 // keys of its own
+	for _, at := range moments {
+		if at.position <= c.position {
+			h.must, h.may = maps.Clone(at.must), maps.Clone(at.may)
+		}
+	}
+	if err := errors.Join(h.bootedBefore(), h.checkDatabase()); err != nil {
+		return err
+	}
+	if err := h.start(false, false, nil, false); err != nil {
+		return fmt.Errorf("start again: %w", err)
+	}
+	// The pods' images are pulled again where they are not there.
+	if err := do(h.pull(m.all()...), h.checkSnapshots, func() error { return h.checkNext(m.all()) }); err != nil {
+		return err
+	}
+	if err := do(h.unpack(m.gzip), func() error { return h.record(m.zstd) }, h.image); err != nil {
+		return fmt.Errorf("what follows: %w", err)
+	}
+	return do(h.empty(), func() error { return h.stop(syscall.SIGTERM) }, h.checkDatabase, h.checkIdle)
+}

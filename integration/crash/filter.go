@@ -18,15 +18,24 @@ import (
 // launching is set in the environment of a program that is to become the traced one.
 const launching = "ARTIFACT_SNAPSHOTTER_TEST_LAUNCH"
 
-// Main must be called first thing by a program that calls Start: the process that is
-// traced is that program again, until it has installed its filter. There it does not
-// return.
+// Main must be called first thing by a program that calls Start or has a Wrapper: the
+// process that is traced is that program again, until it has installed its filter, and
+// so is the wrapper. There it does not return.
 func Main() {
-	if os.Getenv(launching) == "" {
+	var err error
+	switch {
+	case os.Getenv(launching) != "":
+		err = launch(os.Args[1:])
+	case os.Getenv(wrapping) != "":
+		err = wrap(os.Getenv(wrapping), os.Args[1:])
+	default:
 		return
 	}
-	fmt.Fprintln(os.Stderr, launch(os.Args[1:]))
-	os.Exit(1)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
 }
 
 // launch becomes the program args, with every system call of the table stopping for

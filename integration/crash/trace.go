@@ -3,13 +3,6 @@
 
 //go:build amd64
 
-// Package crash kills a program at a chosen operation on a file system, and tells
-// which there are.
-//
-// The program is the real one and knows nothing of it. A seccomp filter, installed
-// before it is executed, stops it for its tracer (ptrace(2)) at every system call that
-// changes a file system, a mount or a lock; all others run at full speed. Where it is
-// stopped the call has not begun, and does not once the program has been killed.
 package crash
 
 import (
@@ -73,7 +66,8 @@ func (p *Process) PID() int { return p.pid }
 func (p *Process) Done() <-chan struct{} { return p.done }
 
 // Arm begins to count, and if target is not nil has the program killed there: before
-// the operation begins, or after it has ended.
+// the operation begins, or after it has ended. A target without a call is whatever is
+// the Nth operation.
 func (p *Process) Arm(target *Op, after bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -214,7 +208,10 @@ func (p *Process) stopped(tid int) verdict {
 	p.counts[op.Key()]++
 	op.Nth = p.counts[op.Key()]
 	p.ops = append(p.ops, op)
-	if p.target == nil || *p.target != op {
+	switch target := p.target; {
+	case target == nil:
+		return goOn
+	case target.Call == "" && len(p.ops) != target.Nth, target.Call != "" && *target != op:
 		return goOn
 	}
 	p.killed = &op

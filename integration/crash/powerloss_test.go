@@ -6,8 +6,10 @@
 package crash
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"math/rand/v2"
 	"os"
@@ -17,6 +19,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
@@ -106,7 +110,9 @@ func live(d *disk, m *models, program, containerd string) (moments []moment, err
 		moments = append(moments, moment{d.position(), maps.Clone(h.must), maps.Clone(h.may)})
 	}
 	h.note()
+	writing := writeBack(h.root)
 	defer func() {
+		writing()
 		err = errors.Join(err, h.clear())
 	}()
 	if err := h.start(false, false, nil, false); err != nil {
@@ -145,6 +151,37 @@ func live(d *disk, m *models, program, containerd string) (moments []moment, err
 		}
 	}
 	return moments, do(wait(), h.empty, wait)
+}
+
+// writeBack writes now this file to the disk and now that one, as the kernel does: it
+// may write any of them at any moment, and half a minute is too long to wait for it. No
+// more is synced than that: sync_file_range(2) flushes and commits nothing.
+func writeBack(root string) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var done sync.WaitGroup
+	done.Go(func() {
+		random := rand.New(rand.NewPCG(1, 0))
+		for ctx.Err() == nil {
+			var files []string
+			_ = filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
+				if err == nil && entry.Type().IsRegular() { // else it has gone meanwhile
+					files = append(files, path)
+				}
+				return nil
+			})
+			if len(files) > 0 {
+				if f, err := os.Open(files[random.IntN(len(files))]); err == nil {
+					_ = unix.SyncFileRange(int(f.Fd()), 0, 0, unix.SYNC_FILE_RANGE_WRITE)
+					f.Close()
+				}
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+	})
+	return func() {
+		cancel()
+		done.Wait()
+	}
 }
 
 // recovered boots a node with what the disk holds after the cut, and checks it.

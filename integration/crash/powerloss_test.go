@@ -28,7 +28,7 @@ import (
 // cuts is how many times the power is cut: cutsSelected in a selection.
 const (
 	cuts         = 800
-	cutsSelected = 20
+	cutsSelected = 12
 )
 
 // moment is what the daemon had acknowledged, and what it had been asked for, when the

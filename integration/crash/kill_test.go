@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -179,87 +180,127 @@ type point struct {
 	after bool
 }
 
+// campaign is many runs, several at a time.
+type campaign struct {
+	dir, program, containerd string
+}
+
+// listed is the operations of each scenario, when the daemon is not killed.
+func (c campaign) listed(all []*scenario) (map[*scenario][]Op, error) {
+	runs := pool{dir: c.dir}
+	var mu sync.Mutex
+	var errs []error
+	points := map[*scenario][]Op{}
+	for _, s := range all {
+		runs.add(func(dir string) {
+			done, err := run{scenario: s, program: c.program, containerd: c.containerd}.run(dir)
+			mu.Lock()
+			defer mu.Unlock()
+			points[s] = done.ops
+			if err != nil {
+				errs = append(errs, fmt.Errorf("%s, without a crash: %w", s.name, err))
+			}
+		})
+	}
+	runs.running.Wait()
+	return points, errors.Join(errs...)
+}
+
+// outcome is how runs went.
+type outcome struct {
+	survived, after, missed []point // after are those that were killed right after it
+	lost                    []error
+	in                      map[*scenario]int // how many of these
+}
+
+// killed kills the daemon at each of the points.
+func (c campaign) killed(at []point) *outcome {
+	runs := pool{dir: c.dir}
+	var mu sync.Mutex
+	o := &outcome{in: map[*scenario]int{}}
+	for _, p := range at {
+		runs.add(func(dir string) {
+			done, err := run{scenario: p.scenario, program: c.program, containerd: c.containerd, target: &p.Op, after: p.after}.run(dir)
+			mu.Lock()
+			defer mu.Unlock()
+			switch {
+			case err != nil:
+				o.in[p.scenario]++
+				o.lost = append(o.lost, fmt.Errorf("%s, killed at %v (after it: %v): %w", p.name, p.Op, p.after, err))
+			case !done.killed:
+				o.missed = append(o.missed, p)
+			case p.after:
+				o.after = append(o.after, p)
+			default:
+				o.survived = append(o.survived, p)
+			}
+		})
+	}
+	runs.running.Wait()
+	return o
+}
+
 func TestTheDaemonIsKilledAtEveryOperation(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)
-	containerd := startContainerd(t)
+	c := campaign{shortDir(t), program, startContainerd(t)}
 	all := scenarios(packModels(t))
 	if only := os.Getenv("ARTIFACT_SNAPSHOTTER_SCENARIO"); only != "" {
 		all = slices.DeleteFunc(all, func(s *scenario) bool { return !strings.Contains(s.name, only) })
 	}
 	began := time.Now()
-	runs := pool{dir: t.TempDir(), workers: 2}
-
-	var mu sync.Mutex
-	points := map[*scenario][]Op{}
-	for _, s := range all {
-		runs.add(func(dir string) {
-			done, err := run{scenario: s, program: program, containerd: containerd}.run(dir)
-			if err != nil {
-				t.Errorf("%s, without a crash: %v", s.name, err)
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			points[s] = done.ops
-		})
-	}
-	runs.wait()
-	if t.Failed() {
-		return
-	}
+	points, err := c.listed(all)
+	check(t, err)
+	listing := time.Since(began)
 	chosen := choose(all, points)
-	counting := time.Since(began)
-
-	outcome := map[*scenario]*tally{}
+	o := c.killed(chosen)
+	for _, err := range o.lost {
+		t.Error(err)
+	}
+	t.Logf("killed at:\n%s", o.table(all, points))
 	calls, anywhere := map[string]int{}, map[string]bool{}
-	for _, s := range all {
-		outcome[s] = &tally{operations: len(points[s])}
+	for _, p := range o.survived {
+		calls[p.Call]++
+		anywhere[p.Key()] = true
 	}
-	for _, p := range chosen {
-		runs.add(func(dir string) {
-			done, err := run{
-				scenario: p.scenario, program: program, containerd: containerd,
-				target: &p.Op, after: p.after,
-			}.run(dir)
-			mu.Lock()
-			defer mu.Unlock()
-			o := outcome[p.scenario]
-			switch {
-			case err != nil:
-				o.lost++
-				t.Errorf("%s, killed at %v (after it: %v): %v", p.name, p.Op, p.after, err)
-			case !done.killed:
-				o.missed++
-			case p.after:
-				o.after++
-			default:
-				o.survived++
-				calls[p.Call]++
-				anywhere[p.Key()] = true
-			}
-		})
-	}
-	runs.wait()
-	total := &tally{}
-	var table strings.Builder
-	fmt.Fprintf(&table, "%-60s %10s %8s %8s %8s %8s\n", "scenario", "operations", "before", "after", "missed", "lost")
-	for _, s := range all {
-		o := outcome[s]
-		fmt.Fprintf(&table, "%-60s %10d %8d %8d %8d %8d\n", s.name, o.operations, o.survived, o.after, o.missed, o.lost)
-		total.add(o)
-	}
-	fmt.Fprintf(&table, "%-60s %10d %8d %8d %8d %8d\n", "all", total.operations, total.survived, total.after, total.missed, total.lost)
-	t.Logf("killed at:\n%s", &table)
 	t.Logf("distinct kill points by system call: %s", byCall(calls))
-	t.Logf("%d distinct kill points survived (%d if an operation counts once for all scenarios), and %d runs killed right after an operation; %d lost; %d not met again; %v to count, %v in all",
-		total.survived, len(anywhere), total.after, total.lost, total.missed, counting.Round(time.Second), time.Since(began).Round(time.Second))
-	if want := 1000; long && total.survived < want {
+	t.Logf("%d distinct kill points survived (%d if an operation counts once for all scenarios), and %d runs killed right after an operation; %d lost; %d not met again; %v to list them, %v in all",
+		len(o.survived), len(anywhere), len(o.after), len(o.lost), len(o.missed), listing.Round(time.Second), time.Since(began).Round(time.Second))
+	if want := 1000; long && len(o.survived) < want {
 		t.Errorf("these are fewer than %d", want)
 	}
 	// What a run does is not the same each time: several things are done at once.
-	if total.missed*10 > len(chosen) {
-		t.Errorf("%d of %d operations were not met again", total.missed, len(chosen))
+	if len(o.missed)*10 > len(chosen) {
+		t.Errorf("%d of %d operations were not met again", len(o.missed), len(chosen))
 	}
+}
+
+// table says it by scenario.
+func (o *outcome) table(all []*scenario, points map[*scenario][]Op) string {
+	var table strings.Builder
+	row := func(name string, s *scenario, operations int) {
+		count := func(of []point) (n int) {
+			for _, p := range of {
+				if s == nil || p.scenario == s {
+					n++
+				}
+			}
+			return n
+		}
+		lost := len(o.lost)
+		if s != nil {
+			lost = o.in[s]
+		}
+		fmt.Fprintf(&table, "%-60s %10d %8d %8d %8d %8d\n", name, operations, count(o.survived), count(o.after), count(o.missed), lost)
+	}
+	fmt.Fprintf(&table, "%-60s %10s %8s %8s %8s %8s\n", "scenario", "operations", "before", "after", "missed", "lost")
+	operations := 0
+	for _, s := range all {
+		row(s.name, s, len(points[s]))
+		operations += len(points[s])
+	}
+	row("all", nil, operations)
+	return table.String()
 }
 
 // startContainerd starts a containerd and returns its socket. The daemon asks it which
@@ -270,17 +311,6 @@ func startContainerd(t *testing.T) (address string) {
 	check(t, err)
 	t.Cleanup(func() { check(t, n.Stop()) })
 	return n.Address
-}
-
-// tally counts runs.
-type tally struct{ operations, survived, after, missed, lost int }
-
-func (t *tally) add(o *tally) {
-	t.operations += o.operations
-	t.survived += o.survived
-	t.after += o.after
-	t.missed += o.missed
-	t.lost += o.lost
 }
 
 func byCall(calls map[string]int) string {
@@ -316,30 +346,36 @@ func choose(all []*scenario, points map[*scenario][]Op) (chosen []point) {
 	return chosen[:selected]
 }
 
-// pool runs functions, several at a time, each with a directory of its own.
+// pool runs functions, two at a time, each with a directory of its own.
 type pool struct {
 	dir     string
-	workers int
-
-	number  int
 	running sync.WaitGroup
 	tokens  chan struct{}
 }
 
+// directories numbers them: those of one test are all different.
+var directories atomic.Int64
+
 func (p *pool) add(f func(dir string)) {
 	if p.tokens == nil {
-		p.tokens = make(chan struct{}, p.workers)
+		p.tokens = make(chan struct{}, 2)
 	}
 	p.tokens <- struct{}{}
-	p.number++
-	dir := filepath.Join(p.dir, fmt.Sprint(p.number))
+	dir := filepath.Join(p.dir, fmt.Sprint(directories.Add(1)))
 	p.running.Go(func() {
 		defer func() { <-p.tokens }()
 		f(dir)
 	})
 }
 
-func (p *pool) wait() { p.running.Wait() }
+// shortDir is a directory for a test; below it are sockets, whose paths have a limit.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "")
+	check(t, err)
+	t.Cleanup(func() { check(t, os.RemoveAll(dir)) })
+	return dir
+}
 
 func check(t testing.TB, err error) {
 	t.Helper()

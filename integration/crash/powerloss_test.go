@@ -27,7 +27,7 @@ import (
 
 // cuts is how many times the power is cut: cutsSelected in a selection.
 const (
-	cuts         = 800
+	cuts         = 400
 	cutsSelected = 12
 )
 
@@ -45,48 +45,69 @@ type moment struct {
 func TestThePowerIsCutAtAnyMoment(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)
-	containerd := startContainerd(t)
-	models := packModels(t)
-	began := time.Now()
-	d, err := newDisk(t.TempDir())
-	check(t, err)
-	moments, err := live(d, models, program, containerd)
-	check(t, errors.Join(err, d.close()))
-	end := d.position()
-	flushes, bytes := 0, 0
-	for _, w := range d.log {
-		if bytes += len(w.data); w.data == nil {
-			flushes++
-		}
-	}
-	t.Logf("the disk saw %d writes of %d KiB and %d flushes while the daemon acknowledged %d requests", end-flushes, bytes>>10, flushes, acknowledged(moments))
-
 	number := cutsSelected
 	if long {
 		number = cuts
 	}
-	const seed = 20 // another one is as good
-	random := rand.New(rand.NewPCG(seed, 0))
-	runs := pool{dir: t.TempDir(), workers: 2}
-	var mu sync.Mutex
-	lost, distinct := 0, map[cut]bool{}
-	for i := range number {
-		c := cut{position: random.IntN(end + 1), some: i%2 == 1}
-		if c.some {
-			c.seed = random.Uint64()
+	began := time.Now()
+	c := campaign{shortDir(t), program, startContainerd(t)}
+	p, err := c.powerCut(packModels(t), number)
+	check(t, err)
+	for _, err := range p.lost {
+		t.Error(err)
+	}
+	t.Logf("the disk saw %d writes of %d KiB and %d flushes while the daemon acknowledged %d requests", p.writes, p.bytes>>10, p.flushes, p.acknowledged)
+	t.Logf("%d distinct cuts survived, %d lost, in %v", p.distinct-len(p.lost), len(p.lost), time.Since(began).Round(time.Second))
+}
+
+// powerCuts is how many cuts went.
+type powerCuts struct {
+	writes, bytes, flushes, acknowledged, distinct int
+	lost                                           []error
+}
+
+// powerCut has the daemon live once, and the power cut so many times.
+func (c campaign) powerCut(m *models, number int) (done powerCuts, err error) {
+	dir := filepath.Join(c.dir, "live")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return done, err
+	}
+	d, err := newDisk(dir)
+	if err != nil {
+		return done, err
+	}
+	moments, err := c.live(d, m)
+	if err := errors.Join(err, d.close()); err != nil {
+		return done, err
+	}
+	for _, w := range d.log {
+		if done.bytes += len(w.data); w.data == nil {
+			done.flushes++
 		}
-		distinct[c] = true
+	}
+	done.writes, done.acknowledged = len(d.log)-done.flushes, acknowledged(moments)
+
+	random := rand.New(rand.NewPCG(20, 0)) // another seed is as good
+	runs := pool{dir: c.dir}
+	var mu sync.Mutex
+	distinct := map[cut]bool{}
+	for i := range number {
+		at := cut{position: random.IntN(len(d.log) + 1), some: i%2 == 1}
+		if at.some {
+			at.seed = random.Uint64()
+		}
+		distinct[at] = true
 		runs.add(func(dir string) {
-			if err := recovered(dir, d, c, moments, models, program, containerd); err != nil {
+			if err := c.recovered(dir, d, at, moments, m); err != nil {
 				mu.Lock()
 				defer mu.Unlock()
-				lost++
-				t.Errorf("after a cut at %+v of %d: %v", c, end, err)
+				done.lost = append(done.lost, fmt.Errorf("after a cut at %+v of %d: %w", at, len(d.log), err))
 			}
 		})
 	}
-	runs.wait()
-	t.Logf("%d distinct cuts survived, %d lost, in %v", len(distinct)-lost, lost, time.Since(began).Round(time.Second))
+	runs.running.Wait()
+	done.distinct = len(distinct)
+	return done, nil
 }
 
 func acknowledged(moments []moment) (number int) {
@@ -100,8 +121,8 @@ func acknowledged(moments []moment) (number int) {
 
 // live has the daemon do everything that it does, with the disk, and returns what it
 // had acknowledged when.
-func live(d *disk, m *models, program, containerd string) (moments []moment, err error) {
-	h, err := newHost(filepath.Join(d.dir, "host"), d.mounted, program, containerd, "")
+func (c campaign) live(d *disk, m *models) (moments []moment, err error) {
+	h, err := newHost(filepath.Join(d.dir, "host"), d.mounted, c.program, c.containerd, "")
 	if err != nil {
 		return nil, err
 	}
@@ -185,15 +206,15 @@ func writeBack(root string) (stop func()) {
 }
 
 // recovered boots a node with what the disk holds after the cut, and checks it.
-func recovered(dir string, d *disk, c cut, moments []moment, m *models, program, containerd string) (err error) {
+func (c campaign) recovered(dir string, d *disk, at cut, moments []moment, m *models) (err error) {
 	image, mounted := filepath.Join(dir, "image"), filepath.Join(dir, "disk")
 	if err := os.MkdirAll(mounted, 0o755); err != nil {
 		return err
 	}
-	if err := errors.Join(d.after(c, image), mountFS(image, mounted, "")); err != nil {
+	if err := errors.Join(d.after(at, image), mountFS(image, mounted, "")); err != nil {
 		return err
 	}
-	h, err := newHost(dir, mounted, program, containerd, "")
+	h, err := newHost(dir, mounted, c.program, c.containerd, "")
 	if err != nil {
 		return err
 	}
@@ -206,9 +227,9 @@ func recovered(dir string, d *disk, c cut, moments []moment, m *models, program,
 		err = errors.Join(err, h.clear())
 	}()
 	h.number = 1000 // keys of its own
-	for _, at := range moments {
-		if at.position <= c.position {
-			h.must, h.may = maps.Clone(at.must), maps.Clone(at.may)
+	for _, then := range moments {
+		if then.position <= at.position {
+			h.must, h.may = maps.Clone(then.must), maps.Clone(then.may)
 		}
 	}
 	if err := errors.Join(h.bootedBefore(), h.checkDatabase()); err != nil {

@@ -43,6 +43,10 @@ import (
 // for another.
 const namespace = "crash"
 
+// patience is how long the daemon may take for anything: a machine that does other
+// things, too, may stop for many seconds.
+const patience = time.Minute
+
 // host is what there is on a node of the daemon and of those it works for: its
 // directories, containerd's content, the snapshots that containerd knows, and pods.
 type host struct {
@@ -182,7 +186,7 @@ func (d *daemon) waitReady(ready *net.UnixConn) error {
 		case <-heard:
 		}
 	}()
-	_ = ready.SetReadDeadline(time.Now().Add(20 * time.Second))
+	_ = ready.SetReadDeadline(time.Now().Add(patience))
 	buf := make([]byte, 4096)
 	for {
 		n, err := ready.Read(buf)
@@ -218,13 +222,13 @@ func (h *host) stop(s syscall.Signal) error {
 	select {
 	case <-d.done:
 		return nil
-	case <-time.After(20 * time.Second):
+	case <-time.After(patience):
 		return fmt.Errorf("the daemon does not end by signal %q", s)
 	}
 }
 
 func (h *host) context() (context.Context, context.CancelFunc) {
-	return context.WithTimeout(namespaces.WithNamespace(context.Background(), namespace), 20*time.Second)
+	return context.WithTimeout(namespaces.WithNamespace(context.Background(), namespace), patience)
 }
 
 // key is a key as containerd hands it on, of its own each time.

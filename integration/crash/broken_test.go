@@ -32,7 +32,9 @@ const module = "github.com/artifact-snapshotter/artifact-snapshotter/"
 
 var brokens = []broken{
 	{"its database does not sync", []edit{
-		{"go.etcd.io/bbolt", "bolt_linux.go", "return syscall.Fdatasync(int(db.file.Fd()))", "_ = syscall.Fdatasync\n\treturn nil"},
+		{module + "snapshot", "snapshot.go", `storage.NewMetaStore(filepath.Join(root, "metadata.db"))`,
+			`storage.NewMetaStore(filepath.Join(root, "metadata.db"), func(o *bbolt.Options) error { o.NoSync = true; return nil })`},
+		{module + "snapshot", "snapshot.go", `import (`, "import (\n\t\"go.etcd.io/bbolt\"\n"},
 	}, ""},
 	{"layers that a snapshot keeps are not synced", []edit{
 		{module + "unpack", "apply_keep.go", "errors.Join(f.Sync(), f.Close())", "f.Close()"},

@@ -15,7 +15,7 @@ PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs busy
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build image tools containerd-older kubelet helm packages demo test test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
+.PHONY: build image tools containerd-older kubelet helm packages demo test test-long test-crash test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
 
 build:
 	@echo "==> building $(BIN)"
@@ -88,6 +88,16 @@ test: build tools kubelet test-deploy
 		echo "==> what failed (of bin/test.log):"; \
 		grep -aE '^ *--- FAIL|^ +[a-z_]+_test\.go:[0-9]+: |^(FAIL|panic|WARNING: DATA RACE)' bin/test.log | cut -c -2000; exit 1; }
 	$(tell_crio)
+
+# All of what `make test` has a selection of: docs/reliability.md.
+test-long: test-crash
+
+# The daemon killed at every operation, and the power cut: an hour on two cores. Without
+# the race detector, which finds nothing in a daemon that is another program.
+test-crash: build tools
+	@echo "==> killing the daemon at every operation"
+	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -v -timeout 4h -run '^Test(TheDaemonIsKilled|ThePowerIsCut|ADiskForgets|ABrokenDaemon)' ./integration/crash
+	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -v -timeout 2h -run '^TestANodeSurvives' ./integration
 
 # The chart, the examples, the dashboard and the alerts: files that Go does not see
 # change, hence -count=1. Without cgo, as the kubelet,

@@ -11,12 +11,14 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/crash"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
 // TestMain gives all nodes one temporary directory and fails the run if, at
 // its end, anything is mounted or running there.
 func TestMain(m *testing.M) {
+	crash.Main()
 	code, err := runIn(m)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "FAIL:", err)

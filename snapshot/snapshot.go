@@ -13,6 +13,7 @@ package snapshot
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"maps"
@@ -139,6 +140,9 @@ func New(root string, views *view.Store, images Images) (snapshots.Snapshotter, 
 	if err != nil {
 		return nil, errors.Join(err, ms.Close())
 	}
+	if err := setAside(root, ms); err != nil {
+		return nil, errors.Join(err, o.Close())
+	}
 	s := &snapshotter{Snapshotter: o, root: root, ms: ms, views: views, images: images}
 	views.AddUsers(func(ctx context.Context) ([]view.ID, error) {
 		return s.list(ctx, func(i snapshots.Info) bool { return i.Kind != snapshots.KindCommitted })
@@ -147,6 +151,34 @@ func New(root string, views *view.Store, images Images) (snapshots.Snapshotter, 
 		return s.list(ctx, func(i snapshots.Info) bool { return i.Labels[LabelLayers] != "" })
 	})
 	return s, nil
+}
+
+// setAside renames the directories of snapshots that no record names, which a crash
+// leaves, to what the next Cleanup removes. overlayfs would number the next snapshot
+// like the first of them, and fail, and views are numbered like it, too.
+func setAside(root string, ms *storage.MetaStore) error {
+	var recorded map[string]string
+	err := ms.WithTransaction(context.Background(), false, func(ctx context.Context) (err error) {
+		recorded, err = storage.IDMap(ctx)
+		return err
+	})
+	if err != nil && !errdefs.IsNotFound(err) { // no snapshot has ever been made
+		return err
+	}
+	dirs, err := os.ReadDir(snapshotsDir(root))
+	if err != nil {
+		return err
+	}
+	for _, d := range dirs {
+		if _, ok := recorded[d.Name()]; ok || strings.HasPrefix(d.Name(), "new-") {
+			continue
+		}
+		dir := filepath.Join(snapshotsDir(root), d.Name())
+		if err := os.Rename(dir, filepath.Join(snapshotsDir(root), "new-"+rand.Text())); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Prepare makes a view if key is the image volume of an artifact, and unpacks an

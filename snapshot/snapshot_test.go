@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -343,3 +344,23 @@ func TestARefusedVolumeLeavesNoSnapshot(t *testing.T) {
 }
 
 const ocispecHex = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+
+// A crash between the two leaves the directory of a snapshot without its record.
+func TestADirectoryWithoutARecordIsNotInTheWayOfTheNextSnapshot(t *testing.T) {
+	n := newNode(t)
+	dir := filepath.Join(n.root, "overlayfs", "snapshots")
+	for i, name := range []string{"1", "2"} { // there is no database yet, and there is one
+		n.close(t)
+		if err := os.MkdirAll(filepath.Join(dir, name, "fs"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		n.open(t)
+		if _, err := n.Prepare(ctx, fmt.Sprint("active", i), ""); err != nil {
+			t.Errorf("with a directory %s: %v", name, err)
+		}
+		n.cleanup(t)
+		if dirs, err := os.ReadDir(dir); err != nil || len(dirs) != i+1 {
+			t.Errorf("%d snapshots have the directories %v, %v", i+1, dirs, err)
+		}
+	}
+}

@@ -1,0 +1,86 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build amd64
+
+package crash
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// launching is set in the environment of a program that is to become the traced one.
+const launching = "ARTIFACT_SNAPSHOTTER_TEST_LAUNCH"
+
+// Main must be called first thing by a program that calls Start or has a Wrapper: the
+// process that is traced is that program again, until it has installed its filter, and
+// so is the wrapper. There it does not return.
+func Main() {
+	var err error
+	switch {
+	case os.Getenv(launching) != "":
+		err = launch(os.Args[1:])
+	case os.Getenv(wrapping) != "":
+		err = wrap(os.Getenv(wrapping), os.Args[1:])
+	default:
+		return
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// launch becomes the program args, with every system call of the table stopping for
+// the tracer. Filters are kept by execve(2).
+func launch(args []string) error {
+	runtime.LockOSThread() // a filter is a thread's
+	if err := os.Unsetenv(launching); err != nil {
+		return err
+	}
+	filter := filterOf()
+	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	if err := unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&program)), 0, 0); err != nil {
+		return os.NewSyscallError("prctl PR_SET_SECCOMP", err)
+	}
+	return os.NewSyscallError("execve", syscall.Exec(args[0], args, os.Environ()))
+}
+
+// Offsets in struct seccomp_data.
+const (
+	dataNumber = 0
+	dataArch   = 4
+	dataArg2   = 16 + 2*8 // its lower half
+)
+
+// filterOf is a program that stops at the system calls of the table, at openat(2)
+// only if it may change something.
+func filterOf() []unix.SockFilter {
+	statement := func(code uint16, k uint32) unix.SockFilter { return unix.SockFilter{Code: code, K: k} }
+	load := func(offset uint32) unix.SockFilter { return statement(unix.BPF_LD|unix.BPF_W|unix.BPF_ABS, offset) }
+	allow := statement(unix.BPF_RET|unix.BPF_K, unix.SECCOMP_RET_ALLOW)
+	stop := statement(unix.BPF_RET|unix.BPF_K, unix.SECCOMP_RET_TRACE)
+	equal := func(k uint32, then, otherwise uint8) unix.SockFilter {
+		return unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jt: then, Jf: otherwise, K: k}
+	}
+	filter := []unix.SockFilter{load(dataArch), equal(unix.AUDIT_ARCH_X86_64, 1, 0), allow, load(dataNumber)}
+	left := len(calls)
+	for number := range calls {
+		filter = append(filter, equal(uint32(number), uint8(left+4), 0)) // to the last statement
+		left--
+	}
+	return append(filter,
+		equal(unix.SYS_OPENAT, 1, 0),
+		allow,
+		load(dataArg2),
+		unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K, Jt: 1, K: unix.O_CREAT | unix.O_TRUNC},
+		allow,
+		stop)
+}

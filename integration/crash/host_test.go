@@ -1,0 +1,615 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build amd64
+
+package crash
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	diffapi "github.com/containerd/containerd/api/services/diff/v1"
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/core/diff"
+	diffproxy "github.com/containerd/containerd/v2/core/diff/proxy"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/proxy"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
+)
+
+// namespace is one of containerd's in which there are no images, so that none is taken
+// for another.
+const namespace = "crash"
+
+// patience is how long the daemon may take for anything: a machine that does other
+// things, too, may stop for many seconds.
+const patience = time.Minute
+
+// host is what there is on a node of the daemon and of those it works for: its
+// directories, containerd's content, the snapshots that containerd knows, and pods.
+type host struct {
+	dir        string // of what a reboot takes
+	containerd string // its socket
+	program    string // the daemon
+	flags      []string
+	content    string
+	root       string
+	state      string
+	exact      bool // volumes show attributes as they were packed
+
+	daemon *daemon
+	// The daemon's services, by the clients of containerd's proxy plugins.
+	snapshots.Snapshotter
+	applier diff.Applier
+
+	number int // of keys and of pods
+	pods   []*pod
+	there  map[*model]bool // whose blobs are in content
+	// must are the snapshots that the daemon has acknowledged and that nobody has asked
+	// it to remove, by their keys; may are those for which a request was not answered.
+	must map[string]*model
+	may  map[string]bool
+	// noted, if it is not nil, is called when these have changed.
+	noted func()
+	// synced has containerd sync what it has fetched to the disk.
+	synced bool
+}
+
+// daemon is a running one.
+type daemon struct {
+	traced *Process  // or nil
+	cmd    *exec.Cmd // of one that is not traced
+	done   chan struct{}
+	conn   *grpc.ClientConn
+}
+
+// newHost makes a host; what outlives a reboot is in disk.
+func newHost(dir, disk, program, containerd string, toml string) (*host, error) {
+	h := &host{
+		dir: dir, containerd: containerd, program: program,
+		content: filepath.Join(disk, "content"), root: filepath.Join(disk, "root"), state: filepath.Join(dir, "state"),
+		exact: !strings.Contains(toml, `"link"`),
+		there: map[*model]bool{}, must: map[string]*model{}, may: map[string]bool{},
+	}
+	for _, d := range []string{filepath.Join(h.content, "blobs", "sha256"), filepath.Join(dir, "pods")} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			return nil, err
+		}
+	}
+	return h, h.configure(toml)
+}
+
+// configure writes the daemon's configuration.
+func (h *host) configure(toml string) error {
+	return os.WriteFile(filepath.Join(h.dir, "daemon.toml"), []byte("reserved_space = 0\n"+toml), 0o644)
+}
+
+func (h *host) args() []string {
+	return append([]string{
+		h.program, "serve",
+		"--config", filepath.Join(h.dir, "daemon.toml"),
+		"--root", h.root,
+		"--state", h.state,
+		"--content-root", h.content,
+		"--containerd-address", h.containerd,
+		"--log-level", "debug",
+	}, h.flags...)
+}
+
+func (h *host) logPath() string { return filepath.Join(h.dir, "log") }
+
+// errEnded is that of a daemon that ended before it was ready.
+var errEnded = errors.New("the daemon has ended")
+
+// start starts the daemon and returns when it is ready. A traced one is armed from its
+// first operation if arm is set, to be killed at target if it is not nil.
+func (h *host) start(traced, arm bool, target *Op, after bool) error {
+	log, err := os.OpenFile(h.logPath(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	socket := filepath.Join(h.dir, "notify")
+	if err := os.RemoveAll(socket); err != nil {
+		return err
+	}
+	ready, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err != nil {
+		return err
+	}
+	defer ready.Close()
+	env := append(os.Environ(), "NOTIFY_SOCKET="+socket, "OTEL_TRACES_EXPORTER=none")
+	d := &daemon{done: make(chan struct{})}
+	if traced {
+		d.traced, err = Program{Args: h.args(), Env: env, Log: log, Dirs: []string{h.root, h.state}, Armed: arm, Target: target, After: after}.Start()
+		if err != nil {
+			return err
+		}
+		go func() {
+			<-d.traced.Done()
+			close(d.done)
+		}()
+	} else {
+		d.cmd = exec.Command(h.args()[0], h.args()[1:]...)
+		d.cmd.Stdout, d.cmd.Stderr, d.cmd.Env = log, log, env
+		d.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+		if err := d.cmd.Start(); err != nil {
+			return err
+		}
+		go func() {
+			_ = d.cmd.Wait() // the state says it all
+			close(d.done)
+		}()
+	}
+	h.daemon = d
+	if err := d.waitReady(ready); err != nil {
+		return err
+	}
+	d.conn, err = grpc.NewClient("unix://"+filepath.Join(h.state, "artifact-snapshotter.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return err
+	}
+	h.Snapshotter = proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(d.conn), "artifact")
+	h.applier, _ = diffproxy.NewDiffApplier(diffapi.NewDiffClient(d.conn)).(diff.Applier)
+	return nil
+}
+
+func (d *daemon) waitReady(ready *net.UnixConn) error {
+	heard := make(chan struct{})
+	defer close(heard)
+	go func() {
+		select {
+		case <-d.done:
+			_ = ready.SetReadDeadline(time.Now())
+		case <-heard:
+		}
+	}()
+	_ = ready.SetReadDeadline(time.Now().Add(patience))
+	buf := make([]byte, 4096)
+	for {
+		n, err := ready.Read(buf)
+		switch {
+		case err == nil && strings.Contains(string(buf[:n]), "READY=1"):
+			return nil
+		case err != nil:
+			select {
+			case <-d.done:
+				return errEnded
+			default:
+				return fmt.Errorf("the daemon is not ready: %w", err)
+			}
+		}
+	}
+}
+
+// stop ends the daemon by a signal and waits.
+func (h *host) stop(s syscall.Signal) error {
+	d := h.daemon
+	if d == nil {
+		return nil
+	}
+	h.daemon = nil
+	if d.conn != nil {
+		_ = d.conn.Close()
+	}
+	if d.traced != nil {
+		_ = d.traced.Signal(s)
+	} else {
+		_ = d.cmd.Process.Signal(s)
+	}
+	select {
+	case <-d.done:
+		return nil
+	case <-time.After(patience):
+		return fmt.Errorf("the daemon does not end by signal %q", s)
+	}
+}
+
+func (h *host) context() (context.Context, context.CancelFunc) {
+	return context.WithTimeout(namespaces.WithNamespace(context.Background(), namespace), patience)
+}
+
+// key is a key as containerd hands it on, of its own each time.
+func (h *host) key(rest string) string {
+	h.number++
+	return fmt.Sprintf("%s/%d/%s", namespace, h.number, rest)
+}
+
+// pull has containerd fetch the model: its blobs appear.
+func (h *host) pull(all ...*model) error {
+	for _, m := range all {
+		for _, blob := range m.files {
+			if err := m.deliver(h.content, blob, h.synced); err != nil {
+				return err
+			}
+		}
+		h.there[m] = true
+	}
+	return nil
+}
+
+// remove has containerd delete the images of the models, and collect their blobs.
+func (h *host) remove(all ...*model) error {
+	for _, m := range all {
+		delete(h.there, m)
+		for _, blob := range m.files {
+			if slices.ContainsFunc(slices.Collect(maps.Keys(h.there)), func(other *model) bool { return slices.Contains(other.files, blob) }) {
+				continue
+			}
+			if err := os.Remove(filepath.Join(h.content, blob)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// ask prepares a snapshot, and remembers it by how it was answered.
+func (h *host) ask(key string, m *model, call func(ctx context.Context) ([]mount.Mount, error)) ([]mount.Mount, error) {
+	ctx, cancel := h.context()
+	defer cancel()
+	h.may[key] = true
+	h.note()
+	mounts, err := call(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", key, err)
+	}
+	delete(h.may, key)
+	h.must[key] = m
+	h.note()
+	return mounts, nil
+}
+
+func (h *host) note() {
+	if h.noted != nil {
+		h.noted()
+	}
+}
+
+// forget removes a snapshot.
+func (h *host) forget(key string) error {
+	ctx, cancel := h.context()
+	defer cancel()
+	delete(h.must, key)
+	h.may[key] = true
+	h.note()
+	if err := h.Remove(ctx, key); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("remove %s: %w", key, err)
+	}
+	delete(h.may, key)
+	h.note()
+	return nil
+}
+
+// volumeKey is that of an image volume of a new pod.
+func (h *host) volumeKey(m *model) string {
+	return h.key(filepath.Join(h.dir, "io.containerd.grpc.v1.cri/image-volumes", fmt.Sprintf("sandbox-%d", h.number), m.manifest.Digest.Encoded()))
+}
+
+// run runs a pod with a volume of the model.
+func (h *host) run(m *model, opts ...snapshots.Opt) error {
+	key := h.volumeKey(m)
+	mounts, err := h.ask(key, m, func(ctx context.Context) ([]mount.Mount, error) { return h.Prepare(ctx, key, "", opts...) })
+	if err != nil {
+		return err
+	}
+	return h.runWith(key, m, mounts)
+}
+
+// runWith runs a pod in which mounts show the model.
+func (h *host) runWith(key string, m *model, mounts []mount.Mount) error {
+	h.number++
+	p, err := startPod(filepath.Join(h.dir, "pods", fmt.Sprint(h.number)), key, m, mounts, h.exact)
+	if err != nil {
+		return err
+	}
+	h.pods = append(h.pods, p)
+	return nil
+}
+
+// drop ends a pod and removes its snapshot.
+func (h *host) drop(p *pod) error {
+	h.pods = slices.DeleteFunc(h.pods, func(other *pod) bool { return other == p })
+	if err := p.end(); err != nil {
+		return err
+	}
+	return h.forget(p.key)
+}
+
+// cleanup is what containerd calls after a garbage collection.
+func (h *host) cleanup() error {
+	ctx, cancel := h.context()
+	defer cancel()
+	cleaner, ok := h.Snapshotter.(snapshots.Cleaner)
+	if !ok {
+		return errors.New("no Cleaner")
+	}
+	return unlessEmpty(cleaner.Cleanup(ctx))
+}
+
+// unlessEmpty is err, but for that of a database in which there has never been a
+// snapshot, whose kind containerd's gRPC service loses.
+func unlessEmpty(err error) error {
+	if err != nil && strings.HasPrefix(err.Error(), "bucket does not exist") {
+		return nil
+	}
+	return err
+}
+
+// list is the keys of all snapshots.
+func (h *host) list() (map[string]snapshots.Info, error) {
+	ctx, cancel := h.context()
+	defer cancel()
+	found := map[string]snapshots.Info{}
+	err := h.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
+		found[i.Name] = i
+		return nil
+	})
+	return found, unlessEmpty(err)
+}
+
+// checkPods checks that every running pod has read and reads the right bytes.
+func (h *host) checkPods(when string) error {
+	for _, p := range h.pods {
+		if err := p.check(); err != nil {
+			return fmt.Errorf("%s, a running pod with the model %q: %w", when, p.model.name, err)
+		}
+	}
+	return nil
+}
+
+// checkSnapshots checks that what was acknowledged is there and shows the right files,
+// and that nothing else is.
+func (h *host) checkSnapshots() error {
+	found, err := h.list()
+	if err != nil {
+		return err
+	}
+	for key := range found {
+		if _, ok := h.must[key]; !ok && !h.may[key] {
+			return fmt.Errorf("there is a snapshot that was removed, or that nobody has asked for: %s", key)
+		}
+	}
+	for key, m := range h.must {
+		info, ok := found[key]
+		if !ok {
+			return fmt.Errorf("the snapshot %s is lost", key)
+		}
+		if m == nil || info.Kind == snapshots.KindCommitted || m.refused != "" {
+			continue
+		}
+		ctx, cancel := h.context()
+		mounts, err := h.Mounts(ctx, key)
+		cancel()
+		if err == nil {
+			err = h.shows(mounts, m)
+		}
+		if err != nil {
+			return fmt.Errorf("the snapshot %s of the model %q: %w", key, m.name, err)
+		}
+	}
+	return nil
+}
+
+// shows mounts a volume and compares it with the model.
+func (h *host) shows(mounts []mount.Mount, m *model) error {
+	target := filepath.Join(h.dir, "shown")
+	if err := os.MkdirAll(target, 0o755); err != nil {
+		return err
+	}
+	if err := mount.All(mounts, target); err != nil {
+		return err
+	}
+	err := compare(target, m, h.exact)
+	return errors.Join(err, mount.UnmountAll(target, unix.MNT_DETACH))
+}
+
+func compare(dir string, m *model, exact bool) error {
+	got, err := treelist.List(dir)
+	if err != nil {
+		return err
+	}
+	want := m.want
+	if !exact { // the attributes are those of the runtime's blobs
+		want = slices.Clone(want)
+		for _, list := range [][]treelist.Entry{want, got} {
+			for i := range list {
+				list[i].Mode, list[i].UID, list[i].GID, list[i].ModTime = 0, 0, 0, 0
+			}
+		}
+	}
+	if difference := treelist.Diff(want, got); difference != "" {
+		return fmt.Errorf("it shows something else:\n%s", difference)
+	}
+	return nil
+}
+
+// checkNext checks that the next pod with each model mounts the right tree, or is told
+// why it cannot, and runs these pods.
+func (h *host) checkNext(all []*model) error {
+	for _, m := range all {
+		err := h.run(m)
+		switch {
+		case m.refused == "" && err != nil:
+			return fmt.Errorf("the next pod with the model %q: %w", m.name, err)
+		case m.refused != "" && (err == nil || !strings.Contains(err.Error(), m.refused)):
+			return fmt.Errorf("the next pod with the model %q is told %v", m.name, err)
+		}
+	}
+	return h.checkPods("with the next ones")
+}
+
+// empty removes everything that there is, as containerd does when all pods and images
+// are deleted.
+func (h *host) empty() error {
+	for len(h.pods) > 0 {
+		if err := h.drop(h.pods[0]); err != nil {
+			return err
+		}
+	}
+	if err := h.remove(slices.Collect(maps.Keys(h.there))...); err != nil {
+		return err
+	}
+	// Children first.
+	for {
+		found, err := h.list()
+		if err != nil {
+			return err
+		}
+		if len(found) == 0 {
+			break
+		}
+		parents := map[string]bool{}
+		for _, i := range found {
+			parents[i.Parent] = true
+		}
+		for key := range found {
+			if !parents[key] {
+				if err := h.forget(key); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return h.cleanup()
+}
+
+// idle is what the daemon has on the disk when there is nothing. The database keeps
+// pages that it needs no more; it is checked by itself.
+var idle = []string{
+	"root", "root/blobs", "root/blobs/sha256", "root/boot, 37 bytes", "root/lock, 0 bytes", "root/overlayfs",
+	"root/overlayfs/metadata.db", "root/overlayfs/snapshots", "root/trees", "state", "state/mounts",
+}
+
+// checkIdle checks that there is no more on the disk, and nothing mounted.
+func (h *host) checkIdle() error {
+	left, err := h.leftovers()
+	for _, name := range left {
+		if !slices.Contains(idle, name) {
+			err = errors.Join(err, fmt.Errorf("left over: %s", name))
+		}
+	}
+	return err
+}
+
+// leftovers is what there is on the disk and mounted.
+func (h *host) leftovers() (left []string, err error) {
+	walk := func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(filepath.Dir(h.root), path)
+		if !filepath.IsLocal(rel) {
+			rel, err = filepath.Rel(h.dir, path)
+		}
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		if d.Type().IsRegular() && filepath.Base(rel) != "metadata.db" {
+			rel += fmt.Sprintf(", %d bytes", info.Size())
+		}
+		left = append(left, rel)
+		return nil
+	}
+	if err := errors.Join(filepath.WalkDir(h.root, walk), filepath.WalkDir(h.state, walk)); err != nil {
+		return nil, err
+	}
+	mounts, err := node.Mounts(h.dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range mounts {
+		if m != h.content && m != filepath.Dir(h.root) { // the harness's own
+			left = append(left, "mount "+strings.TrimPrefix(m, h.dir))
+		}
+	}
+	loops, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return nil, err
+	}
+	for _, loop := range loops {
+		if file, err := os.ReadFile(loop); err == nil && strings.HasPrefix(string(file), h.root+"/") {
+			left = append(left, "loop device of "+strings.TrimSpace(string(file)))
+		}
+	}
+	return left, nil
+}
+
+// maxDatabase is more than the database has in any run.
+const maxDatabase = 256 << 10
+
+// checkDatabase checks the database of the daemon, which does not run.
+func (h *host) checkDatabase() error {
+	name := filepath.Join(h.root, "overlayfs", "metadata.db")
+	info, err := os.Stat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if info.Size() > maxDatabase {
+		return fmt.Errorf("the database has %d bytes", info.Size())
+	}
+	if info.Size() == 0 {
+		return nil // the daemon was killed before it wrote to it
+	}
+	db, err := bbolt.Open(name, 0o600, &bbolt.Options{ReadOnly: true, Timeout: 5 * time.Second})
+	if err != nil {
+		return fmt.Errorf("the database: %w", err)
+	}
+	err = db.View(func(tx *bbolt.Tx) error {
+		var errs []error
+		for err := range tx.Check() {
+			errs = append(errs, err)
+		}
+		return errors.Join(errs...)
+	})
+	if err = cmp.Or(err, db.Close()); err != nil {
+		return fmt.Errorf("the database: %w", err)
+	}
+	return nil
+}
+
+// clear ends whatever is left and removes all: for the next run, and when one failed.
+func (h *host) clear() error {
+	errs := []error{h.stop(syscall.SIGKILL)}
+	for _, p := range h.pods {
+		errs = append(errs, p.end())
+	}
+	mounts, err := node.Mounts(h.dir)
+	errs = append(errs, err)
+	for _, m := range slices.Backward(mounts) {
+		errs = append(errs, unix.Unmount(m, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	return os.RemoveAll(h.dir)
+}

@@ -1,0 +1,249 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build amd64
+
+package crash
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+)
+
+// cuts is how many times the power is cut: cutsSelected in a selection.
+const (
+	cuts         = 400
+	cutsSelected = 12
+)
+
+// moment is what the daemon had acknowledged, and what it had been asked for, when the
+// disk had seen so many writes and flushes.
+type moment struct {
+	position int
+	must     map[string]*model
+	may      map[string]bool
+}
+
+// The daemon's root and containerd's content are on a disk whose power is cut at random
+// moments of an hour in the life of a node, which takes some seconds here. In every
+// other case the disk has lost some of what it was not told to keep.
+func TestThePowerIsCutAtAnyMoment(t *testing.T) {
+	program, err := node.Program()
+	check(t, err)
+	number := cutsSelected
+	if long {
+		number = cuts
+	}
+	began := time.Now()
+	c := campaign{shortDir(t), program, startContainerd(t)}
+	p, err := c.powerCut(packModels(t), number)
+	check(t, err)
+	for _, err := range p.lost {
+		t.Error(err)
+	}
+	t.Logf("the disk saw %d writes of %d KiB and %d flushes while the daemon acknowledged %d requests", p.writes, p.bytes>>10, p.flushes, p.acknowledged)
+	t.Logf("%d distinct cuts survived, %d lost, in %v", p.distinct-len(p.lost), len(p.lost), time.Since(began).Round(time.Second))
+}
+
+// powerCuts is how many cuts went.
+type powerCuts struct {
+	writes, bytes, flushes, acknowledged, distinct int
+	lost                                           []error
+}
+
+// powerCut has the daemon live once, and the power cut so many times.
+func (c campaign) powerCut(m *models, number int) (done powerCuts, err error) {
+	dir := filepath.Join(c.dir, "live")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return done, err
+	}
+	d, err := newDisk(dir)
+	if err != nil {
+		return done, err
+	}
+	moments, err := c.live(d, m)
+	if err := errors.Join(err, d.close()); err != nil {
+		return done, err
+	}
+	for _, w := range d.log {
+		if done.bytes += len(w.data); w.data == nil {
+			done.flushes++
+		}
+	}
+	done.writes, done.acknowledged = len(d.log)-done.flushes, acknowledged(moments)
+
+	random := rand.New(rand.NewPCG(20, 0)) // another seed is as good
+	runs := pool{dir: c.dir}
+	var mu sync.Mutex
+	distinct := map[cut]bool{}
+	for i := range number {
+		at := cut{position: random.IntN(len(d.log) + 1), some: i%2 == 1}
+		if at.some {
+			at.seed = random.Uint64()
+		}
+		distinct[at] = true
+		runs.add(func(dir string) {
+			if err := c.recovered(dir, d, at, moments, m); err != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				done.lost = append(done.lost, fmt.Errorf("after a cut at %+v of %d: %w", at, len(d.log), err))
+			}
+		})
+	}
+	runs.running.Wait()
+	done.distinct = len(distinct)
+	return done, nil
+}
+
+func acknowledged(moments []moment) (number int) {
+	for i, m := range moments {
+		if i > 0 && len(m.may) < len(moments[i-1].may) {
+			number++
+		}
+	}
+	return number
+}
+
+// live has the daemon do everything that it does, with the disk, and returns what it
+// had acknowledged when.
+func (c campaign) live(d *disk, m *models) (moments []moment, err error) {
+	h, err := newHost(filepath.Join(d.dir, "host"), d.mounted, c.program, c.containerd, "")
+	if err != nil {
+		return nil, err
+	}
+	h.synced = true
+	h.noted = func() {
+		moments = append(moments, moment{d.position(), maps.Clone(h.must), maps.Clone(h.may)})
+	}
+	h.note()
+	writing := writeBack(h.root)
+	defer func() {
+		writing()
+		err = errors.Join(err, h.clear())
+	}()
+	if err := h.start(false, false, nil, false); err != nil {
+		return nil, err
+	}
+	drop := func(n int) func() error {
+		return func() error {
+			for range n {
+				if err := h.drop(h.pods[0]); err != nil {
+					return err
+				}
+			}
+			return nil
+		}
+	}
+	show := func(of *model) func() error {
+		return func() error { return do(h.pull(of), func() error { return h.run(of) }) }
+	}
+	// Longer than the file system waits until it commits by itself.
+	wait := func() error { time.Sleep(1100 * time.Millisecond); return nil }
+	for range 2 {
+		if err := do(nil,
+			show(m.raw), show(m.mixed), show(m.raw), wait,
+			func() error { return do(h.pull(m.gzip), func() error { return h.unpack(m.gzip) }) },
+			func() error { return do(h.pull(m.zstd), func() error { return h.record(m.zstd) }) },
+			h.image,
+			drop(2), wait,
+			show(m.half), show(m.otherHalf), show(m.tar), drop(2),
+			func() error { return h.remove(m.half, m.mixed) }, h.cleanup,
+			func() error { return h.stop(syscall.SIGTERM) }, func() error { return h.start(false, false, nil, false) },
+			show(m.mixed), wait,
+			func() error { return h.stop(syscall.SIGKILL) }, func() error { return h.start(false, false, nil, false) },
+			drop(1), h.cleanup,
+		); err != nil {
+			return nil, err
+		}
+	}
+	return moments, do(wait(), h.empty, wait)
+}
+
+// writeBack writes now this file to the disk and now that one, as the kernel does: it
+// may write any of them at any moment, and half a minute is too long to wait for it. No
+// more is synced than that: sync_file_range(2) flushes and commits nothing.
+func writeBack(root string) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var done sync.WaitGroup
+	done.Go(func() {
+		random := rand.New(rand.NewPCG(1, 0))
+		for ctx.Err() == nil {
+			var files []string
+			_ = filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
+				if err == nil && entry.Type().IsRegular() { // else it has gone meanwhile
+					files = append(files, path)
+				}
+				return nil
+			})
+			if len(files) > 0 {
+				if f, err := os.Open(files[random.IntN(len(files))]); err == nil {
+					_ = unix.SyncFileRange(int(f.Fd()), 0, 0, unix.SYNC_FILE_RANGE_WRITE)
+					f.Close()
+				}
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+	})
+	return func() {
+		cancel()
+		done.Wait()
+	}
+}
+
+// recovered boots a node with what the disk holds after the cut, and checks it.
+func (c campaign) recovered(dir string, d *disk, at cut, moments []moment, m *models) (err error) {
+	image, mounted := filepath.Join(dir, "image"), filepath.Join(dir, "disk")
+	if err := os.MkdirAll(mounted, 0o755); err != nil {
+		return err
+	}
+	if err := errors.Join(d.after(at, image), mountFS(image, mounted, "")); err != nil {
+		return err
+	}
+	h, err := newHost(dir, mounted, c.program, c.containerd, "")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			log, _ := os.ReadFile(h.logPath())
+			lines := strings.Split(string(log), "\n")
+			err = fmt.Errorf("%w\nthe end of its log:\n%s", err, strings.Join(lines[max(0, len(lines)-25):], "\n"))
+		}
+		err = errors.Join(err, h.clear())
+	}()
+	h.number = 1000 // keys of its own
+	for _, then := range moments {
+		if then.position <= at.position {
+			h.must, h.may = maps.Clone(then.must), maps.Clone(then.may)
+		}
+	}
+	if err := errors.Join(h.bootedBefore(), h.checkDatabase()); err != nil {
+		return err
+	}
+	if err := h.start(false, false, nil, false); err != nil {
+		return fmt.Errorf("start again: %w", err)
+	}
+	// The pods' images are pulled again where they are not there.
+	if err := do(h.pull(m.all()...), h.checkSnapshots, func() error { return h.checkNext(m.all()) }); err != nil {
+		return err
+	}
+	if err := do(h.unpack(m.gzip), func() error { return h.record(m.zstd) }, h.image); err != nil {
+		return fmt.Errorf("what follows: %w", err)
+	}
+	return do(h.empty(), func() error { return h.stop(syscall.SIGTERM) }, h.checkDatabase, h.checkIdle)
+}

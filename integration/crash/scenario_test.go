@@ -1,0 +1,525 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build amd64
+
+package crash
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
+)
+
+// scenario is something that the daemon does, at every operation of which it is
+// killed.
+type scenario struct {
+	name string
+	toml string // of the daemon's configuration
+	// early has it decompress layers while they are pulled. Elsewhere it does not, so
+	// that it is known what it does when.
+	early bool
+	// apart has containerd's content on another file system than the daemon's root.
+	apart bool
+	// before makes what there is before; the daemon runs, and if act is its start is
+	// then killed.
+	before func(*host) error
+	// starting has the daemon killed from the first operation of its start on.
+	starting bool
+	// act does it; nil is the start alone. A daemon that is killed makes it fail.
+	act func(*host) error
+	// next are the models of the pods that are run when the daemon has been started
+	// again. again is what else must work then.
+	next  []*model
+	again func(*host) error
+}
+
+// rungs is a configuration with these rungs.
+func rungs(raw, tar string) string { return fmt.Sprintf("raw_rung = %q\ntar_rung = %q\n", raw, tar) }
+
+// scenarios are all of them.
+func scenarios(m *models) (all []*scenario) {
+	shown := func(name, toml string, of *model) *scenario {
+		return &scenario{
+			name: name, toml: toml, next: []*model{of},
+			before: func(h *host) error { return h.pull(of) },
+			act:    func(h *host) error { return h.run(of) },
+		}
+	}
+	// Building a Tree and taking its first view, of every kind and by every rung.
+	for _, of := range m.all()[:5] {
+		all = append(all, quietly(shown("show "+of.name, "", of)))
+	}
+	for _, way := range [][2]string{{"overlay", "erofs-loop"}, {"overlay", "extract"}, {"link", "extract"}, {"copy", "erofs-buffered"}, {"copy", "extract"}} {
+		all = append(all, quietly(shown("show mixed, "+way[0]+" and "+way[1], rungs(way[0], way[1]), m.mixed)))
+	}
+	apart := quietly(shown("show mixed, whose blobs cannot be linked", "", m.mixed))
+	apart.apart = true
+	refused := quietly(shown("refuse a wrong DiffID", "", m.refused))
+	refused.act = func(h *host) error {
+		if err := h.run(m.refused); err == nil || !strings.Contains(err.Error(), m.refused.refused) {
+			return fmt.Errorf("the pod is told %w", err)
+		}
+		return nil
+	}
+	shifted := shown("show mixed in a user namespace, and drop it", "", m.mixed)
+	shifted.act = func(h *host) error {
+		if err := h.run(inUserns(m.mixed), userns); err != nil {
+			return err
+		}
+		return do(h.drop(h.pods[0]), h.cleanup)
+	}
+	copied := shown("show mixed in a user namespace, of a tree of files", rungs("overlay", "extract"), m.mixed)
+	copied.act = func(h *host) error { return h.run(inUserns(m.mixed), userns) }
+
+	runs := func(of ...*model) func(*host) error {
+		return func(h *host) error {
+			err := h.pull(of...)
+			for _, m := range of {
+				err = do(err, func() error { return h.run(m) })
+			}
+			return err
+		}
+	}
+	dropAll := func(h *host) error {
+		for len(h.pods) > 0 {
+			if err := h.drop(h.pods[0]); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	everything := []*model{m.raw, m.gzip, m.mixed}
+	return append(all, apart, refused, quietly(shifted), quietly(copied),
+		quietly(&scenario{
+			name: "show one that shares a compressed layer", next: []*model{m.half, m.otherHalf},
+			before: func(h *host) error { return do(runs(m.half)(h), func() error { return h.pull(m.otherHalf) }) },
+			act:    func(h *host) error { return h.run(m.otherHalf) },
+		}),
+		&scenario{
+			name: "drop one that shares a compressed layer, and delete it", next: []*model{m.half, m.otherHalf},
+			before: runs(m.half, m.otherHalf),
+			act: func(h *host) error {
+				return do(h.drop(h.pods[0]), func() error { return h.remove(m.half) }, h.cleanup)
+			},
+		},
+		&scenario{
+			name: "take and drop more views", next: []*model{m.mixed},
+			before: runs(m.mixed),
+			act: func(h *host) error {
+				for range 3 {
+					if err := h.run(m.mixed); err != nil {
+						return err
+					}
+				}
+				for range 3 {
+					if err := h.drop(h.pods[1]); err != nil {
+						return err
+					}
+				}
+				return h.cleanup()
+			},
+		},
+		&scenario{
+			name: "drop the last view", next: everything,
+			before: runs(everything...),
+			act:    func(h *host) error { return do(dropAll(h), h.cleanup) },
+		},
+		&scenario{
+			name: "drop the last view and delete the artifacts", next: everything,
+			before: runs(everything...),
+			act: func(h *host) error {
+				return do(dropAll(h), func() error { return h.remove(everything...) }, h.cleanup)
+			},
+		},
+		&scenario{
+			name: "delete artifacts with pods, then drop these", next: everything,
+			before: runs(everything...),
+			act: func(h *host) error {
+				return do(h.remove(everything...), h.cleanup, func() error { return dropAll(h) }, h.cleanup)
+			},
+		},
+		&scenario{
+			name: "pull an artifact again and show it", next: []*model{m.mixed},
+			before: func(h *host) error { return do(runs(m.mixed)(h), func() error { return dropAll(h) }) },
+			act: func(h *host) error {
+				return do(h.remove(m.mixed), func() error { return h.pull(m.mixed) }, h.cleanup, func() error { return h.run(m.mixed) })
+			},
+		},
+		&scenario{
+			name: "decompress during a pull", early: true, next: []*model{m.zstd},
+			act: func(h *host) error {
+				if err := h.pull(m.zstd); err != nil {
+					return err
+				}
+				if err := h.await(func() bool { return exists(filepath.Join(h.root, "trees", treeOf(m.zstd), "tree.json")) }); err != nil {
+					return err
+				}
+				return h.run(m.zstd)
+			},
+		},
+		&scenario{
+			name: "give up a pull", early: true, next: []*model{m.gzip},
+			act: func(h *host) error {
+				for _, blob := range m.gzip.files[:len(m.gzip.files)-1] {
+					if err := m.gzip.deliver(h.content, blob, false); err != nil {
+						return err
+					}
+				}
+				trees := filepath.Join(h.root, "trees")
+				if err := h.await(func() bool { return len(entries(trees)) > 0 }); err != nil {
+					return err
+				}
+				if err := h.remove(m.gzip); err != nil {
+					return err
+				}
+				if err := h.await(func() bool { return len(entries(trees)) == 0 }); err != nil {
+					return err
+				}
+				return h.cleanup()
+			},
+		},
+		&scenario{
+			name: "unpack to a committed snapshot and view it", next: []*model{m.mixed},
+			before: func(h *host) error { return h.pull(m.mixed) },
+			act:    func(h *host) error { return h.record(m.mixed) },
+			again:  func(h *host) error { return h.record(m.mixed) },
+		},
+		&scenario{
+			name: "have containerd unpack layer by layer", next: []*model{m.mixed},
+			before: func(h *host) error { return h.pull(m.mixed) },
+			act:    func(h *host) error { return h.unpack(m.mixed) },
+			again:  func(h *host) error { return h.unpack(m.mixed) },
+		},
+		&scenario{
+			name: "delete what containerd unpacked", next: []*model{m.gzip},
+			before: func(h *host) error { return do(h.pull(m.gzip), func() error { return h.unpack(m.gzip) }) },
+			act:    func(h *host) error { return h.empty() },
+		},
+		&scenario{name: "snapshots of an image", act: (*host).image, again: (*host).image},
+		&scenario{name: "start for the first time", starting: true, next: []*model{m.raw}, before: func(h *host) error { return h.pull(m.raw) }, act: (*host).cleanup},
+		&scenario{
+			name: "start while pods run", starting: true, next: everything,
+			before: runs(everything...),
+			act:    func(h *host) error { return do(h.run(m.raw), h.cleanup) },
+		},
+		&scenario{
+			name: "start when pods and artifacts have gone meanwhile", starting: true, next: everything,
+			before: func(h *host) error {
+				return do(runs(everything...)(h),
+					func() error { return dropAll(h) },
+					func() error { return h.stop(syscall.SIGKILL) },
+					func() error { return h.remove(m.raw, m.gzip) })
+			},
+			act: (*host).cleanup,
+		},
+		&scenario{
+			name: "start after a reboot", starting: true, next: everything,
+			before: func(h *host) error { return do(runs(everything...)(h), h.reboot) },
+			act: func(h *host) error {
+				// containerd starts the pods again, whose snapshots it knows.
+				for key, of := range h.must {
+					ctx, cancel := h.context()
+					mounts, err := h.Mounts(ctx, key)
+					cancel()
+					if err == nil {
+						err = h.runWith(key, of, mounts)
+					}
+					if err != nil {
+						return err
+					}
+				}
+				return h.cleanup()
+			},
+		},
+		&scenario{
+			name: "start with another rung", starting: true, next: everything,
+			before: func(h *host) error {
+				if err := do(runs(everything...)(h), func() error { return h.drop(h.pods[2]) }, h.cleanup); err != nil {
+					return err
+				}
+				return h.configure(rungs("overlay", "extract"))
+			},
+			act: (*host).cleanup,
+		},
+		&scenario{
+			name: "start after a kill in the middle of a build", starting: true, next: []*model{m.mixed},
+			before: func(h *host) error {
+				return do(h.pull(m.mixed), func() error {
+					return h.killedAt(Op{"renameat", filepath.Join("root/trees", treeOf(m.mixed)), 1}, m.mixed)
+				})
+			},
+			act: (*host).cleanup,
+		},
+		&scenario{
+			name: "start after a kill in the middle of a mount", starting: true, next: []*model{m.mixed},
+			before: func(h *host) error {
+				return do(h.pull(m.mixed), func() error {
+					return h.killedAt(Op{"mount", filepath.Join("state/mounts", treeOf(m.mixed)), 1}, m.mixed)
+				})
+			},
+			act: (*host).cleanup,
+		},
+		&scenario{
+			name: "stop", next: []*model{m.mixed},
+			before: runs(m.mixed),
+			act:    func(h *host) error { return h.stop(syscall.SIGTERM) },
+		},
+	)
+}
+
+// do does one thing after the other, until one fails; the first has been done already.
+func do(err error, steps ...func() error) error {
+	for _, step := range steps {
+		if err != nil {
+			return err
+		}
+		err = step()
+	}
+	return err
+}
+
+// quietly adds a sweep to a scenario, so that all that it does has been done.
+func quietly(s *scenario) *scenario {
+	act := s.act
+	s.act = func(h *host) error {
+		return do(act(h), h.cleanup)
+	}
+	return s
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+func entries(dir string) []string {
+	found, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil {
+		return nil
+	}
+	return found
+}
+
+// treeOf is the directory of the model's Tree, below trees/ and below mounts/.
+func treeOf(m *model) string { return "sha256-" + m.manifest.Digest.Encoded() }
+
+// await waits until the daemon has done something.
+func (h *host) await(done func() bool) error {
+	limit := time.After(10 * time.Second)
+	for !done() {
+		select {
+		case <-h.daemon.done:
+			return errEnded
+		case <-limit:
+			return errors.New("the daemon does not do what is waited for")
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+	return nil
+}
+
+// userns asks for a snapshot as CRI does for a pod with a user namespace.
+func userns(i *snapshots.Info) error {
+	return snapshots.WithLabels(map[string]string{
+		snapshots.LabelSnapshotUIDMapping: "0:200000:65536",
+		snapshots.LabelSnapshotGIDMapping: "0:200000:65536",
+	})(i)
+}
+
+// inUserns is the model as such a pod has it.
+func inUserns(m *model) *model {
+	shifted := *m
+	shifted.want = slices.Clone(m.want)
+	for i := range shifted.want {
+		shifted.want[i].UID += 200000
+		shifted.want[i].GID += 200000
+	}
+	return &shifted
+}
+
+// reboot is what a reboot does to a node: pods, mounts and the state directory have
+// gone, and the kernel has another boot ID than the one that the daemon has written
+// down. What containerd knows of its snapshots it still knows.
+func (h *host) reboot() error {
+	if err := h.stop(syscall.SIGKILL); err != nil {
+		return err
+	}
+	for _, p := range h.pods {
+		if err := p.end(); err != nil {
+			return err
+		}
+	}
+	h.pods = nil
+	if err := mount.UnmountRecursive(h.state, unix.MNT_DETACH); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(h.state); err != nil {
+		return err
+	}
+	return h.bootedBefore()
+}
+
+// bootedBefore makes the boot that the daemon has written down one of before.
+func (h *host) bootedBefore() error {
+	name := filepath.Join(h.root, "boot")
+	boot, err := os.ReadFile(name)
+	if errors.Is(err, fs.ErrNotExist) || len(boot) == 0 {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	boot[0] ^= 1 // another one of its digits
+	return os.WriteFile(name, boot, 0o600)
+}
+
+// killedAt starts the daemon, to be killed at op while it shows the model.
+func (h *host) killedAt(op Op, m *model) error {
+	if err := h.stop(syscall.SIGKILL); err != nil {
+		return err
+	}
+	if err := h.start(true, true, &op, false); err != nil {
+		return err
+	}
+	_ = h.run(m) // the daemon ends in the middle of it
+	traced := h.daemon.traced
+	if err := h.stop(syscall.SIGKILL); err != nil {
+		return err
+	}
+	if traced.Killed() == nil {
+		return fmt.Errorf("the daemon was not killed at %v; there were %v", op, traced.Disarm())
+	}
+	return nil
+}
+
+// record unpacks the model by the protocol of the remote snapshotters and runs a pod
+// with the committed snapshot.
+func (h *host) record(m *model) error {
+	key := h.key(snapshot.UnpackKey("crash", m.manifest.Digest))
+	name := key + "/committed"
+	h.may[name] = true
+	ref := digest.FromString(key).String()
+	_, err := h.ask(key, nil, func(ctx context.Context) ([]mount.Mount, error) {
+		return h.Prepare(ctx, key, "", snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: ref}))
+	})
+	if !errdefs.IsAlreadyExists(err) {
+		return fmt.Errorf("unpacking ends with %w", err)
+	}
+	delete(h.may, key)
+	delete(h.may, name)
+	h.must[name] = m
+	h.note()
+	return h.view(name, m)
+}
+
+// view runs a pod with a view of the committed snapshot.
+func (h *host) view(parent string, m *model) error {
+	key := h.key("view")
+	mounts, err := h.ask(key, m, func(ctx context.Context) ([]mount.Mount, error) { return h.View(ctx, key, parent) })
+	if err != nil {
+		return err
+	}
+	return h.runWith(key, m, mounts)
+}
+
+// commit commits an active snapshot.
+func (h *host) commit(name, key string, m *model) error {
+	ctx, cancel := h.context()
+	defer cancel()
+	delete(h.must, key)
+	h.may[key], h.may[name] = true, true
+	h.note()
+	if err := h.Commit(ctx, name, key); err != nil {
+		return fmt.Errorf("commit %s: %w", key, err)
+	}
+	delete(h.may, key)
+	delete(h.may, name)
+	h.must[name] = m
+	h.note()
+	return nil
+}
+
+// unpack unpacks the model as containerd's own unpacker does, layer by layer, and runs
+// a pod with it.
+func (h *host) unpack(m *model) error {
+	parent := ""
+	for i, layer := range m.layers {
+		key := h.key(fmt.Sprintf(snapshots.UnpackKeyFormat, fmt.Sprint(h.number), layer.Digest))
+		mounts, err := h.ask(key, nil, func(ctx context.Context) ([]mount.Mount, error) { return h.Prepare(ctx, key, parent) })
+		if err != nil {
+			return err
+		}
+		ctx, cancel := h.context()
+		_, err = h.applier.Apply(ctx, layer, mounts)
+		cancel()
+		if err != nil {
+			return fmt.Errorf("apply layer %d: %w", i, err)
+		}
+		name := h.key(fmt.Sprintf("layer-%d", i))
+		if err := h.commit(name, key, m); err != nil {
+			return err
+		}
+		parent = name
+	}
+	return h.view(parent, ofLayers(m))
+}
+
+// ofLayers is the model as its layers alone show it, without the time in the config.
+func ofLayers(m *model) *model {
+	alone := *m
+	alone.want = slices.Clone(m.want)
+	for i := range alone.want {
+		if alone.want[i].Type == "dir" {
+			alone.want[i].ModTime = 0
+		}
+	}
+	return &alone
+}
+
+// image does with the snapshots of an ordinary image what a container of it takes.
+func (h *host) image() error {
+	key, name := h.key("extract-1 layer"), h.key("layer")
+	mounts, err := h.ask(key, nil, func(ctx context.Context) ([]mount.Mount, error) { return h.Prepare(ctx, key, "") })
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(mounts[0].Source, "file"), []byte("of a layer"), 0o644); err != nil {
+		return err
+	}
+	if err := h.commit(name, key, nil); err != nil {
+		return err
+	}
+	container := h.key("container")
+	if mounts, err = h.ask(container, nil, func(ctx context.Context) ([]mount.Mount, error) { return h.Prepare(ctx, container, name) }); err != nil {
+		return err
+	}
+	root := filepath.Join(h.dir, "shown")
+	if err := errors.Join(os.MkdirAll(root, 0o755), mount.All(mounts, root)); err != nil {
+		return err
+	}
+	got, err := treelist.List(root)
+	if err := errors.Join(err, mount.UnmountAll(root, unix.MNT_DETACH)); err != nil {
+		return err
+	}
+	if len(got) != 1 || got[0].Path != "file" || got[0].Size != 10 {
+		return fmt.Errorf("a container has the root %+v", got)
+	}
+	return do(h.forget(container), func() error { return h.forget(name) }, h.cleanup)
+}

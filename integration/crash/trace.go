@@ -1,0 +1,222 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build amd64
+
+package crash
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Process is a program that is traced.
+type Process struct {
+	pid  int
+	dirs []string
+	done chan struct{}
+
+	mu     sync.Mutex
+	armed  bool
+	target *Op  // nil: only count
+	after  bool // kill when the operation has been done
+	counts map[string]int
+	ops    []Op
+	killed *Op
+	status unix.WaitStatus
+}
+
+// Program is what to start.
+type Program struct {
+	Args, Env []string
+	Log       *os.File // its output
+	// Dirs are those in which operations count; those on mounts and on loop devices
+	// always do.
+	Dirs []string
+	// Armed arms it from the beginning, with Target and After.
+	Armed  bool
+	Target *Op
+	After  bool
+}
+
+// Start starts the program and returns when it runs.
+func (program Program) Start() (*Process, error) {
+	p := &Process{dirs: program.Dirs, done: make(chan struct{})}
+	if p.Arm(program.Target, program.After); !program.Armed {
+		p.Disarm()
+	}
+	started := make(chan error)
+	go p.trace(program, started)
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("start %s traced: %w", program.Args[0], err)
+	}
+	return p, nil
+}
+
+// PID is its process ID.
+func (p *Process) PID() int { return p.pid }
+
+// Done is closed when it has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Arm begins to count, and if target is not nil has the program killed there: before
+// the operation begins, or after it has ended. A target without a call is whatever is
+// the Nth operation.
+func (p *Process) Arm(target *Op, after bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.armed, p.target, p.after = true, target, after
+	p.counts, p.ops = map[string]int{}, nil
+}
+
+// Disarm ends that and returns the operations since.
+func (p *Process) Disarm() []Op {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.armed = false
+	return p.ops
+}
+
+// Killed is where the program was killed, nil if it was not.
+func (p *Process) Killed() *Op {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.killed
+}
+
+// Signal sends a signal to it.
+func (p *Process) Signal(s syscall.Signal) error {
+	err := syscall.Kill(p.pid, s)
+	if errors.Is(err, syscall.ESRCH) {
+		return nil
+	}
+	return err
+}
+
+// Status is how it ended; only when Done is closed.
+func (p *Process) Status() unix.WaitStatus { return p.status }
+
+// trace is the tracer, which the kernel takes for one thread.
+func (p *Process) trace(program Program, started chan<- error) {
+	runtime.LockOSThread() // for good: the thread ends with the goroutine
+	defer close(p.done)
+	self, err := os.Executable()
+	if err == nil {
+		err = p.launch(self, program)
+	}
+	started <- err
+	if err != nil {
+		return
+	}
+	threads := map[int]bool{p.pid: true}
+	for {
+		var status unix.WaitStatus
+		// By its process group: the thread may have had other children before.
+		tid, err := unix.Wait4(-p.pid, &status, unix.WALL|unix.WNOTHREAD, nil)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil { // ECHILD: all have ended
+			return
+		}
+		if !status.Stopped() {
+			delete(threads, tid)
+			if tid == p.pid {
+				p.status = status
+			}
+			continue
+		}
+		signal, event := status.StopSignal(), status.TrapCause()
+		resume := unix.PtraceCont
+		switch {
+		case signal == unix.SIGTRAP && event == unix.PTRACE_EVENT_SECCOMP:
+			signal = 0
+			switch p.stopped(tid) {
+			case kill:
+				_ = p.Signal(unix.SIGKILL)
+				continue
+			case killAfter:
+				resume = unix.PtraceSyscall
+			case goOn:
+			}
+		case signal == unix.SIGTRAP|0x80: // the call has ended
+			_ = p.Signal(unix.SIGKILL)
+			continue
+		case signal == unix.SIGTRAP && event > 0:
+			signal = 0
+		case signal == unix.SIGSTOP && !threads[tid]: // how a new thread begins
+			signal = 0
+		}
+		threads[tid] = true
+		_ = resume(tid, int(signal)) // ESRCH: it has been killed meanwhile
+	}
+}
+
+// launch starts the launcher, which becomes the program, and lets it go.
+func (p *Process) launch(self string, program Program) (err error) {
+	p.pid, err = syscall.ForkExec(self, append([]string{self}, program.Args...), &syscall.ProcAttr{
+		Env:   append(program.Env, launching+"=1"),
+		Files: []uintptr{0, program.Log.Fd(), program.Log.Fd()},
+		Sys:   &syscall.SysProcAttr{Ptrace: true, Setpgid: true},
+	})
+	if err != nil {
+		return err
+	}
+	var status unix.WaitStatus
+	if _, err := unix.Wait4(p.pid, &status, unix.WALL, nil); err != nil {
+		return os.NewSyscallError("wait4", err)
+	}
+	const options = unix.PTRACE_O_EXITKILL | unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_TRACESECCOMP |
+		unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACEFORK | unix.PTRACE_O_TRACEVFORK | unix.PTRACE_O_TRACEEXEC
+	if err := unix.PtraceSetOptions(p.pid, options); err != nil {
+		return os.NewSyscallError("ptrace PTRACE_SETOPTIONS", err)
+	}
+	return os.NewSyscallError("ptrace PTRACE_CONT", unix.PtraceCont(p.pid, 0))
+}
+
+// verdict is what becomes of a process that has stopped.
+type verdict int
+
+const (
+	goOn verdict = iota
+	kill
+	killAfter
+)
+
+// stopped is told that a thread is about to do something that may count.
+func (p *Process) stopped(tid int) verdict {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.armed || p.killed != nil {
+		return goOn
+	}
+	var regs unix.PtraceRegs
+	if unix.PtraceGetRegs(tid, &regs) != nil {
+		return goOn // it has been killed meanwhile
+	}
+	op, ok := p.read(tid, &regs)
+	if !ok {
+		return goOn
+	}
+	op.Nth = 0
+	p.counts[op.Key()]++
+	op.Nth = p.counts[op.Key()]
+	p.ops = append(p.ops, op)
+	switch target := p.target; {
+	case target == nil:
+		return goOn
+	case target.Call == "" && len(p.ops) != target.Nth, target.Call != "" && *target != op:
+		return goOn
+	}
+	p.killed = &op
+	if p.after {
+		return killAfter
+	}
+	return kill
+}

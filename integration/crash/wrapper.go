@@ -1,0 +1,134 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build amd64
+
+package crash
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Wrapper is a program that somebody else starts in the place of the daemon, and that
+// starts the daemon traced. It ends with it, and the daemon with it.
+type Wrapper struct {
+	// Path is where it is.
+	Path string
+	dir  string
+}
+
+// wrapping is set in the environment of the wrapper to the directory in which it is
+// told what to do.
+const wrapping = "ARTIFACT_SNAPSHOTTER_TEST_WRAP"
+
+// The files in it.
+const (
+	orderFile  = "order"  // the number of an operation; removed when it is armed
+	pidFile    = "pid"    // the wrapper's
+	killedFile = "killed" // where the daemon was killed
+)
+
+// NewWrapper makes a wrapper of the program in dir.
+func NewWrapper(dir, program string) (*Wrapper, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	w := &Wrapper{Path: filepath.Join(dir, "wrapper"), dir: dir}
+	script := fmt.Sprintf("#!/bin/sh\nif [ \"$1\" != serve ]; then exec '%s' \"$@\"; fi\n%s='%s' exec '%s' '%s' \"$@\"\n", program, wrapping, dir, self, program)
+	return w, os.WriteFile(w.Path, []byte(script), 0o755)
+}
+
+// Arm has the daemon killed at its nth operation from now on.
+func (w *Wrapper) Arm(nth int) error {
+	order := filepath.Join(w.dir, orderFile)
+	text, err := os.ReadFile(filepath.Join(w.dir, pidFile))
+	if err != nil {
+		return err
+	}
+	pid, err := strconv.Atoi(string(text))
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(os.RemoveAll(filepath.Join(w.dir, killedFile)), os.WriteFile(order, []byte(strconv.Itoa(nth)), 0o600)); err != nil {
+		return err
+	}
+	if err := syscall.Kill(pid, syscall.SIGUSR1); err != nil {
+		return err
+	}
+	for range 1000 {
+		if _, err := os.Stat(order); errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	return errors.New("the wrapper does not take orders")
+}
+
+// Killed is where the daemon was killed since Arm; false if it was not yet.
+func (w *Wrapper) Killed() (at string, ok bool) {
+	text, err := os.ReadFile(filepath.Join(w.dir, killedFile))
+	return string(text), err == nil
+}
+
+// wrap is the wrapper.
+func wrap(dir string, args []string) error {
+	signals := make(chan os.Signal, 8)
+	signal.Notify(signals, syscall.SIGUSR1, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT)
+	env := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, wrapping+"=") })
+	var dirs []string
+	for i, arg := range args {
+		if arg == "--root" || arg == "--state" {
+			dirs = append(dirs, args[i+1])
+		}
+	}
+	p, err := Program{Args: args, Env: env, Log: os.Stderr, Dirs: dirs}.Start()
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(dir, pidFile), []byte(strconv.Itoa(os.Getpid())), 0o600); err != nil {
+		return err
+	}
+	for {
+		select {
+		case s := <-signals:
+			if s != syscall.SIGUSR1 {
+				if err := p.Signal(s.(syscall.Signal)); err != nil {
+					return err
+				}
+				continue
+			}
+			order := filepath.Join(dir, orderFile)
+			text, err := os.ReadFile(order)
+			if err != nil {
+				return err
+			}
+			nth, err := strconv.Atoi(string(text))
+			if err != nil {
+				return err
+			}
+			p.Arm(&Op{Nth: nth}, false)
+			if err := os.Remove(order); err != nil {
+				return err
+			}
+		case <-p.Done():
+			if at := p.Killed(); at != nil {
+				return os.WriteFile(filepath.Join(dir, killedFile), []byte(at.String()), 0o600)
+			}
+			if !p.Status().Exited() || p.Status().ExitStatus() != 0 {
+				return fmt.Errorf("the daemon has ended: %v", p.Status())
+			}
+			return nil
+		}
+	}
+}

@@ -27,7 +27,9 @@ func checkUnambiguous(raw []byte) error {
 	if loneSurrogate(raw) {
 		return errors.New("it has half of a surrogate pair, which is not UTF-8 either")
 	}
-	return checkNames(json.NewDecoder(bytes.NewReader(raw)), false)
+	d := json.NewDecoder(bytes.NewReader(raw))
+	d.UseNumber() // of any size
+	return checkNames(d, false)
 }
 
 // checkNames checks the next value of d. Names are those of encoding/json, which finds

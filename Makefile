@@ -114,8 +114,11 @@ bench-peers: build tools
 
 # Every parser of what an artifact says; FUZZTIME=10m for a thorough search.
 FUZZTIME ?= 20s
+FUZZ     := artifact:FuzzRead artifact:FuzzUnambiguous artifact:FuzzFileMetadata artifact:FuzzCleanPath \
+            unpack:FuzzIndex unpack:FuzzInflate unpack:FuzzIDMap internal/blobdir:FuzzPath \
+            view:FuzzName view:FuzzArrival snapshot:FuzzKey client:FuzzDocument
 fuzz:
-	@set -e; for f in artifact:FuzzRead artifact:FuzzFileMetadata artifact:FuzzCleanPath unpack:FuzzIndex unpack:FuzzInflate; do \
+	@set -e; for f in $(FUZZ); do \
 		echo "==> $$f for $(FUZZTIME)"; \
 		go test -run '^$$' -fuzz "^$${f#*:}$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 50x ./$${f%%:*}; \
 	done

@@ -87,12 +87,24 @@ type daemon struct {
 	cmd   *exec.Cmd
 	conn  *grpc.ClientConn
 	count atomic.Int64
+	ended <-chan struct{} // closed when it has ended, with err
+	err   error
 }
 
 const hostileNamespace = "k8s.io"
 
 // startDaemon starts one that no containerd belongs to.
 func startDaemon(t *testing.T, dir string, blobs shelf, rungs unpack.Rungs, early bool) *daemon {
+	t.Helper()
+	d, err := start(t, dir, blobs, rungs, early)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// start is startDaemon, by a command that becomes the one behind it.
+func start(t *testing.T, dir string, blobs shelf, rungs unpack.Rungs, early bool, by ...string) (*daemon, error) {
 	t.Helper()
 	program, err := node.Program()
 	if err != nil {
@@ -113,7 +125,8 @@ func startDaemon(t *testing.T, dir string, blobs shelf, rungs unpack.Rungs, earl
 		t.Fatal(err)
 	}
 	defer log.Close()
-	d.cmd = exec.Command(program, "serve", "--config", file)
+	args := append(by, program, "serve", "--config", file)
+	d.cmd = exec.Command(args[0], args[1:]...)
 	d.cmd.Stdout, d.cmd.Stderr = log, log
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := d.cmd.Start(); err != nil {
@@ -129,11 +142,17 @@ func startDaemon(t *testing.T, dir string, blobs shelf, rungs unpack.Rungs, earl
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
+	ended := make(chan struct{})
+	d.ended = ended
+	go func() {
+		d.err = d.cmd.Wait()
+		close(ended)
+		cancel()
+	}()
 	if _, err := grpc_health_v1.NewHealthClient(d.conn).Check(ctx, &grpc_health_v1.HealthCheckRequest{}, grpc.WaitForReady(true)); err != nil {
-		t.Fatalf("the daemon does not answer: %v\n%s", err, tail(filepath.Join(d.dir, "log")))
+		return nil, fmt.Errorf("the daemon does not answer: %w\n%s", err, tail(filepath.Join(d.dir, "log")))
 	}
-	return d
+	return d, nil
 }
 
 func (d *daemon) socket() string { return filepath.Join(d.dir, "s") }
@@ -151,11 +170,13 @@ func (d *daemon) stop(t *testing.T) {
 	if d.conn != nil {
 		d.conn.Close()
 	}
-	if err := d.cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		t.Error(err)
-	}
-	if err := d.cmd.Wait(); err != nil {
-		t.Errorf("the daemon: %v", err)
+	if err := d.cmd.Process.Signal(syscall.SIGTERM); err == nil {
+		<-d.ended
+		if d.err != nil {
+			t.Errorf("the daemon: %v", d.err)
+		}
+	} else { // it could not start, which is for start to say
+		<-d.ended
 	}
 	if left, err := node.Mounts(d.dir); err != nil || len(left) > 0 {
 		t.Errorf("mounts are left: %q (%v)", left, err)

@@ -151,7 +151,7 @@ func Check(ctx context.Context, t testing.TB, door Door, c Case, a *Artifact) {
 	case want.Refused != nil:
 		t.Errorf("%s, %s: it is shown, and must be refused (%v, %q):\n%.1000s", c.Name, way, want.Refused, want.Says, fmt.Sprint(got))
 	default:
-		if diff := want.Shows.on(way).diff(got.on(way), way); diff != "" {
+		if diff := want.Diff(way, got); diff != "" {
 			t.Errorf("%s, %s: the volume is not as it must be:\n%s", c.Name, way, diff)
 		}
 	}
@@ -251,3 +251,6 @@ func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys
 func sortCases(cases []Case) {
 	slices.SortFunc(cases, func(a, b Case) int { return strings.Compare(a.Name, b.Name) })
 }
+
+// Diff says how a volume that is shown on a way differs from what it must be.
+func (v Verdict) Diff(w Way, got Listing) string { return v.Shows.on(w).diff(got.on(w), w) }

@@ -53,6 +53,18 @@ const (
 	maxResidentLong = 2560 << 20
 )
 
+// chosen are the doors that a case is brought to: all of them, or when there is less
+// time the first and one of the others, in turn.
+func chosen(doors []Door, i int, c Case) []Door {
+	switch {
+	case long():
+		return doors
+	case strings.HasPrefix(c.Name, "bomb/"):
+		return doors[:1] // of 100,000 files each
+	}
+	return []Door{doors[0], doors[1+i%(len(doors)-1)]}
+}
+
 // ways are those of the ladder that are tried: with each rung at least one.
 func ways() []Way {
 	w := []Way{Index, Extracted, Linked, Copied}
@@ -114,7 +126,7 @@ func TestEveryArtifactGetsItsVerdict(t *testing.T) {
 	ext4 := isExt4(t, dir)
 	counts := newTally()
 	began := time.Now()
-	for _, c := range Cases() {
+	for i, c := range Cases() {
 		if c.Long && !long() {
 			continue
 		}
@@ -127,7 +139,7 @@ func TestEveryArtifactGetsItsVerdict(t *testing.T) {
 		}
 		started := time.Now()
 		var group sync.WaitGroup
-		for _, door := range doors {
+		for _, door := range chosen(doors, i, c) {
 			if c.Ext4 && !ext4 && door.Way().Extracts() {
 				continue
 			}
@@ -175,25 +187,31 @@ func TestEveryArtifactGetsItsVerdict(t *testing.T) {
 func wantNothingLeft(t *testing.T, daemons []*daemon) {
 	t.Helper()
 	for _, d := range daemons {
-		var left []string
-		for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-			left = nil
-			for _, pattern := range []string{"root/trees/*", "root/blobs/*/*", "root/overlayfs/snapshots/*", "state/mounts/*"} {
-				found, err := filepath.Glob(filepath.Join(d.dir, pattern))
-				if err != nil {
-					t.Fatal(err)
-				}
-				left = append(left, found...)
-			}
-			if len(left) == 0 || time.Now().After(deadline) {
-				break
-			}
-			if err := cleanup(t, d); err != nil {
+		if left := left(t, d); left != "" {
+			t.Errorf("%s: %s", treeDoor{d}.Way(), left)
+		}
+	}
+}
+
+// left is what a daemon has not removed after a while, of what it must.
+func left(t *testing.T, d *daemon) string {
+	t.Helper()
+	var left []string
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		left = nil
+		for _, pattern := range []string{"root/trees/*", "root/blobs/*/*", "root/overlayfs/snapshots/*", "state/mounts/*"} {
+			found, err := filepath.Glob(filepath.Join(d.dir, pattern))
+			if err != nil {
 				t.Fatal(err)
 			}
+			left = append(left, found...)
 		}
-		if len(left) > 0 {
-			t.Errorf("%s: %d things are left, such as %q", treeDoor{d}.Way(), len(left), left[0])
+		if len(left) == 0 {
+			return ""
+		}
+		err := cleanup(t, d)
+		if time.Now().After(deadline) {
+			return fmt.Sprintf("%d things are left, such as %q: %v", len(left), left[0], err)
 		}
 	}
 }

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/artifact-snapshotter/artifact-snapshotter/deploy"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
@@ -56,6 +58,36 @@ func TestTheUnitHasTheCapabilitiesThatAreNeededAndNoOther(t *testing.T) {
 			}
 			t.Log(problem)
 		})
+	}
+}
+
+// A container that mounts for the host must be privileged, and has all capabilities:
+// the daemon keeps those of the unit, in each of its threads, and no way to others.
+func TestTheDaemonConfinesItself(t *testing.T) {
+	dir := t.TempDir()
+	d := startDaemon(t, dir, shelf(filepath.Join(dir, "content")), unpack.Rungs{Raw: unpack.Copy, Tar: unpack.Extract}, false)
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", d.pid()))
+	if err != nil || len(threads) < 2 {
+		t.Fatalf("threads %q: %v", threads, err)
+	}
+	numbers := map[string]int{"chown": unix.CAP_CHOWN, "dac_override": unix.CAP_DAC_OVERRIDE, "fowner": unix.CAP_FOWNER, "fsetid": unix.CAP_FSETID, "sys_admin": unix.CAP_SYS_ADMIN}
+	all := uint64(0)
+	for name := range needs {
+		all |= 1 << numbers[name]
+	}
+	for _, file := range threads {
+		status, err := os.ReadFile(file)
+		if err != nil {
+			continue // the thread has ended
+		}
+		for field, want := range map[string]string{
+			"CapInh": strings.Repeat("0", 16), "CapAmb": strings.Repeat("0", 16), "NoNewPrivs": "1",
+			"CapPrm": fmt.Sprintf("%016x", all), "CapEff": fmt.Sprintf("%016x", all), "CapBnd": fmt.Sprintf("%016x", all),
+		} {
+			if !strings.Contains(string(status), "\n"+field+":\t"+want+"\n") {
+				t.Errorf("%s: %s is not %s:\n%s", file, field, want, status)
+			}
+		}
 	}
 }
 

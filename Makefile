@@ -15,7 +15,7 @@ PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs busy
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build image tools containerd-older kubelet helm packages demo test test-deploy test-unit test-node test-matrix fuzz lint bench bench-peers clean
+.PHONY: build image tools containerd-older kubelet helm packages demo test test-long test-deploy test-unit test-node test-matrix fuzz lint bench bench-peers clean
 
 build:
 	@echo "==> building $(BIN)"
@@ -82,6 +82,11 @@ test: build tools kubelet test-deploy
 	@bash -o pipefail -c 'go test -race -timeout 60m ./... 2>&1 | tee bin/test.log' || { \
 		echo "==> what failed (of bin/test.log):"; \
 		grep -aE '^ *--- FAIL|^ +[a-z_]+_test\.go:[0-9]+: |^(FAIL|panic|WARNING: DATA RACE)' bin/test.log | cut -c -2000; exit 1; }
+
+# All that make test leaves out for the time that it takes: the hostile artifacts on
+# every way to show them, those of a million files included.
+test-long: test
+	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -timeout 120m -v -run Verdict ./integration/hostile
 
 # The chart, the examples, the dashboard and the alerts: files that Go does not see
 # change, hence -count=1. Without cgo, as the kubelet,

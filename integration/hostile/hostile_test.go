@@ -45,9 +45,9 @@ func long() bool { return os.Getenv("ARTIFACT_SNAPSHOTTER_LONG") != "" }
 const (
 	// maxResident is how much memory a daemon may have resident, with every case but
 	// the long ones: what a plan of 100,000 entries takes (150 MB), a zstd window of
-	// 128 MiB in a buffer of twice that, manifests of 8 MiB as Go has them in memory,
-	// and as much again for garbage, which Go lets grow to the size of what is alive.
-	maxResident = 768 << 20
+	// 128 MiB, a manifest of 8 MiB as Go has it in memory, and as much again for garbage,
+	// which Go lets grow to the size of what is alive.
+	maxResident = 512 << 20
 	// maxResidentLong is with them: docs/operations.md says 1.5 GB for a plan of
 	// 1,048,576 entries, of which there is one at a time, and the above beside it.
 	maxResidentLong = 2560 << 20

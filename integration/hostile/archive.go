@@ -153,12 +153,6 @@ func isLink(target string) Entry {
 	return Entry{Type: Symlink, Mode: 0o777, Sec: at, Target: target}
 }
 
-// with is an entry with something else.
-func (e Entry) with(change func(*Entry)) Entry {
-	change(&e)
-	return e
-}
-
 func (e Entry) mode(mode uint32) Entry { e.Mode = mode; return e }
 
 func (e Entry) owner(uid, gid uint32) Entry { e.UID, e.GID = uid, gid; return e }

@@ -110,7 +110,7 @@ func bombCases() (cases []Case) {
 		return compressedMembers(20000, func(i int) string { return named(fmt.Sprintf("%d/", i)+strings.Repeat("d/", 100)+"f", '0', "") })
 	}))
 	add("64 MiB of names", false, says("MiB of names"), of(tarType, func() string {
-		return members(17000, func(i int) string { return named(strings.Repeat(name255+"/", 15)+fmt.Sprint(i), '0', "") })
+		return members(18000, func(i int) string { return named(strings.Repeat(name255+"/", 15)+fmt.Sprint(i), '0', "") })
 	}))
 	add("64 MiB of targets", false, says("MiB of names"), of(tarType, func() string {
 		return members(17000, func(i int) string {

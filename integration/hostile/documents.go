@@ -66,8 +66,7 @@ func manifestCases() (cases []Case) {
 		add("artifactType is "+w.what, want, edit("artifactType"))
 
 		want = malformed
-		switch {
-		case w.kind == "null" || w.kind == "object" || w.kind == "object of objects":
+		if w.kind == "null" || w.kind == "object" || w.kind == "object of objects" {
 			want = refused("config: digest")
 		}
 		add("config is "+w.what, want, edit("config"))

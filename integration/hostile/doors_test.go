@@ -125,7 +125,7 @@ func start(t *testing.T, dir string, blobs shelf, rungs unpack.Rungs, early bool
 		t.Fatal(err)
 	}
 	defer log.Close()
-	args := append(by, program, "serve", "--config", file)
+	args := slices.Concat(by, []string{program, "serve", "--config", file})
 	d.cmd = exec.Command(args[0], args[1:]...)
 	d.cmd.Stdout, d.cmd.Stderr = log, log
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -193,7 +193,7 @@ func (d *daemon) snapshotter() snapshots.Snapshotter {
 }
 
 func (d *daemon) applier() diff.Applier {
-	return diffproxy.NewDiffApplier(diffapi.NewDiffClient(d.conn)).(diff.Applier) //nolint:errcheck,forcetypeassert // it is one
+	return diffproxy.NewDiffApplier(diffapi.NewDiffClient(d.conn)).(diff.Applier)
 }
 
 // peak is the most memory, in bytes, that the daemon has had resident since the last

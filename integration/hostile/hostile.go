@@ -177,6 +177,7 @@ func (v Verdict) judge(way Way, err error) (problem string) {
 			return ""
 		case Layers: // which is the how manieth is not always known
 			says = number.ReplaceAllString(says, "")
+		default:
 		}
 		if !strings.Contains(text, says) {
 			return fmt.Sprintf("the error does not say %q: %.1000v", says, err)

@@ -92,7 +92,6 @@ type layer struct {
 	digest      digest.Digest // "" is that of the content
 	size        string        // JSON; "" is that of the content
 	absent      bool
-	diffID      string // in the config; "" is the digest
 }
 
 func raw(path, content string) layer {

@@ -34,7 +34,7 @@ var sample = []string{
 	"gnu/a long name that leaves the volume", "sparse/1.0", "sparse/1.0, a hole of 2^60 bytes", "sparse/of a format to come, 2.0", "xattr/dropped, file capabilities",
 	"xattr/dropped, an order to overlayfs, redirect", "end/an archive behind", "stream/gzip, a wrong check sum", "stream/zstd, a window of 256 MiB",
 	"manifest/layers twice", "manifest/with 100,000 keys", "descriptor/annotations is a list", "config/a list (application/vnd.cncf.model.config.v1+json)", "metadata/mode, as text",
-	"type of a layer/application/vnd.cncf.model.weight.v1.tar+encrypted", "index/of one", "layers/a raw file through a symlink", "layers/a file in the place of a file, raw",
+	"type of a layer/application/vnd.cncf.model.weight.v1.tar+encrypted", "layers/a raw file through a symlink", "layers/a file in the place of a file, raw",
 	"bomb/gzip, a thousand to one, of zeros", "bomb/zstd, thirty thousand to one", "bomb/one archive in 1,000 layers",
 }
 

@@ -89,15 +89,18 @@ test: build tools kubelet test-deploy
 		grep -aE '^ *--- FAIL|^ +[a-z_]+_test\.go:[0-9]+: |^(FAIL|panic|WARNING: DATA RACE)' bin/test.log | cut -c -2000; exit 1; }
 	$(tell_crio)
 
-# All of what `make test` has a selection of: docs/reliability.md.
-test-long: test-crash
-
 # The daemon killed at every operation, and the power cut: an hour on two cores. Without
 # the race detector, which finds nothing in a daemon that is another program.
 test-crash: build tools
 	@echo "==> killing the daemon at every operation"
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -v -timeout 4h -run '^Test(TheDaemonIsKilled|ThePowerIsCut|ADiskForgets|ABrokenDaemon)' ./integration/crash
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -v -timeout 2h -run '^TestANodeSurvives' ./integration
+
+# All of what `make test` has a selection of (docs/reliability.md): the kills and power
+# cuts, and the hostile artifacts on every way to show them, those of a million files
+# included.
+test-long: test test-crash
+	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -timeout 120m -v -run Verdict ./integration/hostile
 
 # The chart, the examples, the dashboard and the alerts: files that Go does not see
 # change, hence -count=1. Without cgo, as the kubelet,
@@ -135,8 +138,11 @@ bench-peers: build tools
 
 # Every parser of what an artifact says; FUZZTIME=10m for a thorough search.
 FUZZTIME ?= 20s
+FUZZ     := artifact:FuzzRead artifact:FuzzUnambiguous artifact:FuzzFileMetadata artifact:FuzzCleanPath \
+            unpack:FuzzIndex unpack:FuzzInflate unpack:FuzzIDMap internal/blobdir:FuzzPath \
+            view:FuzzName view:FuzzArrival snapshot:FuzzKey client:FuzzDocument plugin/nri:FuzzResolve
 fuzz:
-	@set -e; for f in artifact:FuzzRead artifact:FuzzFileMetadata artifact:FuzzCleanPath unpack:FuzzIndex unpack:FuzzInflate plugin/nri:FuzzResolve; do \
+	@set -e; for f in $(FUZZ); do \
 		echo "==> $$f for $(FUZZTIME)"; \
 		go test -run '^$$' -fuzz "^$${f#*:}$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 50x ./$${f%%:*}; \
 	done

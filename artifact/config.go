@@ -44,6 +44,9 @@ func parseConfig(mediaType string, raw []byte) (config, error) {
 		err = errors.New("null")
 	}
 	if err == nil {
+		err = checkUnambiguous(raw)
+	}
+	if err == nil {
 		descriptor := section[struct {
 			CreatedAt time.Time `json:"createdAt"`
 		}]("descriptor", top.Descriptor, &err)

@@ -42,6 +42,8 @@ type document struct {
 	Config       ocispec.Descriptor   `json:"config"`
 	Layers       []ocispec.Descriptor `json:"layers"`
 	Manifests    []ocispec.Descriptor `json:"manifests"`
+
+	text []byte // all of it
 }
 
 // resolve returns the manifest that target stands for, with its media type,
@@ -89,7 +91,7 @@ func parseDocument(raw []byte) (document, error) {
 	if n := len(parts.Layers) + len(parts.Manifests); n > len(raw)/minDescriptor {
 		return document{}, fmt.Errorf("%d descriptors in %d bytes cannot have digests: %w", n, len(raw), errdefs.ErrInvalidArgument)
 	}
-	var doc document
+	doc := document{text: raw}
 	if err := json.Unmarshal(raw, &doc); err != nil {
 		return document{}, fmt.Errorf("malformed JSON: %.300v: %w", err, errdefs.ErrInvalidArgument)
 	}

@@ -105,7 +105,10 @@ func (w *writer) entry(ctx context.Context, name string, n *node) error {
 // file makes a regular file, or another name of one.
 func (w *writer) file(ctx context.Context, name string, n *node) error {
 	if first, ok := w.first[n]; ok {
-		return w.root.Link(first, name)
+		// A file can have so many names, and is made once more for others.
+		if err := w.root.Link(first, name); !errors.Is(err, unix.EMLINK) {
+			return err
+		}
 	}
 	w.first[n] = name
 	c := n.bytes.content
@@ -117,13 +120,18 @@ func (w *writer) file(ctx context.Context, name string, n *node) error {
 		if err != nil {
 			return err
 		}
-		if err := unix.Linkat(unix.AT_FDCWD, c.path, dir, base, 0); err != nil {
+		err = unix.Linkat(unix.AT_FDCWD, c.path, dir, base, 0)
+		switch {
+		case errors.Is(err, unix.EMLINK) && c.own:
+			return w.copyOwn(ctx, name, n)
+		case errors.Is(err, unix.EMLINK):
+		case err != nil:
 			return &os.LinkError{Op: "link", Old: c.path, New: name, Err: err}
-		}
-		if !c.own {
+		case c.own:
+			return w.setAttrs(name, n)
+		default:
 			return nil // its attributes are the blob's, and not ours to change
 		}
-		return w.setAttrs(name, n)
 	}
 	f, err := w.create(name, n.attrs.mode)
 	if err != nil {

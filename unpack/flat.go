@@ -109,14 +109,19 @@ func (cs *contents) retainFlat(ctx context.Context, c *content) error {
 	if err != nil {
 		return err
 	}
+	gz, err := isGzip(blob)
 	blob.Close() // many may wait here
+	if err != nil {
+		return err
+	}
 	release, err := cs.Budget.only(ctx, c.layer.Descriptor.Digest.String())
 	if err != nil {
 		return err
 	}
 	defer release()
 	done := cs.flatOf(c.layer.Descriptor.Digest)
-	if target, err := os.Readlink(done); err == nil {
+	// Nor does it matter what another artifact has said that the blob is.
+	if target, err := os.Readlink(done); err == nil && gz == (c.layer.Compression == artifact.CompressionGzip) {
 		shared := filepath.Join(filepath.Dir(done), target)
 		if os.Link(shared, c.path) == nil {
 			c.digest = digest.NewDigestFromEncoded(digest.Algorithm(filepath.Base(filepath.Dir(shared))), filepath.Base(shared))
@@ -146,6 +151,16 @@ func (cs *contents) retainFlat(ctx context.Context, c *content) error {
 		return err
 	}
 	return nil
+}
+
+// isGzip reports whether a blob begins as gzip does (RFC 1952, 2.3.1), and so can be
+// nothing else.
+func isGzip(blob io.ReaderAt) (bool, error) {
+	var magic [2]byte
+	if _, err := blob.ReadAt(magic[:], 0); err != nil && !errors.Is(err, io.EOF) {
+		return false, err
+	}
+	return magic == [2]byte{0x1f, 0x8b}, nil
 }
 
 // flatOf is the symlink to the flat tar of a compressed blob.

@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"math"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -147,7 +148,7 @@ func checkEnd(s *io.SectionReader, end int64) error {
 func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int64) (end int64, err error) {
 	end = roundUp(at)
 	if h.Typeflag == tar.TypeXGlobalHeader {
-		return end, nil // git-archive writes one
+		return end, checkGlobal(h)
 	}
 	a, err := tarAttrs(h)
 	if err != nil {
@@ -202,6 +203,24 @@ func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int
 	return end, x.place(name, n)
 }
 
+// checkGlobal refuses an extended header for all members behind it that says anything
+// of what is shown. archive/tar does not apply it, and nor does containerd: a reader
+// that did would see other files. That of git-archive has a comment alone.
+func checkGlobal(h *tar.Header) error {
+	if h.PAXRecords == nil { // so archive/tar says of numbers that are none
+		return tar.ErrHeader
+	}
+	for key, value := range h.PAXRecords {
+		switch {
+		case value == "": // "the header's own"
+		case slices.Contains([]string{"path", "linkpath", "size", "uid", "gid", "mtime"}, key),
+			strings.HasPrefix(key, xattrPrefix), strings.HasPrefix(key, sparsePrefix):
+			return fmt.Errorf("a global extended header that sets %.255q for all members behind it is not supported: pack the archive without one: %w", key, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
 // bytes is where the content of a regular member is, and where it ends.
 func (x *index) bytes(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int64) (extent, int64, error) {
 	if !isSparse(h) {
@@ -213,6 +232,9 @@ func (x *index) bytes(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int6
 			e = extent{}
 		}
 		return e, roundUp(at + h.Size), nil
+	}
+	if !isKnownSparse(h) {
+		return extent{}, 0, fmt.Errorf("a sparse file in a format that is not known: pack the archive without --sparse: %w", errdefs.ErrInvalidArgument)
 	}
 	// Only archive/tar knows where its holes are.
 	c, err := x.sparse(r, memberKey{x.archive, at}, h.Size)
@@ -241,6 +263,21 @@ func isSparse(h *tar.Header) bool {
 		}
 	}
 	return false
+}
+
+// isKnownSparse reports whether archive/tar knows the format of a sparse member. Of
+// one that it does not know it returns as content what stands in the archive, a map
+// of the holes perhaps.
+func isKnownSparse(h *tar.Header) bool {
+	major, minor := h.PAXRecords[sparsePrefix+"major"], h.PAXRecords[sparsePrefix+"minor"]
+	switch {
+	case h.Typeflag == tar.TypeGNUSparse:
+		return true
+	case major == "" && minor == "": // before formats had numbers
+		return h.PAXRecords[sparsePrefix+"map"] != ""
+	default:
+		return major == "0" && (minor == "0" || minor == "1") || major == "1" && minor == "0"
+	}
 }
 
 func roundUp(n int64) int64 { return (n + tarBlock - 1) / tarBlock * tarBlock }

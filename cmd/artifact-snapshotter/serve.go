@@ -84,6 +84,9 @@ func serve(ctx context.Context, command *cli.Command) error {
 	if err := errors.Join(log.SetFormat(log.TextFormat), log.SetLevel(cfg.LogLevel)); err != nil {
 		return err
 	}
+	if err := confine(); err != nil {
+		log.G(ctx).WithError(err).Warn("The daemon keeps capabilities that it does not need")
+	}
 	return plugin.Serve(ctx, cfg, buildVersion())
 }
 

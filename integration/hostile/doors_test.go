@@ -1,0 +1,395 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package hostile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	diffapi "github.com/containerd/containerd/api/services/diff/v1"
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/core/diff"
+	diffproxy "github.com/containerd/containerd/v2/core/diff/proxy"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/proxy"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// shelf is a content store's directory of blobs.
+type shelf string
+
+func (s shelf) path(d digest.Digest) (string, bool) {
+	if d.Validate() != nil {
+		return "", false // no runtime stores it
+	}
+	return filepath.Join(string(s), "blobs", d.Algorithm().String(), d.Encoded()), true
+}
+
+// put puts the blobs of an artifact there as containerd does, the manifest last: whole
+// files by a rename.
+func (s shelf) put(a *Artifact) error {
+	names := slices.DeleteFunc(slices.Collect(func(yield func(digest.Digest) bool) {
+		for d := range a.Blobs {
+			if d != a.Target && !yield(d) {
+				return
+			}
+		}
+		yield(a.Target)
+	}), func(d digest.Digest) bool { return d.Validate() != nil })
+	for _, d := range names {
+		path, _ := s.path(d)
+		tmp := filepath.Join(string(s), "ingest")
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(tmp, a.Blobs[d], 0o444), os.Rename(tmp, path)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s shelf) drop(a *Artifact) error {
+	var errs []error
+	for d := range a.Blobs {
+		if path, ok := s.path(d); ok {
+			errs = append(errs, os.Remove(path))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// daemon is a daemon with rungs of its own, over the blobs of all.
+type daemon struct {
+	rungs unpack.Rungs
+	dir   string
+	cmd   *exec.Cmd
+	conn  *grpc.ClientConn
+	count atomic.Int64
+	ended <-chan struct{} // closed when it has ended, with err
+	err   error
+}
+
+const hostileNamespace = "k8s.io"
+
+// startDaemon starts one that no containerd belongs to.
+func startDaemon(t *testing.T, dir string, blobs shelf, rungs unpack.Rungs, early bool) *daemon {
+	t.Helper()
+	d, err := start(t, dir, blobs, rungs, early)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// start is startDaemon, by a command that becomes the one behind it.
+func start(t *testing.T, dir string, blobs shelf, rungs unpack.Rungs, early bool, by ...string) (*daemon, error) {
+	t.Helper()
+	program, err := node.Program()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &daemon{rungs: rungs, dir: filepath.Join(dir, string(rungs.Raw)+"+"+string(rungs.Tar))}
+	if err := os.MkdirAll(d.dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	config := fmt.Sprintf("root = %q\nstate = %q\naddress = %q\ncontent_root = %q\ncontainerd_address = %q\nraw_rung = %q\ntar_rung = %q\ndecompress_on_pull = %v\nlog_level = \"warn\"\n",
+		filepath.Join(d.dir, "root"), filepath.Join(d.dir, "state"), d.socket(), string(blobs), filepath.Join(d.dir, "none.sock"), rungs.Raw, rungs.Tar, early)
+	file := filepath.Join(d.dir, "config.toml")
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.Create(filepath.Join(d.dir, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	args := slices.Concat(by, []string{program, "serve", "--config", file})
+	d.cmd = exec.Command(args[0], args[1:]...)
+	d.cmd.Stdout, d.cmd.Stderr = log, log
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := d.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		d.stop(t)
+		if t.Failed() {
+			t.Logf("the daemon's last words:\n%s", tail(filepath.Join(d.dir, "log")))
+		}
+	})
+	if d.conn, err = grpc.NewClient("unix://"+d.socket(), grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ended := make(chan struct{})
+	d.ended = ended
+	go func() {
+		d.err = d.cmd.Wait()
+		close(ended)
+		cancel()
+	}()
+	if _, err := grpc_health_v1.NewHealthClient(d.conn).Check(ctx, &grpc_health_v1.HealthCheckRequest{}, grpc.WaitForReady(true)); err != nil {
+		return nil, fmt.Errorf("the daemon does not answer: %w\n%s", err, tail(filepath.Join(d.dir, "log")))
+	}
+	return d, nil
+}
+
+func (d *daemon) socket() string { return filepath.Join(d.dir, "s") }
+
+func tail(file string) string {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return err.Error()
+	}
+	return string(text[max(0, len(text)-3000):])
+}
+
+func (d *daemon) stop(t *testing.T) {
+	t.Helper()
+	if d.conn != nil {
+		d.conn.Close()
+	}
+	if err := d.cmd.Process.Signal(syscall.SIGTERM); err == nil {
+		<-d.ended
+		if d.err != nil {
+			t.Errorf("the daemon: %v", d.err)
+		}
+	} else { // it could not start, which is for start to say
+		<-d.ended
+	}
+	if left, err := node.Mounts(d.dir); err != nil || len(left) > 0 {
+		t.Errorf("mounts are left: %q (%v)", left, err)
+		for _, at := range slices.Backward(left) {
+			_ = unix.Unmount(at, unix.MNT_DETACH)
+		}
+	}
+}
+
+func (d *daemon) pid() int { return d.cmd.Process.Pid }
+
+func (d *daemon) snapshotter() snapshots.Snapshotter {
+	return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(d.conn), "artifact")
+}
+
+func (d *daemon) applier() diff.Applier {
+	return diffproxy.NewDiffApplier(diffapi.NewDiffClient(d.conn)).(diff.Applier)
+}
+
+// peak is the most memory, in bytes, that the daemon has had resident since the last
+// call.
+func (d *daemon) peak(t *testing.T) int64 {
+	t.Helper()
+	proc := fmt.Sprintf("/proc/%d/", d.pid())
+	text, err := os.ReadFile(proc + "status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(text), "VmHWM:")
+	kib, err := strconv.ParseInt(strings.Fields(rest)[0], 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// proc_pid_clear_refs(5): 5 begins again.
+	if err := os.WriteFile(proc+"clear_refs", []byte("5"), 0); err != nil {
+		t.Fatal(err)
+	}
+	return kib << 10
+}
+
+// again repeats what is answered by "try again" until it is not.
+func again(f func() error) error {
+	for deadline := time.Now().Add(5 * time.Minute); ; {
+		err := f()
+		if !errdefs.IsUnavailable(err) || time.Now().After(deadline) {
+			return err
+		}
+	}
+}
+
+// treeDoor shows an artifact as `artifact-snapshotter mount` does, and as an image
+// volume is shown but for the key.
+type treeDoor struct{ *daemon }
+
+func (d treeDoor) Way() Way { return Way(string(d.rungs.Raw) + "+" + string(d.rungs.Tar)) }
+
+func (d treeDoor) Show(ctx context.Context, a *Artifact) (string, func() error, error) {
+	ctx = namespaces.WithNamespace(ctx, hostileNamespace)
+	key := snapshot.MountKey(fmt.Sprintf("/nowhere/%d", d.count.Add(1)), a.Target)
+	var mounts []mount.Mount
+	err := again(func() (err error) {
+		mounts, err = d.snapshotter().View(ctx, key, "")
+		return err
+	})
+	if err != nil {
+		return "", nil, err
+	}
+	path, err := bound(mounts)
+	return path, func() error {
+		return errors.Join(err, d.snapshotter().Remove(ctx, key))
+	}, err
+}
+
+// bound is the source of the one bind that a view is: read-only, nosuid and nodev,
+// and so is the mount that it is of.
+func bound(mounts []mount.Mount) (string, error) {
+	if len(mounts) != 1 || mounts[0].Type != "bind" || !mounts[0].ReadOnly() {
+		return "", fmt.Errorf("the view is %+v, and no bind that is read-only", mounts)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(mounts[0].Source, &st); err != nil {
+		return "", err
+	}
+	if want := int64(unix.ST_RDONLY | unix.ST_NOSUID | unix.ST_NODEV); st.Flags&want != want {
+		return "", fmt.Errorf("the mount %s has the flags %x, and must be ro, nosuid and nodev", mounts[0].Source, st.Flags)
+	}
+	return mounts[0].Source, nil
+}
+
+// layersDoor unpacks layer by layer, as containerd's own unpacker does (core/unpack),
+// into the snapshots of a snapshotter.
+type layersDoor struct {
+	*daemon
+	way Way
+	to  snapshots.Snapshotter
+	dir string // for a mount
+}
+
+func (d layersDoor) Way() Way { return d.way }
+
+// maxLayers is how many lower layers an overlay is sure to have room for.
+const maxLayers = 100
+
+func (d layersDoor) Skip(c Case, a *Artifact) bool {
+	if a.Layers == nil || len(a.Layers) > maxLayers {
+		return true
+	}
+	// containerd counts what is in a snapshot by whole paths, which that one's is too
+	// long for (core/snapshots/storage, fs.DiskUsage).
+	if d.way == Files && strings.HasSuffix(c.Name, "a path of 4095 bytes") {
+		return true
+	}
+	// What a registry would not have been told, and gRPC cannot say.
+	return slices.ContainsFunc(a.Layers, func(l descriptor) bool {
+		return !utf8Descriptor(l) || len(l.MediaType) > 1<<16 || len(fmt.Sprint(l.Annotations)) > 1<<20
+	})
+}
+
+func (d layersDoor) Show(ctx context.Context, a *Artifact) (_ string, _ func() error, err error) {
+	ctx = namespaces.WithNamespace(ctx, hostileNamespace)
+	n := d.count.Add(1)
+	var undo []func() error
+	done := func() (err error) {
+		for _, f := range slices.Backward(undo) {
+			err = errors.Join(err, f())
+		}
+		return err
+	}
+	defer func() {
+		if err != nil {
+			if uerr := done(); uerr != nil {
+				err = fmt.Errorf("%w, and then %v", err, uerr)
+			}
+		}
+	}()
+	remove := func(name string) func() error { return func() error { return d.to.Remove(ctx, name) } }
+	parent := ""
+	for i, l := range a.Layers {
+		key, name := fmt.Sprintf("%s-%d %d-%d", snapshots.UnpackKeyPrefix, n, n, i), fmt.Sprintf("hostile-%d-%d", n, i)
+		mounts, err := d.to.Prepare(ctx, key, parent)
+		if err != nil {
+			return "", nil, err
+		}
+		if _, err := d.applier().Apply(ctx, l, mounts); err != nil {
+			return "", nil, errors.Join(err, d.to.Remove(ctx, key))
+		}
+		if err := d.to.Commit(ctx, name, key); err != nil {
+			return "", nil, errors.Join(err, d.to.Remove(ctx, key))
+		}
+		undo, parent = append(undo, remove(name)), name
+	}
+	view := fmt.Sprintf("view-%d", n)
+	var mounts []mount.Mount
+	err = again(func() (err error) {
+		mounts, err = d.to.View(ctx, view, parent)
+		return err
+	})
+	if err != nil {
+		return "", nil, err
+	}
+	undo = append(undo, remove(view))
+	if d.way == Layers {
+		path, err := bound(mounts)
+		return path, done, err
+	}
+	if err := mount.All(mounts, d.dir); err != nil {
+		return "", nil, err
+	}
+	undo = append(undo, func() error { return mount.UnmountAll(d.dir, 0) })
+	return d.dir, done, nil
+}
+
+// doors are all ways that this kernel has, each with the daemon behind it.
+func doors(t *testing.T, dir string, blobs shelf, ways []Way) (doors []Door, daemons []*daemon) {
+	t.Helper()
+	for _, way := range ways {
+		rawRung, tarRung, _ := strings.Cut(string(way), "+")
+		rungs := unpack.Rungs{Raw: unpack.Rung(rawRung), Tar: unpack.Rung(tarRung)}
+		works := true
+		for _, r := range []unpack.Rung{rungs.Raw, rungs.Tar} {
+			if err := unpack.Try(t.Context(), dir, r); err != nil {
+				t.Logf("without %s: %v", way, err)
+				works = false
+			}
+		}
+		if works {
+			d := startDaemon(t, dir, blobs, rungs, len(daemons) == 0)
+			daemons, doors = append(daemons, d), append(doors, treeDoor{d})
+		}
+	}
+	first := daemons[0]
+	others, err := overlay.NewSnapshotter(filepath.Join(dir, "overlayfs"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { others.Close() })
+	shown := filepath.Join(dir, "shown")
+	if err := os.Mkdir(shown, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return append(doors, layersDoor{first, Layers, first.snapshotter(), ""}, layersDoor{first, Files, others, shown}), daemons
+}
+
+// cleanup asks a daemon to remove what nobody uses.
+func cleanup(t *testing.T, d *daemon) error {
+	t.Helper()
+	c, ok := d.snapshotter().(snapshots.Cleaner)
+	if !ok {
+		return errors.New("the snapshotter has no Cleanup")
+	}
+	err := c.Cleanup(namespaces.WithNamespace(t.Context(), hostileNamespace))
+	if errdefs.IsUnavailable(err) {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,359 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package hostile
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/fswatch"
+)
+
+type descriptor = ocispec.Descriptor
+
+func utf8Descriptor(d descriptor) bool {
+	for key, value := range d.Annotations {
+		if !utf8.ValidString(key) || !utf8.ValidString(value) {
+			return false
+		}
+	}
+	return utf8.ValidString(d.MediaType)
+}
+
+// only is for who looks into some cases.
+var only = flag.String("cases", "", "a regular expression for the names of the cases")
+
+// long tells that the test is to take all the time there is.
+func long() bool { return os.Getenv("ARTIFACT_SNAPSHOTTER_LONG") != "" }
+
+const (
+	// maxResident is how much memory a daemon may have resident, with every case but
+	// the long ones: what a plan of 100,000 entries takes (150 MB), a zstd window of
+	// 128 MiB, a manifest of 8 MiB as Go has it in memory, and as much again for garbage,
+	// which Go lets grow to the size of what is alive.
+	maxResident = 512 << 20
+	// maxResidentLong is with them: docs/operations.md says 1.5 GB for a plan of
+	// 1,048,576 entries, of which there is one at a time, and the above beside it.
+	maxResidentLong = 2560 << 20
+)
+
+// chosen are the doors that a case is brought to: all of them, or when there is less
+// time the first and one of the others, in turn.
+func chosen(doors []Door, i int, c Case) []Door {
+	switch {
+	case long():
+		return doors
+	case strings.HasPrefix(c.Name, "bomb/"):
+		return doors[:1] // of 100,000 files each
+	}
+	return []Door{doors[0], doors[1+i%(len(doors)-1)]}
+}
+
+// ways are those of the ladder that are tried: with each rung at least one.
+func ways() []Way {
+	w := []Way{Index, Extracted, Linked, Copied}
+	if long() {
+		w = append(w, IndexOnLoops, IndexBuffered, LinkedIndex)
+	}
+	return w
+}
+
+func TestNamesAreUnique(t *testing.T) {
+	seen := map[string]bool{}
+	for _, c := range Cases() {
+		if seen[c.Name] {
+			t.Errorf("two cases are called %q", c.Name)
+		}
+		seen[c.Name] = true
+	}
+	t.Logf("%d cases", len(seen))
+	if len(seen) < 300 {
+		t.Errorf("%d cases are too few", len(seen))
+	}
+}
+
+func TestCasesAreTheSameEachTime(t *testing.T) {
+	first, second := Cases(), Cases()
+	for i, c := range first {
+		if strings.HasPrefix(c.Name, "bomb/") {
+			continue
+		}
+		if a, b := c.Make(), second[i].Make(); c.Name != second[i].Name || a.Target != b.Target {
+			t.Errorf("%s: %s and %s", c.Name, a.Target, b.Target)
+		}
+	}
+}
+
+// Every artifact is shown exactly, or refused with the reason, whoever shows it and in
+// whatever way; nothing changes but what is the daemons' own; no daemon takes more
+// memory than it may, and nothing is left.
+func TestEveryArtifactGetsItsVerdict(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	blobs := shelf(filepath.Join(dir, "content"))
+	if err := os.MkdirAll(filepath.Join(string(blobs), "blobs", "sha256"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	doors, daemons := doors(t, dir, blobs, ways())
+	pids := []int{os.Getpid()}
+	for _, d := range daemons {
+		pids = append(pids, d.pid())
+		d.peak(t)
+	}
+	// Read-ahead is set for every mount (docs/design.md).
+	watch, err := fswatch.Start(pids, append(fswatch.OfTheTest(), dir, "/sys/devices/virtual/bdi/*/read_ahead_kb", "/sys/devices/virtual/block/*/queue/read_ahead_kb")...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ext4 := isExt4(t, dir)
+	counts := newTally()
+	began := time.Now()
+	for i, c := range Cases() {
+		if c.Long && !long() {
+			continue
+		}
+		if !regexp.MustCompile(*only).MatchString(c.Name) {
+			continue
+		}
+		a := c.Make()
+		if err := blobs.put(a); err != nil {
+			t.Fatal(err)
+		}
+		started := time.Now()
+		var group sync.WaitGroup
+		for _, door := range chosen(doors, i, c) {
+			if c.Ext4 && !ext4 && door.Way().Extracts() {
+				continue
+			}
+			group.Go(func() {
+				Check(t.Context(), t, door, c, a)
+				counts.add(c, door, a)
+			})
+		}
+		group.Wait()
+		counts.took(c, time.Since(started))
+		for _, d := range daemons {
+			counts.memory(c, d.peak(t))
+		}
+		if err := blobs.drop(a); err != nil {
+			t.Fatal(err)
+		}
+		for _, change := range watch.Changes() {
+			t.Fatalf("%s: something outside has changed: %s", c.Name, change)
+		}
+		if t.Failed() && counts.failed(t) {
+			t.Fatal("too many have failed")
+		}
+	}
+	took := time.Since(began)
+	wantNothingLeft(t, daemons)
+	changes, seen, err := watch.Stop()
+	if err != nil || len(changes) > 0 {
+		t.Errorf("outside has changed: %q (%v)", changes, err)
+	}
+	if seen == 0 {
+		t.Error("the watch has not seen what was made inside either")
+	}
+	limit := int64(maxResident)
+	if long() {
+		limit = maxResidentLong
+	}
+	if counts.most > limit {
+		t.Errorf("a daemon had %d MiB of memory resident, with %s; the limit is %d", counts.most>>20, counts.mostBy, limit>>20)
+	}
+	t.Logf("%s\nin %s; %d changes on %d file systems watched, none outside", counts, took.Round(time.Second), seen, watch.FileSystems())
+}
+
+// wantNothingLeft checks that the daemons have no Trees, no mounts and no contents when
+// nothing is shown and all blobs are gone.
+func wantNothingLeft(t *testing.T, daemons []*daemon) {
+	t.Helper()
+	for _, d := range daemons {
+		if left := left(t, d); left != "" {
+			t.Errorf("%s: %s", treeDoor{d}.Way(), left)
+		}
+	}
+}
+
+// left is what a daemon has not removed after a while, of what it must.
+func left(t *testing.T, d *daemon) string {
+	t.Helper()
+	var left []string
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		left = nil
+		for _, pattern := range []string{"root/trees/*", "root/blobs/*/*", "root/overlayfs/snapshots/*", "state/mounts/*"} {
+			found, err := filepath.Glob(filepath.Join(d.dir, pattern))
+			if err != nil {
+				t.Fatal(err)
+			}
+			left = append(left, found...)
+		}
+		if len(left) == 0 {
+			return ""
+		}
+		err := cleanup(t, d)
+		if time.Now().After(deadline) {
+			return fmt.Sprintf("%d things are left, such as %q: %v", len(left), left[0], err)
+		}
+	}
+}
+
+func isExt4(t *testing.T, dir string) bool {
+	t.Helper()
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Type == unix.EXT4_SUPER_MAGIC
+}
+
+// tally counts verdicts.
+type tally struct {
+	mu                     sync.Mutex
+	cases                  map[string]bool
+	shown, refused, images int
+	ways                   map[Way]int
+	most                   int64
+	mostBy                 string
+	slowest                time.Duration
+	slowestBy              string
+	failures               int
+}
+
+func newTally() *tally { return &tally{cases: map[string]bool{}, ways: map[Way]int{}} }
+
+func (n *tally) add(c Case, door Door, a *Artifact) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if s, ok := door.(Skips); ok && s.Skip(c, a) {
+		return
+	}
+	n.ways[door.Way()]++
+	if n.cases[c.Name] {
+		return
+	}
+	n.cases[c.Name] = true
+	switch refused := c.For(Index).Refused; {
+	case refused == nil:
+		n.shown++
+	case errors.Is(refused, artifact.ErrNotArtifact):
+		n.images++
+	default:
+		n.refused++
+	}
+}
+
+func (n *tally) took(c Case, took time.Duration) {
+	if took > n.slowest {
+		n.slowest, n.slowestBy = took, c.Name
+	}
+}
+
+func (n *tally) memory(c Case, bytes int64) {
+	if bytes > n.most {
+		n.most, n.mostBy = bytes, c.Name
+	}
+}
+
+// failed reports whether it makes no sense to go on.
+func (n *tally) failed(*testing.T) bool {
+	n.failures++
+	return n.failures > 2000
+}
+
+func (n *tally) String() string {
+	var by []string
+	total := 0
+	for _, way := range slices.Sorted(func(yield func(Way) bool) {
+		for way := range n.ways {
+			if !yield(way) {
+				return
+			}
+		}
+	}) {
+		by = append(by, fmt.Sprintf("%s %d", way, n.ways[way]))
+		total += n.ways[way]
+	}
+	return fmt.Sprintf("%d cases: %d are shown, %d refused, %d are ordinary images; %d verdicts (%s); at most %d MiB resident (%s); the slowest took %s (%s)",
+		len(n.cases), n.shown, n.refused, n.images, total, strings.Join(by, ", "), n.most>>20, n.mostBy, n.slowest.Round(time.Millisecond), n.slowestBy)
+}
+
+// The listing that verdicts are compared with does not miss what it must see.
+func TestAListingSeesEveryDifference(t *testing.T) {
+	want := Listing{"d": isDir(), "d/f": isFile("content"), "l": isLink("d")}
+	make := func(t *testing.T) string {
+		t.Helper()
+		dir := t.TempDir()
+		when := unix.NsecToTimespec(at * 1e9)
+		for _, err := range []error{
+			os.Mkdir(filepath.Join(dir, "d"), 0o755), os.WriteFile(filepath.Join(dir, "d/f"), []byte("content"), 0o644), os.Symlink("d", filepath.Join(dir, "l")),
+		} {
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, name := range []string{"d/f", "d", "l"} {
+			if err := unix.UtimesNanoAt(unix.AT_FDCWD, filepath.Join(dir, name), []unix.Timespec{when, when}, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return dir
+	}
+	differs := func(t *testing.T, dir string) string {
+		t.Helper()
+		got, err := List(dir)
+		if err != nil {
+			return err.Error()
+		}
+		return want.diff(got, Index)
+	}
+	if diff := differs(t, make(t)); diff != "" {
+		t.Errorf("what is as it must be differs:\n%s", diff)
+	}
+	for what, change := range map[string]func(dir string) error{
+		"a mode":        func(dir string) error { return os.Chmod(filepath.Join(dir, "d"), 0o700) },
+		"an owner":      func(dir string) error { return os.Lchown(filepath.Join(dir, "l"), 1, 0) },
+		"a group":       func(dir string) error { return os.Lchown(filepath.Join(dir, "d/f"), 0, 1) },
+		"a byte":        func(dir string) error { return os.WriteFile(filepath.Join(dir, "d/f"), []byte("Content"), 0o644) },
+		"a time":        func(dir string) error { return os.Chtimes(filepath.Join(dir, "d"), time.Time{}, time.Unix(at, 1)) },
+		"an attribute":  func(dir string) error { return unix.Setxattr(filepath.Join(dir, "d/f"), "user.x", nil, 0) },
+		"a trusted one": func(dir string) error { return unix.Setxattr(filepath.Join(dir, "d"), "trusted.x", nil, 0) },
+		"a file less":   func(dir string) error { return os.Remove(filepath.Join(dir, "l")) },
+		"a file more":   func(dir string) error { return os.WriteFile(filepath.Join(dir, "more"), nil, 0o644) },
+		"a FIFO":        func(dir string) error { return unix.Mkfifo(filepath.Join(dir, "more"), 0o644) },
+		"another target": func(dir string) error {
+			return errors.Join(os.Remove(filepath.Join(dir, "l")), os.Symlink("D", filepath.Join(dir, "l")))
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			dir := make(t)
+			if err := change(dir); err != nil {
+				t.Fatal(err)
+			}
+			if differs(t, dir) == "" {
+				t.Error("it is not seen")
+			}
+		})
+	}
+	if _, err := List(filepath.Join(t.TempDir(), "absent")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a directory that is not there: %v", err)
+	}
+}

@@ -1,0 +1,250 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package hostile
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Type is what an entry is.
+type Type string
+
+// The types that a volume can have.
+const (
+	Directory Type = "directory"
+	File      Type = "file"
+	Symlink   Type = "symlink"
+)
+
+// Entry is what stands in a volume at a path, or what must.
+type Entry struct {
+	Type      Type
+	Mode      uint32 // permission, setuid, setgid and sticky bits
+	UID, GID  uint32
+	Sec, Nsec int64  // the time
+	Size      int64  // of files
+	SHA256    string // of files, in hex
+	Target    string // of symlinks
+	Xattrs    string // all that root can list, sorted, as name="value" lines
+	// Raw is of the file of a raw layer, whose attributes are not shown on all ways.
+	Raw bool
+}
+
+// Listing is entries by their paths, bytes as they are.
+type Listing map[string]Entry
+
+// List lists everything below dir, and "." for dir itself. It goes from directory to
+// directory, so that no path is too long, and follows no link.
+func List(dir string) (Listing, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	l := Listing{}
+	return l, l.add(root, "")
+}
+
+// add adds the directory root, which has the path prefix, and what is in it.
+func (l Listing) add(root *os.Root, prefix string) error {
+	self, err := root.Open(".")
+	if err != nil {
+		return err
+	}
+	defer self.Close()
+	fi, err := self.Stat()
+	if err != nil {
+		return err
+	}
+	e, err := entryOf(fi)
+	if err != nil {
+		return err
+	}
+	if e.Xattrs, err = listXattrs(int(self.Fd())); err != nil {
+		return err
+	}
+	name := strings.TrimSuffix(prefix, "/")
+	if name == "" {
+		name = "."
+	}
+	l[name] = e
+	names, err := self.Readdirnames(-1)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := l.addEntry(root, prefix, name); err != nil {
+			return fmt.Errorf("%.300q: %w", prefix+name, err)
+		}
+	}
+	return nil
+}
+
+func (l Listing) addEntry(root *os.Root, prefix, name string) error {
+	fi, err := root.Lstat(name)
+	if err != nil {
+		return err
+	}
+	if fi.IsDir() {
+		sub, err := root.OpenRoot(name)
+		if err != nil {
+			return err
+		}
+		defer sub.Close()
+		return l.add(sub, prefix+name+"/")
+	}
+	e, err := entryOf(fi)
+	if err != nil {
+		return err
+	}
+	if e.Type == Symlink {
+		if e.Target, err = root.Readlink(name); err != nil {
+			return err
+		}
+		l[prefix+name] = e
+		return nil
+	}
+	f, err := root.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	h := sha256.New()
+	n, err := io.Copy(h, f)
+	if err != nil {
+		return err
+	}
+	if n != e.Size {
+		return fmt.Errorf("it has %d bytes and says %d", n, e.Size)
+	}
+	e.SHA256 = hex.EncodeToString(h.Sum(nil))
+	if e.Xattrs, err = listXattrs(int(f.Fd())); err != nil {
+		return err
+	}
+	l[prefix+name] = e
+	return nil
+}
+
+func entryOf(fi fs.FileInfo) (Entry, error) {
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return Entry{}, errors.New("no stat")
+	}
+	e := Entry{Mode: st.Mode & 0o7777, UID: st.Uid, GID: st.Gid, Sec: st.Mtim.Sec, Nsec: st.Mtim.Nsec}
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFDIR:
+		e.Type = Directory
+	case unix.S_IFREG:
+		e.Type, e.Size = File, st.Size
+	case unix.S_IFLNK:
+		e.Type = Symlink
+	default:
+		return e, fmt.Errorf("it is neither file, directory nor symlink: mode %o", st.Mode)
+	}
+	return e, nil
+}
+
+// listXattrs leaves out an attribute of ours that only root sees and that means
+// nothing (unpack, aligned).
+func listXattrs(fd int) (string, error) {
+	buf := make([]byte, 64<<10)
+	n, err := unix.Flistxattr(fd, buf)
+	if errors.Is(err, unix.ENOTSUP) || n == 0 {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("list of extended attributes: %w", err)
+	}
+	found := map[string]string{}
+	value := make([]byte, 64<<10)
+	for name := range bytes.SplitSeq(bytes.TrimSuffix(buf[:n], []byte{0}), []byte{0}) {
+		n, err := unix.Fgetxattr(fd, string(name), value)
+		if err != nil {
+			return "", fmt.Errorf("extended attribute %q: %w", name, err)
+		}
+		found[string(name)] = string(value[:n])
+	}
+	delete(found, "trusted.artifact")
+	return xattrs(found), nil
+}
+
+// xattrs is a set of extended attributes as an Entry has it; long values are hashed.
+func xattrs(set map[string]string) string {
+	var out strings.Builder
+	for _, name := range slices.Sorted(maps.Keys(set)) {
+		value := set[name]
+		if len(value) > 64 {
+			value = fmt.Sprintf("%d bytes, %s", len(value), sum(value))
+		}
+		fmt.Fprintf(&out, "%s=%q\n", name, value)
+	}
+	return out.String()
+}
+
+// on is what a way can show of a listing: of files in a layer of an image's, which
+// containerd merges, neither the root nor times are compared.
+func (l Listing) on(w Way) Listing {
+	if w != Files {
+		return l
+	}
+	l = maps.Clone(l)
+	delete(l, ".")
+	for name, e := range l {
+		e.Sec, e.Nsec = 0, 0
+		l[name] = e
+	}
+	return l
+}
+
+// like compares what is there with e. The attributes of a hard link to a blob are
+// the blob's.
+func (e Entry) like(got Entry, w Way) bool {
+	if e.Raw && w.Links() {
+		e.Mode, e.UID, e.GID, e.Sec, e.Nsec = got.Mode, got.UID, got.GID, got.Sec, got.Nsec
+	}
+	e.Raw = false
+	return e == got
+}
+
+// diff says how got differs from l, by at most ten entries. The root is compared if l
+// has it.
+func (l Listing) diff(got Listing, w Way) string {
+	var out strings.Builder
+	lines := 0
+	line := func(format string, args ...any) {
+		if lines++; lines <= 10 {
+			fmt.Fprintf(&out, format+"\n", args...)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(l)) {
+		switch e, ok := got[name]; {
+		case !ok:
+			line("%.300q is missing", name)
+		case !l[name].like(e, w):
+			line("%.300q is\n\t%.2000q, and must be\n\t%.2000q", name, fmt.Sprintf("%+v", e), fmt.Sprintf("%+v", l[name]))
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(got)) {
+		if _, ok := l[name]; !ok && name != "." {
+			line("%.300q must not be there: %+v", name, got[name])
+		}
+	}
+	if lines > 10 {
+		fmt.Fprintf(&out, "and %d more\n", lines-10)
+	}
+	return out.String()
+}

@@ -1,0 +1,320 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package hostile
+
+import (
+	"fmt"
+	"path"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// name255 is the longest name that a file can have (NAME_MAX).
+var name255 = strings.Repeat("n", 255)
+
+// badPaths are names that no file of a volume may have, and what the reason says.
+var badPaths = map[string]struct{ name, says string }{
+	"absolute":                          {"/etc/passwd", "is absolute"},
+	"the root of the node":              {"/", "is absolute"},
+	"two slashes":                       {"//etc/passwd", "is absolute"},
+	"absolute, with dots":               {"/../etc/passwd", "is absolute"},
+	"absolute, of one letter":           {"/x", "is absolute"},
+	"above the volume":                  {"../escaped", `contains ".."`},
+	"far above the volume":              {strings.Repeat("../", 60) + "tmp/escaped", `contains ".."`},
+	"above the volume, from a file":     {"a/../../escaped", `contains ".."`},
+	"above, that comes back":            {"a/../b", `contains ".."`},
+	"above, that is the volume":         {"a/..", `contains ".."`},
+	"above, alone":                      {"..", `contains ".."`},
+	"above, behind a dot":               {"./..", `contains ".."`},
+	"above, behind slashes":             {"a///..///b", `contains ".."`},
+	"above, at the end":                 {"a/b/..", `contains ".."`},
+	"above, with a slash":               {"../", `contains ".."`},
+	"a dot alone":                       {".", "names no file"},
+	"a dot and a slash":                 {"./", "names no file"},
+	"dots and slashes":                  {".//././", "names no file"},
+	"a name of 256 bytes":               {name255 + "n", "has a name of 256 bytes, over the limit of 255"},
+	"a directory of 256 bytes":          {name255 + "n/f", "has a name of 256 bytes, over the limit of 255"},
+	"a name of 100,000 bytes":           {strings.Repeat("n", 100000), "has a name of 100000 bytes, over the limit of 255"},
+	"128 letters of 2 bytes":            {strings.Repeat("é", 128), "has a name of 256 bytes, over the limit of 255"},
+	"64 letters of 4 bytes":             {strings.Repeat("😀", 64), "has a name of 256 bytes, over the limit of 255"},
+	"a path of 4096 bytes":              {strings.Repeat(name255+"/", 15) + "m/" + strings.Repeat("m", 254), "has 4096 bytes, over the limit of 4095"},
+	"below 129 directories":             {strings.Repeat("d/", 129) + "f", "is below 129 directories, over the limit of 128"},
+	"below 50,000 directories":          {strings.Repeat("d/", 50000) + "f", "over the limit of"},
+	"below 2,000 directories, and back": {strings.Repeat("d/", 2000) + strings.Repeat("../", 2000) + "f", `contains ".."`},
+}
+
+// finePaths are names that look like trouble and are none: names on Linux are bytes.
+// Behind each is the path that it is shown at, "" if it is the same.
+var finePaths = map[string][2]string{
+	"three dots":                     {"...", ""},
+	"dots before a name":             {"..a", ""},
+	"dots behind a name":             {"a..", ""},
+	"a hidden directory of dots":     {".../..../f", ""},
+	"a dot before it":                {"./f", "f"},
+	"dots and slashes in it":         {"a//.///b/./c", "a/b/c"},
+	"a space":                        {" ", ""},
+	"spaces around":                  {" f ", ""},
+	"a backslash":                    {`a\b`, ""},
+	"backslashes and dots":           {`..\..\escaped`, ""},
+	"a drive letter":                 {`C:\Windows\system32`, ""},
+	"a device of Windows":            {"CON", ""},
+	"a stream of NTFS":               {"f:stream", ""},
+	"a newline":                      {"a\nb", ""},
+	"a newline at the end":           {"f\n", ""},
+	"a tab":                          {"a\tb", ""},
+	"a carriage return":              {"a\rb", ""},
+	"an escape sequence":             {"\x1b[2J\x1b[31mred", ""},
+	"a bell":                         {"\x07", ""},
+	"a control character":            {"\x01", ""},
+	"a deleted character":            {"\x7f", ""},
+	"a dash":                         {"-", ""},
+	"an option":                      {"-rf", ""},
+	"a tilde":                        {"~", ""},
+	"a home":                         {"~root/f", ""},
+	"a variable":                     {"$HOME", ""},
+	"a command":                      {"$(reboot)", ""},
+	"a command in quotes":            {"`reboot`;'\"|&", ""},
+	"a pattern":                      {"*?[a-z]", ""},
+	"a percent sign":                 {"%s%n%2e%2e%2f", ""},
+	"an encoded path":                {"%2e%2e/%2fetc", ""},
+	"a URL":                          {"file:///etc/passwd", "file:/etc/passwd"},
+	"options of a mount":             {"f,upperdir=/,workdir=/tmp", ""},
+	"layers of an overlay":           {"a:b::c", ""},
+	"the names of a tree":            {"fs/data/image", ""},
+	"the name of a tree's file":      {"tree.json", ""},
+	"the name of a content":          {"0", ""},
+	"the name of no device":          {"nowhere", ""},
+	"lost and found":                 {"lost+found/f", ""},
+	"proc":                           {"proc/self/exe", ""},
+	"dev":                            {"dev/null", ""},
+	"a digest":                       {digest.FromString("x").String(), ""},
+	"a name of 255 bytes":            {name255, ""},
+	"a directory of 255 bytes":       {name255 + "/" + name255, ""},
+	"128 directories":                {strings.Repeat("d/", 128) + "f", ""},
+	"64 letters of 3 bytes":          {strings.Repeat("€", 64), ""},
+	"a path of 4095 bytes":           {strings.Repeat(name255+"/", 15) + strings.Repeat("m", 255), ""},
+	"a file of Python's":             {"__pycache__/m.cpython-312.pyc", ""},
+	"the name of a whiteout's kin":   {".whx", ""},
+	"a name that ends in a number":   {"f.000000000000000000000001", ""},
+	"a name of one digit, many dirs": {"1/2/3/4/5/6/7/8/9/0", ""},
+}
+
+// pathCases are the names, said in every way in which a layer can say one.
+func pathCases() (cases []Case) {
+	for _, what := range sortedKeys(badPaths) {
+		p := badPaths[what]
+		cases = append(cases,
+			bad("path/raw, "+what, raw(p.name, "content"), fmt.Sprintf("path %.255q", p.name), p.says),
+			bad("path/title, "+what, layer{mediaType: "application/octet-stream", content: "content", annotations: object{{titleKey, quote(p.name)}}}, p.says),
+			bad("path/tar, "+what, tarred(named(p.name, '0', "content")), "member ", p.says),
+			bad("path/target of a hard link, "+what, tarred(file("f", "content"), pax(record("linkpath", p.name))+hardLink("l", "x")), "hard link to ", p.says),
+		)
+		// What is no name of a file may be one of the volume itself, as a directory.
+		if p.says != "names no file" {
+			cases = append(cases, bad("path/tar directory, "+what, tarred(named(p.name, '5', "")), "member ", p.says))
+		}
+	}
+	for _, what := range sortedKeys(finePaths) {
+		p := finePaths[what]
+		at := p[0]
+		if p[1] != "" {
+			at = p[1]
+		}
+		above := Listing{at: isFile("content"), path.Dir(at): isDir()}
+		if !strings.Contains(at, "/") {
+			above = Listing{at: isFile("content")}
+		}
+		dirOf := ""
+		if strings.Contains(at, "/") {
+			dirOf = named(path.Dir(p[0]), '5', "", edit{fMode, "0000755\x00"})
+			if strings.HasPrefix(what, "a URL") {
+				dirOf = named("file:/etc", '5', "", edit{fMode, "0000755\x00"})
+			}
+		}
+		cases = append(cases,
+			fine("path/raw, "+what, Listing{at: isRaw("content")}, raw(p[0], "content")),
+			fine("path/tar, "+what, above, tarred(dirOf, named(p[0], '0', "content"))),
+		)
+	}
+	return append(cases, namesOfAWay()...)
+}
+
+// namesOfAWay are names by the annotations and headers that others stand behind.
+func namesOfAWay() []Case {
+	hexName := digestOf("content").Encoded()
+	annotated := func(a object) layer {
+		return layer{mediaType: rawType, content: "content", annotations: a}
+	}
+	shown := func(what, name string, a object) Case {
+		return fine("path/annotations, "+what, Listing{name: isRaw("content")}, annotated(a))
+	}
+	const legacy = "org.cnai.model.filepath"
+	return []Case{
+		shown("none", hexName, nil),
+		shown("an empty one", hexName, object{{filepathKey, `""`}}),
+		shown("all empty", hexName, object{{filepathKey, `""`}, {titleKey, `""`}, {legacy, `""`}}),
+		shown("path before title", "path", object{{titleKey, `"title"`}, {filepathKey, `"path"`}}),
+		shown("title before the legacy path", "title", object{{titleKey, `"title"`}, {legacy, `"legacy"`}}),
+		shown("the legacy path", "legacy", object{{legacy, `"legacy"`}}),
+		shown("an empty path before a title", "title", object{{filepathKey, `""`}, {titleKey, `"title"`}}),
+		shown("a key in capitals is another key", hexName, object{{"ORG.CNCF.MODEL.FILEPATH", `"f"`}}),
+		shown("an escaped name", "a/é\nb", object{{filepathKey, `"a\/\u00e9\nb"`}}),
+		shown("a name of two surrogates", "😀", object{{filepathKey, `"\ud83d\ude00"`}}),
+		bad("path/annotations, a title of no file and a good path behind it", annotated(object{{titleKey, `".."`}, {legacy, `"f"`}}), `contains ".."`),
+		bad("path/annotations, an escaped NUL", annotated(object{{filepathKey, `"a\u0000b"`}}), "contains a NUL byte"),
+		bad("path/annotations, dots in escapes", annotated(object{{filepathKey, `"\u002e\u002e\u002fescaped"`}}), `contains ".."`),
+		bad("path/annotations, a slash in an escape", annotated(object{{filepathKey, `"\u002fetc"`}}), "is absolute"),
+
+		fine("path/ustar, a prefix", Listing{"p/r/f": isFile("x")}, tarred(file("f", "x", edit{fPrefix, "p/r"}))),
+		fine("path/ustar, a prefix that fills its field", Listing{strings.Repeat("p", 155) + "/f": isFile("x")}, tarred(file("f", "x", edit{fPrefix, strings.Repeat("p", 155)}))),
+		fine("path/ustar, a name that fills its field", Listing{strings.Repeat("n", 100): isFile("x")}, tarred(file(strings.Repeat("n", 100), "x"))),
+		fine("path/ustar, what stands behind the end of a name", Listing{"f": isFile("x")}, tarred(file("f\x00/../../escaped", "x"))),
+		fine("path/ustar, a prefix before a PAX path", Listing{"g": isFile("x")}, tarred(pax(record("path", "g")), file("f", "x", edit{fPrefix, "p"}))),
+		fine("path/ustar, a prefix in the oldest format is none", Listing{"f": isFile("x")}, tarred(file("f", "x", edit{fMagic, ""}, edit{fVersion, ""}, edit{fPrefix, "../.."}))),
+		bad("path/ustar, dots in the prefix", tarred(file("f", "x", edit{fPrefix, "a/../.."})), `contains ".."`),
+		bad("path/ustar, an absolute prefix", tarred(file("f", "x", edit{fPrefix, "/etc"})), "is absolute"),
+		bad("path/ustar, no name at all", tarred(file("", "x")), "names no file"),
+		bad("path/ustar, a slash at the end of nothing", tarred(dir("/")), "is absolute"),
+		fine("path/tar, the volume itself", Listing{".": isDir().mode(0o711).owner(7, 8)}, tarred(dir("./", edit{fMode, "0000711\x00"}, edit{fUID, "0000007\x00"}, edit{fGID, "0000010\x00"}))),
+		fine("path/tar, the volume, again and again", Listing{".": isDir().mode(0o700)}, tarred(dir("."), dir(".///"), dir("./././", edit{fMode, "0000700\x00"}))),
+		fine("path/tar, a directory of no name", Listing{".": isDir()}, tarred(dir(""))),
+		bad("path/tar, a symlink in the place of the volume", tarred(symlink(".", "/etc")), "names no file"),
+		bad("path/tar, a hard link in the place of the volume", tarred(file("f", "x"), hardLink("./", "f")), "names no file"),
+		fine("path/tar, a slash behind a file of the old format makes a directory", Listing{"d": isDir().mode(0o644)}, tarred(member(0, "d/", "", edit{fMagic, ""}, edit{fVersion, ""}))),
+		fine("path/tar, a slash behind a symlink", Listing{"l": isLink("x")}, tarred(symlink("l/", "x"))),
+	}
+}
+
+// unicodeCases are names that look or sort alike: each is its own file, with exactly
+// its bytes.
+func unicodeCases() (cases []Case) {
+	for _, c := range []struct {
+		what  string
+		names []string
+	}{
+		{"composed and decomposed", []string{"caf\u00e9", "cafe\u0301"}},
+		{"composed and decomposed, Hangul", []string{"\ud55c", "\u1112\u1161\u11ab"}},
+		{"composed and decomposed, in a directory's name", []string{"\u00e9/f", "e\u0301/f"}},
+		{"marks in two orders", []string{"a\u0323\u0307", "a\u0307\u0323"}},
+		{"a ligature and its letters", []string{"\ufb01le", "file"}},
+		{"full width and half width", []string{"\uff21", "A"}},
+		{"the Ångström sign and the letter", []string{"\u212b", "\u00c5", "A\u030a"}},
+		{"the Kelvin sign and the letter", []string{"\u212a", "K", "k"}},
+		{"capitals", []string{"README", "readme", "ReadMe"}},
+		{"capitals in Turkish", []string{"I", "i", "\u0130", "\u0131"}},
+		{"a sharp s", []string{"\u00df", "ss", "SS", "\u1e9e"}},
+		{"Latin and Cyrillic", []string{"a", "\u0430"}},
+		{"a slash that is none", []string{"a\u2215b", "a\u2044b", "a\uff0fb"}},
+		{"dots that are none", []string{"\u2024\u2024", "\uff0e\uff0e", "\u2025"}},
+		{"no width at all", []string{"a", "a\u200b", "a\u200d", "a\ufeff", "a\u00ad"}},
+		{"written from right to left", []string{"gpj.exe", "\u202egpj.exe"}},
+		{"a byte order mark", []string{"f", "\ufefff"}},
+		{"spaces", []string{"a b", "a\u00a0b", "a\u2003b", "a\u3000b"}},
+		{"line ends", []string{"a\u0085b", "a\u2028b"}},
+		{"characters of no meaning", []string{"\ufffe", "\uffff", "\U0010ffff"}},
+		{"the replacement character", []string{"\ufffd", "\ufffd\ufffd"}},
+		{"255 bytes of marks", []string{"a" + strings.Repeat("\u0301", 127)}},
+		{"a dot and a space at the end", []string{"f", "f.", "f ", "f. "}},
+	} {
+		var members []string
+		var layers []layer
+		inTar, inLayers := Listing{}, Listing{}
+		for i, name := range c.names {
+			content := fmt.Sprintf("%d", i)
+			members = append(members, named(name, '0', content))
+			layers = append(layers, raw(name, content))
+			inTar[name], inLayers[name] = isFile(content), isRaw(content)
+		}
+		cases = append(cases,
+			fine("unicode/tar, "+c.what, inTar, tarred(members...)),
+			fine("unicode/raw, "+c.what, inLayers, layers...))
+	}
+	// An archive has bytes; JSON is text.
+	for what, name := range map[string]string{
+		"a lone byte": "\xff", "an overlong slash": "\xc0\xaf", "overlong dots": "\xc0\xae\xc0\xae", "a surrogate": "\xed\xa0\x80",
+		"a cut letter": "caf\xc3", "Latin 1": "caf\xe9", "beyond Unicode": "\xf4\x90\x80\x80", "UTF-16": "\xff\xfef",
+	} {
+		cases = append(cases,
+			fine("unicode/no UTF-8 in a tar, "+what, Listing{name: isFile("x")}, tarred(named(name, '0', "x"))),
+			Case{
+				Name: "unicode/no UTF-8 in a manifest, " + what,
+				Make: func() *Artifact { return pack(good(), raw(name, "x")).done() },
+				Want: refused("UTF-8"),
+			})
+	}
+	sortCases(cases)
+	return append(cases, Case{
+		Name: "unicode/two names that are no UTF-8 and would become one",
+		Make: func() *Artifact { return pack(raw("a\xfe", "1"), raw("a\xff", "2")).done() },
+		Want: refused("UTF-8"),
+	})
+}
+
+// linkCases are symlinks and hard links.
+func linkCases() (cases []Case) {
+	// Where a symlink leads is the business of whoever follows it, in the root of a
+	// container; nothing of ours does.
+	for what, target := range map[string]string{
+		"to the node's root": "/", "to a file of the node": "/etc/shadow", "above the volume": "../../../../etc/shadow", "to itself": "l",
+		"to nothing": "absent", "to the volume": ".", "above": "..", "of one space": " ", "with a newline": "a\nb", "of no UTF-8": "\xff\xfe",
+		"to proc": "/proc/self/root/etc/shadow", "of 4095 bytes": strings.Repeat("a/", 2047) + "b", "to an absolute path of many slashes": "////etc",
+	} {
+		cases = append(cases, fine("link/symlink "+what, Listing{"l": isLink(target)}, tarred(pax(record("linkpath", target))+symlink("l", "x"))))
+	}
+	for what, members := range map[string][]string{
+		"a file through it":                   {symlink("l", "/tmp"), file("l/f", "x")},
+		"a directory through it":              {symlink("l", "/tmp"), dir("l/d")},
+		"a symlink through it":                {symlink("l", "/tmp"), symlink("l/s", "x")},
+		"a hard link through it":              {file("f", "x"), symlink("l", "/tmp"), hardLink("l/h", "f")},
+		"a directory in its place":            {symlink("l", "/tmp"), dir("l")},
+		"a directory in its place, by a file": {symlink("l", "d"), dir("d"), file("l/f", "x")},
+		"a file through two":                  {symlink("l", "m"), symlink("m", "/tmp"), file("l/f", "x")},
+		"a file through a relative one":       {dir("d"), symlink("d/l", "../.."), file("d/l/f", "x")},
+		"a file through one to the volume":    {symlink("l", "."), file("l/f", "x")},
+		"a file deep below":                   {symlink("a", "/"), file("a/b/c/d/e", "x")},
+	} {
+		cases = append(cases, bad("link/through a symlink, "+what, tarred(members...), "passes through a symlink"))
+	}
+	for what, members := range map[string][]string{
+		"to nothing":                     {hardLink("h", "absent")},
+		"to itself":                      {hardLink("h", "h")},
+		"to a directory":                 {dir("d"), hardLink("h", "d")},
+		"to the volume's file to come":   {hardLink("h", "f"), file("f", "x")},
+		"to a symlink":                   {symlink("s", "/etc/shadow"), hardLink("h", "s")},
+		"through a symlink":              {symlink("s", "/etc"), hardLink("h", "s/shadow")},
+		"to a file that has become one":  {file("f", "x"), symlink("f", "/etc/shadow"), hardLink("h", "f")},
+		"to another layer's file":        {hardLink("h", "good.txt")},
+		"to two that lead to each other": {hardLink("a", "b"), hardLink("b", "a")},
+	} {
+		cases = append(cases, bad("link/hard link "+what, tarred(members...), "hard link to ", "not a regular file before it"))
+	}
+	cases = append(cases,
+		bad("link/symlink of no target", tarred(symlink("l", "")), "a target of 0 bytes"),
+		bad("link/symlink of 4096 bytes", tarred(pax(record("linkpath", strings.Repeat("x", 4096)))+symlink("l", "x")), "a target of 4096 bytes"),
+		bad("link/symlink with a NUL", tarred(pax(record("linkpath", "a\x00b"))+symlink("l", "x")), "the archive cannot be read"),
+		bad("link/hard link to no name", tarred(hardLink("h", "")), "names no file"),
+		bad("link/directory and hard link of it", tarred(dir("d"), file("f", "x"), hardLink("d", "f")), "is a directory"),
+		fine("link/symlink over a file", Listing{"f": isLink("x")}, tarred(file("f", "x"), symlink("f", "x"))),
+		fine("link/file over a symlink", Listing{"f": isFile("x")}, tarred(symlink("f", "/etc/shadow"), file("f", "x"))),
+		fine("link/hard link over its own file", Listing{"f": isFile("x")}, tarred(file("f", "x"), hardLink("f", "f"))),
+		fine("link/hard link over a symlink", Listing{"f": isFile("x"), "h": isFile("x")}, tarred(file("f", "x"), symlink("h", "/etc/shadow"), hardLink("h", "f"))),
+		fine("link/hard link of a file that is replaced", Listing{"f": isFile("new"), "h": isFile("old")}, tarred(file("f", "old"), hardLink("h", "f"), file("f", "new"))),
+		fine("link/chain of hard links", Listing{"a": isFile("x"), "b": isFile("x"), "c": isFile("x")}, tarred(file("a", "x"), hardLink("b", "a"), hardLink("c", "./b"))),
+		fine("link/hard link into a directory that none describes", Listing{"a": isFile("x"), "d/e/b": isFile("x")}, tarred(file("a", "x"), hardLink("d/e/b", "a"))),
+		fine("link/attributes of a hard link are the file's", Listing{"f": isFile("x").mode(0o600), "h": isFile("x").mode(0o600)},
+			tarred(file("f", "x", edit{fMode, "0000600\x00"}), hardLink("h", "f", edit{fMode, "0000777\x00"}, edit{fUID, "0000011\x00"}))).notAsFiles(),
+	)
+	chain, all := []string{file("end", "x")}, Listing{"end": isFile("x")}
+	for i := range 1000 {
+		name, target := fmt.Sprintf("l%d", i), fmt.Sprintf("l%d", i+1)
+		if i == 999 {
+			target = "end"
+		}
+		chain, all[name] = append(chain, symlink(name, target)), isLink(target)
+	}
+	cases = append(cases, fine("link/chain of a thousand symlinks", all, tarred(chain...)))
+	sortCases(cases)
+	return cases
+}

@@ -1,0 +1,288 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package hostile
+
+import (
+	"encoding/binary"
+	"fmt"
+	"hash/crc32"
+	"strings"
+
+	"github.com/klauspost/compress/zstd"
+)
+
+// endCases are ends of archives.
+func endCases() []Case {
+	stream := func(name, content string, says ...string) Case {
+		return bad("end/"+name, layer{mediaType: tarType, content: content}, says...)
+	}
+	whole := func(name, content string, l Listing) Case {
+		return fine("end/"+name, l, layer{mediaType: tarType, content: content})
+	}
+	f, zeros := file("f", "x"), func(n int) string { return strings.Repeat("\x00", n) }
+	shown := Listing{"f": isFile("x")}
+	const truncated, unreadable, garbage = "the archive is truncated", "the archive cannot be read", "garbage behind the end"
+	return []Case{
+		whole("one block of zeros", f+zeros(block), shown),
+		whole("a record of 10 KiB", f+zeros(10240), shown),
+		whole("1 MiB of zeros", f+zeros(1<<20), shown),
+		whole("zeros that are no block", f+mark+zeros(7), shown),
+		whole("nothing but the end", mark, Listing{}),
+		whole("nothing but one block of zeros", zeros(block), Listing{}),
+		stream("no bytes at all", "", truncated),
+		stream("one byte", "x", truncated),
+		stream("half a header", f[:100], truncated),
+		stream("a header without its file", f[:block], truncated),
+		stream("half a file", f[:block+1], truncated),
+		stream("a file without its padding", f[:2*block-1], truncated),
+		stream("no end", f, truncated),
+		stream("half a block of zeros", f+zeros(100), truncated),
+		stream("half a header behind a file", f+f[:100], truncated),
+		stream("over 1 MiB of zeros", f+zeros(1<<20+1), "padding behind the end"),
+		stream("text behind", f+mark+"text", garbage),
+		stream("an archive behind", f+mark+file("g", "x")+mark, garbage),
+		stream("a byte behind a MiB", f+zeros(1<<20-1)+"x", garbage),
+		stream("one block of zeros and a member behind", f+zeros(block)+file("g", "x")+mark, unreadable),
+		stream("zeros before", zeros(2*block)+f+mark, garbage),
+		stream("one block of zeros before", zeros(block)+f+mark, unreadable),
+		stream("text", strings.Repeat("This is no archive. ", 100), unreadable),
+		stream("noise", noise(4096), unreadable),
+		stream("JSON", `{"schemaVersion": 2}`+strings.Repeat(" ", 1000), unreadable),
+		stream("an executable", "\x7fELF"+zeros(1020), unreadable),
+		stream("gzip that is said to be none", gzipped(f+mark)+zeros(1024), unreadable),
+		stream("an archive within an archive that is cut off", file("f", f+mark)[:block+100], truncated),
+	}
+}
+
+// noise is bytes of no pattern, the same each time.
+func noise(n int) string {
+	b := make([]byte, n)
+	x := uint64(88172645463325252)
+	for i := range b { // Marsaglia's xorshift
+		x ^= x << 13
+		x ^= x >> 7
+		x ^= x << 17
+		b[i] = byte(x)
+	}
+	return string(b)
+}
+
+// streamCases are compressed layers.
+func streamCases() (cases []Case) {
+	f := file("f", "x") + mark
+	fs := Listing{"f": isFile("x")}
+	const truncated, unreadable = "the archive is truncated", "the archive cannot be read"
+	shown := func(mediaType, name, content string) {
+		cases = append(cases, fine("stream/"+name, fs, layer{mediaType: mediaType, content: content}))
+	}
+	refuse := func(mediaType, name, content string, says ...string) {
+		cases = append(cases, bad("stream/"+name, layer{mediaType: mediaType, content: content}, says...))
+	}
+	z := gzipped(f)
+	// The header of RFC 1952, 2.3: magic, method, flags, time, extra flags, system.
+	head := func(flags byte, extra string) string {
+		return "\x1f\x8b\x08" + string([]byte{flags}) + "\x00\x00\x00\x00\x00\xff" + extra + z[10:]
+	}
+	empty := gzipped("")
+	shown(gzipType, "gzip", z)
+	shown(gzipType, "gzip, two members", gzipped(f[:700])+gzipped(f[700:]))
+	shown(gzipType, "gzip, a member of each byte", eachByte(f))
+	shown(gzipType, "gzip, empty members around", empty+empty+z+empty)
+	shown(gzipType, "gzip, a name", head(8, "/etc/passwd\x00"))
+	shown(gzipType, "gzip, a comment", head(16, "comment\x00"))
+	shown(gzipType, "gzip, an extra field", head(4, "\x05\x00abcde"))
+	shown(gzipType, "gzip, said to be text", head(1, ""))
+	shown(gzipType, "gzip, a time in the future", z[:4]+"\xff\xff\xff\xff"+z[8:])
+	refuse(gzipType, "gzip, nothing", "", unreadable)
+	refuse(gzipType, "gzip, of nothing", empty, truncated)
+	refuse(gzipType, "gzip, half a header", z[:5], truncated)
+	refuse(gzipType, "gzip, a header alone", z[:10], truncated)
+	refuse(gzipType, "gzip, half", z[:len(z)/2], truncated)
+	refuse(gzipType, "gzip, without its check sum", z[:len(z)-8], truncated)
+	refuse(gzipType, "gzip, half a check sum", z[:len(z)-5], truncated)
+	refuse(gzipType, "gzip, a wrong check sum", z[:len(z)-8]+"\x00\x00\x00\x00"+z[len(z)-4:], unreadable)
+	refuse(gzipType, "gzip, a wrong size", z[:len(z)-4]+"\x00\x00\x00\x00", unreadable)
+	refuse(gzipType, "gzip, half a second header", z+z[:5], truncated)
+	refuse(gzipType, "gzip, zeros behind", z+strings.Repeat("\x00", 512), unreadable)
+	refuse(gzipType, "gzip, text behind", z+"text", "the archive")
+	refuse(gzipType, "gzip, an archive behind", z+f, unreadable)
+	refuse(gzipType, "gzip, garbage in its archive", gzipped(f+"text"), "garbage behind the end")
+	refuse(gzipType, "gzip, a method of nobody", z[:2]+"\x07"+z[3:], unreadable)
+	refuse(gzipType, "gzip, a name without end", head(8, ""), "the archive")
+	refuse(gzipType, "gzip, an extra field without end", head(4, "\xff\xff"), "the archive")
+	refuse(gzipType, "gzip, a wrong sum of the header", head(2, "\x00\x00"), unreadable)
+	refuse(gzipType, "gzip, a block of nobody", z[:10]+"\x07"+z[11:], unreadable)
+	refuse(gzipType, "gzip, gzip within", gzipped(z), "the archive")
+	refuse(gzipType, "gzip, zstd within", gzipped(zstded(f)), "the archive")
+	refuse(gzipType, "gzip, zstd instead", zstded(f), unreadable)
+	refuse(gzipType, "gzip, an archive instead", f, unreadable)
+	refuse(gzipType, "gzip, text instead", "text, and no gzip", unreadable)
+	refuse(gzipType, "gzip, noise instead", noise(1000), unreadable)
+	refuse(gzipType, "gzip, zlib instead", "\x78\x9c\x03\x00\x00\x00\x00\x01", "the archive")
+
+	s := zstded(f)
+	skip := "\x50\x2a\x4d\x18\x04\x00\x00\x00skip"
+	shown(zstdType, "zstd", s)
+	shown(zstdType, "zstd, two frames", zstded(f[:700])+zstded(f[700:]))
+	shown(zstdType, "zstd, frames to skip around", skip+s+skip)
+	shown(zstdType, "zstd, an empty frame behind", s+"\x28\xb5\x2f\xfd\x20\x00\x01\x00\x00")
+	shown(zstdType, "zstd, without a check sum", zstded(f, zstd.WithEncoderCRC(false)))
+	shown(zstdType, "zstd, a window of 128 MiB", zstdFrame("\x00\x88", f))
+	shown(zstdType, "zstd, bytes as they are", zstdFrame("\x00\x00", f))
+	refuse(zstdType, "zstd, a window of 256 MiB", zstdFrame("\x00\x90", f), unreadable)
+	refuse(zstdType, "zstd, the largest window", zstdFrame("\x00\xff", f), unreadable)
+	refuse(zstdType, "zstd, nothing", "", truncated)
+	refuse(zstdType, "zstd, only what is to be skipped", skip, truncated)
+	refuse(zstdType, "zstd, half a header", s[:5], truncated)
+	refuse(zstdType, "zstd, half", s[:len(s)/2], truncated)
+	refuse(zstdType, "zstd, without its check sum", s[:len(s)-4], truncated)
+	refuse(zstdType, "zstd, a wrong check sum", s[:len(s)-4]+"\x00\x00\x00\x00", unreadable)
+	refuse(zstdType, "zstd, half a second header", s+s[:3], truncated)
+	refuse(zstdType, "zstd, zeros behind", s+strings.Repeat("\x00", 512), unreadable)
+	refuse(zstdType, "zstd, text behind", s+"text that is no frame", unreadable)
+	refuse(zstdType, "zstd, a wrong size of its content", zstdFrame("\x20\x05", f), unreadable)
+	refuse(zstdType, "zstd, a size of 2^63", zstdFrame("\xc0\x00\xff\xff\xff\xff\xff\xff\xff\x7f", f), "")
+	refuse(zstdType, "zstd, a dictionary that is nowhere", zstdFrame("\x01\x00\x07", f), unreadable)
+	refuse(zstdType, "zstd, a reserved bit", zstdFrame("\x08\x00", f), unreadable)
+	refuse(zstdType, "zstd, a block of nobody", "\x28\xb5\x2f\xfd\x00\x00\x07\x00\x00", unreadable)
+	refuse(zstdType, "zstd, a frame to skip that claims 4 GiB", s+"\x50\x2a\x4d\x18\xff\xff\xff\xffx", "the archive")
+	refuse(zstdType, "zstd, gzip instead", z, unreadable)
+	refuse(zstdType, "zstd, an archive instead", f, unreadable)
+	refuse(zstdType, "zstd, noise instead", noise(1000), unreadable)
+
+	for _, mediaType := range []string{gzipType, zstdType} {
+		l := layer{mediaType: mediaType, content: z}
+		if mediaType == zstdType {
+			l.content = s
+		}
+		for name, id := range map[string]string{
+			"another": digestOf("another").String(), "the blob's own": l.name().String(), "of a file in it": digestOf("x").String(),
+		} {
+			cases = append(cases, Case{
+				Name: "stream/DiffID in the config, " + name + ", " + mediaType[len(tarType)+1:],
+				Make: func() *Artifact { return pack(good(), l).withDiffIDs(good().name().String(), id).done() },
+				Want: refused("layer 1 ("+mediaType, "the config lists the DiffID "+id),
+			})
+		}
+	}
+	return sorted(cases)
+}
+
+// withDiffIDs is the artifact with a config that lists these.
+func (p *packed) withDiffIDs(ids ...string) *packed {
+	var texts []string
+	for _, id := range ids {
+		texts = append(texts, quote(id))
+	}
+	return p.withConfig(modelConfig, `{"modelfs":{"type":"layers","diffIds":`+array(texts...)+`}}`)
+}
+
+// eachByte is gzip with a member for each byte that is not compressed.
+func eachByte(content string) string {
+	var b strings.Builder
+	for i := range len(content) {
+		c := content[i : i+1]
+		b.WriteString("\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff\x01\x01\x00\xfe\xff" + c)
+		b.Write(binary.LittleEndian.AppendUint32(nil, crc32.ChecksumIEEE([]byte(c))))
+		b.WriteString("\x01\x00\x00\x00")
+	}
+	return b.String()
+}
+
+// zstdFrame is a frame with a header (RFC 8878, 3.1.1.1) and content that is not
+// compressed, in blocks of no more than the least window.
+func zstdFrame(header, content string) string {
+	var b strings.Builder
+	b.WriteString("\x28\xb5\x2f\xfd" + header)
+	for len(content) > 0 {
+		n := min(len(content), 1024)
+		last := 0
+		if n == len(content) {
+			last = 1
+		}
+		h := n<<3 | last
+		b.WriteString(string([]byte{byte(h), byte(h >> 8), byte(h >> 16)}) + content[:n])
+		content = content[n:]
+	}
+	return b.String()
+}
+
+// zstdRun is a frame of one byte, n times, in blocks of 128 KiB that take 4 bytes.
+func zstdRun(c byte, n int64) string {
+	const most = 128 << 10
+	var b strings.Builder
+	b.WriteString("\x28\xb5\x2f\xfd\x00\x38") // a window of 128 KiB
+	for n > 0 {
+		size := min(n, most)
+		n -= size
+		last := 0
+		if n == 0 {
+			last = 1
+		}
+		h := int(size)<<3 | 1<<1 | last
+		b.Write([]byte{byte(h), byte(h >> 8), byte(h >> 16), c})
+	}
+	return b.String()
+}
+
+// precedenceCases are layers that meet at a path.
+func precedenceCases() (cases []Case) {
+	a, b := file("p", "a"), file("p", "b")
+	cases = append(cases,
+		fine("layers/a file in the place of a file, tars", Listing{"p": isFile("b")}, tarred(a), tarred(b)),
+		fine("layers/a file in the place of a file, raw", Listing{"p": isRaw("b")}, raw("p", "a"), raw("p", "b")),
+		fine("layers/a raw file in the place of a tar's", Listing{"p": isRaw("b")}, tarred(a), raw("p", "b")),
+		fine("layers/a tar's file in the place of a raw one", Listing{"p": isFile("b")}, raw("p", "a"), tarred(b)),
+		fine("layers/a file in the place of a file, in one tar", Listing{"p": isFile("b")}, tarred(a, b)),
+		fine("layers/a symlink in the place of a file", Listing{"p": isLink("x")}, tarred(a), tarred(symlink("p", "x"))),
+		fine("layers/a file in the place of a symlink", Listing{"p": isFile("b")}, tarred(symlink("p", "/etc/passwd")), tarred(b)),
+		fine("layers/a raw file in the place of a symlink", Listing{"p": isRaw("b")}, tarred(symlink("p", "/etc/passwd")), raw("p", "b")),
+		fine("layers/a directory in the place of a directory", Listing{"d": isDir().mode(0o700), "d/f": isFile("x"), "d/g": isFile("y")},
+			tarred(dir("d"), file("d/f", "x")), tarred(dir("d", edit{fMode, "0000700\x00"}), file("d/g", "y"))),
+		fine("layers/a directory that a later layer describes", Listing{"d": isDir().mode(0o700), "d/f": isRaw("x")},
+			raw("d/f", "x"), tarred(dir("d", edit{fMode, "0000700\x00"}))),
+		fine("layers/a directory that a later layer only uses", Listing{"d": isDir().mode(0o700), "d/f": isFile("x"), "d/g": isRaw("y")},
+			tarred(dir("d", edit{fMode, "0000700\x00"}), file("d/f", "x")), raw("d/g", "y")),
+		fine("layers/the same layer twice", Listing{"p": isFile("a")}, tarred(a), tarred(a)),
+		fine("layers/the same blob as file and as archive", Listing{"p": isFile("a"), "p.tar": isRaw(a + mark)}, tarred(a), raw("p.tar", a+mark)).notAsFiles(),
+		fine("layers/the same blob under two names", Listing{"p": isRaw("a"), "q": isRaw("a")}, raw("p", "a"), raw("q", "a")),
+		fine("layers/one path written in two ways", Listing{"d/p": isRaw("b")}, raw("d/p", "a"), raw("./d//./p", "b")),
+		fine("layers/a raw layer whose content is JSON of a manifest", Listing{"p": isRaw(`{"schemaVersion":2,"layers":[]}`)}, raw("p", `{"schemaVersion":2,"layers":[]}`)),
+		fine("layers/an empty file", Listing{"p": isRaw("")}, raw("p", "")).notAsFiles(),
+		fine("layers/a thousand of one path", Listing{"p": isRaw("999")}, many(1000, func(i int) layer { return raw("p", fmt.Sprint(i)) })...),
+		fine("layers/a whiteout of images is a file", Listing{"p": isRaw("a"), ".wh.p": isFile("")}, raw("p", "a"), tarred(file(".wh.p", ""))).notAsFiles(),
+		fine("layers/an opaque whiteout of images is a file", Listing{"d/f": isFile("a"), "d/.wh..wh..opq": isFile("")}, tarred(file("d/f", "a")), tarred(file("d/.wh..wh..opq", ""))).notAsFiles(),
+		bad("layers/a whiteout of overlayfs", tarred(member('3', "good.txt", "")), "a character device"),
+	)
+	conflict := func(name, says string, layers ...layer) {
+		last := layers[len(layers)-1]
+		cases = append(cases, Case{
+			Name: "layers/" + name,
+			Make: func() *Artifact { return pack(layers...).ofLayers() },
+			Want: refused(fmt.Sprintf("layer %d (%s, %s", len(layers)-1, last.mediaType, last.name()), says),
+		})
+	}
+	conflict("a file in the place of a directory, tars", "is a directory", tarred(dir("p")), tarred(a))
+	conflict("a file in the place of a directory, raw", "is a directory", raw("p/f", "x"), raw("p", "a"))
+	conflict("a raw file in the place of a tar's directory", "is a directory", tarred(file("p/f", "x")), raw("p", "a"))
+	conflict("a symlink in the place of a directory", "is a directory", tarred(dir("p")), tarred(symlink("p", "/etc")))
+	conflict("a file in the place of a directory, in one tar", "is a directory", tarred(dir("p"), a))
+	conflict("a directory in the place of a file, tars", "must be a directory", tarred(a), tarred(dir("p")))
+	conflict("a directory in the place of a file, raw", "must be a directory", raw("p", "a"), raw("p/f", "x"))
+	conflict("a directory in the place of a raw file", "must be a directory", raw("p", "a"), tarred(file("p/f", "x")))
+	conflict("a directory in the place of a file, in one tar", "must be a directory", tarred(a, dir("p")))
+	conflict("a directory in the place of a hard link", "must be a directory", tarred(file("f", "x"), hardLink("p", "f"), dir("p")))
+	conflict("a raw file through a symlink", "passes through a symlink", tarred(symlink("l", "/tmp")), raw("l/f", "x"))
+	conflict("a tar's file through a symlink of another layer", "passes through a symlink", tarred(symlink("l", "/tmp")), tarred(file("l/f", "x")))
+	conflict("a directory over a symlink of another layer", "passes through a symlink", tarred(symlink("l", "/tmp")), tarred(dir("l")))
+	conflict("a file that some later layer replaces, and something below", "must be a directory", raw("p", "a"), raw("p", "b"), raw("p/f", "x"))
+	return cases
+}
+
+func many(n int, f func(i int) layer) (layers []layer) {
+	for i := range n {
+		layers = append(layers, f(i))
+	}
+	return layers
+}

@@ -1,0 +1,54 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshot
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// FuzzKey reads keys of snapshots, parts of which images choose: that of an extraction
+// ends in what the config says. What begins as the key of an extraction never asks for
+// an artifact, and no key asks for two things.
+func FuzzKey(f *testing.F) {
+	hex := digest.FromString("x").Encoded()
+	volume := "/run/containerd/io.containerd.grpc.v1.cri/image-volumes/sandbox/" + hex
+	for _, key := range []string{
+		"k8s.io/7/" + volume, volume, "/image-volumes/s/" + hex, "k8s.io/7/extract-1-x sha256:" + hex, "k8s.io/7/extract-1-x " + volume,
+		"extract-1-/image-volumes/s/" + hex, UnpackKey("caller", digest.FromString("x")), "k8s.io/7/" + MountKey("/a b/%2f", digest.FromString("x")),
+		MountKey("", digest.FromString("x")), "artifact-mount/%zz/" + hex, "/image-volumes/../" + hex, "k8s.io/7/" + strings.Repeat("/image-volumes/s", 100) + "/" + hex,
+	} {
+		f.Add(key)
+	}
+	f.Fuzz(func(t *testing.T, key string) {
+		v := parseVolume(key)
+		asks := 0
+		for _, asked := range []bool{v != nil, unpackKey.MatchString(key), mountKey.MatchString(key)} {
+			if asked {
+				asks++
+			}
+		}
+		if asks > 1 || asks > 0 && extraction.MatchString(key) {
+			t.Errorf("%q asks for %d things; an extraction: %v", key, asks, extraction.MatchString(key))
+		}
+		if v != nil {
+			if len(v.hex)%32 != 0 || strings.Trim(v.hex, "0123456789abcdef") != "" || v.sandbox == "" || strings.Contains(v.sandbox+v.namespace, "/") {
+				t.Errorf("%q is the volume %+v", key, *v)
+			}
+			if sandbox, ok := VolumeSandbox(key); !ok || sandbox != v.sandbox {
+				t.Errorf("%q is of the sandbox %q (%v), and %q", key, sandbox, ok, v.sandbox)
+			}
+		}
+		path, hex, ok := ParseMountKey(key)
+		if !ok {
+			return
+		}
+		d := digest.NewDigestFromEncoded(map[int]digest.Algorithm{64: "sha256", 96: "sha384", 128: "sha512"}[len(hex)], hex)
+		if again, _, ok := ParseMountKey(MountKey(path, d)); !ok || again != path || d.Validate() != nil {
+			t.Errorf("%q is of the path %q, whose key is of %q (%v)", key, path, again, d.Validate())
+		}
+	})
+}

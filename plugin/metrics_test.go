@@ -101,10 +101,6 @@ func TestMetricsAreServedOnAPortAndOnASocket(t *testing.T) {
 				t.Errorf("%s %s: %d, want an error", method, path, status)
 			}
 		}
-		// Nobody else may have the address.
-		other := testConfig(t)
-		other.MetricsAddress = c.configured
-		wantError(t, Serve(t.Context(), other, "v0"), "metrics", c.address)
 		if err := stop(); err != nil {
 			t.Error(err)
 		}

@@ -63,12 +63,12 @@ func (m *metrics) serve(ctx context.Context, address string, retry time.Duration
 		MaxHeaderBytes:    16 << 10,
 	}
 	ctx, cancel := context.WithCancel(ctx)
+	listener, err := listenMetrics(ctx, address) // before the daemon says that it is ready
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
 		logger := log.G(ctx).WithField("address", address)
 		for failures := 0; ; failures++ {
-			listener, err := listenMetrics(ctx, address)
 			if err == nil {
 				logger.Info("Serving metrics")
 				if err = server.Serve(listener); errors.Is(err, http.ErrServerClosed) {
@@ -83,6 +83,7 @@ func (m *metrics) serve(ctx context.Context, address string, retry time.Duration
 				return
 			case <-time.After(retry):
 			}
+			listener, err = listenMetrics(ctx, address)
 		}
 	}()
 	return func() {

@@ -86,9 +86,9 @@ func sparse1(name, size, table, data string, more ...string) string {
 	return pax(records...) + file("GNUSparseFile.0/f", table+data)
 }
 
-// sparse0 is the format 0.1, whose map is a record.
-func sparse0(size, blocks, table, data string) string {
-	return pax(record("GNU.sparse.size", size), record("GNU.sparse.numblocks", blocks), record("GNU.sparse.name", "s"), record("GNU.sparse.map", table)) + file("f", data)
+// sparse0 is the format 0.1, whose map is a record, of a file of 20,000 bytes.
+func sparse0(blocks, table, data string) string {
+	return pax(record("GNU.sparse.size", "20000"), record("GNU.sparse.numblocks", blocks), record("GNU.sparse.name", "s"), record("GNU.sparse.map", table)) + file("f", data)
 }
 
 // sparseCases are files with holes, in the four ways of GNU tar to write them.
@@ -108,7 +108,7 @@ func sparseCases() (cases []Case) {
 	shown("old, of no bytes", "", oldSparse("s", 0))
 	shown("0.0", content, pax(record("GNU.sparse.size", "20000"), record("GNU.sparse.numblocks", "2"), record("GNU.sparse.offset", "4096"), record("GNU.sparse.numbytes", "3"),
 		record("GNU.sparse.offset", "9000"), record("GNU.sparse.numbytes", "4"))+file("s", "abcdefg"))
-	shown("0.1", content, sparse0("20000", "2", "4096,3,9000,4", "abcdefg"))
+	shown("0.1", content, sparse0("2", "4096,3,9000,4", "abcdefg"))
 	shown("1.0", content, sparse1("s", "20000", "2\n4096\n3\n9000\n4\n", "abcdefg"))
 	shown("1.0, all hole", whole(1<<20), sparse1("s", "1048576", "0\n", ""))
 	shown("1.0, no hole", "abc", sparse1("s", "3", "1\n0\n3\n", "abc"))
@@ -135,12 +135,12 @@ func sparseCases() (cases []Case) {
 	refuse("1.0, more data than pieces", "", sparse1("s", "10", "1\n0\n3\n", "abcdef"))
 	refuse("1.0, a name that leaves the volume", `contains ".."`, sparse1("../escaped", "10", "1\n0\n3\n", "abc"))
 	refuse("1.0, a name that is absolute", "is absolute", sparse1("/etc/passwd", "10", "1\n0\n3\n", "abc"))
-	refuse("0.1, an odd number of places", unreadable, sparse0("20000", "2", "4096,3,9000", "abc"))
-	refuse("0.1, more pieces than said", unreadable, sparse0("20000", "1", "0,1,4,1", "ab"))
-	refuse("0.1, fewer pieces than said", unreadable, sparse0("20000", "9", "0,1", "a"))
-	refuse("0.1, pieces over each other", unreadable, sparse0("20000", "2", "0,3,1,3", "abcdef"))
-	refuse("0.1, a number that is none", unreadable, sparse0("20000", "1", "x,3", "abc"))
-	refuse("0.1, pieces below zero", unreadable, sparse0("20000", "-1", "0,3", "abc"))
+	refuse("0.1, an odd number of places", unreadable, sparse0("2", "4096,3,9000", "abc"))
+	refuse("0.1, more pieces than said", unreadable, sparse0("1", "0,1,4,1", "ab"))
+	refuse("0.1, fewer pieces than said", unreadable, sparse0("9", "0,1", "a"))
+	refuse("0.1, pieces over each other", unreadable, sparse0("2", "0,3,1,3", "abcdef"))
+	refuse("0.1, a number that is none", unreadable, sparse0("1", "x,3", "abc"))
+	refuse("0.1, pieces below zero", unreadable, sparse0("-1", "0,3", "abc"))
 	refuse("0.0, a length without a place", unreadable, pax(record("GNU.sparse.size", "10"), record("GNU.sparse.numblocks", "1"), record("GNU.sparse.numbytes", "3"))+file("s", "abc"))
 	refuse("0.0, a place with a comma", unreadable, pax(record("GNU.sparse.size", "10"), record("GNU.sparse.numblocks", "1"), record("GNU.sparse.offset", "0,3,4"), record("GNU.sparse.numbytes", "3"))+file("s", "abc"))
 	refuse("old, pieces over each other", unreadable, oldSparse("s", 20000, piece{0, "abc"}, piece{1, "def"}))

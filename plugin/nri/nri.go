@@ -42,8 +42,10 @@ const (
 	// warnAfter is the failure in a row that is a warning, once: it comes after some
 	// seconds, since a runtime that is just starting is nothing to warn of.
 	warnAfter = 10
-	// registerTimeout bounds what comes before the first request. A runtime gives a
-	// plugin 5 seconds, and may close the connection without a word.
+	// registerTimeout bounds the wait for Configure. A runtime gives a plugin 5 seconds,
+	// and may close the connection without a word. The wait for Synchronize is not
+	// bounded: containerd holds it back while it stops a container, for all of the grace
+	// period, and goes on without a plugin that has hung up by then.
 	registerTimeout = 20 * time.Second
 )
 
@@ -91,7 +93,8 @@ type Observer struct {
 // Plugin is safe for concurrent use.
 type Plugin struct {
 	Config
-	references *references
+	references      *references
+	registerTimeout time.Duration
 }
 
 // New returns a plugin that keeps what its records say from the sweep of c.Views, which
@@ -102,7 +105,7 @@ func New(ctx context.Context, c Config) (*Plugin, error) {
 		return nil, err
 	}
 	c.Views.AddUsers(r.shown)
-	return &Plugin{Config: c, references: r}, nil
+	return &Plugin{Config: c, references: r, registerTimeout: registerTimeout}, nil
 }
 
 // Run is the plugin of whatever runtime listens on the socket, until ctx ends. The
@@ -141,7 +144,7 @@ func (p *Plugin) serve(ctx context.Context) (served bool, err error) {
 		return false, err
 	}
 	defer func() { _ = conn.Close() }()
-	s := &session{Plugin: p, logger: log.G(ctx), synchronized: make(chan struct{})}
+	s := &session{Plugin: p, logger: log.G(ctx), configured: make(chan struct{}), synchronized: make(chan struct{})}
 	plugin, err := stub.New(s, stub.WithLogger(stubLogger{s.logger}), stub.WithConnection(conn),
 		stub.WithPluginName(p.Name), stub.WithPluginIdx(p.Index))
 	if err != nil {
@@ -152,10 +155,17 @@ func (p *Plugin) serve(ctx context.Context) (served bool, err error) {
 	select {
 	case err := <-ended:
 		return false, lost(err)
-	case <-time.After(registerTimeout):
+	case <-time.After(p.registerTimeout):
 		// The stub waits for ever when it has registered and nobody configures it:
 		// it is left behind, and a new one tries again.
 		return false, fmt.Errorf("the runtime has taken the connection, but not the plugin: %w", errdefs.ErrUnavailable)
+	case <-ctx.Done():
+		return false, ctx.Err()
+	case <-s.configured:
+	}
+	select {
+	case err := <-ended:
+		return false, lost(err)
 	case <-ctx.Done():
 		return false, ctx.Err()
 	case <-s.synchronized:
@@ -182,24 +192,31 @@ type session struct {
 	*Plugin
 	logger           *log.Entry
 	runtime, version string
+	configured       chan struct{} // closed when the runtime has told who it is
 	synchronized     chan struct{} // closed when the runtime has told all that it has
 }
 
 // Configure takes note of the runtime.
 func (s *session) Configure(_ context.Context, _, runtime, version string) (api.EventMask, error) {
 	s.runtime, s.version = runtime, version
+	once(s.configured)
 	return 0, nil // all events that there is a method for
 }
 
 // Synchronize puts the records right: containers is all that the runtime has.
 func (s *session) Synchronize(ctx context.Context, pods []*api.PodSandbox, containers []*api.Container) ([]*api.ContainerUpdate, error) {
 	s.synchronize(log.WithLogger(ctx, s.logger), pods, containers)
-	select {
-	case <-s.synchronized:
-	default:
-		close(s.synchronized)
-	}
+	once(s.synchronized)
 	return nil, nil
+}
+
+// once closes the channel, if that is not done.
+func once(c chan struct{}) {
+	select {
+	case <-c:
+	default:
+		close(c)
+	}
 }
 
 // CreateContainer shows the artifacts that the container mounts. Its error is what the

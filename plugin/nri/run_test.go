@@ -164,6 +164,37 @@ func TestThePluginComesBackWhenTheRuntimeIsRestarted(t *testing.T) {
 	r.await(connected, false)
 }
 
+// containerd synchronizes no plugin while it stops a container, and creates the next one
+// without a plugin that did not wait for that.
+func TestARuntimeMayBeLongInTellingWhatItHas(t *testing.T) {
+	s := newSite(t)
+	d := s.model(s.crio.dir)
+	s.crio.index(d)
+	s.registerTimeout = 500 * time.Millisecond
+	s.Socket = filepath.Join(s.root, "nri.sock")
+	r := s.startRuntime()
+	defer r.end()
+	stopping := r.BlockPluginSync()
+	defer stopping.Unblock()
+	connected := s.run()
+	time.Sleep(3 * s.registerTimeout)
+	created := make(chan *api.ContainerAdjustment, 1)
+	go func() {
+		defer r.BlockPluginSync().Unblock() // as containerd does, behind the plugin that waits
+		got, err := r.create("queued", s.crio.mountOf("/model/config.json", "c"), s.crio.mountOf("/model/dir/weights", "w"))
+		if err != nil {
+			t.Error(err)
+		}
+		created <- got
+	}()
+	time.Sleep(100 * time.Millisecond)
+	stopping.Unblock()
+	if got := <-created; len(got.GetMounts()) != 3 {
+		t.Errorf("the adjustment is %+v", got)
+	}
+	r.await(connected, true)
+}
+
 func TestTheReasonReachesTheRuntime(t *testing.T) {
 	s := newSite(t)
 	connected := s.run()

@@ -118,6 +118,8 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 		}); err != nil {
 			return nil, err
 		}
+	} else if err := nri.Keep(ctx, cfg.Root, views); err != nil {
+		return nil, err
 	}
 
 	ctx, cancel := context.WithCancel(ctx)

@@ -21,6 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -106,6 +107,25 @@ func New(ctx context.Context, c Config) (*Plugin, error) {
 	}
 	c.Views.AddUsers(r.shown)
 	return &Plugin{Config: c, references: r, registerTimeout: registerTimeout}, nil
+}
+
+// Keep is New for a daemon that is no plugin any more: what pods show by its records, if it
+// has any below root, is kept from the sweep of views. Only a reboot ends that, or a plugin
+// that meets the runtime again.
+func Keep(ctx context.Context, root string, views *view.Store) error {
+	dir := filepath.Join(root, "nri")
+	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	r, err := openReferences(ctx, dir)
+	if err != nil {
+		return err
+	}
+	views.AddUsers(r.shown)
+	if n := len(r.by); n > 0 {
+		log.G(ctx).WithField("containers", n).Warn("NRI is off, and containers are recorded that show artifacts by it: what they show stays on the node until it is on again, or the node is booted")
+	}
+	return nil
 }
 
 // Run is the plugin of whatever runtime listens on the socket, until ctx ends. The

@@ -327,6 +327,61 @@ func TestRecordsOutliveTheDaemonAndAreMadeTrue(t *testing.T) {
 	s.wantRecords()
 }
 
+// A daemon that is no plugin any more sweeps nothing away from pods that run.
+func TestRecordsAreKeptWithoutThePlugin(t *testing.T) {
+	s := newSite(t)
+	d := s.model(s.content)
+	owners := unpack.IDMap{UID: "0:200000:65536", GID: "0:300000:65536"} // would go at once
+	v, err := s.Views.Acquire(t.Context(), d, owners)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.references.set("runs", sandbox, time.Now(), []view.ID{v.ID}); err != nil {
+		t.Fatal(err)
+	}
+	v.Release()
+	reopen := func() *view.Store {
+		views, err := view.Open(t.Context(), view.Config{Root: s.root, State: filepath.Join(s.root, "state"), Content: s.Blobs, Limits: unpack.DefaultLimits})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { views.Close() })
+		if err := Keep(t.Context(), s.root, views); err != nil {
+			t.Fatal(err)
+		}
+		if err := views.Sweep(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		return views
+	}
+	if _, err := reopen().Tree(v.ID); err != nil {
+		t.Error(err)
+	}
+	s.wantRecords("runs")
+	// Nothing of another boot runs.
+	record := filepath.Join(s.root, "nri/runs.json")
+	b, err := os.ReadFile(record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(record, []byte(strings.Replace(string(b), s.references.boot, "another", 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := reopen().Tree(v.ID); !errdefs.IsNotFound(err) {
+		t.Errorf("the tree of a container of another boot: %v", err)
+	}
+	if _, err := os.Stat(record); !errors.Is(err, os.ErrNotExist) {
+		t.Error("the record of another boot is kept")
+	}
+	if err := os.Remove(filepath.Dir(record)); err != nil {
+		t.Fatal(err)
+	}
+	reopen() // was never a plugin
+	if _, err := os.Stat(filepath.Dir(record)); !errors.Is(err, os.ErrNotExist) {
+		t.Error("there is a directory for records without a plugin")
+	}
+}
+
 func TestWhoseOwnersAreShownIsToldByTheRecord(t *testing.T) {
 	s := newSite(t)
 	d := s.model(s.content)

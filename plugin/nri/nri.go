@@ -225,7 +225,7 @@ func (s *session) Configure(_ context.Context, _, runtime, version string) (api.
 
 // Synchronize puts the records right: containers is all that the runtime has.
 func (s *session) Synchronize(ctx context.Context, pods []*api.PodSandbox, containers []*api.Container) ([]*api.ContainerUpdate, error) {
-	s.synchronize(log.WithLogger(ctx, s.logger), pods, containers)
+	s.synchronize(log.WithLogger(ctx, s.logger), s.runtime, pods, containers)
 	once(s.synchronized)
 	return nil, nil
 }

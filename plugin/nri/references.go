@@ -28,7 +28,10 @@ import (
 // reference is what a container shows.
 type reference struct {
 	// Boot is the boot of the kernel in which it was created.
-	Boot    string    `json:"boot,omitempty"`
+	Boot string `json:"boot,omitempty"`
+	// Runtime is the name of the runtime whose it is; "" if a version of this program has
+	// recorded it that did not ask.
+	Runtime string    `json:"runtime,omitempty"`
 	Sandbox string    `json:"sandbox"`
 	Created time.Time `json:"created"`
 	Shows   []shown   `json:"shows"`
@@ -125,12 +128,13 @@ func (r *references) shown(context.Context) (ids []view.ID, _ error) {
 	return ids, nil
 }
 
-// set records what a container shows. An artifact that it shows twice counts once.
-func (r *references) set(container, sandbox string, created time.Time, ids []view.ID) error {
+// set records what a container of the runtime shows. An artifact that it shows twice counts
+// once.
+func (r *references) set(runtime, container, sandbox string, created time.Time, ids []view.ID) error {
 	if !containerID.MatchString(container) {
 		return fmt.Errorf("%.255q is not the ID of a container: %w", container, errdefs.ErrInvalidArgument)
 	}
-	of := reference{Boot: r.boot, Sandbox: sandbox, Created: created}
+	of := reference{Boot: r.boot, Runtime: runtime, Sandbox: sandbox, Created: created}
 	for _, id := range ids {
 		if s := shownOf(id); !slices.Contains(of.Shows, s) {
 			of.Shows = append(of.Shows, s)

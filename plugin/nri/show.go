@@ -81,7 +81,7 @@ func (p *Plugin) create(ctx context.Context, runtime string, pod *api.PodSandbox
 		return nil, ctx.Err()
 	}
 	// From here on the record keeps what is held until now.
-	if err := p.references.set(c.GetId(), pod.GetId(), time.Now(), ids); err != nil {
+	if err := p.references.set(runtime, c.GetId(), pod.GetId(), time.Now(), ids); err != nil {
 		return nil, err
 	}
 	return adjustment, nil
@@ -225,9 +225,10 @@ func (p *Plugin) drop(ctx context.Context, containers ...string) {
 }
 
 // synchronize makes the records say what the runtime has: containers is all that run or
-// are about to. What is mounted in one counts, whatever its record says: the runtime may
+// are about to. Those of another runtime are not touched, which is there, too, or was there
+// in this boot. What is mounted in one counts, whatever its record says: the runtime may
 // have given up waiting for the answer that was recorded, and the record may be lost.
-func (p *Plugin) synchronize(ctx context.Context, pods []*api.PodSandbox, containers []*api.Container) {
+func (p *Plugin) synchronize(ctx context.Context, runtime string, pods []*api.PodSandbox, containers []*api.Container) {
 	sandboxes := map[string]*api.PodSandbox{}
 	for _, pod := range pods {
 		sandboxes[pod.GetId()] = pod
@@ -242,14 +243,14 @@ func (p *Plugin) synchronize(ctx context.Context, pods []*api.PodSandbox, contai
 		case len(ids) == 0:
 			p.drop(ctx, c.GetId())
 		case !recorded || len(ids) != len(of.Shows):
-			if err := p.references.set(c.GetId(), c.GetPodSandboxId(), time.Now(), ids); err != nil {
+			if err := p.references.set(runtime, c.GetId(), c.GetPodSandboxId(), time.Now(), ids); err != nil {
 				log.G(ctx).WithError(err).WithField("container", c.GetId()).Error("cannot record what a container shows")
 			}
 		}
 	}
 	for _, container := range p.references.of("") {
 		of, _ := p.references.get(container)
-		if listed[container] || sandboxes[of.Sandbox] != nil && time.Since(of.Created) < settling {
+		if of.Runtime != "" && of.Runtime != runtime || listed[container] || sandboxes[of.Sandbox] != nil && time.Since(of.Created) < settling {
 			continue
 		}
 		p.drop(ctx, container)

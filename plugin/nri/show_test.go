@@ -85,14 +85,14 @@ func (s *site) ask(container string, mounts ...*api.Mount) (*api.ContainerAdjust
 	return s.create(s.t.Context(), "containerd", &api.PodSandbox{Id: sandbox}, &api.Container{Id: container, Mounts: mounts})
 }
 
-// sync is what a runtime says when it has taken the plugin.
+// sync is what containerd says when it has taken the plugin.
 func (s *site) sync(containers ...*api.Container) {
 	s.t.Helper()
 	var pods []*api.PodSandbox
 	if len(containers) > 0 {
 		pods = []*api.PodSandbox{{Id: sandbox}}
 	}
-	s.synchronize(s.t.Context(), pods, containers)
+	s.synchronize(s.t.Context(), "containerd", pods, containers)
 }
 
 func (s *site) wantRecords(containers ...string) {
@@ -318,7 +318,7 @@ func TestRecordsOutliveTheDaemonAndAreMadeTrue(t *testing.T) {
 	s.sync(containers["given-up"], containers["lost"], containers["runs"])
 	s.wantRecords("ended", "lost", "runs")
 	of, _ := s.references.get("ended")
-	if err := s.references.set("ended", of.Sandbox, time.Now().Add(-settling), []view.ID{{Manifest: d.Digest}}); err != nil {
+	if err := s.references.set("containerd", "ended", of.Sandbox, time.Now().Add(-settling), []view.ID{{Manifest: d.Digest}}); err != nil {
 		t.Fatal(err)
 	}
 	s.sync(containers["lost"], containers["runs"])
@@ -336,7 +336,7 @@ func TestRecordsAreKeptWithoutThePlugin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.references.set("runs", sandbox, time.Now(), []view.ID{v.ID}); err != nil {
+	if err := s.references.set("containerd", "runs", sandbox, time.Now(), []view.ID{v.ID}); err != nil {
 		t.Fatal(err)
 	}
 	v.Release()
@@ -382,6 +382,21 @@ func TestRecordsAreKeptWithoutThePlugin(t *testing.T) {
 	}
 }
 
+func TestRecordsOfAnotherRuntimeAreKept(t *testing.T) {
+	s := newSite(t)
+	ids := []view.ID{{Manifest: s.model(s.content).Digest}}
+	for container, runtime := range map[string]string{"of-containerd": "containerd", "of-crio": crio, "of-nobody": ""} {
+		if err := s.references.set(runtime, container, sandbox, time.Now(), ids); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.open()
+	s.sync()
+	s.wantRecords("of-crio")
+	s.synchronize(t.Context(), crio, nil, nil)
+	s.wantRecords()
+}
+
 func TestWhoseOwnersAreShownIsToldByTheRecord(t *testing.T) {
 	s := newSite(t)
 	d := s.model(s.content)
@@ -391,7 +406,7 @@ func TestWhoseOwnersAreShownIsToldByTheRecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	v.Release()
-	if err := s.references.set("mapped", sandbox, time.Now(), []view.ID{v.ID}); err != nil {
+	if err := s.references.set("containerd", "mapped", sandbox, time.Now(), []view.ID{v.ID}); err != nil {
 		t.Fatal(err)
 	}
 	s.open()

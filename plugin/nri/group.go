@@ -309,22 +309,75 @@ func (p *Plugin) candidates(ctx context.Context, annotations map[string]string, 
 	return p.all(ctx)
 }
 
-// namedBy are the paths by the digests of the manifests in hex; nil if a bind is of none.
-func namedBy(annotation string, binds []bind) map[string]map[string]bool {
-	var volumes []struct {
-		ContainerPath string `json:"container_path"`
-		HostPath      string `json:"host_path"`
-		Image         struct {
-			Image string `json:"image"`
-		} `json:"image"`
-	}
+// crioVolume is an entry of volumesAnnotation.
+type crioVolume struct {
+	ContainerPath string `json:"container_path"`
+	HostPath      string `json:"host_path"`
+	Image         struct {
+		Image string `json:"image"` // digest of the manifest in hex; "" if it is of no image
+	} `json:"image"`
+}
+
+// volumesOf is what CRI-O says of what it mounts; nothing if that cannot be read.
+func volumesOf(annotation string) (volumes []crioVolume) {
 	if json.Unmarshal([]byte(annotation), &volumes) != nil {
 		return nil
 	}
+	return volumes
+}
+
+// ofArtifacts leaves out the binds that are none of an artifact's by what CRI-O says: those of
+// an image that it takes for an artifact, and a pod's own of a blob, by a volume of another
+// kind.
+func (p *Plugin) ofArtifacts(ctx context.Context, annotation string, binds []bind) []bind {
+	volumes := volumesOf(annotation)
+	images := map[string]bool{}
+	isImage := func(hex string) bool {
+		is, known := images[hex]
+		if !known {
+			is = !p.isArtifact(ctx, hex)
+			images[hex] = is
+		}
+		return is
+	}
+	return slices.DeleteFunc(slices.Clone(binds), func(b bind) bool {
+		at, others := path.Clean(b.destination), false
+		for _, v := range volumes {
+			volume := path.Clean(v.ContainerPath)
+			switch {
+			case v.HostPath != b.source:
+			case v.Image.Image == "":
+				others = others || at == volume
+			case volume != "/" && !strings.HasPrefix(at, volume+"/"):
+			case isImage(v.Image.Image):
+				others = true
+			default:
+				return false
+			}
+		}
+		return others
+	})
+}
+
+// isArtifact reports whether the manifest or index is an artifact's, or may be one for all
+// that is known.
+func (p *Plugin) isArtifact(ctx context.Context, hex string) bool {
+	desc, err := p.Blobs.Find(hex)
+	if err == nil {
+		_, err = artifact.Read(ctx, p.Blobs, desc)
+	}
+	return !errors.Is(err, artifact.ErrNotArtifact)
+}
+
+// namedBy are the paths by the digests of the manifests in hex; nil if a bind is of none.
+func namedBy(annotation string, binds []bind) map[string]map[string]bool {
+	wanted, sources := map[string]bool{}, map[string]bool{}
+	for _, b := range binds {
+		wanted[b.source] = true
+	}
 	said := map[string]map[string]bool{}
-	sources := map[string]bool{}
-	for _, v := range volumes {
-		if v.Image.Image == "" || blobPath.FindStringSubmatch(path.Clean(v.HostPath)) == nil {
+	for _, v := range volumesOf(annotation) {
+		if v.Image.Image == "" || !wanted[v.HostPath] {
 			continue
 		}
 		sources[v.HostPath] = true
@@ -333,10 +386,8 @@ func namedBy(annotation string, binds []bind) map[string]map[string]bool {
 		}
 		said[v.Image.Image][path.Clean(v.ContainerPath)] = true
 	}
-	for _, b := range binds {
-		if !sources[b.source] {
-			return nil
-		}
+	if len(sources) < len(wanted) {
+		return nil
 	}
 	return said
 }
@@ -348,8 +399,8 @@ func (p *Plugin) read(ctx context.Context, said map[string]map[string]bool) (can
 			return nil, err
 		}
 		a, err := artifact.Read(ctx, p.Blobs, desc)
-		if errors.Is(err, artifact.ErrNotArtifact) && len(said) > 1 {
-			err = fmt.Errorf("image %s is mounted beside an artifact: %v: %w", desc.Digest, err, errdefs.ErrNotImplemented)
+		if errors.Is(err, artifact.ErrNotArtifact) {
+			continue // an image with a blob that an artifact has, too
 		}
 		if err != nil {
 			return nil, err

@@ -303,9 +303,23 @@ func TestAnImageThatCRIOTakesForAnArtifactIsLeftAlone(t *testing.T) {
 	d := s.add(image)
 	mounts := []*api.Mount{s.mountOf("/model/file", "f")}
 	s.wantFound(s.annotate(said{"/model", d, []string{"f"}}), mounts)
-	other := s.add(artifactOf(raw("file", "o")))
-	s.wantRefused(errdefs.ErrNotImplemented, s.annotate(said{"/model", d, []string{"f"}}, said{"/other", other, []string{"o"}}),
-		append(mounts, s.mountOf("/other/file", "o")), d.Digest.String())
+	// It may be mounted beside an artifact, with a blob that both have.
+	other := s.add(artifactOf(raw("other", "o"), raw("same", "f")))
+	mounts = append(mounts, s.mountOf("/other/other", "o"), s.mountOf("/other/same", "f"))
+	s.wantFound(s.annotate(said{"/model", d, []string{"f"}}, said{"/other", other, []string{"o", "f"}}), mounts,
+		wanted{path: "/other", of: other, remove: []string{"/other/other", "/other/same"}})
+}
+
+func TestABlobThatThePodMountsByAnotherVolumeIsLeftAlone(t *testing.T) {
+	s := newStore(t)
+	d := s.add(artifactOf(raw("file", "f"), raw("dir/more", "m")))
+	none := ocispec.Descriptor{Digest: ":"} // encoded it is ""
+	mounts := []*api.Mount{s.mountOf("/model/file", "f"), s.mountOf("/host/file", "f"), s.mountOf("/model/dir/more", "m")}
+	s.wantFound(s.annotate(said{"/host/file", none, []string{"f"}}, said{"/model", d, []string{"f", "m"}}), mounts,
+		wanted{path: "/model", of: d, remove: []string{"/model/dir/more", "/model/file"}})
+	s.wantFound(s.annotate(said{"/host/file", none, []string{"f"}}), mounts[1:2])
+	// Without what CRI-O says nobody can tell.
+	s.wantRefused(errdefs.ErrNotFound, nil, mounts, "no artifact")
 }
 
 func TestANestedIndexIsResolved(t *testing.T) {

@@ -300,8 +300,11 @@ func (s *search) end() {
 const volumesAnnotation = "io.kubernetes.cri-o.Volumes"
 
 // candidates are the artifacts that the binds may be: those that CRI-O names, if it names
-// one for each, else all in the stores. What CRI-O says is checked, for a pod may have
-// the annotation, too.
+// one for each, else all in the stores. What it names must explain the mounts, for a pod may
+// have the annotation, too. Layers without a name have no mount that could say otherwise, so
+// such a pod might get them, of an artifact whose other layers it mounts. To refuse what
+// another artifact explains as well would refuse two versions of a model that differ in
+// layers without names.
 func (p *Plugin) candidates(ctx context.Context, annotations map[string]string, binds []bind) ([]candidate, error) {
 	if said := namedBy(annotations[volumesAnnotation], binds); said != nil {
 		return p.read(ctx, said)

@@ -236,12 +236,17 @@ func (p *Plugin) synchronize(ctx context.Context, runtime string, pods []*api.Po
 	listed := map[string]bool{}
 	for _, c := range containers {
 		listed[c.GetId()] = true
-		p.missed(ctx, c)
 		of, recorded := p.references.get(c.GetId())
 		ids := p.mounted(sandboxes[c.GetPodSandboxId()], c, of)
+		raw := p.raw(ctx, c)
+		p.missed(ctx, c, raw)
 		switch {
 		case len(ids) == 0:
-			p.drop(ctx, c.GetId())
+			// That its mounts are nowhere below the state may also mean that the state
+			// was elsewhere.
+			if len(raw) > 0 {
+				p.drop(ctx, c.GetId())
+			}
 		case !recorded || len(ids) != len(of.Shows):
 			if err := p.references.set(runtime, c.GetId(), c.GetPodSandboxId(), time.Now(), ids); err != nil {
 				log.G(ctx).WithError(err).WithField("container", c.GetId()).Error("cannot record what a container shows")
@@ -257,19 +262,39 @@ func (p *Plugin) synchronize(ctx context.Context, runtime string, pods []*api.Po
 	}
 }
 
-// missed warns of a container that was created without the plugin: nothing else does.
-func (p *Plugin) missed(ctx context.Context, c *api.Container) {
+// raw are the runtime's own mounts of artifacts in a container.
+func (p *Plugin) raw(ctx context.Context, c *api.Container) (mounts []rawMount) {
+	var binds []bind
 	for _, m := range c.GetMounts() {
 		if !isBind(m) {
 			continue
 		}
-		_, is := p.inCRIO(m, "")
-		if _, ok := inContainerd(m, c.GetPodSandboxId()); ok {
-			is = empty(m.GetSource())
+		if v, ok := inContainerd(m, c.GetPodSandboxId()); ok {
+			if p.isArtifact(ctx, v.hex) {
+				mounts = append(mounts, rawMount{v.destination, v.source})
+			}
+		} else if b, ok := p.inCRIO(m, ""); ok {
+			binds = append(binds, b)
 		}
-		if is {
-			log.G(ctx).WithFields(log.Fields{"sandbox": c.GetPodSandboxId(), "container": c.GetName(), "path": m.GetDestination()}).
-				Warn("A container was created without the plugin of NRI, and its image volume is what the runtime makes of it: delete its pod")
+	}
+	for _, b := range p.ofArtifacts(ctx, c.GetAnnotations()[volumesAnnotation], binds) {
+		mounts = append(mounts, rawMount{path: b.destination})
+	}
+	return mounts
+}
+
+// rawMount is a mount of the runtime's own: containerd's directory, or a blob ("").
+type rawMount struct{ path, dir string }
+
+// missed warns of a container that was created without the plugin: nothing else does.
+func (p *Plugin) missed(ctx context.Context, c *api.Container, raw []rawMount) {
+	if p.Passthrough { // it may be as it should
+		return
+	}
+	for _, m := range raw {
+		if m.dir == "" || empty(m.dir) { // else the snapshotter has shown it
+			log.G(ctx).WithFields(log.Fields{"sandbox": c.GetPodSandboxId(), "container": c.GetName(), "path": m.path}).
+				Warn("A container was created without the plugin of NRI, and its volume of an artifact is what the runtime makes of it: delete its pod")
 			return
 		}
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/containerd/nri/pkg/api"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -379,6 +380,67 @@ func TestRecordsAreKeptWithoutThePlugin(t *testing.T) {
 	reopen() // was never a plugin
 	if _, err := os.Stat(filepath.Dir(record)); !errors.Is(err, os.ErrNotExist) {
 		t.Error("there is a directory for records without a plugin")
+	}
+}
+
+func TestARecordOutlivesAnotherState(t *testing.T) {
+	s := newSite(t)
+	d := s.model(s.content)
+	got, err := s.ask("runs", volumeOf("/model", d))
+	if err != nil {
+		t.Fatal(err)
+	}
+	image := artifactOf(raw("file", "f"))
+	image.ConfigType, image.Config = ocispec.MediaTypeImageConfig, []byte("{}")
+	i, err := image.WriteTo(string(s.content))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got.Mounts[0].Source = strings.Replace(got.Mounts[0].Source, "/state/", "/former/", 1)
+	s.sync(&api.Container{Id: "runs", PodSandboxId: sandbox, Mounts: append(got.Mounts, volumeOf("/image", i))})
+	s.wantRecords("runs")
+}
+
+func TestContainersWithoutThePluginAreWarnedOf(t *testing.T) {
+	s := newSite(t)
+	crio := s.model(s.crio.dir)
+	image := artifactOf()
+	image.ConfigType, image.Config = ocispec.MediaTypeImageConfig, []byte("{}")
+	i, err := image.WriteTo(string(s.content))
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := func(d ocispec.Descriptor) *api.Mount { // containerd's, of an artifact or of an image without files
+		m := volumeOf("/model", d)
+		m.Source = s.root + m.Source
+		if err := os.MkdirAll(m.Source, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		return m
+	}
+	t.Cleanup(func() { log.L.Logger.SetOutput(os.Stderr) })
+	of := &api.Mount{Type: "bind", Source: s.crio.mountOf("", "c").Source, Destination: "/model/config.json"}
+	for name, tt := range map[string]struct {
+		mount *api.Mount
+		pass  bool
+		want  bool
+	}{
+		"an artifact":                {own(s.model(s.content)), false, true},
+		"an artifact, as configured": {own(s.model(s.content)), true, false},
+		"an image":                   {own(i), false, false},
+		"a blob of CRI-O's":          {of, false, true},
+		"no image":                   {&api.Mount{Type: "bind", Source: "/etc", Destination: "/etc"}, false, false},
+	} {
+		var text strings.Builder
+		log.L.Logger.SetOutput(&text)
+		s.Passthrough = tt.pass
+		s.synchronize(t.Context(), "containerd", nil, []*api.Container{{
+			Id: "one", PodSandboxId: sandbox, Mounts: []*api.Mount{tt.mount},
+			Annotations: s.crio.annotate(said{"/model", crio, []string{"c"}}),
+		}})
+		if got := strings.Contains(text.String(), "without the plugin"); got != tt.want {
+			t.Errorf("%s: warned: %v: %s", name, got, text.String())
+		}
 	}
 }
 

@@ -260,7 +260,7 @@ func (s *session) CreateContainer(ctx context.Context, pod *api.PodSandbox, c *a
 	select {
 	case a = <-answered:
 	case <-ctx.Done():
-		a.err = errors.New("this node is too busy to say in time what artifacts the container mounts; try again")
+		a.err = errBusy
 		s.logger.WithField("container", c.GetName()).Warn(a.err)
 		if s.Passthrough {
 			a.err = nil

@@ -77,15 +77,21 @@ func (p *Plugin) create(ctx context.Context, runtime string, pod *api.PodSandbox
 	if len(ids) == 0 {
 		return nil, nil
 	}
-	if ctx.Err() != nil { // the container has been refused
-		return nil, ctx.Err()
+	if err = errBusy; ctx.Err() == nil { // else the runtime has been answered
+		// From here on the record keeps what is held until now.
+		err = p.references.set(runtime, c.GetId(), pod.GetId(), time.Now(), ids)
 	}
-	// From here on the record keeps what is held until now.
-	if err := p.references.set(runtime, c.GetId(), pod.GetId(), time.Now(), ids); err != nil {
+	switch {
+	case err != nil && p.Passthrough:
+		log.G(ctx).WithError(err).Warn("refused the image volumes of a container")
+		return nil, nil
+	case err != nil:
 		return nil, err
 	}
 	return adjustment, nil
 }
+
+var errBusy = errors.New("this node is too busy to say in time what artifacts the container mounts; try again")
 
 // within leaves a part of the time that is left, which is what the runtime waits for the
 // answer.

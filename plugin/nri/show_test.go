@@ -272,6 +272,41 @@ func TestARefusalLeavesNothing(t *testing.T) {
 	}
 }
 
+func TestWhatCannotBeRecordedIsRefused(t *testing.T) {
+	s := newSite(t)
+	d := s.model(s.content)
+	if err := os.Remove(filepath.Join(s.root, "nri")); err != nil { // as if the disk were full
+		t.Fatal(err)
+	}
+	for _, s.Passthrough = range []bool{false, true} {
+		got, err := s.ask("one", volumeOf("/model", d))
+		if got != nil || (err == nil) != s.Passthrough || err != nil && !strings.Contains(err.Error(), "cannot record what the container shows") {
+			t.Errorf("passthrough: %v: %+v, %v", s.Passthrough, got, err)
+		}
+	}
+}
+
+// The images are told when it is too late for the runtime.
+func TestAnAnswerThatIsTooLateSaysSo(t *testing.T) {
+	s := newSite(t)
+	d := s.model(s.content)
+	for _, s.Passthrough = range []bool{false, true} {
+		ctx, cancel := context.WithCancel(t.Context())
+		s.Images = ending{cancel}
+		got, err := s.create(ctx, "containerd", &api.PodSandbox{Id: sandbox}, &api.Container{Id: "one", Mounts: []*api.Mount{volumeOf("/model", d)}})
+		if got != nil || (err == nil) != s.Passthrough || err != nil && !errors.Is(err, errBusy) {
+			t.Errorf("passthrough: %v: %+v, %v", s.Passthrough, got, err)
+		}
+	}
+	s.wantRecords()
+}
+
+// ending are Images that end the request, when they are asked for a name.
+type ending struct{ end func() }
+
+func (e ending) Check(context.Context, string, digest.Digest) error { return nil }
+func (e ending) Name(string, digest.Digest) string                  { e.end(); return "" }
+
 func TestAVolumeThatTheSnapshotterShowsIsLeftAlone(t *testing.T) {
 	s := newSite(t)
 	d := s.model(s.content)

@@ -19,8 +19,11 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 )
 
-// crio is the name by which CRI-O introduces itself.
-const crio = "cri-o"
+// crio and containerd are the names by which the runtimes introduce themselves.
+const (
+	crio       = "cri-o"
+	containerd = "containerd"
+)
 
 // criNamespace is the namespace in which containerd has CRI's images.
 const criNamespace = "k8s.io"

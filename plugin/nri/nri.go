@@ -23,6 +23,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -63,8 +64,9 @@ type Config struct {
 	// CRI-O's: OCI layouts, whose blobs it mounts.
 	Blobs   blobdir.Blobs
 	Layouts []blobdir.Dir
-	// Images are containerd's.
-	Images Images
+	// Images are those of the containerd whose socket is at ContainerdAddress.
+	Images            Images
+	ContainerdAddress string
 	// Passthrough leaves the runtime's own mounts where the artifact cannot be shown.
 	// Else the container is not created.
 	Passthrough bool
@@ -96,6 +98,7 @@ type Plugin struct {
 	Config
 	references      *references
 	registerTimeout time.Duration
+	unwatched       sync.Once
 }
 
 // New returns a plugin that keeps what its records say from the sweep of c.Views, which
@@ -195,7 +198,22 @@ func (p *Plugin) serve(ctx context.Context) (served bool, err error) {
 		defer p.Observer.Connected(false)
 	}
 	log.G(ctx).WithFields(log.Fields{"nri": p.Socket, "runtime": s.runtime, "version": s.version}).Info("Showing artifacts to a runtime by NRI")
+	p.checkAddress(ctx, s.runtime)
 	return true, lost(<-ended)
+}
+
+// checkAddress warns of a containerd that has the plugin, and is not where its images are
+// asked for, which goes on without a word: on other nodes there is no containerd.
+func (p *Plugin) checkAddress(ctx context.Context, runtime string) {
+	if runtime != containerd {
+		return
+	}
+	if _, err := os.Stat(p.ContainerdAddress); err != nil {
+		p.unwatched.Do(func() {
+			log.G(ctx).WithError(err).WithField("containerd_address", p.ContainerdAddress).
+				Warn("containerd has the plugin of NRI, but its socket is not at containerd_address: image volumes are refused until it is")
+		})
+	}
 }
 
 // lost is the error for a connection that has ended with err.

@@ -7,6 +7,7 @@ import (
 	"context"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/log"
 	"github.com/containerd/nri/pkg/adaptation"
 	"github.com/containerd/nri/pkg/api"
 )
@@ -214,6 +216,25 @@ func TestTheReasonReachesTheRuntime(t *testing.T) {
 		t.Error("the second time it is not refused")
 	}
 	s.wantRecords()
+}
+
+func TestAContainerdThatIsElsewhereIsNamed(t *testing.T) {
+	t.Cleanup(func() { log.L.Logger.SetOutput(os.Stderr) })
+	there := t.TempDir()
+	for _, tt := range []struct {
+		runtime, address string
+		want             int
+	}{{containerd, there, 0}, {crio, there + "/none", 0}, {containerd, there + "/none", 1}} {
+		var text strings.Builder
+		log.L.Logger.SetOutput(&text)
+		p := &Plugin{Config: Config{ContainerdAddress: tt.address}}
+		for range 2 {
+			p.checkAddress(t.Context(), tt.runtime)
+		}
+		if n := strings.Count(text.String(), "containerd_address="+tt.address); n != tt.want {
+			t.Errorf("%s at %s: said %d times: %s", tt.runtime, tt.address, n, text.String())
+		}
+	}
 }
 
 func eventually(t *testing.T, what string, ok func() bool) {

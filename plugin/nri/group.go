@@ -133,10 +133,14 @@ func (g group) volume(binds []bind, mounts []*api.Mount) volume {
 // maxSteps bounds the search. A step looks for one layer.
 const maxSteps = 1 << 20
 
+// lookEvery is how many steps the search goes before it looks whether anybody waits for it.
+const lookEvery = 1 << 10
+
 var errTooManySteps = fmt.Errorf("there are too many ways in which CRI-O's mounts may be artifacts: %w", errdefs.ErrInvalidArgument)
 
 // search looks for groups in which every bind is once.
 type search struct {
+	ctx        context.Context // of the request: nobody waits for the search after it
 	binds      []bind
 	at         map[named]int // binds by destination and blob
 	candidates []candidate
@@ -152,11 +156,19 @@ type search struct {
 // resolve says which of the candidates the binds are, at which path, and what of them.
 // It never guesses: where the container would see something else with another choice, it
 // is errdefs.ErrFailedPrecondition.
-func resolve(binds []bind, candidates []candidate) ([]group, error) {
-	s := &search{binds: binds, at: map[named]int{}, candidates: candidates, covered: make([]bool, len(binds))}
+func resolve(ctx context.Context, binds []bind, candidates []candidate) ([]group, error) {
+	return newSearch(ctx, binds, candidates).resolve()
+}
+
+func newSearch(ctx context.Context, binds []bind, candidates []candidate) *search {
+	s := &search{ctx: ctx, binds: binds, at: map[named]int{}, candidates: candidates, covered: make([]bool, len(binds))}
 	for i, b := range binds {
 		s.at[named{path.Clean(b.destination), b.blob}] = i
 	}
+	return s
+}
+
+func (s *search) resolve() ([]group, error) {
 	if err := s.cover(0); err != nil {
 		return nil, err
 	}
@@ -165,7 +177,7 @@ func resolve(binds []bind, candidates []candidate) ([]group, error) {
 	}
 	if s.found == nil {
 		return nil, fmt.Errorf("no artifact in CRI-O's store has exactly the layers that CRI-O mounts (%d, of which one at %.255s); remove the artifact and pull it again: %w",
-			len(binds), binds[0].destination, errdefs.ErrNotFound)
+			len(s.binds), s.binds[0].destination, errdefs.ErrNotFound)
 	}
 	return s.found, nil
 }
@@ -230,8 +242,13 @@ func (s *search) cover(first int) error {
 
 // step counts n steps of the search.
 func (s *search) step(n int) error {
-	if s.steps += n; s.steps > maxSteps {
+	before := s.steps / lookEvery
+	s.steps += n
+	switch {
+	case s.steps > maxSteps:
 		return errTooManySteps
+	case s.steps/lookEvery > before && s.ctx.Err() != nil:
+		return errBusy
 	}
 	return nil
 }

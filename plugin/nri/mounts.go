@@ -147,7 +147,7 @@ func (p *Plugin) groups(ctx context.Context, c *api.Container, binds []bind) []v
 	if err != nil {
 		return refused(binds, err)
 	}
-	groups, err := resolve(binds, candidates)
+	groups, err := resolve(ctx, binds, candidates)
 	if err != nil {
 		return refused(binds, err)
 	}

@@ -77,3 +77,24 @@ func TestHealthSaysWhetherARuntimeHasThePlugin(t *testing.T) {
 		}
 	}
 }
+
+// Without the plugin its records still count.
+func TestRecordsOfThePluginAreKeptWithoutIt(t *testing.T) {
+	cfg := testConfig(t)
+	records := filepath.Join(cfg.Root, "nri")
+	if err := os.MkdirAll(records, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	torn := filepath.Join(records, "torn.json")
+	if err := os.WriteFile(torn, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, err := open(t.Context(), cfg, newMetrics(""), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if _, err := os.Stat(torn); !os.IsNotExist(err) {
+		t.Error("the records were not read")
+	}
+}

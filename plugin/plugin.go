@@ -108,16 +108,19 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 	if cfg.NRI.Enabled {
 		if door, err = nri.New(ctx, nri.Config{
 			Socket: cfg.NRI.Socket, Index: cfg.NRI.Index, Name: cfg.NRI.Name,
-			Root:        cfg.Root,
-			Views:       views,
-			Blobs:       cfg.Blobs(),
-			Layouts:     cfg.Blobs()[1:],
-			Images:      images{watcher},
-			Passthrough: cfg.NRI.OnError == onErrorPassthrough,
-			Observer:    nri.Observer{Answered: m.answered, Connected: connected},
+			Root:              cfg.Root,
+			Views:             views,
+			Blobs:             cfg.Blobs(),
+			Layouts:           cfg.Blobs()[1:],
+			Images:            images{watcher},
+			ContainerdAddress: cfg.ContainerdAddress,
+			Passthrough:       cfg.NRI.OnError == onErrorPassthrough,
+			Observer:          nri.Observer{Answered: m.answered, Connected: connected},
 		}); err != nil {
 			return nil, err
 		}
+	} else if err := nri.Keep(ctx, cfg.Root, views); err != nil {
+		return nil, err
 	}
 
 	ctx, cancel := context.WithCancel(ctx)
@@ -144,7 +147,8 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 }
 
 // awaitSocket waits until there is a socket, or ctx ends. With a plugin of NRI the node may
-// have no containerd, and nobody would want to read that it cannot be reached.
+// have no containerd, and nobody would want to read that it cannot be reached. If there is
+// one by NRI, the plugin says so.
 func awaitSocket(ctx context.Context, address string) bool {
 	for {
 		if _, err := os.Stat(address); err == nil {

@@ -99,6 +99,38 @@ func TestNothingGoesWhenADirectoryIsUnreadable(t *testing.T) {
 	s.wantState(v.ID, true, false)
 }
 
+// A disk that is not mounted any more has deleted nothing.
+func TestNothingGoesWithADirectory(t *testing.T) {
+	s, first, second := newDirs(t)
+	for _, dir := range []blobdir.Dir{first, second} {
+		if err := os.MkdirAll(filepath.Join(string(dir), "blobs/sha256"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a := model("bytes")
+	d, err := a.WriteTo(string(second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := s.acquire(d)
+	s.sweep() // while it is in use, so that nobody looks for its manifest
+	v.Release()
+	blobs := filepath.Join(string(second), "blobs")
+	if err := os.Rename(blobs, blobs+"-elsewhere"); err != nil {
+		t.Fatal(err)
+	}
+	s.sweep()
+	s.wantState(v.ID, true, false)
+	if err := os.Rename(blobs+"-elsewhere", blobs); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(second.Path(d.Digest)); err != nil {
+		t.Fatal(err)
+	}
+	s.sweep()
+	s.wantState(v.ID, false, false)
+}
+
 func TestCompressedLayersAreUnpackedInWhateverDirectoryTheyArrive(t *testing.T) {
 	s := newSite(t)
 	first := blobdir.Dir(t.TempDir())

@@ -108,13 +108,29 @@ func (s *Store) watch(ctx context.Context) <-chan struct{} {
 // watchBlobs watches the directories of blobs that are there and not yet
 // watched.
 func (s *Store) watchBlobs(ctx context.Context, w *fsnotify.Watcher) {
+	for _, dir := range s.blobDirs() {
+		if !slices.Contains(w.WatchList(), dir) && w.Add(dir) == nil {
+			s.Wake() // for what went before
+			s.arrivedBefore(ctx, dir)
+		}
+	}
+}
+
+// blobDirs are all directories in which there may be blobs.
+func (s *Store) blobDirs() (dirs []string) {
 	for _, content := range s.content.All() {
 		for _, algorithm := range []string{"sha256", "sha384", "sha512"} {
-			dir := filepath.Join(string(content), "blobs", algorithm)
-			if !slices.Contains(w.WatchList(), dir) && w.Add(dir) == nil {
-				s.Wake() // for what went before
-				s.arrivedBefore(ctx, dir)
-			}
+			dirs = append(dirs, filepath.Join(string(content), "blobs", algorithm))
+		}
+	}
+	return dirs
+}
+
+// look takes note of the directories of blobs that are there.
+func (s *Store) look() {
+	for _, dir := range s.blobDirs() {
+		if _, err := os.Stat(dir); err == nil {
+			s.seen.Store(dir, true)
 		}
 	}
 }
@@ -169,6 +185,7 @@ func (s *Store) sweep(ctx context.Context) (trash []string, removed int, err err
 	if err != nil {
 		return nil, 0, err
 	}
+	s.look()
 	mounts, err := list(s.mounts)
 	if err != nil {
 		return nil, 0, err
@@ -200,15 +217,17 @@ func (s *Store) sweep(ctx context.Context) (trash []string, removed int, err err
 }
 
 // deleted reports whether the runtime has deleted the blob, and no other runtime has
-// it. Where a directory of blobs cannot be read, or none is there, nobody can tell.
-// One that is not there beside others is of a runtime that is not on this node.
+// it. Where a directory of blobs cannot be read, has been there and is not, as that of a
+// disk that was unmounted, or none is there, nobody can tell. One that never was there
+// beside others is of a runtime that is not on this node.
 func (s *Store) deleted(m digest.Digest) bool {
 	there := false
 	for _, content := range s.content.All() {
 		blob := content.Path(m)
 		_, err := os.Stat(filepath.Dir(blob))
+		_, seen := s.seen.Load(filepath.Dir(blob))
 		switch {
-		case errors.Is(err, os.ErrNotExist):
+		case errors.Is(err, os.ErrNotExist) && !seen:
 			continue
 		case err != nil:
 			return false

@@ -93,6 +93,9 @@ type Store struct {
 	running sync.WaitGroup
 	wake    chan struct{} // asks Run for a sweep
 
+	// seen are the directories of blobs that have been there.
+	seen sync.Map
+
 	// mu makes "nobody shows it, so it goes" one step against Acquire.
 	mu    sync.Mutex
 	users []Users

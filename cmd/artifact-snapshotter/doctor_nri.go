@@ -18,10 +18,11 @@ import (
 // withNRI says whether the daemon needs nothing of containerd's configuration.
 func withNRI(p patient) bool { return p.NRI.Enabled }
 
-// withoutContainerd says whether the node is one of CRI-O's alone.
+// withoutContainerd says whether the node is one of CRI-O's alone. Without a store of CRI-O's
+// it is a containerd whose socket is elsewhere.
 func withoutContainerd(p patient) bool {
 	_, err := os.Stat(p.ContainerdAddress)
-	return p.NRI.Enabled && errors.Is(err, fs.ErrNotExist)
+	return p.NRI.Enabled && len(p.BlobRoots) > 0 && errors.Is(err, fs.ErrNotExist)
 }
 
 // nriFacts are the facts of checkNRI.

@@ -133,10 +133,14 @@ func (g group) volume(binds []bind, mounts []*api.Mount) volume {
 // maxSteps bounds the search. A step looks for one layer.
 const maxSteps = 1 << 20
 
+// lookEvery is how many steps the search goes before it looks whether anybody waits for it.
+const lookEvery = 1 << 10
+
 var errTooManySteps = fmt.Errorf("there are too many ways in which CRI-O's mounts may be artifacts: %w", errdefs.ErrInvalidArgument)
 
 // search looks for groups in which every bind is once.
 type search struct {
+	ctx        context.Context // of the request: nobody waits for the search after it
 	binds      []bind
 	at         map[named]int // binds by destination and blob
 	candidates []candidate
@@ -152,11 +156,19 @@ type search struct {
 // resolve says which of the candidates the binds are, at which path, and what of them.
 // It never guesses: where the container would see something else with another choice, it
 // is errdefs.ErrFailedPrecondition.
-func resolve(binds []bind, candidates []candidate) ([]group, error) {
-	s := &search{binds: binds, at: map[named]int{}, candidates: candidates, covered: make([]bool, len(binds))}
+func resolve(ctx context.Context, binds []bind, candidates []candidate) ([]group, error) {
+	return newSearch(ctx, binds, candidates).resolve()
+}
+
+func newSearch(ctx context.Context, binds []bind, candidates []candidate) *search {
+	s := &search{ctx: ctx, binds: binds, at: map[named]int{}, candidates: candidates, covered: make([]bool, len(binds))}
 	for i, b := range binds {
 		s.at[named{path.Clean(b.destination), b.blob}] = i
 	}
+	return s
+}
+
+func (s *search) resolve() ([]group, error) {
 	if err := s.cover(0); err != nil {
 		return nil, err
 	}
@@ -165,7 +177,7 @@ func resolve(binds []bind, candidates []candidate) ([]group, error) {
 	}
 	if s.found == nil {
 		return nil, fmt.Errorf("no artifact in CRI-O's store has exactly the layers that CRI-O mounts (%d, of which one at %.255s); remove the artifact and pull it again: %w",
-			len(binds), binds[0].destination, errdefs.ErrNotFound)
+			len(s.binds), s.binds[0].destination, errdefs.ErrNotFound)
 	}
 	return s.found, nil
 }
@@ -230,8 +242,13 @@ func (s *search) cover(first int) error {
 
 // step counts n steps of the search.
 func (s *search) step(n int) error {
-	if s.steps += n; s.steps > maxSteps {
+	before := s.steps / lookEvery
+	s.steps += n
+	switch {
+	case s.steps > maxSteps:
 		return errTooManySteps
+	case s.steps/lookEvery > before && s.ctx.Err() != nil:
+		return errBusy
 	}
 	return nil
 }
@@ -300,8 +317,11 @@ func (s *search) end() {
 const volumesAnnotation = "io.kubernetes.cri-o.Volumes"
 
 // candidates are the artifacts that the binds may be: those that CRI-O names, if it names
-// one for each, else all in the stores. What CRI-O says is checked, for a pod may have
-// the annotation, too.
+// one for each, else all in the stores. What it names must explain the mounts, for a pod may
+// have the annotation, too. Layers without a name have no mount that could say otherwise, so
+// such a pod might get them, of an artifact whose other layers it mounts. To refuse what
+// another artifact explains as well would refuse two versions of a model that differ in
+// layers without names.
 func (p *Plugin) candidates(ctx context.Context, annotations map[string]string, binds []bind) ([]candidate, error) {
 	if said := namedBy(annotations[volumesAnnotation], binds); said != nil {
 		return p.read(ctx, said)
@@ -309,22 +329,75 @@ func (p *Plugin) candidates(ctx context.Context, annotations map[string]string, 
 	return p.all(ctx)
 }
 
-// namedBy are the paths by the digests of the manifests in hex; nil if a bind is of none.
-func namedBy(annotation string, binds []bind) map[string]map[string]bool {
-	var volumes []struct {
-		ContainerPath string `json:"container_path"`
-		HostPath      string `json:"host_path"`
-		Image         struct {
-			Image string `json:"image"`
-		} `json:"image"`
-	}
+// crioVolume is an entry of volumesAnnotation.
+type crioVolume struct {
+	ContainerPath string `json:"container_path"`
+	HostPath      string `json:"host_path"`
+	Image         struct {
+		Image string `json:"image"` // digest of the manifest in hex; "" if it is of no image
+	} `json:"image"`
+}
+
+// volumesOf is what CRI-O says of what it mounts; nothing if that cannot be read.
+func volumesOf(annotation string) (volumes []crioVolume) {
 	if json.Unmarshal([]byte(annotation), &volumes) != nil {
 		return nil
 	}
+	return volumes
+}
+
+// ofArtifacts leaves out the binds that are none of an artifact's by what CRI-O says: those of
+// an image that it takes for an artifact, and a pod's own of a blob, by a volume of another
+// kind.
+func (p *Plugin) ofArtifacts(ctx context.Context, annotation string, binds []bind) []bind {
+	volumes := volumesOf(annotation)
+	images := map[string]bool{}
+	isImage := func(hex string) bool {
+		is, known := images[hex]
+		if !known {
+			is = !p.isArtifact(ctx, hex)
+			images[hex] = is
+		}
+		return is
+	}
+	return slices.DeleteFunc(slices.Clone(binds), func(b bind) bool {
+		at, others := path.Clean(b.destination), false
+		for _, v := range volumes {
+			volume := path.Clean(v.ContainerPath)
+			switch {
+			case v.HostPath != b.source:
+			case v.Image.Image == "":
+				others = others || at == volume
+			case volume != "/" && !strings.HasPrefix(at, volume+"/"):
+			case isImage(v.Image.Image):
+				others = true
+			default:
+				return false
+			}
+		}
+		return others
+	})
+}
+
+// isArtifact reports whether the manifest or index is an artifact's, or may be one for all
+// that is known.
+func (p *Plugin) isArtifact(ctx context.Context, hex string) bool {
+	desc, err := p.Blobs.Find(hex)
+	if err == nil {
+		_, err = artifact.Read(ctx, p.Blobs, desc)
+	}
+	return !errors.Is(err, artifact.ErrNotArtifact)
+}
+
+// namedBy are the paths by the digests of the manifests in hex; nil if a bind is of none.
+func namedBy(annotation string, binds []bind) map[string]map[string]bool {
+	wanted, sources := map[string]bool{}, map[string]bool{}
+	for _, b := range binds {
+		wanted[b.source] = true
+	}
 	said := map[string]map[string]bool{}
-	sources := map[string]bool{}
-	for _, v := range volumes {
-		if v.Image.Image == "" || blobPath.FindStringSubmatch(path.Clean(v.HostPath)) == nil {
+	for _, v := range volumesOf(annotation) {
+		if v.Image.Image == "" || !wanted[v.HostPath] {
 			continue
 		}
 		sources[v.HostPath] = true
@@ -333,10 +406,8 @@ func namedBy(annotation string, binds []bind) map[string]map[string]bool {
 		}
 		said[v.Image.Image][path.Clean(v.ContainerPath)] = true
 	}
-	for _, b := range binds {
-		if !sources[b.source] {
-			return nil
-		}
+	if len(sources) < len(wanted) {
+		return nil
 	}
 	return said
 }
@@ -348,8 +419,8 @@ func (p *Plugin) read(ctx context.Context, said map[string]map[string]bool) (can
 			return nil, err
 		}
 		a, err := artifact.Read(ctx, p.Blobs, desc)
-		if errors.Is(err, artifact.ErrNotArtifact) && len(said) > 1 {
-			err = fmt.Errorf("image %s is mounted beside an artifact: %v: %w", desc.Digest, err, errdefs.ErrNotImplemented)
+		if errors.Is(err, artifact.ErrNotArtifact) {
+			continue // an image with a blob that an artifact has, too
 		}
 		if err != nil {
 			return nil, err

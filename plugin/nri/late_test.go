@@ -53,7 +53,7 @@ func TestAPartOfTheTimeIsTheRuntimes(t *testing.T) {
 	defer cancel()
 	part, stop := within(ctx, 3, 4)
 	defer stop()
-	if deadline, ok := part.Deadline(); !ok || time.Until(deadline) > 46*time.Minute {
+	if deadline, ok := part.Deadline(); !ok || time.Until(deadline) > 46*time.Minute || time.Until(deadline) < 30*time.Minute {
 		t.Errorf("the deadline is in %v", time.Until(deadline))
 	}
 	whole, stop := within(t.Context(), 3, 4)

@@ -5,7 +5,6 @@ package nri
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"path"
 	"path/filepath"
@@ -17,12 +16,14 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 )
 
-// crio is the name by which CRI-O introduces itself.
-const crio = "cri-o"
+// crio and containerd are the names by which the runtimes introduce themselves.
+const (
+	crio       = "cri-o"
+	containerd = "containerd"
+)
 
 // criNamespace is the namespace in which containerd has CRI's images.
 const criNamespace = "k8s.io"
@@ -131,6 +132,9 @@ func refused(binds []bind, err error) []volume {
 
 // groups are the volumes of the artifacts whose blobs CRI-O has mounted, one by one.
 func (p *Plugin) groups(ctx context.Context, c *api.Container, binds []bind) []volume {
+	if binds = p.ofArtifacts(ctx, c.GetAnnotations()[volumesAnnotation], binds); len(binds) == 0 {
+		return nil
+	}
 	for _, b := range binds {
 		if !b.known {
 			return refused(binds, fmt.Errorf("CRI-O mounts it from %s, which is not in blob_roots of the snapshotter's configuration: %w", b.source, errdefs.ErrFailedPrecondition))
@@ -140,13 +144,10 @@ func (p *Plugin) groups(ctx context.Context, c *api.Container, binds []bind) []v
 		return refused(binds, err)
 	}
 	candidates, err := p.candidates(ctx, c.GetAnnotations(), binds)
-	if errors.Is(err, artifact.ErrNotArtifact) {
-		return nil // an image that CRI-O takes for an artifact, by its artifactType
-	}
 	if err != nil {
 		return refused(binds, err)
 	}
-	groups, err := resolve(binds, candidates)
+	groups, err := resolve(ctx, binds, candidates)
 	if err != nil {
 		return refused(binds, err)
 	}

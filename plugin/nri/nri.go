@@ -21,7 +21,9 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -42,8 +44,10 @@ const (
 	// warnAfter is the failure in a row that is a warning, once: it comes after some
 	// seconds, since a runtime that is just starting is nothing to warn of.
 	warnAfter = 10
-	// registerTimeout bounds what comes before the first request. A runtime gives a
-	// plugin 5 seconds, and may close the connection without a word.
+	// registerTimeout bounds the wait for Configure. A runtime gives a plugin 5 seconds,
+	// and may close the connection without a word. The wait for Synchronize is not
+	// bounded: containerd holds it back while it stops a container, for all of the grace
+	// period, and goes on without a plugin that has hung up by then.
 	registerTimeout = 20 * time.Second
 )
 
@@ -60,8 +64,9 @@ type Config struct {
 	// CRI-O's: OCI layouts, whose blobs it mounts.
 	Blobs   blobdir.Blobs
 	Layouts []blobdir.Dir
-	// Images are containerd's.
-	Images Images
+	// Images are those of the containerd whose socket is at ContainerdAddress.
+	Images            Images
+	ContainerdAddress string
 	// Passthrough leaves the runtime's own mounts where the artifact cannot be shown.
 	// Else the container is not created.
 	Passthrough bool
@@ -91,7 +96,9 @@ type Observer struct {
 // Plugin is safe for concurrent use.
 type Plugin struct {
 	Config
-	references *references
+	references      *references
+	registerTimeout time.Duration
+	unwatched       sync.Once
 }
 
 // New returns a plugin that keeps what its records say from the sweep of c.Views, which
@@ -102,7 +109,26 @@ func New(ctx context.Context, c Config) (*Plugin, error) {
 		return nil, err
 	}
 	c.Views.AddUsers(r.shown)
-	return &Plugin{Config: c, references: r}, nil
+	return &Plugin{Config: c, references: r, registerTimeout: registerTimeout}, nil
+}
+
+// Keep is New for a daemon that is no plugin any more: what pods show by its records, if it
+// has any below root, is kept from the sweep of views. Only a reboot ends that, or a plugin
+// that meets the runtime again.
+func Keep(ctx context.Context, root string, views *view.Store) error {
+	dir := filepath.Join(root, "nri")
+	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	r, err := openReferences(ctx, dir)
+	if err != nil {
+		return err
+	}
+	views.AddUsers(r.shown)
+	if n := len(r.by); n > 0 {
+		log.G(ctx).WithField("containers", n).Warn("NRI is off, and containers are recorded that show artifacts by it: what they show stays on the node until it is on again, or the node is booted")
+	}
+	return nil
 }
 
 // Run is the plugin of whatever runtime listens on the socket, until ctx ends. The
@@ -141,7 +167,7 @@ func (p *Plugin) serve(ctx context.Context) (served bool, err error) {
 		return false, err
 	}
 	defer func() { _ = conn.Close() }()
-	s := &session{Plugin: p, logger: log.G(ctx), synchronized: make(chan struct{})}
+	s := &session{Plugin: p, logger: log.G(ctx), configured: make(chan struct{}), synchronized: make(chan struct{})}
 	plugin, err := stub.New(s, stub.WithLogger(stubLogger{s.logger}), stub.WithConnection(conn),
 		stub.WithPluginName(p.Name), stub.WithPluginIdx(p.Index))
 	if err != nil {
@@ -152,10 +178,17 @@ func (p *Plugin) serve(ctx context.Context) (served bool, err error) {
 	select {
 	case err := <-ended:
 		return false, lost(err)
-	case <-time.After(registerTimeout):
+	case <-time.After(p.registerTimeout):
 		// The stub waits for ever when it has registered and nobody configures it:
 		// it is left behind, and a new one tries again.
 		return false, fmt.Errorf("the runtime has taken the connection, but not the plugin: %w", errdefs.ErrUnavailable)
+	case <-ctx.Done():
+		return false, ctx.Err()
+	case <-s.configured:
+	}
+	select {
+	case err := <-ended:
+		return false, lost(err)
 	case <-ctx.Done():
 		return false, ctx.Err()
 	case <-s.synchronized:
@@ -165,7 +198,22 @@ func (p *Plugin) serve(ctx context.Context) (served bool, err error) {
 		defer p.Observer.Connected(false)
 	}
 	log.G(ctx).WithFields(log.Fields{"nri": p.Socket, "runtime": s.runtime, "version": s.version}).Info("Showing artifacts to a runtime by NRI")
+	p.checkAddress(ctx, s.runtime)
 	return true, lost(<-ended)
+}
+
+// checkAddress warns of a containerd that has the plugin, and is not where its images are
+// asked for, which goes on without a word: on other nodes there is no containerd.
+func (p *Plugin) checkAddress(ctx context.Context, runtime string) {
+	if runtime != containerd {
+		return
+	}
+	if _, err := os.Stat(p.ContainerdAddress); err != nil {
+		p.unwatched.Do(func() {
+			log.G(ctx).WithError(err).WithField("containerd_address", p.ContainerdAddress).
+				Warn("containerd has the plugin of NRI, but its socket is not at containerd_address: image volumes are refused until it is")
+		})
+	}
 }
 
 // lost is the error for a connection that has ended with err.
@@ -182,24 +230,31 @@ type session struct {
 	*Plugin
 	logger           *log.Entry
 	runtime, version string
+	configured       chan struct{} // closed when the runtime has told who it is
 	synchronized     chan struct{} // closed when the runtime has told all that it has
 }
 
 // Configure takes note of the runtime.
 func (s *session) Configure(_ context.Context, _, runtime, version string) (api.EventMask, error) {
 	s.runtime, s.version = runtime, version
+	once(s.configured)
 	return 0, nil // all events that there is a method for
 }
 
 // Synchronize puts the records right: containers is all that the runtime has.
 func (s *session) Synchronize(ctx context.Context, pods []*api.PodSandbox, containers []*api.Container) ([]*api.ContainerUpdate, error) {
-	s.synchronize(log.WithLogger(ctx, s.logger), pods, containers)
-	select {
-	case <-s.synchronized:
-	default:
-		close(s.synchronized)
-	}
+	s.synchronize(log.WithLogger(ctx, s.logger), s.runtime, pods, containers)
+	once(s.synchronized)
 	return nil, nil
+}
+
+// once closes the channel, if that is not done.
+func once(c chan struct{}) {
+	select {
+	case <-c:
+	default:
+		close(c)
+	}
 }
 
 // CreateContainer shows the artifacts that the container mounts. Its error is what the
@@ -223,7 +278,7 @@ func (s *session) CreateContainer(ctx context.Context, pod *api.PodSandbox, c *a
 	select {
 	case a = <-answered:
 	case <-ctx.Done():
-		a.err = errors.New("this node is too busy to say in time what artifacts the container mounts; try again")
+		a.err = errBusy
 		s.logger.WithField("container", c.GetName()).Warn(a.err)
 		if s.Passthrough {
 			a.err = nil

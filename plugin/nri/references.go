@@ -4,6 +4,7 @@
 package nri
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -26,6 +27,11 @@ import (
 
 // reference is what a container shows.
 type reference struct {
+	// Boot is the boot of the kernel in which it was created.
+	Boot string `json:"boot,omitempty"`
+	// Runtime is the name of the runtime whose it is; "" if a version of this program has
+	// recorded it that did not ask.
+	Runtime string    `json:"runtime,omitempty"`
 	Sandbox string    `json:"sandbox"`
 	Created time.Time `json:"created"`
 	Shows   []shown   `json:"shows"`
@@ -50,7 +56,7 @@ func (s shown) id() view.ID {
 // daemon. They are not synced to the disk: Trees and mounts do not outlive a crash of
 // the node either.
 type references struct {
-	dir string
+	dir, boot string
 
 	mu sync.Mutex
 	by map[string]reference // by container
@@ -62,7 +68,11 @@ const recordSuffix = ".json"
 var containerID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,199}$`)
 
 func openReferences(ctx context.Context, dir string) (*references, error) {
-	r := &references{dir: dir, by: map[string]reference{}}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, fmt.Errorf("cannot tell whether the node was booted since the last start: %w", err)
+	}
+	r := &references{dir: dir, boot: string(bytes.TrimSpace(boot)), by: map[string]reference{}}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -74,13 +84,14 @@ func openReferences(ctx context.Context, dir string) (*references, error) {
 		path := filepath.Join(dir, e.Name())
 		container, ok := strings.CutSuffix(e.Name(), recordSuffix)
 		if ok {
-			r.by[container], err = readReference(path)
-			if err == nil {
+			of, err := readReference(path)
+			switch {
+			case err != nil: // only a crash of the node leaves such a one, and no container with it
+				log.G(ctx).WithError(err).WithField("container", container).Warn("removing the record of a container, which cannot be read")
+			case of.Boot == r.boot || of.Boot == "":
+				r.by[container] = of
 				continue
 			}
-			// Only a crash of the node leaves such a one, and no container with it.
-			delete(r.by, container)
-			log.G(ctx).WithError(err).WithField("container", container).Warn("removing the record of a container, which cannot be read")
 		}
 		if err := os.RemoveAll(path); err != nil {
 			return nil, err
@@ -117,12 +128,13 @@ func (r *references) shown(context.Context) (ids []view.ID, _ error) {
 	return ids, nil
 }
 
-// set records what a container shows. An artifact that it shows twice counts once.
-func (r *references) set(container, sandbox string, created time.Time, ids []view.ID) error {
+// set records what a container of the runtime shows. An artifact that it shows twice counts
+// once.
+func (r *references) set(runtime, container, sandbox string, created time.Time, ids []view.ID) error {
 	if !containerID.MatchString(container) {
 		return fmt.Errorf("%.255q is not the ID of a container: %w", container, errdefs.ErrInvalidArgument)
 	}
-	of := reference{Sandbox: sandbox, Created: created}
+	of := reference{Boot: r.boot, Runtime: runtime, Sandbox: sandbox, Created: created}
 	for _, id := range ids {
 		if s := shownOf(id); !slices.Contains(of.Shows, s) {
 			of.Shows = append(of.Shows, s)

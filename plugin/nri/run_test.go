@@ -7,6 +7,7 @@ import (
 	"context"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/log"
 	"github.com/containerd/nri/pkg/adaptation"
 	"github.com/containerd/nri/pkg/api"
 )
@@ -164,6 +166,37 @@ func TestThePluginComesBackWhenTheRuntimeIsRestarted(t *testing.T) {
 	r.await(connected, false)
 }
 
+// containerd synchronizes no plugin while it stops a container, and creates the next one
+// without a plugin that did not wait for that.
+func TestARuntimeMayBeLongInTellingWhatItHas(t *testing.T) {
+	s := newSite(t)
+	d := s.model(s.crio.dir)
+	s.crio.index(d)
+	s.registerTimeout = 500 * time.Millisecond
+	s.Socket = filepath.Join(s.root, "nri.sock")
+	r := s.startRuntime()
+	defer r.end()
+	stopping := r.BlockPluginSync()
+	defer stopping.Unblock()
+	connected := s.run()
+	time.Sleep(3 * s.registerTimeout)
+	created := make(chan *api.ContainerAdjustment, 1)
+	go func() {
+		defer r.BlockPluginSync().Unblock() // as containerd does, behind the plugin that waits
+		got, err := r.create("queued", s.crio.mountOf("/model/config.json", "c"), s.crio.mountOf("/model/dir/weights", "w"))
+		if err != nil {
+			t.Error(err)
+		}
+		created <- got
+	}()
+	time.Sleep(100 * time.Millisecond)
+	stopping.Unblock()
+	if got := <-created; len(got.GetMounts()) != 3 {
+		t.Errorf("the adjustment is %+v", got)
+	}
+	r.await(connected, true)
+}
+
 func TestTheReasonReachesTheRuntime(t *testing.T) {
 	s := newSite(t)
 	connected := s.run()
@@ -183,6 +216,25 @@ func TestTheReasonReachesTheRuntime(t *testing.T) {
 		t.Error("the second time it is not refused")
 	}
 	s.wantRecords()
+}
+
+func TestAContainerdThatIsElsewhereIsNamed(t *testing.T) {
+	t.Cleanup(func() { log.L.Logger.SetOutput(os.Stderr) })
+	there := t.TempDir()
+	for _, tt := range []struct {
+		runtime, address string
+		want             int
+	}{{containerd, there, 0}, {crio, there + "/none", 0}, {containerd, there + "/none", 1}} {
+		var text strings.Builder
+		log.L.Logger.SetOutput(&text)
+		p := &Plugin{Config: Config{ContainerdAddress: tt.address}}
+		for range 2 {
+			p.checkAddress(t.Context(), tt.runtime)
+		}
+		if n := strings.Count(text.String(), "containerd_address="+tt.address); n != tt.want {
+			t.Errorf("%s at %s: said %d times: %s", tt.runtime, tt.address, n, text.String())
+		}
+	}
 }
 
 func eventually(t *testing.T, what string, ok func() bool) {

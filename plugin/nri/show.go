@@ -77,15 +77,21 @@ func (p *Plugin) create(ctx context.Context, runtime string, pod *api.PodSandbox
 	if len(ids) == 0 {
 		return nil, nil
 	}
-	if ctx.Err() != nil { // the container has been refused
-		return nil, ctx.Err()
+	if err = errBusy; ctx.Err() == nil { // else the runtime has been answered
+		// From here on the record keeps what is held until now.
+		err = p.references.set(runtime, c.GetId(), pod.GetId(), time.Now(), ids)
 	}
-	// From here on the record keeps what is held until now.
-	if err := p.references.set(c.GetId(), pod.GetId(), time.Now(), ids); err != nil {
+	switch {
+	case err != nil && p.Passthrough:
+		log.G(ctx).WithError(err).Warn("refused the image volumes of a container")
+		return nil, nil
+	case err != nil:
 		return nil, err
 	}
 	return adjustment, nil
 }
+
+var errBusy = errors.New("this node is too busy to say in time what artifacts the container mounts; try again")
 
 // within leaves a part of the time that is left, which is what the runtime waits for the
 // answer.
@@ -137,7 +143,7 @@ func (p *Plugin) check(ctx context.Context, v *volume) error {
 	}
 	err := p.Images.Check(ctx, v.namespace, v.target.Digest)
 	if err != nil && ctx.Err() != nil {
-		return fmt.Errorf("containerd has not told in time which images there are, so that this might be the wrong one; try again: %w", err)
+		return fmt.Errorf("containerd, whose socket is %s by containerd_address, has not told in time which images there are, so that this might be the wrong one; try again: %w", p.ContainerdAddress, err)
 	}
 	return err
 }
@@ -225,9 +231,10 @@ func (p *Plugin) drop(ctx context.Context, containers ...string) {
 }
 
 // synchronize makes the records say what the runtime has: containers is all that run or
-// are about to. What is mounted in one counts, whatever its record says: the runtime may
+// are about to. Those of another runtime are not touched, which is there, too, or was there
+// in this boot. What is mounted in one counts, whatever its record says: the runtime may
 // have given up waiting for the answer that was recorded, and the record may be lost.
-func (p *Plugin) synchronize(ctx context.Context, pods []*api.PodSandbox, containers []*api.Container) {
+func (p *Plugin) synchronize(ctx context.Context, runtime string, pods []*api.PodSandbox, containers []*api.Container) {
 	sandboxes := map[string]*api.PodSandbox{}
 	for _, pod := range pods {
 		sandboxes[pod.GetId()] = pod
@@ -235,40 +242,65 @@ func (p *Plugin) synchronize(ctx context.Context, pods []*api.PodSandbox, contai
 	listed := map[string]bool{}
 	for _, c := range containers {
 		listed[c.GetId()] = true
-		p.missed(ctx, c)
 		of, recorded := p.references.get(c.GetId())
 		ids := p.mounted(sandboxes[c.GetPodSandboxId()], c, of)
+		raw := p.raw(ctx, c)
+		p.missed(ctx, c, raw)
 		switch {
 		case len(ids) == 0:
-			p.drop(ctx, c.GetId())
+			// That its mounts are nowhere below the state may also mean that the state
+			// was elsewhere.
+			if len(raw) > 0 {
+				p.drop(ctx, c.GetId())
+			}
 		case !recorded || len(ids) != len(of.Shows):
-			if err := p.references.set(c.GetId(), c.GetPodSandboxId(), time.Now(), ids); err != nil {
+			if err := p.references.set(runtime, c.GetId(), c.GetPodSandboxId(), time.Now(), ids); err != nil {
 				log.G(ctx).WithError(err).WithField("container", c.GetId()).Error("cannot record what a container shows")
 			}
 		}
 	}
 	for _, container := range p.references.of("") {
 		of, _ := p.references.get(container)
-		if listed[container] || sandboxes[of.Sandbox] != nil && time.Since(of.Created) < settling {
+		if of.Runtime != "" && of.Runtime != runtime || listed[container] || sandboxes[of.Sandbox] != nil && time.Since(of.Created) < settling {
 			continue
 		}
 		p.drop(ctx, container)
 	}
 }
 
-// missed warns of a container that was created without the plugin: nothing else does.
-func (p *Plugin) missed(ctx context.Context, c *api.Container) {
+// raw are the runtime's own mounts of artifacts in a container.
+func (p *Plugin) raw(ctx context.Context, c *api.Container) (mounts []rawMount) {
+	var binds []bind
 	for _, m := range c.GetMounts() {
 		if !isBind(m) {
 			continue
 		}
-		_, is := p.inCRIO(m, "")
-		if _, ok := inContainerd(m, c.GetPodSandboxId()); ok {
-			is = empty(m.GetSource())
+		if v, ok := inContainerd(m, c.GetPodSandboxId()); ok {
+			if p.isArtifact(ctx, v.hex) {
+				mounts = append(mounts, rawMount{v.destination, v.source})
+			}
+		} else if b, ok := p.inCRIO(m, ""); ok {
+			binds = append(binds, b)
 		}
-		if is {
-			log.G(ctx).WithFields(log.Fields{"sandbox": c.GetPodSandboxId(), "container": c.GetName(), "path": m.GetDestination()}).
-				Warn("A container was created without the plugin of NRI, and its image volume is what the runtime makes of it: delete its pod")
+	}
+	for _, b := range p.ofArtifacts(ctx, c.GetAnnotations()[volumesAnnotation], binds) {
+		mounts = append(mounts, rawMount{path: b.destination})
+	}
+	return mounts
+}
+
+// rawMount is a mount of the runtime's own: containerd's directory, or a blob ("").
+type rawMount struct{ path, dir string }
+
+// missed warns of a container that was created without the plugin: nothing else does.
+func (p *Plugin) missed(ctx context.Context, c *api.Container, raw []rawMount) {
+	if p.Passthrough { // it may be as it should
+		return
+	}
+	for _, m := range raw {
+		if m.dir == "" || empty(m.dir) { // else the snapshotter has shown it
+			log.G(ctx).WithFields(log.Fields{"sandbox": c.GetPodSandboxId(), "container": c.GetName(), "path": m.path}).
+				Warn("A container was created without the plugin of NRI, and its volume of an artifact is what the runtime makes of it: delete its pod")
 			return
 		}
 	}

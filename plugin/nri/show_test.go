@@ -16,6 +16,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/containerd/nri/pkg/api"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -85,14 +86,14 @@ func (s *site) ask(container string, mounts ...*api.Mount) (*api.ContainerAdjust
 	return s.create(s.t.Context(), "containerd", &api.PodSandbox{Id: sandbox}, &api.Container{Id: container, Mounts: mounts})
 }
 
-// sync is what a runtime says when it has taken the plugin.
+// sync is what containerd says when it has taken the plugin.
 func (s *site) sync(containers ...*api.Container) {
 	s.t.Helper()
 	var pods []*api.PodSandbox
 	if len(containers) > 0 {
 		pods = []*api.PodSandbox{{Id: sandbox}}
 	}
-	s.synchronize(s.t.Context(), pods, containers)
+	s.synchronize(s.t.Context(), "containerd", pods, containers)
 }
 
 func (s *site) wantRecords(containers ...string) {
@@ -271,6 +272,41 @@ func TestARefusalLeavesNothing(t *testing.T) {
 	}
 }
 
+func TestWhatCannotBeRecordedIsRefused(t *testing.T) {
+	s := newSite(t)
+	d := s.model(s.content)
+	if err := os.Remove(filepath.Join(s.root, "nri")); err != nil { // as if the disk were full
+		t.Fatal(err)
+	}
+	for _, s.Passthrough = range []bool{false, true} {
+		got, err := s.ask("one", volumeOf("/model", d))
+		if got != nil || (err == nil) != s.Passthrough || err != nil && !strings.Contains(err.Error(), "cannot record what the container shows") {
+			t.Errorf("passthrough: %v: %+v, %v", s.Passthrough, got, err)
+		}
+	}
+}
+
+// The images are told when it is too late for the runtime.
+func TestAnAnswerThatIsTooLateSaysSo(t *testing.T) {
+	s := newSite(t)
+	d := s.model(s.content)
+	for _, s.Passthrough = range []bool{false, true} {
+		ctx, cancel := context.WithCancel(t.Context())
+		s.Images = ending{cancel}
+		got, err := s.create(ctx, "containerd", &api.PodSandbox{Id: sandbox}, &api.Container{Id: "one", Mounts: []*api.Mount{volumeOf("/model", d)}})
+		if got != nil || (err == nil) != s.Passthrough || err != nil && !errors.Is(err, errBusy) {
+			t.Errorf("passthrough: %v: %+v, %v", s.Passthrough, got, err)
+		}
+	}
+	s.wantRecords()
+}
+
+// ending are Images that end the request, when they are asked for a name.
+type ending struct{ end func() }
+
+func (e ending) Check(context.Context, string, digest.Digest) error { return nil }
+func (e ending) Name(string, digest.Digest) string                  { e.end(); return "" }
+
 func TestAVolumeThatTheSnapshotterShowsIsLeftAlone(t *testing.T) {
 	s := newSite(t)
 	d := s.model(s.content)
@@ -318,12 +354,143 @@ func TestRecordsOutliveTheDaemonAndAreMadeTrue(t *testing.T) {
 	s.sync(containers["given-up"], containers["lost"], containers["runs"])
 	s.wantRecords("ended", "lost", "runs")
 	of, _ := s.references.get("ended")
-	if err := s.references.set("ended", of.Sandbox, time.Now().Add(-settling), []view.ID{{Manifest: d.Digest}}); err != nil {
+	if err := s.references.set("containerd", "ended", of.Sandbox, time.Now().Add(-settling), []view.ID{{Manifest: d.Digest}}); err != nil {
 		t.Fatal(err)
 	}
 	s.sync(containers["lost"], containers["runs"])
 	s.wantRecords("lost", "runs")
 	s.sync()
+	s.wantRecords()
+}
+
+// A daemon that is no plugin any more sweeps nothing away from pods that run.
+func TestRecordsAreKeptWithoutThePlugin(t *testing.T) {
+	s := newSite(t)
+	d := s.model(s.content)
+	owners := unpack.IDMap{UID: "0:200000:65536", GID: "0:300000:65536"} // would go at once
+	v, err := s.Views.Acquire(t.Context(), d, owners)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.references.set("containerd", "runs", sandbox, time.Now(), []view.ID{v.ID}); err != nil {
+		t.Fatal(err)
+	}
+	v.Release()
+	reopen := func() *view.Store {
+		views, err := view.Open(t.Context(), view.Config{Root: s.root, State: filepath.Join(s.root, "state"), Content: s.Blobs, Limits: unpack.DefaultLimits})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { views.Close() })
+		if err := Keep(t.Context(), s.root, views); err != nil {
+			t.Fatal(err)
+		}
+		if err := views.Sweep(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		return views
+	}
+	if _, err := reopen().Tree(v.ID); err != nil {
+		t.Error(err)
+	}
+	s.wantRecords("runs")
+	// Nothing of another boot runs.
+	record := filepath.Join(s.root, "nri/runs.json")
+	b, err := os.ReadFile(record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(record, []byte(strings.Replace(string(b), s.references.boot, "another", 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := reopen().Tree(v.ID); !errdefs.IsNotFound(err) {
+		t.Errorf("the tree of a container of another boot: %v", err)
+	}
+	if _, err := os.Stat(record); !errors.Is(err, os.ErrNotExist) {
+		t.Error("the record of another boot is kept")
+	}
+	if err := os.Remove(filepath.Dir(record)); err != nil {
+		t.Fatal(err)
+	}
+	reopen() // was never a plugin
+	if _, err := os.Stat(filepath.Dir(record)); !errors.Is(err, os.ErrNotExist) {
+		t.Error("there is a directory for records without a plugin")
+	}
+}
+
+func TestARecordOutlivesAnotherState(t *testing.T) {
+	s := newSite(t)
+	d := s.model(s.content)
+	got, err := s.ask("runs", volumeOf("/model", d))
+	if err != nil {
+		t.Fatal(err)
+	}
+	image := artifactOf(raw("file", "f"))
+	image.ConfigType, image.Config = ocispec.MediaTypeImageConfig, []byte("{}")
+	i, err := image.WriteTo(string(s.content))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got.Mounts[0].Source = strings.Replace(got.Mounts[0].Source, "/state/", "/former/", 1)
+	s.sync(&api.Container{Id: "runs", PodSandboxId: sandbox, Mounts: append(got.Mounts, volumeOf("/image", i))})
+	s.wantRecords("runs")
+}
+
+func TestContainersWithoutThePluginAreWarnedOf(t *testing.T) {
+	s := newSite(t)
+	crio := s.model(s.crio.dir)
+	image := artifactOf()
+	image.ConfigType, image.Config = ocispec.MediaTypeImageConfig, []byte("{}")
+	i, err := image.WriteTo(string(s.content))
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := func(d ocispec.Descriptor) *api.Mount { // containerd's, of an artifact or of an image without files
+		m := volumeOf("/model", d)
+		m.Source = s.root + m.Source
+		if err := os.MkdirAll(m.Source, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		return m
+	}
+	t.Cleanup(func() { log.L.Logger.SetOutput(os.Stderr) })
+	of := &api.Mount{Type: "bind", Source: s.crio.mountOf("", "c").Source, Destination: "/model/config.json"}
+	for name, tt := range map[string]struct {
+		mount *api.Mount
+		pass  bool
+		want  bool
+	}{
+		"an artifact":                {own(s.model(s.content)), false, true},
+		"an artifact, as configured": {own(s.model(s.content)), true, false},
+		"an image":                   {own(i), false, false},
+		"a blob of CRI-O's":          {of, false, true},
+		"no image":                   {&api.Mount{Type: "bind", Source: "/etc", Destination: "/etc"}, false, false},
+	} {
+		var text strings.Builder
+		log.L.Logger.SetOutput(&text)
+		s.Passthrough = tt.pass
+		s.synchronize(t.Context(), "containerd", nil, []*api.Container{{
+			Id: "one", PodSandboxId: sandbox, Mounts: []*api.Mount{tt.mount},
+			Annotations: s.crio.annotate(said{"/model", crio, []string{"c"}}),
+		}})
+		if got := strings.Contains(text.String(), "without the plugin"); got != tt.want {
+			t.Errorf("%s: warned: %v: %s", name, got, text.String())
+		}
+	}
+}
+
+func TestRecordsOfAnotherRuntimeAreKept(t *testing.T) {
+	s := newSite(t)
+	ids := []view.ID{{Manifest: s.model(s.content).Digest}}
+	for container, runtime := range map[string]string{"of-containerd": "containerd", "of-crio": crio, "of-nobody": ""} {
+		if err := s.references.set(runtime, container, sandbox, time.Now(), ids); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.open()
+	s.sync()
+	s.wantRecords("of-crio")
+	s.synchronize(t.Context(), crio, nil, nil)
 	s.wantRecords()
 }
 
@@ -336,7 +503,7 @@ func TestWhoseOwnersAreShownIsToldByTheRecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	v.Release()
-	if err := s.references.set("mapped", sandbox, time.Now(), []view.ID{v.ID}); err != nil {
+	if err := s.references.set("containerd", "mapped", sandbox, time.Now(), []view.ID{v.ID}); err != nil {
 		t.Fatal(err)
 	}
 	s.open()

@@ -118,8 +118,10 @@ func forms(t *testing.T) map[string][]byte {
 			many = append(many, fragment{int64(i)*9000 + 100, noise(512 + i)})
 		}
 		all["sparse, "+form] = slices.Concat(
-			sparse("all hole", 1<<20),
-			sparse("none", 0),
+			// GNU tar ends with a piece of no bytes. Without any, a file of the formats
+			// 0.0 and 0.1 is refused, since archive/tar takes it for one of no bytes.
+			sparse("all hole", 1<<20, fragment{1 << 20, ""}),
+			sparse("none", 0, fragment{0, ""}),
 			sparse("begins with data", 100000, fragment{0, noise(10)}, fragment{99990, noise(10)}, fragment{100000, ""}),
 			sparse("ends with a hole", 100000, fragment{777, noise(1000)}, fragment{100000, ""}),
 			sparse("many", 600000, append(many, fragment{600000, ""})...),

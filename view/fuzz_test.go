@@ -28,7 +28,8 @@ func FuzzName(f *testing.F) {
 			t.Errorf("%+v has the name %q", id, name)
 		}
 		other := ID{Manifest: id.Manifest, Owners: unpack.IDMap{UID: gid, GID: uid}}
-		if uid != gid && other.name() == name {
+		maps := !strings.Contains(uid+gid, " ") // which no map has
+		if maps && uid != gid && other.name() == name {
 			t.Errorf("%+v and %+v have one name", id, other)
 		}
 	})

@@ -153,6 +153,12 @@ func readable(err error) error {
 	return err
 }
 
+// Network is whether a daemon with this configuration and environment needs other sockets
+// than Unix sockets: for metrics on a port, or to send spans.
+func (c Config) Network() bool {
+	return c.MetricsAddress != "" && !strings.HasPrefix(c.MetricsAddress, unixScheme) || tracing()
+}
+
 // SocketAddress is the path of the socket that the daemon serves on.
 func (c Config) SocketAddress() string {
 	if c.Address != "" {

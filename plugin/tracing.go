@@ -28,14 +28,20 @@ import (
 // flushTimeout bounds how long the end of the daemon waits for a receiver of spans.
 const flushTimeout = 2 * time.Second
 
+// tracing is whether the environment names a receiver of spans, and does not forbid them.
+func tracing() bool {
+	disabled, _ := strconv.ParseBool(os.Getenv("OTEL_SDK_DISABLED"))
+	return !disabled && os.Getenv("OTEL_TRACES_EXPORTER") != "none" &&
+		os.Getenv("OTEL_EXPORTER_OTLP_ENDPOINT")+os.Getenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") != ""
+}
+
 // startTracing sends the spans of traces that containerd has begun to the receiver
 // that the environment names, by the variables of OpenTelemetry that containerd, too,
 // is configured with (pkg/tracing/plugin there). Without a receiver it does nothing,
 // and options is empty.
 func startTracing(ctx context.Context, version string) (options []grpc.ServerOption, stop func(), err error) {
 	stop = func() {}
-	if disabled, _ := strconv.ParseBool(os.Getenv("OTEL_SDK_DISABLED")); disabled ||
-		os.Getenv("OTEL_TRACES_EXPORTER") == "none" || os.Getenv("OTEL_EXPORTER_OTLP_ENDPOINT")+os.Getenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") == "" {
+	if !tracing() {
 		return nil, stop, nil
 	}
 	exporter, err := newExporter(ctx)

@@ -87,6 +87,9 @@ func serve(ctx context.Context, command *cli.Command) error {
 	if err := confine(); err != nil {
 		log.G(ctx).WithError(err).Warn("The daemon keeps capabilities that it does not need")
 	}
+	if err := forbid(cfg.Network()); err != nil {
+		log.G(ctx).WithError(err).Warn("The daemon may make system calls that it does not need")
+	}
 	return plugin.Serve(ctx, cfg, buildVersion())
 }
 

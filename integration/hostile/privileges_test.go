@@ -62,7 +62,8 @@ func TestTheUnitHasTheCapabilitiesThatAreNeededAndNoOther(t *testing.T) {
 }
 
 // A container that mounts for the host must be privileged, and has all capabilities:
-// the daemon keeps those of the unit, in each of its threads, and no way to others.
+// the daemon keeps those of the unit, in each of its threads, and no way to others; nor can
+// a filter of system calls be given to one.
 func TestTheDaemonConfinesItself(t *testing.T) {
 	dir := t.TempDir()
 	d := startDaemon(t, dir, shelf(filepath.Join(dir, "content")), unpack.Rungs{Raw: unpack.Copy, Tar: unpack.Extract}, false)
@@ -81,7 +82,7 @@ func TestTheDaemonConfinesItself(t *testing.T) {
 			continue // the thread has ended
 		}
 		for field, want := range map[string]string{
-			"CapInh": strings.Repeat("0", 16), "CapAmb": strings.Repeat("0", 16), "NoNewPrivs": "1",
+			"CapInh": strings.Repeat("0", 16), "CapAmb": strings.Repeat("0", 16), "NoNewPrivs": "1", "Seccomp": "2",
 			"CapPrm": fmt.Sprintf("%016x", all), "CapEff": fmt.Sprintf("%016x", all), "CapBnd": fmt.Sprintf("%016x", all),
 		} {
 			if !strings.Contains(string(status), "\n"+field+":\t"+want+"\n") {

@@ -39,8 +39,11 @@ func utf8Descriptor(d descriptor) bool {
 	return utf8.ValidString(d.MediaType)
 }
 
-// only is for who looks into some cases.
-var only = flag.String("cases", "", "a regular expression for the names of the cases")
+// For who looks into some cases, or some ways.
+var (
+	only   = flag.String("cases", "", "a regular expression for the names of the cases")
+	onlyOn = flag.String("ways", "", "a regular expression for the ways to show them")
+)
 
 // long tells that the test is to take all the time there is.
 func long() bool { return os.Getenv("ARTIFACT_SNAPSHOTTER_LONG") != "" }
@@ -129,6 +132,7 @@ func TestEveryArtifactGetsItsVerdict(t *testing.T) {
 		t.Fatal(err)
 	}
 	doors, daemons := doors(t, dir, blobs, ways())
+	doors = slices.DeleteFunc(doors, func(d Door) bool { return !regexp.MustCompile(*onlyOn).MatchString(string(d.Way())) })
 	pids := []int{os.Getpid()}
 	for _, d := range daemons {
 		pids = append(pids, d.pid())

@@ -274,10 +274,13 @@ func (d nriDoor) adjusted(shown []*api.Mount, removed map[string]bool, before []
 }
 
 // kindOf gives an error that has come by NRI, which has no kinds, the one that its text
-// ends with.
+// tells: at its end, or by what is to be done.
 func kindOf(err error) error {
-	if err == nil {
+	switch {
+	case err == nil:
 		return nil
+	case strings.Contains(err.Error(), "try again"):
+		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 	}
 	for _, kind := range []error{
 		errdefs.ErrUnavailable, errdefs.ErrInvalidArgument, errdefs.ErrNotFound, errdefs.ErrFailedPrecondition, errdefs.ErrDataLoss, errdefs.ErrResourceExhausted, errdefs.ErrNotImplemented,

@@ -29,6 +29,10 @@ type Watch struct {
 	mounts   map[[2]int32]int // an open directory of each file system, by its fsid
 	done     chan struct{}
 
+	// last is the directory of the last event, if it is at or below where changes are
+	// allowed: most events are of the same one as those before them.
+	last struct{ handle, prefix string }
+
 	mu      sync.Mutex
 	pids    map[int32]bool
 	allowed []string
@@ -122,6 +126,7 @@ func (w *Watch) run() {
 				w.fail(os.NewSyscallError("read events", err))
 				return
 			}
+			w.last.handle = "" // it may have been renamed
 			w.events(buf[:n])
 		}
 		if ready[1].Revents != 0 {
@@ -191,6 +196,12 @@ func (w *Watch) event(eventMask uint64, pid int32, info []byte) {
 	fsid := [2]int32{int32(binary.NativeEndian.Uint32(info)), int32(binary.NativeEndian.Uint32(info[4:]))}
 	size, kind := binary.NativeEndian.Uint32(info[fsidLen:]), int32(binary.NativeEndian.Uint32(info[fsidLen+4:]))
 	rest := info[fsidLen+handleLen:]
+	if last := string(info[:fsidLen+handleLen+int(size)]); last == w.last.handle {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.seen[w.last.prefix]++
+		return
+	}
 	handle := unix.NewFileHandle(kind, rest[:size])
 	name, _, _ := bytes.Cut(rest[size:], []byte{0})
 	dir, err := unix.OpenByHandleAt(w.mounts[fsid], handle, unix.O_PATH|unix.O_CLOEXEC)
@@ -216,11 +227,15 @@ func (w *Watch) event(eventMask uint64, pid int32, info []byte) {
 		w.fail(err)
 		return
 	}
-	at = filepath.Join(strings.TrimSuffix(at, " (deleted)"), string(name))
+	of := strings.TrimSuffix(at, " (deleted)")
+	at = filepath.Join(of, string(name))
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, prefix := range w.allowed {
 		if within(at, prefix) {
+			if within(of, prefix) {
+				w.last.handle, w.last.prefix = string(info[:fsidLen+handleLen+int(size)]), prefix
+			}
 			w.seen[prefix]++
 			return
 		}

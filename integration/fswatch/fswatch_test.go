@@ -4,6 +4,7 @@
 package fswatch
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -91,6 +92,35 @@ func TestWhatIsAllowedIsNoChange(t *testing.T) {
 	changes, seen, err := w.Stop()
 	if err != nil || len(changes) != 0 || seen != 4 {
 		t.Errorf("changes %q, %d where they are allowed: %v", changes, seen, err)
+	}
+}
+
+// What is done in an allowed directory does not hide what is done beside it in between.
+func TestAChangeBetweenThoseThatAreAllowedIsSeen(t *testing.T) {
+	dir := t.TempDir()
+	allowed := filepath.Join(dir, "allowed")
+	if err := os.Mkdir(allowed, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	w := start(t, []int{os.Getpid()}, allowed)
+	var want []string
+	for i := range 100 {
+		outside := filepath.Join(dir, fmt.Sprintf("outside-%d", i))
+		want = append(want, outside)
+		for _, d := range []string{filepath.Join(allowed, fmt.Sprint(i)), filepath.Join(allowed, fmt.Sprint(i), "sub"), outside} {
+			if err := os.Mkdir(d, 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	changes, seen, err := w.Stop()
+	if err != nil || seen < 200 || len(changes) != len(want) {
+		t.Fatalf("%d changes, %d where they are allowed: %v", len(changes), seen, err)
+	}
+	for _, outside := range want {
+		if !slices.ContainsFunc(changes, func(c string) bool { return strings.HasPrefix(c, outside+" ") }) {
+			t.Errorf("%s was not seen", outside)
+		}
 	}
 }
 

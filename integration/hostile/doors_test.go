@@ -93,18 +93,14 @@ type daemon struct {
 
 const hostileNamespace = "k8s.io"
 
-// startDaemon starts one that no containerd belongs to.
-func startDaemon(t *testing.T, dir string, blobs shelf, rungs unpack.Rungs, early bool) *daemon {
-	t.Helper()
-	d, err := start(t, dir, blobs, rungs, early)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return d
+// alone is the configuration of a daemon that no containerd belongs to.
+func alone(dir string, blobs shelf, early bool) string {
+	return fmt.Sprintf("content_root = %q\ncontainerd_address = %q\ndecompress_on_pull = %v\n", string(blobs), filepath.Join(dir, "none.sock"), early)
 }
 
-// start is startDaemon, by a command that becomes the one behind it.
-func start(t *testing.T, dir string, blobs shelf, rungs unpack.Rungs, early bool, by ...string) (*daemon, error) {
+// start starts a daemon with rungs, and with more of a configuration, by a command that
+// becomes the one behind it.
+func start(t *testing.T, dir, more string, rungs unpack.Rungs, by ...string) (*daemon, error) {
 	t.Helper()
 	program, err := node.Program()
 	if err != nil {
@@ -114,8 +110,8 @@ func start(t *testing.T, dir string, blobs shelf, rungs unpack.Rungs, early bool
 	if err := os.MkdirAll(d.dir, 0o711); err != nil {
 		t.Fatal(err)
 	}
-	config := fmt.Sprintf("root = %q\nstate = %q\naddress = %q\ncontent_root = %q\ncontainerd_address = %q\nraw_rung = %q\ntar_rung = %q\ndecompress_on_pull = %v\nlog_level = \"warn\"\n",
-		filepath.Join(d.dir, "root"), filepath.Join(d.dir, "state"), d.socket(), string(blobs), filepath.Join(d.dir, "none.sock"), rungs.Raw, rungs.Tar, early)
+	config := fmt.Sprintf("root = %q\nstate = %q\naddress = %q\nraw_rung = %q\ntar_rung = %q\nlog_level = \"warn\"\n",
+		filepath.Join(d.dir, "root"), filepath.Join(d.dir, "state"), d.socket(), rungs.Raw, rungs.Tar) + more
 	file := filepath.Join(d.dir, "config.toml")
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
@@ -244,26 +240,34 @@ func (d treeDoor) Show(ctx context.Context, a *Artifact) (string, func() error, 
 	if err != nil {
 		return "", nil, err
 	}
-	path, err := bound(mounts)
+	path, err := boundIn(mounts)
 	return path, func() error {
 		return errors.Join(err, d.snapshotter().Remove(ctx, key))
 	}, err
 }
 
-// bound is the source of the one bind that a view is: read-only, nosuid and nodev,
-// and so is the mount that it is of.
-func bound(mounts []mount.Mount) (string, error) {
-	if len(mounts) != 1 || mounts[0].Type != "bind" || !mounts[0].ReadOnly() {
-		return "", fmt.Errorf("the view is %+v, and no bind that is read-only", mounts)
+// boundIn is the source of the one bind that a view is.
+func boundIn(mounts []mount.Mount) (string, error) {
+	if len(mounts) != 1 {
+		return "", fmt.Errorf("the view is %+v, and not one mount", mounts)
+	}
+	return bound(mounts[0].Type, mounts[0].Source, mounts[0].Options)
+}
+
+// bound is the source of a bind that is read-only, as the mount is that it is of, which is
+// nosuid and nodev, too.
+func bound(kind, source string, options []string) (string, error) {
+	if kind != "bind" || !slices.Contains(options, "ro") {
+		return "", fmt.Errorf("%s is mounted as %s with %q, and not as a bind that is read-only", source, kind, options)
 	}
 	var st unix.Statfs_t
-	if err := unix.Statfs(mounts[0].Source, &st); err != nil {
+	if err := unix.Statfs(source, &st); err != nil {
 		return "", err
 	}
 	if want := int64(unix.ST_RDONLY | unix.ST_NOSUID | unix.ST_NODEV); st.Flags&want != want {
-		return "", fmt.Errorf("the mount %s has the flags %x, and must be ro, nosuid and nodev", mounts[0].Source, st.Flags)
+		return "", fmt.Errorf("the mount %s has the flags %x, and must be ro, nosuid and nodev", source, st.Flags)
 	}
-	return mounts[0].Source, nil
+	return source, nil
 }
 
 // layersDoor unpacks layer by layer, as containerd's own unpacker does (core/unpack),
@@ -280,19 +284,25 @@ func (d layersDoor) Way() Way { return d.way }
 // maxLayers is how many lower layers an overlay is sure to have room for.
 const maxLayers = 100
 
-func (d layersDoor) Skip(c Case, a *Artifact) bool {
-	if a.Layers == nil || len(a.Layers) > maxLayers {
-		return true
+func (d layersDoor) Skip(c Case, a *Artifact) (why string) {
+	switch {
+	case a.Layers == nil:
+		return "what is odd is not in the layers"
+	case len(a.Layers) > maxLayers:
+		return "more layers than an overlay has"
 	}
 	// containerd counts what is in a snapshot by whole paths, which that one's is too
 	// long for (core/snapshots/storage, fs.DiskUsage).
 	if d.way == Files && strings.HasSuffix(c.Name, "a path of 4095 bytes") {
-		return true
+		return "containerd cannot count a path of that length"
 	}
-	// What a registry would not have been told, and gRPC cannot say.
-	return slices.ContainsFunc(a.Layers, func(l descriptor) bool {
+	// What a registry would not have been told.
+	if slices.ContainsFunc(a.Layers, func(l descriptor) bool {
 		return !utf8Descriptor(l) || len(l.MediaType) > 1<<16 || len(fmt.Sprint(l.Annotations)) > 1<<20
-	})
+	}) {
+		return "gRPC cannot say it"
+	}
+	return ""
 }
 
 func (d layersDoor) Show(ctx context.Context, a *Artifact) (_ string, _ func() error, err error) {
@@ -339,7 +349,7 @@ func (d layersDoor) Show(ctx context.Context, a *Artifact) (_ string, _ func() e
 	}
 	undo = append(undo, remove(view))
 	if d.way == Layers {
-		path, err := bound(mounts)
+		path, err := boundIn(mounts)
 		return path, done, err
 	}
 	if err := mount.All(mounts, d.dir); err != nil {
@@ -363,7 +373,10 @@ func doors(t *testing.T, dir string, blobs shelf, ways []Way) (doors []Door, dae
 			}
 		}
 		if works {
-			d := startDaemon(t, dir, blobs, rungs, len(daemons) == 0)
+			d, err := start(t, dir, alone(dir, blobs, len(daemons) == 0), rungs)
+			if err != nil {
+				t.Fatal(err)
+			}
 			daemons, doors = append(daemons, d), append(doors, treeDoor{d})
 		}
 	}
@@ -377,7 +390,12 @@ func doors(t *testing.T, dir string, blobs shelf, ways []Way) (doors []Door, dae
 	if err := os.Mkdir(shown, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	return append(doors, layersDoor{first, Layers, first.snapshotter(), ""}, layersDoor{first, Files, others, shown}), daemons
+	doors = append(doors, layersDoor{first, Layers, first.snapshotter(), ""}, layersDoor{first, Files, others, shown})
+	for _, way := range []Way{NRIOfContainerd, NRIOfCRIO} {
+		d := startNRI(t, dir, blobs, way)
+		daemons, doors = append(daemons, d.daemon), append(doors, d)
+	}
+	return doors, daemons
 }
 
 // cleanup asks a daemon to remove what nobody uses.

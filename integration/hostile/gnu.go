@@ -141,6 +141,8 @@ func sparseCases() (cases []Case) {
 	refuse("0.1, pieces over each other", unreadable, sparse0("2", "0,3,1,3", "abcdef"))
 	refuse("0.1, a number that is none", unreadable, sparse0("1", "x,3", "abc"))
 	refuse("0.1, pieces below zero", unreadable, sparse0("-1", "0,3", "abc"))
+	refuse("0.1, no pieces", "a sparse file in a format that is not known", sparse0("0", "", ""))
+	refuse("0.0, no pieces", "a sparse file in a format that is not known", pax(record("GNU.sparse.size", "20000"), record("GNU.sparse.numblocks", "0"))+file("s", ""))
 	refuse("0.0, a length without a place", unreadable, pax(record("GNU.sparse.size", "10"), record("GNU.sparse.numblocks", "1"), record("GNU.sparse.numbytes", "3"))+file("s", "abc"))
 	refuse("0.0, a place with a comma", unreadable, pax(record("GNU.sparse.size", "10"), record("GNU.sparse.numblocks", "1"), record("GNU.sparse.offset", "0,3,4"), record("GNU.sparse.numbytes", "3"))+file("s", "abc"))
 	refuse("old, pieces over each other", unreadable, oldSparse("s", 20000, piece{0, "abc"}, piece{1, "def"}))

@@ -55,12 +55,19 @@ func List(dir string) (Listing, error) {
 		return nil, err
 	}
 	defer root.Close()
-	l := Listing{}
-	return l, l.add(root, "")
+	r := reader{Listing: Listing{}, names: make([]byte, 64<<10), values: make([]byte, 64<<10)}
+	return r.Listing, r.add(root, "")
+}
+
+// reader makes a Listing. It has buffers for what the kernel says of extended attributes at
+// most, which are used for all entries.
+type reader struct {
+	Listing
+	names, values []byte
 }
 
 // add adds the directory root, which has the path prefix, and what is in it.
-func (l Listing) add(root *os.Root, prefix string) error {
+func (r reader) add(root *os.Root, prefix string) error {
 	self, err := root.Open(".")
 	if err != nil {
 		return err
@@ -74,27 +81,27 @@ func (l Listing) add(root *os.Root, prefix string) error {
 	if err != nil {
 		return err
 	}
-	if e.Xattrs, err = listXattrs(int(self.Fd())); err != nil {
+	if e.Xattrs, err = r.xattrs(int(self.Fd())); err != nil {
 		return err
 	}
 	name := strings.TrimSuffix(prefix, "/")
 	if name == "" {
 		name = "."
 	}
-	l[name] = e
+	r.Listing[name] = e
 	names, err := self.Readdirnames(-1)
 	if err != nil {
 		return err
 	}
 	for _, name := range names {
-		if err := l.addEntry(root, prefix, name); err != nil {
+		if err := r.addEntry(root, prefix, name); err != nil {
 			return fmt.Errorf("%.300q: %w", prefix+name, err)
 		}
 	}
 	return nil
 }
 
-func (l Listing) addEntry(root *os.Root, prefix, name string) error {
+func (r reader) addEntry(root *os.Root, prefix, name string) error {
 	fi, err := root.Lstat(name)
 	if err != nil {
 		return err
@@ -105,7 +112,7 @@ func (l Listing) addEntry(root *os.Root, prefix, name string) error {
 			return err
 		}
 		defer sub.Close()
-		return l.add(sub, prefix+name+"/")
+		return r.add(sub, prefix+name+"/")
 	}
 	e, err := entryOf(fi)
 	if err != nil {
@@ -115,7 +122,7 @@ func (l Listing) addEntry(root *os.Root, prefix, name string) error {
 		if e.Target, err = root.Readlink(name); err != nil {
 			return err
 		}
-		l[prefix+name] = e
+		r.Listing[prefix+name] = e
 		return nil
 	}
 	f, err := root.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
@@ -124,7 +131,7 @@ func (l Listing) addEntry(root *os.Root, prefix, name string) error {
 	}
 	defer f.Close()
 	h := sha256.New()
-	n, err := io.Copy(h, f)
+	n, err := io.CopyBuffer(h, struct{ io.Reader }{f}, r.values) // a file would take one of its own
 	if err != nil {
 		return err
 	}
@@ -132,10 +139,10 @@ func (l Listing) addEntry(root *os.Root, prefix, name string) error {
 		return fmt.Errorf("it has %d bytes and says %d", n, e.Size)
 	}
 	e.SHA256 = hex.EncodeToString(h.Sum(nil))
-	if e.Xattrs, err = listXattrs(int(f.Fd())); err != nil {
+	if e.Xattrs, err = r.xattrs(int(f.Fd())); err != nil {
 		return err
 	}
-	l[prefix+name] = e
+	r.Listing[prefix+name] = e
 	return nil
 }
 
@@ -158,11 +165,10 @@ func entryOf(fi fs.FileInfo) (Entry, error) {
 	return e, nil
 }
 
-// listXattrs leaves out an attribute of ours that only root sees and that means
-// nothing (unpack, aligned).
-func listXattrs(fd int) (string, error) {
-	buf := make([]byte, 64<<10)
-	n, err := unix.Flistxattr(fd, buf)
+// xattrs leaves out an attribute of ours that only root sees and that means nothing
+// (unpack, aligned).
+func (r reader) xattrs(fd int) (string, error) {
+	n, err := unix.Flistxattr(fd, r.names)
 	if errors.Is(err, unix.ENOTSUP) || n == 0 {
 		return "", nil
 	}
@@ -170,13 +176,12 @@ func listXattrs(fd int) (string, error) {
 		return "", fmt.Errorf("list of extended attributes: %w", err)
 	}
 	found := map[string]string{}
-	value := make([]byte, 64<<10)
-	for name := range bytes.SplitSeq(bytes.TrimSuffix(buf[:n], []byte{0}), []byte{0}) {
-		n, err := unix.Fgetxattr(fd, string(name), value)
+	for name := range bytes.SplitSeq(bytes.TrimSuffix(r.names[:n], []byte{0}), []byte{0}) {
+		n, err := unix.Fgetxattr(fd, string(name), r.values)
 		if err != nil {
 			return "", fmt.Errorf("extended attribute %q: %w", name, err)
 		}
-		found[string(name)] = string(value[:n])
+		found[string(name)] = string(r.values[:n])
 	}
 	delete(found, "trusted.artifact")
 	return xattrs(found), nil

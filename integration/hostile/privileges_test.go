@@ -66,7 +66,10 @@ func TestTheUnitHasTheCapabilitiesThatAreNeededAndNoOther(t *testing.T) {
 // a filter of system calls be given to one.
 func TestTheDaemonConfinesItself(t *testing.T) {
 	dir := t.TempDir()
-	d := startDaemon(t, dir, shelf(filepath.Join(dir, "content")), unpack.Rungs{Raw: unpack.Copy, Tar: unpack.Extract}, false)
+	d, err := start(t, dir, alone(dir, shelf(filepath.Join(dir, "content")), false), unpack.Rungs{Raw: unpack.Copy, Tar: unpack.Extract})
+	if err != nil {
+		t.Fatal(err)
+	}
 	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", d.pid()))
 	if err != nil || len(threads) < 2 {
 		t.Fatalf("threads %q: %v", threads, err)
@@ -103,7 +106,7 @@ func servedWith(t *testing.T, capabilities []string, artifacts ...string) (probl
 		t.Fatal(err)
 	}
 	confined := []string{"setpriv", "--clear-groups", "--no-new-privs", "--bounding-set=-all,+" + strings.Join(capabilities, ",+"), "--"}
-	d, err := start(t, dir, blobs, unpack.Rungs{Raw: unpack.Copy, Tar: unpack.Extract}, false, confined...)
+	d, err := start(t, dir, alone(dir, blobs, false), unpack.Rungs{Raw: unpack.Copy, Tar: unpack.Extract}, confined...)
 	if err != nil {
 		return err.Error()
 	}

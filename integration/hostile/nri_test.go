@@ -1,0 +1,293 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package hostile
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/nri/pkg/adaptation"
+	"github.com/containerd/nri/pkg/api"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// nriDoor is the side of NRI that is in a runtime, which asks the daemon's plugin before
+// it creates a container. The mounts of that are those that the runtime makes of an image
+// volume.
+type nriDoor struct {
+	*daemon
+	way     Way
+	runtime *adaptation.Adaptation
+	// mounts are the runtime's mounts of an artifact, and what it says of them.
+	mounts func(a *Artifact) (mounts []*api.Mount, annotations map[string]string)
+}
+
+const (
+	sandbox = "0123456789abcdef"
+	volume  = "/model"
+	// patience is how long the runtime waits for the plugin: not the two seconds by
+	// default, for a machine that has other things to do.
+	patience = 10 * time.Second
+)
+
+// startNRI starts a runtime, and a daemon that is its plugin.
+func startNRI(t *testing.T, dir string, blobs shelf, way Way) nriDoor {
+	t.Helper()
+	dir = filepath.Join(dir, string(way))
+	if err := os.Mkdir(dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	door := nriDoor{way: way}
+	config := "content_root = %q\ncontainerd_address = %q\n"
+	name := "containerd"
+	if way == NRIOfCRIO {
+		name = "cri-o"
+		config = fmt.Sprintf(config+"blob_roots = [%q]\n", filepath.Join(dir, "none"), filepath.Join(dir, "none.sock"), string(blobs))
+		door.mounts = blobs.ofCRIO
+	} else {
+		config = fmt.Sprintf(config, string(blobs), startContainerd(t, dir))
+		door.mounts = func(a *Artifact) ([]*api.Mount, map[string]string) {
+			return []*api.Mount{{
+				Type: "bind", Source: filepath.Join(dir, "image-volumes", sandbox, a.Target.Encoded()), Destination: volume, Options: []string{"rbind", "rprivate", "ro"},
+			}}, nil
+		}
+	}
+	socket, none := filepath.Join(dir, "nri.sock"), filepath.Join(dir, "none")
+	adaptation.SetPluginRequestTimeout(patience)
+	var err error
+	door.runtime, err = adaptation.New(name, "1.0.0",
+		func(ctx context.Context, f adaptation.SyncCB) error {
+			_, err := f(ctx, nil, nil)
+			return err
+		},
+		func(context.Context, []*api.ContainerUpdate) ([]*api.ContainerUpdate, error) { return nil, nil },
+		adaptation.WithSocketPath(socket), adaptation.WithPluginPath(none), adaptation.WithPluginConfigPath(none))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := door.runtime.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(door.runtime.Stop) // when the plugin has gone
+	config += fmt.Sprintf("[nri]\nenabled = true\nsocket = %q\n", socket)
+	if door.daemon, err = start(t, dir, config, unpack.Rungs{Raw: unpack.Overlay, Tar: unpack.EROFS}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the runtime has the plugin", func() error { return plugin.HealthOf(t.Context(), door.socket(), plugin.HealthNRI) })
+	return door
+}
+
+// startContainerd starts a containerd that has no images and no CRI: the daemon asks
+// it what images there are.
+func startContainerd(t *testing.T, dir string) (socket string) {
+	t.Helper()
+	program, err := node.Containerd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket = filepath.Join(dir, "c.sock")
+	config := fmt.Sprintf(`version = 3
+root = %q
+state = %q
+disabled_plugins = ['io.containerd.grpc.v1.cri', 'io.containerd.cri.v1.images', 'io.containerd.cri.v1.runtime', 'io.containerd.nri.v1.nri', 'io.containerd.internal.v1.opt']
+[grpc]
+  address = %q
+`, filepath.Join(dir, "containerd"), filepath.Join(dir, "containerd.run"), socket)
+	file := filepath.Join(dir, "containerd.toml")
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.Create(filepath.Join(dir, "containerd.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	cmd := exec.Command(program, "--config", file)
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(cmd.Process.Signal(syscall.SIGTERM), cmd.Wait()); err != nil {
+			t.Errorf("containerd: %v\n%s", err, tail(log.Name()))
+		}
+	})
+	return socket
+}
+
+func eventually(t *testing.T, what string, f func() error) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+		err := f()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not within a minute: %v", what, err)
+		}
+	}
+}
+
+// crioLayers are the layers of an artifact that CRI-O has a mount for, by its name: the
+// title, or else the path of ModelPack (internal/ociartifact/store.go, artifactName). It
+// reads the manifest with encoding/json.
+func crioLayers(a *Artifact) (names []string, layers []descriptor) {
+	var m ocispec.Manifest
+	if a.MediaType != ocispec.MediaTypeImageManifest || json.Unmarshal(a.Blobs[a.Target], &m) != nil {
+		return nil, nil
+	}
+	for _, l := range m.Layers {
+		name, ok := l.Annotations[titleKey]
+		if !ok {
+			name = l.Annotations[filepathKey]
+		}
+		if name != "" && l.Digest.Validate() == nil {
+			names, layers = append(names, path.Join(volume, path.Join("/", name))), append(layers, l)
+		}
+	}
+	return names, layers
+}
+
+// ofCRIO are CRI-O's mounts of an artifact: one for each layer, and in an annotation of
+// which artifact it is.
+func (s shelf) ofCRIO(a *Artifact) (mounts []*api.Mount, annotations map[string]string) {
+	type image struct {
+		Image string `json:"image"`
+	}
+	type said struct {
+		ContainerPath string `json:"container_path"`
+		HostPath      string `json:"host_path"`
+		Image         image  `json:"image"`
+	}
+	var list []said
+	names, layers := crioLayers(a)
+	for i, l := range layers {
+		source, _ := s.path(l.Digest)
+		mounts = append(mounts, &api.Mount{Type: "bind", Source: source, Destination: names[i], Options: []string{"bind", "ro", "rprivate", "nosuid", "nodev"}})
+		list = append(list, said{volume, source, image{a.Target.Encoded()}})
+	}
+	text, err := json.Marshal(list)
+	if err != nil {
+		panic(err)
+	}
+	return mounts, map[string]string{"io.kubernetes.cri-o.Volumes": string(text)}
+}
+
+func (d nriDoor) Way() Way { return d.way }
+
+func (d nriDoor) Skip(_ Case, a *Artifact) (why string) {
+	if d.way != NRIOfCRIO {
+		return ""
+	}
+	if _, layers := crioLayers(a); len(layers) == 0 {
+		return "CRI-O mounts no layer of it, so that NRI hears of none"
+	}
+	return ""
+}
+
+// Rule is docs/nri.md#limits: of two mounts at one place NRI can take away only one, and
+// a layer whose name is the volume's own path is mounted over the volume. What is no
+// artifact is left to the runtime before that, and what the manifest says comes after the
+// one, and before the other.
+func (d nriDoor) Rule(v Verdict, a *Artifact) Verdict {
+	if d.way != NRIOfCRIO || errors.Is(v.Refused, artifact.ErrNotArtifact) {
+		return v
+	}
+	seen := map[string]bool{}
+	names, _ := crioLayers(a)
+	for _, name := range names {
+		if seen[name] {
+			return refused("which NRI cannot take away: give each layer a name of its own")
+		}
+		seen[name] = true
+	}
+	if seen[volume] && v.Refused == nil {
+		return Verdict{Refused: errdefs.ErrNotFound, Says: []string{"no artifact in CRI-O's store has exactly the layers"}}
+	}
+	return v
+}
+
+func (d nriDoor) Show(ctx context.Context, a *Artifact) (_ string, done func() error, err error) {
+	pod := &api.PodSandbox{Id: sandbox}
+	c := &api.Container{Id: fmt.Sprintf("hostile-%d", d.count.Add(1)), PodSandboxId: sandbox}
+	c.Mounts, c.Annotations = d.mounts(a)
+	var answer *adaptation.CreateContainerResponse
+	err = again(func() (err error) {
+		// A runtime creates no container while a plugin is on its way.
+		defer d.runtime.BlockPluginSync().Unblock()
+		answer, err = d.runtime.CreateContainer(ctx, &adaptation.CreateContainerRequest{Pod: pod, Container: c})
+		return kindOf(err)
+	})
+	if err != nil {
+		return "", nil, err
+	}
+	done = func() error {
+		_, err := d.runtime.StopContainer(ctx, &adaptation.StopContainerRequest{Pod: pod, Container: c})
+		return err
+	}
+	var shown []*api.Mount
+	removed := map[string]bool{}
+	for _, m := range answer.GetAdjust().GetMounts() {
+		if at, ok := m.IsMarkedForRemoval(); ok {
+			removed[at] = true
+		} else {
+			shown = append(shown, m)
+		}
+	}
+	if len(shown) == 0 && len(removed) == 0 {
+		// Either way the runtime goes on with its own.
+		return "", nil, errors.Join(fmt.Errorf("the mounts are left alone: %w", artifact.ErrNotArtifact), done())
+	}
+	path, err := d.adjusted(shown, removed, c.Mounts)
+	return path, done, err
+}
+
+// adjusted is the source of the one mount that is in the place of the runtime's.
+func (d nriDoor) adjusted(shown []*api.Mount, removed map[string]bool, before []*api.Mount) (string, error) {
+	if len(shown) != 1 || shown[0].Destination != volume {
+		return "", fmt.Errorf("the mounts are %+v, and not one at %s", shown, volume)
+	}
+	for _, m := range before {
+		if m.Destination != volume && !removed[m.Destination] {
+			return "", fmt.Errorf("the runtime's mount at %q is still there", m.Destination)
+		}
+	}
+	return bound(shown[0].Type, shown[0].Source, shown[0].Options)
+}
+
+// kindOf gives an error that has come by NRI, which has no kinds, the one that its text
+// tells: at its end, or by what is to be done.
+func kindOf(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case strings.Contains(err.Error(), "try again"):
+		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
+	}
+	for _, kind := range []error{
+		errdefs.ErrUnavailable, errdefs.ErrInvalidArgument, errdefs.ErrNotFound, errdefs.ErrFailedPrecondition, errdefs.ErrDataLoss, errdefs.ErrResourceExhausted, errdefs.ErrNotImplemented,
+	} {
+		if text, ok := strings.CutSuffix(err.Error(), kind.Error()); ok {
+			return fmt.Errorf("%s%w", text, kind)
+		}
+	}
+	return err
+}

@@ -136,8 +136,23 @@ func numbered(layers ...artifact.Layer) *artifact.Artifact {
 	}
 }
 
-// best is what the kernel and the file system that the tests run on can do.
+// best is what the kernel and a disk's file system can do.
 var best = Rungs{Overlay, EROFS}
+
+// here is r where the tests run: the kernel mounts no EROFS from the files of a tmpfs
+// or an overlay, and tars there are loop devices.
+func here(r Rungs) Rungs {
+	if (r.Tar == EROFS || r.Tar == EROFSBuffered) && !fileBacked() {
+		r.Tar = EROFSLoop
+	}
+	return r
+}
+
+func fileBacked() bool {
+	var st unix.Statfs_t
+	err := unix.Statfs(os.TempDir(), &st)
+	return err == nil && st.Type != unix.TMPFS_MAGIC && st.Type != unix.OVERLAYFS_SUPER_MAGIC
+}
 
 // ladder is every pair of rungs that lays out artifacts in its own way.
 var ladder = []Rungs{
@@ -148,7 +163,7 @@ var ladder = []Rungs{
 func (r Rungs) String() string { return string(r.Raw) + " and " + string(r.Tar) }
 
 func (s site) options(r Rungs) Options {
-	return Options{Rungs: r, Blobs: s.content, Shared: blobdir.Dir(s.root), Budget: NewBudget(DefaultLimits)}
+	return Options{Rungs: here(r), Blobs: s.content, Shared: blobdir.Dir(s.root), Budget: NewBudget(DefaultLimits)}
 }
 
 func (s site) build(r Rungs, layers ...artifact.Layer) (*Tree, error) {
@@ -538,6 +553,10 @@ func TestBlobsOfAnotherFileSystemAreCopiedOnce(t *testing.T) {
 
 func TestACorruptBlobIsNotCopied(t *testing.T) {
 	s := newSite(t)
+	tmpfs(t, string(s.content), "size=1m") // or it might be a reflink, of which no byte passes by
+	if err := os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	l := s.raw(t, "f", "bytes")
 	p := s.content.Path(l.Descriptor.Digest)
 	os.Remove(p)
@@ -595,13 +614,13 @@ func TestABuildEndsWithItsContext(t *testing.T) {
 
 func TestTheLadder(t *testing.T) {
 	ctx := context.Background()
-	if r, why := Probe(ctx, t.TempDir(), Rungs{}); r != best || why != nil {
-		t.Errorf("Probe: %v, %v; this kernel and file system can do %v", r, why, best)
+	if r, why := Probe(ctx, t.TempDir(), Rungs{}); r != here(best) || (why == nil) != fileBacked() {
+		t.Errorf("Probe: %v, %v; this kernel and file system can do %v", r, why, here(best))
 	}
 	for _, r := range slices.Concat(RawRungs, TarRungs) {
 		dir := t.TempDir()
-		if err := Try(ctx, dir, r); err != nil {
-			t.Error(err)
+		if err := Try(ctx, dir, r); (err == nil) != (here(Rungs{Tar: r}).Tar == r) {
+			t.Errorf("%s: %v", r, err)
 		}
 		if left, err := os.ReadDir(dir); len(left) != 0 || err != nil {
 			t.Errorf("%s leaves %v (%v)", r, left, err)

@@ -9,13 +9,13 @@ GOLANGCI_LINT := v2.15.0
 VERSION       := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 BIN           := bin/artifact-snapshotter
 TOOLS         := integration/tools/bin
-PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs busybox-static containernetworking-plugins systemd dbus yamllint
+PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs btrfs-progs busybox-static containernetworking-plugins systemd dbus yamllint
 
 # Without this, Go refuses to build in a checkout that belongs to another user
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build image tools containerd-older kubelet helm packages demo test test-long test-crash test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
+.PHONY: build image tools containerd-older kubelet helm packages demo test test-long test-crash test-deploy test-filesystems test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
 
 build:
 	@echo "==> building $(BIN)"
@@ -96,10 +96,16 @@ test-crash: build tools
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -v -timeout 4h -run '^Test(TheDaemonIsKilled|ThePowerIsCut|ADiskForgets|ABrokenDaemon)' ./integration/crash
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -v -timeout 2h -run '^TestANodeSurvives' ./integration
 
+# The node and the unit tests on every file system: the table of docs/support.md. The
+# disks are in memory, which takes some gigabytes of it.
+test-filesystems: build tools
+	@echo "==> running nodes and unit tests on every file system"
+	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -v -timeout 3h -run '^TestVolumesAreTheSameOnAnyFileSystem$$' ./integration
+
 # All of what `make test` has a selection of (docs/reliability.md): the kills and power
-# cuts, and the hostile artifacts on every way to show them, those of a million files
-# included.
-test-long: test test-crash
+# cuts, every file system, and the hostile artifacts on every way to show them, those of
+# a million files included.
+test-long: test test-crash test-filesystems
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -timeout 120m -v -run Verdict ./integration/hostile
 
 # The chart, the examples, the dashboard and the alerts: files that Go does not see

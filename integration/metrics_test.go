@@ -29,7 +29,7 @@ import (
 // metered is a node whose daemon serves metrics on a Unix socket.
 func metered(t *testing.T, o node.Options) (n *node.Node, socket string) {
 	t.Helper()
-	socket = filepath.Join(t.TempDir(), "metrics.sock")
+	socket = filepath.Join(shortDir(t), "metrics.sock")
 	o.DaemonConfig += fmt.Sprintf("metrics_address = 'unix://%s'\n", socket)
 	return node.ForTest(t, o), socket
 }

@@ -29,41 +29,6 @@ import (
 // Nodes that are not as they should be: something is missing, full, or cannot
 // do what others can.
 
-// mounted returns a directory with a new filesystem of the type, which goes
-// with the test. Call it before the node is started that uses it.
-func mounted(t *testing.T, fsType, options string) string {
-	t.Helper()
-	dir := t.TempDir()
-	check(t, unix.Mount(fsType, dir, fsType, unix.MS_NOSUID|unix.MS_NODEV, options))
-	unmountLater(t, dir)
-	check(t, os.Chmod(dir, 0o711))
-	return dir
-}
-
-// mountedExt4 is mounted, with an ext4 of 64 MiB on a loop device.
-func mountedExt4(t *testing.T) string {
-	t.Helper()
-	dir, disk := t.TempDir(), filepath.Join(t.TempDir(), "disk")
-	check(t, os.WriteFile(disk, nil, 0o600))
-	check(t, os.Truncate(disk, 64<<20))
-	for _, args := range [][]string{{"mkfs.ext4", "-q", disk}, {"mount", "-o", "loop", disk, dir}} {
-		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
-			t.Fatalf("%q: %v: %s", args, err, out)
-		}
-	}
-	unmountLater(t, dir)
-	check(t, os.Chmod(dir, 0o711))
-	return dir
-}
-
-func unmountLater(t *testing.T, dir string) {
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW); err != nil {
-			t.Errorf("unmount %s: %v", dir, err)
-		}
-	})
-}
-
 // daemonLog is all that the daemon has logged.
 func daemonLog(t *testing.T, n *node.Node) string {
 	t.Helper()
@@ -253,7 +218,7 @@ func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
 }
 
 func TestBlobsOfAnotherFilesystemAreCopiedOnce(t *testing.T) {
-	root := mountedExt4(t)
+	root := ext4.mounted(t)
 	n := node.ForTest(t, node.Options{DaemonRoot: root})
 	before := daemonUsage(t, n)
 	var pods []*node.Pod

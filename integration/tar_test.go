@@ -135,19 +135,6 @@ func mixture(t *testing.T) ([]pack.Layer, []treelist.Entry) {
 	return layers, want
 }
 
-// loopDevices are those of files of the node's.
-func loopDevices(t *testing.T, n *node.Node) (found []string) {
-	t.Helper()
-	all, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
-	check(t, err)
-	for _, name := range all {
-		if text, err := os.ReadFile(name); err == nil && strings.HasPrefix(string(text), n.DaemonRoot+"/") {
-			found = append(found, strings.TrimSpace(string(text)))
-		}
-	}
-	return found
-}
-
 func TestEveryTarRungShowsTheSame(t *testing.T) {
 	for rung, loops := range map[string]bool{"auto": false, "erofs": false, "erofs-loop": true, "erofs-buffered": false, "extract": false} {
 		t.Run(rung, func(t *testing.T) {
@@ -165,7 +152,7 @@ func TestEveryTarRungShowsTheSame(t *testing.T) {
 			for _, pod := range pods {
 				wantVolume(t, pod, "main", "/model", want)
 			}
-			if got := len(loopDevices(t, n)); (got > 0) != loops {
+			if got := len(loopDevicesIn(t, n.DaemonRoot)); (got > 0) != loops {
 				t.Errorf("there are %d loop devices", got)
 			}
 			for _, pod := range pods {
@@ -174,7 +161,7 @@ func TestEveryTarRungShowsTheSame(t *testing.T) {
 			_, err := n.Crictl("rmi", ref)
 			check(t, err)
 			wantUsage(t, n, before)
-			waitFor(t, "the loop devices to go", func() bool { return len(loopDevices(t, n)) == 0 })
+			waitFor(t, "the loop devices to go", func() bool { return len(loopDevicesIn(t, n.DaemonRoot)) == 0 })
 		})
 	}
 }

@@ -265,6 +265,9 @@ func TestLayersAreFilesInTheSnapshotsOfOthers(t *testing.T) {
 	got := listing(t, dir)
 	// A file system without reflinks has hard links, with the attributes of the blob.
 	for _, name := range []string{"weights", "other/again"} {
+		if hasReflinks(t) {
+			continue
+		}
 		if inode(t, filepath.Join(dir, name)) != inode(t, s.content.Path(layers[0].Descriptor.Digest)) {
 			t.Errorf("%s has been copied", name)
 		}
@@ -301,6 +304,21 @@ func TestFilesOnAnotherFileSystemAreCopied(t *testing.T) {
 		}
 	}
 	s.wantTree(t, c.overlay(t), layers)
+}
+
+// hasReflinks tells it of the file system that the tests run on.
+func hasReflinks(t *testing.T) bool {
+	t.Helper()
+	dir := t.TempDir()
+	var files [2]*os.File
+	for i, name := range []string{"from", "to"} {
+		var err error
+		if files[i], err = os.Create(filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+		defer files[i].Close()
+	}
+	return unix.IoctlFileClone(int(files[1].Fd()), int(files[0].Fd())) == nil
 }
 
 // xfs mounts a file system that has reflinks.

@@ -93,7 +93,9 @@ func (w *writer) entry(ctx context.Context, name string, n *node) error {
 		}
 		return nil
 	case symlink:
-		if err := unix.Symlinkat(n.target, dir, base); err != nil {
+		if err := unix.Symlinkat(n.target, dir, base); errors.Is(err, unix.ENAMETOOLONG) {
+			return fmt.Errorf("the target of the symlink %s has %d bytes, more than the file system holds (xfs: 1023); move root to ext4 or btrfs: %w", name, len(n.target), errdefs.ErrFailedPrecondition)
+		} else if err != nil {
 			return pathError("symlink", name, err)
 		}
 		return w.setAttrs(name, n)

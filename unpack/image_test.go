@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -97,7 +98,8 @@ func forms(t *testing.T) map[string][]byte {
 		"names that are not UTF-8":  append(append(member512(tar.TypeReg, "nUme", "x", func(h []byte) { h[1] = 0xff }), member512(tar.TypeReg, "nVme", "y", func(h []byte) { h[1] = 0xc0 })...), endMark...),
 		"hard links":                archive(t, noted(file("a", noise(3000)), map[string]string{"user.note": "x"}), tar.Header{Name: "d/b", Typeflag: tar.TypeLink, Linkname: "a"}, tar.Header{Name: "c", Typeflag: tar.TypeLink, Linkname: "./d/b"}, file("empty", ""), tar.Header{Name: "empty too", Typeflag: tar.TypeLink, Linkname: "empty"}),
 		"a hard link, replaced":     archive(t, file("a", "1"), tar.Header{Name: "b", Typeflag: tar.TypeLink, Linkname: "a"}, file("a", "2"), tar.Header{Name: "c", Typeflag: tar.TypeLink, Linkname: "a"}),
-		"symlinks":                  archive(t, tar.Header{Name: "short", Typeflag: tar.TypeSymlink, Linkname: "x"}, tar.Header{Name: "510", Typeflag: tar.TypeSymlink, Linkname: strings.Repeat("x/", 255)}, tar.Header{Name: "longest", Typeflag: tar.TypeSymlink, Linkname: strings.Repeat("x/", 2047) + "y"}),
+		"symlinks":                  archive(t, tar.Header{Name: "short", Typeflag: tar.TypeSymlink, Linkname: "x"}, tar.Header{Name: "510", Typeflag: tar.TypeSymlink, Linkname: strings.Repeat("x/", 255)}),
+		"the longest symlink":       archive(t, longestSymlink),
 		"a symlink over a file":     archive(t, file("f", "x"), tar.Header{Name: "f", Typeflag: tar.TypeSymlink, Linkname: "g"}, file("g", "y")),
 		"types of regular files":    slices.Concat(member512(0, "old", "1", nil), member512(tar.TypeReg, "new", "2", nil), member512(tar.TypeCont, "contiguous", "3", nil), endMark),
 		"a directory of old times":  slices.Concat(member512(0, "d_", "", func(h []byte) { h[1] = '/' }), member512(0, "d/f", "1", nil), endMark),
@@ -167,10 +169,31 @@ func TestEveryKindOfMemberIsShownAsTheArchiveHasIt(t *testing.T) {
 				t.Run(rung.String()+"/"+name, func(t *testing.T) {
 					t.Parallel()
 					s := newSite(t)
+					if name == "the longest symlink" && rung.Tar == Extract && fileSystem() == unix.XFS_SUPER_MAGIC {
+						wantNoSymlink(t, s)
+						return
+					}
 					wantVolume(t, s.show(t, rung, s.tar(t, artifact.CompressionNone, a)), a)
 				})
 			}
 		}
+	}
+}
+
+// longestSymlink is the longest there can be.
+var longestSymlink = tar.Header{Name: "longest", Typeflag: tar.TypeSymlink, Linkname: strings.Repeat("x/", 2047) + "y"}
+
+func TestASymlinkThatTheFileSystemCannotHoldIsSaid(t *testing.T) {
+	s := newSite(t)
+	s.root = xfs(t)
+	wantNoSymlink(t, s)
+}
+
+func wantNoSymlink(t *testing.T, s site) {
+	t.Helper()
+	_, err := s.build(Rungs{Overlay, Extract}, s.tar(t, artifact.CompressionNone, archive(t, longestSymlink)))
+	if want := "the target of the symlink longest has 4095 bytes, more than the file system holds"; !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), want) {
+		t.Errorf("%v, want that %s", err, want)
 	}
 }
 

@@ -136,8 +136,31 @@ func numbered(layers ...artifact.Layer) *artifact.Artifact {
 	}
 }
 
-// best is what the kernel and the file system that the tests run on can do.
+// best is what the kernel and a disk's file system can do.
 var best = Rungs{Overlay, EROFS}
+
+// here is r where the tests run: the kernel mounts no EROFS from the files of a tmpfs
+// or an overlay, and tars there are loop devices.
+func here(r Rungs) Rungs {
+	if (r.Tar == EROFS || r.Tar == EROFSBuffered) && !fileBacked() {
+		r.Tar = EROFSLoop
+	}
+	return r
+}
+
+func fileBacked() bool {
+	magic := fileSystem()
+	return magic != unix.TMPFS_MAGIC && magic != unix.OVERLAYFS_SUPER_MAGIC
+}
+
+// fileSystem is the magic number of the file system that the tests run on.
+func fileSystem() int64 {
+	var st unix.Statfs_t
+	if err := unix.Statfs(os.TempDir(), &st); err != nil {
+		panic(err)
+	}
+	return st.Type
+}
 
 // ladder is every pair of rungs that lays out artifacts in its own way.
 var ladder = []Rungs{
@@ -148,7 +171,7 @@ var ladder = []Rungs{
 func (r Rungs) String() string { return string(r.Raw) + " and " + string(r.Tar) }
 
 func (s site) options(r Rungs) Options {
-	return Options{Rungs: r, Blobs: s.content, Shared: blobdir.Dir(s.root), Budget: NewBudget(DefaultLimits)}
+	return Options{Rungs: here(r), Blobs: s.content, Shared: blobdir.Dir(s.root), Budget: NewBudget(DefaultLimits)}
 }
 
 func (s site) build(r Rungs, layers ...artifact.Layer) (*Tree, error) {
@@ -409,7 +432,7 @@ func TestOwnersAreShiftedForAUserNamespace(t *testing.T) {
 			if how != "from the first Tree" {
 				o.Owners = owners
 				if how == "from the artifact, as an image" {
-					o.Rungs = best
+					o.Rungs = here(best)
 				}
 				tree, err = Build(context.Background(), filepath.Join(s.root, "tree"), a, o)
 			} else {
@@ -538,6 +561,10 @@ func TestBlobsOfAnotherFileSystemAreCopiedOnce(t *testing.T) {
 
 func TestACorruptBlobIsNotCopied(t *testing.T) {
 	s := newSite(t)
+	tmpfs(t, string(s.content), "size=1m") // or it might be a reflink, of which no byte passes by
+	if err := os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	l := s.raw(t, "f", "bytes")
 	p := s.content.Path(l.Descriptor.Digest)
 	os.Remove(p)
@@ -595,13 +622,13 @@ func TestABuildEndsWithItsContext(t *testing.T) {
 
 func TestTheLadder(t *testing.T) {
 	ctx := context.Background()
-	if r, why := Probe(ctx, t.TempDir(), Rungs{}); r != best || why != nil {
-		t.Errorf("Probe: %v, %v; this kernel and file system can do %v", r, why, best)
+	if r, why := Probe(ctx, t.TempDir(), Rungs{}); r != here(best) || (why == nil) != fileBacked() {
+		t.Errorf("Probe: %v, %v; this kernel and file system can do %v", r, why, here(best))
 	}
 	for _, r := range slices.Concat(RawRungs, TarRungs) {
 		dir := t.TempDir()
-		if err := Try(ctx, dir, r); err != nil {
-			t.Error(err)
+		if err := Try(ctx, dir, r); (err == nil) != (here(Rungs{Tar: r}).Tar == r) {
+			t.Errorf("%s: %v", r, err)
 		}
 		if left, err := os.ReadDir(dir); len(left) != 0 || err != nil {
 			t.Errorf("%s leaves %v (%v)", r, left, err)

@@ -75,7 +75,8 @@ func TestAnObserverIsToldHowBytesCame(t *testing.T) {
 			t.Errorf("%s: %+v", rung, o.builds)
 		}
 		stats, err := s.Stats(context.Background())
-		if err != nil || stats.Trees[s.Rungs()] != 1 || stats.Mounts != 1 || stats.Views != 0 || stats.Size == 0 {
+		// A tree of links is directories, and those of a tmpfs take no space.
+		if err != nil || stats.Trees[s.Rungs()] != 1 || stats.Mounts != 1 || stats.Views != 0 || stats.Size == 0 && rung != unpack.Link {
 			t.Errorf("%s: %+v (%v)", rung, stats, err)
 		}
 		s.show(first.ID, first.ID)

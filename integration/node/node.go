@@ -8,6 +8,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -73,6 +74,10 @@ type Options struct {
 	// DaemonRoot is where the daemon keeps what it keeps, "" a directory of
 	// the node's own, on the filesystem of containerd's content.
 	DaemonRoot string
+
+	// ContainerdRoot is where containerd keeps what it keeps, its content included; ""
+	// is a directory of the node's own. Not with CRIO or Systemd.
+	ContainerdRoot string
 }
 
 // Node is a running node. Its methods may be called concurrently, except those
@@ -127,23 +132,20 @@ func Start(ctx context.Context, o Options) (*Node, error) {
 	n := &Node{
 		Dir:         dir,
 		Address:     filepath.Join(dir, "containerd.sock"),
-		Root:        filepath.Join(dir, "containerd"),
+		Root:        cmp.Or(o.ContainerdRoot, filepath.Join(dir, "containerd")),
 		State:       filepath.Join(dir, "state"),
-		ContentRoot: filepath.Join(dir, "containerd", "io.containerd.content.v1.content"),
-		DaemonRoot:  o.DaemonRoot,
+		DaemonRoot:  cmp.Or(o.DaemonRoot, filepath.Join(dir, "daemon")),
 		DaemonState: filepath.Join(dir, "daemon-state"),
 		ctx:         ctx,
 		options:     o,
 		cgroup:      filepath.Base(dir),
 	}
+	n.ContentRoot = filepath.Join(n.Root, "io.containerd.content.v1.content")
 	if o.CRIO {
 		n.options.NRI = !o.Stock
 		n.Address = filepath.Join(dir, "crio.sock")
 		n.Root = filepath.Join(dir, "storage")
 		n.ContentRoot = filepath.Join(n.Root, "artifacts")
-	}
-	if n.DaemonRoot == "" {
-		n.DaemonRoot = filepath.Join(dir, "daemon")
 	}
 	if err := n.start(); err != nil {
 		err = fmt.Errorf("start a node: %w\n%s", err, n.Logs())

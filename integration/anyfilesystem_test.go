@@ -1,0 +1,343 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"archive/tar"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	modelspec "github.com/modelpack/model-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
+	layout "github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// pair is where the daemon's root and containerd's content are, and what there must be
+// of it.
+type pair struct {
+	root, content fileSystem // one and the same if they are of one kind,
+	apart         layout.Boundary
+	tar           layout.Rung      // of tar layers; raw ones are always laid out by overlay
+	by            layout.Retention // of blobs in root
+	short         bool             // in `make test`, too
+}
+
+var pairs = []pair{
+	{root: ext4, content: ext4, tar: layout.EROFS, by: layout.Linked},
+	{root: ext4Small, content: ext4Small, tar: layout.EROFS, by: layout.Linked},
+	{root: xfs, content: xfs, tar: layout.EROFS, by: layout.Linked},
+	{root: xfsUnlinked, content: xfsUnlinked, tar: layout.EROFS, by: layout.Linked, short: true},
+	{root: btrfs, content: btrfs, tar: layout.EROFS, by: layout.Linked},
+	{root: tmpfs, content: tmpfs, tar: layout.EROFSLoop, by: layout.Linked},
+	{root: overlayOnExt4, content: overlayOnExt4, tar: layout.EROFSLoop, by: layout.Linked},
+
+	{root: btrfs, content: btrfs, apart: layout.SubvolumeBoundary, tar: layout.EROFS, by: layout.Reflinked, short: true},
+	{root: xfs, content: xfs, apart: layout.MountBoundary, tar: layout.EROFS, by: layout.Reflinked},
+	{root: xfsUnlinked, content: xfsUnlinked, apart: layout.MountBoundary, tar: layout.EROFS, by: layout.Copied},
+
+	{root: ext4, content: xfs, tar: layout.EROFS, by: layout.Copied},
+	{root: xfs, content: btrfs, tar: layout.EROFS, by: layout.Copied},
+	{root: btrfs, content: xfs, tar: layout.EROFS, by: layout.Copied},
+	{root: tmpfs, content: ext4, tar: layout.EROFSLoop, by: layout.Copied, short: true},
+	{root: ext4, content: overlayOnExt4, tar: layout.EROFS, by: layout.Copied},
+	{root: overlayOnExt4, content: ext4, tar: layout.EROFSLoop, by: layout.Copied},
+}
+
+// cells are the file systems in the table of docs/support.md.
+func (p pair) cells() (root, content string) {
+	switch {
+	case p.root.name != p.content.name:
+		return p.root.name, p.content.name
+	case p.apart == layout.SubvolumeBoundary:
+		return p.root.name, "another subvolume of it"
+	case p.apart == layout.MountBoundary:
+		return p.root.name, "the same, mounted twice"
+	default:
+		return p.root.name, "the same"
+	}
+}
+
+// byNRI: overlayfs does not take an overlay as its upper layer, so that there no
+// container can have its root file system from the daemon, and image volumes are shown
+// by NRI.
+func (p pair) byNRI() bool { return p.root.fsType == "overlay" }
+
+func (p pair) dirs(t *testing.T) (root, content string) {
+	t.Helper()
+	disk := p.root.mounted(t)
+	root, content = filepath.Join(disk, "daemon"), filepath.Join(disk, "containerd")
+	switch {
+	case p.content.name != p.root.name:
+		content = filepath.Join(p.content.mounted(t), "containerd")
+	case p.apart == layout.SubvolumeBoundary:
+		if out, err := exec.Command("btrfs", "subvolume", "create", content).CombinedOutput(); err != nil {
+			t.Fatalf("btrfs: %v: %s", err, out)
+		}
+	case p.apart == layout.MountBoundary:
+		twice := shortDir(t)
+		check(t, unix.Mount(disk, twice, "", unix.MS_BIND, ""))
+		unmountLater(t, twice)
+		content = filepath.Join(twice, "containerd")
+	}
+	return root, content
+}
+
+func (p pair) node(t *testing.T) (n *node.Node, socket string) {
+	t.Helper()
+	o := node.Options{NRI: p.byNRI()}
+	o.DaemonRoot, o.ContainerdRoot = p.dirs(t)
+	if p.byNRI() && p.content.fsType == "overlay" { // nor has containerd's overlayfs
+		o.ContainerdConfig = "[plugins.'io.containerd.cri.v1.images']\n  snapshotter = 'native'\n"
+	}
+	return metered(t, o)
+}
+
+// restart starts the daemon again after it has been ended.
+func (p pair) restart(t *testing.T, n *node.Node) {
+	t.Helper()
+	check(t, n.StartDaemon())
+	if p.byNRI() {
+		check(t, n.WaitForNRI())
+	}
+}
+
+// anything is artifacts of all forms, pulled, with what a pod must see of each.
+func anything(t *testing.T, n *node.Node) (volumes []node.Volume, want [][]treelist.Entry) {
+	t.Helper()
+	src := writeOwnedModel(t)
+	for i, form := range []pack.Form{pack.Raw, pack.Tar, pack.TarGzip, pack.TarZstd} {
+		volumes = append(volumes, node.Volume{Image: pulled(t, n, src, form), Path: fmt.Sprintf("/model-%d", i)})
+		want = append(want, wantTree(t, src, form))
+	}
+	layers, entries := mixture(t)
+	volumes = append(volumes, node.Volume{Image: push(t, n, "mixture", layers...), Path: "/mixture"})
+	return volumes, append(want, entries)
+}
+
+const largeSize = 64 << 20
+
+// outcome is a row of the table.
+type outcome struct {
+	pair
+	raw, tar string             // the rungs that were taken
+	grown    map[string]int64   // bytes of root's disk for the two large artifacts, by their format
+	counted  map[string]float64 // content_bytes_total by how
+}
+
+func TestVolumesAreTheSameOnAnyFileSystem(t *testing.T) {
+	long := os.Getenv("ARTIFACT_SNAPSHOTTER_LONG") != ""
+	var rows []outcome
+	for _, p := range pairs {
+		if !long && !p.short {
+			continue
+		}
+		root, content := p.cells()
+		t.Run(root+", content on "+content, func(t *testing.T) {
+			o := p.prove(t, long)
+			rows = append(rows, o)
+		})
+	}
+	suites := map[string]string{} // by root
+	if long {
+		suites = runSuites(t)
+	}
+	t.Logf("the table of docs/support.md:\n%s", table(rows, suites))
+}
+
+func (p pair) prove(t *testing.T, everyRung bool) outcome {
+	n, socket := p.node(t)
+	o := outcome{pair: p, grown: map[string]int64{}, counted: map[string]float64{}}
+	files, used := filesBelow(t, n.DaemonRoot), usedBytes(t, n.DaemonRoot)
+	mounts, err := node.Mounts(n.DaemonState)
+	check(t, err)
+
+	var pods []*node.Pod
+	var images []string
+	run := func(volumes []node.Volume, userns bool) *node.Pod {
+		t.Helper()
+		pod, err := n.RunPod(node.PodSpec{OwnNetwork: userns, UserNamespace: userns, Volumes: volumes})
+		check(t, err)
+		pods = append(pods, pod)
+		return pod
+	}
+	// What a large file takes of the disk when it is shown, beside the pulled blob.
+	weights := random(largeSize, "weights")
+	raw := rawLayer("weights", weights)
+	for format, layer := range map[string]pack.Layer{
+		"raw": raw,
+		"tar": tarLayer(t, modelspec.MediaTypeModelWeight, archiveOf(t, pack.Member{Header: tar.Header{Name: "weights", Mode: 0o644}, Data: weights})),
+	} {
+		ref := push(t, n, "large-"+format, layer)
+		images = append(images, ref)
+		already := usedBytes(t, n.DaemonRoot)
+		pod := run([]node.Volume{{Image: ref, Path: "/model"}}, false)
+		o.grown[format] = usedBytes(t, n.DaemonRoot) - already
+		entries, err := pod.Tree("main", "/model")
+		check(t, err)
+		if len(entries) != 1 || entries[0].SHA256 != fileEntry("", weights).SHA256 {
+			t.Errorf("the large %s file is shown as %+v", format, entries)
+		}
+		least, most := int64(-1<<20), int64(1<<20)
+		if p.by == layout.Copied {
+			least, most = largeSize, largeSize+8<<20
+		}
+		if g := o.grown[format]; g < least || g > most {
+			t.Errorf("showing a %s file of %d bytes took %d of root's disk, want %d to %d", format, largeSize, g, least, most)
+		}
+	}
+
+	volumes, want := anything(t, n)
+	for _, v := range volumes {
+		images = append(images, v.Image)
+	}
+	wantAll := func(pod *node.Pod, userns bool) {
+		t.Helper()
+		for i, v := range volumes {
+			entries := want[i]
+			if userns {
+				entries = mapped(entries)
+			}
+			wantVolume(t, pod, "main", v.Path, entries)
+		}
+	}
+	first := run(volumes, false)
+	wantAll(first, false)
+	mapped := run(volumes, true)
+	wantAll(mapped, true)
+	counted := series(t, socket)
+	wantAll(run(volumes, false), false)
+	for _, how := range layout.Retentions {
+		key := fmt.Sprintf("content_bytes_total{by=%q}", how)
+		o.counted[string(how)] = counted[key]
+		if now := series(t, socket)[key]; now != counted[key] {
+			t.Errorf("another pod has made %s %f, which was %f", key, now, counted[key])
+		}
+	}
+	p.wantCounted(t, o.counted)
+	o.raw, o.tar = rungsOf(t, counted)
+	if o.raw != string(layout.Overlay) || o.tar != string(p.tar) {
+		t.Errorf("layers are laid out by %s and %s, want %s and %s", o.raw, o.tar, layout.Overlay, p.tar)
+	}
+	p.wantAdvice(t, n)
+
+	check(t, n.KillDaemon())
+	wantAll(first, false)
+	p.restart(t, n)
+	wantAll(first, false)
+	wantAll(mapped, true)
+	wantAll(run(volumes, false), false)
+
+	for _, pod := range pods {
+		check(t, pod.Remove())
+	}
+	for _, image := range images {
+		_, err := n.Crictl("rmi", image)
+		check(t, err)
+	}
+	p.wantNothingLeft(t, n, files, mounts, used)
+	if everyRung && p.root.name == p.content.name && p.apart == "" {
+		p.everyRung(t, n)
+		p.wantNothingLeft(t, n, files, mounts, used)
+	}
+	return o
+}
+
+// wantCounted checks how the daemon says that it has come by the two large files, and
+// all others.
+func (p pair) wantCounted(t *testing.T, counted map[string]float64) {
+	t.Helper()
+	// Sparse members are always copied: a little more than 4 KiB, in each of two Trees.
+	const sparse = 32 << 10
+	for how, bounds := range map[layout.Retention][2]float64{
+		layout.Copied:    {1, sparse},
+		layout.Reflinked: {0, 0},
+	} {
+		if how == p.by {
+			bounds = [2]float64{2 * largeSize, 3 * largeSize}
+		}
+		if n := counted[string(how)]; n < bounds[0] || n > bounds[1] {
+			t.Errorf("the daemon says that %.0f bytes came by %s, want %.0f to %.0f", n, how, bounds[0], bounds[1])
+		}
+	}
+}
+
+// rungsOf is those of the Trees there are.
+func rungsOf(t *testing.T, series map[string]float64) (raw, tar string) {
+	t.Helper()
+	for key, count := range series {
+		if !strings.HasPrefix(key, "trees{") || count == 0 {
+			continue
+		}
+		if raw != "" {
+			t.Errorf("Trees are laid out in several ways: %q", key)
+		}
+		_, err := fmt.Sscanf(strings.ReplaceAll(key, ",", " "), "trees{raw=%q tar=%q}", &raw, &tar)
+		check(t, err)
+	}
+	return raw, tar
+}
+
+// wantAdvice checks that doctor says what would be better elsewhere, and nothing where
+// all is well.
+func (p pair) wantAdvice(t *testing.T, n *node.Node) {
+	t.Helper()
+	_, text := doctor(t, n)
+	for advice, wanted := range map[string]bool{
+		"advice: move root to ext4, xfs or btrfs: tars take no loop devices": p.tar == layout.EROFSLoop,
+		"whose own root filesystem overlayfs cannot have on an overlay":      p.byNRI(),
+		"blobs are linked into root, without a copy":                         p.by == layout.Linked,
+		"blobs are reflinked into root":                                      p.by == layout.Reflinked,
+		"blobs are copied into root":                                         p.by == layout.Copied,
+	} {
+		if strings.Contains(text, advice) != wanted {
+			t.Errorf("doctor says %q: %v, want %v, in\n%s", advice, !wanted, wanted, text)
+		}
+	}
+}
+
+// wantNothingLeft waits until the daemon has what it had: its files, its mounts, no loop
+// device; and its disk is as full as it was, but for what databases and directories
+// have grown.
+func (p pair) wantNothingLeft(t *testing.T, n *node.Node, files, mounts []string, used int64) {
+	t.Helper()
+	const slack = 4 << 20
+	var now []string
+	waitFor(t, "the daemon's files, mounts and loop devices to go", func() bool {
+		now = filesBelow(t, n.DaemonRoot)
+		mounted, err := node.Mounts(n.DaemonState)
+		check(t, err)
+		return slices.Equal(now, files) && slices.Equal(mounted, mounts) && len(loopDevicesIn(t, n.DaemonRoot)) == 0
+	})
+	var grown int64
+	waitFor(t, "the disk to be as full as before", func() bool {
+		grown = usedBytes(t, n.DaemonRoot) - used
+		return grown < slack
+	})
+	t.Logf("at the end root's disk had %d bytes more than at the beginning", grown)
+}
+
+// filesBelow is all below dir that is no directory, in lexical order.
+func filesBelow(t *testing.T, dir string) (names []string) {
+	t.Helper()
+	check(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if os.IsNotExist(err) {
+			return nil // it has just gone
+		}
+		if err == nil && !d.IsDir() {
+			names = append(names, path)
+		}
+		return err
+	}))
+	return names
+}

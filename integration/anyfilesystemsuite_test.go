@@ -1,0 +1,152 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
+	layout "github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// everyRung starts the daemon with each rung: the same is shown, or the daemon does not
+// start and says why.
+func (p pair) everyRung(t *testing.T, n *node.Node) {
+	t.Helper()
+	config := filepath.Join(n.Dir, "daemon.toml")
+	before, err := os.ReadFile(config)
+	check(t, err)
+	layers, want := mixture(t)
+	for format, rungs := range map[string][]layout.Rung{"raw": layout.RawRungs, "tar": layout.TarRungs} {
+		for _, rung := range rungs {
+			t.Run(format+" by "+string(rung), func(t *testing.T) {
+				check(t, n.StopDaemon())
+				forced := fmt.Appendf(nil, "%s_rung = %q\n%s", format, rung, before)
+				check(t, os.WriteFile(config, forced, 0o600))
+				if p.tar == layout.EROFSLoop && (rung == layout.EROFS || rung == layout.EROFSBuffered) {
+					err := n.StartDaemon()
+					if want := fmt.Sprintf("rung %q does not work in %s", rung, n.DaemonRoot); err == nil || !strings.Contains(strings.ReplaceAll(err.Error()+daemonLog(t, n), `\`, ""), want) {
+						t.Errorf("the daemon: %v, want that it says %q", err, want)
+					}
+					check(t, os.WriteFile(config, before, 0o600))
+					p.restart(t, n)
+					return
+				}
+				p.restart(t, n)
+				ref := push(t, n, "mixture", layers...)
+				pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
+				check(t, err)
+				got, err := pod.Tree("main", "/model")
+				check(t, err)
+				want := slices.Clone(want)
+				if rung == layout.Link { // files of raw layers have the blob's attributes
+					for _, entries := range [][]treelist.Entry{want, got} {
+						for i := range entries {
+							entries[i].Mode, entries[i].UID, entries[i].GID, entries[i].ModTime = 0, 0, 0, 0
+						}
+					}
+				}
+				if diff := treelist.Diff(want, got); diff != "" {
+					t.Errorf("the volume differs from what was packed:\n%s", diff)
+				}
+				check(t, pod.Remove())
+				_, err = n.Crictl("rmi", ref)
+				check(t, err)
+				check(t, os.WriteFile(config, before, 0o600))
+			})
+		}
+	}
+	check(t, n.StopDaemon())
+	p.restart(t, n)
+}
+
+// suites are the packages whose own tests are run on each file system.
+var suites = []string{"unpack", "snapshot", "view"}
+
+// withoutUpper are those of them that an overlay cannot pass: overlayfs does not take it
+// as an upper layer, nor can whiteouts be made there.
+const withoutUpper = `^(TestContainerdsOwnSuite|TestWhatOverlayfsHidesIsNotThere)$`
+
+var result = regexp.MustCompile(`(?m)^ *--- (PASS|FAIL|SKIP): (\S+)`)
+
+// runSuites runs the tests of the packages with their temporary directories on each file
+// system that a root of pairs is on, containerd's own suite for snapshotters among
+// them, and returns how that went. None may be skipped.
+func runSuites(t *testing.T) map[string]string {
+	t.Helper()
+	bin, cells := t.TempDir(), map[string]string{}
+	for _, pkg := range suites {
+		if out, err := exec.Command("go", "test", "-c", "-o", filepath.Join(bin, pkg), "../"+pkg).CombinedOutput(); err != nil {
+			t.Fatalf("go test -c ../%s: %v\n%s", pkg, err, out)
+		}
+	}
+	for _, p := range pairs {
+		if cells[p.root.name] != "" {
+			continue
+		}
+		cells[p.root.name] = "no"
+		t.Run("suites on "+p.root.name, func(t *testing.T) {
+			dir := p.root.mounted(t)
+			passed := 0
+			for _, pkg := range suites {
+				cmd := exec.CommandContext(t.Context(), filepath.Join(bin, pkg), "-test.v", "-test.timeout=60m")
+				if p.byNRI() {
+					cmd.Args = append(cmd.Args, "-test.skip="+withoutUpper)
+				}
+				cmd.Dir = "../" + pkg
+				cmd.Env = append(os.Environ(), "TMPDIR="+dir)
+				var out bytes.Buffer
+				cmd.Stdout, cmd.Stderr = &out, &out
+				err := cmd.Run()
+				for _, m := range result.FindAllStringSubmatch(out.String(), -1) {
+					if m[1] == "PASS" {
+						passed++
+					} else {
+						t.Errorf("%s: %s %s", pkg, m[1], m[2])
+					}
+				}
+				if err != nil {
+					text := out.String()
+					t.Errorf("%s: %v\n%s", pkg, err, text[max(0, len(text)-8<<10):])
+				}
+			}
+			if !t.Failed() {
+				cells[p.root.name] = fmt.Sprintf("%d tests", passed)
+				if p.byNRI() {
+					cells[p.root.name] += ", without containerd's own"
+				}
+			}
+		})
+	}
+	return cells
+}
+
+// table is what docs/support.md has of the rows.
+func table(rows []outcome, suites map[string]string) string {
+	var out strings.Builder
+	out.WriteString("| root | content | raw | tar | blobs in root | taken by showing 64 MiB, raw and tar | user namespaces, image volumes | tests of `unpack`, `snapshot`, `view` |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n")
+	for _, o := range rows {
+		root, content := o.cells()
+		volumes := "by the snapshotter"
+		if o.byNRI() {
+			volumes = "by NRI only"
+		}
+		mib := func(format string) string { return fmt.Sprintf("%.1f MiB", float64(o.grown[format])/(1<<20)) }
+		suite := suites[o.root.name]
+		if suite == "" {
+			suite = "not run"
+		}
+		fmt.Fprintf(&out, "| %s | %s | `%s` | `%s` | %s | %s, %s | %s | %s |\n", root, content, o.raw, o.tar, o.by, mib("raw"), mib("tar"), volumes, suite)
+	}
+	return out.String()
+}

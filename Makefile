@@ -15,7 +15,7 @@ PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs busy
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build image tools containerd-older kubelet helm packages demo test test-long test-crash test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
+.PHONY: build image tools containerd-older kubelet helm packages demo test test-long test-crash test-soak test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
 
 build:
 	@echo "==> building $(BIN)"
@@ -96,10 +96,16 @@ test-crash: build tools
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -v -timeout 4h -run '^Test(TheDaemonIsKilled|ThePowerIsCut|ADiskForgets|ABrokenDaemon)' ./integration/crash
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -v -timeout 2h -run '^TestANodeSurvives' ./integration
 
+# Ten minutes of everything at once on a node, with the race detector in the daemon, too.
+# ARTIFACT_SNAPSHOTTER_SOAK_SEED=2 is another order.
+test-soak: build tools
+	@echo "==> soaking a node for ten minutes"
+	ARTIFACT_SNAPSHOTTER_LONG=1 go test -race -count=1 -v -timeout 60m -run '^TestNothingIsLostOrLeft' ./integration
+
 # All of what `make test` has a selection of (docs/reliability.md): the kills and power
-# cuts, and the hostile artifacts on every way to show them, those of a million files
+# cuts, the soak, and the hostile artifacts on every way to show them, those of a million files
 # included.
-test-long: test test-crash
+test-long: test test-crash test-soak
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -timeout 120m -v -run Verdict ./integration/hostile
 
 # The chart, the examples, the dashboard and the alerts: files that Go does not see

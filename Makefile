@@ -15,7 +15,7 @@ PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs btrf
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build image tools containerd-older kubelet helm packages demo test test-long test-crash test-deploy test-filesystems test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
+.PHONY: build image tools containerd-older kubelet helm packages demo test test-long test-crash test-soak test-filesystems test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
 
 build:
 	@echo "==> building $(BIN)"
@@ -102,10 +102,16 @@ test-filesystems: build tools
 	@echo "==> running nodes and unit tests on every file system"
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -v -timeout 3h -run '^TestVolumesAreTheSameOnAnyFileSystem$$' ./integration
 
+# Ten minutes of everything at once on a node, with the race detector in the daemon, too.
+# ARTIFACT_SNAPSHOTTER_SOAK_SEED=2 is another order.
+test-soak: build tools
+	@echo "==> soaking a node for ten minutes"
+	ARTIFACT_SNAPSHOTTER_LONG=1 go test -race -count=1 -v -timeout 60m -run '^TestNothingIsLostOrLeft' ./integration
+
 # All of what `make test` has a selection of (docs/reliability.md): the kills and power
-# cuts, every file system, and the hostile artifacts on every way to show them, those of
-# a million files included.
-test-long: test test-crash test-filesystems
+# cuts, the soak, every file system, and the hostile artifacts on every way to show them,
+# those of a million files included.
+test-long: test test-crash test-soak test-filesystems
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -timeout 120m -v -run Verdict ./integration/hostile
 
 # The chart, the examples, the dashboard and the alerts: files that Go does not see

@@ -358,8 +358,11 @@ func (n *Node) DaemonPID() int { return n.daemon.cmd.Process.Pid }
 
 // Crictl runs crictl against the node and returns what it printed. The error
 // holds its standard error word for word: what kubectl describe would show.
-func (n *Node) Crictl(args ...string) (string, error) {
-	return n.run(filepath.Join(n.tools, "crictl"), append([]string{"--config", n.path("crictl.yaml")}, args...)...)
+func (n *Node) Crictl(args ...string) (string, error) { return n.CrictlContext(n.ctx, args...) }
+
+// CrictlContext is Crictl, killed when ctx ends.
+func (n *Node) CrictlContext(ctx context.Context, args ...string) (string, error) {
+	return n.runContext(ctx, filepath.Join(n.tools, "crictl"), append([]string{"--config", n.path("crictl.yaml")}, args...)...)
 }
 
 // Critest runs Kubernetes' CRI validation suite against the node, with env

@@ -4,6 +4,7 @@
 package node
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -174,7 +175,10 @@ func (p *Pod) Start(c Container) error {
 }
 
 // Create is Start without starting, and returns the container's ID.
-func (p *Pod) Create(c Container) (id string, err error) {
+func (p *Pod) Create(c Container) (id string, err error) { return p.CreateContext(p.node.ctx, c) }
+
+// CreateContext is Create by a client that goes away when ctx ends.
+func (p *Pod) CreateContext(ctx context.Context, c Container) (id string, err error) {
 	if c.Name == "" {
 		c.Name = "main"
 	}
@@ -211,7 +215,7 @@ func (p *Pod) Create(c Container) (id string, err error) {
 	if err != nil {
 		return "", err
 	}
-	id, err = p.node.Crictl("create", p.ID, config, p.sandbox)
+	id, err = p.node.CrictlContext(ctx, "create", p.ID, config, p.sandbox)
 	if err != nil {
 		return "", err
 	}

@@ -132,7 +132,12 @@ func (n *Node) waitReady(p *process, ready *net.UnixConn) error {
 // run runs a program and returns its standard output; its standard error is in
 // the error.
 func (n *Node) run(program string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(n.ctx, 5*time.Minute)
+	return n.runContext(n.ctx, program, args...)
+}
+
+// runContext is run, with a program that is killed when ctx ends.
+func (n *Node) runContext(ctx context.Context, program string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, args...)
 	var stdout, stderr bytes.Buffer

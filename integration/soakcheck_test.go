@@ -1,0 +1,359 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"go.etcd.io/bbolt"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+)
+
+// holding is what a daemon has, for others or of its own.
+type holding struct {
+	goroutines, descriptors int
+	rss                     int      // KiB
+	files                   []string // below its root and state, with the sizes of files
+}
+
+// holds is what the daemon has now.
+func (s *soak) holds(t *testing.T) (i holding) {
+	t.Helper()
+	i.goroutines = int(families(t, s.metrics)["go_goroutines"].GetMetric()[0].GetGauge().GetValue())
+	i.descriptors, i.rss = openFiles(t, s.n), s.status(t, "VmRSS")
+	for _, dir := range []string{s.n.DaemonRoot, s.n.DaemonState} {
+		check(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			// The database keeps the pages that it has had.
+			if fi, err := d.Info(); err == nil && fi.Mode().IsRegular() && d.Name() != "metadata.db" {
+				path += fmt.Sprintf(" (%d bytes)", fi.Size())
+			}
+			i.files = append(i.files, path)
+			return nil
+		}))
+	}
+	return i
+}
+
+// settled is what the daemon has when its files have not changed for 50 looks: the least
+// of each number, for a look itself takes a connection.
+func (s *soak) settled(t *testing.T) (least holding) {
+	t.Helper()
+	looks := 0
+	waitFor(t, "the daemon to settle", func() bool {
+		now := s.holds(t)
+		if looks++; looks == 1 || !slices.Equal(now.files, least.files) {
+			looks, least = 1, now
+		}
+		least.goroutines, least.descriptors, least.rss = min(least.goroutines, now.goroutines), min(least.descriptors, now.descriptors), now.rss
+		return looks > 50
+	})
+	return least
+}
+
+// eventually waits until problem finds none, for a minute and a half: the daemon looks
+// for what nobody tells it of every minute.
+func eventually(t *testing.T, problem func() string) {
+	t.Helper()
+	for deadline := time.Now().Add(90 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		text := problem()
+		if text == "" {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Error(text)
+			return
+		}
+	}
+}
+
+// wantExplained wants what is listed to be what there are reasons for, soon.
+func wantExplained(t *testing.T, what string, want map[string]bool, list func() []string) {
+	t.Helper()
+	eventually(t, func() string {
+		got := list()
+		var odd []string
+		for _, name := range got {
+			if !want[name] {
+				odd = append(odd, "too many: "+name)
+			}
+		}
+		for name := range want {
+			if !slices.Contains(got, name) {
+				odd = append(odd, "missing: "+name)
+			}
+		}
+		if len(odd) == 0 {
+			return ""
+		}
+		return fmt.Sprintf("%s, by what containerd has and which pods run:\n%s", what, strings.Join(odd, "\n"))
+	})
+}
+
+// check checks what must be so whenever nobody is in the middle of something.
+func (s *soak) check(t *testing.T, workers []*worker, idle holding) {
+	t.Helper()
+	var pods []*soakPod
+	for _, w := range workers {
+		pods = append(pods, w.pods...)
+	}
+	s.removeStrays(t, pods)
+	s.giveUpLeases(t)
+	check(t, collectGarbage(t.Context(), s.c))
+
+	// Every pod reads what it must: through a file that it has held open, and anew.
+	for _, p := range pods {
+		wantReading(t, p.Pod)
+		if err := p.compare(); err != nil {
+			t.Error(err)
+		}
+		s.compared += len(p.volumes)
+	}
+
+	// Views, containerd's mounts and the daemon's are those of the pods.
+	views, shown, mounts, trees := map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]bool{}
+	for _, p := range pods {
+		for _, a := range p.volumes {
+			view := p.ID + "/" + a.target.Encoded()
+			views[view] = true
+			mounts[filepath.Join(s.volumes(), view)] = true
+			if a.manifest != "" { // the others are overlayfs'
+				shown[view] = true
+				trees[fmt.Sprintf("%s for %d", a.manifest.Encoded(), p.spec.HostID)] = true
+			}
+		}
+	}
+	wantExplained(t, "the daemon's views", views, func() []string { return s.views(t) })
+	wantExplained(t, "containerd's mounts", mounts, func() []string {
+		got, err := node.Mounts(s.volumes())
+		check(t, err)
+		return got
+	})
+	var mounted []string
+	eventually(t, func() string {
+		var err error
+		mounted, err = node.Mounts(s.n.DaemonState)
+		check(t, err)
+		if len(mounted) == len(trees) {
+			return ""
+		}
+		return fmt.Sprintf("the daemon's mounts are\n%s\nwant those of\n%s", strings.Join(mounted, "\n"), strings.Join(slices.Sorted(maps.Keys(trees)), "\n"))
+	})
+	for _, point := range mounted {
+		hex := manifestIn(point)
+		if !slices.ContainsFunc(slices.Collect(maps.Keys(trees)), func(tree string) bool { return strings.HasPrefix(tree, hex+" ") }) {
+			t.Errorf("no pod explains the mount %s", point)
+		}
+	}
+	for _, device := range loopDevices(t, s.n) {
+		if !slices.ContainsFunc(mounted, func(point string) bool { return strings.Contains(device, "/"+filepath.Base(point)+"/") }) {
+			t.Errorf("no mount explains the loop device of %s", device)
+		}
+	}
+	// Trees are those of pods, and of images that are there.
+	eventually(t, func() string {
+		entries, err := os.ReadDir(filepath.Join(s.n.DaemonRoot, "trees"))
+		check(t, err)
+		for _, e := range entries {
+			_, err := os.Stat(blobPath(s.n, manifestIn(e.Name())))
+			used := slices.ContainsFunc(mounted, func(point string) bool { return filepath.Base(point) == e.Name() })
+			if !used && (err != nil || strings.Count(e.Name(), "-") > 1) {
+				return "neither a pod nor an image explains the tree " + e.Name()
+			}
+		}
+		return ""
+	})
+
+	// Nothing is held for those who have gone. The mounts of pods take nothing of it.
+	eventually(t, func() string {
+		now := s.holds(t)
+		if now.goroutines <= idle.goroutines && now.descriptors <= idle.descriptors {
+			return ""
+		}
+		return fmt.Sprintf("the daemon has %d goroutines and %d descriptors, and had %d and %d when it was idle",
+			now.goroutines, now.descriptors, idle.goroutines, idle.descriptors)
+	})
+	if leaked := series(t, s.metrics)["sweep_failures_total"]; leaked != 0 {
+		t.Errorf("%v sweeps have failed", leaked)
+	}
+	wantSeries(t, s.metrics, map[string]float64{"containerd_connected": 1, "views": float64(len(shown)), "mounts": float64(len(mounted))})
+	if out, _, err := s.n.Artifact("health", "--config", s.n.ConfigFile()); err != nil || out != "ok\n" {
+		t.Errorf("health says %q (%v)", out, err)
+	}
+	s.checkDatabase(t)
+	s.readLog(t)
+	s.memory(t)
+}
+
+// volumes is where containerd mounts image volumes.
+func (s *soak) volumes() string {
+	return filepath.Join(s.n.State, "io.containerd.grpc.v1.cri", "image-volumes")
+}
+
+// views are the daemon's, as <sandbox>/<hex>.
+func (s *soak) views(t *testing.T) (views []string) {
+	t.Helper()
+	for _, key := range daemonViews(t, s.n) {
+		_, view, _ := strings.Cut(key, "/image-volumes/")
+		views = append(views, view)
+	}
+	return views
+}
+
+// manifestIn is the digest in the name of a Tree, in hex.
+func manifestIn(name string) string {
+	_, rest, _ := strings.Cut(filepath.Base(name), "-")
+	hex, _, _ := strings.Cut(rest, "-")
+	return hex
+}
+
+// removeStrays removes the pods of requests that were not answered.
+func (s *soak) removeStrays(t *testing.T, pods []*soakPod) {
+	t.Helper()
+	out, err := s.n.Crictl("pods", "--quiet", "--no-trunc")
+	check(t, err)
+	strays := int64(0)
+	for _, id := range strings.Fields(out) {
+		if slices.ContainsFunc(pods, func(p *soakPod) bool { return p.ID == id }) {
+			continue
+		}
+		strays++
+		_, err := s.n.Crictl("rmp", "--force", id)
+		check(t, err)
+	}
+	if failed := s.failures.Load(); strays > failed {
+		t.Errorf("%d pods are there that nobody knows, and %d requests have failed", strays, failed)
+	}
+}
+
+// giveUpLeases deletes those of requests that ended with containerd: they would expire.
+func (s *soak) giveUpLeases(t *testing.T) {
+	t.Helper()
+	ctx := s.c.Context(t.Context())
+	all, err := s.c.LeasesService().List(ctx)
+	check(t, err)
+	for _, l := range all {
+		if l.Labels["containerd.io/gc.expire"] == "" {
+			continue
+		}
+		s.count("leases that a restart has left")
+		if err := s.c.LeasesService().Delete(ctx, l); err != nil && !errdefs.IsNotFound(err) {
+			t.Error(err)
+		}
+	}
+}
+
+// checkDatabase checks a copy: the daemon has locked its own, and writes nothing now.
+func (s *soak) checkDatabase(t *testing.T) {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(s.n.DaemonRoot, "overlayfs", "metadata.db"))
+	check(t, err)
+	name := filepath.Join(t.TempDir(), "metadata.db")
+	check(t, os.WriteFile(name, text, 0o600))
+	db, err := bbolt.Open(name, 0o600, &bbolt.Options{ReadOnly: true})
+	check(t, err)
+	err = db.View(func(tx *bbolt.Tx) error {
+		var errs []error
+		for err := range tx.Check() {
+			errs = append(errs, err)
+		}
+		return errors.Join(errs...)
+	})
+	if err = cmp.Or(err, db.Close()); err != nil {
+		t.Errorf("the database: %v", err)
+	}
+}
+
+// explained are the warnings that there must be of refused artifacts, conflicts and
+// restarts. Those of the last line are no fault of the daemon's: a daemon with the race
+// detector, which needs cgo, cannot drop capabilities of all threads, the test hears
+// READY=1 and nothing else, and a rung that was asked for is not the best one.
+var explained = regexp.MustCompile(`msg="(refused an image volume|Cannot unpack what has been pulled|An image is in conflict|Cannot watch containerd's images` +
+	`|The daemon keeps capabilities|Cannot tell systemd|layers are laid out in a lesser way)`)
+
+// readLog looks at what the daemon has logged since the last time.
+func (s *soak) readLog(t *testing.T) {
+	t.Helper()
+	log := daemonLog(t, s.n)
+	fresh := log[s.logged:]
+	s.logged = len(log)
+	if _, race, ok := strings.Cut(fresh, "WARNING: DATA RACE"); ok {
+		t.Errorf("the daemon has a data race%.6000s", race)
+	}
+	for line := range strings.Lines(fresh) {
+		if strings.Contains(line, "level=warning") && !explained.MatchString(line) {
+			t.Errorf("the daemon warns: %.2000s", line)
+		}
+		for _, bad := range []string{"level=error", "level=fatal", "level=panic", "panic: ", "fatal error: "} {
+			if strings.Contains(line, bad) {
+				t.Errorf("the daemon has logged: %.2000s", line)
+			}
+		}
+	}
+}
+
+// wantGone deletes all, and wants the daemon to have what it had in the beginning.
+func (s *soak) wantGone(t *testing.T, idle holding) {
+	t.Helper()
+	for _, a := range slices.Concat(s.shown, s.bad) {
+		if _, err := s.n.Crictl("rmi", a.ref); err != nil && !vanished.MatchString(err.Error()) {
+			t.Error(err)
+		}
+	}
+	unused, err := s.c.Unused(t.Context())
+	check(t, err)
+	_, _, err = s.c.Remove(t.Context(), unused)
+	check(t, err)
+	images, err := s.c.Images(t.Context())
+	check(t, err)
+	for _, i := range images {
+		t.Errorf("the image %q cannot be removed", i.Name)
+	}
+	s.giveUpLeases(t)
+	check(t, collectGarbage(t.Context(), s.c))
+	eventually(t, func() string {
+		now := s.holds(t)
+		if now.goroutines <= idle.goroutines && now.descriptors <= idle.descriptors && slices.Equal(now.files, idle.files) {
+			return ""
+		}
+		return fmt.Sprintf("the daemon has %d goroutines, %d descriptors and the files\n%s\nand had %d, %d and\n%s",
+			now.goroutines, now.descriptors, strings.Join(now.files, "\n"), idle.goroutines, idle.descriptors, strings.Join(idle.files, "\n"))
+	})
+	for _, dir := range []string{s.n.DaemonRoot, s.n.DaemonState, s.n.State} {
+		mounts, err := node.Mounts(dir)
+		check(t, err)
+		if len(mounts) > 0 {
+			t.Errorf("mounts are left: %q", mounts)
+		}
+	}
+	if devices := loopDevices(t, s.n); len(devices) > 0 {
+		t.Errorf("loop devices are left: %q", devices)
+	}
+	leases, err := s.c.LeasesService().List(s.c.Context(t.Context()))
+	check(t, err)
+	if len(leases) > 0 {
+		t.Errorf("leases are left: %v", leases)
+	}
+	if got := snapshotsIn(t, s.n, "artifact"); len(got) != 1 { // of the test image's layer
+		t.Errorf("snapshots are left: %v", got)
+	}
+}

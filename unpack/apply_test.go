@@ -325,7 +325,7 @@ func xfs(t *testing.T) string {
 
 func TestFilesAreReflinksWhereTheFileSystemHasThem(t *testing.T) {
 	disk := xfs(t)
-	s := site{content: blobdir.Dir(filepath.Join(disk, "content")), root: filepath.Join(disk, "root")}
+	s := site{t: t, content: blobdir.Dir(filepath.Join(disk, "content")), root: filepath.Join(disk, "root")}
 	c := newChain(t, s, false)
 	upper := filepath.Join(disk, "upper")
 	for _, dir := range []string{filepath.Join(string(s.content), "blobs/sha256"), s.root, upper} {

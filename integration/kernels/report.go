@@ -18,6 +18,7 @@ import (
 type result struct {
 	kernel
 	release string
+	refused string                    // why no pod had a user namespace
 	chosen  map[string]string         // rung by format
 	found   []string                  // rungs that work
 	absent  []string                  // rungs that do not, and why
@@ -91,6 +92,9 @@ func (r *result) learn(said string) {
 	if release, ok := strings.CutPrefix(said, "release="); ok {
 		r.release = release
 	}
+	if why, ok := strings.CutPrefix(said, "no user namespaces: "); ok {
+		r.refused = why
+	}
 	if rung, ok := strings.CutPrefix(said, "rung "); ok {
 		r.found = append(r.found, rung)
 	}
@@ -122,7 +126,13 @@ func (r *result) check(ended bool) error {
 	if r.chosen["raw"] != r.raws[0] || r.chosen["tar"] != r.tars[0] {
 		errs = append(errs, fmt.Errorf("%s and %s are chosen, want %s and %s", r.chosen["raw"], r.chosen["tar"], r.raws[0], r.tars[0]))
 	}
+	if r.refused != r.noUserNamespaces {
+		errs = append(errs, fmt.Errorf("user namespaces: %q, want %q", r.refused, r.noUserNamespaces))
+	}
 	for _, mapped := range []bool{false, true} {
+		if mapped && r.noUserNamespaces != "" {
+			continue
+		}
 		for _, rung := range append(slices.Concat(r.raws, r.tars), "auto") {
 			if !slices.ContainsFunc(r.volumes[mapped], func(pair string) bool { return slices.Contains(strings.Fields(pair), rung) }) {
 				errs = append(errs, fmt.Errorf("no pod has read a volume by %s (user namespace: %t)", rung, mapped))
@@ -167,7 +177,12 @@ func write(w io.Writer, results []result) {
 		return func(r result) string { return yes(len(r.volumes[mapped]) == len(r.raws)+len(r.tars)) }
 	}
 	row("image volumes by each of them, with containerd", volumes(false))
-	row("in a user namespace", volumes(true))
+	row("in a user namespace", func(r result) string {
+		if r.refused != "" {
+			return "no"
+		}
+		return volumes(true)(r)
+	})
 	for _, s := range suites {
 		row("tests of "+s.pkg, func(r result) string {
 			n := r.tests[s.pkg]
@@ -180,6 +195,9 @@ func write(w io.Writer, results []result) {
 		})
 	}
 	for _, r := range results {
+		if r.refused != "" {
+			fmt.Fprintf(w, "\n%s: no user namespaces: %s", r.release, r.refused)
+		}
 		for _, a := range r.absent {
 			fmt.Fprintf(w, "\n%s: no rung %s", r.release, a)
 		}

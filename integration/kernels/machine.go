@@ -84,7 +84,7 @@ func (m machine) run(ctx context.Context) error {
 		}
 	}
 	if m.accel == "kvm" && !m.began() {
-		return fmt.Errorf("%w: %w: %s", errNoBoot, err, said.String())
+		return fmt.Errorf("%w: %s", errors.Join(errNoBoot, err), said.String())
 	}
 	console, rerr := os.ReadFile(m.console)
 	if found := trouble.Find(console); found != nil {

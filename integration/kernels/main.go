@@ -131,7 +131,7 @@ func run(accel string, series []string) (err error) {
 			return ctx.Err()
 		}
 		if err != nil {
-			failed = append(failed, fmt.Errorf("Linux %s: %w; see %s and %s", k.series, err, logPath(k.series, "console"), logPath(k.series, "results")))
+			failed = append(failed, fmt.Errorf("kernel %s: %w; see %s and %s", k.series, err, logPath(k.series, "console"), logPath(k.series, "results")))
 		}
 		results = append(results, r)
 		fmt.Fprintf(os.Stderr, "==> Linux %s, %s: %s\n", r.release, time.Since(start).Round(time.Second), r.counts())

@@ -56,10 +56,13 @@ type suite struct {
 var suites = []suite{
 	{pkg: "integration", run: "^TestEveryRungOfTheKernel$"},
 	{pkg: "unpack", long: []string{
-		"TestAComparisonWithManyLayersCanBeEnded", "TestATarMayExpandOnlySoFar", "TestTheReserveOfTheDiskIsKept", "TestLayersAreDecompressedTogetherWithinAnyBudget",
+		"TestAComparisonWithManyLayersCanBeEnded", "TestATarMayExpandOnlySoFar", "TestTheReserveOfTheDiskIsKept", "TestLayersAreDecompressedTogetherWithinAnyBudget", "TestACancelledBuildEndsWhileItDecompresses",
 		"TestLinksToALargeMemberCountLikeIt", "TestHeadersThatPlanNothingCount", "TestTargetsAndAttributesCountAsNames", "TestTwentyThousandRawFilesAreShown", "TestTenThousandNamesInADirectoryAreShown", "Fuzz.*",
 	}},
-	{pkg: "view"},
+	{pkg: "view", rungs: map[string][]string{"overlay": {
+		"TestAnObserverIsToldHowBytesCame", "TestAnObserverIsToldWhatASweepFrees", "TestEachUserNamespaceHasItsTree", "TestAShiftedTreeGoesWithItsLastPod",
+		"TestAChangeOfTheRungWhileAPodRuns", "TestAFlatTarGoesWithTheLastTreeThatLinksToIt",
+	}}},
 	{pkg: "snapshot"},
 }
 

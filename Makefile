@@ -15,7 +15,7 @@ PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs btrf
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build image tools containerd-older kubelet helm packages demo test test-long test-crash test-soak test-filesystems test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
+.PHONY: build image tools containerd-older kubelet helm packages packages-kernels demo test test-long test-crash test-soak test-filesystems test-kernels test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
 
 build:
 	@echo "==> building $(BIN)"
@@ -34,14 +34,20 @@ image:
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 0) go run -C deploy/image . \
 		-out $(CURDIR)/$(IMAGE) -version $(VERSION) amd64=$(CURDIR)/$(BIN)-amd64 arm64=$(CURDIR)/$(BIN)-arm64
 
-# Debian packages that the tools are built with and the tests use.
-packages:
-	@missing=; for p in $(PACKAGES); do \
+install_packages = @missing=; for p in $(1); do \
 		dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then \
 		echo "==> installing Debian packages:$$missing"; \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; \
 	fi
+
+# Debian packages that the tools are built with and the tests use.
+packages:
+	$(call install_packages,$(PACKAGES))
+
+# Those that virtual machines with Debian's kernels take.
+packages-kernels:
+	$(call install_packages,qemu-system-x86 kmod debian-archive-keyring)
 
 # containerd, runc, crictl and what else a node is made of, at the versions
 # pinned in integration/tools/go.mod. Go's build cache makes the second time
@@ -109,9 +115,9 @@ test-soak: build tools
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -race -count=1 -v -timeout 60m -run '^TestNothingIsLostOrLeft' ./integration
 
 # All of what `make test` has a selection of (docs/reliability.md): the kills and power
-# cuts, the soak, every file system, and the hostile artifacts on every way to show them,
-# those of a million files included.
-test-long: test test-crash test-soak test-filesystems
+# cuts, the soak, every file system, older kernels, and the hostile artifacts on every way
+# to show them, those of a million files included.
+test-long: test test-crash test-soak test-filesystems test-kernels
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -timeout 120m -v -run Verdict ./integration/hostile
 
 # The chart, the examples, the dashboard and the alerts: files that Go does not see
@@ -134,6 +140,11 @@ test-node: build tools
 # docs/support.md.
 test-matrix: build tools containerd-older
 	go run ./integration/matrix $(CONTAINERD_OLDER:%=$(TOOLS)-%) $(TOOLS)
+
+# What differs between kernels, on those of Debian in virtual machines: the table of
+# docs/support.md. Without a KVM that can boot them it takes some times longer.
+test-kernels: build tools packages-kernels
+	go run ./integration/kernels
 
 bench: build tools kubelet
 	@echo "==> running the benchmarks (docs/benchmarks.md says what they mean)"

@@ -53,6 +53,7 @@ func (s site) left(t *testing.T) (names []string) {
 func TestAFlatTarIsSharedByAllTreesWithTheBlob(t *testing.T) {
 	for _, c := range compressed {
 		t.Run(string(c), func(t *testing.T) {
+			requireRungs(t, Overlay, EROFS)
 			s := newSite(t)
 			l := s.tar(t, c, archive(t, file("f", noise(1<<20))))
 			first, err := s.buildAs("first", best, l)
@@ -80,6 +81,7 @@ func TestAFlatTarIsSharedByAllTreesWithTheBlob(t *testing.T) {
 }
 
 func TestOneTarCompressedInTwoWaysIsOnTheDiskOnce(t *testing.T) {
+	requireRungs(t, Overlay, EROFS)
 	s := newSite(t)
 	a := archive(t, file("f", noise(1<<20)))
 	gz, zst := s.tar(t, artifact.CompressionGzip, a), s.tar(t, artifact.CompressionZstd, a)
@@ -246,6 +248,7 @@ func TestLayersAreDecompressedTogetherWithinAnyBudget(t *testing.T) {
 
 // Two artifacts that share layers are built at one time.
 func TestTwoBuildsAtOneTimeShareAFlatTar(t *testing.T) {
+	requireRungs(t, Overlay, EROFS)
 	for range 10 {
 		s := newSite(t)
 		var layers []artifact.Layer
@@ -331,6 +334,7 @@ func waitForGoroutines(t *testing.T, most int) {
 // What a build that is killed leaves in the shared directory are a tar without
 // its symlink, and, once the sweep has been there, a symlink without its tar.
 func TestABuildGoesOnFromWhatAKilledOneLeft(t *testing.T) {
+	requireRungs(t, Overlay, EROFS)
 	for what, kill := range map[string]func(t *testing.T, s site, blob, flat string){
 		"a tar without its symlink": func(t *testing.T, _ site, blob, _ string) {
 			if err := os.Remove(blob + ".tar"); err != nil {

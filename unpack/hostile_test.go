@@ -22,6 +22,7 @@ import (
 // The size of a raw layer is what the manifest says, and the blob may not even be
 // there yet. Each 32 MiB of it is memory in the image's writer.
 func TestASizeThatIsNotTrueTakesNoMemory(t *testing.T) {
+	requireRungs(t, Overlay)
 	s := newSite(t)
 	raw := s.raw(t, "f", "x")
 	raw.Descriptor.Size = 1 << 51
@@ -158,6 +159,7 @@ func TestASparseMemberDoesNotGrowWithoutBounds(t *testing.T) {
 }
 
 func TestSparseMembersAreCountedAndReadOnce(t *testing.T) {
+	requireRungs(t, Overlay, EROFS)
 	s := newSite(t)
 	l := s.tar(t, artifact.CompressionNone, sparse(t, 1<<20))
 	tree, err := s.build(best, l, l, l)

@@ -6,6 +6,7 @@ package node
 import (
 	"archive/tar"
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -126,19 +127,37 @@ func (n *Node) daemonBinary() (string, error) {
 	return bin, nil
 }
 
-// pushGuest builds the guest and pushes it as the test image.
-func (n *Node) pushGuest() error {
+// guest is the guest's program: one among the tools, where there is no Go to build it
+// with, else what is built.
+func (n *Node) guest() ([]byte, error) {
+	program, err := os.ReadFile(filepath.Join(n.tools, "guest"))
+	if !errors.Is(err, os.ErrNotExist) {
+		return program, err
+	}
+	if err := BuildGuest(n.ctx, n.path("guest")); err != nil {
+		return nil, err
+	}
+	return os.ReadFile(n.path("guest"))
+}
+
+// BuildGuest builds the guest's program.
+func BuildGuest(ctx context.Context, path string) error {
 	repository, err := findRepository()
 	if err != nil {
 		return err
 	}
-	build := exec.CommandContext(n.ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", n.path("guest"), "./integration/guest")
+	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", path, "./integration/guest")
 	build.Dir = repository
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("go build ./integration/guest: %w\n%s", err, out)
 	}
-	program, err := os.ReadFile(n.path("guest"))
+	return nil
+}
+
+// pushGuest pushes the guest as the test image.
+func (n *Node) pushGuest() error {
+	program, err := n.guest()
 	if err != nil {
 		return err
 	}

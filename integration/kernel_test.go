@@ -1,0 +1,203 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
+)
+
+// The rungs, the best first.
+var (
+	rawRungs = []string{"overlay", "link", "copy"}
+	tarRungs = []string{"erofs", "erofs-loop", "erofs-buffered", "extract"}
+)
+
+// ladder is what doctor says of the rungs of a format.
+type ladder struct {
+	Facts struct {
+		Taken string `json:"taken"`
+		Rungs []struct {
+			Rung   string `json:"rung"`
+			Works  bool   `json:"works"`
+			Reason string `json:"reason"`
+			Remedy string `json:"remedy"`
+			Error  string `json:"error"`
+		} `json:"rungs"`
+	} `json:"facts"`
+}
+
+// rungsOfTheKernel are those that must work where the tests run: all, but on the
+// kernels that integration/kernels boots, which says by the variable which of them.
+func rungsOfTheKernel(all []string) (have []string) {
+	rungs, named := os.LookupEnv("ARTIFACT_SNAPSHOTTER_RUNGS")
+	for _, r := range all {
+		if !named || slices.Contains(strings.Split(rungs, ","), r) {
+			have = append(have, r)
+		}
+	}
+	return have
+}
+
+// TestEveryRungOfTheKernel has pods read image volumes by each rung that the kernel
+// has, with and without a user namespace, and by what the daemon chooses itself. The
+// lines that it prints, "kernel: …", are for integration/kernels.
+func TestEveryRungOfTheKernel(t *testing.T) {
+	raws, tars := rungsOfTheKernel(rawRungs), rungsOfTheKernel(tarRungs)
+	n := node.ForTest(t, node.Options{})
+	var uname unix.Utsname
+	check(t, unix.Uname(&uname))
+	t.Logf("kernel: release=%s", unix.ByteSliceToString(uname.Release[:]))
+
+	var found struct {
+		Raw ladder `json:"raw_layers"`
+		Tar ladder `json:"tar_layers"`
+	}
+	out, _, _ := n.Artifact("doctor", "--output", "json", "--root", n.DaemonRoot, "--state", n.DaemonState, "--address", filepath.Join(n.Dir, "daemon.sock"),
+		"--content-root", n.ContentRoot, "--containerd-address", n.Address, "--containerd-config", filepath.Join(n.Dir, "containerd.toml"))
+	check(t, json.Unmarshal([]byte(out), &found))
+	for format, tried := range map[string]ladder{"raw": found.Raw, "tar": found.Tar} {
+		t.Logf("kernel: chosen %s=%s", format, tried.Facts.Taken)
+		if len(tried.Facts.Rungs) == 0 {
+			t.Errorf("doctor has tried no rung for %s layers: %s", format, out)
+		}
+		want := slices.Concat(raws, tars)
+		for _, trial := range tried.Facts.Rungs {
+			if trial.Works != slices.Contains(want, trial.Rung) {
+				t.Errorf("the rung %s works: %t (%s), want %t", trial.Rung, trial.Works, trial.Error, !trial.Works)
+			}
+			if trial.Works {
+				t.Logf("kernel: rung %s", trial.Rung)
+				continue
+			}
+			t.Logf("kernel: no rung %s: %s", trial.Rung, trial.Reason)
+			t.Log(trial.Error)
+			if !strings.Contains(trial.Reason, "older than Linux 6.") || !strings.Contains(trial.Remedy, "run Linux 6.") {
+				t.Errorf("the rung %s does not work for %q, which %q would help", trial.Rung, trial.Reason, trial.Remedy)
+			}
+			err := restartWith(t, n, fmt.Sprintf("%s_rung = %q", format, trial.Rung))
+			if log := strings.ReplaceAll(daemonLog(t, n), `\`, ""); err == nil || !strings.Contains(log, fmt.Sprintf("rung %q does not work in %s", trial.Rung, n.DaemonRoot)) {
+				t.Errorf("the daemon starts with the rung %s, or does not say why it cannot: %v", trial.Rung, err)
+			}
+		}
+	}
+	if found.Raw.Facts.Taken != raws[0] || found.Tar.Facts.Taken != tars[0] {
+		t.Errorf("the daemon chooses %s and %s, want %s and %s", found.Raw.Facts.Taken, found.Tar.Facts.Taken, raws[0], tars[0])
+	}
+
+	src := writeModel(t)
+	model, zipped := pulled(t, n, src, pack.Raw), pulled(t, n, src, pack.TarGzip)
+	layers, mixed := mixture(t)
+	mixtureRef := push(t, n, "mixture", layers...)
+	idmaps := !errors.Is(unix.MountSetattr(-1, "", 0, &unix.MountAttr{}), unix.ENOSYS)
+	type pair struct{ raw, tar string }
+	pairs := []pair{{"auto", "auto"}}
+	for _, raw := range raws[1:] {
+		pairs = append(pairs, pair{raw, "extract"})
+	}
+	for _, tar := range tars {
+		pairs = append(pairs, pair{raws[0], tar})
+	}
+	for _, pair := range pairs {
+		t.Run(pair.raw+" and "+pair.tar, func(t *testing.T) {
+			check(t, restartWith(t, n, fmt.Sprintf("raw_rung = %q\ntar_rung = %q", pair.raw, pair.tar)))
+			spec := node.PodSpec{Volumes: []node.Volume{{Image: model, Path: "/raw"}, {Image: zipped, Path: "/zipped"}, {Image: mixtureRef, Path: "/mixture"}}}
+			for _, mapped := range []bool{false, true} {
+				spec.UserNamespace, spec.OwnNetwork = mapped, mapped
+				pod, err := n.RunPod(spec)
+				if mapped && !idmaps {
+					if err == nil || !strings.Contains(err.Error(), "MOUNT_ATTR_IDMAP") {
+						t.Errorf("a pod with a user namespace on a kernel without idmapped mounts: %v", err)
+					}
+					t.Log("kernel: no user namespaces: runc needs idmapped mounts, of Linux 5.12")
+					continue
+				}
+				check(t, err)
+				for path, want := range map[string][]treelist.Entry{"/raw": wantTree(t, src, pack.Raw), "/zipped": wantTree(t, src, pack.TarGzip), "/mixture": mixed} {
+					got, err := pod.Tree("main", path)
+					check(t, err)
+					if pair.raw == "link" || pair.raw == "auto" && raws[0] == "link" { // whose files have the blobs' attributes
+						want, got = withoutAttributes(want), withoutAttributes(got)
+					}
+					if diff := treelist.Diff(want, got); diff != "" {
+						t.Errorf("%s in a pod (with a user namespace: %t) differs:\n%s", path, mapped, diff)
+					}
+				}
+				wantRungs(t, n, pair.raw, pair.tar, raws[0], tars[0])
+				check(t, pod.Remove())
+				if !t.Failed() {
+					t.Logf("kernel: volumes raw=%s tar=%s user-namespace=%t", pair.raw, pair.tar, mapped)
+				}
+			}
+			waitFor(t, "the daemon's mounts to go", func() bool {
+				mounts, err := node.Mounts(n.DaemonState)
+				return err == nil && len(mounts) == 0
+			})
+		})
+	}
+	check(t, restartWith(t, n, ""))
+}
+
+// wantRungs wants that all Trees of the daemon are laid out by rungs: those named, or
+// for "auto" the best.
+func wantRungs(t *testing.T, n *node.Node, raw, tar, bestRaw, bestTar string) {
+	t.Helper()
+	if raw == "auto" {
+		raw, tar = bestRaw, bestTar
+	}
+	files, err := filepath.Glob(filepath.Join(n.DaemonRoot, "trees", "*", "tree.json"))
+	check(t, err)
+	if len(files) == 0 {
+		t.Error("there are no trees")
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		check(t, err)
+		var tree struct {
+			Rungs struct{ Raw, Tar string }
+		}
+		check(t, json.Unmarshal(text, &tree))
+		if tree.Rungs.Raw != raw || tree.Rungs.Tar != tar {
+			t.Errorf("%s was laid out by %s and %s, want %s and %s", file, tree.Rungs.Raw, tree.Rungs.Tar, raw, tar)
+		}
+	}
+}
+
+// restartWith starts the daemon anew with a configuration file. containerd waits longer
+// each time that it does not find it.
+func restartWith(t *testing.T, n *node.Node, config string) error {
+	t.Helper()
+	check(t, n.StopDaemon())
+	check(t, os.WriteFile(filepath.Join(n.Dir, "daemon.toml"), []byte(config), 0o644))
+	if err := n.StartDaemon(); err != nil {
+		return err
+	}
+	waitFor(t, "containerd to reach the daemon", func() bool {
+		_, err := n.Ctr("snapshots", "--snapshotter", "artifact", "ls")
+		return err == nil
+	})
+	return nil
+}
+
+// withoutAttributes is a listing of names, sizes and contents.
+func withoutAttributes(entries []treelist.Entry) []treelist.Entry {
+	entries = slices.Clone(entries)
+	for i := range entries {
+		e := &entries[i]
+		*e = treelist.Entry{Path: e.Path, Type: e.Type, Size: e.Size, SHA256: e.SHA256, Target: e.Target}
+	}
+	return entries
+}

@@ -1,0 +1,198 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Command kernels boots Debian's kernels in virtual machines, and in each of them runs
+// the tests of what differs from one kernel to another: the packages that lay out layers,
+// and a node with containerd whose pods read image volumes by every rung that the kernel
+// has. It prints the table of docs/support.md, and fails if a rung does not work that the
+// kernel has, or is taken for one that it does not have. It needs root, qemu, and what
+// `make build tools` builds; kernels are downloaded to bin/kernels.
+//
+//	go run ./integration/kernels [-accel tcg] [5.10 …]
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// kernel is one of Debian's.
+type kernel struct {
+	series string // as the first word of its release begins
+	source string // where it is, without the component, as in sources.list(5)
+	// rungs are those that it has, the best of each format first.
+	raws, tars []string
+	// noUserNamespaces says why no pod can have one; "" where they can.
+	noUserNamespaces string
+}
+
+var kernels = []kernel{
+	{"5.10", "http://deb.debian.org/debian-security bullseye-security", []string{"link", "copy"}, []string{"extract"}, "runc needs idmapped mounts, of Linux 5.12"},
+	{"6.1", "http://deb.debian.org/debian-security bookworm-security", []string{"link", "copy"}, []string{"erofs-loop", "extract"}, ""},
+	// Debian's 6.12 is a late one, with EROFS' option directio of 6.13.
+	{"6.12", "http://deb.debian.org/debian bookworm-backports", []string{"overlay", "link", "copy"}, []string{"erofs", "erofs-loop", "erofs-buffered", "extract"}, ""},
+}
+
+// suite is the tests of a package, and which of them are run.
+type suite struct {
+	pkg, run string
+	// long are tests that take minutes where a processor is emulated, and that no
+	// kernel is a matter of: they decompress or count at length.
+	long []string
+	// rungs are the tests that need a rung, by its name: they are impossible without.
+	rungs map[string][]string
+}
+
+var suites = []suite{
+	{pkg: "integration", run: "^TestEveryRungOfTheKernel$"},
+	{pkg: "unpack", long: []string{
+		"TestAComparisonWithManyLayersCanBeEnded", "TestATarMayExpandOnlySoFar", "TestTheReserveOfTheDiskIsKept", "TestLayersAreDecompressedTogetherWithinAnyBudget", "TestACancelledBuildEndsWhileItDecompresses",
+		"TestLinksToALargeMemberCountLikeIt", "TestHeadersThatPlanNothingCount", "TestTargetsAndAttributesCountAsNames", "TestTwentyThousandRawFilesAreShown", "TestTenThousandNamesInADirectoryAreShown", "Fuzz.*",
+	}},
+	{pkg: "view", rungs: map[string][]string{"overlay": {
+		"TestAnObserverIsToldHowBytesCame", "TestAnObserverIsToldWhatASweepFrees", "TestEachUserNamespaceHasItsTree", "TestAShiftedTreeGoesWithItsLastPod",
+		"TestAChangeOfTheRungWhileAPodRuns", "TestAFlatTarGoesWithTheLastTreeThatLinksToIt",
+	}}},
+	{pkg: "snapshot"},
+}
+
+func (s suite) name() string { return strings.ReplaceAll(s.pkg, "/", "-") }
+
+// impossible are the tests for which k does not have a rung.
+func (s suite) impossible(k kernel) (tests []string) {
+	for rung, names := range s.rungs {
+		if !slices.Contains(slices.Concat(k.raws, k.tars), rung) {
+			tests = append(tests, names...)
+		}
+	}
+	slices.Sort(tests)
+	return slices.Compact(tests)
+}
+
+// script is what the machine runs: every suite. Its last line says that all have ended.
+func script(k kernel) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "export ARTIFACT_SNAPSHOTTER_BIN=/tests/artifact-snapshotter ARTIFACT_SNAPSHOTTER_TOOLS=/tools ARTIFACT_SNAPSHOTTER_RUNGS=%s\n",
+		strings.Join(slices.Concat(k.raws, k.tars), ","))
+	for _, s := range suites {
+		skip := "^(" + strings.Join(slices.Concat(s.impossible(k), s.long, []string{"-"}), "|") + ")$"
+		fmt.Fprintf(&b, "echo 'suite %s begins'\ncd /tests/%s\n./test -test.v -test.timeout=60m -test.run='%s' -test.skip='%s'\necho 'suite %[1]s ends' $?\n",
+			s.pkg, s.name(), s.run, skip)
+	}
+	return b.String() + "echo all suites have ended\n"
+}
+
+func main() {
+	accel := flag.String("accel", "", "kvm or tcg, instead of what the machine has")
+	flag.Parse()
+	if err := run(*accel, flag.Args()); err != nil {
+		fmt.Fprintln(os.Stderr, "kernels:", err)
+		os.Exit(1)
+	}
+}
+
+func run(accel string, series []string) (err error) {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
+	defer stop()
+	if accel == "" {
+		accel = bestAccel()
+	}
+	scratch, err := os.MkdirTemp("", "kernels-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(scratch)) }()
+	tools, err := filepath.Abs("integration/tools/bin")
+	if err != nil {
+		return err
+	}
+	fmt.Fprintln(os.Stderr, "==> building the tests")
+	disk := filepath.Join(scratch, "disk")
+	if err := makeDisk(ctx, disk, filepath.Join(scratch, "files"), tools); err != nil {
+		return err
+	}
+	var results []result
+	var failed []error
+	for _, k := range kernels {
+		if len(series) > 0 && !slices.Contains(series, k.series) {
+			continue
+		}
+		start := time.Now()
+		var r result
+		r, accel, err = boot(ctx, k, accel, disk, filepath.Join(scratch, k.series))
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil {
+			failed = append(failed, fmt.Errorf("kernel %s: %w; see %s and %s", k.series, err, logPath(k.series, "console"), logPath(k.series, "results")))
+		}
+		results = append(results, r)
+		fmt.Fprintf(os.Stderr, "==> Linux %s, %s: %s\n", r.release, time.Since(start).Round(time.Second), r.counts())
+	}
+	if len(results) == 0 {
+		return fmt.Errorf("there is no kernel of %q", series)
+	}
+	write(os.Stdout, results)
+	return errors.Join(failed...)
+}
+
+// boot runs the tests on k, and returns how the machine was accelerated in the end.
+func boot(ctx context.Context, k kernel, accel, disk, scratch string) (result, string, error) {
+	r := result{kernel: k}
+	dir, err := filepath.Abs(filepath.Join("bin", "kernels", k.series))
+	if err != nil {
+		return r, accel, err
+	}
+	release, err := download(ctx, dir, k.source)
+	if err != nil {
+		return r, accel, err
+	}
+	if !strings.HasPrefix(release, k.series+".") {
+		return r, accel, fmt.Errorf("%q has the kernel %s", k.source, release)
+	}
+	files, err := modules(filepath.Join(dir, "lib/modules", release), guestModules...)
+	if err != nil {
+		return r, accel, err
+	}
+	m := machine{
+		accel: accel, kernel: filepath.Join(dir, "boot", "vmlinuz-"+release), initramfs: scratch + ".initramfs", disk: disk,
+		console: logPath(k.series, "console"), results: logPath(k.series, "results"),
+	}
+	if err := makeInitramfs(ctx, m.initramfs, scratch, files); err != nil {
+		return r, accel, err
+	}
+	if err := writeToDisk(ctx, disk, scratch+".sh", script(k)); err != nil {
+		return r, accel, err
+	}
+	fmt.Fprintf(os.Stderr, "==> booting Linux %s (%s)\n", release, m.accel)
+	err = m.run(ctx)
+	if errors.Is(err, errNoBoot) && m.accel == "kvm" {
+		fmt.Fprintln(os.Stderr, "==> KVM does not boot it here, software emulation will:", err)
+		m.accel = "tcg"
+		err = m.run(ctx)
+	}
+	return r, m.accel, errors.Join(err, r.read(m.results))
+}
+
+// writeToDisk makes the script of the tests on the disk another one.
+func writeToDisk(ctx context.Context, disk, file, text string) error {
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		return err
+	}
+	for _, request := range []string{"rm /tests/run.sh", "write " + file + " /tests/run.sh"} {
+		if _, err := command(ctx, "", "debugfs", "-w", "-R", request, disk); err != nil {
+			return err
+		}
+	}
+	return nil
+}

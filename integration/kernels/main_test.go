@@ -1,0 +1,124 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// printed is what a machine with a kernel that has only link, copy and extract prints.
+const printed = "suite integration begins\r\n" + `    kernel_test.go:1: kernel: release=5.10.0-46-amd64
+    kernel_test.go:2: kernel: chosen raw=link
+    kernel_test.go:3: kernel: no rung overlay: the kernel is older than Linux 6.5: invalid argument
+    kernel_test.go:4: kernel: rung link
+    kernel_test.go:4: kernel: rung copy
+    kernel_test.go:2: kernel: chosen tar=extract
+    kernel_test.go:4: kernel: rung extract
+    kernel_test.go:5: kernel: volumes raw=auto tar=auto user-namespace=false
+    kernel_test.go:5: kernel: volumes raw=auto tar=auto user-namespace=true
+    kernel_test.go:5: kernel: volumes raw=copy tar=extract user-namespace=false
+    kernel_test.go:5: kernel: volumes raw=copy tar=extract user-namespace=true
+    kernel_test.go:5: kernel: volumes raw=link tar=extract user-namespace=false
+    kernel_test.go:5: kernel: volumes raw=link tar=extract user-namespace=true
+--- PASS: TestEveryRungOfTheKernel (1.00s)
+PASS
+suite integration ends 0
+suite unpack begins
+    unpack_test.go:1: NOT TESTED: this kernel does not have the rung overlay
+--- SKIP: TestOverlay (0.00s)
+--- PASS: TestLink (0.00s)
+suite unpack ends 0
+suite view begins
+--- PASS: TestView (0.00s)
+suite view ends 0
+suite snapshot begins
+--- PASS: TestSnapshot (0.00s)
+suite snapshot ends 0
+all suites have ended
+`
+
+func readPrinted(t *testing.T, text string) (result, error) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "results")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := result{kernel: kernel{series: "5.10", raws: []string{"link", "copy"}, tars: []string{"extract"}}}
+	err := r.read(path)
+	return r, err
+}
+
+func TestTheTableSaysWhatTheMachineSays(t *testing.T) {
+	r, err := readPrinted(t, printed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var table strings.Builder
+	write(&table, []result{r})
+	for _, want := range []string{
+		"| Linux | 5.10.0-46-amd64 |", "| raw layers, taken | `link` |", "| in a user namespace | yes |", "| tests of unpack | 1 of 2, 1 impossible |",
+		"no rung overlay: the kernel is older than Linux 6.5", "not tested: this kernel does not have the rung overlay",
+	} {
+		if !strings.Contains(table.String(), want) {
+			t.Errorf("it does not say %q:\n%s", want, table.String())
+		}
+	}
+}
+
+// Whatever of a good run is not so must be noticed.
+func TestABadRunFails(t *testing.T) {
+	for what, change := range map[string][2]string{
+		"it does not end":          {"all suites have ended\n", ""},
+		"another kernel":           {"release=5.10.0", "release=6.1.0"},
+		"a test fails":             {"--- PASS: TestView", "--- FAIL: TestView"},
+		"a package fails":          {"suite view ends 0", "suite view ends 2"},
+		"no test runs":             {"--- PASS: TestSnapshot (0.00s)\n", ""},
+		"a suite does not begin":   {"suite snapshot begins\n--- PASS: TestSnapshot (0.00s)\nsuite snapshot ends 0\n", ""},
+		"a rung is lost":           {"rung copy", "no rung copy: why"},
+		"a rung too many":          {"no rung overlay: the", "rung overlay"},
+		"another rung is chosen":   {"chosen raw=link", "chosen raw=copy"},
+		"no volume by a rung":      {"volumes raw=copy tar=extract user-namespace=false", ""},
+		"none in a user namespace": {"volumes raw=copy tar=extract user-namespace=true", ""},
+		"none by what it chooses":  {"volumes raw=auto tar=auto user-namespace=false", ""},
+	} {
+		if !strings.Contains(printed, change[0]) {
+			t.Fatalf("%s: %q is not printed", what, change[0])
+		}
+		if _, err := readPrinted(t, strings.Replace(printed, change[0], change[1], 1)); err == nil {
+			t.Errorf("%s: no error", what)
+		}
+	}
+}
+
+func TestModulesAreLoadedAfterWhatTheyNeed(t *testing.T) {
+	needs, err := dependencies(strings.NewReader("kernel/fs/ext4/ext4.ko.xz: kernel/lib/crc16.ko.xz kernel/fs/jbd2/jbd2.ko.xz\nkernel/lib/crc16.ko.xz:\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string][]string{
+		"ext4":  {"kernel/fs/jbd2/jbd2.ko.xz", "kernel/lib/crc16.ko.xz", "kernel/fs/ext4/ext4.ko.xz"},
+		"crc16": {"kernel/lib/crc16.ko.xz"},
+	}
+	if !maps.EqualFunc(needs, want, slices.Equal) {
+		t.Errorf("%q, want %q", needs, want)
+	}
+}
+
+func TestTroubleOfTheKernelIsSeen(t *testing.T) {
+	for line, want := range map[string]bool{
+		"[    1.0] Kernel panic - not syncing: Attempted to kill init!": true,
+		"[    1.0] BUG: unable to handle page fault":                    true,
+		"[    1.0] INFO: task x:1 blocked for more than 120 seconds.":   true,
+		"[    1.0] EXT4-fs (vda): mounted filesystem":                   false,
+	} {
+		if trouble.MatchString("before\n"+line+"\nafter") != want {
+			t.Errorf("%q is trouble: %t", line, !want)
+		}
+	}
+}

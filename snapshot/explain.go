@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -29,6 +30,11 @@ func (s explaining) Prepare(ctx context.Context, key, parent string, opts ...sna
 
 func (s explaining) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
 	mounts, err := s.snapshotter.View(ctx, key, parent, opts...)
+	return mounts, s.explain(err)
+}
+
+func (s explaining) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
+	mounts, err := s.snapshotter.Mounts(ctx, key)
 	return mounts, s.explain(err)
 }
 
@@ -61,9 +67,9 @@ func (s explaining) explain(err error) error {
 		return err
 	case errno == unix.ENOSPC, errno == unix.EDQUOT:
 		return fmt.Errorf("%v: free space on the file system of %s and try again: %w", err, s.root, errdefs.ErrResourceExhausted)
-	case errors.As(err, &path), errors.As(err, &link):
+	case errors.As(err, &path), errors.As(err, &link), !strings.Contains(err.Error(), "commit failed: "):
 		return err
-	default: // of fdatasync(2)
+	default: // of fdatasync(2), by bbolt
 		return fmt.Errorf("%w: %s", err, filepath.Join(s.root, "metadata.db"))
 	}
 }

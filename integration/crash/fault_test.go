@@ -169,6 +169,8 @@ func (l *life) survived(done met, f Fault) error {
 		return err
 	case done.told == nil || errors.Is(done.told, errNotDone):
 		return nil
+	case errdefs.IsUnavailable(done.told) && strings.Contains(done.told.Error(), "try again"):
+		return nil // a Tree that could not be read is one that is not there
 	}
 	if (f.Errno == unix.ENOSPC || f.Errno == unix.EDQUOT) && !errdefs.IsResourceExhausted(done.told) {
 		return fmt.Errorf("the kind of the error is another one: %w", done.told)
@@ -200,7 +202,8 @@ func (h *host) lastWords() (string, error) {
 // too.
 func (h *host) awaitIdle() (err error) {
 	for limit := time.Now().Add(10 * time.Second); time.Now().Before(limit); time.Sleep(5 * time.Millisecond) {
-		if err = h.checkIdle("state/artifact-snapshotter.sock"); err == nil {
+		// Where the records of NRI cannot be looked for, their directory is made.
+		if err = h.checkIdle("state/artifact-snapshotter.sock", "root/nri"); err == nil {
 			return nil
 		}
 	}

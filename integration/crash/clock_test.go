@@ -68,7 +68,7 @@ func TestTheClockJumps(t *testing.T) {
 	t.Logf("%d jumps of a year survived", jumps)
 }
 
-// A caller that cannot wait for a slow disk gets its deadline, one that can gets what it
+// A caller that cannot wait for a slow disk is told in time, one that can gets what it
 // asked for, and nothing is left behind.
 func TestADiskIsSlow(t *testing.T) {
 	program, err := node.Program()
@@ -91,7 +91,8 @@ func TestADiskIsSlow(t *testing.T) {
 				told <- err
 			}()
 			err := h.run(m)
-			if terr := <-told; terr != nil && !errdefs.IsDeadlineExceeded(terr) && !errors.Is(terr, context.DeadlineExceeded) {
+			// Shortly before its deadline it is told how far the build is.
+			if terr := <-told; terr != nil && !errdefs.IsDeadlineExceeded(terr) && !errors.Is(terr, context.DeadlineExceeded) && !errdefs.IsUnavailable(terr) {
 				err = errors.Join(err, fmt.Errorf("who cannot wait is told %w", terr))
 			}
 			return err

@@ -49,7 +49,7 @@ const socketInterval = 200 * time.Millisecond
 // it: the sweep of unused artifacts, the watch of containerd's images and the
 // planting of the empty blob. They run until Close, or until ctx ends.
 //
-// One root belongs to one process at a time: another one gets
+// One root, and one state directory, belong to one process at a time: another one gets
 // errdefs.ErrFailedPrecondition. Close leaves alone what running pods read.
 func Open(ctx context.Context, cfg Config) (snapshots.Snapshotter, error) {
 	s, err := open(ctx, cfg, newMetrics(""), nil)
@@ -70,19 +70,23 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 	if err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(cfg.Root, dirMode); err != nil {
-		return nil, fmt.Errorf("create root: %w", err)
-	}
-	lock, err := lockRoot(cfg.Root)
-	if err != nil {
-		return nil, err
-	}
-	s := &opened{closers: []func() error{lock.Close}}
+	s := &opened{}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
 		}
 	}()
+	// Two on one state directory would unmount what the other's pods are shown.
+	for _, d := range []struct{ what, path, lock string }{{"root", cfg.Root, "lock"}, {"state directory", cfg.State, "state.lock"}} {
+		if err := os.MkdirAll(d.path, dirMode); err != nil {
+			return nil, fmt.Errorf("create %s: %w", d.what, err)
+		}
+		lock, err := lockDir(d.what, d.path, d.lock)
+		if err != nil {
+			return nil, err
+		}
+		s.closers = append(s.closers, lock.Close)
+	}
 
 	views, err := view.Open(ctx, view.Config{
 		Root:     cfg.Root,
@@ -99,7 +103,7 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 	s.closers = append(s.closers, views.Close)
 	watcher := client.NewWatcher(cfg.ContainerdAddress, blobdir.Dir(cfg.ContentRoot), cfg.unpackIn())
 	if s.Snapshotter, err = snapshot.New(cfg.Root, views, images{watcher}); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("open the snapshots in %s: %w", cfg.Root, err)
 	}
 	m.watch(views, watcher)
 	s.closers = append(s.closers, s.Snapshotter.Close)
@@ -186,17 +190,17 @@ func (s *opened) Close() (err error) {
 	return err
 }
 
-// lockRoot takes the lock of a root. It is held until the file is closed, so
-// it cannot outlive the process.
-func lockRoot(root string) (*os.File, error) {
-	lock, err := os.OpenFile(filepath.Join(root, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+// lockDir takes the lock of a directory of the daemon. It is held until the file is
+// closed, so it cannot outlive the process.
+func lockDir(what, path, name string) (*os.File, error) {
+	lock, err := os.OpenFile(filepath.Join(path, name), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("lock root: %w", err)
+		return nil, fmt.Errorf("lock %s: %w", what, err)
 	}
 	err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	if errors.Is(err, unix.EWOULDBLOCK) {
-		err = fmt.Errorf("root %s belongs to another running artifact-snapshotter; stop it, or choose another root: %w",
-			root, errdefs.ErrFailedPrecondition)
+		err = fmt.Errorf("%s %s belongs to another running artifact-snapshotter; stop it, or choose another %s: %w",
+			what, path, what, errdefs.ErrFailedPrecondition)
 	}
 	if err != nil {
 		return nil, errors.Join(err, lock.Close())

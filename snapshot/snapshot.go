@@ -150,7 +150,7 @@ func New(root string, views *view.Store, images Images) (snapshots.Snapshotter, 
 	views.AddKept(func(ctx context.Context) ([]view.ID, error) {
 		return s.list(ctx, func(i snapshots.Info) bool { return i.Labels[LabelLayers] != "" })
 	})
-	return s, nil
+	return explaining{s}, nil
 }
 
 // setAside renames the directories of snapshots that no record names, which a crash

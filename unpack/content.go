@@ -304,10 +304,14 @@ func (cs *contents) fill(ctx context.Context, dst *os.File, blob ocispec.Descrip
 		return err
 	}
 	if !verifier.Verified() {
-		return fmt.Errorf("its blob does not have the digest %s; delete the image and pull it again: %w", blob.Digest, errdefs.ErrFailedPrecondition)
+		return wrongBlob(blob.Digest)
 	}
 	cs.counted(Copied, blob.Size)
 	return nil
+}
+
+func wrongBlob(d digest.Digest) error {
+	return fmt.Errorf("its blob does not have the digest %s; delete the image and pull it again: %w", d, errdefs.ErrFailedPrecondition)
 }
 
 // sparse makes a content of the size bytes of a member with holes, which keep

@@ -166,7 +166,8 @@ func isGzip(blob io.ReaderAt) (bool, error) {
 // flatOf is the symlink to the flat tar of a compressed blob.
 func (cs *contents) flatOf(blob digest.Digest) string { return cs.Shared.Path(blob) + ".tar" }
 
-// inflate decompresses the blob of c into c and computes its digest, in one pass.
+// inflate decompresses the blob of c into c and computes its digest, in one pass. What is
+// wrong is never shared: other artifacts would be shown it.
 func (cs *contents) inflate(ctx context.Context, c *content) error {
 	l := c.layer
 	how, ok := decompressors[l.Compression]
@@ -183,7 +184,11 @@ func (cs *contents) inflate(ctx context.Context, c *content) error {
 		return err
 	}
 	defer blob.Close()
-	compressed := io.TeeReader(reader{ctx, blob}, counter(cs.done))
+	seen, verifier := io.Writer(counter(cs.done)), l.Descriptor.Digest.Verifier()
+	if l.DiffID == "" { // else that tells as well, and nothing is hashed twice
+		seen = io.MultiWriter(seen, verifier)
+	}
+	compressed := io.TeeReader(reader{ctx, blob}, seen)
 	stream, err := how.open(bufio.NewReaderSize(compressed, chunk))
 	if err != nil {
 		return badStream(fmt.Errorf("it is not %s: %w", l.Compression, err))
@@ -216,6 +221,13 @@ func (cs *contents) inflate(ctx context.Context, c *content) error {
 		"blob": l.Descriptor.Digest, "bytes": l.Descriptor.Size, "decompressed": out.written, "duration": time.Since(began),
 	}).Log(level, "decompressed a layer")
 	c.digest = sum.Digest()
+	if l.DiffID != "" {
+		if err := cs.checkDiffID(ctx, c, l); err != nil {
+			return err
+		}
+	} else if !verifier.Verified() {
+		return wrongBlob(l.Descriptor.Digest)
+	}
 	return dst.Close()
 }
 

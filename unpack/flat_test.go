@@ -80,6 +80,31 @@ func TestAFlatTarIsSharedByAllTreesWithTheBlob(t *testing.T) {
 	}
 }
 
+// Other artifacts would be shown what a blob held for a moment, under its digest.
+func TestWhatACorruptBlobHoldsIsNotShared(t *testing.T) {
+	for _, c := range compressed {
+		for _, config := range []string{"with a DiffID", "without"} {
+			t.Run(string(c)+", "+config, func(t *testing.T) {
+				s := newSite(t)
+				l, other := s.tar(t, c, archive(t, file("f", noise(5000)))), s.tar(t, c, archive(t, file("f", strings.ToUpper(noise(5000)))))
+				if config == "without" {
+					l.DiffID = ""
+				}
+				l.Descriptor.Size = other.Descriptor.Size
+				if err := os.Rename(s.content.Path(other.Descriptor.Digest), s.content.Path(l.Descriptor.Digest)); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := s.build(best, l); !errdefs.IsFailedPrecondition(err) && !errdefs.IsInvalidArgument(err) {
+					t.Errorf("%v, want a failed precondition or an invalid argument", err)
+				}
+				if left := s.left(t); len(left) > 0 {
+					t.Errorf("it left %q", left)
+				}
+			})
+		}
+	}
+}
+
 func TestOneTarCompressedInTwoWaysIsOnTheDiskOnce(t *testing.T) {
 	requireRungs(t, Overlay, EROFS)
 	s := newSite(t)

@@ -105,6 +105,11 @@ func probe(ctx context.Context, root string, forced Rung, all []Rung) (r Rung, w
 	}
 	for _, r := range all {
 		err := Try(ctx, root, r)
+		if errors.Is(err, unix.EIO) {
+			// Of a disk for a moment, or of a kernel for ever: a lesser rung would be
+			// the daemon's until its next start.
+			err = Try(ctx, root, r)
+		}
 		if err == nil {
 			return r, why
 		}

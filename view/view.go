@@ -298,8 +298,12 @@ func (s *Store) mounted(name string) bool {
 // but those whose containerd has forgotten them) have binds of their own.
 func (s *Store) unmount(name string) error {
 	target := s.mountpoint(name)
-	if err := mount.UnmountAll(target, unix.MNT_DETACH); err != nil {
+	// UnmountAll takes a directory that it cannot look at for one that is not there.
+	if _, err := os.Lstat(target); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
+	}
+	if err := mount.UnmountAll(target, unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("unmount %s: %w", target, err)
 	}
 	if err := os.Remove(target); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err

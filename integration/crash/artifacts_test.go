@@ -44,8 +44,14 @@ func (m *models) all() []*model {
 // packModels packs them, the same bytes each time.
 func packModels(t testing.TB) *models {
 	t.Helper()
+	return packModelsOf(t, 1)
+}
+
+// packModelsOf is packModels with other weights for each seed.
+func packModelsOf(t testing.TB, seed byte) *models {
+	t.Helper()
 	src := t.TempDir()
-	if err := writeFiles(src); err != nil {
+	if err := writeFiles(src, seed); err != nil {
 		t.Fatal(err)
 	}
 	forms := map[pack.Form]*pack.Artifact{}
@@ -98,9 +104,9 @@ const (
 )
 
 // writeFiles writes the files of all models, in the order of their layers.
-func writeFiles(dir string) error {
+func writeFiles(dir string, seed byte) error {
 	random := make([]byte, 600<<10+123)
-	if _, err := rand.NewChaCha8([32]byte{1}).Read(random); err != nil {
+	if _, err := rand.NewChaCha8([32]byte{seed}).Read(random); err != nil {
 		return err
 	}
 	for i, f := range []struct {

@@ -7,15 +7,19 @@ package crash
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"runtime"
+	"slices"
+	"strings"
 	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// launching is set in the environment of a program that is to become the traced one.
+// launching is set in the environment of a program that is to become the traced one, to
+// what it is to be stopped at.
 const launching = "ARTIFACT_SNAPSHOTTER_TEST_LAUNCH"
 
 // Main must be called first thing by a program that calls Start or has a Wrapper: the
@@ -38,14 +42,32 @@ func Main() {
 	os.Exit(0)
 }
 
+// What it is to be stopped at, beside what changes something.
+const (
+	stopReads = "reads"
+	stopClock = "clock"
+)
+
+func (program Program) stops() string {
+	stops := "writes"
+	if program.Reads {
+		stops += " " + stopReads
+	}
+	if program.Clock {
+		stops += " " + stopClock
+	}
+	return stops
+}
+
 // launch becomes the program args, with every system call of the table stopping for
 // the tracer. Filters are kept by execve(2).
 func launch(args []string) error {
 	runtime.LockOSThread() // a filter is a thread's
+	stops := os.Getenv(launching)
 	if err := os.Unsetenv(launching); err != nil {
 		return err
 	}
-	filter := filterOf()
+	filter := filterOf(strings.Contains(stops, stopReads), strings.Contains(stops, stopClock))
 	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
 	if err := unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&program)), 0, 0); err != nil {
 		return os.NewSyscallError("prctl PR_SET_SECCOMP", err)
@@ -57,12 +79,14 @@ func launch(args []string) error {
 const (
 	dataNumber = 0
 	dataArch   = 4
-	dataArg2   = 16 + 2*8 // its lower half
+	dataArg0   = 16 // its lower half
+	dataArg2   = 16 + 2*8
 )
 
 // filterOf is a program that stops at the system calls of the table, at openat(2)
-// only if it may change something.
-func filterOf() []unix.SockFilter {
+// only if it may change something; with reading at those that only read, too, and with
+// clock when the wall clock is asked for.
+func filterOf(reading, clock bool) []unix.SockFilter {
 	statement := func(code uint16, k uint32) unix.SockFilter { return unix.SockFilter{Code: code, K: k} }
 	load := func(offset uint32) unix.SockFilter { return statement(unix.BPF_LD|unix.BPF_W|unix.BPF_ABS, offset) }
 	allow := statement(unix.BPF_RET|unix.BPF_K, unix.SECCOMP_RET_ALLOW)
@@ -71,10 +95,15 @@ func filterOf() []unix.SockFilter {
 		return unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jt: then, Jf: otherwise, K: k}
 	}
 	filter := []unix.SockFilter{load(dataArch), equal(unix.AUDIT_ARCH_X86_64, 1, 0), allow, load(dataNumber)}
-	left := len(calls)
-	for number := range calls {
-		filter = append(filter, equal(uint32(number), uint8(left+4), 0)) // to the last statement
-		left--
+	numbers := slices.Collect(maps.Keys(calls))
+	if reading {
+		numbers = append(slices.AppendSeq(numbers, maps.Keys(reads)), unix.SYS_OPENAT)
+	}
+	for _, number := range numbers {
+		filter = append(filter, equal(uint32(number), 0, 1), stop)
+	}
+	if clock {
+		filter = append(filter, equal(unix.SYS_CLOCK_GETTIME, 0, 4), load(dataArg0), equal(unix.CLOCK_REALTIME, 0, 1), stop, allow)
 	}
 	return append(filter,
 		equal(unix.SYS_OPENAT, 1, 0),

@@ -78,26 +78,11 @@ type result struct {
 // run runs the scenario in dir, which must not exist, and checks everything. An error
 // is one of the daemon, or of the harness.
 func (r run) run(dir string) (done result, err error) {
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		return done, err
-	}
-	h, err := newHost(dir, dir, r.program, r.containerd, fmt.Sprintf("decompress_on_pull = %v\n%s", r.early, r.toml))
+	h, err := r.host(dir)
 	if err != nil {
 		return done, err
 	}
-	defer func() {
-		if err != nil {
-			log, _ := os.ReadFile(h.logPath())
-			lines := strings.Split(string(log), "\n")
-			err = fmt.Errorf("%w\nthe end of its log:\n%s", err, strings.Join(lines[max(0, len(lines)-25):], "\n"))
-		}
-		err = errors.Join(err, h.clear())
-	}()
-	if r.apart {
-		if err := unix.Mount("tmpfs", h.content, "tmpfs", 0, ""); err != nil {
-			return done, err
-		}
-	}
+	defer func() { err = errors.Join(h.withLog(err), h.clear()) }()
 	if done.ops, done.killed, err = r.crash(h); err != nil {
 		return done, err
 	}
@@ -108,6 +93,28 @@ func (r run) run(dir string) (done result, err error) {
 		return done, fmt.Errorf("removing everything: %w", err)
 	}
 	return done, h.checkIdle()
+}
+
+// host makes a host in dir for the scenario.
+func (r run) host(dir string) (*host, error) {
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return nil, err
+	}
+	h, err := newHost(dir, dir, r.program, r.containerd, fmt.Sprintf("decompress_on_pull = %v\n%s", r.early, r.toml))
+	if err == nil && r.apart {
+		err = unix.Mount("tmpfs", h.content, "tmpfs", 0, "")
+	}
+	return h, err
+}
+
+// withLog is err, if it is one, with the end of the daemon's log.
+func (h *host) withLog(err error) error {
+	if err == nil {
+		return nil
+	}
+	log, _ := os.ReadFile(h.logPath())
+	lines := strings.Split(string(log), "\n")
+	return fmt.Errorf("%w\nthe end of its log:\n%s", err, strings.Join(lines[max(0, len(lines)-25):], "\n"))
 }
 
 // crash does what is before and what is to be crashed. The daemon does not run then.
@@ -356,6 +363,8 @@ type pool struct {
 
 // directories numbers them: those of one test are all different.
 var directories atomic.Int64
+
+func (c campaign) newDir() string { return filepath.Join(c.dir, fmt.Sprint(directories.Add(1))) }
 
 func (p *pool) add(f func(dir string)) {
 	if p.tokens == nil {

@@ -100,8 +100,14 @@ var calls = map[uint64]call{
 func (p *Process) read(tid int, r *unix.PtraceRegs) (op Op, ok bool) {
 	args := [6]uint64{r.Rdi, r.Rsi, r.Rdx, r.R10, r.R8, r.R9}
 	how, known := calls[r.Orig_rax]
+	if !known {
+		how, known = reads[r.Orig_rax]
+	}
 	if r.Orig_rax == unix.SYS_OPENAT {
 		how, known = at("openat", 0, 1), true
+		if r.Rdx&(unix.O_CREAT|unix.O_TRUNC) == 0 {
+			how.name = "open" // only one that makes a file changes something
+		}
 	}
 	if !known {
 		return op, false

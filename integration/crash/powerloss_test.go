@@ -14,7 +14,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -218,14 +217,7 @@ func (c campaign) recovered(dir string, d *disk, at cut, moments []moment, m *mo
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			log, _ := os.ReadFile(h.logPath())
-			lines := strings.Split(string(log), "\n")
-			err = fmt.Errorf("%w\nthe end of its log:\n%s", err, strings.Join(lines[max(0, len(lines)-25):], "\n"))
-		}
-		err = errors.Join(err, h.clear())
-	}()
+	defer func() { err = errors.Join(h.withLog(err), h.clear()) }()
 	h.number = 1000 // keys of its own
 	for _, then := range moments {
 		if then.position <= at.position {
@@ -245,5 +237,5 @@ func (c campaign) recovered(dir string, d *disk, at cut, moments []moment, m *mo
 	if err := do(h.unpack(m.gzip), func() error { return h.record(m.zstd) }, h.image); err != nil {
 		return fmt.Errorf("what follows: %w", err)
 	}
-	return do(h.empty(), func() error { return h.stop(syscall.SIGTERM) }, h.checkDatabase, h.checkIdle)
+	return do(h.empty(), func() error { return h.stop(syscall.SIGTERM) }, h.checkDatabase, func() error { return h.checkIdle() })
 }

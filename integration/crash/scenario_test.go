@@ -320,16 +320,23 @@ func entries(dir string) []string {
 // treeOf is the directory of the model's Tree, below trees/ and below mounts/.
 func treeOf(m *model) string { return "sha256-" + m.manifest.Digest.Encoded() }
 
-// await waits until the daemon has done something.
+// errNotDone is that of something that the daemon does by itself.
+var errNotDone = errors.New("the daemon does not do what is waited for")
+
+// await waits until the daemon has done something by itself, which after a fault it need
+// not.
 func (h *host) await(done func() bool) error {
-	limit := time.After(10 * time.Second)
+	limit, failed := time.After(10*time.Second), false
 	for !done() {
 		select {
 		case <-h.daemon.done:
 			return errEnded
 		case <-limit:
-			return errors.New("the daemon does not do what is waited for")
+			return errNotDone
 		case <-time.After(2 * time.Millisecond):
+			if !failed && h.daemon.traced != nil && h.daemon.traced.Failed() {
+				failed, limit = true, time.After(200*time.Millisecond)
+			}
 		}
 	}
 	return nil

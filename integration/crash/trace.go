@@ -11,7 +11,9 @@ import (
 	"os"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,6 +32,12 @@ type Process struct {
 	ops    []Op
 	killed *Op
 	status unix.WaitStatus
+
+	fault   *Fault // nil: nothing fails
+	hit     int    // how many times it has happened
+	failing string // the directory in which it has
+
+	skew, asked atomic.Int64
 }
 
 // Program is what to start.
@@ -43,6 +51,12 @@ type Program struct {
 	Armed  bool
 	Target *Op
 	After  bool
+	// Fault is injected from the beginning; see Inject.
+	Fault *Fault
+	// Reads has operations that only read count, too.
+	Reads bool
+	// Clock lets Skew work.
+	Clock bool
 }
 
 // Start starts the program and returns when it runs.
@@ -50,6 +64,9 @@ func (program Program) Start() (*Process, error) {
 	p := &Process{dirs: program.Dirs, done: make(chan struct{})}
 	if p.Arm(program.Target, program.After); !program.Armed {
 		p.Disarm()
+	}
+	if program.Fault != nil {
+		p.Inject(*program.Fault)
 	}
 	started := make(chan error)
 	go p.trace(program, started)
@@ -71,7 +88,13 @@ func (p *Process) Done() <-chan struct{} { return p.done }
 func (p *Process) Arm(target *Op, after bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.armed, p.target, p.after = true, target, after
+	p.begin()
+	p.target, p.after = target, after
+}
+
+// begin begins to count.
+func (p *Process) begin() {
+	p.armed, p.target, p.fault, p.hit = true, nil, nil, 0
 	p.counts, p.ops = map[string]int{}, nil
 }
 
@@ -115,11 +138,26 @@ func (p *Process) trace(program Program, started chan<- error) {
 		return
 	}
 	threads := map[int]bool{p.pid: true}
+	due := map[int]time.Time{} // threads that are slow
 	for {
 		var status unix.WaitStatus
+		options := unix.WALL | unix.WNOTHREAD
+		if len(due) > 0 {
+			options |= unix.WNOHANG
+		}
 		// By its process group: the thread may have had other children before.
-		tid, err := unix.Wait4(-p.pid, &status, unix.WALL|unix.WNOTHREAD, nil)
+		tid, err := unix.Wait4(-p.pid, &status, options, nil)
 		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err == nil && tid == 0 {
+			time.Sleep(time.Millisecond)
+			for slow, until := range due {
+				if time.Now().After(until) {
+					delete(due, slow)
+					_ = unix.PtraceCont(slow, 0) // ESRCH: it has been killed meanwhile
+				}
+			}
 			continue
 		}
 		if err != nil { // ECHILD: all have ended
@@ -127,6 +165,7 @@ func (p *Process) trace(program Program, started chan<- error) {
 		}
 		if !status.Stopped() {
 			delete(threads, tid)
+			delete(due, tid)
 			if tid == p.pid {
 				p.status = status
 			}
@@ -143,7 +182,16 @@ func (p *Process) trace(program Program, started chan<- error) {
 				continue
 			case killAfter:
 				resume = unix.PtraceSyscall
+			case later:
+				due[tid] = time.Now().Add(p.delay())
+				threads[tid] = true
+				continue
 			case goOn:
+			}
+		case signal == unix.SIGTRAP && event == unix.PTRACE_EVENT_EXEC && program.Clock:
+			signal = 0
+			if err := withoutVDSO(tid); err != nil {
+				fmt.Fprintln(program.Log, "the clock is the machine's:", err)
 			}
 		case signal == unix.SIGTRAP|0x80: // the call has ended
 			_ = p.Signal(unix.SIGKILL)
@@ -161,7 +209,7 @@ func (p *Process) trace(program Program, started chan<- error) {
 // launch starts the launcher, which becomes the program, and lets it go.
 func (p *Process) launch(self string, program Program) (err error) {
 	p.pid, err = syscall.ForkExec(self, append([]string{self}, program.Args...), &syscall.ProcAttr{
-		Env:   append(program.Env, launching+"=1"),
+		Env:   append(program.Env, launching+"="+program.stops()),
 		Files: []uintptr{0, program.Log.Fd(), program.Log.Fd()},
 		Sys:   &syscall.SysProcAttr{Ptrace: true, Setpgid: true},
 	})
@@ -187,18 +235,32 @@ const (
 	goOn verdict = iota
 	kill
 	killAfter
+	later // when the delay of the fault has passed
 )
+
+func (p *Process) delay() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.fault == nil {
+		return 0
+	}
+	return p.fault.Delay
+}
 
 // stopped is told that a thread is about to do something that may count.
 func (p *Process) stopped(tid int) verdict {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !p.armed || p.killed != nil {
-		return goOn
-	}
 	var regs unix.PtraceRegs
 	if unix.PtraceGetRegs(tid, &regs) != nil {
 		return goOn // it has been killed meanwhile
+	}
+	if regs.Orig_rax == unix.SYS_CLOCK_GETTIME {
+		_ = p.tell(tid, &regs) // ESRCH as above
+		return goOn
+	}
+	if !p.armed || p.killed != nil {
+		return goOn
 	}
 	op, ok := p.read(tid, &regs)
 	if !ok {
@@ -208,6 +270,9 @@ func (p *Process) stopped(tid int) verdict {
 	p.counts[op.Key()]++
 	op.Nth = p.counts[op.Key()]
 	p.ops = append(p.ops, op)
+	if p.fault != nil {
+		return p.meet(tid, &regs, op)
+	}
 	switch target := p.target; {
 	case target == nil:
 		return goOn

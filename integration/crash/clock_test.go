@@ -1,0 +1,170 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build amd64
+
+package crash
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+)
+
+// few is some of the scenarios: those in which the daemon runs, or all with long.
+func few(m *models) (some []*scenario) {
+	for i, s := range scenarios(m) {
+		if !s.starting && s.name != "stop" && (long || i%6 == 4) {
+			some = append(some, s)
+		}
+	}
+	return some
+}
+
+// Nothing that the daemon does may depend on the wall clock: it jumps a year ahead or
+// back in the middle of everything.
+func TestTheClockJumps(t *testing.T) {
+	program, err := node.Program()
+	check(t, err)
+	c := campaign{shortDir(t), program, startContainerd(t)}
+	const year = 365 * 24 * time.Hour
+	jumps := 0
+	for _, s := range few(packModels(t)) {
+		l := life{campaign: c, scenario: s, clock: true}
+		done, err := l.meet(Fault{At: &Op{}})
+		check(t, err)
+		for i, op := range spread(done.ops, 6) {
+			by := year - time.Duration(i%2)*2*year
+			jump := Fault{At: &op, Hook: func(p *Process) { p.Skew(by) }}
+			done, err := l.meet(jump)
+			if err != nil {
+				t.Errorf("%s, a jump by %v at %v: %v", s.name, by, op, err)
+				check(t, l.end())
+				continue
+			}
+			jumps += done.hit
+		}
+		if l.h != nil {
+			log, err := os.ReadFile(l.h.logPath())
+			check(t, err)
+			for _, year := range []int{-1, 1} {
+				if when := fmt.Sprintf(`time="%d-`, time.Now().Year()+year); !strings.Contains(string(log), when) {
+					t.Errorf("%s: the daemon has not noticed: there is no %s in its log", s.name, when)
+				}
+			}
+		}
+		check(t, l.end())
+	}
+	t.Logf("%d jumps of a year survived", jumps)
+}
+
+// A caller that cannot wait for a slow disk is told in time, one that can gets what it
+// asked for, and nothing is left behind.
+func TestADiskIsSlow(t *testing.T) {
+	program, err := node.Program()
+	check(t, err)
+	c := campaign{shortDir(t), program, startContainerd(t)}
+	m := packModels(t).mixed
+	patient := &scenario{
+		name: "two callers", next: []*model{m},
+		before: func(h *host) error { return h.pull(m) },
+		act: func(h *host) error {
+			key := h.volumeKey(m)
+			h.may[key] = true
+			told := make(chan error, 1)
+			go func() {
+				ctx, cancel := h.context()
+				defer cancel()
+				ctx, end := context.WithTimeout(ctx, 200*time.Millisecond)
+				defer end()
+				_, err := h.Prepare(ctx, key, "")
+				told <- err
+			}()
+			err := h.run(m)
+			// Shortly before its deadline it is told how far the build is.
+			if terr := <-told; terr != nil && !errdefs.IsDeadlineExceeded(terr) && !errors.Is(terr, context.DeadlineExceeded) && !errdefs.IsUnavailable(terr) {
+				err = errors.Join(err, fmt.Errorf("who cannot wait is told %w", terr))
+			}
+			return err
+		},
+	}
+	l := life{campaign: c, scenario: patient}
+	done, err := l.meet(Fault{At: &Op{}})
+	check(t, err)
+	slow := 0
+	for _, dir := range []string{"root", "state", "content"} {
+		done, err := l.meet(Fault{Lasting: true, Slow: dir, Delay: 20 * time.Millisecond})
+		if err != nil {
+			t.Errorf("all of %s is slow: %v", dir, err)
+		}
+		slow += done.hit
+	}
+	for _, op := range spread(done.ops, 8) {
+		done, err := l.meet(Fault{At: &op, Slow: dirOf(op), Delay: time.Second})
+		if err != nil {
+			t.Errorf("a second at %v: %v", op, err)
+		}
+		slow += done.hit
+	}
+	check(t, l.end())
+	t.Logf("%d slow operations survived", slow)
+}
+
+// A second daemon on the root or the state directory of one is refused, in the middle of
+// the first one's start, too, and may start when that has been killed.
+func TestASecondDaemonIsRefusedFromTheFirstMoment(t *testing.T) {
+	program, err := node.Program()
+	check(t, err)
+	c := campaign{shortDir(t), program, startContainerd(t)}
+	m := packModels(t).mixed
+	s := &scenario{name: "two daemons", next: []*model{m}}
+	h, err := run{scenario: s, program: c.program, containerd: c.containerd}.host(c.newDir())
+	check(t, err)
+	defer func() { check(t, h.clear()) }()
+	second := func(root, state string) string {
+		out, err := exec.Command(program, "serve", "--config", filepath.Join(h.dir, "daemon.toml"), "--root", root, "--state", state,
+			"--address", filepath.Join(h.dir, "second.sock"), "--content-root", h.content, "--containerd-address", h.containerd).CombinedOutput()
+		if err == nil {
+			return "it ran"
+		}
+		return string(out)
+	}
+	refused := func() (errs error) {
+		for _, two := range []struct{ root, state, want string }{
+			{h.root, filepath.Join(h.dir, "another"), "root " + h.root},
+			{filepath.Join(h.dir, "another"), h.state, "state directory " + h.state},
+		} {
+			if said := second(two.root, two.state); !strings.Contains(said, two.want+" belongs to another running artifact-snapshotter; stop it") {
+				errs = errors.Join(errs, fmt.Errorf("the second says %s", said))
+			}
+		}
+		return errs
+	}
+	var during error
+	h.reads = true
+	h.fault = &Fault{At: &Op{"openat", "root/overlayfs/metadata.db", 1}, Hook: func(*Process) { during = refused() }}
+	check(t, h.start(true, true, nil, false))
+	ops, hit := h.daemon.traced.Heal()
+	if hit != 1 || during != nil {
+		t.Errorf("while the first was starting (%d times): %v; its operations were %v", hit, during, ops)
+	}
+	check(t, h.pull(m))
+	check(t, h.run(m))
+	check(t, refused())
+	check(t, h.checkPods("beside a second daemon"))
+	check(t, h.checkNext(s.next))
+	check(t, h.stop(9))
+	check(t, h.start(false, false, nil, false))
+	check(t, h.checkPods("with the next daemon"))
+	check(t, h.empty())
+}

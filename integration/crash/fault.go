@@ -1,0 +1,214 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build amd64
+
+package crash
+
+import (
+	"os"
+	"strings"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Fault is what goes wrong at an operation of a program that goes on.
+type Fault struct {
+	// At is where it begins; nil is from the first operation on.
+	At *Op
+	// Errno is what the operation fails with, without having begun; 0 is that it does
+	// not fail.
+	Errno unix.Errno
+	// Lasting has all operations fail from then on, until Heal, that are in the same
+	// directory of Dirs and can fail so: a disk that is full or dead, not one call.
+	Lasting bool
+	// Delay is how long operations take more that are in the directory Slow of Dirs (its
+	// base name): all of them if it is Lasting, or the one.
+	Delay time.Duration
+	Slow  string
+	// Hook is called before the operation begins, while the program waits.
+	Hook func(*Process)
+}
+
+// Inject begins to count as Arm does, and lets the fault happen.
+func (p *Process) Inject(f Fault) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.begin()
+	p.fault = &f
+}
+
+// Heal ends what Inject has begun, and returns the operations since and how many of
+// them failed or were slow, or at how many the hook was called.
+func (p *Process) Heal() (ops []Op, hit int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.armed, p.fault = false, nil
+	return p.ops, p.hit
+}
+
+// Failed is whether an operation has failed by the fault, or was slow, since Inject.
+func (p *Process) Failed() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.fault != nil && p.hit > 0
+}
+
+// meet lets what is to happen at op happen to the thread that is about to begin it.
+func (p *Process) meet(tid int, regs *unix.PtraceRegs, op Op) verdict {
+	f := p.fault
+	switch {
+	case p.hit > 0 && (!f.Lasting || dirOf(op) != p.failing), p.hit == 0 && f.At != nil && *f.At != op:
+		return goOn
+	case f.Errno != 0 && !CanFail(op, f.Errno), f.Delay > 0 && dirOf(op) != f.Slow:
+		return goOn
+	}
+	p.failing = dirOf(op)
+	p.hit++
+	if f.Hook != nil {
+		f.Hook(p)
+	}
+	if f.Errno != 0 && skip(tid, regs, -int64(f.Errno)) != nil {
+		return goOn // it has been killed meanwhile
+	}
+	if f.Delay > 0 {
+		return later
+	}
+	return goOn
+}
+
+// skip has a call that is about to begin return at once (seccomp(2), SECCOMP_RET_TRACE:
+// one with the number -1 is skipped).
+func skip(tid int, regs *unix.PtraceRegs, result int64) error {
+	regs.Orig_rax, regs.Rax = ^uint64(0), uint64(result)
+	return unix.PtraceSetRegs(tid, regs)
+}
+
+// dirOf is the base name of that of Dirs in which an operation is; "" for those of
+// mounts that are nowhere yet.
+func dirOf(op Op) string {
+	dir, _, _ := strings.Cut(op.Path, "/")
+	return dir
+}
+
+// creating are the operations that need space, by whose lack they fail.
+var creating = map[string]bool{
+	"openat": true, "write": true, "pwrite": true, "writev": true, "pwritev": true, "sendfile": true, "splice": true,
+	"copy_file_range": true, "fsync": true, "fdatasync": true, "fallocate": true, "fsetxattr": true, "setxattr": true,
+	"lsetxattr": true, "mkdir": true, "mkdirat": true, "mknodat": true, "symlink": true, "symlinkat": true, "link": true,
+	"linkat": true, "rename": true, "renameat": true, "renameat2": true, "ioctl FICLONE": true, "bind": true,
+}
+
+// opening are those that make a file descriptor.
+var opening = map[string]bool{"openat": true, "open": true, "openat2": true, "open_tree": true, "fsopen": true, "fsmount": true}
+
+// diskless are those that no disk takes part in.
+var diskless = map[string]bool{
+	"flock": true, "umount2": true, "fsopen": true, "fsmount": true, "move_mount": true, "mount_setattr": true, "bind": true,
+	"inotify_add_watch": true,
+}
+
+// CanFail reports whether the kernel can let an operation fail so, by the manual page of
+// the call and the sources of ext4, XFS and the quotas.
+func CanFail(op Op, errno unix.Errno) bool {
+	switch errno {
+	case unix.ENOSPC:
+		return creating[op.Call] && inDirs(op)
+	case unix.EDQUOT:
+		return (creating[op.Call] || strings.Contains(op.Call, "chown")) && inDirs(op)
+	case unix.EMFILE:
+		return opening[op.Call]
+	case unix.EIO:
+		return !diskless[op.Call] && (op.Call == "fsconfig" || inDirs(op)) && (!strings.HasPrefix(op.Call, "ioctl") || op.Call == "ioctl FICLONE")
+	default:
+		return false
+	}
+}
+
+// inDirs is whether an operation is in a directory and not on /sys or a loop device.
+func inDirs(op Op) bool { return op.Path != "" && !strings.HasPrefix(op.Path, "/") }
+
+// reads are the system calls that only read; see calls. openat(2) is beside them.
+var reads = map[uint64]call{
+	unix.SYS_READ:              byFD("read"),
+	unix.SYS_PREAD64:           byFD("pread"),
+	unix.SYS_GETDENTS64:        byFD("getdents"),
+	unix.SYS_FSTAT:             byFD("fstat"),
+	unix.SYS_FSTATFS:           byFD("fstatfs"),
+	unix.SYS_FGETXATTR:         byFD("fgetxattr"),
+	unix.SYS_STATFS:            byPath("statfs", 0),
+	unix.SYS_STAT:              byPath("stat", 0),
+	unix.SYS_LSTAT:             byPath("lstat", 0),
+	unix.SYS_LGETXATTR:         byPath("lgetxattr", 0),
+	unix.SYS_LLISTXATTR:        byPath("llistxattr", 0),
+	unix.SYS_NEWFSTATAT:        at("fstatat", 0, 1),
+	unix.SYS_STATX:             at("statx", 0, 1),
+	unix.SYS_READLINKAT:        at("readlinkat", 0, 1),
+	unix.SYS_FACCESSAT2:        at("faccessat2", 0, 1),
+	unix.SYS_OPENAT2:           at("openat2", 0, 1),
+	unix.SYS_OPEN_TREE:         at("open_tree", 0, 1),
+	unix.SYS_INOTIFY_ADD_WATCH: byPath("inotify_add_watch", 1),
+}
+
+// Skew is how far the wall clock of a program is from the machine's, as of a node whose
+// clock is set; only of one with Clock. The monotonic clock is the machine's, as it is
+// when clock_settime(2) is called.
+func (p *Process) Skew(by time.Duration) { p.skew.Store(int64(by)) }
+
+// Asked is how many times the program has asked for the time.
+func (p *Process) Asked() int64 { return p.asked.Load() }
+
+// tell answers a clock_gettime(2) of the wall clock.
+func (p *Process) tell(tid int, regs *unix.PtraceRegs) error {
+	p.asked.Add(1)
+	now, err := unix.TimeToTimespec(time.Now().Add(time.Duration(p.skew.Load())))
+	if err != nil {
+		return err
+	}
+	text := unsafe.Slice((*byte)(unsafe.Pointer(&now)), unsafe.Sizeof(now))
+	if _, err := unix.PtracePokeData(tid, uintptr(regs.Rsi), text); err != nil {
+		return err
+	}
+	return skip(tid, regs, 0)
+}
+
+// withoutVDSO takes the vDSO from a program that is about to begin: clock_gettime(2) is
+// a system call then. The kernel has put where it is on the stack (getauxval(3)), behind
+// the arguments and the environment.
+func withoutVDSO(tid int) error {
+	const sysinfoEHDR, word = 33, 8
+	var regs unix.PtraceRegs
+	if err := unix.PtraceGetRegs(tid, &regs); err != nil {
+		return os.NewSyscallError("ptrace PTRACE_GETREGS", err)
+	}
+	at := uintptr(regs.Rsp)
+	next := func() (value uint64, err error) {
+		_, err = unix.PtracePeekData(tid, at, unsafe.Slice((*byte)(unsafe.Pointer(&value)), word))
+		at += word
+		return value, err
+	}
+	for nulls := 0; nulls < 2; {
+		value, err := next()
+		if err != nil {
+			return os.NewSyscallError("ptrace PTRACE_PEEKDATA", err)
+		}
+		if value == 0 {
+			nulls++
+		}
+	}
+	for {
+		tag, err := next()
+		if err != nil || tag == 0 {
+			return os.NewSyscallError("ptrace PTRACE_PEEKDATA", err)
+		}
+		if tag == sysinfoEHDR {
+			_, err := unix.PtracePokeData(tid, at, make([]byte, word))
+			return os.NewSyscallError("ptrace PTRACE_POKEDATA", err)
+		}
+		if _, err := next(); err != nil {
+			return os.NewSyscallError("ptrace PTRACE_PEEKDATA", err)
+		}
+	}
+}

@@ -1,0 +1,75 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// explaining is a snapshotter whose errors say what a person can do about the disk that
+// the database and the directories of snapshots are on. Those of bbolt and overlayfs have
+// neither a kind of errdefs nor, where the database cannot be synced, a path.
+type explaining struct{ *snapshotter }
+
+func (s explaining) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	mounts, err := s.snapshotter.Prepare(ctx, key, parent, opts...)
+	return mounts, s.explain(err)
+}
+
+func (s explaining) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	mounts, err := s.snapshotter.View(ctx, key, parent, opts...)
+	return mounts, s.explain(err)
+}
+
+func (s explaining) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
+	mounts, err := s.snapshotter.Mounts(ctx, key)
+	return mounts, s.explain(err)
+}
+
+func (s explaining) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
+	return s.explain(s.snapshotter.Commit(ctx, name, key, opts...))
+}
+
+func (s explaining) Remove(ctx context.Context, key string) error {
+	return s.explain(s.snapshotter.Remove(ctx, key))
+}
+
+func (s explaining) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (snapshots.Info, error) {
+	info, err := s.snapshotter.Update(ctx, info, fieldpaths...)
+	return info, s.explain(err)
+}
+
+// Cleanup implements snapshots.Cleaner.
+func (s explaining) Cleanup(ctx context.Context) error {
+	return s.explain(s.snapshotter.Cleanup(ctx))
+}
+
+func (s explaining) explain(err error) error {
+	var (
+		errno unix.Errno
+		path  *fs.PathError
+		link  *os.LinkError
+	)
+	switch {
+	case err == nil, errdefs.IsResourceExhausted(err), !errors.As(err, &errno):
+		return err
+	case errno == unix.ENOSPC, errno == unix.EDQUOT:
+		return fmt.Errorf("%v: free space on the file system of %s and try again: %w", err, s.root, errdefs.ErrResourceExhausted)
+	case errors.As(err, &path), errors.As(err, &link), !strings.Contains(err.Error(), "commit failed: "):
+		return err
+	default: // of fdatasync(2), by bbolt
+		return fmt.Errorf("%w: %s", err, filepath.Join(s.root, "metadata.db"))
+	}
+}

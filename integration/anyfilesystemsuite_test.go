@@ -134,7 +134,7 @@ func runSuites(t *testing.T) map[string]string {
 // table is what docs/support.md has of the rows.
 func table(rows []outcome, suites map[string]string) string {
 	var out strings.Builder
-	out.WriteString("| root | content | raw | tar | blobs in root | taken by showing 64 MiB, raw and tar | user namespaces, image volumes | tests of `unpack`, `snapshot`, `view` |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n")
+	out.WriteString("| root | content | raw | tar | blobs in root | taken by showing 64 MiB, raw and tar | image volumes | user namespaces | tests of `unpack`, `snapshot`, `view` |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n")
 	for _, o := range rows {
 		root, content := o.cells()
 		volumes := "by the snapshotter"
@@ -142,11 +142,15 @@ func table(rows []outcome, suites map[string]string) string {
 			volumes = "by NRI only"
 		}
 		mib := func(format string) string { return fmt.Sprintf("%.1f MiB", float64(o.grown[format])/(1<<20)) }
+		userns := "yes"
+		if !o.userns() {
+			userns = "no"
+		}
 		suite := suites[o.root.name]
 		if suite == "" {
 			suite = "not run"
 		}
-		fmt.Fprintf(&out, "| %s | %s | `%s` | `%s` | %s | %s, %s | %s | %s |\n", root, content, o.raw, o.tar, o.by, mib("raw"), mib("tar"), volumes, suite)
+		fmt.Fprintf(&out, "| %s | %s | `%s` | `%s` | %s | %s, %s | %s | %s | %s |\n", root, content, o.raw, o.tar, o.by, mib("raw"), mib("tar"), volumes, userns, suite)
 	}
 	return out.String()
 }

@@ -363,20 +363,29 @@ func answer(t *testing.T, err error) string {
 	return ""
 }
 
-// daemonViews is the keys of the image volumes that the daemon itself knows,
-// whatever containerd does.
-func daemonViews(t *testing.T, n *node.Node) (keys []string) {
+// daemonKeys are those of the snapshots that the daemon itself knows, whatever
+// containerd does: namespace, number and containerd's key, with slashes between.
+func daemonKeys(t *testing.T, n *node.Node) (keys []string) {
 	t.Helper()
 	conn, err := grpc.NewClient("unix://"+filepath.Join(n.Dir, "daemon.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	check(t, err)
 	defer conn.Close()
 	daemon := proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "artifact")
 	check(t, daemon.Walk(namespaces.WithNamespace(t.Context(), "k8s.io"), func(_ context.Context, info snapshots.Info) error {
-		if strings.Contains(info.Name, "/image-volumes/") {
-			keys = append(keys, info.Name)
-		}
+		keys = append(keys, info.Name)
 		return nil
 	}))
+	return keys
+}
+
+// daemonViews are those of image volumes.
+func daemonViews(t *testing.T, n *node.Node) (keys []string) {
+	t.Helper()
+	for _, key := range daemonKeys(t, n) {
+		if strings.Contains(key, "/image-volumes/") {
+			keys = append(keys, key)
+		}
+	}
 	return keys
 }
 

@@ -5,6 +5,7 @@ package integration
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -17,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"go.etcd.io/bbolt"
 
@@ -143,6 +145,19 @@ func (s *soak) check(t *testing.T, workers []*worker, idle holding) {
 		}
 	}
 	wantExplained(t, "the daemon's views", views, func() []string { return s.views(t) })
+	// Snapshots that the daemon has committed itself have other names at containerd.
+	eventually(t, func() string {
+		var known []string
+		check(t, s.c.SnapshotService("artifact").Walk(s.c.Context(t.Context()), func(_ context.Context, i snapshots.Info) error {
+			known = append(known, i.Name)
+			return nil
+		}))
+		keys := daemonKeys(t, s.n)
+		if len(keys) == len(known) {
+			return ""
+		}
+		return fmt.Sprintf("the daemon's snapshots are\n%s\nand containerd's\n%s", strings.Join(keys, "\n"), strings.Join(known, "\n"))
+	})
 	wantExplained(t, "containerd's mounts", mounts, func() []string {
 		got, err := node.Mounts(s.volumes())
 		check(t, err)
@@ -164,7 +179,7 @@ func (s *soak) check(t *testing.T, workers []*worker, idle holding) {
 			t.Errorf("no pod explains the mount %s", point)
 		}
 	}
-	for _, device := range loopDevices(t, s.n) {
+	for _, device := range loopDevicesIn(t, s.n.DaemonRoot) {
 		if !slices.ContainsFunc(mounted, func(point string) bool { return strings.Contains(device, "/"+filepath.Base(point)+"/") }) {
 			t.Errorf("no mount explains the loop device of %s", device)
 		}
@@ -345,7 +360,7 @@ func (s *soak) wantGone(t *testing.T, idle holding) {
 			t.Errorf("mounts are left: %q", mounts)
 		}
 	}
-	if devices := loopDevices(t, s.n); len(devices) > 0 {
+	if devices := loopDevicesIn(t, s.n.DaemonRoot); len(devices) > 0 {
 		t.Errorf("loop devices are left: %q", devices)
 	}
 	leases, err := s.c.LeasesService().List(s.c.Context(t.Context()))

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
@@ -224,7 +225,7 @@ func deleteImage(ctx context.Context, c *client.Client, ref string) error {
 // collectGarbage makes containerd collect garbage, by deleting a lease of nothing.
 func collectGarbage(ctx context.Context, c *client.Client) error {
 	ctx = c.Context(ctx)
-	lease, err := c.LeasesService().Create(ctx, leases.WithRandomID())
+	lease, err := c.LeasesService().Create(ctx, leases.WithRandomID(), leases.WithExpiration(time.Minute))
 	if err != nil {
 		return err
 	}

@@ -94,7 +94,7 @@ func (w *writer) entry(ctx context.Context, name string, n *node) error {
 		return nil
 	case symlink:
 		if err := unix.Symlinkat(n.target, dir, base); errors.Is(err, unix.ENAMETOOLONG) {
-			return fmt.Errorf("the target of the symlink %s has %d bytes, more than the file system holds (xfs: 1023); move root to ext4 or btrfs: %w", name, len(n.target), errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("the target of the symlink %s has %d bytes, more than the file system of root holds (xfs: 1023; ext4: a block); move root to btrfs, or to ext4 with blocks of 4 KiB: %w", name, len(n.target), errdefs.ErrFailedPrecondition)
 		} else if err != nil {
 			return pathError("symlink", name, err)
 		}

@@ -6,6 +6,7 @@ package unpack
 import (
 	"archive/tar"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -169,7 +170,7 @@ func TestEveryKindOfMemberIsShownAsTheArchiveHasIt(t *testing.T) {
 				t.Run(rung.String()+"/"+name, func(t *testing.T) {
 					t.Parallel()
 					s := newSite(t)
-					if name == "the longest symlink" && rung.Tar == Extract && fileSystem() == unix.XFS_SUPER_MAGIC {
+					if name == "the longest symlink" && rung.Tar == Extract && !holds(t, longestSymlink.Linkname) {
 						wantNoSymlink(t, s)
 						return
 					}
@@ -183,6 +184,16 @@ func TestEveryKindOfMemberIsShownAsTheArchiveHasIt(t *testing.T) {
 // longestSymlink is the longest there can be.
 var longestSymlink = tar.Header{Name: "longest", Typeflag: tar.TypeSymlink, Linkname: strings.Repeat("x/", 2047) + "y"}
 
+// holds is whether the file system that the tests run on has symlinks as long as target.
+func holds(t *testing.T, target string) bool {
+	t.Helper()
+	err := os.Symlink(target, filepath.Join(t.TempDir(), "symlink"))
+	if err != nil && !errors.Is(err, unix.ENAMETOOLONG) {
+		t.Fatal(err)
+	}
+	return err == nil
+}
+
 func TestASymlinkThatTheFileSystemCannotHoldIsSaid(t *testing.T) {
 	s := newSite(t)
 	s.root = xfs(t)
@@ -192,7 +203,7 @@ func TestASymlinkThatTheFileSystemCannotHoldIsSaid(t *testing.T) {
 func wantNoSymlink(t *testing.T, s site) {
 	t.Helper()
 	_, err := s.build(Rungs{Overlay, Extract}, s.tar(t, artifact.CompressionNone, archive(t, longestSymlink)))
-	if want := "the target of the symlink longest has 4095 bytes, more than the file system holds"; !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), want) {
+	if want := "the target of the symlink longest has 4095 bytes, more than the file system of root holds"; !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), want) {
 		t.Errorf("%v, want that %s", err, want)
 	}
 }

@@ -26,11 +26,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-const (
-	soakWorkers = 8
-	// soakOperations are those of each worker in a round: 20 to 30 seconds of two cores.
-	soakOperations = 12
-)
+const soakWorkers = 8
 
 // soak is a node on which everything happens at once.
 type soak struct {
@@ -72,9 +68,11 @@ func (s *soak) excuse(why, text string) {
 // restarted and killed. After each round, and in the end, what there is is what those
 // who are there explain.
 func TestNothingIsLostOrLeftByAnythingAtOnce(t *testing.T) {
+	// Those of each worker in a round: some 10 seconds of two cores, or 30.
+	operations := 4
 	rounds, least := 2, time.Duration(0)
 	if os.Getenv("ARTIFACT_SNAPSHOTTER_LONG") != "" {
-		rounds, least = len(restarts), 10*time.Minute
+		operations, rounds, least = 12, len(restarts), 10*time.Minute
 	}
 	seed := uint64(1)
 	if text := os.Getenv("ARTIFACT_SNAPSHOTTER_SOAK_SEED"); text != "" {
@@ -115,7 +113,7 @@ func TestNothingIsLostOrLeftByAnythingAtOnce(t *testing.T) {
 			w.random = rand.New(rand.NewPCG(seed, uint64(1+done*soakWorkers+i)))
 		}
 		start := time.Now()
-		s.round(t, workers, 1+conductor.Int64N(soakWorkers*soakOperations*2/3), restart)
+		s.round(t, workers, operations, 1+conductor.Int64N(int64(soakWorkers*operations*2/3)), restart)
 		worked := time.Since(start)
 		s.check(t, workers, idle)
 		t.Logf("round %d, with %s: %v, checked in %v", done+1, restart.name, worked.Round(time.Second), (time.Since(start) - worked).Round(time.Second))
@@ -166,8 +164,8 @@ func (s *soak) nextRung() error {
 	return os.WriteFile(name, tarRung.ReplaceAll(text, []byte("tar_rung = '"+next+"'")), 0o644)
 }
 
-// round lets all work, and restarts something after so many operations.
-func (s *soak) round(t *testing.T, workers []*worker, after int64, restart restart) {
+// round lets all do so many operations, and restarts something after so many of them all.
+func (s *soak) round(t *testing.T, workers []*worker, operations int, after int64, restart restart) {
 	t.Helper()
 	s.failures.Store(0)
 	s.at = make(chan struct{})
@@ -175,7 +173,7 @@ func (s *soak) round(t *testing.T, workers []*worker, after int64, restart resta
 	work, ctx := errgroup.WithContext(t.Context())
 	for i, w := range workers {
 		work.Go(func() error {
-			if err := w.round(ctx, soakOperations); err != nil {
+			if err := w.round(ctx, operations); err != nil {
 				return fmt.Errorf("worker %d: %w", i, err)
 			}
 			return nil

@@ -274,13 +274,10 @@ func (d nriDoor) adjusted(shown []*api.Mount, removed map[string]bool, before []
 }
 
 // kindOf gives an error that has come by NRI, which has no kinds, the one that its text
-// tells: at its end, or by what is to be done.
+// tells: at its end, or by what is to be done if it has none there.
 func kindOf(err error) error {
-	switch {
-	case err == nil:
+	if err == nil {
 		return nil
-	case strings.Contains(err.Error(), "try again"):
-		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 	}
 	for _, kind := range []error{
 		errdefs.ErrUnavailable, errdefs.ErrInvalidArgument, errdefs.ErrNotFound, errdefs.ErrFailedPrecondition, errdefs.ErrDataLoss, errdefs.ErrResourceExhausted, errdefs.ErrNotImplemented,
@@ -288,6 +285,9 @@ func kindOf(err error) error {
 		if text, ok := strings.CutSuffix(err.Error(), kind.Error()); ok {
 			return fmt.Errorf("%s%w", text, kind)
 		}
+	}
+	if strings.Contains(err.Error(), "try again") {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 	}
 	return err
 }

@@ -275,7 +275,7 @@ func cmpOr(a, b string) string {
 }
 
 // selectedFaults is how many faults a selection has.
-const selectedFaults = 100
+const selectedFaults = 80
 
 func TestTheDaemonOutlivesEveryFault(t *testing.T) {
 	program, err := node.Program()

@@ -298,8 +298,11 @@ func (s *Store) mounted(name string) bool {
 // but those whose containerd has forgotten them) have binds of their own.
 func (s *Store) unmount(name string) error {
 	target := s.mountpoint(name)
-	// UnmountAll takes a directory that it cannot look at for one that is not there.
-	if _, err := os.Lstat(target); err != nil && !errors.Is(err, os.ErrNotExist) {
+	// UnmountAll looks, too, but goes on if it cannot.
+	switch _, err := os.Lstat(target); {
+	case errors.Is(err, os.ErrNotExist):
+		return nil
+	case err != nil:
 		return err
 	}
 	if err := mount.UnmountAll(target, unix.MNT_DETACH); err != nil {

@@ -175,7 +175,11 @@ func (s *Store) recover(ctx context.Context, marker string) error {
 			}
 		}
 		log.G(ctx).WithField("tree", name).Info("removing a tree of an earlier boot or of another rung")
-		if err := errors.Join(s.unmount(name), s.setAside(filepath.Join(s.trees, name))); err != nil {
+		err := s.unmount(name)
+		if err == nil {
+			err = s.setAside(filepath.Join(s.trees, name))
+		}
+		if err != nil {
 			return fmt.Errorf("cannot remove the tree %s: %w", name, err)
 		}
 	}

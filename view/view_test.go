@@ -477,6 +477,28 @@ func TestAChangeOfTheRungWhileAPodRuns(t *testing.T) {
 	}
 }
 
+func TestATreeThatMayBeMountedIsKept(t *testing.T) {
+	s := newSite(t)
+	s.Close()
+	s.config.Rungs.Tar = unpack.Extract
+	s.open()
+	v := s.acquire(s.pack("bytes"))
+	v.Release()
+	s.sweep()
+	s.Close()
+	loop := s.mountpoint(v.ID.name()) // cannot be looked at, as on a broken disk
+	if err := os.Symlink(loop, loop); err != nil {
+		t.Fatal(err)
+	}
+	s.config.Rungs = unpack.Rungs{Raw: unpack.Link, Tar: unpack.Extract}
+	if _, err := Open(context.Background(), s.config); err == nil || !strings.Contains(err.Error(), "cannot tell whether "+loop+" is mounted") {
+		t.Errorf("%v, want that it cannot tell", err)
+	}
+	if !s.has(v.ID) {
+		t.Error("the tree is gone")
+	}
+}
+
 func TestSweepsDoNotDisturbEachOther(t *testing.T) {
 	s := newSite(t)
 	for i := range 200 {

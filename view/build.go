@@ -111,20 +111,24 @@ func (s *Store) begin() bool {
 func (s *Store) mount(ctx context.Context, id ID, from *source) (done served, err error) {
 	name := id.name()
 	t, err := unpack.Load(s.path(id))
-	if err != nil && !errors.Is(err, os.ErrNotExist) && s.mounted(name) {
+	mounted, merr := s.mounted(name)
+	switch {
+	case merr != nil:
+		return done, merr
+	case mounted && err != nil && !errors.Is(err, os.ErrNotExist):
 		return done, nil // another version of this program has made and mounted it
-	}
-	if err != nil {
+	case err != nil:
 		// Whatever is mounted shows another Tree, one that has been deleted.
 		if err := s.unmount(name); err != nil {
 			return done, err
 		}
+		mounted = false
 		if t, done.built, err = s.build(ctx, id, from, nil); err != nil {
 			return done, err
 		}
 	}
 	done.rungs = t.Rungs
-	if s.mounted(name) {
+	if mounted {
 		return done, nil
 	}
 	target := s.mountpoint(name)

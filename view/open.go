@@ -163,12 +163,23 @@ func (s *Store) recover(ctx context.Context, marker string) error {
 		if manifest(name) == "" {
 			continue // the sweep's
 		}
-		t, err := unpack.Load(filepath.Join(s.trees, name))
-		if !rebooted && (err == nil && t.Rungs == s.rungs || s.mounted(name)) {
-			continue
+		if !rebooted {
+			if t, err := unpack.Load(filepath.Join(s.trees, name)); err == nil && t.Rungs == s.rungs {
+				continue
+			}
+			switch mounted, err := s.mounted(name); {
+			case err != nil:
+				return err
+			case mounted:
+				continue
+			}
 		}
 		log.G(ctx).WithField("tree", name).Info("removing a tree of an earlier boot or of another rung")
-		if err := errors.Join(s.unmount(name), s.setAside(filepath.Join(s.trees, name))); err != nil {
+		err := s.unmount(name)
+		if err == nil {
+			err = s.setAside(filepath.Join(s.trees, name))
+		}
+		if err != nil {
 			return fmt.Errorf("cannot remove the tree %s: %w", name, err)
 		}
 	}

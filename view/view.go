@@ -225,7 +225,11 @@ func (s *Store) acquire(ctx context.Context, id ID, from *source, release func()
 			built = cmp.Or(built, tree.built)
 			// A call that was about to end when we joined it may have been
 			// swept before we took hold.
-			if !s.mounted(id.name()) {
+			mounted, merr := s.mounted(id.name())
+			if err = merr; err != nil {
+				break
+			}
+			if !mounted {
 				continue
 			}
 			return &View{ID: id, Path: s.mountpoint(id.name()), Rungs: tree.rungs, Built: built, release: release}, nil
@@ -289,17 +293,28 @@ func (s *Store) Shown(path string, owners unpack.IDMap) (ID, bool) {
 
 func (s *Store) mountpoint(name string) string { return filepath.Join(s.mounts, name) }
 
-func (s *Store) mounted(name string) bool {
+// mounted is whether a Tree of that name is mounted. An error is that nobody can tell:
+// pods may show it.
+func (s *Store) mounted(name string) (bool, error) {
 	ok, err := mountinfo.Mounted(s.mountpoint(name))
-	return ok && err == nil
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("cannot tell whether %s is mounted: %w", s.mountpoint(name), err)
+	}
+	return ok, nil
 }
 
 // unmount takes the shared mount away. Pods that still show it (there are none
 // but those whose containerd has forgotten them) have binds of their own.
 func (s *Store) unmount(name string) error {
 	target := s.mountpoint(name)
-	// UnmountAll takes a directory that it cannot look at for one that is not there.
-	if _, err := os.Lstat(target); err != nil && !errors.Is(err, os.ErrNotExist) {
+	// UnmountAll looks, too, but goes on if it cannot.
+	switch _, err := os.Lstat(target); {
+	case errors.Is(err, os.ErrNotExist):
+		return nil
+	case err != nil:
 		return err
 	}
 	if err := mount.UnmountAll(target, unix.MNT_DETACH); err != nil {

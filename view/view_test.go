@@ -107,8 +107,8 @@ func (s *site) wantState(id ID, tree, mounted bool) {
 	if got := s.has(id); got != tree {
 		s.t.Errorf("the tree is there: %v, want %v", got, tree)
 	}
-	if got := s.mounted(id.name()); got != mounted {
-		s.t.Errorf("the tree is mounted: %v, want %v", got, mounted)
+	if got, err := s.mounted(id.name()); got != mounted || err != nil {
+		s.t.Errorf("the tree is mounted: %v, %v, want %v", got, err, mounted)
 	}
 }
 
@@ -477,6 +477,28 @@ func TestAChangeOfTheRungWhileAPodRuns(t *testing.T) {
 	}
 }
 
+func TestATreeThatMayBeMountedIsKept(t *testing.T) {
+	s := newSite(t)
+	s.Close()
+	s.config.Rungs.Tar = unpack.Extract
+	s.open()
+	v := s.acquire(s.pack("bytes"))
+	v.Release()
+	s.sweep()
+	s.Close()
+	loop := s.mountpoint(v.ID.name()) // cannot be looked at, as on a broken disk
+	if err := os.Symlink(loop, loop); err != nil {
+		t.Fatal(err)
+	}
+	s.config.Rungs = unpack.Rungs{Raw: unpack.Link, Tar: unpack.Extract}
+	if _, err := Open(context.Background(), s.config); err == nil || !strings.Contains(err.Error(), "cannot tell whether "+loop+" is mounted") {
+		t.Errorf("%v, want that it cannot tell", err)
+	}
+	if !s.has(v.ID) {
+		t.Error("the tree is gone")
+	}
+}
+
 func TestSweepsDoNotDisturbEachOther(t *testing.T) {
 	s := newSite(t)
 	for i := range 200 {
@@ -514,7 +536,7 @@ func TestRunSweepsWhenTheRuntimeDeletesAManifest(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() { defer close(done); s.Run(ctx) }()
-	eventually(t, "the unused mount is gone", func() bool { return !s.mounted(v.ID.name()) })
+	eventually(t, "the unused mount is gone", func() bool { mounted, err := s.mounted(v.ID.name()); return !mounted && err == nil })
 	// The watch is in place before the first sweep or soon after; a deletion
 	// that it misses is found by the next.
 	eventually(t, "the tree is gone", func() bool {

@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 	"github.com/artifact-snapshotter/artifact-snapshotter/view"
@@ -31,10 +32,12 @@ type reference struct {
 	Boot string `json:"boot,omitempty"`
 	// Runtime is the name of the runtime whose it is; "" if a version of this program has
 	// recorded it that did not ask.
-	Runtime string    `json:"runtime,omitempty"`
-	Sandbox string    `json:"sandbox"`
-	Created time.Time `json:"created"`
-	Shows   []shown   `json:"shows"`
+	Runtime string `json:"runtime,omitempty"`
+	Sandbox string `json:"sandbox"`
+	// Uptime is how long the kernel had run when it was recorded: the wall clock may be
+	// set. It is 0 if a version of this program has recorded it that wrote down the latter.
+	Uptime time.Duration `json:"uptime,omitempty"`
+	Shows  []shown       `json:"shows"`
 }
 
 // shown is a view.ID.
@@ -130,11 +133,11 @@ func (r *references) shown(context.Context) (ids []view.ID, _ error) {
 
 // set records what a container of the runtime shows. An artifact that it shows twice counts
 // once.
-func (r *references) set(runtime, container, sandbox string, created time.Time, ids []view.ID) error {
+func (r *references) set(runtime, container, sandbox string, ids []view.ID) error {
 	if !containerID.MatchString(container) {
 		return fmt.Errorf("%.255q is not the ID of a container: %w", container, errdefs.ErrInvalidArgument)
 	}
-	of := reference{Boot: r.boot, Runtime: runtime, Sandbox: sandbox, Created: created}
+	of := reference{Boot: r.boot, Runtime: runtime, Sandbox: sandbox, Uptime: uptime()}
 	for _, id := range ids {
 		if s := shownOf(id); !slices.Contains(of.Shows, s) {
 			of.Shows = append(of.Shows, s)
@@ -151,6 +154,14 @@ func (r *references) set(runtime, container, sandbox string, created time.Time, 
 	}
 	r.by[container] = of
 	return nil
+}
+
+// uptime is how long the kernel has run, with the time that it was suspended
+// (clock_gettime(2), CLOCK_BOOTTIME, which every kernel has).
+func uptime() time.Duration {
+	var now unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &now)
+	return time.Duration(now.Nano())
 }
 
 // write puts b into the place of the file at once, whatever happens.

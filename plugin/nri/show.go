@@ -79,7 +79,7 @@ func (p *Plugin) create(ctx context.Context, runtime string, pod *api.PodSandbox
 	}
 	if err = errBusy; ctx.Err() == nil { // else the runtime has been answered
 		// From here on the record keeps what is held until now.
-		err = p.references.set(runtime, c.GetId(), pod.GetId(), time.Now(), ids)
+		err = p.references.set(runtime, c.GetId(), pod.GetId(), ids)
 	}
 	switch {
 	case err != nil && p.Passthrough:
@@ -254,14 +254,14 @@ func (p *Plugin) synchronize(ctx context.Context, runtime string, pods []*api.Po
 				p.drop(ctx, c.GetId())
 			}
 		case !recorded || len(ids) != len(of.Shows):
-			if err := p.references.set(runtime, c.GetId(), c.GetPodSandboxId(), time.Now(), ids); err != nil {
+			if err := p.references.set(runtime, c.GetId(), c.GetPodSandboxId(), ids); err != nil {
 				log.G(ctx).WithError(err).WithField("container", c.GetId()).Error("cannot record what a container shows")
 			}
 		}
 	}
 	for _, container := range p.references.of("") {
 		of, _ := p.references.get(container)
-		if of.Runtime != "" && of.Runtime != runtime || listed[container] || sandboxes[of.Sandbox] != nil && time.Since(of.Created) < settling {
+		if of.Runtime != "" && of.Runtime != runtime || listed[container] || sandboxes[of.Sandbox] != nil && uptime()-of.Uptime < settling {
 			continue
 		}
 		p.drop(ctx, container)

@@ -354,9 +354,10 @@ func TestRecordsOutliveTheDaemonAndAreMadeTrue(t *testing.T) {
 	s.sync(containers["given-up"], containers["lost"], containers["runs"])
 	s.wantRecords("ended", "lost", "runs")
 	of, _ := s.references.get("ended")
-	if err := s.references.set("containerd", "ended", of.Sandbox, time.Now().Add(-settling), []view.ID{{Manifest: d.Digest}}); err != nil {
-		t.Fatal(err)
-	}
+	s.references.mu.Lock()
+	of.Uptime -= settling
+	s.references.by["ended"] = of
+	s.references.mu.Unlock()
 	s.sync(containers["lost"], containers["runs"])
 	s.wantRecords("lost", "runs")
 	s.sync()
@@ -372,7 +373,7 @@ func TestRecordsAreKeptWithoutThePlugin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.references.set("containerd", "runs", sandbox, time.Now(), []view.ID{v.ID}); err != nil {
+	if err := s.references.set("containerd", "runs", sandbox, []view.ID{v.ID}); err != nil {
 		t.Fatal(err)
 	}
 	v.Release()
@@ -479,11 +480,33 @@ func TestContainersWithoutThePluginAreWarnedOf(t *testing.T) {
 	}
 }
 
+// The wall clock may have been set since a record was made, and does not count.
+func TestHowOldARecordIsIsToldByTheTimeSinceBoot(t *testing.T) {
+	s := newSite(t)
+	d := s.model(s.content)
+	if err := s.references.set("containerd", "new", sandbox, []view.ID{{Manifest: d.Digest}}); err != nil {
+		t.Fatal(err)
+	}
+	of, _ := s.references.get("new")
+	if age := uptime() - of.Uptime; age < 0 || age > time.Minute {
+		t.Errorf("a new record is %v old", age)
+	}
+	record := fmt.Sprintf(`{"boot": %q, "runtime": "containerd", "sandbox": %q, "created": %q, "uptime": %d, "shows": [{"manifest": %q}]}`,
+		s.references.boot, sandbox, time.Now().AddDate(1, 0, 0).Format(time.RFC3339), uptime()-settling, d.Digest)
+	if err := os.WriteFile(filepath.Join(s.root, "nri/old.json"), []byte(record), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.open()
+	s.wantRecords("new", "old")
+	s.synchronize(t.Context(), "containerd", []*api.PodSandbox{{Id: sandbox}}, nil)
+	s.wantRecords("new")
+}
+
 func TestRecordsOfAnotherRuntimeAreKept(t *testing.T) {
 	s := newSite(t)
 	ids := []view.ID{{Manifest: s.model(s.content).Digest}}
 	for container, runtime := range map[string]string{"of-containerd": "containerd", "of-crio": crio, "of-nobody": ""} {
-		if err := s.references.set(runtime, container, sandbox, time.Now(), ids); err != nil {
+		if err := s.references.set(runtime, container, sandbox, ids); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -503,7 +526,7 @@ func TestWhoseOwnersAreShownIsToldByTheRecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	v.Release()
-	if err := s.references.set("containerd", "mapped", sandbox, time.Now(), []view.ID{v.ID}); err != nil {
+	if err := s.references.set("containerd", "mapped", sandbox, []view.ID{v.ID}); err != nil {
 		t.Fatal(err)
 	}
 	s.open()

@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -481,7 +480,6 @@ func (w *worker) cancelMount(ctx context.Context) error {
 type tally struct {
 	mu     sync.Mutex
 	counts map[string]int
-	steps  atomic.Int64
 }
 
 func (c *tally) count(what string) {

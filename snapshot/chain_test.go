@@ -343,7 +343,7 @@ func TestANameIsOfOneArtifact(t *testing.T) {
 	n := newNode(t)
 	d := n.pack(t)
 	n.extract(t, "sha256:chain", "", n.layer(t, "a", "bytes of a"))
-	_, err := n.Prepare(ctx, behind(UnpackKey("caller", d.Digest)), "", as("sha256:chain"))
+	err := n.unpack(d, "sha256:chain")
 	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "sha256:chain already shows") {
 		t.Errorf("of other layers: %v", err)
 	}
@@ -353,7 +353,7 @@ func TestANameIsOfOneArtifact(t *testing.T) {
 	if err := n.Commit(ctx, "image", "extract-1-x image", as("sha256:image")); err != nil {
 		t.Fatal(err)
 	}
-	_, err = n.Prepare(ctx, behind(UnpackKey("caller", d.Digest)), "", as("sha256:image"))
+	err = n.unpack(d, "sha256:image")
 	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "an image") {
 		t.Errorf("of an image: %v", err)
 	}

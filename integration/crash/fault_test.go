@@ -209,6 +209,12 @@ func (h *host) lastWords() (string, error) {
 // too.
 func (h *host) awaitIdle() (err error) {
 	for limit := time.Now().Add(10 * time.Second); time.Now().Before(limit); time.Sleep(5 * time.Millisecond) {
+		// A request whose caller has gone may make its snapshot only now. containerd's
+		// collector removes those that containerd does not know (core/metadata/snapshot.go,
+		// pruneBranch).
+		if err = h.empty(); err != nil {
+			continue
+		}
 		// Where the records of NRI cannot be looked for, their directory is made.
 		if err = h.checkIdle("state/artifact-snapshotter.sock", "root/nri"); err == nil {
 			return nil

@@ -4,7 +4,6 @@
 package integration
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,7 +19,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
-	"go.etcd.io/bbolt"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
@@ -284,18 +282,7 @@ func (s *soak) checkDatabase(t *testing.T) {
 	check(t, err)
 	name := filepath.Join(t.TempDir(), "metadata.db")
 	check(t, os.WriteFile(name, text, 0o600))
-	db, err := bbolt.Open(name, 0o600, &bbolt.Options{ReadOnly: true})
-	check(t, err)
-	err = db.View(func(tx *bbolt.Tx) error {
-		var errs []error
-		for err := range tx.Check() {
-			errs = append(errs, err)
-		}
-		return errors.Join(errs...)
-	})
-	if err = cmp.Or(err, db.Close()); err != nil {
-		t.Errorf("the database: %v", err)
-	}
+	check(t, node.CheckDatabase(name))
 }
 
 // explained are the warnings that there must be of refused artifacts, conflicts and

@@ -16,6 +16,8 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
 // explaining is a snapshotter whose errors say what a person can do about the disk that
@@ -66,7 +68,7 @@ func (s explaining) explain(err error) error {
 	case err == nil, errdefs.IsResourceExhausted(err), !errors.As(err, &errno):
 		return err
 	case errno == unix.ENOSPC, errno == unix.EDQUOT:
-		return fmt.Errorf("%v: free space on the file system of %s and try again: %w", err, s.root, errdefs.ErrResourceExhausted)
+		return unpack.OutOfSpace(err, s.root)
 	case errors.As(err, &path), errors.As(err, &link), !strings.Contains(err.Error(), "commit failed: "):
 		return err
 	default: // of fdatasync(2), by bbolt

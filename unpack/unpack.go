@@ -369,12 +369,16 @@ func source(blobs blobdir.Blobs, blob digest.Digest) string {
 	return fmt.Sprintf("%d at %d.%09d", st.Ino, st.Mtim.Sec, st.Mtim.Nsec)
 }
 
-// outOfSpace gives a full disk or an exhausted quota its errdefs kind, and
-// says what to do. The cause is text only, here and elsewhere: of an error that
+// outOfSpace is OutOfSpace for files in root.
+func outOfSpace(err error) error { return OutOfSpace(err, "the snapshotter's root") }
+
+// OutOfSpace gives a full disk or an exhausted quota its kind, errdefs.ErrResourceExhausted,
+// and says what to do: where is the directory whose file system it is. It returns any
+// other error as it is. The cause is text only, here and elsewhere: of an error that
 // wraps two, gRPC makes one that says its kind twice (errdefs, pkg/errgrpc).
-func outOfSpace(err error) error {
+func OutOfSpace(err error, where string) error {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return fmt.Errorf("%v: free space on the file system of the snapshotter's root and try again: %w", err, errdefs.ErrResourceExhausted)
+		return fmt.Errorf("%v: free space on the file system of %s and try again: %w", err, where, errdefs.ErrResourceExhausted)
 	}
 	return err
 }

@@ -15,7 +15,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
@@ -133,21 +132,12 @@ func (s *Store) mount(ctx context.Context, id ID, from *source) (done served, er
 	}
 	target := s.mountpoint(name)
 	if err := makeDir(target, 0o711); err != nil {
-		return done, outOfSpace(err)
+		return done, unpack.OutOfSpace(err, "the snapshotter's state directory")
 	}
 	ctx, end := span(ctx, "tree.mount", id.Manifest)
 	err = t.Mount(ctx, target)
 	end(err)
 	return done, err
-}
-
-// outOfSpace gives a full file system of the state directory its errdefs kind, and says
-// what to do.
-func outOfSpace(err error) error {
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return fmt.Errorf("%v: free space on the file system of the snapshotter's state directory and try again: %w", err, errdefs.ErrResourceExhausted)
-	}
-	return err
 }
 
 // build makes the Tree of id. await, if it is not nil, waits for blobs that the

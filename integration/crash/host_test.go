@@ -6,7 +6,6 @@
 package crash
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,7 +29,6 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/proxy"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
-	"go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -593,18 +591,7 @@ func (h *host) checkDatabase() error {
 	if info.Size() == 0 {
 		return nil // the daemon was killed before it wrote to it
 	}
-	db, err := bbolt.Open(name, 0o600, &bbolt.Options{ReadOnly: true, Timeout: 5 * time.Second})
-	if err != nil {
-		return fmt.Errorf("the database: %w", err)
-	}
-	err = db.View(func(tx *bbolt.Tx) error {
-		var errs []error
-		for err := range tx.Check() {
-			errs = append(errs, err)
-		}
-		return errors.Join(errs...)
-	})
-	if err = cmp.Or(err, db.Close()); err != nil {
+	if err := node.CheckDatabase(name); err != nil {
 		return fmt.Errorf("the database: %w", err)
 	}
 	return nil

@@ -117,6 +117,7 @@ func (n *Node) writeFile(name, text string) error {
 		*Node
 		Tools      string
 		Containerd string
+		Temporary  string
 		Runc       string
 		Cgroup     string
 		Systemd    bool
@@ -124,7 +125,7 @@ func (n *Node) writeFile(name, text string) error {
 		CRIO       crioPrograms
 
 		DaemonConfig, NRIConfig string
-	}{n, n.tools, n.containerd, runc, n.cgroup, n.options.Systemd, n.options.NRI, n.crio, n.options.DaemonConfig, n.options.NRIConfig})
+	}{n, n.tools, n.containerd, temporary, runc, n.cgroup, n.options.Systemd, n.options.NRI, n.crio, n.options.DaemonConfig, n.options.NRIConfig})
 	if err != nil {
 		return err
 	}

@@ -56,11 +56,17 @@ func (n *Node) kubeletConfig(port int) map[string]any {
 // kubeletScript starts kubelet in a mount namespace of its own, in which the
 // kernel parameters that kubelet would set have the values that it wants, and
 // /var/log and /var/lib, where it makes links to logs and a directory whatever
-// its configuration says, are empty. What is mounted in the node's directory
-// already must not be kept mounted by the namespace. A machine's /var is its own.
+// its configuration says, are empty. What this node and other tests have mounted must
+// not be kept mounted by the namespace, which hears of no unmount where the host's mounts
+// are private. A machine's /var is its own.
 const kubeletScript = `#!/bin/sh
 set -e
-awk -v dir='{{.Dir}}/' 'index($5, dir) == 1 {print $5}' /proc/self/mountinfo | while read -r point; do
+awk -v tmp='{{.Temporary}}/' -v needed='{{.Dir}}/ {{.Tools}}/ {{.Containerd}}/' '
+	BEGIN { count = split(needed, dirs, " ") }
+	index($5, tmp) == 1 {
+		for (i = 1; i <= count; i++) if (index(dirs[i], $5 "/") == 1) next
+		print $5
+	}' /proc/self/mountinfo | tac | while read -r point; do
 	umount -l "$point"
 done
 for parameter in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 \

@@ -117,6 +117,10 @@ type Node struct {
 	lastLogs     string // of a node that was stopped
 }
 
+// temporary is the directory in which other tests have theirs, too: the one of this
+// process when it began, since tests set TMPDIR to one of their own.
+var temporary = os.TempDir()
+
 // Start starts a node and returns when pods can run on it; with the daemon,
 // when the daemon has also planted the empty blob, without which artifacts
 // with an empty file cannot be pulled. Cancelling ctx ends the commands in

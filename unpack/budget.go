@@ -133,7 +133,7 @@ func (b *Budget) room(f *os.File, size int64) error {
 	free := st.Bavail * uint64(st.Bsize)
 	reserve := st.Blocks / 100 * uint64(b.limits.Reserve) * uint64(st.Bsize)
 	if uint64(size) > free || free-uint64(size) < reserve {
-		return fmt.Errorf("%d bytes are needed and %d are free, %d of them in reserve: %w", size, free, reserve, unix.ENOSPC)
+		return fmt.Errorf("%d bytes are needed and %d are free, where %d are to stay free (reserved_space): %w", size, free, reserve, unix.ENOSPC)
 	}
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"sync/atomic"
 	"time"
 
@@ -246,9 +247,14 @@ func (s *Store) reserve() (dir string, done func()) {
 }
 
 // publish has a Tree made beside the others and renames it into place complete.
-func (s *Store) publish(id ID, build func(dir string) error) (*unpack.Tree, error) {
+func (s *Store) publish(id ID, build func(dir string) error) (_ *unpack.Tree, err error) {
 	dir, done := s.reserve()
 	defer done()
+	defer func() {
+		if err != nil {
+			err = steady{err}
+		}
+	}()
 	if err := build(dir); err != nil {
 		return nil, err
 	}
@@ -260,3 +266,13 @@ func (s *Store) publish(id ID, build func(dir string) error) (*unpack.Tree, erro
 	}
 	return unpack.Load(s.path(id))
 }
+
+// steady is an error of a build, whose directory has another name at each try: Kubernetes
+// counts errors with one text as one event.
+type steady struct{ error }
+
+var asideName = regexp.MustCompile(`\bnew-[a-z2-7]{26}\b`) // rand.Text is base 32
+
+func (e steady) Error() string { return asideName.ReplaceAllString(e.error.Error(), "new-*") }
+
+func (e steady) Unwrap() error { return e.error }

@@ -4,13 +4,19 @@
 package view
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
 func TestOpenKeepsWhatIsShownAndTheSweepTakesTheRest(t *testing.T) {
@@ -117,4 +123,55 @@ func TestATreeOfAnotherVersionIsShownAsLongAsItIsMounted(t *testing.T) {
 	}
 	s.acquire(d).Release()
 	s.wantState(v.ID, true, true)
+}
+
+func TestAChangeOfTheRungWhileAPodRuns(t *testing.T) {
+	s := newSite(t)
+	s.Close()
+	s.config.Rungs = unpack.Rungs{Raw: unpack.Link, Tar: unpack.Extract}
+	s.open()
+	d := s.pack("bytes")
+	v := s.acquire(d)
+	s.show(v.ID)
+	s.Close()
+	s.config.Rungs = unpack.Rungs{Raw: unpack.Overlay, Tar: unpack.Extract}
+	s.open()
+	shifted, err := s.Acquire(context.Background(), d, unpack.IDMap{UID: "0:200000:65536", GID: "0:200000:65536"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{v.Path, shifted.Path} {
+		if b, err := os.ReadFile(filepath.Join(path, "weights")); err != nil || string(b) != "bytes" {
+			t.Errorf("%q, %v", b, err)
+		}
+	}
+}
+
+func TestATreeThatMayBeMountedIsKept(t *testing.T) {
+	s := newSite(t)
+	s.Close()
+	s.config.Rungs = unpack.Rungs{Raw: unpack.Copy, Tar: unpack.Extract} // which every kernel has
+	s.open()
+	v := s.acquire(s.pack("bytes"))
+	v.Release()
+	s.sweep()
+	s.Close()
+	loop := s.mountpoint(v.ID.name()) // cannot be looked at, as on a broken disk
+	if err := os.Symlink(loop, loop); err != nil {
+		t.Fatal(err)
+	}
+	s.config.Rungs = unpack.Rungs{Raw: unpack.Link, Tar: unpack.Extract}
+	if _, err := Open(context.Background(), s.config); err == nil || !strings.Contains(err.Error(), "cannot tell whether "+loop+" is mounted") {
+		t.Errorf("%v, want that it cannot tell", err)
+	}
+	if !s.has(v.ID) {
+		t.Error("the tree is gone")
+	}
+}
+
+func TestAForcedRungThatDoesNotWorkIsAnErrorAtStart(t *testing.T) {
+	c := Config{Root: t.TempDir(), State: t.TempDir(), Content: blobdir.Dir(t.TempDir()), Rungs: unpack.Rungs{Raw: "ladder"}}
+	if _, err := Open(context.Background(), c); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("%v, want an invalid argument", err)
+	}
 }

@@ -78,7 +78,7 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 	}()
 	// Two on one state directory would unmount what the other's pods are shown.
 	for _, d := range []struct{ what, path, lock string }{{"root", cfg.Root, "lock"}, {"state directory", cfg.State, "state.lock"}} {
-		if err := os.MkdirAll(d.path, dirMode); err != nil {
+		if err := view.MakeDir(d.path, dirMode); err != nil {
 			return nil, fmt.Errorf("create %s: %w", d.what, err)
 		}
 		lock, err := lockDir(d.what, d.path, d.lock)

@@ -132,7 +132,7 @@ func (s *Store) mount(ctx context.Context, id ID, from *source) (done served, er
 		return done, nil
 	}
 	target := s.mountpoint(name)
-	if err := makeDir(target, 0o711); err != nil {
+	if err := MakeDir(target, 0o711); err != nil {
 		return done, unpack.OutOfSpace(err, "the snapshotter's state directory")
 	}
 	ctx, end := span(ctx, "tree.mount", id.Manifest)

@@ -56,7 +56,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		path string
 		mode os.FileMode
 	}{{c.Root, 0o711}, {s.trees, 0o700}, {c.State, 0o711}, {s.mounts, 0o711}} {
-		if err := makeDir(d.path, d.mode); err != nil {
+		if err := MakeDir(d.path, d.mode); err != nil {
 			return nil, err
 		}
 	}
@@ -113,8 +113,9 @@ func (s *Store) emptyTrash() error {
 	return err
 }
 
-// makeDir makes dir, with that mode whatever the umask, unless it is there.
-func makeDir(dir string, mode os.FileMode) error {
+// MakeDir makes dir, with that mode whatever the umask, unless it is there: a pod with a
+// user namespace has to get through to its volumes.
+func MakeDir(dir string, mode os.FileMode) error {
 	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
 		return err
 	}
@@ -167,10 +168,11 @@ func (s *Store) recover(ctx context.Context, marker string) error {
 			if t, err := unpack.Load(filepath.Join(s.trees, name)); err == nil && t.Rungs == s.rungs {
 				continue
 			}
-			switch mounted, err := s.mounted(name); {
-			case err != nil:
-				return err
-			case mounted:
+			mounted, err := s.mounted(name)
+			if err != nil { // pods may show it, and others need the daemon
+				log.G(ctx).WithError(err).WithField("tree", name).Warn("keeping a tree that cannot be used")
+			}
+			if mounted || err != nil {
 				continue
 			}
 		}
@@ -188,7 +190,7 @@ func (s *Store) recover(ctx context.Context, marker string) error {
 			return err
 		}
 	}
-	if err := makeDir(s.sharedDir(), 0o700); err != nil {
+	if err := MakeDir(s.sharedDir(), 0o700); err != nil {
 		return err
 	}
 	// A mount without its Tree shows an empty directory: somebody has removed

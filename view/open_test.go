@@ -152,7 +152,8 @@ func TestATreeThatMayBeMountedIsKept(t *testing.T) {
 	s.Close()
 	s.config.Rungs = unpack.Rungs{Raw: unpack.Copy, Tar: unpack.Extract} // which every kernel has
 	s.open()
-	v := s.acquire(s.pack("bytes"))
+	d := s.pack("bytes")
+	v := s.acquire(d)
 	v.Release()
 	s.sweep()
 	s.Close()
@@ -161,7 +162,8 @@ func TestATreeThatMayBeMountedIsKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.config.Rungs = unpack.Rungs{Raw: unpack.Link, Tar: unpack.Extract}
-	if _, err := Open(context.Background(), s.config); err == nil || !strings.Contains(err.Error(), "cannot tell whether "+loop+" is mounted") {
+	s.open()
+	if _, err := s.Acquire(context.Background(), d, unpack.IDMap{}); err == nil || !strings.Contains(err.Error(), "cannot tell whether "+loop+" is mounted") {
 		t.Errorf("%v, want that it cannot tell", err)
 	}
 	if !s.has(v.ID) {

@@ -310,14 +310,15 @@ func (s *Store) mounted(name string) (bool, error) {
 // but those whose containerd has forgotten them) have binds of their own.
 func (s *Store) unmount(name string) error {
 	target := s.mountpoint(name)
-	// UnmountAll looks, too, but goes on if it cannot.
-	switch _, err := os.Lstat(target); {
-	case errors.Is(err, os.ErrNotExist):
+	_, seen := os.Lstat(target)
+	if errors.Is(seen, os.ErrNotExist) {
 		return nil
-	case err != nil:
-		return err
 	}
+	// What a dead disk shows cannot be looked at, but can be unmounted.
 	if err := mount.UnmountAll(target, unix.MNT_DETACH); err != nil {
+		if seen != nil {
+			err = seen
+		}
 		return fmt.Errorf("unmount %s: %w", target, err)
 	}
 	if err := os.Remove(target); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -26,7 +26,7 @@ var never = []uint32{
 	// Parts of the kernel that most of its holes are in.
 	unix.SYS_BPF, unix.SYS_PERF_EVENT_OPEN, unix.SYS_USERFAULTFD, unix.SYS_IO_URING_SETUP,
 	unix.SYS_KEYCTL, unix.SYS_ADD_KEY, unix.SYS_REQUEST_KEY,
-	// The rest of CAP_SYS_ADMIN.
+	// Some of what else CAP_SYS_ADMIN allows.
 	unix.SYS_FANOTIFY_INIT, unix.SYS_QUOTACTL, unix.SYS_QUOTACTL_FD, unix.SYS_SWAPON, unix.SYS_SWAPOFF,
 	unix.SYS_SETHOSTNAME, unix.SYS_SETDOMAINNAME, unix.SYS_SYSLOG,
 }
@@ -84,7 +84,8 @@ func forbid(network bool) error {
 		bpf.JumpIf{Cond: bpf.JumpBitsNotSet, Val: newNamespaces, SkipTrue: 1},
 		refuse(unix.EPERM),
 		allow,
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.SYS_SOCKET, SkipTrue: 1},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.SYS_SOCKET, SkipTrue: 2},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.SYS_SOCKETPAIR, SkipTrue: 1},
 		allow,
 		bpf.LoadAbsolute{Off: callFirst, Size: 4},
 	)
@@ -102,9 +103,12 @@ func forbid(network bool) error {
 	//nolint:gosec // seccomp(2) takes a pointer to sock_filters, which RawInstruction has the layout of
 	program := unix.SockFprog{Len: uint16(len(raw)), Filter: (*unix.SockFilter)(unsafe.Pointer(&raw[0]))}
 	//nolint:gosec // and to this
-	_, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program)))
+	thread, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program)))
 	if errno != 0 {
 		return fmt.Errorf("install the filter of system calls: %w", errno)
+	}
+	if thread != 0 { // seccomp(2), SECCOMP_FILTER_FLAG_TSYNC: nothing is installed
+		return fmt.Errorf("install the filter of system calls: thread %d has another one", thread)
 	}
 	return nil
 }

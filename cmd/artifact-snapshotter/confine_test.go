@@ -96,6 +96,7 @@ func tryTheForbidden(network bool) error {
 	want("a socket of IPv4", socket(unix.AF_INET, unix.SOCK_STREAM), inet)
 	want("a socket of IPv6", socket(unix.AF_INET6, unix.SOCK_DGRAM), inet, unix.EAFNOSUPPORT)
 	want("a socket of packets", socket(unix.AF_PACKET, unix.SOCK_RAW), unix.EPERM)
+	want("a pair of sockets of TIPC", raw(unix.SYS_SOCKETPAIR, unix.AF_TIPC), unix.EPERM)
 	want("a socket of netlink", socket(unix.AF_NETLINK, unix.SOCK_RAW), unix.EPERM)
 	if err := exec.Command("/proc/self/exe").Run(); !errors.Is(err, unix.EPERM) {
 		problems = append(problems, fmt.Errorf("a program could be run: %v", err))

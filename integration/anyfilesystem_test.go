@@ -330,12 +330,15 @@ func (p pair) wantAdvice(t *testing.T, n *node.Node) {
 func (p pair) wantNothingLeft(t *testing.T, n *node.Node, files, mounts []string, used int64) {
 	t.Helper()
 	const slack = 4 << 20
-	var now []string
-	waitFor(t, "the daemon's files, mounts and loop devices to go", func() bool {
-		now = filesBelow(t, n.DaemonRoot)
+	eventually(t, func() string {
+		now := filesBelow(t, n.DaemonRoot)
 		mounted, err := node.Mounts(n.DaemonState)
 		check(t, err)
-		return slices.Equal(now, files) && slices.Equal(mounted, mounts) && len(loopDevicesIn(t, n.DaemonRoot)) == 0
+		devices := loopDevicesIn(t, n.DaemonRoot)
+		if slices.Equal(now, files) && slices.Equal(mounted, mounts) && len(devices) == 0 {
+			return ""
+		}
+		return fmt.Sprintf("the daemon has the files %q, mounts %q and loop devices %q, and had %q and %q", now, mounted, devices, files, mounts)
 	})
 	var grown int64
 	waitFor(t, "the disk to be as full as before", func() bool {

@@ -6,6 +6,7 @@
 package crash
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -176,7 +177,7 @@ func (l *life) survived(done met, f Fault) error {
 		return err
 	case done.told == nil || errors.Is(done.told, errNotDone):
 		return nil
-	case errdefs.IsUnavailable(done.told) && strings.Contains(done.told.Error(), "try again"):
+	case errdefs.IsUnavailable(done.told) && strings.Contains(done.told.Error(), "has just gone, try again"):
 		return nil // a Tree that could not be read is one that is not there
 	}
 	if (f.Errno == unix.ENOSPC || f.Errno == unix.EDQUOT) && !errdefs.IsResourceExhausted(done.told) {
@@ -208,7 +209,7 @@ func (h *host) lastWords() (string, error) {
 // awaitIdle waits until there is no more than an idle daemon has, which sweeps by itself,
 // too.
 func (h *host) awaitIdle() (err error) {
-	for limit := time.Now().Add(10 * time.Second); time.Now().Before(limit); time.Sleep(5 * time.Millisecond) {
+	for limit := time.Now().Add(patience); time.Now().Before(limit); time.Sleep(5 * time.Millisecond) {
 		// A request whose caller has gone may make its snapshot only now. containerd's
 		// collector removes those that containerd does not know (core/metadata/snapshot.go,
 		// pruneBranch).
@@ -268,7 +269,7 @@ func (c *counts) add(done met, err error) {
 func (t *tally) add(f failure, done met, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	row := fmt.Sprintf("%s, %s", unix.ErrnoName(f.Errno), cmpOr(dirOf(*f.At), "mounts"))
+	row := fmt.Sprintf("%s, %s", unix.ErrnoName(f.Errno), cmp.Or(dirOf(*f.At), "mounts"))
 	if t.rows[row] == nil {
 		t.rows[row] = &counts{}
 	}
@@ -278,13 +279,6 @@ func (t *tally) add(f failure, done met, err error) {
 	for _, c := range []*counts{t.rows[row], t.in[f.scenario], &t.total} {
 		c.add(done, err)
 	}
-}
-
-func cmpOr(a, b string) string {
-	if a == "" {
-		return b
-	}
-	return a
 }
 
 // selectedFaults is how many faults a selection has.

@@ -101,10 +101,15 @@ func (r run) host(dir string) (*host, error) {
 		return nil, err
 	}
 	h, err := newHost(dir, dir, r.program, r.containerd, fmt.Sprintf("decompress_on_pull = %v\n%s", r.early, r.toml))
-	if err == nil && r.apart {
-		err = unix.Mount("tmpfs", h.content, "tmpfs", 0, "")
+	if err != nil {
+		return nil, err
 	}
-	return h, err
+	if r.apart {
+		if err := unix.Mount("tmpfs", h.content, "tmpfs", 0, ""); err != nil {
+			return nil, errors.Join(err, h.clear())
+		}
+	}
+	return h, nil
 }
 
 // withLog is err, if it is one, with the end of the daemon's log.

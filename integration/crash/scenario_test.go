@@ -326,7 +326,7 @@ var errNotDone = errors.New("the daemon does not do what is waited for")
 // await waits until the daemon has done something by itself, which after a fault it need
 // not.
 func (h *host) await(done func() bool) error {
-	limit, failed := time.After(10*time.Second), false
+	limit, failed := time.After(patience), false
 	for !done() {
 		select {
 		case <-h.daemon.done:

@@ -113,6 +113,9 @@ func TestABlobIsTamperedWithDuringABuild(t *testing.T) {
 		check(t, l.end())
 		t.Logf("%s, linked: %v, %d operations: %v", s.name, s.linked, len(done.ops), got)
 	}
+	if total["right"] == 0 || total["refused"] == 0 {
+		t.Errorf("%v: too few are met", total)
+	}
 	t.Logf("%v in %v", total, time.Since(began).Round(time.Second))
 }
 

@@ -37,7 +37,7 @@ type Process struct {
 	hit     int    // how many times it has happened
 	failing string // the directory in which it has
 
-	skew, asked atomic.Int64
+	skew atomic.Int64
 }
 
 // Program is what to start.

@@ -67,7 +67,7 @@ awk -v tmp='{{.Temporary}}/' -v needed='{{.Dir}}/ {{.Tools}}/ {{.Containerd}}/' 
 		for (i = 1; i <= count; i++) if (index(dirs[i], $5 "/") == 1) next
 		print $5
 	}' /proc/self/mountinfo | tac | while read -r point; do
-	umount -l "$point"
+	umount -l "$point" || ! mountpoint -q "$point" # its owner may have been first
 done
 for parameter in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 \
 	kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000; do

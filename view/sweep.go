@@ -207,6 +207,11 @@ func (s *Store) sweep(ctx context.Context) (trash []string, removed int, err err
 			err = errors.Join(err, aerr)
 		}
 	}
+	for name := range s.failed {
+		if s.deleted(manifest(name)) { // who pulls it again is not to be told of this
+			delete(s.failed, name)
+		}
+	}
 	trees, lerr = list(s.trees)
 	for _, name := range trees {
 		if manifest(name) == "" && !s.building[name] {

@@ -33,6 +33,22 @@ func TestNothingGoesWhenAUserCannotTell(t *testing.T) {
 	s.wantState(v.ID, true, true)
 }
 
+func TestAFailureIsForgottenWithItsArtifact(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	name := ID{Manifest: d.Digest}.name()
+	s.failed[name] = errors.New("a build that nobody has waited for")
+	s.sweep()
+	if s.failed[name] == nil {
+		t.Error("whoever asks next is not told")
+	}
+	s.forget(d)
+	s.sweep()
+	if s.failed[name] != nil {
+		t.Error("whoever pulls it again is told")
+	}
+}
+
 func TestNothingGoesWhenTheContentRootIsUnreadable(t *testing.T) {
 	s := newSite(t)
 	v := s.acquire(s.pack("bytes"))

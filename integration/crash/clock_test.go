@@ -91,8 +91,9 @@ func TestADiskIsSlow(t *testing.T) {
 				told <- err
 			}()
 			err := h.run(m)
-			// It may ask again, as kubelet does.
-			if terr := <-told; terr != nil && !errdefs.IsDeadlineExceeded(terr) && !errors.Is(terr, context.DeadlineExceeded) && !errdefs.IsUnavailable(terr) {
+			// It may ask again, as kubelet does. Or it is told why the last build failed that
+			// nobody has waited for, of a caller who had gone when the blobs went.
+			if terr := <-told; terr != nil && !errdefs.IsDeadlineExceeded(terr) && !errors.Is(terr, context.DeadlineExceeded) && !errdefs.IsUnavailable(terr) && !errdefs.IsNotFound(terr) {
 				err = errors.Join(err, fmt.Errorf("who cannot wait is told %w", terr))
 			}
 			return err

@@ -18,9 +18,11 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/nri/pkg/adaptation"
 	"github.com/containerd/nri/pkg/api"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
@@ -203,13 +205,22 @@ func (d nriDoor) Skip(_ Case, a *Artifact) (why string) {
 	return ""
 }
 
-// Rule is docs/nri.md#limits: of two mounts at one place NRI can take away only one, and
+// maxMessage is how long a message of ttrpc, and so of NRI, can be (channel.go,
+// messageLengthMax).
+const maxMessage = 4 << 20
+
+// Rule is docs/nri.md#limits and docs/cri-o.md: what CRI-O mounts has to fit into a message;
+// of two mounts at one place NRI can take away only one, and
 // a layer whose name is the volume's own path is mounted over the volume. What is no
 // artifact is left to the runtime before that, and what the manifest says comes after the
 // one, and before the other.
 func (d nriDoor) Rule(v Verdict, a *Artifact) Verdict {
 	if d.way != NRIOfCRIO || errors.Is(v.Refused, artifact.ErrNotArtifact) {
 		return v
+	}
+	mounts, annotations := d.mounts(a)
+	if proto.Size(&api.Container{Mounts: mounts, Annotations: annotations}) > maxMessage {
+		return Verdict{Refused: errdefs.ErrResourceExhausted, Says: []string{"exceed maximum message size"}}
 	}
 	seen := map[string]bool{}
 	names, _ := crioLayers(a)
@@ -289,5 +300,5 @@ func kindOf(err error) error {
 	if strings.Contains(err.Error(), "try again") {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 	}
-	return err
+	return errgrpc.ToNative(err) // of ttrpc itself
 }

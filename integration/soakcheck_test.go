@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -275,6 +276,31 @@ func (s *soak) giveUpLeases(t *testing.T) {
 	}
 }
 
+// endShims ends those that a containerd has started and not noted when it was killed: the
+// others end by themselves with their pods.
+func (s *soak) endShims(t *testing.T) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		left, err := node.Processes(s.n.Address)
+		check(t, err)
+		maps.DeleteFunc(left, func(_ int, command string) bool { return !strings.Contains(command, "containerd-shim-runc-v2") })
+		if len(left) == 0 {
+			return
+		}
+		if time.Now().Before(deadline) {
+			continue
+		}
+		for pid, command := range left {
+			if s.counts["restart: containerd, SIGKILL"] == 0 {
+				t.Errorf("process %d is left: %s", pid, command)
+			}
+			s.count("shims that a killed containerd has left")
+			check(t, syscall.Kill(pid, syscall.SIGKILL))
+		}
+		return
+	}
+}
+
 // checkDatabase checks a copy: the daemon has locked its own, and writes nothing now.
 func (s *soak) checkDatabase(t *testing.T) {
 	t.Helper()
@@ -324,6 +350,7 @@ func (s *soak) wantGone(t *testing.T, idle holding) {
 			}
 		}
 	}
+	s.endShims(t)
 	unused, err := s.c.Unused(t.Context())
 	check(t, err)
 	_, _, err = s.c.Remove(t.Context(), unused)

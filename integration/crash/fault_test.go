@@ -149,7 +149,9 @@ func (l *life) meet(f Fault) (done met, err error) {
 // when it was being started is started again.
 func (l *life) survived(done met, f Fault) error {
 	h := l.h
-	if done.told != nil && (done.hit == 0 || f.Errno == 0) {
+	// A machine that is busy may need longer than whoever asked can wait.
+	busy := errdefs.IsUnavailable(done.told) && strings.Contains(done.told.Error(), "is still being unpacked")
+	if done.told != nil && !busy && (done.hit == 0 || f.Errno == 0) {
 		return fmt.Errorf("with nothing that failed: %w", done.told)
 	}
 	ended := h.daemon == nil
@@ -175,7 +177,7 @@ func (l *life) survived(done met, f Fault) error {
 			err = h.start(true, false, nil, false)
 		}
 		return err
-	case done.told == nil || errors.Is(done.told, errNotDone):
+	case done.told == nil || busy || errors.Is(done.told, errNotDone):
 		return nil
 	case errdefs.IsUnavailable(done.told) && strings.Contains(done.told.Error(), "has just gone, try again"):
 		return nil // a Tree that could not be read is one that is not there

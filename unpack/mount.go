@@ -26,10 +26,10 @@ import (
 func (t *Tree) Mount(ctx context.Context, target string) (err error) {
 	defer func() {
 		if err != nil {
-			// A bind is made read-only by a second step.
 			if errors.Is(err, unix.ENOSPC) { // fs/namespace.c, count_mounts
 				err = fmt.Errorf("%v: the node has as many mounts as the kernel parameter fs.mount-max allows: %w", err, errdefs.ErrResourceExhausted)
 			}
+			// A bind is made read-only by a second step.
 			err = errors.Join(err, mount.UnmountAll(target, 0))
 			err = fmt.Errorf("cannot mount the tree of artifact %s (%s, %s) at %s: %w", t.Manifest, t.Rungs.Raw, t.Rungs.Tar, target, err)
 		}

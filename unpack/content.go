@@ -112,7 +112,8 @@ func (cs *contents) add() *content {
 func (cs *contents) retainRaw(ctx context.Context, layers []artifact.Layer) error {
 	return each(ctx, layers, func(l artifact.Layer) error {
 		c := cs.files[keyOf(l)]
-		if l.Format != artifact.FormatRaw || c == nil {
+		// Of an empty one, addLayer says what is wrong if another layer has its blob.
+		if l.Format != artifact.FormatRaw || c == nil || l.Descriptor.Size == 0 {
 			return nil
 		}
 		return cs.retain(ctx, c, l.Descriptor)

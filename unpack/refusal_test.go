@@ -93,6 +93,11 @@ func TestRefusals(t *testing.T) {
 			l.Descriptor.Size = 0
 			return []artifact.Layer{l}
 		}, "0 bytes"},
+		"blob of another layer said to be empty": {func(t *testing.T, s site) []artifact.Layer {
+			a, b := s.raw(t, "a", "0123456789"), s.raw(t, "b", "0123456789")
+			b.Descriptor.Size = 0
+			return []artifact.Layer{a, b}
+		}, "0 bytes, but its digest"},
 		"another size for the same digest": {func(t *testing.T, s site) []artifact.Layer {
 			a, b := s.raw(t, "a", "0123456789"), s.raw(t, "b", "0123456789")
 			b.Descriptor.Size = 1 << 40

@@ -299,9 +299,15 @@ func TestCRIOCompressedLayersAreUnpackedAfterThePull(t *testing.T) {
 // answer must come before, and be a refusal.
 func TestCRIOSlowBuildIsRefusedUntilItIsDone(t *testing.T) {
 	n := crioNode(t, node.Options{DaemonConfig: "max_expansion = 100000\ndecompress_on_pull = false\n"})
-	layer, want := zeros(t, "zeros")
-	layer.Annotations = map[string]string{modelspec.AnnotationFilepath: "zeros"}
-	ref := push(t, n, "slow", layer)
+	var layers []pack.Layer
+	var want []treelist.Entry
+	for i := range 4 { // one takes a second of an idle core
+		name := fmt.Sprintf("zeros-%d", i)
+		layer, file := zeros(t, name)
+		layer.Annotations = map[string]string{modelspec.AnnotationFilepath: name}
+		layers, want = append(layers, layer), append(want, file)
+	}
+	ref := push(t, n, "slow", layers...)
 	pod, err := n.RunSandbox(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
 	check(t, err)
 	refused := 0
@@ -319,7 +325,7 @@ func TestCRIOSlowBuildIsRefusedUntilItIsDone(t *testing.T) {
 	if refused == 0 {
 		t.Error("it was never refused: the build is not slow")
 	}
-	wantVolume(t, pod, "main", "/model", []treelist.Entry{want})
+	wantVolume(t, pod, "main", "/model", want)
 	wantMounts(t, pod, "main", "/model")
 	check(t, pod.Remove())
 }

@@ -4,6 +4,7 @@
 package integration
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -97,6 +98,7 @@ func TestCRIOKeepsWhatIsInUse(t *testing.T) {
 			ref := pulled(t, n, src, form)
 			pod, err := n.RunPod(reading(ref))
 			check(t, err)
+			wantCollectable(t, n, pod, ref)
 			if _, err = n.Crictl("rmi", ref); err == nil || !strings.Contains(err.Error(), "the image is in use by") {
 				t.Errorf("got %v, want that the image is in use", err)
 			}
@@ -107,6 +109,39 @@ func TestCRIOKeepsWhatIsInUse(t *testing.T) {
 			wantUsage(t, n, before)
 		})
 	}
+}
+
+// wantCollectable checks what kubelet goes by when it collects images: the artifact is not
+// pinned, and the pod's container has it as a mount (pkg/kubelet/images/image_gc_manager.go,
+// handleImageVolumes).
+func wantCollectable(t *testing.T, n *node.Node, pod *node.Pod, ref string) {
+	t.Helper()
+	out, err := n.Crictl("images", "--output", "json", ref)
+	check(t, err)
+	var list struct {
+		Images []struct {
+			ID     string
+			Pinned bool
+		}
+	}
+	check(t, json.Unmarshal([]byte(out), &list))
+	if len(list.Images) != 1 || list.Images[0].Pinned {
+		t.Fatalf("the images of %s, want one that is not pinned:\n%s", ref, out)
+	}
+	out, err = n.Crictl("inspect", "--output", "json", pod.Containers["main"])
+	check(t, err)
+	var container struct {
+		Status struct {
+			Mounts []struct{ Image struct{ Image string } }
+		}
+	}
+	check(t, json.Unmarshal([]byte(out), &container))
+	for _, m := range container.Status.Mounts {
+		if m.Image.Image == list.Images[0].ID {
+			return
+		}
+	}
+	t.Errorf("kubelet would not find %s among the mounts of the container: %+v", list.Images[0].ID, container.Status.Mounts)
 }
 
 // Whoever deletes the blobs of an artifact takes nothing from those who read it.

@@ -4,13 +4,25 @@
 package integration
 
 import (
+	"bytes"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
+
+	modelspec "github.com/modelpack/model-spec/specs-go/v1"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
 // The recipes of docs/kubernetes.md are taken from there, so that what stands there
@@ -91,4 +103,41 @@ func TestMirrorServesArtifacts(t *testing.T) {
 	if !strings.Contains(out, refs[pack.Raw]) {
 		t.Errorf("the tool says: %s", out)
 	}
+}
+
+// With docs/kubernetes.md's configuration containerd fetches a layer in parts.
+func TestOneLayerIsFetchedInParts(t *testing.T) {
+	dir := t.TempDir()
+	n := node.ForTest(t, node.Options{ContainerdConfig: configPath(dir) + recipe(t, "parts of a layer")})
+	ref := n.Registry + "/models/parts:v1"
+	big := bytes.Repeat([]byte("0123456789abcdef"), 3<<20) // six parts of 8 MiB
+	model := &pack.Artifact{Layers: []pack.Layer{{
+		MediaType:   modelspec.MediaTypeModelWeightRaw,
+		Data:        big,
+		Annotations: map[string]string{modelspec.AnnotationFilepath: "model.gguf"},
+	}}}
+	_, err := model.Push(t.Context(), n.Registry, "models/parts", "v1")
+	check(t, err)
+
+	var mu sync.Mutex
+	parts := map[string]bool{}
+	forward := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: n.Registry})
+	counter := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, digest.FromBytes(big).String()) && r.Header.Get("Range") != "" {
+			mu.Lock()
+			parts[r.Header.Get("Range")] = true
+			mu.Unlock()
+		}
+		forward.ServeHTTP(w, r)
+	}))
+	defer counter.Close()
+	const origin = "registry.example.com"
+	writeHosts(t, dir, origin, recipe(t, "mirror", "http://mirror.example.com:5000", counter.URL))
+	_, path, _ := strings.Cut(ref, "/")
+	_, err = n.Pull(origin + "/" + path)
+	check(t, err)
+	if len(parts) != 6 {
+		t.Errorf("the layer was fetched by the ranges %v, want 6", slices.Collect(maps.Keys(parts)))
+	}
+	wantServed(t, n, origin+"/"+path, []treelist.Entry{fileEntry("model.gguf", big)})
 }

@@ -362,7 +362,7 @@ func TestTheSnapshotOfAnArtifactIsNotTheRootOfAContainer(t *testing.T) {
 }
 
 func TestArtifactsAreUnpackedWhenTheyArePulled(t *testing.T) {
-	n := node.ForTest(t, node.Options{DaemonConfig: "unpack_on_pull = true\ndecompress_on_pull = false\n"})
+	n := node.ForTest(t, node.Options{DaemonConfig: "snapshot_on_pull = true\ndecompress_on_pull = false\n"})
 	src := writeModel(t)
 	before := daemonUsage(t, n)
 	for _, form := range []pack.Form{pack.TarGzip, pack.TarZstd, pack.Raw} {

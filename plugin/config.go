@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/pkg/identifiers"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/nri/pkg/api"
 	"github.com/pelletier/go-toml/v2"
 
@@ -68,16 +69,19 @@ type Config struct {
 	TarRung string `toml:"tar_rung"`
 	// DecompressOnPull decompresses layers while containerd pulls them.
 	DecompressOnPull bool `toml:"decompress_on_pull"`
-	// UnpackOnPull makes the snapshots of the artifacts that containerd pulls into
+	// SnapshotOnPull makes the snapshots of the artifacts that containerd pulls into
 	// Namespaces.
-	UnpackOnPull bool `toml:"unpack_on_pull"`
+	SnapshotOnPull bool `toml:"snapshot_on_pull"`
+	// UnpackOnPull was the key of DecompressOnPull, and then of SnapshotOnPull. It is
+	// refused: see renamed.
+	UnpackOnPull any `toml:"unpack_on_pull,omitempty"`
 	// DecompressionMemory, MaxExpansion and ReservedSpace are unpack.Limits, the
 	// memory in MiB.
 	DecompressionMemory int64 `toml:"decompression_memory"`
 	MaxExpansion        int64 `toml:"max_expansion"`
 	ReservedSpace       int   `toml:"reserved_space"`
 	// Namespaces are the containerd namespaces that get the empty blob, and those of
-	// UnpackOnPull.
+	// SnapshotOnPull.
 	Namespaces []string `toml:"namespaces"`
 }
 
@@ -133,7 +137,20 @@ func Load(path string) (Config, error) {
 	if err := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(&cfg); err != nil {
 		return Config{}, fmt.Errorf("configuration file %s: %w", path, readable(err))
 	}
+	if err := cfg.renamed(); err != nil {
+		return Config{}, fmt.Errorf("configuration file %s: %w", path, err)
+	}
 	return cfg, nil
+}
+
+// renamed refuses a key that has had two meanings, since nobody knows which one a file
+// means.
+func (c Config) renamed() error {
+	if c.UnpackOnPull == nil {
+		return nil
+	}
+	return fmt.Errorf("the key unpack_on_pull has been renamed twice: write decompress_on_pull = %[1]v to decompress layers while containerd pulls an artifact (its first meaning, and the default now), or snapshot_on_pull = %[1]v to make a snapshot of every artifact that is pulled (its later meaning): %[2]w",
+		c.UnpackOnPull, errdefs.ErrInvalidArgument)
 }
 
 // readable turns go-toml's errors into one line with key and line number.
@@ -269,7 +286,7 @@ func rung(key, value string, all []unpack.Rung) (unpack.Rung, error) {
 
 // unpackIn are the namespaces whose artifacts are unpacked when they are pulled.
 func (c Config) unpackIn() []string {
-	if !c.UnpackOnPull {
+	if !c.SnapshotOnPull {
 		return nil
 	}
 	return c.Namespaces

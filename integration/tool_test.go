@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -232,6 +233,16 @@ func TestTheToolPullsShowsVerifiesAndPrunes(t *testing.T) {
 			list := toolJSON[[]jsonListed](t, n, "ls")
 			if len(list) != 1 {
 				t.Fatalf("ls lists %+v", list)
+			}
+			for _, args := range [][]string{
+				{"-n", "k8s.io", "-a", n.Address, "--output", "json", "ls"},
+				{"-n", "nowhere", "ls", "-n", "k8s.io", "--output", "json"}, // the nearest wins
+			} {
+				out, _, err := n.Artifact(append(args, "--config", n.ConfigFile())...)
+				check(t, err)
+				if !reflect.DeepEqual(decoded[[]jsonListed](t, out), list) {
+					t.Errorf("%q lists %s", args, out)
+				}
 			}
 			l := list[0]
 			rung := map[pack.Form]string{pack.Raw: "overlay", pack.TarGzip: "erofs"}[form]

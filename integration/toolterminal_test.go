@@ -183,6 +183,13 @@ func TestBashCompletesReferences(t *testing.T) {
 		"artifact-snapshotter ls -n ":                       nil,
 		"artifact-snapshotter verify -n nowhere ":           nil,
 		"artifact-snapshotter unmount ":                     nil,
+		// As behind the command.
+		"artifact-snapshotter --na":                 {"--namespace"},
+		"artifact-snapshotter -n ":                  nil,
+		"artifact-snapshotter -n k8s.io ver":        {"verify", "version"},
+		"artifact-snapshotter -n k8s.io verify ":    {ref},
+		"artifact-snapshotter -n nowhere verify ":   nil,
+		"artifact-snapshotter -a /nowhere inspect ": nil,
 	} {
 		if got := complete(line); !slices.Equal(got, want) {
 			t.Errorf("%q is completed with %q, want %q", line, got, want)

@@ -18,20 +18,8 @@ import (
 // --config among them. They are those of ctr, with its environment variables.
 func clientFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{
-			Name:    "namespace",
-			Aliases: []string{"n"},
-			Usage:   "containerd's namespace; Kubernetes uses k8s.io",
-			Value:   "default",
-			Sources: cli.EnvVars("CONTAINERD_NAMESPACE"),
-		},
-		&cli.StringFlag{
-			Name:        "address",
-			Aliases:     []string{"a"},
-			Usage:       "containerd's Unix socket",
-			Sources:     cli.EnvVars("CONTAINERD_ADDRESS"),
-			DefaultText: "containerd_address of the configuration file",
-		},
+		namespaceFlag(),
+		addressFlag(),
 		&cli.StringFlag{
 			Name:  "snapshotter",
 			Usage: "what containerd calls the snapshotter",
@@ -42,8 +30,28 @@ func clientFlags() []cli.Flag {
 	}
 }
 
+func namespaceFlag() *cli.StringFlag {
+	return &cli.StringFlag{
+		Name:    "namespace",
+		Aliases: []string{"n"},
+		Usage:   "containerd's namespace; Kubernetes uses k8s.io",
+		Value:   "default",
+		Sources: cli.EnvVars("CONTAINERD_NAMESPACE"),
+	}
+}
+
+func addressFlag() *cli.StringFlag {
+	return &cli.StringFlag{
+		Name:        "address",
+		Aliases:     []string{"a"},
+		Usage:       "containerd's Unix socket",
+		Sources:     cli.EnvVars("CONTAINERD_ADDRESS"),
+		DefaultText: "containerd_address of the configuration file",
+	}
+}
+
 // outputFlag is the form of what a command prints.
-func outputFlag() cli.Flag {
+func outputFlag() *cli.StringFlag {
 	return &cli.StringFlag{
 		Name:  "output",
 		Usage: outputText + " or " + outputJSON,

@@ -45,7 +45,7 @@ func doctorCommand() *cli.Command {
 			"  artifact-snapshotter doctor --output json",
 		Flags: append(daemonFlags(),
 			&cli.StringFlag{Name: "containerd-config", Usage: "containerd's own configuration file", Value: filepath.Join(defaults.DefaultConfigDir, "config.toml"), TakesFile: true},
-			&cli.StringFlag{Name: "output", Usage: outputText + " or " + outputJSON, Value: outputText},
+			outputFlag(),
 		),
 		Action: doctor,
 	}
@@ -105,9 +105,9 @@ type advice struct {
 }
 
 func doctor(ctx context.Context, command *cli.Command) error {
-	output := command.String("output")
-	if output != outputText && output != outputJSON {
-		return fmt.Errorf("--output %q is neither %s nor %s", output, outputText, outputJSON)
+	asJSON, err := wantsJSON(command)
+	if err != nil {
+		return err
 	}
 	cfg, err := daemonConfig(command)
 	if err != nil {
@@ -140,7 +140,7 @@ func doctor(ctx context.Context, command *cli.Command) error {
 			problems = append(problems, check.name)
 		}
 	}
-	if output == outputJSON {
+	if asJSON {
 		err = printJSON(command.Root().Writer, findings)
 	} else {
 		err = printFindings(command.Root().Writer, findings)

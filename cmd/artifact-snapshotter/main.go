@@ -33,19 +33,25 @@ func command() *cli.Command {
 	root := &cli.Command{
 		Name:            name,
 		Usage:           "mount OCI model artifacts into pods as read-only volumes, without copying a byte",
+		Description:     "--namespace, --address and --output may stand before a command and behind it.",
 		HideHelpCommand: true,
+		Flags:           globalFlags(),
 		Commands: []*cli.Command{
 			serveCommand(), installCommand(), uninstallCommand(), configCommand(), doctorCommand(), healthCommand(),
 			pullCommand(), unpackCommand(), mountCommand(), unmountCommand(), lsCommand(),
 			inspectCommand(), verifyCommand(), pruneCommand(), versionCommand(), pauseCommand(),
 		},
-		EnableShellCompletion:           true,
-		ConfigureShellCompletionCommand: func(command *cli.Command) { *command = *completionCommand() },
+		EnableShellCompletion: true,
 		// Errors are printed by main alone.
 		ExitErrHandler: func(context.Context, *cli.Command, error) {},
 		ArgValidator:   noArguments,
 	}
+	root.ConfigureShellCompletionCommand = func(command *cli.Command) {
+		*command = *completionCommand()
+		inherit(root.Flags, command)
+	}
 	quietly(root)
+	inherit(root.Flags, root)
 	completable(root)
 	return root
 }

@@ -135,6 +135,56 @@ func TestErrors(t *testing.T) {
 	}
 }
 
+// The flags of the commands that talk to containerd may stand before the command, too. The
+// error of a socket that is not there names the socket.
+func TestGlobalFlags(t *testing.T) {
+	t.Setenv("CONTAINERD_ADDRESS", "/env.sock")
+	for name, test := range map[string]struct {
+		args []string
+		want string
+	}{
+		"the environment":       {[]string{"ls"}, "not answer on /env.sock"},
+		"before the command":    {[]string{"-a", "/before.sock", "ls"}, "not answer on /before.sock"},
+		"behind the command":    {[]string{"ls", "--address", "/behind.sock"}, "not answer on /behind.sock"},
+		"the nearest wins":      {[]string{"--address=/before.sock", "ls", "-a", "/behind.sock"}, "not answer on /behind.sock"},
+		"all of them":           {[]string{"--output", "json", "-n", "k8s.io", "-a", "/before.sock", "ls"}, "not answer on /before.sock"},
+		"an empty namespace":    {[]string{"-n", "", "ls"}, "the namespace is empty"},
+		"an empty one replaced": {[]string{"-n", "", "ls", "-n", "k8s.io"}, "not answer on /env.sock"},
+		"a bad form":            {[]string{"--output", "xml", "ls"}, `--output "xml" is neither`},
+		"a bad form, doctor":    {[]string{"--output", "xml", "doctor"}, `--output "xml" is neither`},
+		"a bad form replaced":   {[]string{"--output", "xml", "ls", "--output", "json"}, "not answer on /env.sock"},
+
+		"-n of another command":      {[]string{"-n", "k8s.io", "install", "--dry-run"}, "--namespace before the command is for commands that have this flag, too, and artifact-snapshotter install has not"},
+		"-a of another command":      {[]string{"-a", "/x.sock", "serve", "--address", "/y.sock"}, "--address before the command"},
+		"-a of doctor":               {[]string{"-a", "/x.sock", "doctor"}, "--address before the command"},
+		"--output of another":        {[]string{"--output", "json", "version"}, "--output before the command"},
+		"of a command of a command":  {[]string{"-n", "x", "config", "default"}, "artifact-snapshotter config default has not"},
+		"of completion":              {[]string{"-n", "x", "completion", "bash"}, "artifact-snapshotter completion bash has not"},
+		"behind one without it":      {[]string{"install", "-n", "x"}, "flag provided but not defined: -n"},
+		"a local flag of a command":  {[]string{"--snapshotter", "x", "ls"}, "flag provided but not defined: -snapshotter"},
+		"a flag without its value":   {[]string{"-n"}, "flag needs an argument: -n"},
+		"and then no such a command": {[]string{"-n", "x", "list"}, "no such command"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			stdout, stderr, exit := run(t, test.args...)
+			if exit != 1 || stdout != "" {
+				t.Errorf("exit code %d, want 1; stdout %q, want nothing", exit, stdout)
+			}
+			wantErrorLine(t, stderr, test.want)
+		})
+	}
+	t.Run("help", func(t *testing.T) {
+		for _, flag := range []string{"--namespace string, -n string", "--address string, -a string", "--output string"} {
+			if help := output(t, "--help"); !strings.Contains(help, flag) {
+				t.Errorf("the help does not say %q:\n%s", flag, help)
+			}
+		}
+		if help := output(t, "install", "--help"); strings.Contains(help, "--namespace") {
+			t.Errorf("install does not take --namespace, and its help says:\n%s", help)
+		}
+	})
+}
+
 func wantErrorLine(t *testing.T, stderr string, words ...string) {
 	t.Helper()
 	if !strings.HasPrefix(stderr, "artifact-snapshotter: ") || strings.Index(stderr, "\n") != len(stderr)-1 {

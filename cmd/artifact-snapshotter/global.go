@@ -1,0 +1,61 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/urfave/cli/v3"
+)
+
+// globalFlags are the flags of commands that may also stand before the command, as in
+// ctr and kubectl. A flag behind the command beats the one before it, and that one beats
+// the environment.
+func globalFlags() (flags []cli.Flag) {
+	for _, flag := range []*cli.StringFlag{namespaceFlag(), addressFlag(), outputFlag()} {
+		flag.Local = true                     // the library would give it to every command
+		flag.Sources = cli.ValueSourceChain{} // the command's own flag asks the environment
+		flags = append(flags, flag)
+	}
+	return flags
+}
+
+// before is the value that a flag was given before the command.
+type before struct{ *cli.StringFlag }
+
+func (b before) Lookup() (string, bool) { return b.Get().(string), b.IsSet() }
+func (b before) String() string         { return "--" + b.Name + " before the command" }
+func (b before) GoString() string       { return fmt.Sprintf("before{%q}", b.Name) }
+
+// inherit hands the global flags to the commands that have them, too, of command and
+// those below it. All others refuse them. A flag that has only the long name in common
+// means something else: --address of serve is the socket of the daemon.
+func inherit(globals []cli.Flag, command *cli.Command) {
+	for _, sub := range command.Commands {
+		inherit(globals, sub)
+	}
+	if len(command.Commands) > 0 {
+		return
+	}
+	var others []cli.Flag
+	for _, global := range globals {
+		own := slices.IndexFunc(command.Flags, func(f cli.Flag) bool { return slices.Equal(f.Names(), global.Names()) })
+		if own < 0 {
+			others = append(others, global)
+			continue
+		}
+		sources := &command.Flags[own].(*cli.StringFlag).Sources
+		sources.Chain = append([]cli.ValueSource{before{global.(*cli.StringFlag)}}, sources.Chain...)
+	}
+	command.Before = func(ctx context.Context, command *cli.Command) (context.Context, error) {
+		for _, global := range others {
+			if global.IsSet() {
+				return ctx, fmt.Errorf("--%s before the command is for commands that have this flag, too, and %s has not (see %[2]s --help)", global.Names()[0], command.FullName())
+			}
+		}
+		return ctx, nil
+	}
+}

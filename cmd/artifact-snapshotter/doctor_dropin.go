@@ -22,7 +22,9 @@ type dropIn struct {
 	path     string
 	exists   bool
 	imported bool // by the configuration file
-	before   map[string]any
+	// made is the outermost folder that was made for it, or will have to be; "" if none.
+	made   string
+	before map[string]any
 	// tables are before and what is missing.
 	tables map[string]any
 
@@ -42,15 +44,16 @@ func findDropIn(main string) (d dropIn, err error) {
 	}
 	d.path = filepath.Join(filepath.Dir(main), "conf.d", name+".toml")
 	for _, pattern := range d.main.Imports {
-		if !filepath.IsAbs(pattern) {
-			pattern = filepath.Join(filepath.Dir(main), pattern)
-		}
+		pattern = imported(main, pattern)
 		path := filepath.Join(filepath.Dir(pattern), name+".toml")
 		if matches, err := filepath.Match(pattern, path); pattern == path || err == nil && matches && !strings.Contains(path, "*") {
 			d.path, d.imported = path, true
 		}
 	}
 	if d.exists, err = readTOML(d.path, &d.before); err != nil {
+		return d, err
+	}
+	if d.made, err = folderOf(d.path); err != nil {
 		return d, err
 	}
 	if _, err = readTOML(d.path, &d.tables); err != nil {
@@ -63,6 +66,34 @@ func findDropIn(main string) (d dropIn, err error) {
 		d.tables["version"] = int64(3) // which containerd 2.1 reads, too
 	}
 	return d, nil
+}
+
+// folderOf is the outermost folder that was made for the drop-in at path, or that will be
+// if there is none.
+func folderOf(path string) (string, error) {
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		made := ""
+		for dir := filepath.Dir(path); !exists(dir); dir = filepath.Dir(dir) {
+			made = dir
+		}
+		return made, nil
+	}
+	for line := range strings.Lines(string(text)) {
+		if dir, ok := strings.CutPrefix(strings.TrimSpace(line), madeFolder); ok {
+			return dir, err
+		}
+	}
+	return "", err
+}
+
+// imported is the path or the pattern of an import in the file main, as containerd reads
+// it (resolveImports in its config package).
+func imported(main, pattern string) string {
+	if filepath.IsAbs(pattern) {
+		return filepath.Clean(pattern)
+	}
+	return filepath.Join(filepath.Dir(main), pattern)
 }
 
 // readTOML reads a file, if it is there.

@@ -253,6 +253,9 @@ func (r *installRun) write(changes []change) error {
 		return err
 	}
 	for _, c := range changes {
+		if c.folder != "" && c.after != nil {
+			r.say("made " + c.folder)
+		}
 		r.say(c.String())
 	}
 	return nil
@@ -286,6 +289,9 @@ func (r *installRun) preview(ctx context.Context, c *running, changes []change, 
 		text, err := change.diff()
 		if err != nil {
 			return err
+		}
+		if change.folder != "" && change.after != nil {
+			r.say("would make " + change.folder)
 		}
 		r.did = true
 		if _, err := io.WriteString(r.out, text); err != nil {
@@ -327,7 +333,7 @@ func (r *installRun) uninstall(ctx context.Context) error {
 			return r.retire(ctx, c, using)
 		}
 	}
-	changes, folder, err := r.removal(ctx)
+	changes, folders, err := r.removal(ctx)
 	if err != nil {
 		return nothing(err)
 	}
@@ -340,6 +346,9 @@ func (r *installRun) uninstall(ctx context.Context) error {
 			r.cfg.ContainerdAddress, name+".toml", errdefs.ErrUnavailable))
 	}
 	if r.dryRun {
+		for _, folder := range folders {
+			r.say(fmt.Sprintf("would remove %s, if nothing else is in it", folder))
+		}
 		return r.previewRemoval(ctx, c, changes)
 	}
 	if c != nil {
@@ -350,8 +359,11 @@ func (r *installRun) uninstall(ctx context.Context) error {
 	if err := r.write(changes); err != nil {
 		return err
 	}
-	if folder != "" {
-		_ = unix.Rmdir(folder) // that of a link or a mount stays
+	for _, folder := range folders {
+		if unix.Rmdir(folder) != nil { // somebody uses it
+			break
+		}
+		r.say("removed " + folder)
 	}
 	if err := r.finish(ctx, c, len(changes) > 0, ""); err != nil {
 		return err

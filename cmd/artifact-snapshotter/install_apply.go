@@ -26,6 +26,8 @@ type change struct {
 	owner
 	// note stands for the lines that need not be shown.
 	note string
+	// folder is the directory of the file if that is not there either.
+	folder string
 }
 
 // owner is whose a file is, and who may read it.
@@ -41,6 +43,9 @@ func changed(path string, after []byte, mode fs.FileMode) (change, error) {
 	var st unix.Stat_t
 	err := unix.Stat(path, &st)
 	if errors.Is(err, fs.ErrNotExist) {
+		if dir := filepath.Dir(path); !exists(dir) {
+			c.folder = dir
+		}
 		return c, nil
 	}
 	if err != nil {
@@ -152,28 +157,28 @@ func (c change) apply() (err error) {
 	if real, err := filepath.EvalSymlinks(path); err == nil {
 		path = real
 	}
-	dir := filepath.Dir(path)
 	if c.after == nil {
 		if err := os.Remove(c.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 		return syncDir(filepath.Dir(c.path))
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
+	base := filepath.Dir(path)
+	for !exists(base) {
+		base = filepath.Dir(base)
 	}
-	left, _ := filepath.Glob(filepath.Join(dir, tempName)) // by a process that was killed
+	left, _ := filepath.Glob(filepath.Join(base, tempName)) // by a process that was killed
 	for _, path := range left {
-		_ = os.Remove(path)
+		_ = os.RemoveAll(path)
 	}
-	f, err := os.CreateTemp(dir, tempName)
+	temp, f, to, err := create(base, path)
 	if err != nil {
 		return err
 	}
 	defer func() {
 		if err != nil {
 			_ = f.Close()
-			_ = os.Remove(f.Name())
+			_ = os.RemoveAll(temp)
 		}
 	}()
 	if _, err := f.Write(c.after); err != nil {
@@ -182,13 +187,41 @@ func (c change) apply() (err error) {
 	if err := errors.Join(f.Chown(int(c.uid), int(c.gid)), f.Chmod(c.mode), f.Sync()); err != nil {
 		return err
 	}
-	if err := f.Close(); err != nil {
+	if err := errors.Join(f.Close(), syncDir(filepath.Dir(f.Name()))); err != nil {
 		return err
 	}
-	if err := os.Rename(f.Name(), path); err != nil {
+	if err := os.Rename(temp, to); err != nil {
 		return err
 	}
-	return syncDir(dir)
+	return syncDir(base)
+}
+
+// create makes the file that is to be at path when temp has been renamed to the other
+// path. base is the nearest directory that is there: a folder that is missing comes
+// together with the file in it, which says whose it is.
+func create(base, path string) (temp string, f *os.File, to string, err error) {
+	if base == filepath.Dir(path) {
+		if f, err = os.CreateTemp(base, tempName); err != nil {
+			return "", nil, "", err
+		}
+		return f.Name(), f, path, nil
+	}
+	below, err := filepath.Rel(base, path)
+	if err != nil {
+		return "", nil, "", err
+	}
+	first, rest, _ := strings.Cut(below, "/")
+	if temp, err = os.MkdirTemp(base, tempName); err != nil {
+		return "", nil, "", err
+	}
+	file := filepath.Join(temp, rest)
+	if err = errors.Join(os.Chmod(temp, 0o755), os.MkdirAll(filepath.Dir(file), 0o755)); err == nil {
+		f, err = os.OpenFile(file, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	}
+	if err != nil {
+		return "", nil, "", errors.Join(err, os.RemoveAll(temp))
+	}
+	return temp, f, filepath.Join(base, first), nil
 }
 
 func syncDir(dir string) error {
@@ -217,6 +250,9 @@ func takeBack(changes []change, why error) error {
 		c.before, c.after = c.after, c.before
 		if err := c.apply(); err != nil {
 			failed = append(failed, fmt.Sprintf("%s: %v", c.path, err))
+		}
+		if c.folder != "" {
+			_ = unix.Rmdir(c.folder)
 		}
 	}
 	if failed != nil {

@@ -33,6 +33,10 @@ const (
 	backupSuffix = ".before-" + name
 	// writtenBy begins the files that install makes. Others are not touched.
 	writtenBy = "# Written by `" + name + " install`, which undoes edits; `" + name + " uninstall` takes it away.\n"
+	// madeFolder begins the line in the drop-in that names the folder, the outermost one, that
+	// install has made for it. containerd's default configuration imports one that no
+	// package makes, and so do k3s and RKE2.
+	madeFolder = "# It takes with it, if nothing else is in there: "
 )
 
 // containerdFiles are where containerd's configuration is, k3s' and RKE2's after the
@@ -193,9 +197,7 @@ func (n *installation) look(ctx context.Context) (c *current, err error) {
 // (resolveImports in its config package): those that are merged before it, and after it.
 func (d *dropIn) around(main string) (before, after []string, err error) {
 	for _, pattern := range d.main.Imports {
-		if !filepath.IsAbs(pattern) {
-			pattern = filepath.Join(filepath.Dir(main), pattern)
-		}
+		pattern = imported(main, pattern)
 		files := []string{pattern}
 		if strings.Contains(pattern, "*") {
 			if files, err = filepath.Glob(pattern); err != nil {
@@ -225,9 +227,6 @@ func (n *installation) containerdChanges(ctx context.Context) ([]change, error) 
 	main, d := now.main, now.drop
 	drop, err := changed(d.path, nil, 0o644)
 	if err != nil {
-		return nil, err
-	}
-	if err := n.checkImports(d, generated(main.before)); err != nil {
 		return nil, err
 	}
 	byHand := drop.before != nil && !ours(drop.before)
@@ -276,29 +275,6 @@ func (n *installation) byHand() error {
 	}
 	return fmt.Errorf("%s is made anew whenever its service starts, and imports no folder: write {{ template \"base\" . }} and below it what `%s config containerd --snapshotter-scope %s --runtime-handler %s` prints, without the version, into config-v3.toml.tmpl beside it, and restart the service; or use a release of k3s or RKE2 whose file has imports: %w",
 		n.main, name, scopeHandler, n.handler, errdefs.ErrFailedPrecondition)
-}
-
-// makesFolder says whether install makes the folder of the drop-in: containerd's default
-// configuration imports one that no package makes, and so do k3s and RKE2.
-func (n *installation) makesFolder(d dropIn, generated bool) bool {
-	return generated || filepath.Dir(d.path) == filepath.Join(filepath.Dir(n.main), "conf.d")
-}
-
-// checkImports looks for what containerd's file imports in vain.
-func (n *installation) checkImports(d dropIn, generated bool) error {
-	for _, pattern := range d.main.Imports {
-		if !filepath.IsAbs(pattern) {
-			pattern = filepath.Join(filepath.Dir(n.main), pattern)
-		}
-		dir := filepath.Dir(pattern)
-		for strings.Contains(dir, "*") {
-			dir = filepath.Dir(dir)
-		}
-		if !exists(dir) && (dir != filepath.Dir(d.path) || !n.makesFolder(d, generated)) {
-			return fmt.Errorf("%s imports %s, but there is no folder %s: make it (mkdir -p %s), or take it out of the imports: %w", n.main, pattern, dir, dir, errdefs.ErrFailedPrecondition)
-		}
-	}
-	return nil
 }
 
 // checkNames looks for somebody else's things under our names, in what containerd has
@@ -433,6 +409,9 @@ func (n *installation) dropIn(read *runtimeConfig, d dropIn) ([]byte, error) {
 func (d *dropIn) text() ([]byte, error) {
 	var out bytes.Buffer
 	out.WriteString(writtenBy)
+	if d.made != "" {
+		fmt.Fprintf(&out, "%s%s\n", madeFolder, d.made)
+	}
 	err := toml.NewEncoder(&out).SetIndentTables(true).Encode(d.tables)
 	return out.Bytes(), err
 }
@@ -523,17 +502,17 @@ func (n *installation) retirement() ([]change, error) {
 }
 
 // removal is the way back, in an order in which containerd can always start, and the
-// folder to be removed after that, if there is nothing in it.
-func (n *installation) removal(ctx context.Context) (changes []change, folder string, err error) {
+// folders to be removed after that, as far as there is nothing in them.
+func (n *installation) removal(ctx context.Context) (changes []change, folders []string, err error) {
 	now, err := n.look(ctx)
 	if err != nil {
-		return nil, "", err
+		return nil, nil, err
 	}
 	defer now.close()
 	main := now.main
 	drop, err := changed(now.drop.path, nil, 0)
 	if err != nil {
-		return nil, "", err
+		return nil, nil, err
 	}
 	_, theirs := now.read.proxies[proxyName]
 	if theirs || drop.before != nil && !ours(drop.before) {
@@ -541,14 +520,16 @@ func (n *installation) removal(ctx context.Context) (changes []change, folder st
 		if !theirs {
 			where = drop.path
 		}
-		return nil, "", fmt.Errorf("%s, or what it imports, names the snapshotter, and install has not written that: take it out by hand: %w", where, errdefs.ErrFailedPrecondition)
+		return nil, nil, fmt.Errorf("%s, or what it imports, names the snapshotter, and install has not written that: take it out by hand: %w", where, errdefs.ErrFailedPrecondition)
 	}
-	if drop.before != nil && n.makesFolder(now.drop, generated(main.before)) {
-		folder = filepath.Dir(drop.path)
+	if made := now.drop.made; drop.before != nil && made != "" {
+		for dir := filepath.Dir(drop.path); strings.HasPrefix(dir+"/", made+"/"); dir = filepath.Dir(dir) {
+			folders = append(folders, dir)
+		}
 	}
 	backup, err := changed(n.main+backupSuffix, nil, 0)
 	if err != nil {
-		return nil, "", err
+		return nil, nil, err
 	}
 	backup.note = "the copy of " + n.main
 	switch {
@@ -559,8 +540,8 @@ func (n *installation) removal(ctx context.Context) (changes []change, folder st
 		if edited, err := addImport(backup.before, drop.path); err == nil && bytes.Equal(main.before, edited) {
 			main.after = backup.before
 		} else if main.after, err = removeImport(main.before, drop.path); err != nil {
-			return nil, "", fmt.Errorf("%s: %w; take %q out of its imports by hand", n.main, err, drop.path)
+			return nil, nil, fmt.Errorf("%s: %w; take %q out of its imports by hand", n.main, err, drop.path)
 		}
 	}
-	return []change{main, drop, backup}, folder, nil
+	return []change{main, drop, backup}, folders, nil
 }

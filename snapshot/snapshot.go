@@ -448,8 +448,8 @@ func (s *snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	return bind(v), nil
 }
 
-// Usage of a view is what its Tree adds to the disk: the artifact's bytes are
-// the content store's, and counted there.
+// Usage of a view is what its Tree adds to the disk, copies of blobs included: the
+// blobs themselves are the content store's, and counted there.
 func (s *snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
 	info, err := s.Stat(ctx, key)
 	if err != nil {

@@ -234,7 +234,8 @@ func (w *writer) shareWhole(ctx context.Context, name string, n *node) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(w.fill(ctx, copied, blob), copied.Close()); err != nil {
+	_, err = w.fill(ctx, copied, blob)
+	if err := errors.Join(err, copied.Close()); err != nil {
 		return err
 	}
 	return w.setAttrs(name, n)

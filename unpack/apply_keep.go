@@ -75,6 +75,9 @@ func keep(ctx context.Context, dir string, layers []artifact.Layer, o Options) (
 		return nil, err
 	}
 	release()
+	if err := cs.settle(func(*content) bool { return true }); err != nil {
+		return nil, err
+	}
 	k := &Kept{Format: keptFormat, Size: cs.size, Inodes: cs.inodes}
 	for _, l := range layers {
 		if err := k.add(ctx, l, cs.files[keyOf(l)], blobdir.Dir(tmp)); err != nil {

@@ -49,6 +49,10 @@ type content struct {
 	// stand in many layers, as a file in one and as a tar in another.
 	once     sync.Once
 	retained error
+	// info is of the retained file. made tells that this build has copied or
+	// decompressed it, so that it takes disk and is counted here.
+	info os.FileInfo
+	made bool
 }
 
 // contentKey tells contents apart. A blob may be a tar for one layer and a file
@@ -86,7 +90,6 @@ type contents struct {
 	// written and holes are what sparse members have together, and compressed the
 	// size of all blobs.
 	written, holes, compressed int64
-	mu                         sync.Mutex // of what is counted
 }
 
 func newContents(dir string, layers []artifact.Layer, o Options) *contents {
@@ -212,19 +215,19 @@ func checkSize(fi os.FileInfo, blob ocispec.Descriptor) error {
 // retain makes c the runtime's blob, unless it is that already, and checks the
 // size, which layers with the same blob may say differently.
 func (cs *contents) retain(ctx context.Context, c *content, blob ocispec.Descriptor) error {
-	linked := false
-	c.once.Do(func() { linked, c.retained = cs.link(ctx, c, blob) })
+	c.once.Do(func() {
+		var linked bool
+		if linked, c.retained = cs.link(ctx, c, blob); c.retained != nil {
+			return
+		}
+		if c.info, c.retained = os.Lstat(c.path); c.retained == nil && linked {
+			cs.counted(Linked, c.info.Size())
+		}
+	})
 	if c.retained != nil {
 		return c.retained
 	}
-	fi, err := os.Lstat(c.path)
-	if err != nil {
-		return err
-	}
-	if linked {
-		cs.counted(Linked, fi.Size())
-	}
-	return checkSize(fi, blob)
+	return checkSize(c.info, blob)
 }
 
 // link makes c a link to the runtime's blob, else to a copy made for another
@@ -242,10 +245,12 @@ func (cs *contents) link(ctx context.Context, c *content, blob ocispec.Descripto
 			return true, nil
 		}
 		log.G(ctx).WithError(err).WithField("blob", blob.Digest).Warnf("copying a blob of %s, since it cannot be linked into the snapshotter's root", cs.Blobs)
-		if err := cs.copy(ctx, c.path, blob); err != nil {
+		copied, err := cs.copy(ctx, c.path, blob)
+		if err != nil {
 			return false, err
 		}
-		_, err := cs.share(c)
+		ours, err := cs.share(c)
+		c.made = copied && ours
 		return false, err
 	default:
 		return false, explainMissing(err, cs.Blobs)
@@ -274,41 +279,42 @@ func (cs *contents) share(c *content) (ours bool, err error) {
 	return false, os.Rename(theirs, c.path)
 }
 
-func (cs *contents) copy(ctx context.Context, target string, blob ocispec.Descriptor) error {
+func (cs *contents) copy(ctx context.Context, target string, blob ocispec.Descriptor) (copied bool, err error) {
 	dst, err := os.OpenFile(target, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o444)
 	if err != nil {
-		return err
+		return false, err
 	}
-	return errors.Join(cs.fill(ctx, dst, blob), dst.Close())
+	copied, err = cs.fill(ctx, dst, blob)
+	return copied, errors.Join(err, dst.Close())
 }
 
 // fill gives dst the content of blob: by reflink (FICLONE) where the file system
 // can, which also works between the subvolumes of btrfs where a link does not;
 // else by a copy, whose digest is checked since every byte passes by.
-func (cs *contents) fill(ctx context.Context, dst *os.File, blob ocispec.Descriptor) error {
+func (cs *contents) fill(ctx context.Context, dst *os.File, blob ocispec.Descriptor) (copied bool, err error) {
 	src, err := cs.open(ctx, blob)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer src.Close()
 	err = unix.IoctlFileClone(int(dst.Fd()), int(src.Fd()))
 	runtime.KeepAlive(src)
 	if err == nil {
 		cs.counted(Reflinked, blob.Size)
-		return nil
+		return false, nil
 	}
 	if err := cs.Budget.room(dst, blob.Size); err != nil {
-		return err
+		return false, err
 	}
 	verifier := blob.Digest.Verifier()
 	if _, err := io.Copy(io.MultiWriter(dst, verifier), reader{ctx, src}); err != nil {
-		return err
+		return false, err
 	}
 	if !verifier.Verified() {
-		return wrongBlob(blob.Digest)
+		return false, wrongBlob(blob.Digest)
 	}
 	cs.counted(Copied, blob.Size)
-	return nil
+	return true, nil
 }
 
 func wrongBlob(d digest.Digest) error {
@@ -356,34 +362,26 @@ func (cs *contents) sparse(ctx context.Context, r io.Reader, key memberKey, size
 	return c, f.Close()
 }
 
-// account counts what c, which is nobody else's, takes of the disk.
-func (cs *contents) account(c *content) error {
-	var st unix.Stat_t
-	if err := unix.Stat(c.path, &st); err != nil {
-		return pathError("stat", c.path, err)
-	}
-	cs.mu.Lock()
-	defer cs.mu.Unlock()
-	cs.inodes++
-	cs.size += st.Blocks * 512
-	return nil
-}
-
-// drop removes the archives and sparse members that are not needed.
-func (cs *contents) drop(needed func(*content) bool) error {
-	dropped := slices.Collect(maps.Values(cs.members))
-	for _, c := range cs.files {
-		if c.layer.Format == artifact.FormatTar {
-			dropped = append(dropped, c)
-		}
-	}
-	for _, c := range dropped {
-		if needed(c) {
+// settle removes the archives and sparse members that are not needed, and counts what
+// the others take of the disk if nobody else has counted it. Nothing may be retained
+// any more: a layer that nothing is shown of may have the blob, too.
+func (cs *contents) settle(needed func(*content) bool) error {
+	for _, c := range slices.Concat(slices.Collect(maps.Values(cs.members)), slices.Collect(maps.Values(cs.files))) {
+		if (c.own || c.layer.Format == artifact.FormatTar) && !needed(c) {
+			if err := os.Remove(c.path); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return err
+			}
 			continue
 		}
-		if err := os.Remove(c.path); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
+		if !c.own && !c.made {
+			continue
 		}
+		var st unix.Stat_t
+		if err := unix.Stat(c.path, &st); err != nil {
+			return pathError("stat", c.path, err)
+		}
+		cs.inodes++
+		cs.size += st.Blocks * 512
 	}
 	return nil
 }

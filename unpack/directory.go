@@ -167,7 +167,8 @@ func (w *writer) bytes(ctx context.Context, f *os.File, e extent) error {
 	default:
 		blob := c.layer.Descriptor
 		blob.Size = e.size // another layer may say another one
-		return w.fill(ctx, f, blob)
+		_, err := w.fill(ctx, f, blob)
+		return err
 	}
 }
 

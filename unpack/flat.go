@@ -135,12 +135,8 @@ func (cs *contents) retainFlat(ctx context.Context, c *content) error {
 	if err := cs.inflate(ctx, c); err != nil {
 		return err
 	}
-	if ours, err := cs.share(c); err != nil {
+	if c.made, err = cs.share(c); err != nil {
 		return err
-	} else if ours {
-		if err := cs.account(c); err != nil {
-			return err
-		}
 	}
 	// Remembered as a symlink from the blob to what it holds.
 	if err := os.MkdirAll(filepath.Dir(done), 0o700); err != nil {

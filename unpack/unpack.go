@@ -65,7 +65,8 @@ type Tree struct {
 	Redirects bool `json:"redirects"`
 	// Size and Inodes are what the files of the Tree add to the disk: allocated
 	// bytes (as du counts them) and entries, without the blobs that it shares
-	// with the runtime. A flat tar that Trees share is counted where it was made.
+	// with the runtime. A copy or a flat tar that Trees share is counted where it was
+	// made.
 	Size   int64 `json:"size"`
 	Inodes int64 `json:"inodes"`
 	// Source is the file of the manifest, see Stale.
@@ -187,8 +188,9 @@ func (t *Tree) build(ctx context.Context, a *artifact.Artifact, o Options) error
 			return cs.await(ctx, l.Descriptor.Digest)
 		})
 	}
+	var needed func(*content) bool
 	if err == nil {
-		err = t.write(gctx, a, cs, s)
+		needed, err = t.write(gctx, a, cs, s)
 	}
 	if err != nil {
 		cancel()
@@ -196,41 +198,32 @@ func (t *Tree) build(ctx context.Context, a *artifact.Artifact, o Options) error
 	if rerr := g.Wait(); rerr != nil && (err == nil || errors.Is(err, context.Canceled)) {
 		err = rerr
 	}
+	if err == nil {
+		err = cs.settle(needed)
+	}
 	t.Size, t.Inodes = t.Size+cs.size, t.Inodes+cs.inodes
 	return err
 }
 
-// write plans the artifact and writes the plan.
-func (t *Tree) write(ctx context.Context, a *artifact.Artifact, cs *contents, s shift) error {
+// write plans the artifact and writes the plan, and tells which contents the Tree
+// needs then.
+func (t *Tree) write(ctx context.Context, a *artifact.Artifact, cs *contents, s shift) (needed func(*content) bool, err error) {
 	if err := cs.retainArchives(ctx, a.Layers); err != nil {
-		return err
+		return nil, err
 	}
 	p, release, err := cs.plan(ctx, a.Created, a.Layers)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer release()
 	whole, archives := p.contents()
-	if err := cs.drop(func(c *content) bool { return whole[c] || archives[c] }); err != nil {
-		return err
-	}
 	t.Redirects = len(whole) > 0 && t.Rungs.Raw == Overlay
-	for c := range whole {
-		if c.own && t.Redirects { // else it becomes a file of the Tree
-			if err := cs.account(c); err != nil {
-				return err
-			}
-		}
-	}
 	t.Image = len(archives) <= maxDevices[t.Rungs.Tar] && (len(whole) == 0 || t.Redirects)
 	if t.Image {
-		return t.writeImage(p, s, len(whole) > 0)
-	}
-	if err := buildDirectory(ctx, filepath.Join(t.dir, fsDir), p, cs, s); err != nil {
-		return err
+		return func(c *content) bool { return whole[c] || archives[c] }, t.writeImage(p, s, len(whole) > 0)
 	}
 	// What has been extracted, or linked from, is needed no more.
-	return cs.drop(func(c *content) bool { return whole[c] && t.Redirects })
+	return func(c *content) bool { return whole[c] && t.Redirects }, buildDirectory(ctx, filepath.Join(t.dir, fsDir), p, cs, s)
 }
 
 // plan plans the layers, whose archives are retained. The caller calls release

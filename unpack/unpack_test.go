@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -403,12 +404,31 @@ func TestBlobsOfAnotherFileSystemAreCopiedOnce(t *testing.T) {
 			if err := os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755); err != nil {
 				t.Fatal(err)
 			}
-			l := s.raw(t, "f", "bytes")
-			if dir := s.show(t, rung, l); read(t, dir, "f") != "bytes" {
+			data := strings.Repeat("bytes", 1<<20)
+			a := []artifact.Layer{ // the first one is not seen, and retained all the same
+				s.raw(t, "g", "hidden"), s.raw(t, "f", data), s.tar(t, artifact.CompressionNone, archive(t, file("g", data))),
+			}
+			tree, err := s.build(rung, a...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if dir := mountTree(t, tree); read(t, dir, "f") != data || read(t, dir, "g") != data {
 				t.Error("wrong content")
 			}
-			if _, err := s.buildAs("second", rung, l); err != nil {
+			another, err := s.buildAs("second", rung, a...)
+			if err != nil {
 				t.Fatal(err)
+			}
+			// What the first one has copied is counted there, and not once more.
+			if want := diskUsage(t, tree); tree.Size != want {
+				t.Errorf("the tree takes %d bytes of the disk, want %d", tree.Size, want)
+			}
+			wantMore := int64(2 * len(data))
+			if !tree.Image { // each has its own g
+				wantMore = int64(len(data))
+			}
+			if more := tree.Size - another.Size; more < wantMore {
+				t.Errorf("the first tree takes %d bytes more than the second, want at least the %d of its copies", more, wantMore)
 			}
 			var first, second unix.Stat_t
 			for dir, st := range map[string]*unix.Stat_t{"tree": &first, "second": &second} {
@@ -421,6 +441,31 @@ func TestBlobsOfAnotherFileSystemAreCopiedOnce(t *testing.T) {
 			}
 		})
 	}
+}
+
+// diskUsage is what du counts of a Tree's files, without its own directories.
+func diskUsage(t *testing.T, tree *Tree) (size int64) {
+	t.Helper()
+	notCounted := []string{tree.dir, filepath.Join(tree.dir, dataDir), filepath.Join(tree.dir, metaFile)}
+	if tree.Image {
+		notCounted = append(notCounted, filepath.Join(tree.dir, fsDir))
+	}
+	seen := map[uint64]bool{}
+	err := filepath.WalkDir(tree.dir, func(path string, _ fs.DirEntry, err error) error {
+		var st unix.Stat_t
+		if err := errors.Join(err, unix.Lstat(path, &st)); err != nil {
+			return err
+		}
+		if !seen[st.Ino] && !slices.Contains(notCounted, path) {
+			size += st.Blocks * 512
+		}
+		seen[st.Ino] = true
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return size
 }
 
 func TestACorruptBlobIsNotCopied(t *testing.T) {
@@ -516,3 +561,22 @@ func TestTheLadder(t *testing.T) {
 func itoa(n int) string { return strconv.Itoa(n) }
 
 func octal6(n int) string { return fmt.Sprintf("%06o", n) }
+
+// What nothing is shown of is removed when no layer is retained any more: the blob may
+// stand in a layer far behind.
+func TestATarThatIsAlsoAnOverriddenFileBehindManyLayers(t *testing.T) {
+	requireRungs(t, Overlay)
+	s := newSite(t)
+	empty := archive(t)
+	layers := []artifact.Layer{s.tar(t, artifact.CompressionNone, empty)}
+	for i := range 3000 {
+		layers = append(layers, s.raw(t, itoa(i), itoa(i)))
+	}
+	layers = append(layers, s.raw(t, "same", string(empty)), s.tar(t, artifact.CompressionNone, archive(t, file("same", "another"))))
+	dir := s.show(t, best, layers...)
+	for name, want := range map[string]string{"0": "0", "2999": "2999", "same": "another"} {
+		if got := read(t, dir, name); got != want {
+			t.Errorf("%s is %q, want %q", name, got, want)
+		}
+	}
+}

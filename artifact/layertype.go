@@ -9,6 +9,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/images"
 	modelspec "github.com/modelpack/model-spec/specs-go/v1"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // layerType is what a layer's media type says about its blob.
@@ -119,4 +120,15 @@ func bareType(mediaType string) string {
 func validType(mediaType string) bool {
 	return bareType(mediaType) != "" && len(mediaType) <= 255 &&
 		!strings.ContainsFunc(mediaType, func(r rune) bool { return r < ' ' || r > '~' })
+}
+
+// Refetch says how to get the blob of a layer that the runtime does not have. For CRI,
+// containerd leaves a layer of an image's type to the unpacker, which waits for a config
+// that is an image's or that unpack_config names (core/unpack/unpacker.go, Unpack): it
+// does not fetch such layers of other artifacts, and says nothing.
+func Refetch(layer ocispec.Descriptor) string {
+	if images.IsLayerType(layer.MediaType) {
+		return "for crictl and kubelet, containerd fetches layers of an image's type only below the config of an image, or one that unpack_config names; pull it with `artifact-snapshotter pull`, or pack it with layer types of its own"
+	}
+	return "delete the image and pull it again"
 }

@@ -176,3 +176,23 @@ func TestSamePathTwiceIsKept(t *testing.T) {
 		t.Errorf("paths %q", got)
 	}
 }
+
+// The rule is containerd's, so the types are those that it takes for layers of images.
+func TestLayersOfImageTypesArePulledInAnotherWay(t *testing.T) {
+	for mediaType, fetched := range map[string]bool{
+		"application/vnd.oci.image.layer.v1.tar":            false,
+		"application/vnd.oci.image.layer.v1.tar+zstd":       false,
+		"application/vnd.docker.image.rootfs.diff.tar.gzip": false,
+		"application/vnd.cncf.model.weight.v1.raw":          true,
+		"application/vnd.acme.docs.layer.v1+tar":            true,
+		"":                                                  true,
+	} {
+		advice := Refetch(ocispec.Descriptor{MediaType: mediaType})
+		if got := advice == "delete the image and pull it again"; got != fetched {
+			t.Errorf("%s: %s", mediaType, advice)
+		}
+		if !fetched && !strings.Contains(advice, "`artifact-snapshotter pull`") {
+			t.Errorf("%s: %s", mediaType, advice)
+		}
+	}
+}

@@ -183,7 +183,7 @@ func (cs *contents) open(ctx context.Context, blob ocispec.Descriptor) (*os.File
 	}
 	f, err := os.OpenFile(cs.Blobs.Path(blob.Digest), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0) // it may be a FIFO
 	if err != nil {
-		return nil, explainMissing(err, cs.Blobs)
+		return nil, explainMissing(err, cs.Blobs, blob)
 	}
 	fi, err := f.Stat()
 	if err == nil {
@@ -195,9 +195,9 @@ func (cs *contents) open(ctx context.Context, blob ocispec.Descriptor) (*os.File
 	return f, nil
 }
 
-func explainMissing(err error, blobs blobdir.Blobs) error {
+func explainMissing(err error, blobs blobdir.Blobs, blob ocispec.Descriptor) error {
 	if errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("its blob is not in %s; delete the image and pull it again: %w", blobs, errdefs.ErrNotFound)
+		return fmt.Errorf("its blob is not in %s; %s: %w", blobs, artifact.Refetch(blob), errdefs.ErrNotFound)
 	}
 	return err
 }
@@ -253,7 +253,7 @@ func (cs *contents) link(ctx context.Context, c *content, blob ocispec.Descripto
 		c.made = copied && ours
 		return false, err
 	default:
-		return false, explainMissing(err, cs.Blobs)
+		return false, explainMissing(err, cs.Blobs, blob)
 	}
 }
 

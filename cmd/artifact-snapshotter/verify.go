@@ -6,12 +6,17 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/pkg/progress"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 )
 
@@ -69,7 +74,7 @@ func verify(ctx context.Context, command *cli.Command) error {
 	const line = "%-8s  %-19s  %10s  %-6s  %s"
 	out := command.Root().Writer
 	v := verified{Reference: command.Args().First(), Blobs: []verifiedBlob{}}
-	bad := 0
+	bad, advice := 0, map[string]bool{}
 	printLine := func(columns ...any) {
 		if !json {
 			_, _ = fmt.Fprintln(out, strings.TrimRight(fmt.Sprintf(line, columns...), " "))
@@ -80,6 +85,11 @@ func verify(ctx context.Context, command *cli.Command) error {
 		result := "ok"
 		if k.Err != nil {
 			bad++
+			missing := ocispec.Descriptor{} // what is there and bad has been fetched
+			if errdefs.IsNotFound(k.Err) {
+				missing = k.Descriptor
+			}
+			advice[artifact.Refetch(missing)] = true
 			b.Problem = k.Err.Error()
 			result = "BAD: " + printable(b.Problem)
 		}
@@ -99,7 +109,7 @@ func verify(ctx context.Context, command *cli.Command) error {
 		}
 	}
 	if bad > 0 {
-		return fmt.Errorf("%d of %d blobs of %q are not what they should be; delete the image and pull it again", bad, len(v.Blobs), v.Reference)
+		return fmt.Errorf("%d of %d blobs of %q are not what they should be; %s", bad, len(v.Blobs), v.Reference, strings.Join(slices.Sorted(maps.Keys(advice)), "; "))
 	}
 	return nil
 }

@@ -35,17 +35,35 @@ type progress struct {
 	total int64
 }
 
-// unfinished says how far the build of id is, for somebody who cannot wait.
+// unfinished says how far the build of id is, for somebody who cannot wait, or why the
+// one before it failed if nobody has been told.
 func (s *Store) unfinished(id ID, why error) error {
 	s.mu.Lock()
-	p := s.progress[id.Manifest]
-	s.mu.Unlock()
-	far := ""
-	if p != nil && p.total > 0 {
+	defer s.mu.Unlock()
+	far, before := "", ""
+	if p := s.progress[id.Manifest]; p != nil && p.total > 0 {
 		far = fmt.Sprintf(" (%d %% of %.1f MiB)", 100*p.done.Load()/p.total, float64(p.total)/(1<<20))
 	}
-	return &UnfinishedError{fmt.Errorf("artifact %s is still being unpacked%s, which goes on; try again: %w", id.Manifest, far, why)}
+	if f := s.failed[id.name()]; f != nil && s.now().Sub(f.at) < keepFailure {
+		if !f.told {
+			f.told = true
+			return f.err
+		}
+		before = fmt.Sprintf(", after a try that failed (%v)", f.err)
+	}
+	return &UnfinishedError{fmt.Errorf("artifact %s is still being unpacked%s%s, which goes on; try again: %w", id.Manifest, far, before, why)}
 }
+
+// failure is how a build ended that nobody had waited for.
+type failure struct {
+	err  error
+	at   time.Time
+	told bool
+}
+
+// keepFailure is for how long it is told: kubelet asks again within 5 minutes
+// (pkg/kubelet/kubelet.go, MaxCrashLoopBackOff).
+const keepFailure = 5 * time.Minute
 
 // UnfinishedError is the error of a request that could not wait until a Tree was
 // built. The build goes on.
@@ -74,25 +92,23 @@ func (s *Store) serve(ctx context.Context, id ID, from *source) (_ served, err e
 	defer s.hold(id.name())() // also when all who asked have given up
 	defer func() {
 		if err == nil {
-			_ = s.takeFailure(id.name()) // of an earlier one
+			s.forgetFailure(id.name()) // of an earlier one
 		} else if s.closing.Err() == nil {
 			// Who asks, or asks again, is told, and tells it at a level that is read.
 			log.G(ctx).WithError(err).WithField("artifact", id.Manifest).Debug("cannot show an artifact")
 			s.mu.Lock()
-			s.failed[id.name()] = err
+			s.failed[id.name()] = &failure{err: err, at: s.now()}
 			s.mu.Unlock()
 		}
 	}()
 	return s.mount(ctx, id, from)
 }
 
-// takeFailure returns why the last build failed, once, if nobody has been told.
-func (s *Store) takeFailure(name string) error {
+// forgetFailure is called when the reason is known, or of no interest any more.
+func (s *Store) forgetFailure(name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	err := s.failed[name]
 	delete(s.failed, name)
-	return err
 }
 
 // begin counts a build, unless the store is closing.
@@ -106,23 +122,32 @@ func (s *Store) begin() bool {
 	return true
 }
 
+// load returns the Tree of id, nil if it has to be built, and whether its name is
+// mounted. Both, none and mounted, is a Tree that another version of this program has
+// made and that pods show: nobody but their last one ends that.
+func (s *Store) load(id ID) (t *unpack.Tree, mounted bool, err error) {
+	t, lerr := unpack.Load(s.path(id))
+	mounted, err = s.mounted(id.name())
+	if lerr == nil || err != nil {
+		return t, mounted, err
+	}
+	if errors.Is(lerr, os.ErrNotExist) {
+		// Whatever is mounted shows another Tree, one that has been deleted.
+		return nil, false, s.unmount(id.name())
+	}
+	return nil, mounted, nil
+}
+
 // mount makes sure that the Tree of id is there and mounted. What it is built from
 // may be nil if the Tree was there when it was taken hold of.
 func (s *Store) mount(ctx context.Context, id ID, from *source) (done served, err error) {
-	name := id.name()
-	t, err := unpack.Load(s.path(id))
-	mounted, merr := s.mounted(name)
+	t, mounted, err := s.load(id)
 	switch {
-	case merr != nil:
-		return done, merr
-	case mounted && err != nil && !errors.Is(err, os.ErrNotExist):
-		return done, nil // another version of this program has made and mounted it
 	case err != nil:
-		// Whatever is mounted shows another Tree, one that has been deleted.
-		if err := s.unmount(name); err != nil {
-			return done, err
-		}
-		mounted = false
+		return done, err
+	case t == nil && mounted:
+		return done, nil
+	case t == nil:
 		if t, done.built, err = s.build(ctx, id, from, nil); err != nil {
 			return done, err
 		}
@@ -131,7 +156,7 @@ func (s *Store) mount(ctx context.Context, id ID, from *source) (done served, er
 	if mounted {
 		return done, nil
 	}
-	target := s.mountpoint(name)
+	target := s.mountpoint(id.name())
 	if err := MakeDir(target, 0o711); err != nil {
 		return done, unpack.OutOfSpace(err, "the snapshotter's state directory")
 	}
@@ -205,28 +230,26 @@ func (s *Store) counted(how unpack.Retention, n int64) {
 func (s *Store) shift(ctx context.Context, id ID, from *source) (*unpack.Tree, error) {
 	plain := ID{Manifest: id.Manifest}
 	defer s.hold(plain.name())()
-	tree, err, _ := s.builds.Do(plain.name(), func() (any, error) {
-		if t, err := unpack.Load(s.path(plain)); err == nil {
-			return t, nil
+	_, err, _ := s.builds.Do(plain.name(), func() (any, error) { // or a request for the plain one that we join
+		t, mounted, err := s.load(plain)
+		if t == nil && !mounted && err == nil {
+			_, _, err = s.build(ctx, plain, from, nil)
 		}
-		t, _, err := s.build(ctx, plain, from, nil)
-		return t, err
+		return nil, err
 	})
 	if err != nil {
 		return nil, err
 	}
-	unshifted, ok := tree.(*unpack.Tree)
-	if !ok { // it was a request for the plain one that we have joined
-		if unshifted, err = unpack.Load(s.path(plain)); err != nil {
-			return nil, err
-		}
+	unshifted, _, err := s.load(plain)
+	if err != nil {
+		return nil, err
 	}
 	return s.publish(id, func(dir string) error {
-		if unshifted.CanShift() {
+		if unshifted != nil && unshifted.CanShift() {
 			_, err := unshifted.Shift(ctx, dir, s.options(id))
 			return err
 		}
-		return s.layOut(ctx, dir, from, s.options(id)) // it is of before a change of the rungs, and still shown
+		return s.layOut(ctx, dir, from, s.options(id)) // it is of before a change of the rungs or of the format, and still shown
 	})
 }
 
@@ -246,7 +269,8 @@ func (s *Store) reserve() (dir string, done func()) {
 	}
 }
 
-// publish has a Tree made beside the others and renames it into place complete.
+// publish has a Tree made beside the others and renames it into place complete. It
+// never takes the place of one that is mounted: pods read its files.
 func (s *Store) publish(id ID, build func(dir string) error) (_ *unpack.Tree, err error) {
 	dir, done := s.reserve()
 	defer done()
@@ -257,6 +281,11 @@ func (s *Store) publish(id ID, build func(dir string) error) (_ *unpack.Tree, er
 	}()
 	if err := build(dir); err != nil {
 		return nil, err
+	}
+	if mounted, err := s.mounted(id.name()); err != nil {
+		return nil, err
+	} else if mounted {
+		return nil, fmt.Errorf("pods still show another tree of artifact %s; delete them and try again: %w", id.Manifest, errdefs.ErrFailedPrecondition)
 	}
 	if err := s.setAside(s.path(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err

@@ -177,11 +177,7 @@ func (s *Store) buildEarly(ctx context.Context, id ID, desc ocispec.Descriptor, 
 	log.G(ctx).WithField("artifact", id.Manifest).Debug("unpacking while it is pulled")
 	defer s.hold(id.name())()
 	_, err, _ = s.builds.Do(id.name(), func() (any, error) {
-		if s.has(id) {
-			return nil, nil
-		}
-		// Whatever is mounted shows another Tree, one that has been deleted.
-		if err := s.unmount(id.name()); err != nil {
+		if t, mounted, err := s.load(id); t != nil || mounted || err != nil {
 			return nil, err
 		}
 		_, b, err := s.build(ctx, id, &source{Artifact: a}, func(ctx context.Context, blob digest.Digest) error { return s.await(ctx, e, blob) })

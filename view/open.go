@@ -39,11 +39,12 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		budget:   unpack.NewBudget(c.Limits),
 		observer: c.Observer,
 		maxWait:  maxWait,
+		now:      time.Now,
 		wake:     make(chan struct{}, 1),
 		held:     map[string]int{},
 		building: map[string]bool{},
 		progress: map[digest.Digest]*progress{},
-		failed:   map[string]error{},
+		failed:   map[string]*failure{},
 		opened:   time.Now(),
 	}
 	if c.Early {

@@ -6,12 +6,14 @@ package view
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
@@ -125,6 +127,93 @@ func TestATreeOfAnotherVersionIsShownAsLongAsItIsMounted(t *testing.T) {
 	s.wantState(v.ID, true, true)
 }
 
+// Whatever would build the Tree again must leave it to the pods that show it.
+func TestATreeOfAnotherVersionIsNotReplacedWhileItIsMounted(t *testing.T) {
+	shifted := unpack.IDMap{UID: "0:200000:65536", GID: "0:200000:65536"}
+	for name, again := range map[string]func(t *testing.T, s *site, d ocispec.Descriptor){
+		"a pull": func(t *testing.T, s *site, d ocispec.Descriptor) {
+			a, err := s.read(context.Background(), d)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := s.buildEarly(context.Background(), ID{Manifest: d.Digest}, d, a.Config, &early{manifest: d.Digest, hurry: make(chan struct{})}); err != nil {
+				t.Error(err)
+			}
+		},
+		"another pod": func(t *testing.T, s *site, d ocispec.Descriptor) {
+			v := s.acquire(d)
+			defer v.Release()
+			if b, err := os.ReadFile(filepath.Join(v.Path, "weights")); err != nil || string(b) != "tarred 1" {
+				t.Errorf("the second pod: %q, %v", b, err)
+			}
+		},
+		"a pod with a user namespace": func(t *testing.T, s *site, d ocispec.Descriptor) {
+			v, err := s.Acquire(context.Background(), d, shifted)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer v.Release()
+			if b, err := os.ReadFile(filepath.Join(v.Path, "weights")); err != nil || string(b) != "tarred 1" {
+				t.Errorf("the second pod: %q, %v", b, err)
+			}
+		},
+		"a build by mistake": func(t *testing.T, s *site, d ocispec.Descriptor) {
+			id := ID{Manifest: d.Digest}
+			a, err := s.read(context.Background(), d)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, _, err := s.build(context.Background(), id, &source{Artifact: a}, nil); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "delete them and try again") {
+				t.Errorf("%v, want what is in the way", err)
+			}
+		},
+	} {
+		for _, rungs := range []unpack.Rungs{{}, {Raw: unpack.Overlay, Tar: unpack.Extract}} {
+			t.Run(fmt.Sprintf("%s %s", name, rungs.Tar), func(t *testing.T) {
+				s := newSite(t)
+				s.Close()
+				s.config.Rungs, s.config.Early = rungs, true
+				s.open()
+				d, blobs := s.gzipped(1)
+				for hex, b := range blobs {
+					s.arrive(hex, b)
+				}
+				v := s.acquire(d)
+				s.show(v.ID)
+				v.Release()
+				pod := filepath.Join(s.config.State, "pod") // which has a bind of its own
+				if err := errors.Join(os.Mkdir(pod, 0o755), unix.Mount(v.Path, pod, "", unix.MS_BIND, "")); err != nil {
+					t.Fatal(err)
+				}
+				s.Close()
+				if err := os.WriteFile(filepath.Join(s.trees, v.ID.name(), "tree.json"), []byte(`{"format": 1}`), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				s.open()
+				for hex, b := range blobs { // deleted, and pulled again
+					if err := os.Remove(s.content.Path(digest.NewDigestFromEncoded(digest.SHA256, hex))); err != nil {
+						t.Fatal(err)
+					}
+					s.sweep()
+					s.arrive(hex, b)
+				}
+				again(t, s, d)
+				s.sweep()
+				for file, want := range map[string]string{"weights": "tarred 1", "raw": "raw 1"} {
+					if b, err := os.ReadFile(filepath.Join(pod, file)); err != nil || string(b) != want {
+						t.Errorf("the running pod: %q, %v; want %q", b, err, want)
+					}
+				}
+				s.show() // its last pod has gone
+				s.sweep()
+				s.wantState(v.ID, false, false)
+				s.acquire(d).Release()
+				s.wantState(v.ID, true, true)
+			})
+		}
+	}
+}
+
 func TestAChangeOfTheRungWhileAPodRuns(t *testing.T) {
 	s := newSite(t)
 	s.Close()
@@ -169,6 +258,30 @@ func TestATreeThatMayBeMountedIsKept(t *testing.T) {
 	if !s.has(v.ID) {
 		t.Error("the tree is gone")
 	}
+}
+
+func TestATreeThatCannotBeUnmountedIsKept(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	v := s.acquire(d)
+	v.Release()
+	s.sweep()
+	s.forget(d)
+	loop := s.mountpoint(v.ID.name())
+	if err := os.Symlink(loop, loop); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Sweep(context.Background()); !errors.Is(err, unix.ELOOP) {
+		t.Errorf("%v, want that it cannot be unmounted", err)
+	}
+	if !s.has(v.ID) {
+		t.Error("the tree is gone")
+	}
+	if err := os.Remove(loop); err != nil {
+		t.Fatal(err)
+	}
+	s.sweep()
+	s.wantState(v.ID, false, false)
 }
 
 func TestAForcedRungThatDoesNotWorkIsAnErrorAtStart(t *testing.T) {

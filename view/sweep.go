@@ -191,8 +191,12 @@ func (s *Store) sweep(ctx context.Context) (trash []string, removed int, err err
 		return nil, 0, err
 	}
 	for _, name := range mounts {
-		if !used[name] {
-			err = errors.Join(err, s.unmount(name))
+		if used[name] {
+			continue
+		}
+		if uerr := s.unmount(name); uerr != nil {
+			err = errors.Join(err, uerr)
+			used[name] = true // its Tree is still mounted
 		}
 	}
 	trees, lerr := list(s.trees)
@@ -207,8 +211,9 @@ func (s *Store) sweep(ctx context.Context) (trash []string, removed int, err err
 			err = errors.Join(err, aerr)
 		}
 	}
-	for name := range s.failed {
-		if s.deleted(manifest(name)) { // who pulls it again is not to be told of this
+	for name, f := range s.failed {
+		// Who pulls it again is not to be told of this.
+		if s.now().Sub(f.at) >= keepFailure || s.deleted(manifest(name)) {
 			delete(s.failed, name)
 		}
 	}

@@ -37,7 +37,7 @@ func TestAFailureIsForgottenWithItsArtifact(t *testing.T) {
 	s := newSite(t)
 	d := s.pack("bytes")
 	name := ID{Manifest: d.Digest}.name()
-	s.failed[name] = errors.New("a build that nobody has waited for")
+	s.failed[name] = &failure{err: errors.New("a build that nobody has waited for"), at: s.now()}
 	s.sweep()
 	if s.failed[name] == nil {
 		t.Error("whoever asks next is not told")

@@ -87,6 +87,7 @@ type Store struct {
 
 	builds  singleflight.Group
 	maxWait time.Duration
+	now     func() time.Time
 	// closing ends the builds, which outlive the requests that began them.
 	closing context.Context
 	close   context.CancelFunc
@@ -106,7 +107,7 @@ type Store struct {
 	// name of the Tree to be.
 	building map[string]bool
 	progress map[digest.Digest]*progress
-	failed   map[string]error
+	failed   map[string]*failure
 	// early are the builds that began with their manifest's arrival, by the name
 	// of the Tree to be; nil if none may.
 	early    map[string]*early
@@ -197,10 +198,6 @@ func (s *Store) read(ctx context.Context, target ocispec.Descriptor) (a *artifac
 func (s *Store) acquire(ctx context.Context, id ID, from *source, release func()) (_ *View, err error) {
 	ctx, end := span(ctx, "tree.wait", id.Manifest)
 	defer func() { end(err) }()
-	if err := s.takeFailure(id.name()); err != nil {
-		release()
-		return nil, err
-	}
 	s.hurry(ID{Manifest: id.Manifest}.name())
 	wait := s.maxWait
 	if deadline, ok := ctx.Deadline(); ok {
@@ -215,7 +212,7 @@ func (s *Store) acquire(ctx context.Context, id ID, from *source, release func()
 		select {
 		case r := <-build:
 			if err = r.Err; err != nil {
-				_ = s.takeFailure(id.name()) // this is it
+				s.forgetFailure(id.name()) // this is it
 				break
 			}
 			if b, ok := r.Val.(*Build); ok && b != nil { // an early one

@@ -330,36 +330,75 @@ func TestTreesForManyUserNamespacesAreMadeAtOnce(t *testing.T) {
 	wg.Wait()
 }
 
-func TestTheReasonOfAFailureReachesWhoeverAsksNext(t *testing.T) {
-	s := newSite(t)
-	d := s.pack("bytes")
-	var layer string
-	for _, blob := range s.blobs() {
-		if b, err := os.ReadFile(blob); err == nil && string(b) == "bytes" {
-			layer = blob
-		}
-	}
-	if err := os.Remove(layer); err != nil {
-		t.Fatal(err)
-	}
+// failUnseen builds an artifact whose layer is missing for nobody, and returns what puts the
+// layer back.
+func (s *site) failUnseen(d ocispec.Descriptor) (cure func()) {
+	s.t.Helper()
 	a, err := artifact.Read(context.Background(), s.content, d)
 	if err != nil {
-		t.Fatal(err)
+		s.t.Fatal(err)
 	}
-	if _, err := s.serve(s.closing, ID{Manifest: d.Digest}, &source{Artifact: a}); !errdefs.IsNotFound(err) { // for nobody
-		t.Fatal(err)
+	layer := s.content.Path(a.Layers[0].Descriptor.Digest)
+	aside := filepath.Join(s.t.TempDir(), "layer")
+	if err := os.Rename(layer, aside); err != nil {
+		s.t.Fatal(err)
 	}
-	// Blocked, so that it can only be the reason of before.
-	done := make(chan struct{})
-	build := s.builds.DoChan(ID{Manifest: d.Digest}.name(), func() (any, error) { <-done; return nil, nil })
-	s.maxWait = time.Millisecond
-	_, first := s.Acquire(context.Background(), d, unpack.IDMap{})
-	_, second := s.Acquire(context.Background(), d, unpack.IDMap{})
-	close(done)
-	<-build
-	if !errdefs.IsNotFound(first) || !errdefs.IsUnavailable(second) {
-		t.Errorf("%v, then %v; want the reason once, then another try", first, second)
+	if _, err := s.serve(s.closing, ID{Manifest: d.Digest}, &source{Artifact: a}); !errdefs.IsNotFound(err) {
+		s.t.Fatal(err)
 	}
+	return func() {
+		if err := os.Rename(aside, layer); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+}
+
+func TestACuredFailureIsNotTold(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	s.failUnseen(d)()
+	s.acquire(d).Release()
+	if len(s.failed) > 0 {
+		t.Errorf("kept: %v", s.failed)
+	}
+}
+
+// Whoever asks next begins another try, and is told of the one before if this one takes
+// too long to wait for.
+func TestTheReasonOfAFailureReachesWhoeverAsksNext(t *testing.T) {
+	s := newSite(t)
+	now := time.Now()
+	s.now = func() time.Time { return now }
+	d := s.pack("bytes")
+	cure := s.failUnseen(d)
+	name := ID{Manifest: d.Digest}.name()
+	slow := func() (answer error) { // another try, which does not end
+		done := make(chan struct{})
+		build := s.builds.DoChan(name, func() (any, error) { <-done; return nil, nil })
+		s.maxWait = time.Millisecond
+		_, answer = s.Acquire(context.Background(), d, unpack.IDMap{})
+		s.maxWait = time.Minute
+		close(done)
+		<-build
+		return answer
+	}
+	if err := slow(); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), "its blob is not in") {
+		t.Errorf("%v, want the reason", err)
+	}
+	// Another pod may have waited for it, too.
+	if err := slow(); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "after a try that failed (artifact "+d.Digest.String()) {
+		t.Errorf("%v, want that it goes on, and the reason", err)
+	}
+	now = now.Add(keepFailure)
+	if err := slow(); !errdefs.IsUnavailable(err) || strings.Contains(err.Error(), "failed") {
+		t.Errorf("%v, want nothing of a failure of long ago", err)
+	}
+	s.sweep()
+	if len(s.failed) > 0 {
+		t.Errorf("kept: %v", s.failed)
+	}
+	cure()
+	s.acquire(d).Release()
 }
 
 func TestAPanicIsAnError(t *testing.T) {

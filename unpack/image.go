@@ -69,7 +69,21 @@ func buildImage(file string, p *plan, s shift, nowhere *content) (devices []*con
 	if err := w.CopyFrom(metadata); err != nil {
 		return nil, err
 	}
-	return devices, w.Close()
+	return devices, errors.Join(w.Close(), pad(f))
+}
+
+// minImage is the smallest image that every kernel mounts from a file: Linux 7.3 reads
+// the superblock of no shorter one ("cannot read erofs superblock", EIO).
+const minImage = 4096
+
+// pad extends f to minImage with a hole, which EROFS does not look at: the superblock
+// says how many blocks the image has.
+func pad(f *os.File) error {
+	fi, err := f.Stat()
+	if err != nil || fi.Size() >= minImage {
+		return err
+	}
+	return f.Truncate(minImage)
 }
 
 // image is a plan as go-erofs reads it.

@@ -290,6 +290,27 @@ func TestSparseMembersKeepTheirAttributes(t *testing.T) {
 	}
 }
 
+// Linux 7.3 mounts no smaller image from a file.
+func TestASmallImageIsPaddedAtNoCost(t *testing.T) {
+	for _, layers := range []func(s site) artifact.Layer{
+		func(s site) artifact.Layer { return s.tar(t, artifact.CompressionNone, archive(t, file("f", "x"))) },
+		func(s site) artifact.Layer { return s.raw(t, "f", "x") },
+	} {
+		s := newSite(t)
+		tree, err := s.build(Rungs{Overlay, EROFSBuffered}, layers(s))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var st unix.Stat_t
+		if err := unix.Stat(filepath.Join(s.root, "tree", imageFile), &st); err != nil {
+			t.Fatal(err)
+		}
+		if st.Size < 4096 || st.Blocks*512 > st.Size || tree.Size != st.Blocks*512 {
+			t.Errorf("the image has %d bytes, want 4096 or more; it takes %d and %d are counted", st.Size, st.Blocks*512, tree.Size)
+		}
+	}
+}
+
 // huge is a layer whose one member, of size bytes, ends with an end of its own.
 func (s site) huge(t *testing.T, size int64, end string) artifact.Layer {
 	t.Helper()

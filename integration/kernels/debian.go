@@ -78,7 +78,18 @@ func download(ctx context.Context, dir, source string) (release string, err erro
 		return release, nil
 	}
 	fmt.Fprintf(os.Stderr, "==> downloading linux-image-%s\n", release)
-	if _, err := apt("apt-get", "-qq", "download", "linux-image-"+release); err != nil {
+	// Debian's 7.3 is several packages, on which the one of that name depends.
+	parts, err := apt("apt-cache", "depends", "--important", "linux-image-"+release)
+	if err != nil {
+		return "", err
+	}
+	get := []string{"-qq", "download", "linux-image-" + release}
+	for _, part := range []string{"linux-base-", "linux-binary-", "linux-modules-"} {
+		if strings.Contains(parts, "Depends: "+part+release+"\n") {
+			get = append(get, part+release)
+		}
+	}
+	if _, err := apt("apt-get", get...); err != nil {
 		return "", err
 	}
 	packages, err := filepath.Glob(filepath.Join(dir, "*.deb"))
@@ -93,8 +104,24 @@ func download(ctx context.Context, dir, source string) (release string, err erro
 			return "", err
 		}
 	}
+	if err := merge(dir, release); err != nil {
+		return "", err
+	}
 	_, err = command(ctx, "", "depmod", "--basedir", dir, release)
 	return release, err
+}
+
+// merge makes the newer packages' /usr/lib/modules/<release>, with the kernel in it,
+// what older packages have: /lib/modules/<release> and /boot/vmlinuz-<release>.
+func merge(dir, release string) error {
+	if _, err := os.Lstat(filepath.Join(dir, "lib")); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return errors.Join(
+		os.Symlink("usr/lib", filepath.Join(dir, "lib")),
+		os.Mkdir(filepath.Join(dir, "boot"), 0o755),
+		os.Symlink(filepath.Join("../lib/modules", release, "vmlinuz"), filepath.Join(dir, "boot", "vmlinuz-"+release)),
+	)
 }
 
 // modules returns the files that have the modules and all that these need, in the
@@ -115,7 +142,7 @@ func modules(dir string, names ...string) (files []string, err error) {
 	}
 	for _, name := range names {
 		chain, ok := needs[name]
-		if !ok && !strings.Contains(string(built), "/"+name+".ko\n") {
+		if !ok && name != checksums && !strings.Contains(string(built), "/"+name+".ko\n") {
 			return nil, fmt.Errorf("the kernel of %s has no module %s", dir, name)
 		}
 		for _, file := range chain {

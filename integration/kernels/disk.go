@@ -27,7 +27,11 @@ var (
 
 // guestModules are what a node needs that no kernel has built in: the disk with its
 // file system and the checksums of that, those of the rungs, and a network for pods.
-var guestModules = []string{"virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "xfs", "overlay", "erofs", "loop", "veth"}
+var guestModules = []string{"virtio_pci", "virtio_blk", checksums, "ext4", "xfs", "overlay", "erofs", "loop", "veth"}
+
+// checksums is a module that ext4 asks for by another name, which no index has. Linux 7.3
+// has none: its file systems call a library.
+const checksums = "crc32c_generic"
 
 // makeInitramfs makes an initramfs(cpio) of busybox, init.sh and the modules.
 func makeInitramfs(ctx context.Context, path, scratch string, modules []string) error {

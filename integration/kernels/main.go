@@ -41,6 +41,7 @@ var kernels = []kernel{
 	{"6.1", "http://deb.debian.org/debian-security bookworm-security", []string{"link", "copy"}, []string{"erofs-loop", "extract"}, ""},
 	// Debian's 6.12 is a late one, with EROFS' option directio of 6.13.
 	{"6.12", "http://deb.debian.org/debian bookworm-backports", []string{"overlay", "link", "copy"}, []string{"erofs", "erofs-loop", "erofs-buffered", "extract"}, ""},
+	{"7.3", "http://deb.debian.org/debian trixie-backports", []string{"overlay", "link", "copy"}, []string{"erofs", "erofs-loop", "erofs-buffered", "extract"}, ""},
 }
 
 // suite is the tests of a package, and which of them are run.

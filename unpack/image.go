@@ -72,18 +72,17 @@ func buildImage(file string, p *plan, s shift, nowhere *content) (devices []*con
 	return devices, errors.Join(w.Close(), pad(f))
 }
 
-// minImage is the smallest image that every kernel mounts from a file: Linux 7.3 reads
-// the superblock of no shorter one ("cannot read erofs superblock", EIO).
-const minImage = 4096
-
-// pad extends f to minImage with a hole, which EROFS does not look at: the superblock
-// says how many blocks the image has.
+// pad extends f to whole pages by a hole. Linux 7.3 reads no metadata from the last page
+// of a file that ends within it: the mount of a shorter image fails ("cannot read erofs
+// superblock"), and so do reads of files whose extents a longer one has there, with EIO.
+// EROFS does not look at what is added: the superblock says how many blocks there are.
 func pad(f *os.File) error {
 	fi, err := f.Stat()
-	if err != nil || fi.Size() >= minImage {
+	if err != nil {
 		return err
 	}
-	return f.Truncate(minImage)
+	page := int64(os.Getpagesize())
+	return f.Truncate((fi.Size() + page - 1) / page * page)
 }
 
 // image is a plan as go-erofs reads it.

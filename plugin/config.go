@@ -67,6 +67,9 @@ type Config struct {
 	// RawRung and TarRung are rungs of package unpack, or "auto".
 	RawRung string `toml:"raw_rung"`
 	TarRung string `toml:"tar_rung"`
+	// DirectIO is whether rungs must let files be read with O_DIRECT: "optional" or
+	// "required".
+	DirectIO string `toml:"direct_io"`
 	// DecompressOnPull decompresses layers while containerd pulls them.
 	DecompressOnPull bool `toml:"decompress_on_pull"`
 	// SnapshotOnPull makes the snapshots of the artifacts that containerd pulls into
@@ -100,6 +103,11 @@ type NRI struct {
 }
 
 const (
+	directIOOptional = "optional"
+	directIORequired = "required"
+)
+
+const (
 	onErrorFail        = "fail"
 	onErrorPassthrough = "passthrough"
 )
@@ -116,6 +124,7 @@ func Default() Config {
 		LogLevel:            "info",
 		RawRung:             rungAuto,
 		TarRung:             rungAuto,
+		DirectIO:            directIOOptional,
 		DecompressOnPull:    true,
 		DecompressionMemory: unpack.DefaultLimits.Memory >> 20,
 		MaxExpansion:        unpack.DefaultLimits.Expansion,
@@ -227,6 +236,9 @@ func (c Config) validateSnapshotter() error {
 	if _, err := c.rungs(); err != nil {
 		errs = append(errs, err)
 	}
+	if c.DirectIO != directIOOptional && c.DirectIO != directIORequired {
+		errs = append(errs, fmt.Errorf("direct_io %q is neither %q nor %q", c.DirectIO, directIOOptional, directIORequired))
+	}
 	if c.DecompressionMemory < 1 || c.DecompressionMemory > maxMemory {
 		errs = append(errs, fmt.Errorf("decompression_memory %d is not 1 to %d MiB", c.DecompressionMemory, maxMemory))
 	}
@@ -283,6 +295,9 @@ func rung(key, value string, all []unpack.Rung) (unpack.Rung, error) {
 	}
 	return "", fmt.Errorf("%s %q is neither %q nor one of %q", key, value, rungAuto, all)
 }
+
+// NeedsDirectIO is whether only rungs are taken whose files can be read with O_DIRECT.
+func (c Config) NeedsDirectIO() bool { return c.DirectIO == directIORequired }
 
 // unpackIn are the namespaces whose artifacts are unpacked when they are pulled.
 func (c Config) unpackIn() []string {

@@ -93,6 +93,7 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 		State:    cfg.State,
 		Content:  cfg.Blobs(),
 		Rungs:    rungs,
+		DirectIO: cfg.NeedsDirectIO(),
 		Limits:   cfg.Limits(),
 		Early:    cfg.DecompressOnPull,
 		Observer: m.observer(),

@@ -36,6 +36,8 @@ type Trial struct {
 	// Tried says what was tried.
 	Tried string `json:"tried"`
 	Works bool   `json:"works"`
+	// DirectIO tells that files can be read with O_DIRECT.
+	DirectIO bool `json:"direct_io"`
 	// Reason says why the rung does not work, and Remedy what would help, if
 	// that can be told from Error.
 	Reason string `json:"reason,omitempty"`
@@ -44,25 +46,26 @@ type Trial struct {
 }
 
 // DiagnoseRungs tries all rungs of a format (RawRungs or TarRungs) in root, those
-// that Probe need not try as well. forced is as in Rungs.
-func DiagnoseRungs(ctx context.Context, root Place, forced Rung, all []Rung) Ladder {
+// that Probe need not try as well. forced and direct are as for Probe.
+func DiagnoseRungs(ctx context.Context, root Place, forced Rung, direct bool, all []Rung) Ladder {
 	_, err := os.Stat(loopControl)
-	m := machine{fs: root.Type, loop: err == nil, older: olderThan}
+	m := machine{fs: root.Type, loop: err == nil, older: olderThan, sectors: sectors(root.Existing)}
 	var l Ladder
 	// Probe's own word on what is taken; what it passes over is tried once more
 	// below, for the errors one by one.
-	if l.Taken, err = probe(ctx, root.Existing, forced, all); l.Taken == "" {
+	if l.Taken, err = probe(ctx, root.Existing, forced, direct, all); l.Taken == "" {
 		l.Error = oneLine(err)
 	}
 	for _, r := range all {
-		t := Trial{Rung: r, Tried: means[r], Works: r == l.Taken}
-		if !t.Works {
-			err := Try(ctx, root.Existing, r)
-			if t.Works = err == nil; !t.Works {
-				err = errors.Unwrap(err) // without rung and root
-				t.Reason, t.Remedy = m.explain(r, err)
-				t.Error = oneLine(err)
-			}
+		err := Try(ctx, root.Existing, r, true)
+		t := Trial{Rung: r, Tried: means[r], DirectIO: err == nil}
+		if err != nil && !direct {
+			err = Try(ctx, root.Existing, r, false)
+		}
+		if t.Works = err == nil || r == l.Taken; !t.Works {
+			err = errors.Unwrap(err) // without rung and root
+			t.Reason, t.Remedy = m.explain(r, err)
+			t.Error = oneLine(err)
 		}
 		l.Trials = append(l.Trials, t)
 	}
@@ -119,6 +122,31 @@ type machine struct {
 	loop bool
 	// older reports whether the kernel is older than that.
 	older func(kernelversion.KernelVersion) bool
+	// sectors is why no 512 bytes can be read by direct I/O; nil if they can.
+	sectors error
+}
+
+// sectors tries to read 512 bytes at an offset of 512 by direct I/O, as a rung does whose
+// members begin there.
+func sectors(root string) (err error) {
+	f, err := os.CreateTemp(root, ProbeDirs)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close(), os.Remove(f.Name())) }()
+	if _, err := f.Write(make([]byte, 16*tarBlock)); err != nil { // a hole is on no disk
+		return err
+	}
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFL, unix.O_DIRECT); err != nil {
+		return os.NewSyscallError("fcntl F_SETFL O_DIRECT", err)
+	}
+	buffer, err := alignedBuffer(tarBlock)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Munmap(buffer) }()
+	_, err = f.ReadAt(buffer[:tarBlock], tarBlock)
+	return err
 }
 
 func olderThan(v kernelversion.KernelVersion) bool {
@@ -148,6 +176,11 @@ func (m machine) explain(r Rung, err error) (reason, remedy string) {
 	switch {
 	case errors.Is(err, errdefs.ErrResourceExhausted), is(unix.EMFILE, unix.ENFILE, unix.ENOMEM):
 		return oneLine(err), "free what is used up, and run this again"
+	case errors.Is(err, errNoDirectIO) && (r == EROFS || r == EROFSBuffered):
+		// fs/erofs/fileio.c, erofs_fileio_aops: no direct_IO.
+		reason = "the kernel opens no file of an EROFS over files with O_DIRECT, which is required"
+	case errors.Is(err, errNoDirectIO):
+		reason, remedy = fmt.Sprintf("root's filesystem, %s, does not read files with O_DIRECT, which is required", m.fs), moveRoot
 	case r == Link && is(unix.EPERM, unix.EOPNOTSUPP, unix.ENOSYS):
 		reason, remedy = fmt.Sprintf("root's filesystem, %s, has no hard links", m.fs), moveRoot
 	case is(unix.EPERM, unix.EACCES):
@@ -168,7 +201,10 @@ func (m machine) explain(r Rung, err error) (reason, remedy string) {
 		reason, remedy = "the kernel cannot mount an EROFS from files", "run a kernel with CONFIG_EROFS_FS_BACKED_BY_FILE"
 	case is(unix.ENOTBLK):
 		reason, remedy = fmt.Sprintf("the kernel cannot mount an EROFS from files of root's filesystem, %s", m.fs), moveRoot
-	case (r == EROFS || r == EROFSLoop) && is(unix.EIO):
+	// Such a disk gives EROFS over files EIO, and loop devices a block size that EROFS
+	// refuses (drivers/block/loop.c, loop_default_blocksize). Others may say the same of
+	// other things.
+	case (r == EROFS && is(unix.EIO) || r == EROFSLoop && is(unix.EINVAL)) && m.sectors != nil:
 		reason = "root's disk cannot do direct I/O in units of 512 bytes"
 		remedy = "move root to a disk with sectors of 512 bytes"
 	default:

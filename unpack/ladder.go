@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -71,47 +72,53 @@ type Rungs struct {
 }
 
 // probes try a rung in an empty directory.
-var probes = map[Rung]func(ctx context.Context, dir string) error{
+var probes = map[Rung]func(ctx context.Context, dir string, direct bool) error{
 	Overlay:       probeOverlay,
 	Link:          probeLink,
-	Copy:          func(context.Context, string) error { return nil },
+	Copy:          probeCopy,
 	EROFS:         probeImage(EROFS),
 	EROFSLoop:     probeImage(EROFSLoop),
 	EROFSBuffered: probeImage(EROFSBuffered),
-	Extract:       func(context.Context, string) error { return nil },
+	Extract:       probeCopy,
 }
 
 // Probe returns the best rungs that work in root, by trying each with a real
 // mount, and why the better ones do not (nil if the first ones work). Rungs that
-// forced names are not chosen but must work. What is lacking for the moment,
-// such as disk space, says nothing of a rung: then there is none, "".
-func Probe(ctx context.Context, root string, forced Rungs) (r Rungs, why error) {
+// forced names are not chosen but must work; direct asks for those whose files can be
+// read with O_DIRECT. What is lacking for the moment, such as disk space, says nothing
+// of a rung: then there is none, "".
+func Probe(ctx context.Context, root string, forced Rungs, direct bool) (r Rungs, why error) {
 	var errs [2]error
-	if r.Raw, errs[0] = probe(ctx, root, forced.Raw, RawRungs); r.Raw == "" {
+	if r.Raw, errs[0] = probe(ctx, root, forced.Raw, direct, RawRungs); r.Raw == "" {
 		return Rungs{}, errs[0]
 	}
-	if r.Tar, errs[1] = probe(ctx, root, forced.Tar, TarRungs); r.Tar == "" {
+	if r.Tar, errs[1] = probe(ctx, root, forced.Tar, direct, TarRungs); r.Tar == "" {
 		return Rungs{}, errs[1]
 	}
 	return r, errors.Join(errs[:]...)
 }
 
-func probe(ctx context.Context, root string, forced Rung, all []Rung) (r Rung, why error) {
+func probe(ctx context.Context, root string, forced Rung, direct bool, all []Rung) (r Rung, why error) {
 	if forced != "" {
 		if !slices.Contains(all, forced) {
 			return "", fmt.Errorf("no rung is called %q, only %q: %w", forced, all, errdefs.ErrInvalidArgument)
 		}
 		all = []Rung{forced}
 	}
+	var unfit []error
 	for _, r := range all {
-		err := Try(ctx, root, r)
+		err := Try(ctx, root, r, direct)
 		if errors.Is(err, unix.EIO) {
 			// Of a disk for a moment, or of a kernel for ever: a lesser rung would be
 			// the daemon's until its next start.
-			err = Try(ctx, root, r)
+			err = Try(ctx, root, r, direct)
 		}
 		if err == nil {
 			return r, why
+		}
+		if errors.Is(err, errNoDirectIO) { // it is passed over because direct says so
+			unfit = append(unfit, err)
+			continue
 		}
 		why = errors.Join(why, err)
 		for _, passing := range []error{errdefs.ErrResourceExhausted, unix.EMFILE, unix.ENFILE, unix.ENOMEM} {
@@ -120,15 +127,16 @@ func probe(ctx context.Context, root string, forced Rung, all []Rung) (r Rung, w
 			}
 		}
 	}
-	return "", why
+	return "", errors.Join(append(unfit, why)...)
 }
 
 // ProbeDirs is the pattern of the directories that Try leaves in its root if the
 // process is killed; something may be mounted below them.
 const ProbeDirs = "probe-*"
 
-// Try reports whether r works in root: nil, or why it does not.
-func Try(ctx context.Context, root string, r Rung) error {
+// Try reports whether r works in root, and if direct is true, whether its files can be
+// read with O_DIRECT: nil, or why not.
+func Try(ctx context.Context, root string, r Rung, direct bool) error {
 	probe, ok := probes[r]
 	if !ok {
 		return fmt.Errorf("no rung is called %q: %w", r, errdefs.ErrInvalidArgument)
@@ -138,14 +146,14 @@ func Try(ctx context.Context, root string, r Rung) error {
 		return fmt.Errorf("rung %q cannot be tried in %s: %w", r, root, outOfSpace(err))
 	}
 	defer os.RemoveAll(dir)
-	if err := probe(ctx, dir); err != nil {
+	if err := probe(ctx, dir, direct); err != nil {
 		return fmt.Errorf("rung %q does not work in %s: %w", r, root, outOfSpace(err))
 	}
 	return nil
 }
 
 // probeOverlay reads a file through an overlay as Build makes them.
-func probeOverlay(_ context.Context, dir string) error {
+func probeOverlay(_ context.Context, dir string, direct bool) error {
 	const content = "artifact"
 	lower, data, target := filepath.Join(dir, "lower"), filepath.Join(dir, "data"), filepath.Join(dir, "target")
 	for _, d := range []string{lower, data, target} {
@@ -168,18 +176,25 @@ func probeOverlay(_ context.Context, dir string) error {
 	if err := m.Mount(target); err != nil {
 		return fmt.Errorf("data-only lower layers need Linux 6.5 and a file system that overlayfs takes as a lower layer: %w", err)
 	}
-	if err := readBack(target, map[string]string{"file": content}); err != nil {
+	if err := readBack(target, map[string]string{"file": content}, direct); err != nil {
 		return fmt.Errorf("overlayfs did not follow the redirect to the data-only layer: %w", err)
 	}
 	return nil
 }
 
-func probeLink(_ context.Context, dir string) error {
-	blob := filepath.Join(dir, "blob")
-	if err := os.WriteFile(blob, nil, 0o600); err != nil {
+func probeLink(ctx context.Context, dir string, direct bool) error {
+	if err := probeCopy(ctx, dir, direct); err != nil {
 		return err
 	}
-	return os.Link(blob, filepath.Join(dir, "link"))
+	return os.Link(filepath.Join(dir, "copy"), filepath.Join(dir, "link"))
+}
+
+func probeCopy(_ context.Context, dir string, direct bool) error {
+	const content = "artifact"
+	if err := os.WriteFile(filepath.Join(dir, "copy"), []byte(content), 0o600); err != nil {
+		return err
+	}
+	return readFiles(dir, map[string]string{"copy": content}, direct)
 }
 
 // needs says what a rung with an image asks of the kernel.
@@ -192,8 +207,8 @@ var needs = map[Rung]string{
 // probeImage reads a member through an image as Build makes them, by itself and
 // below an overlay. The member begins at a block of 512 bytes but not at one of
 // 4096, where direct I/O can fail.
-func probeImage(r Rung) func(context.Context, string) error {
-	return func(ctx context.Context, dir string) error {
+func probeImage(r Rung) func(context.Context, string, bool) error {
+	return func(ctx context.Context, dir string, direct bool) error {
 		member := strings.Repeat("artifact", 1000)
 		c := &content{name: "archive", path: filepath.Join(dir, "archive")}
 		if err := os.WriteFile(c.path, []byte(strings.Repeat("x", tarBlock)+member+strings.Repeat("x", 2*tarBlock)), 0o600); err != nil {
@@ -234,28 +249,84 @@ func probeImage(r Rung) func(context.Context, string) error {
 		want := map[string]string{"member": member}
 		overlay := filepath.Join(dir, "overlay")
 		if err := os.Mkdir(overlay, 0o700); err != nil {
-			return errors.Join(err, readBack(lower, want))
+			return errors.Join(err, readBack(lower, want, direct))
 		}
-		if probeOverlay(ctx, overlay) == nil { // else no artifact is laid out by both
+		if probeOverlay(ctx, overlay, direct) == nil { // else no artifact is laid out by both
 			m := overlayMount(lower, dir)
 			if err := m.Mount(target); err != nil {
-				return errors.Join(fmt.Errorf("overlayfs does not take it as a lower layer: %w", err), readBack(lower, want))
+				return errors.Join(fmt.Errorf("overlayfs does not take it as a lower layer: %w", err), readBack(lower, want, direct))
 			}
-			err = readBack(target, map[string]string{"member": member, "blob": "blob"})
+			err = readBack(target, map[string]string{"member": member, "blob": "blob"}, direct)
 		}
-		return errors.Join(err, readBack(lower, want))
+		return errors.Join(err, readBack(lower, want, direct))
 	}
 }
 
 // readBack checks what is mounted at target, and unmounts it.
-func readBack(target string, want map[string]string) error {
+func readBack(target string, want map[string]string, direct bool) error {
+	return errors.Join(readFiles(target, want, direct), mount.UnmountAll(target, 0))
+}
+
+// readFiles wants files in dir with these contents.
+func readFiles(dir string, want map[string]string, direct bool) error {
 	var errs []error
 	for name, content := range want {
-		got, err := os.ReadFile(filepath.Join(target, name))
+		file := filepath.Join(dir, name)
+		got, err := os.ReadFile(file)
 		if err == nil && string(got) != content {
 			err = fmt.Errorf("%s shows other bytes than it should", name)
 		}
+		if err == nil && direct {
+			err = readDirect(file, content)
+		}
 		errs = append(errs, err)
 	}
-	return errors.Join(append(errs, mount.UnmountAll(target, 0))...)
+	return errors.Join(errs...)
+}
+
+// errNoDirectIO is of a rung that works, but not with O_DIRECT.
+var errNoDirectIO = errors.New("its files cannot be read with O_DIRECT")
+
+// readDirect wants the content of file from open(2) with O_DIRECT, and from a read
+// after fcntl(2) has set it: overlayfs lets either pass what the file below refuses
+// (fs/overlayfs/file.c: ovl_open_realfile, ovl_change_flags).
+func readDirect(file, content string) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("%w: %w", errNoDirectIO, err)
+		}
+	}()
+	buffer, err := alignedBuffer(len(content))
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Munmap(buffer) }()
+	for _, flag := range []int{unix.O_DIRECT, 0} {
+		f, err := os.OpenFile(file, os.O_RDONLY|flag, 0)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if flag == 0 {
+			if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFL, unix.O_DIRECT); err != nil {
+				return os.NewSyscallError("fcntl F_SETFL O_DIRECT", err)
+			}
+		}
+		n, err := f.ReadAt(buffer, 0)
+		if err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		if string(buffer[:n]) != content {
+			return fmt.Errorf("%s shows other bytes than it should", filepath.Base(file))
+		}
+	}
+	return nil
+}
+
+// alignedBuffer is whole pages, which is enough for every disk, of more than size bytes;
+// to be unmapped.
+func alignedBuffer(size int) ([]byte, error) {
+	size = os.Getpagesize() * (size/os.Getpagesize() + 1)
+	buffer, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	return buffer, os.NewSyscallError("mmap", err)
 }

@@ -531,12 +531,12 @@ func TestABuildEndsWithItsContext(t *testing.T) {
 
 func TestTheLadder(t *testing.T) {
 	ctx := context.Background()
-	if r, why := Probe(ctx, t.TempDir(), Rungs{}); r != here(best) || (why == nil) != (r == Rungs{Overlay, EROFS}) {
+	if r, why := Probe(ctx, t.TempDir(), Rungs{}, false); r != here(best) || (why == nil) != (r == Rungs{Overlay, EROFS}) {
 		t.Errorf("Probe: %v, %v; this kernel and file system can do %v", r, why, here(best))
 	}
 	for _, r := range slices.Concat(RawRungs, TarRungs) {
 		dir := t.TempDir()
-		if err := Try(ctx, dir, r); (err == nil) != (has(r) && here(Rungs{Tar: r}).Tar == r) {
+		if err := Try(ctx, dir, r, false); (err == nil) != (has(r) && here(Rungs{Tar: r}).Tar == r) {
 			t.Errorf("%s: %v", r, err)
 		}
 		if left, err := os.ReadDir(dir); len(left) != 0 || err != nil {
@@ -545,14 +545,14 @@ func TestTheLadder(t *testing.T) {
 	}
 	// A lower layer of overlayfs may not be on a file system with case folding
 	// or one without extended attributes; procfs is the one always at hand.
-	if _, err := Probe(ctx, "/proc/self", Rungs{}); err == nil {
+	if _, err := Probe(ctx, "/proc/self", Rungs{}, false); err == nil {
 		t.Error("a directory that nothing can be written to has a rung")
 	}
-	if err := Try(ctx, t.TempDir(), "ladder"); !errdefs.IsInvalidArgument(err) {
+	if err := Try(ctx, t.TempDir(), "ladder", false); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("an unknown rung: %v", err)
 	}
 	for _, forced := range []Rungs{{Raw: EROFS}, {Tar: Overlay}} {
-		if r, err := Probe(ctx, t.TempDir(), forced); r != (Rungs{}) || !errdefs.IsInvalidArgument(err) {
+		if r, err := Probe(ctx, t.TempDir(), forced, false); r != (Rungs{}) || !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%v: %v, %v, want a refusal", forced, r, err)
 		}
 	}

@@ -36,6 +36,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		content:  c.Content,
 		shared:   blobdir.Dir(c.Root),
 		rungs:    c.Rungs,
+		directIO: c.DirectIO,
 		budget:   unpack.NewBudget(c.Limits),
 		observer: c.Observer,
 		maxWait:  maxWait,
@@ -131,7 +132,7 @@ func MakeDir(dir string, mode os.FileMode) error {
 }
 
 func (s *Store) chooseRungs(ctx context.Context) error {
-	rungs, why := unpack.Probe(ctx, s.trees, s.rungs)
+	rungs, why := unpack.Probe(ctx, s.trees, s.rungs, s.directIO)
 	if rungs == (unpack.Rungs{}) {
 		return fmt.Errorf("layers cannot be laid out: %w", why)
 	}

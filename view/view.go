@@ -63,6 +63,8 @@ type Config struct {
 	Content blobdir.Blobs
 	// Rungs are how layers are laid out; "" takes the best that works here.
 	Rungs unpack.Rungs
+	// DirectIO takes only rungs whose files can be read with O_DIRECT.
+	DirectIO bool
 	// Limits are what building Trees may take of the node.
 	Limits unpack.Limits
 	// Early lets Run build the Trees of artifacts with compressed layers while
@@ -82,6 +84,7 @@ type Store struct {
 	content       blobdir.Blobs
 	shared        blobdir.Dir
 	rungs         unpack.Rungs
+	directIO      bool
 	budget        *unpack.Budget
 	observer      Observer
 

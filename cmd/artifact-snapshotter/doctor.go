@@ -226,13 +226,17 @@ func checkRungs(ctx context.Context, cfg plugin.Config, option, configured strin
 	if slices.Contains(all, unpack.Rung(configured)) {
 		forced = unpack.Rung(configured)
 	}
-	ladder := unpack.DiagnoseRungs(ctx, root, forced, all)
+	ladder := unpack.DiagnoseRungs(ctx, root, forced, cfg.NeedsDirectIO(), all)
 	found := finding{Facts: rungFacts{root, configured, ladder}}
 	var text strings.Builder
-	fmt.Fprintf(&text, "%s = %q, tried in %s\n", option, configured, where(root))
-	fmt.Fprintln(&text, "RUNG\tTRIED\tRESULT")
+	fmt.Fprintf(&text, "%s = %q, direct_io = %q, tried in %s\n", option, configured, cfg.DirectIO, where(root))
+	fmt.Fprintln(&text, "RUNG\tTRIED\tO_DIRECT\tRESULT")
 	for _, t := range ladder.Trials {
-		fmt.Fprintf(&text, "%s\t%s\t%s\n", t.Rung, t.Tried, result(t, ladder.Taken, forced))
+		direct := "no"
+		if t.DirectIO {
+			direct = "yes"
+		}
+		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\n", t.Rung, t.Tried, direct, result(t, ladder.Taken, forced))
 	}
 	found.text = text.String()
 	if ladder.Taken == "" {

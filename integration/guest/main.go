@@ -28,6 +28,7 @@ const usage = `usage:
   guest pause           wait for SIGTERM or SIGINT
   guest tree DIR        every entry below DIR as a JSON array
   guest ls DIR          every entry below DIR for people
+  guest direct PATH     read PATH with O_DIRECT, print its SHA-256 or the errno's name
   guest write PATH      append to PATH, print "written" or the errno's name
   guest loop PATH       read PATH 20 times a second, print a counter; exit 1 if its content changes
   guest mountinfo       the mount table`
@@ -48,7 +49,7 @@ func run(args []string) error {
 	case len(args) != 2:
 		return errors.New(usage)
 	}
-	commands := map[string]func(string) error{"tree": tree, "ls": ls, "write": write, "loop": loop}
+	commands := map[string]func(string) error{"tree": tree, "ls": ls, "direct": direct, "write": write, "loop": loop}
 	command, ok := commands[args[0]]
 	if !ok {
 		return errors.New(usage)
@@ -106,6 +107,42 @@ func ls(dir string) error {
 	})
 	if err == nil && empty {
 		fmt.Println("(empty)")
+	}
+	return err
+}
+
+// direct succeeds when the kernel refuses, as write does.
+func direct(path string) error {
+	h := sha256.New()
+	err := func() error {
+		f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		// Aligned to a page, which is enough for every disk.
+		buffer, err := unix.Mmap(-1, 0, 1<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = unix.Munmap(buffer) }()
+		for {
+			n, err := f.Read(buffer)
+			h.Write(buffer[:n])
+			if n < len(buffer) && (err == nil || errors.Is(err, io.EOF)) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}()
+	if errno := syscall.Errno(0); errors.As(err, &errno) {
+		fmt.Println(unix.ErrnoName(errno))
+		return nil
+	}
+	if err == nil {
+		fmt.Printf("%x\n", h.Sum(nil))
 	}
 	return err
 }

@@ -367,7 +367,7 @@ func doors(t *testing.T, dir string, blobs shelf, ways []Way) (doors []Door, dae
 		rungs := unpack.Rungs{Raw: unpack.Rung(rawRung), Tar: unpack.Rung(tarRung)}
 		works := true
 		for _, r := range []unpack.Rung{rungs.Raw, rungs.Tar} {
-			if err := unpack.Try(t.Context(), dir, r); err != nil {
+			if err := unpack.Try(t.Context(), dir, r, false); err != nil {
 				t.Logf("without %s: %v", way, err)
 				works = false
 			}

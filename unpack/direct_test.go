@@ -1,0 +1,228 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package unpack
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+)
+
+// disk mounts a new file system of a disk with sectors of that many bytes.
+func disk(t *testing.T, sector uint32, mkfs ...string) string {
+	t.Helper()
+	dir := t.TempDir()
+	file, err := os.Create(filepath.Join(t.TempDir(), "disk"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer control.Close()
+	var loop *os.File
+	for err = unix.EBUSY; errors.Is(err, unix.EBUSY); { // somebody else was quicker
+		var n int
+		if n, err = unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE); err != nil {
+			break
+		}
+		if loop, err = os.OpenFile("/dev/loop"+itoa(n), os.O_RDWR, 0); err != nil {
+			break
+		}
+		defer loop.Close() // what is mounted keeps it
+		config := unix.LoopConfig{Fd: uint32(file.Fd()), Size: sector, Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_AUTOCLEAR}}
+		err = errors.Join(file.Truncate(512<<20), unix.IoctlLoopConfigure(int(loop.Fd()), &config))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{append(mkfs, loop.Name()), {"mount", loop.Name(), dir}} {
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%q: %v: %s", args, err, out)
+		}
+	}
+	t.Cleanup(func() {
+		if err := mount.UnmountAll(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// diskSite is a site on such a disk.
+func diskSite(t *testing.T, dir string) site {
+	t.Helper()
+	s := site{t: t, content: blobdir.Dir(filepath.Join(dir, "content")), root: filepath.Join(dir, "root")}
+	if err := errors.Join(os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755), os.Mkdir(s.root, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// Members begin at multiples of 512 bytes, and no disk's sectors are smaller.
+func TestFilesAreReadWithODirect(t *testing.T) {
+	members := map[string]string{}
+	var headers []string
+	for _, n := range sizes {
+		members["of "+itoa(n)] = noise(n)
+		headers = append(headers, "of "+itoa(n))
+	}
+	for _, test := range []struct {
+		rungs   Rungs
+		members bool // can be opened so
+	}{
+		{Rungs{Overlay, EROFS}, false},
+		{Rungs{Overlay, EROFSLoop}, true},
+		{Rungs{Overlay, EROFSBuffered}, false},
+		{Rungs{Overlay, Extract}, true},
+		{Rungs{Link, Extract}, true},
+		{Rungs{Copy, Extract}, true},
+	} {
+		for _, mixed := range []bool{false, true} {
+			name := test.rungs.String()
+			if mixed {
+				name += ", with a raw layer"
+			}
+			t.Run(name, func(t *testing.T) {
+				s := newSite(t)
+				if !hasDirectIO(t, s.root) {
+					t.Skip("NOT TESTED: the file system of the tests has no direct I/O")
+				}
+				var a []byte
+				for _, name := range headers {
+					a = append(a, member512('0', name, members[name], nil)...)
+				}
+				layers := []artifact.Layer{s.tar(t, artifact.CompressionNone, append(a, endMark...))}
+				if mixed {
+					layers = append(layers, s.raw(t, "raw", noise(5000)))
+				}
+				dir := s.show(t, test.rungs, layers...)
+				works := test.members || here(test.rungs).Tar == EROFSLoop
+				for name, content := range members {
+					err := readDirect(filepath.Join(dir, name), content)
+					if works && err != nil || !works && !errors.Is(err, unix.EINVAL) {
+						t.Errorf("%s: %v; want that it can be read with O_DIRECT: %t", name, err, works)
+					}
+				}
+				if works {
+					wantBlocks(t, filepath.Join(dir, "of 8193"), members["of 8193"])
+				}
+				if !mixed {
+					return
+				}
+				if err := readDirect(filepath.Join(dir, "raw"), noise(5000)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}
+
+func hasDirectIO(t *testing.T, dir string) bool {
+	t.Helper()
+	return Try(context.Background(), dir, Copy, true) == nil
+}
+
+// wantBlocks reads each 512 bytes of a file by themselves.
+func wantBlocks(t *testing.T, path, want string) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	buffer, err := alignedBuffer(tarBlock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Munmap(buffer) }()
+	for at := 0; at < len(want); at += tarBlock {
+		n, _ := f.ReadAt(buffer[:tarBlock], int64(at))
+		if got := string(buffer[:n]); got != want[at:min(at+tarBlock, len(want))] {
+			t.Errorf("at %d of %s there are %d other bytes", at, path, n)
+		}
+	}
+}
+
+func TestOnlyRungsWithODirectAreTakenWhereItIsRequired(t *testing.T) {
+	dir := t.TempDir()
+	if !hasDirectIO(t, dir) {
+		t.Skip("NOT TESTED: the file system of the tests has no direct I/O")
+	}
+	want := Rungs{Raw: best.Raw, Tar: first([]Rung{EROFSLoop, Extract})}
+	if r, why := Probe(t.Context(), dir, Rungs{}, true); r != want {
+		t.Errorf("%v, %v; want %v", r, why, want)
+	}
+	for _, r := range []Rung{EROFS, EROFSBuffered} {
+		if here(Rungs{Tar: r}).Tar != r || !has(r) {
+			continue
+		}
+		if got, err := Probe(t.Context(), dir, Rungs{Tar: r}, true); got != (Rungs{}) || err == nil || !strings.Contains(err.Error(), `rung "`+string(r)+`" does not work`) || !strings.Contains(err.Error(), "O_DIRECT") {
+			t.Errorf("%s by name: %v, %v", r, got, err)
+		}
+	}
+}
+
+func TestNoRungHasODirectWhereTheFileSystemHasNot(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("ramfs", dir, "ramfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	}()
+	if r, why := Probe(t.Context(), dir, Rungs{}, true); r != (Rungs{}) || why == nil || !strings.Contains(why.Error(), "cannot be read with O_DIRECT") {
+		t.Errorf("%v, %v", r, why)
+	}
+	if r, why := Probe(t.Context(), dir, Rungs{}, false); r == (Rungs{}) {
+		t.Errorf("without O_DIRECT there is no rung either: %v", why)
+	}
+}
+
+// Archives cannot be read there where their members begin.
+func TestADiskWithLargeSectors(t *testing.T) {
+	dir := disk(t, 4096, "mkfs.ext4", "-q")
+	for _, direct := range []bool{false, true} {
+		r, why := Probe(t.Context(), dir, Rungs{}, direct)
+		// Before Linux 6.15 a loop device on such a disk does without direct I/O.
+		if want := []Rung{EROFSLoop, EROFSBuffered, Extract}; !slices.Contains(want, r.Tar) || direct && r.Tar == EROFSBuffered {
+			t.Errorf("%v, %v; want one of %v", r, why, want)
+		}
+		s := diskSite(t, filepath.Join(dir, itoa(len(r.Tar))))
+		content := noise(8193)
+		got := s.show(t, r, s.tar(t, artifact.CompressionNone, archive(t, file("f", content))))
+		if read(t, got, "f") != content {
+			t.Errorf("%v shows other bytes", r)
+		}
+		if direct {
+			if err := readDirect(filepath.Join(got, "f"), content); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	root, err := Locate(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, trial := range DiagnoseRungs(t.Context(), root, "", false, TarRungs).Trials {
+		if has(trial.Rung) && !trial.Works && (!strings.Contains(trial.Reason, "512 bytes") || !strings.Contains(trial.Remedy, "sectors of 512")) {
+			t.Errorf("%+v does not blame the sectors", trial)
+		}
+	}
+}

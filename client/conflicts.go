@@ -6,8 +6,8 @@ package client
 import (
 	"context"
 	"fmt"
-	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -26,54 +26,116 @@ const (
 	// keeps other pods waiting (see Rules in docs/design.md), and is long enough for
 	// a containerd that is back after a while.
 	lateWait = time.Second
-	// maxNamed is how many artifacts an error names: kubelet's events are short.
-	maxNamed = 8
+	// An error names so many artifacts, with so many bytes of each name: it is to fit
+	// into the 1,024 bytes of an event of Kubernetes.
+	maxNamed     = 4
+	maxNameBytes = 112
 )
 
-// Conflicts returns, by the digest of a manifest, the images of the namespace that
-// have the same config as that manifest, but another manifest, and of which one is
-// an artifact. CRI takes images with one config for one image
-// (internal/cri/store/image of containerd), so that a pod may be shown any of them
-// for any other: see [Watcher.Check]. A manifest without such images is not in the
-// map. Artifacts that [Client.Images] leaves out because they are refused count, too.
-//
-// Names of [Image.IsID] are not in it: CRI takes an image by its ID only if it has
-// no other name.
-func (c *Client) Conflicts(ctx context.Context) (map[digest.Digest][]Image, error) {
+// Sharing is the images of a namespace that have one config, which CRI takes for one
+// image (internal/cri/store/image of containerd), so that a pod may be shown any of
+// them for any other: see [Watcher.Check].
+type Sharing struct {
+	// Images are those that have a name of their own, which [Image.IsID] is not: CRI
+	// takes an image by its ID only if it has no other name.
+	Images []*Image
+
+	all        counts
+	ofManifest map[digest.Digest]counts
+}
+
+// counts are of images: all, and those that are no ordinary ones.
+type counts struct{ images, artifacts int }
+
+// Conflicts returns, by the config, the images of the namespace that have it, if one
+// of them is an artifact and another one has another manifest: those of [Named], in the
+// order of their names. Artifacts that [Client.Images] leaves out because they are
+// refused count, too.
+func (c *Client) Conflicts(ctx context.Context) (map[digest.Digest]*Sharing, error) {
 	all, err := c.list(ctx)
 	if err != nil {
 		return nil, err
 	}
-	found := readAll(c.Context(ctx), c.ContentStore(), all, map[digest.Digest]Image{})
+	known := readAll(c.Context(ctx), c.ContentStore(), all, map[digest.Digest]Image{})
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
-	byName := slices.SortedFunc(maps.Values(found), func(a, b Image) int { return strings.Compare(a.Name, b.Name) })
-	return conflicts(byName), nil
+	var inOrder []Image
+	for _, i := range all {
+		inOrder = append(inOrder, *known.byName[i.Name])
+	}
+	var named []*Image
+	for _, i := range Named(inOrder) {
+		named = append(named, &i)
+	}
+	sharing, conflicting := sharings(named), map[digest.Digest]*Sharing{}
+	for _, i := range inOrder {
+		if i.Artifact != nil && sharing[i.Artifact.Config].others(i) > 0 {
+			conflicting[i.Artifact.Config] = sharing[i.Artifact.Config]
+		}
+	}
+	return conflicting, nil
 }
 
-// conflicts are the conflicts among images of one namespace, see Client.Conflicts.
-func conflicts(all []Image) map[digest.Digest][]Image {
-	all = slices.DeleteFunc(slices.Clone(all), func(i Image) bool { return i.Artifact == nil })
-	byConfig := map[digest.Digest][]Image{}
+// sharings are the images by their configs.
+func sharings(all []*Image) map[digest.Digest]*Sharing {
+	sharing := map[digest.Digest]*Sharing{}
 	for _, i := range all {
-		if !i.IsID() {
-			byConfig[i.Artifact.Config] = append(byConfig[i.Artifact.Config], i)
-		}
-	}
-	conflicts := map[digest.Digest][]Image{}
-	for _, i := range all {
-		manifest := i.Artifact.Manifest.Digest
-		if conflicts[manifest] != nil {
+		if i.Artifact == nil {
 			continue
 		}
-		for _, other := range byConfig[i.Artifact.Config] {
-			if other.Artifact.Manifest.Digest != manifest && (!i.ordinary || !other.ordinary) {
-				conflicts[manifest] = append(conflicts[manifest], other)
-			}
+		if sharing[i.Artifact.Config] == nil {
+			sharing[i.Artifact.Config] = &Sharing{ofManifest: map[digest.Digest]counts{}}
+		}
+		sharing[i.Artifact.Config].add(i)
+	}
+	return sharing
+}
+
+func (s *Sharing) add(i *Image) {
+	if i.IsID() {
+		return
+	}
+	manifest := s.ofManifest[i.Artifact.Manifest.Digest]
+	for _, c := range []*counts{&s.all, &manifest} {
+		c.images++
+		if !i.ordinary {
+			c.artifacts++
 		}
 	}
-	return conflicts
+	s.ofManifest[i.Artifact.Manifest.Digest] = manifest
+	s.Images = append(s.Images, i)
+}
+
+// With returns the first images that CRI may take for i, which has the config, at most
+// limit, and how many more there are. Ordinary images are no danger to each other. Of
+// nil there are none.
+func (s *Sharing) With(i Image, limit int) (some []Image, more int) {
+	all := s.others(i)
+	if all == 0 {
+		return nil, 0
+	}
+	for _, other := range s.Images {
+		if len(some) == min(limit, all) {
+			break
+		}
+		if !i.sameManifest(other) && (!i.ordinary || !other.ordinary) {
+			some = append(some, *other)
+		}
+	}
+	return some, all - len(some)
+}
+
+// others is how many images CRI may take for i.
+func (s *Sharing) others(i Image) int {
+	if s == nil {
+		return 0
+	}
+	same := s.ofManifest[i.Artifact.Manifest.Digest]
+	if i.ordinary {
+		return s.all.artifacts - same.artifacts
+	}
+	return s.all.images - same.images
 }
 
 // Check returns errdefs.ErrFailedPrecondition if the runtime may take another image
@@ -90,13 +152,13 @@ func (w *Watcher) Check(ctx context.Context, namespace string, target digest.Dig
 	deadline := time.After(w.patience())
 	for {
 		known, changed, broken := w.look(namespace, number)
-		if known != nil {
+		if broken == nil {
 			return w.judge(ctx, known, target)
 		}
 		select {
 		case <-changed:
 		case <-deadline:
-			return unknown(broken)
+			return broken
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -116,22 +178,22 @@ type WatcherStats struct {
 // Stats counts what is known at this moment.
 func (w *Watcher) Stats() WatcherStats {
 	w.mu.Lock()
-	known := map[string][]Image{}
-	for namespace, images := range w.known {
-		known[namespace] = slices.Collect(maps.Values(images))
-	}
 	stats := WatcherStats{Connected: w.known != nil}
+	var known [][]*Image
+	for _, images := range w.known {
+		known = append(known, images.all())
+	}
 	w.mu.Unlock()
 	for _, images := range known {
-		artifacts := map[digest.Digest]bool{}
+		sharing := sharings(images)
+		counted := map[digest.Digest]bool{}
 		for _, i := range images {
-			if i.Artifact != nil && !i.ordinary {
-				artifacts[i.Artifact.Manifest.Digest] = true
+			if i.Artifact == nil || i.ordinary || counted[i.Artifact.Manifest.Digest] {
+				continue
 			}
-		}
-		stats.Artifacts += len(artifacts)
-		for manifest := range conflicts(images) {
-			if artifacts[manifest] {
+			counted[i.Artifact.Manifest.Digest] = true
+			stats.Artifacts++
+			if sharing[i.Artifact.Config].others(*i) > 0 {
 				stats.Conflicts++
 			}
 		}
@@ -144,14 +206,14 @@ func (w *Watcher) Stats() WatcherStats {
 func (w *Watcher) Name(namespace string, target digest.Digest) string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	var named []Image
-	for _, i := range w.known[namespace] {
-		if i.Target.Digest == target && !i.IsID() {
-			named = append(named, i)
+	var images []Image
+	for _, i := range w.known[namespace].withTarget(target) {
+		if !i.IsID() {
+			images = append(images, *i)
 		}
 	}
 	var names []string
-	for _, i := range Named(named) {
+	for _, i := range Named(images) {
 		names = append(names, i.Name)
 	}
 	if len(names) == 0 {
@@ -162,37 +224,58 @@ func (w *Watcher) Name(namespace string, target digest.Digest) string {
 
 // warn says that an artifact which has just come is in conflict with others.
 func (w *Watcher) warn(ctx context.Context, namespace string, image Image) {
+	if image.Artifact == nil {
+		return
+	}
 	w.mu.Lock()
-	known := slices.Collect(maps.Values(w.known[namespace]))
+	same := w.known[namespace].withConfig(image.Artifact.Config)
 	w.mu.Unlock()
-	if err := refuse(image, known); err != nil {
+	if err := refuse(image, same); err != nil {
 		log.G(ctx).WithError(err).WithField("namespace", namespace).WithField("image", image.Name).
 			Warn("An image is in conflict with others: image volumes of them are refused")
 	}
 }
 
 // sameManifest reports whether two images stand for one manifest.
-func (i Image) sameManifest(other Image) bool {
+func (i Image) sameManifest(other *Image) bool {
 	return i.Artifact != nil && other.Artifact != nil && i.Artifact.Manifest.Digest == other.Artifact.Manifest.Digest
 }
 
-// judge is the answer of Check if known are the images of the namespace.
-func (w *Watcher) judge(ctx context.Context, known []Image, target digest.Digest) error {
-	image, found := find(known, target)
-	if !found { // deleted meanwhile, say
-		image = readAny(ctx, w.blobs, images.Image{Target: ocispec.Descriptor{Digest: target}})
+// judge is the answer of Check if known are the images of the namespace, or later ones.
+func (w *Watcher) judge(ctx context.Context, known *catalog, target digest.Digest) error {
+	w.mu.Lock()
+	image, again := known.find(target), known.again()
+	w.mu.Unlock()
+	if image == nil { // deleted meanwhile, say
+		unknown := readAny(ctx, w.blobs, images.Image{Target: ocispec.Descriptor{Digest: target}})
+		image = &unknown
 	}
-	for i := range known {
-		if known[i].unread != nil {
-			known[i] = readAny(ctx, w.blobs, known[i].Image)
+	var read []*Image
+	for _, i := range again {
+		now := readAny(ctx, w.blobs, i.Image)
+		if i == image {
+			image = &now
 		}
+		read = append(read, &now)
 	}
-	for _, i := range append(slices.Clone(known), image) {
+	for _, i := range append(slices.Clone(read), image) {
 		if i.unread != nil && i.Artifact == nil {
 			return fmt.Errorf("image %q (%s) cannot be read to see whether the runtime may take it for another; remove it, if that stays so: %v: %w", i.Name, i.Target.Digest, i.unread, errdefs.ErrUnavailable)
 		}
 	}
-	return refuse(image, known)
+	if image.Artifact == nil {
+		return nil
+	}
+	w.mu.Lock()
+	same := known.withConfig(image.Artifact.Config)
+	w.mu.Unlock()
+	same = slices.DeleteFunc(same, func(i *Image) bool { return slices.Contains(again, i) })
+	for _, i := range read {
+		if i.Artifact != nil && i.Artifact.Config == image.Artifact.Config {
+			same = append(same, i)
+		}
+	}
+	return refuse(*image, same)
 }
 
 // patience is how long to wait now.
@@ -216,65 +299,54 @@ func unknown(why error) error {
 	return fmt.Errorf("it is not known which images there are, so that this might be the wrong one; check containerd_address in the snapshotter's configuration: %w", why)
 }
 
-// look returns the images of the namespace, nil if they are not known as of the
-// hello event with that number, and then why, if that is known; and what tells of a
-// change.
-func (w *Watcher) look(namespace string, number int) (known []Image, changed <-chan struct{}, broken error) {
+// look returns the images of the namespace if they are known as of the hello event with
+// that number, and what tells of a change; or else why they are not. What it returns is
+// looked at under w.mu: events change it, until the connection breaks.
+func (w *Watcher) look(namespace string, number int) (known *catalog, changed <-chan struct{}, broken error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.known == nil || w.seen < number {
-		return nil, w.changed, w.broken
+		return nil, w.changed, unknown(w.broken)
 	}
-	known = []Image{}
-	return slices.AppendSeq(known, maps.Values(w.known[namespace])), w.changed, nil
+	return w.known[namespace], nil, nil
 }
 
-// find returns an image with that target or manifest, if there is one by a name
-// that is one for people.
-func find(known []Image, target digest.Digest) (found Image, ok bool) {
-	for _, i := range known {
-		if i.Target.Digest != target && (i.Artifact == nil || i.Artifact.Manifest.Digest != target) {
-			continue
-		}
-		found, ok = i, true
-		if i.Artifact != nil && !i.IsID() {
-			break
-		}
-	}
-	return found, ok
-}
-
-// refuse returns an error if known has conflicts of the image.
-func refuse(image Image, known []Image) error {
-	if image.Artifact == nil {
+// refuse returns an error if the image is in conflict with one of those that have its
+// config.
+func refuse(image Image, same []*Image) error {
+	if len(same) == 0 || image.Artifact == nil {
 		return nil
 	}
-	same := slices.DeleteFunc(known, func(i Image) bool {
-		return i.Artifact == nil || i.Artifact.Config != image.Artifact.Config
-	})
-	if len(conflicts(append(slices.Clone(same), image))[image.Artifact.Manifest.Digest]) > 0 {
-		return conflict(image, same)
+	if sharing := sharings(same)[image.Artifact.Config]; sharing.others(image) > 0 {
+		return sharing.conflict(image)
 	}
 	return nil
 }
 
-// conflict is the error for an image that is in conflict with others: all are the
-// images with its config.
-func conflict(image Image, all []Image) error {
-	all = slices.Clone(all)
-	slices.SortFunc(all, func(a, b Image) int { return strings.Compare(a.Name, b.Name) })
+// conflict is the error for an image that is in conflict with others.
+func (s *Sharing) conflict(image Image) error {
 	// One name for each artifact: the first is a tag, if there is one.
-	var names []string
-	named := map[digest.Digest]bool{}
-	for _, i := range all {
-		manifest := i.Artifact.Manifest.Digest
-		if !i.IsID() && !named[manifest] {
-			named[manifest] = true
-			names = append(names, fmt.Sprintf("%q (%s)", i.Name, short(manifest)))
+	var first []*Image // in the order of the names
+	for _, i := range s.Images {
+		same := slices.IndexFunc(first, i.sameManifest)
+		switch {
+		case same >= 0 && first[same].Name <= i.Name:
+			continue
+		case same >= 0:
+			first = slices.Delete(first, same, same+1)
+		case len(first) == maxNamed && first[maxNamed-1].Name <= i.Name:
+			continue
 		}
+		at, _ := slices.BinarySearchFunc(first, i.Name, func(i *Image, name string) int { return strings.Compare(i.Name, name) })
+		first = slices.Insert(first, at, i)
+		first = first[:min(len(first), maxNamed)]
 	}
-	if more := len(names) - maxNamed; more > 0 {
-		names = append(names[:maxNamed], fmt.Sprintf("and %d more", more))
+	var names []string
+	for _, i := range first {
+		names = append(names, fmt.Sprintf("%s (%s)", quote(i.Name), short(i.Artifact.Manifest.Digest)))
+	}
+	if more := len(s.ofManifest) - len(names); more > 0 {
+		names = append(names, fmt.Sprintf("and %d more", more))
 	}
 	config, what := image.Artifact.Config, "artifact"
 	if image.ordinary {
@@ -282,6 +354,17 @@ func conflict(image Image, all []Image) error {
 	}
 	return fmt.Errorf("%s %s has the same config, %s, as another one, and the runtime takes images with one config for one image, so that the volume might show the other: %s; give each a config of its own, or remove them all with `crictl rmi %s` and pull again the one that is needed: %w",
 		what, short(image.Artifact.Manifest.Digest), short(config), strings.Join(names, ", "), config.Encoded()[:12], errdefs.ErrFailedPrecondition)
+}
+
+// quote is the name in quotes; of one that is too long the beginning and the end, where
+// the registry and the tag are.
+func quote(name string) string {
+	quoted := strconv.Quote(name)
+	if len(quoted) <= maxNameBytes {
+		return quoted
+	}
+	half := maxNameBytes / 2
+	return strings.ToValidUTF8(quoted[:half], "") + "…" + strings.ToValidUTF8(quoted[len(quoted)-half:], "")
 }
 
 // short is a digest for people: what they compare it with is shortened, too.

@@ -31,7 +31,7 @@ const maxDocument = 64 << 20
 const maxTwice = 4 << 20
 
 // errUndecided is why it is not found out by reading the image: then the names that
-// CRI gives it tell, see adopt.
+// CRI gives it tell, see catalog.adopt.
 var errUndecided = errors.New("a manifest or an index that is too large")
 
 // readAny reads whatever image there is, as far as it can be read: see Image.
@@ -56,11 +56,11 @@ func readAny(ctx context.Context, blobs content.Provider, i images.Image) Image 
 	return image
 }
 
-// readAll reads the images of a namespace, by their names, as far as they can be
-// read and only what brief keeps of them. What has been read already is in read, by
-// target: CRI gives an image several names.
-func readAll(ctx context.Context, blobs content.Provider, all []images.Image, read map[digest.Digest]Image) map[string]Image {
-	known := map[string]Image{}
+// readAll reads the images of a namespace, as far as they can be read and only what
+// brief keeps of them. What has been read already is in read, by target: CRI gives an
+// image several names.
+func readAll(ctx context.Context, blobs content.Provider, all []images.Image, read map[digest.Digest]Image) *catalog {
+	known := &catalog{}
 	for _, i := range all {
 		if ctx.Err() != nil {
 			break
@@ -71,29 +71,9 @@ func readAll(ctx context.Context, blobs content.Provider, all []images.Image, re
 			read[i.Target.Digest] = image
 		}
 		image.Name = i.Name
-		known[i.Name] = image
+		known.put(image)
 	}
-	adopt(known)
 	return known
-}
-
-// adopt finds out what the images of a namespace are that could not be read, by the
-// image IDs of CRI, which are names for the same target: it makes them in each pull,
-// before it knows another name (internal/cri/server/images/image_pull.go).
-func adopt(known map[string]Image) {
-	for name, i := range known {
-		if i.Artifact != nil || i.unread == nil {
-			continue
-		}
-		for id, other := range known {
-			if config := digest.Digest(id); other.Target.Digest == i.Target.Digest && config.Validate() == nil {
-				i.Artifact = &artifact.Artifact{Manifest: ocispec.Descriptor{Digest: i.Target.Digest}, Config: config}
-				i.unread = nil
-				known[name] = i
-				break
-			}
-		}
-	}
 }
 
 // passing returns err if it does not say what the image is, so that this may be found

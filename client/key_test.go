@@ -79,13 +79,13 @@ func TestWhatIsRefusedHasAConfig(t *testing.T) {
 				t.Fatalf("got %+v", image)
 			}
 			w.know(t.Context(), targets, "k8s.io/one")
-			w.set(func() { w.known["k8s.io"]["refused:v1"] = image.brief() })
+			w.set(func() { w.known["k8s.io"].put(image.brief()) })
 			for _, of := range []digest.Digest{targets["one"], target.Digest} {
 				if err := w.Check(t.Context(), "k8s.io", of); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), `"refused:v1"`) {
 					t.Errorf("got %v, want that it is refused with the name of the other", err)
 				}
 			}
-			w.set(func() { delete(w.known["k8s.io"], "refused:v1") })
+			w.set(func() { w.known["k8s.io"].remove("refused:v1") })
 			if err := w.Check(t.Context(), "k8s.io", target.Digest); !errdefs.IsFailedPrecondition(err) {
 				t.Errorf("got %v, want that it is refused, though it is not known", err)
 			}
@@ -141,7 +141,7 @@ func TestALargeManifestHasAConfig(t *testing.T) {
 			target.MediaType = tt.mediaType
 			image := readAny(t.Context(), w.blobs, images.Image{Name: "large:v1", Target: target})
 			w.know(t.Context(), targets, "k8s.io/one")
-			w.set(func() { w.known["k8s.io"]["large:v1"] = image.brief() })
+			w.set(func() { w.known["k8s.io"].put(image.brief()) })
 			if err := w.Check(t.Context(), "k8s.io", targets["one"]); errdefs.IsFailedPrecondition(err) != tt.refused || !tt.refused && err != nil {
 				t.Errorf("got %v, want refused: %v", err, tt.refused)
 			}
@@ -165,8 +165,7 @@ func TestWhatIsNotReadIsKnownByItsImageID(t *testing.T) {
 			target.MediaType = ocispec.MediaTypeImageManifest
 			record := func(name string) {
 				w.set(func() {
-					w.known["k8s.io"][name] = readAny(t.Context(), w.blobs, images.Image{Name: name, Target: target}).brief()
-					adopt(w.known["k8s.io"])
+					w.known["k8s.io"].put(readAny(t.Context(), w.blobs, images.Image{Name: name, Target: target}).brief())
 				})
 			}
 			w.know(t.Context(), targets, "k8s.io/one")
@@ -179,7 +178,7 @@ func TestWhatIsNotReadIsKnownByItsImageID(t *testing.T) {
 			id := ocispec.DescriptorEmptyJSON.Digest.String()
 			record(id)
 			w.set(func() {
-				w.known["k8s.io"][id] = readAny(t.Context(), w.blobs, imageRecord(id, targets["one"])).brief()
+				w.known["k8s.io"].put(readAny(t.Context(), w.blobs, imageRecord(id, targets["one"])).brief())
 			})
 			for _, of := range []digest.Digest{target.Digest, targets["one"]} {
 				if err := w.Check(t.Context(), "k8s.io", of); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), `"odd:v1"`) {
@@ -208,7 +207,7 @@ func TestWhatCannotBeReadIsReadAgain(t *testing.T) {
 	}
 	w.know(t.Context(), targets, "k8s.io/one")
 	w.set(func() {
-		w.known["k8s.io"]["two"] = Image{Image: imageRecord("two", targets["two"]), refused: syscall.EMFILE, unread: syscall.EMFILE}
+		w.known["k8s.io"].put(Image{Image: imageRecord("two", targets["two"]), refused: syscall.EMFILE, unread: syscall.EMFILE})
 	})
 	if err := w.Check(t.Context(), "k8s.io", targets["one"]); err != nil {
 		t.Errorf("two is not there any more: %v", err)

@@ -56,8 +56,8 @@ type Watcher struct {
 
 	mu      sync.Mutex
 	changed chan struct{} // closed when something below changes
-	// known are the images by namespace and name, nil until they have been listed.
-	known   map[string]map[string]Image
+	// known are the images by namespace, nil until they have been listed.
+	known   map[string]*catalog
 	running bool
 	// broken is why known is nil, and lost since when.
 	broken error
@@ -301,12 +301,12 @@ func ended(err error) error {
 }
 
 // list returns all images of all namespaces.
-func (w *Watcher) list(ctx context.Context, c *Client) (map[string]map[string]Image, error) {
+func (w *Watcher) list(ctx context.Context, c *Client) (map[string]*catalog, error) {
 	all, err := c.NamespaceService().List(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("list containerd's namespaces: %w", err)
 	}
-	known := map[string]map[string]Image{}
+	known := map[string]*catalog{}
 	read := map[digest.Digest]Image{}
 	for _, namespace := range all {
 		there, err := c.ImageService().List(c.In(namespace).Context(ctx))
@@ -348,7 +348,7 @@ func (w *Watcher) handle(ctx context.Context, c *Client, u *unpacker, e *events.
 	defer cancel()
 	image, err := c.ImageService().Get(call, name)
 	if errdefs.IsNotFound(err) {
-		w.set(func() { delete(w.known[e.Namespace], name) })
+		w.set(func() { w.known[e.Namespace].remove(name) })
 		return nil
 	}
 	if err != nil {
@@ -360,16 +360,14 @@ func (w *Watcher) handle(ctx context.Context, c *Client, u *unpacker, e *events.
 		known = readAny(ctx, w.blobs, image)
 	}
 	known.Name = name
-	first := true // of the names of the artifact
+	first := false // of the names of the artifact
 	w.set(func() {
 		if w.known[e.Namespace] == nil {
-			w.known[e.Namespace] = map[string]Image{}
+			w.known[e.Namespace] = &catalog{}
 		}
-		for _, i := range w.known[e.Namespace] {
-			first = first && (i.IsID() || !i.sameManifest(known))
-		}
-		w.known[e.Namespace][name] = known.brief()
-		adopt(w.known[e.Namespace])
+		there := w.known[e.Namespace]
+		first = known.Artifact != nil && !slices.ContainsFunc(there.withManifest(known.Artifact.Manifest.Digest), func(i *Image) bool { return !i.IsID() })
+		there.put(known.brief())
 	})
 	if first && !known.IsID() {
 		w.warn(ctx, e.Namespace, known)
@@ -385,9 +383,9 @@ func (w *Watcher) handle(ctx context.Context, c *Client, u *unpacker, e *events.
 func (w *Watcher) same(namespace string, target digest.Digest) (Image, bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, i := range w.known[namespace] {
-		if i.Target.Digest == target && i.Artifact != nil && i.unread == nil {
-			return i, true
+	for _, i := range w.known[namespace].withTarget(target) {
+		if i.Artifact != nil && i.unread == nil {
+			return *i, true
 		}
 	}
 	return Image{}, false

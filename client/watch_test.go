@@ -7,10 +7,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode/utf8"
 
 	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/containerd/v2/core/images"
@@ -25,9 +27,9 @@ import (
 )
 
 // sampleImage is an artifact with the manifest and the config that the words stand for.
-func sampleImage(name, manifest, config string) Image {
+func sampleImage(name, manifest, config string) *Image {
 	dgst := digest.FromString(manifest)
-	return Image{
+	return &Image{
 		Image: images.Image{Name: name, Target: ocispec.Descriptor{Digest: dgst}},
 		Artifact: &artifact.Artifact{
 			Manifest: ocispec.Descriptor{Digest: dgst},
@@ -40,57 +42,83 @@ func TestConflictsAreImagesOfOneConfigWithAnotherManifest(t *testing.T) {
 	one, oneByDigest := sampleImage("one:v1", "one", "shared"), sampleImage("one@sha256:1", "one", "shared")
 	two, own := sampleImage("two:v1", "two", "shared"), sampleImage("own:v1", "own", "own")
 	id := sampleImage(digest.FromString("shared").String(), "three", "shared")
+	image, same := sampleImage("image:v1", "image", "shared"), sampleImage("same:v1", "same", "shared")
+	image.ordinary, same.ordinary = true, true
+	refused := sampleImage("refused:v1", "image", "shared") // by an index that lies of its size, say
 	for _, tt := range []struct {
 		name string
-		all  []Image
+		all  []*Image
 		want map[string]string // names by manifest
 	}{
 		{"none", nil, nil},
-		{"one", []Image{one}, nil},
-		{"two names of one", []Image{one, oneByDigest}, nil},
-		{"other configs", []Image{one, own}, nil},
-		{"two", []Image{one, oneByDigest, two, own}, map[string]string{"one": "two:v1", "two": "one:v1 one@sha256:1"}},
-		{"the image ID is no name", []Image{one, oneByDigest, sampleImage(id.Name, "one", "shared")}, nil},
-		{"an image that has lost its names", []Image{one, id}, map[string]string{"three": "one:v1"}},
+		{"one", []*Image{one}, nil},
+		{"two names of one", []*Image{one, oneByDigest}, nil},
+		{"other configs", []*Image{one, own}, nil},
+		{"two", []*Image{one, oneByDigest, two, own}, map[string]string{"one": "two:v1", "two": "one:v1 one@sha256:1"}},
+		{"the image ID is no name", []*Image{one, oneByDigest, sampleImage(id.Name, "one", "shared")}, nil},
+		{"an image that has lost its names", []*Image{one, id}, map[string]string{"three": "one:v1"}},
+		{"images", []*Image{image, same}, nil},
+		{"images and an artifact", []*Image{image, same, one}, map[string]string{"image": "one:v1", "same": "one:v1", "one": "image:v1 same:v1"}},
+		{"an artifact of the manifest of an image", []*Image{image, refused}, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			got := conflicts(tt.all)
-			if len(got) != len(tt.want) {
-				t.Errorf("%d manifests have conflicts, want %d", len(got), len(tt.want))
+			sharing, all := sharings(tt.all), map[digest.Digest]string{}
+			for manifest, names := range tt.want {
+				all[digest.FromString(manifest)] = names
 			}
-			for manifest, want := range tt.want {
-				var names []string
-				for _, i := range got[digest.FromString(manifest)] {
-					names = append(names, i.Name)
-				}
-				if got := strings.Join(names, " "); got != want {
-					t.Errorf("%s is in conflict with %q, want %q", manifest, got, want)
+			for _, i := range tt.all {
+				want := strings.Fields(all[i.Artifact.Manifest.Digest])
+				for limit := range 3 {
+					some, more := sharing[i.Artifact.Config].With(*i, limit)
+					var names []string
+					for _, other := range some {
+						names = append(names, other.Name)
+					}
+					if !slices.Equal(names, want[:min(limit, len(want))]) || len(names)+more != len(want) {
+						t.Errorf("%s is in conflict with %q and %d more, want %d of %q", i.Name, names, more, limit, want)
+					}
 				}
 			}
 		})
 	}
 }
 
-func TestAConflictNamesAllArtifactsOnce(t *testing.T) {
+func TestAConflictNamesFewArtifactsOnce(t *testing.T) {
+	sharing := func(all ...*Image) *Sharing { return sharings(all)[digest.FromString("shared")] }
 	one, two := sampleImage("one:v1", "one", "shared"), sampleImage("two:v1", "two", "shared")
-	err := conflict(one, []Image{one, sampleImage("two@sha256:2", "two", "shared"), two, sampleImage(digest.FromString("shared").String(), "one", "shared"), sampleImage("esc\x1b[2J", "three", "shared")})
+	err := sharing(two, one, sampleImage("two@sha256:2", "two", "shared"), sampleImage(digest.FromString("shared").String(), "one", "shared"), sampleImage("esc\x1b[2J", "three", "shared")).conflict(*one)
 	if !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("the error is of another kind: %v", err)
 	}
 	for _, want := range []string{
-		`"esc\x1b[2J" (` + short(digest.FromString("three")) + `), "one:v1" (` + short(digest.FromString("one")) + `), "two:v1" (` + short(digest.FromString("two")) + ")",
+		`: "esc\x1b[2J" (` + short(digest.FromString("three")) + `), "one:v1" (` + short(digest.FromString("one")) + `), "two:v1" (` + short(digest.FromString("two")) + "); ",
 		"crictl rmi " + digest.FromString("shared").Encoded()[:12],
 	} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("the error does not say %q: %v", want, err)
 		}
 	}
-	many := []Image{one}
-	for _, name := range strings.Fields("a b c d e f g h i j") {
-		many = append(many, sampleImage(name, name, "shared"))
+	// The same ones in whatever order, and in no more bytes than an event has.
+	var many []*Image
+	for i := range 2000 {
+		name := fmt.Sprintf("registry.example.com/%s/%04d:v1", strings.Repeat("é\x1b", 400), i)
+		many = append(many, sampleImage(name+"@"+digest.FromString(name).String(), name, "shared"), sampleImage(name, name, "shared"))
 	}
-	if err := conflict(one, many); !strings.HasSuffix(strings.Split(err.Error(), ";")[0], ", and 3 more") {
-		t.Errorf("eleven are not eight and three more: %v", err)
+	want := sharing(many...).conflict(*many[7])
+	if len(want.Error()) > 1024 || strings.Count(want.Error(), `:v1" (sha256:`) != 4 || !utf8.ValidString(want.Error()) {
+		t.Errorf("%d bytes: %v", len(want.Error()), want)
+	}
+	for i := range 4 {
+		if named := fmt.Sprintf(`/%04d:v1" (`, i); !strings.Contains(want.Error(), named) {
+			t.Errorf("the error does not have %s: %v", named, want)
+		}
+	}
+	if !strings.Contains(want.Error(), ", and 1996 more; ") {
+		t.Errorf("the error does not count the others: %v", want)
+	}
+	slices.Reverse(many)
+	if got := sharing(many...).conflict(*many[len(many)-8]); got.Error() != want.Error() {
+		t.Errorf("in another order it is\n%v, not\n%v", got, want)
 	}
 }
 
@@ -145,13 +173,13 @@ func noImages(*events.Envelope) error { return errors.New("there is an event of 
 
 // know makes the images known, by namespace and name.
 func (w *Watcher) know(ctx context.Context, targets map[string]digest.Digest, images ...string) {
-	known := map[string]map[string]Image{}
+	known := map[string]*catalog{}
 	for _, i := range images {
 		namespace, name, _ := strings.Cut(i, "/")
 		if known[namespace] == nil {
-			known[namespace] = map[string]Image{}
+			known[namespace] = &catalog{}
 		}
-		known[namespace][name] = readAny(ctx, w.blobs, imageRecord(name, targets[name])).brief()
+		known[namespace].put(readAny(ctx, w.blobs, imageRecord(name, targets[name])).brief())
 	}
 	w.set(func() { w.known = known })
 }
@@ -317,7 +345,7 @@ func TestPatienceEnds(t *testing.T) {
 		time.Sleep(time.Second)
 		check(checkWait)
 		check(lateWait)
-		w.set(func() { w.known = map[string]map[string]Image{} })
+		w.set(func() { w.known = map[string]*catalog{} })
 		check(checkWait) // for the event
 	})
 }

@@ -135,18 +135,16 @@ func TestArtifactsWithOneConfigAreNotMixedUp(t *testing.T) {
 	t.Run("the client says so beforehand", func(t *testing.T) {
 		conflicts, err := connect(t, n).Conflicts(t.Context())
 		check(t, err)
-		for manifest, other := range map[digest.Digest]digest.Digest{first: second, second: first} {
-			if len(conflicts[manifest]) == 0 {
-				t.Errorf("there are no conflicts of %s", manifest)
-			}
-			for _, i := range conflicts[manifest] {
-				if i.Artifact.Manifest.Digest != other || i.IsID() {
-					t.Errorf("%s is in conflict with %q", manifest, i.Name)
+		for config, sharing := range conflicts {
+			for _, i := range sharing.Images {
+				others, more := sharing.With(*i, 1)
+				if config != i.Artifact.Config || i.IsID() || more > 0 || len(others) != 1 || others[0].Artifact.Manifest.Digest == i.Artifact.Manifest.Digest {
+					t.Errorf("%q is in conflict with %v and %d more", i.Name, others, more)
 				}
 			}
 		}
-		if len(conflicts) != 2 {
-			t.Errorf("%d artifacts are in conflict, want 2", len(conflicts))
+		if sharing := conflicts[ocispec.DescriptorEmptyJSON.Digest]; len(conflicts) != 1 || sharing == nil || len(sharing.Images) != 2 {
+			t.Errorf("the conflicts are %v, want those of two artifacts", conflicts)
 		}
 	})
 	t.Run("the other's names are removed", func(t *testing.T) {

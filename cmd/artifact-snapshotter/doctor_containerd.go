@@ -329,23 +329,17 @@ func sharedIn(ctx context.Context, c *client.Client) ([]sharedFacts, error) {
 	if err != nil {
 		return nil, err
 	}
-	configs := map[digest.Digest]map[imageFacts]bool{}
-	for _, others := range conflicts {
-		for _, i := range others {
-			config := i.Artifact.Config
-			if len(conflicts[i.Artifact.Manifest.Digest]) == 0 { // the other has lost its names
-				continue
-			}
-			if configs[config] == nil {
-				configs[config] = map[imageFacts]bool{}
-			}
-			configs[config][imageFacts{i.Name, i.Artifact.Manifest.Digest}] = true
-		}
-	}
 	var found []sharedFacts
-	for _, config := range slices.Sorted(maps.Keys(configs)) {
-		images := slices.SortedFunc(maps.Keys(configs[config]), func(a, b imageFacts) int { return cmp.Compare(a.Name, b.Name) })
-		found = append(found, sharedFacts{c.Namespace, config, images})
+	for _, config := range slices.Sorted(maps.Keys(conflicts)) {
+		shared := sharedFacts{Namespace: c.Namespace, Config: config}
+		for _, i := range conflicts[config].Images {
+			if others, _ := conflicts[config].With(*i, 1); len(others) > 0 { // else the others have lost their names
+				shared.Images = append(shared.Images, imageFacts{i.Name, i.Artifact.Manifest.Digest})
+			}
+		}
+		if len(shared.Images) > 0 {
+			found = append(found, shared)
+		}
 	}
 	return found, nil
 }

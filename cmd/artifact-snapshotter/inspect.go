@@ -59,8 +59,9 @@ type inspectedImage struct {
 	Snapshot string `json:"snapshot"`
 	// unknown is why it is not known.
 	unknown error
-	// Conflicts are the references of other artifacts with the same config.
-	Conflicts []string `json:"conflicts"`
+	// Conflicts are the first references of other artifacts with the same config.
+	Conflicts     []string `json:"conflicts"`
+	moreConflicts int
 }
 
 type inspectedLayer struct {
@@ -156,14 +157,12 @@ func findImage(ctx context.Context, c *client.Client, ref string) (*inspectedIma
 	if err != nil {
 		return nil, nil, err
 	}
-	i := &inspectedImage{Reference: image.Name, Digest: image.Target.Digest, Conflicts: []string{}}
+	i := &inspectedImage{Reference: image.Name, Digest: image.Target.Digest}
 	i.Snapshot, i.unknown = c.Unpacked(ctx, image) // the daemon need not run
 	if i.unknown == nil && i.Snapshot == "" {
 		i.Snapshot, i.unknown = c.Chain(ctx, image)
 	}
-	for _, other := range client.Named(conflicts[image.Artifact.Manifest.Digest]) {
-		i.Conflicts = append(i.Conflicts, other.Name)
-	}
+	i.Conflicts, i.moreConflicts = conflictNames(conflicts, image)
 	return i, image.Artifact, nil
 }
 
@@ -217,7 +216,7 @@ func printImage(w io.Writer, i *inspectedImage) error {
 		fmt.Fprintf(&text, "unpacked as snapshot %s\n", printable(i.Snapshot))
 	}
 	if len(i.Conflicts) > 0 {
-		fmt.Fprintf(&text, "has the same config as %s: CRI may mount one for the other\n", printableList(i.Conflicts))
+		fmt.Fprintf(&text, "has the same config as %s: CRI may mount one for the other\n", conflictList(i.Conflicts, i.moreConflicts))
 	}
 	_, err := io.WriteString(w, text.String())
 	return err

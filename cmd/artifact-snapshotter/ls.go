@@ -86,9 +86,15 @@ type listed struct {
 	Mounts    []string `json:"mounts"`
 	// Containers are the IDs of those whose image it is.
 	Containers []string `json:"containers"`
-	// Conflicts are the references of other artifacts with the same config.
+	// Conflicts are the first references of other artifacts with the same config.
 	Conflicts []string `json:"conflicts"`
+
+	moreConflicts int
 }
+
+// maxConflicts is how many references of others an artifact is listed with: where all
+// have one config, all would be listed with all.
+const maxConflicts = 8
 
 type layout struct {
 	Raw    unpack.Rung `json:"raw,omitempty"`
@@ -142,7 +148,7 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) 
 			rung = strings.Trim(fmt.Sprintf("%s %s", l.Layout.Raw, l.Layout.Tar), " ")
 		}
 		if len(l.Conflicts) > 0 {
-			config = "shared with " + printableList(l.Conflicts)
+			config = "shared with " + conflictList(l.Conflicts, l.moreConflicts)
 		}
 		var pods []string
 		for _, p := range l.Pods {
@@ -155,7 +161,7 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) 
 }
 
 // describe is what there is to say about an image.
-func describe(image client.Image, uses map[digest.Digest]*client.Use, conflicts map[digest.Digest][]client.Image, root string, content blobdir.Blobs) listed {
+func describe(image client.Image, uses map[digest.Digest]*client.Use, conflicts map[digest.Digest]*client.Sharing, root string, content blobdir.Blobs) listed {
 	a := image.Artifact
 	l := listed{
 		Reference:  image.Name,
@@ -167,7 +173,6 @@ func describe(image client.Image, uses map[digest.Digest]*client.Use, conflicts 
 		Pods:       []pod{},
 		Mounts:     []string{},
 		Containers: []string{},
-		Conflicts:  []string{},
 	}
 	if use := uses[a.Manifest.Digest]; use != nil {
 		l.Snapshots = append(l.Snapshots, use.Snapshots...)
@@ -177,13 +182,29 @@ func describe(image client.Image, uses map[digest.Digest]*client.Use, conflicts 
 			l.Pods = append(l.Pods, pod(p))
 		}
 	}
-	for _, other := range client.Named(conflicts[a.Manifest.Digest]) {
-		l.Conflicts = append(l.Conflicts, other.Name)
-	}
+	l.Conflicts, l.moreConflicts = conflictNames(conflicts, image)
 	if how, err := client.LayoutOf(a, root, content); err == nil {
 		l.Layout = &layout{how.Raw, how.Tar, how.Shared}
 	}
 	return l
+}
+
+// conflictNames are the references of the first artifacts that the image is in conflict
+// with, and how many more there are.
+func conflictNames(conflicts map[digest.Digest]*client.Sharing, image client.Image) (names []string, more int) {
+	names = []string{}
+	others, more := conflicts[image.Artifact.Config].With(image, maxConflicts)
+	for _, other := range others {
+		names = append(names, other.Name)
+	}
+	return names, more
+}
+
+func conflictList(names []string, more int) string {
+	if more == 0 {
+		return printableList(names)
+	}
+	return fmt.Sprintf("%s and %d more", printableList(names), more)
 }
 
 // mountInfo is a mount in JSON.

@@ -1,0 +1,121 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package client
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+)
+
+// crowd is a Watcher that knows one artifact and so many others, each by the three
+// names that CRI gives it; config is that of the artifact with the number, 0 the one.
+func crowd(others int, config func(int) string) (w *Watcher, one digest.Digest) {
+	w = NewWatcher("", "", nil)
+	known := &catalog{}
+	for i := range others + 1 {
+		manifest := fmt.Sprint("manifest ", i)
+		for _, name := range []string{
+			fmt.Sprintf("registry.example.com/models/%d:v1", i),
+			"registry.example.com/models@" + digest.FromString(manifest).String(),
+			digest.FromString(config(i)).String(),
+		} {
+			known.put(*sampleImage(name, manifest, config(i)))
+		}
+	}
+	w.known = map[string]*catalog{"k8s.io": known}
+	return w, digest.FromString("manifest 0")
+}
+
+func ownConfig(i int) string { return fmt.Sprint("config ", i) }
+
+func sharedConfig(int) string { return "shared" }
+
+// What a request for an image volume takes depends on its artifact alone.
+func TestAnImageIsJudgedWithoutAnyLookAtTheOthers(t *testing.T) {
+	judge := func(others int) float64 {
+		w, one := crowd(others, ownConfig)
+		return testing.AllocsPerRun(100, func() {
+			if err := w.judge(t.Context(), w.known["k8s.io"], one); err != nil {
+				t.Error(err)
+			}
+			if name := w.Name("k8s.io", one); name != "registry.example.com/models/0:v1" {
+				t.Errorf("it is called %q", name)
+			}
+			if _, ok := w.same("k8s.io", one); !ok {
+				t.Error("it would be read again")
+			}
+		})
+	}
+	if alone, among := judge(0), judge(2000); among > alone {
+		t.Errorf("it takes %v allocations alone, and %v among 2,000 others", alone, among)
+	}
+}
+
+// What is found depends on what is there and not on how it came there.
+func TestACatalogForgetsWhatIsReplacedAndRemoved(t *testing.T) {
+	one, other := digest.FromString("one"), digest.FromString("other")
+	c := &catalog{}
+	c.put(*sampleImage("tag:v1", "one", "config"))
+	c.put(*sampleImage("tag:v2", "one", "config"))
+	c.put(*sampleImage("tag:v1", "other", "config"))
+	c.remove("no such name")
+	for digest, want := range map[digest.Digest]string{one: "tag:v2", other: "tag:v1"} {
+		if got := c.find(digest); got == nil || got.Name != want || len(c.withTarget(digest)) != 1 || len(c.withManifest(digest)) != 1 {
+			t.Errorf("got %v, want %s alone", got, want)
+		}
+	}
+	if got := c.withConfig(digest.FromString("config")); len(got) != 2 {
+		t.Errorf("%d images have the config, want 2", len(got))
+	}
+	c.remove("tag:v1")
+	c.remove("tag:v2")
+	if len(c.byName)+len(c.byDigest)+len(c.unread) > 0 || c.find(one) != nil {
+		t.Errorf("left is %v", c)
+	}
+}
+
+func TestStatsCountEachArtifactOnce(t *testing.T) {
+	for _, tt := range []struct {
+		config    func(int) string
+		conflicts int
+	}{{ownConfig, 0}, {sharedConfig, 11}} {
+		w, _ := crowd(10, tt.config)
+		if got, want := w.Stats(), (WatcherStats{Connected: true, Artifacts: 11, Conflicts: tt.conflicts}); got != want {
+			t.Errorf("got %+v, want %+v", got, want)
+		}
+	}
+}
+
+func BenchmarkCheck(b *testing.B) {
+	for _, bench := range []struct {
+		name   string
+		others int
+		config func(int) string
+	}{{"alone", 0, ownConfig}, {"among 2000", 2000, ownConfig}, {"2000 with its config", 2000, sharedConfig}} {
+		w, one := crowd(bench.others, bench.config)
+		b.Run(bench.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := w.judge(b.Context(), w.known["k8s.io"], one); errdefs.IsFailedPrecondition(err) != (bench.config(0) == "shared") {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkStats(b *testing.B) {
+	for _, others := range []int{200, 2000} {
+		w, _ := crowd(others, sharedConfig)
+		b.Run(fmt.Sprintf("%d with one config", others), func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				w.Stats()
+			}
+		})
+	}
+}

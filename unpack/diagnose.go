@@ -28,6 +28,10 @@ type Ladder struct {
 	Error string `json:"error,omitempty"`
 	// Trials are of all rungs, the best first.
 	Trials []Trial `json:"rungs"`
+	// Twice says why the page cache holds twice what is read by Taken, although it does
+	// direct I/O, and Remedy what would help.
+	Twice  string `json:"cached_twice,omitempty"`
+	Remedy string `json:"remedy,omitempty"`
 }
 
 // Trial is how a rung did when it was tried.
@@ -69,7 +73,27 @@ func DiagnoseRungs(ctx context.Context, root Place, forced Rung, direct bool, al
 		}
 		l.Trials = append(l.Trials, t)
 	}
+	if l.Taken == EROFS || l.Taken == EROFSLoop {
+		// What cannot be told is no reason.
+		if cached, verity, err := throughCache(root.Existing); err == nil && cached {
+			l.Twice, l.Remedy = m.twice(verity)
+		}
+	}
 	return l
+}
+
+// twice says why the file system does direct I/O through the page cache, and what would
+// help.
+func (m machine) twice(verity bool) (reason, remedy string) {
+	switch {
+	case verity:
+		return fmt.Sprintf("root's filesystem, %s, reads files with fs-verity through the page cache, and containerd enables it for its blobs", m.fs),
+			"put root and containerd's content on a filesystem without fs-verity (mkfs.ext4 -O ^verity)"
+	case m.fs == "btrfs": // fs/btrfs/direct-io.c
+		return "root's filesystem, btrfs, reads files with checksums through the page cache", "put root and containerd's content on ext4 or xfs"
+	default:
+		return fmt.Sprintf("root's filesystem, %s, does direct I/O through the page cache", m.fs), "put root and containerd's content on ext4 or xfs"
+	}
 }
 
 // means says what Try does.
@@ -124,29 +148,6 @@ type machine struct {
 	older func(kernelversion.KernelVersion) bool
 	// sectors is why no 512 bytes can be read by direct I/O; nil if they can.
 	sectors error
-}
-
-// sectors tries to read 512 bytes at an offset of 512 by direct I/O, as a rung does whose
-// members begin there.
-func sectors(root string) (err error) {
-	f, err := os.CreateTemp(root, ProbeDirs)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, f.Close(), os.Remove(f.Name())) }()
-	if _, err := f.Write(make([]byte, 16*tarBlock)); err != nil { // a hole is on no disk
-		return err
-	}
-	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFL, unix.O_DIRECT); err != nil {
-		return os.NewSyscallError("fcntl F_SETFL O_DIRECT", err)
-	}
-	buffer, err := alignedBuffer(tarBlock)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = unix.Munmap(buffer) }()
-	_, err = f.ReadAt(buffer[:tarBlock], tarBlock)
-	return err
 }
 
 func olderThan(v kernelversion.KernelVersion) bool {

@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -161,7 +160,7 @@ func probeOverlay(_ context.Context, dir string, direct bool) error {
 			return err
 		}
 	}
-	if err := os.WriteFile(filepath.Join(data, "blob"), []byte(content), 0o600); err != nil {
+	if err := writeBlob(filepath.Join(data, "blob"), content); err != nil {
 		return err
 	}
 	f, err := os.Create(filepath.Join(lower, "file"))
@@ -211,11 +210,11 @@ func probeImage(r Rung) func(context.Context, string, bool) error {
 	return func(ctx context.Context, dir string, direct bool) error {
 		member := strings.Repeat("artifact", 1000)
 		c := &content{name: "archive", path: filepath.Join(dir, "archive")}
-		if err := os.WriteFile(c.path, []byte(strings.Repeat("x", tarBlock)+member+strings.Repeat("x", 2*tarBlock)), 0o600); err != nil {
+		if err := writeBlob(c.path, strings.Repeat("x", tarBlock)+member+strings.Repeat("x", 2*tarBlock)); err != nil {
 			return err
 		}
 		blob := &content{name: "blob", path: filepath.Join(dir, "blob")}
-		if err := os.WriteFile(blob.path, []byte("blob"), 0o600); err != nil {
+		if err := writeBlob(blob.path, "blob"); err != nil {
 			return err
 		}
 		empty := &content{path: filepath.Join(dir, nowhere)}
@@ -282,51 +281,4 @@ func readFiles(dir string, want map[string]string, direct bool) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
-}
-
-// errNoDirectIO is of a rung that works, but not with O_DIRECT.
-var errNoDirectIO = errors.New("its files cannot be read with O_DIRECT")
-
-// readDirect wants the content of file from open(2) with O_DIRECT, and from a read
-// after fcntl(2) has set it: overlayfs lets either pass what the file below refuses
-// (fs/overlayfs/file.c: ovl_open_realfile, ovl_change_flags).
-func readDirect(file, content string) (err error) {
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("%w: %w", errNoDirectIO, err)
-		}
-	}()
-	buffer, err := alignedBuffer(len(content))
-	if err != nil {
-		return err
-	}
-	defer func() { _ = unix.Munmap(buffer) }()
-	for _, flag := range []int{unix.O_DIRECT, 0} {
-		f, err := os.OpenFile(file, os.O_RDONLY|flag, 0)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		if flag == 0 {
-			if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFL, unix.O_DIRECT); err != nil {
-				return os.NewSyscallError("fcntl F_SETFL O_DIRECT", err)
-			}
-		}
-		n, err := f.ReadAt(buffer, 0)
-		if err != nil && !errors.Is(err, io.EOF) {
-			return err
-		}
-		if string(buffer[:n]) != content {
-			return fmt.Errorf("%s shows other bytes than it should", filepath.Base(file))
-		}
-	}
-	return nil
-}
-
-// alignedBuffer is whole pages, which is enough for every disk, of more than size bytes;
-// to be unmapped.
-func alignedBuffer(size int) ([]byte, error) {
-	size = os.Getpagesize() * (size/os.Getpagesize() + 1)
-	buffer, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
-	return buffer, os.NewSyscallError("mmap", err)
 }

@@ -226,3 +226,75 @@ func TestADiskWithLargeSectors(t *testing.T) {
 		}
 	}
 }
+
+// What doctor says of the page cache is what becomes of a tar that is read.
+func TestWhoCachesTwiceIsSaid(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		mkfs   []string
+		verity bool
+		once   bool // for sure; else the kernel decides
+	}{
+		{"ext4", []string{"mkfs.ext4", "-q"}, false, true},
+		{"xfs", []string{"mkfs.xfs", "-q"}, false, true},
+		{"btrfs", []string{"mkfs.btrfs", "-q"}, false, false},
+		{"ext4 with fs-verity", []string{"mkfs.ext4", "-q", "-O", "verity"}, true, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			requireRungs(t, EROFS, EROFSLoop)
+			if _, err := exec.LookPath(test.mkfs[0]); err != nil {
+				t.Skipf("NOT TESTED: there is no %s", test.mkfs[0])
+			}
+			dir := disk(t, 512, test.mkfs...)
+			for _, rung := range []Rung{EROFS, EROFSLoop} {
+				s := diskSite(t, filepath.Join(dir, string(rung)))
+				content := noise(1 << 20)
+				l := s.tar(t, artifact.CompressionNone, archive(t, file("f", content)))
+				blob := s.content.Path(l.Descriptor.Digest)
+				if err := enableVerity(blob); test.verity && err != nil {
+					t.Skipf("NOT TESTED: this kernel has no fs-verity: %v", err)
+				}
+				root, err := Locate(s.root)
+				if err != nil {
+					t.Fatal(err)
+				}
+				ladder := DiagnoseRungs(t.Context(), root, rung, false, TarRungs)
+				if ladder.Taken != rung {
+					t.Fatalf("%+v", ladder)
+				}
+				shown := s.show(t, Rungs{Overlay, rung}, l)
+				twice := cachedAfter(t, blob, func() {
+					if read(t, shown, "f") != content {
+						t.Errorf("%s shows other bytes", rung)
+					}
+				})
+				if twice != (ladder.Twice != "") || twice != (ladder.Remedy != "") || test.once && twice || test.verity && !strings.Contains(ladder.Twice, "fs-verity") {
+					t.Errorf("with %s the page cache holds the tar twice: %t; doctor says %q and %q", rung, twice, ladder.Twice, ladder.Remedy)
+				}
+			}
+		})
+	}
+}
+
+// cachedAfter reports whether the page cache holds something of a file once f is through,
+// which begins without.
+func cachedAfter(t *testing.T, path string, f func()) bool {
+	t.Helper()
+	file, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	if err := errors.Join(file.Sync(), unix.Fadvise(int(file.Fd()), 0, 0, unix.FADV_DONTNEED)); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := cachedPages(file); n > 0 || err != nil {
+		t.Fatalf("%s has %d cached pages before it is read (%v)", path, n, err)
+	}
+	f()
+	n, err := cachedPages(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n > 0
+}

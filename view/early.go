@@ -5,6 +5,7 @@ package view
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -35,92 +36,113 @@ const (
 	// maxManifest is the largest file that is looked at for a manifest: what the
 	// OCI distribution specification asks registries to take.
 	maxManifest = 4 << 20
-	// maxEarly is how many builds may wait for blobs at once: what looks like a
+	// maxEarly is what builds that wait for blobs may take of memory, about: several
+	// times the size of its manifest each, and perEarly for the rest. What looks like a
 	// manifest may be a file of an artifact, whose blobs never come.
-	maxEarly = 16
+	maxEarly = 64 << 20
+	perEarly = 256 << 10
+	// patience is for how long a build waits if nothing arrives for it. containerd gives
+	// a pull up after the same time (image_pull_progress_timeout, docs/cri/config.md).
+	patience = 5 * time.Minute
+	// alive is for how long a build that something has arrived for leaves no room to others.
+	alive = 30 * time.Second
 	// lookAgain is how often a build that waits for a blob looks by itself whether
 	// it has arrived, and whether the manifest is still there: a pull that is given
 	// up leaves it to the runtime's garbage collection.
 	lookAgain = time.Minute
 )
 
-// arrivals tells of files that appear.
-type arrivals struct {
-	mu      sync.Mutex
-	waiting map[string]chan struct{} // by the name of the file, whatever directory it comes to
-}
-
-// of is closed when the file has arrived, or something may have been missed.
-func (a *arrivals) of(name string) <-chan struct{} {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.waiting[name] == nil {
-		if a.waiting == nil {
-			a.waiting = map[string]chan struct{}{}
-		}
-		a.waiting[name] = make(chan struct{})
-	}
-	return a.waiting[name]
-}
-
-// tell tells those who wait for the file.
-func (a *arrivals) tell(name string) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if ch, ok := a.waiting[name]; ok {
-		close(ch)
-		delete(a.waiting, name)
-	}
-}
-
-// tellAll tells everybody who waits to look again.
-func (a *arrivals) tellAll() {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	for _, ch := range a.waiting {
-		close(ch)
-	}
-	clear(a.waiting)
-}
-
 // early is a build that began with the arrival of its manifest.
 type early struct {
 	manifest digest.Digest
-	hurry    chan struct{} // closed when a pod asks: then all has arrived, or never will
+	size     int64         // about what it takes of memory
+	hurry    chan struct{} // closed when a pod asks, or nothing arrives any more: then all is there, or never will be
 	once     sync.Once
+
+	// Of Store.mu. blobs are the layers' by the encoded digest, begun is when it began
+	// and moved when one of them has last arrived or got on; zero if none has.
+	blobs        map[string]bool
+	begun, moved time.Time
 }
+
+// stop ends the waiting for blobs, not the build.
+func (e *early) stop() { e.once.Do(func() { close(e.hurry) }) }
 
 // arrived is told of a new blob.
 func (s *Store) arrived(ctx context.Context, path string) {
 	if s.early == nil {
 		return
 	}
-	s.arrivals.tell(filepath.Base(path))
+	blob := filepath.Base(path)
+	s.mu.Lock()
+	s.moved(blob)
+	s.mu.Unlock()
+	s.arrivals.tell(blob)
 	s.unpackEarly(ctx, path)
 }
 
-// arrivedBefore looks for what has arrived in dir since the store was opened and
-// before it was watched. What is older is unpacked when a pod asks.
-func (s *Store) arrivedBefore(ctx context.Context, dir string) {
-	d, err := os.Open(dir)
-	if err != nil {
-		return // the watch tells of the next ones
+// moved takes note that a blob gets on. The caller holds s.mu.
+func (s *Store) moved(blob string) {
+	for _, e := range s.early {
+		if e.blobs[blob] {
+			e.moved = s.now()
+		}
 	}
-	defer d.Close()
-	if fi, err := d.Stat(); err != nil || !fi.ModTime().After(s.opened) {
-		return // nothing has arrived
+}
+
+// lookForProgress takes note of blobs that the runtime is receiving, and ends the waiting
+// of builds that nothing has arrived for in all of patience.
+func (s *Store) lookForProgress() {
+	s.mu.Lock()
+	waiting := len(s.early)
+	s.mu.Unlock()
+	if waiting == 0 {
+		return
 	}
-	for ctx.Err() == nil {
-		entries, err := d.ReadDir(256) // there may be many, and most are old
-		for _, e := range entries {
-			if fi, err := e.Info(); err == nil && fi.ModTime().After(s.opened) {
-				s.arrived(ctx, filepath.Join(dir, e.Name()))
+	receiving := s.receiving()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for blob, size := range receiving {
+		if before, there := s.received[blob]; !there || before != size {
+			s.moved(blob)
+		}
+	}
+	s.received = receiving
+	for _, e := range s.early {
+		last := e.begun
+		if e.moved.After(last) {
+			last = e.moved
+		}
+		if s.now().Sub(last) >= patience {
+			e.stop()
+		}
+	}
+}
+
+// makeRoom reports whether there is room for e beside the builds that wait, and ends the
+// waiting of those that nothing has arrived for, the longest first, if there is none. The
+// caller holds s.mu.
+func (s *Store) makeRoom(e *early) bool {
+	total := e.size
+	for _, other := range s.early {
+		total += other.size
+	}
+	for total > maxEarly {
+		var name string
+		var longest *early
+		for n, other := range s.early {
+			if longest == nil || cmp.Or(other.moved.Compare(longest.moved), other.begun.Compare(longest.begun)) < 0 {
+				name, longest = n, other
 			}
 		}
-		if err != nil {
-			return
+		if longest == nil || s.now().Sub(longest.moved) < alive {
+			return false
 		}
+		longest.stop()
+		delete(s.early, name)
+		total -= longest.size
 	}
+	return true
 }
 
 // unpackEarly begins to build the Tree of the artifact whose manifest has arrived
@@ -132,12 +154,13 @@ func (s *Store) unpackEarly(ctx context.Context, path string) {
 	if !ok || !slices.ContainsFunc(s.content.All(), named) {
 		return
 	}
-	e := &early{manifest: desc.Digest, hurry: make(chan struct{})}
+	e := &early{manifest: desc.Digest, size: perEarly + desc.Size, hurry: make(chan struct{}), begun: s.now()}
 	id := ID{Manifest: desc.Digest}
 	name := id.name()
+	s.lookForProgress()
 	s.mu.Lock()
 	_, known := s.early[name]
-	begin := !known && len(s.early) < maxEarly
+	begin := !known && s.makeRoom(e)
 	if begin {
 		s.early[name] = e
 	}
@@ -148,7 +171,9 @@ func (s *Store) unpackEarly(ctx context.Context, path string) {
 	done := func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		delete(s.early, name)
+		if s.early[name] == e {
+			delete(s.early, name)
+		}
 	}
 	if !s.begin() {
 		done()
@@ -174,6 +199,12 @@ func (s *Store) buildEarly(ctx context.Context, id ID, desc ocispec.Descriptor, 
 	if !slices.ContainsFunc(a.Layers, func(l artifact.Layer) bool { return l.Compression != artifact.CompressionNone }) {
 		return nil // a matter of milliseconds
 	}
+	s.mu.Lock()
+	e.blobs = map[string]bool{}
+	for _, l := range a.Layers {
+		e.blobs[l.Descriptor.Digest.Encoded()] = true
+	}
+	s.mu.Unlock()
 	log.G(ctx).WithField("artifact", id.Manifest).Debug("unpacking while it is pulled")
 	defer s.hold(id.name())()
 	_, err, _ = s.builds.Do(id.name(), func() (any, error) {
@@ -220,7 +251,7 @@ func readManifest(path string) (config digest.Digest, desc ocispec.Descriptor, o
 	return m.Config.Digest, ocispec.Descriptor{Digest: digest.FromBytes(b), Size: int64(len(b))}, true
 }
 
-// await waits until the runtime has the blob, or a pod cannot wait any longer.
+// await waits until the runtime has the blob, or waiting has ended.
 func (s *Store) await(ctx context.Context, e *early, blob digest.Digest) error {
 	again := time.NewTicker(lookAgain)
 	defer again.Stop()
@@ -249,6 +280,6 @@ func (s *Store) hurry(name string) {
 	e := s.early[name]
 	s.mu.Unlock()
 	if e != nil {
-		e.once.Do(func() { close(e.hurry) })
+		e.stop()
 	}
 }

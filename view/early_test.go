@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -172,4 +173,190 @@ func TestAPullThatIsGivenUpLeavesNothing(t *testing.T) {
 	s.forget(d)
 	eventually(t, "the build has ended", func() bool { return !waiting() })
 	s.wantState(ID{Manifest: d.Digest}, false, false)
+}
+
+// clock is a time that passes when the test says so.
+type clock struct{ offset atomic.Int64 }
+
+func (c *clock) now() time.Time { return time.Now().Add(time.Duration(c.offset.Load())) }
+
+func (c *clock) pass(d time.Duration) { c.offset.Add(int64(d)) }
+
+// openEarly opens a store that is told of what arrives by its test.
+func (s *site) openEarly() *clock {
+	s.t.Helper()
+	s.Close()
+	s.config.Early = true
+	s.open()
+	c := &clock{}
+	s.now = c.now
+	return c
+}
+
+// beginEarly lets the manifest and the config of gzipped(n) arrive, and returns what the
+// rest is when the build waits for it.
+func (s *site) beginEarly(n int) (d ocispec.Descriptor, rest map[string][]byte) {
+	s.t.Helper()
+	d, rest = s.gzipped(n)
+	for hex, b := range rest {
+		if b[0] == '{' { // the manifest or the config
+			s.arrive(hex, b)
+			delete(rest, hex)
+		}
+	}
+	s.arrived(context.Background(), s.content.Path(d.Digest))
+	eventually(s.t, "the build waits for layers", func() bool {
+		s.Store.mu.Lock()
+		defer s.Store.mu.Unlock()
+		e := s.early[ID{Manifest: d.Digest}.name()]
+		return e != nil && e.blobs != nil
+	})
+	return d, rest
+}
+
+// waits reports whether the early build of d waits for blobs.
+func (s *site) waits(d ocispec.Descriptor) bool {
+	s.Store.mu.Lock()
+	defer s.Store.mu.Unlock()
+	e := s.early[ID{Manifest: d.Digest}.name()]
+	if e == nil {
+		return false
+	}
+	select {
+	case <-e.hurry:
+		return false
+	default:
+		return true
+	}
+}
+
+func (s *site) ingest(hex string) string {
+	return filepath.Join(s.config.Content.String(), "ingest", "of-"+hex)
+}
+
+// receive makes containerd have n bytes of a blob.
+func (s *site) receive(hex string, n int64) {
+	s.t.Helper()
+	dir := s.ingest(hex)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		s.t.Fatal(err)
+	}
+	for name, content := range map[string]string{"ref": "k8s.io/7/unknown-sha256:" + hex, "data": ""} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	if err := os.Truncate(filepath.Join(dir, "data"), n); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func TestAnEarlyBuildEndsWhenNothingArrives(t *testing.T) {
+	s := newSite(t)
+	clock := s.openEarly()
+	dead, _ := s.beginEarly(1)
+	slow, rest := s.beginEarly(2)
+	var blobs []string
+	for hex := range rest {
+		blobs = append(blobs, hex)
+	}
+	for hour := range int64(3) { // a large blob over a slow line
+		for minute := range int64(60) {
+			clock.pass(time.Minute)
+			s.receive(blobs[0], 60*hour+minute)
+			s.lookForProgress()
+			if !s.waits(slow) {
+				t.Fatal("a build has ended whose layer still arrives")
+			}
+		}
+		if s.waits(dead) {
+			t.Fatal("a build still waits that nothing has arrived for in an hour")
+		}
+	}
+	eventually(t, "the build that waited in vain has ended", func() bool {
+		s.Store.mu.Lock()
+		defer s.Store.mu.Unlock()
+		return len(s.early) == 1 && len(s.building) == 1
+	})
+	// One layer is there, which counts, and the other one does not follow.
+	if err := os.RemoveAll(s.ingest(blobs[0])); err != nil {
+		t.Fatal(err)
+	}
+	clock.pass(patience - time.Second)
+	s.arrive(blobs[0], rest[blobs[0]])
+	s.arrived(context.Background(), filepath.Join(s.config.Content.String(), "blobs/sha256", blobs[0]))
+	clock.pass(patience - time.Second)
+	s.lookForProgress()
+	if !s.waits(slow) {
+		t.Error("a build has ended that a layer has just arrived for")
+	}
+	clock.pass(time.Second)
+	s.lookForProgress()
+	eventually(t, "nothing waits", func() bool {
+		s.Store.mu.Lock()
+		defer s.Store.mu.Unlock()
+		return len(s.early)+len(s.building)+len(s.held) == 0
+	})
+	for _, d := range []ocispec.Descriptor{dead, slow} {
+		s.wantState(ID{Manifest: d.Digest}, false, false)
+	}
+	// A pod gets it all the same when it is there.
+	s.arrive(blobs[1], rest[blobs[1]])
+	s.acquire(slow).Release()
+}
+
+// Whatever a node is full of, what really arrives is unpacked meanwhile.
+func TestNoNumberOfBuildsThatWaitInVainKeepsOthersFromIt(t *testing.T) {
+	s := newSite(t)
+	s.openEarly()
+	live, rest := s.beginEarly(0)
+	var first string
+	for hex := range rest {
+		first = hex
+		break
+	}
+	s.receive(first, 1)
+	const room = maxEarly / perEarly
+	for i := range room + 20 {
+		s.beginEarly(1 + i)
+		s.Store.mu.Lock()
+		n := len(s.early)
+		s.Store.mu.Unlock()
+		if n > room {
+			t.Fatalf("%d builds wait, want %d at most", n, room)
+		}
+	}
+	if !s.waits(live) {
+		t.Error("the build that something arrives for has made room for others")
+	}
+	another, more := s.beginEarly(room + 100)
+	for _, blobs := range []map[string][]byte{rest, more} {
+		for hex, b := range blobs {
+			s.arrive(hex, b)
+			s.arrived(context.Background(), filepath.Join(s.config.Content.String(), "blobs/sha256", hex))
+		}
+	}
+	for _, d := range []ocispec.Descriptor{live, another} {
+		eventually(t, "the tree is built", func() bool { return s.has(ID{Manifest: d.Digest}) })
+	}
+}
+
+func TestTheNamesOfWhatContainerdReceives(t *testing.T) {
+	s := newSite(t)
+	hex := digest.FromString("x").Encoded()
+	for ref, want := range map[string]string{
+		"k8s.io/1/layer-sha256:" + hex:             hex,
+		"k8s.io/12/unknown-name@sha256:" + hex:     hex,
+		"artifact-snapshotter-empty-sha256":        "",
+		"k8s.io/1/layer-sha256:" + hex + "/../../": "",
+		"": "",
+	} {
+		s.receive(hex, 5)
+		if err := os.WriteFile(filepath.Join(s.ingest(hex), "ref"), []byte(ref), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got := s.receiving()[want]; got != 5 && want != "" || want == "" && len(s.receiving()) > 0 {
+			t.Errorf("%q: %v", ref, s.receiving())
+		}
+	}
 }

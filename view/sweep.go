@@ -9,11 +9,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	"github.com/containerd/log"
-	"github.com/fsnotify/fsnotify"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
@@ -62,68 +60,6 @@ func (s *Store) Wake() {
 	case s.wake <- struct{}{}:
 	default:
 	}
-}
-
-// watch tells, until ctx ends, that blobs have been deleted. containerd makes
-// the directories when it needs them, so they are looked for every second.
-func (s *Store) watch(ctx context.Context) <-chan struct{} {
-	deleted := make(chan struct{}, 1)
-	go func() {
-		w, err := fsnotify.NewWatcher()
-		if err != nil {
-			log.G(ctx).WithError(err).Warn("cannot watch for deleted blobs; looking every minute")
-			return
-		}
-		defer func() { _ = w.Close() }()
-		look := time.NewTicker(time.Second)
-		defer look.Stop()
-		s.watchBlobs(ctx, w)
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-look.C:
-				s.watchBlobs(ctx, w)
-				continue
-			case e := <-w.Events:
-				if e.Has(fsnotify.Create) {
-					s.arrived(ctx, e.Name)
-				}
-				if !e.Has(fsnotify.Remove) && !e.Has(fsnotify.Rename) {
-					continue
-				}
-				s.arrivals.tellAll() // it may be a manifest whose layers are waited for
-			case <-w.Errors: //nolint:errcheck // an overflow: something may have been missed
-				s.arrivals.tellAll()
-			}
-			select {
-			case deleted <- struct{}{}:
-			default:
-			}
-		}
-	}()
-	return deleted
-}
-
-// watchBlobs watches the directories of blobs that are there and not yet
-// watched.
-func (s *Store) watchBlobs(ctx context.Context, w *fsnotify.Watcher) {
-	for _, dir := range s.blobDirs() {
-		if !slices.Contains(w.WatchList(), dir) && w.Add(dir) == nil {
-			s.Wake() // for what went before
-			s.arrivedBefore(ctx, dir)
-		}
-	}
-}
-
-// blobDirs are all directories in which there may be blobs.
-func (s *Store) blobDirs() (dirs []string) {
-	for _, content := range s.content.All() {
-		for _, algorithm := range []string{"sha256", "sha384", "sha512"} {
-			dirs = append(dirs, filepath.Join(string(content), "blobs", algorithm))
-		}
-	}
-	return dirs
 }
 
 // look takes note of the directories of blobs that are there.

@@ -112,8 +112,10 @@ type Store struct {
 	progress map[digest.Digest]*progress
 	failed   map[string]*failure
 	// early are the builds that began with their manifest's arrival, by the name
-	// of the Tree to be; nil if none may.
+	// of the Tree to be; nil if none may. received is what the runtime had of the
+	// blobs that it was receiving.
 	early    map[string]*early
+	received map[string]int64
 	opened   time.Time
 	arrivals arrivals
 }

@@ -24,6 +24,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/view"
 )
 
 const (
@@ -353,6 +354,9 @@ func checkContentRoot(_ context.Context, cfg patient) finding {
 		found.advise(fmt.Sprintf("put root and content_root on one mount of their filesystem (now %s and %s)", s.Root.Mount, s.Blobs.Mount), gain)
 	case s.Apart == unpack.SubvolumeBoundary && s.Retention == unpack.Copied:
 		found.advise("put root into the subvolume of content_root", gain)
+	}
+	if err := view.CanWatch(blobdir.Dir(cfg.ContentRoot)); err != nil {
+		found.advise(err.Error(), "a daemon that starts now is told of new and deleted blobs, and need not look for them once a second")
 	}
 	if s.Root.Type == "overlay" {
 		found.advise("move root to ext4, xfs or btrfs, in a container to a volume",

@@ -470,6 +470,20 @@ func TestDoctorWithoutPrivileges(t *testing.T) {
 	}
 }
 
+// The limits of a user namespace stand for those of the node.
+func TestDoctorSaysThatInotifyIsUsedUp(t *testing.T) {
+	for limit, parameter := range map[string]string{"max_inotify_watches": "max_user_watches", "max_inotify_instances": "max_user_instances"} {
+		args := append([]string{"-c", `echo 0 >/proc/sys/user/` + limit + ` && exec "$@"`, "sh", binary, "doctor", "--config", writeFile(t, ""), "--root", t.TempDir(), "--content-root", t.TempDir()}, nowhere(t)...)
+		command := exec.Command("sh", args...)
+		ids := []syscall.SysProcIDMap{{Size: 1}}
+		command.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, UidMappings: ids, GidMappings: ids}
+		out, err := command.CombinedOutput()
+		if want := "advice: raise the kernel parameter fs.inotify." + parameter + ", now "; err != nil || !strings.Contains(string(out), want) {
+			t.Errorf("%v, and no %q in:\n%s", err, want, out)
+		}
+	}
+}
+
 func TestDoctorRefusesOtherOutputs(t *testing.T) {
 	stdout, stderr, exit := run(t, "doctor", "--output", "yaml")
 	if exit != 1 || stdout != "" {

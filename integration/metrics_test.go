@@ -18,6 +18,7 @@ import (
 	"strings"
 	"testing"
 
+	modelspec "github.com/modelpack/model-spec/specs-go/v1"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
@@ -176,6 +177,40 @@ func TestMetricsCountWhatTheDaemonDoes(t *testing.T) {
 	// The collector has taken the names of the blobs, so these were the last ones.
 	if got := series(t, socket); got["freed_bytes_total"] < float64(bytes) || got["sweep_duration_seconds"] < 2 {
 		t.Errorf("freed %v bytes of %v in %v sweeps", got["freed_bytes_total"], bytes, got["sweep_duration_seconds"])
+	}
+}
+
+// Where blobs cannot be linked into root each is copied once, and counted once, whoever
+// shows it.
+func TestMetricsCountCopiesOnce(t *testing.T) {
+	n, socket := metered(t, node.Options{DaemonRoot: tmpfs.mounted(t)})
+	layer := pack.Layer{
+		MediaType: modelspec.MediaTypeModelWeightRaw, Data: random(8<<20, "copied"),
+		Annotations: map[string]string{modelspec.AnnotationFilepath: "weights"},
+	}
+	c := connect(t, n)
+	views := c.SnapshotService("artifact")
+	size := func() float64 { return series(t, socket)["tree_disk_bytes"] }
+	var pods []*node.Pod
+	for i, name := range []string{"first", "second"} {
+		pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: push(t, n, name, layer), Path: "/model"}}})
+		check(t, err)
+		if got, want := size(), float64(len(layer.Data)); got < want || got > want+256<<10 {
+			t.Errorf("after %d pods the trees take %v bytes, want %v and a little", i+1, got, want)
+		}
+		var used int64 // what kubelet is told of
+		for _, key := range daemonViews(t, n) {
+			usage, err := views.Usage(c.Context(t.Context()), strings.SplitN(key, "/", 3)[2]) // without namespace and number
+			check(t, err)
+			used += usage.Size
+		}
+		if want := int64(len(layer.Data)); used < want || used > want+256<<10 {
+			t.Errorf("after %d pods the views use %d bytes, want %d and a little", i+1, used, want)
+		}
+		pods = append(pods, pod)
+	}
+	for _, pod := range pods {
+		check(t, pod.Remove())
 	}
 }
 

@@ -117,7 +117,7 @@ func (w *watcher) run(ctx context.Context) {
 			if e.Has(fsnotify.Remove) || e.Has(fsnotify.Rename) {
 				w.missed()
 			}
-		case <-overflow: // something may have been missed
+		case <-overflow: //nolint:errcheck // something may have been missed
 			w.missed()
 		}
 	}
@@ -187,7 +187,7 @@ func (w *watcher) add(dir string) (err error) {
 // outOfInotify says what to do if a limit of inotify is reached (inotify_add_watch(2),
 // inotify_init(2)): they are of all processes of a user.
 func outOfInotify(err error) error {
-	name := ""
+	var name string
 	switch {
 	case errors.Is(err, unix.ENOSPC):
 		name = "max_user_watches"

@@ -9,7 +9,7 @@ GOLANGCI_LINT := v2.15.0
 VERSION       := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 BIN           := bin/artifact-snapshotter
 TOOLS         := integration/tools/bin
-PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs xfsprogs btrfs-progs busybox-static containernetworking-plugins systemd dbus yamllint
+PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs libarchive-tools xfsprogs btrfs-progs busybox-static containernetworking-plugins systemd dbus yamllint
 
 # Without this, Go refuses to build in a checkout that belongs to another user
 # than root; the version is stamped by the linker anyway.

@@ -22,8 +22,8 @@ const (
 const maxDepth = 128
 
 // CleanPath returns the slash-separated relative path that name, the path of a
-// raw layer or the name of a tar member, has in the volume: "./a//b/" is
-// "a/b".
+// raw layer or the name of a tar member without the slashes before it, has in the
+// volume: "./a//b/" is "a/b".
 //
 // It refuses, with errdefs.ErrInvalidArgument, an absolute path, a ".."
 // anywhere, NUL, a name over 255 bytes, a path over 4095 bytes or below more

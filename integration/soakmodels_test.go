@@ -147,7 +147,7 @@ func soakedShown(t *testing.T, n *node.Node) (all []*soaked) {
 func soakedRefused(t *testing.T, n *node.Node) (all []*soaked) {
 	t.Helper()
 	reasons := refusals(hostile{t, t.TempDir()})
-	for i, name := range []string{"absolute path, tar", "wrong DiffID, gzip", "truncated zstd", "no gzip at all", "encrypted layer"} {
+	for i, name := range []string{"dot dot that leaves the volume, tar", "wrong DiffID, gzip", "truncated zstd", "no gzip at all", "encrypted layer"} {
 		r := reasons[name]
 		bad := r.artifact()
 		bad.Name = name // or it might have the config of another

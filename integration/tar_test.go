@@ -5,16 +5,19 @@ package integration
 
 import (
 	"archive/tar"
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	modelspec "github.com/modelpack/model-spec/specs-go/v1"
 	"github.com/opencontainers/go-digest"
@@ -164,6 +167,64 @@ func TestEveryTarRungShowsTheSame(t *testing.T) {
 			waitFor(t, "the loop devices to go", func() bool { return len(loopDevicesIn(t, n.DaemonRoot)) == 0 })
 		})
 	}
+}
+
+// Archives of GNU tar with options beyond POSIX, some of which containerd and others do
+// not write, are shown as what they were made of.
+func TestWhatGNUTarPacksIsShown(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	before := daemonUsage(t, n)
+	src := t.TempDir()
+	none := func(mediaType string) pack.Layer {
+		return pack.Layer{MediaType: mediaType, Data: []byte{}, DiffID: digest.FromBytes(nil)}
+	}
+	// Layers of no bytes and a compression of nothing are archives without members.
+	layers := []pack.Layer{none(modelspec.MediaTypeModelWeight), none(modelspec.MediaTypeModelWeightGzip), tarLayer(t, modelspec.MediaTypeModelWeightZstd, nil)}
+	for name, how := range map[string]struct {
+		mediaType string
+		options   []string
+	}{
+		"with a label":       {modelspec.MediaTypeModelWeight, []string{"--format=gnu", "--label=volume 1"}},
+		"listed":             {modelspec.MediaTypeModelWeightGzip, []string{"--format=gnu", "--listed-incremental=" + filepath.Join(t.TempDir(), "snapshot")}},
+		"in records of 2MiB": {modelspec.MediaTypeModelWeight, []string{"--blocking-factor=4096"}},
+		"compressed records": {modelspec.MediaTypeModelWeightZstd, []string{"--blocking-factor=4096"}},
+		"with no end":        {modelspec.MediaTypeModelWeight, nil},
+		"absolute":           {modelspec.MediaTypeModelWeightGzip, []string{"--absolute-names", "--transform=s,^,/,S"}}, // names, and not the targets of symlinks
+	} {
+		dir := filepath.Join(src, name)
+		check(t, os.Mkdir(dir, 0o750))
+		check(t, os.Mkdir(filepath.Join(dir, "empty"), 0o700))
+		check(t, os.WriteFile(filepath.Join(dir, "file"), random(5000, name), 0o640))
+		check(t, os.Link(filepath.Join(dir, "file"), filepath.Join(dir, "hard link")))
+		check(t, os.Symlink("/file", filepath.Join(dir, "symlink")))
+		check(t, os.Lchown(filepath.Join(dir, "symlink"), 1234, 5678))
+		check(t, os.Link(filepath.Join(dir, "symlink"), filepath.Join(dir, "hard link to it")))
+		for _, entry := range []string{"empty", "file", "symlink", ""} {
+			at := unix.NsecToTimespec(pack.Created.Truncate(time.Second).UnixNano())
+			check(t, unix.UtimesNanoAt(unix.AT_FDCWD, filepath.Join(dir, entry), []unix.Timespec{at, at}, unix.AT_SYMLINK_NOFOLLOW))
+		}
+		archive, err := exec.CommandContext(t.Context(), "tar", slices.Concat([]string{"-c", "-C", src}, how.options, []string{name})...).Output()
+		check(t, err)
+		if name == "with no end" {
+			for zeros := make([]byte, 512); bytes.HasSuffix(archive, zeros); {
+				archive = archive[:len(archive)-len(zeros)]
+			}
+		}
+		layers = append(layers, tarLayer(t, how.mediaType, archive))
+	}
+	want, err := treelist.List(src)
+	check(t, err)
+	ref := push(t, n, "gnu", layers...)
+	for _, spec := range []node.PodSpec{{}, {OwnNetwork: true, UserNamespace: true}} {
+		spec.Volumes = []node.Volume{{Image: ref, Path: "/model"}}
+		pod, err := n.RunPod(spec)
+		check(t, err)
+		wantVolume(t, pod, "main", "/model", want)
+		check(t, pod.Remove())
+	}
+	_, err = n.Crictl("rmi", ref)
+	check(t, err)
+	wantUsage(t, n, before)
 }
 
 func TestThreeHundredTarsAreOneMount(t *testing.T) {

@@ -63,17 +63,16 @@ func (a *Applier) extract(ctx context.Context, l artifact.Layer, p place, o Opti
 			return content, err
 		}
 	}
-	content = ocispec.Descriptor{Digest: l.Descriptor.Digest, Size: l.Descriptor.Size}
-	if c := cs.files[keyOf(l)]; l.Format == artifact.FormatTar {
-		fi, err := os.Lstat(c.path)
-		if err != nil {
-			return content, err
-		}
-		content.Size = fi.Size()
-		if content.Digest, err = c.diffID(ctx, l); err != nil {
-			return content, err
-		}
+	content.Size = l.Descriptor.Size
+	c := cs.files[keyOf(l)]
+	if content.Digest, err = c.diffID(ctx, l); err != nil || c == nil || l.Format == artifact.FormatRaw {
+		return content, err
 	}
+	fi, err := os.Lstat(c.path)
+	if err != nil {
+		return content, err
+	}
+	content.Size = fi.Size()
 	return content, nil
 }
 

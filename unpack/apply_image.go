@@ -30,13 +30,17 @@ func (p *plan) asOfAnImage(ctx context.Context, l artifact.Layer, cs *contents) 
 	if l.Format == artifact.FormatRaw {
 		return cs.checkNoArchive(ctx, l)
 	}
-	f, err := os.Open(cs.files[keyOf(l)].path)
+	// The root is left alone (containerd, pkg/archive/tar.go, applyNaive).
+	*p.nodes["."] = node{kind: directory, layer: -1, attrs: p.implied, implied: true}
+	c := cs.files[keyOf(l)]
+	if c == nil { // no bytes, which are an empty archive to containerd, too
+		return nil
+	}
+	f, err := os.Open(c.path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	// The root is left alone (containerd, pkg/archive/tar.go, applyNaive).
-	*p.nodes["."] = node{kind: directory, layer: -1, attrs: p.implied, implied: true}
 	r, err := headers(ctx, f)
 	if err != nil {
 		return err
@@ -45,12 +49,12 @@ func (p *plan) asOfAnImage(ctx context.Context, l artifact.Layer, cs *contents) 
 		h, err := r.Next()
 		switch {
 		case errors.Is(err, io.EOF):
-			return nil
+			return p.checkLinks()
 		case err != nil:
 			return badStream(err)
 		}
 		if what := p.otherInAnImage(h); what != "" {
-			return fmt.Errorf("member %.255q: %s, which the layer of an image can have and an artifact's cannot; a snapshot of this snapshotter would be taken for that layer: %w", h.Name, what, errdefs.ErrInvalidArgument)
+			return otherwise(h.Name, what)
 		}
 	}
 }
@@ -105,10 +109,15 @@ func (p *plan) otherInAnImage(h *tar.Header) string {
 			return fmt.Sprintf("the extended attribute %.255q", attr)
 		}
 	}
-	if h.Typeflag == tar.TypeDir && isRoot(h.Name) {
+	switch {
+	case h.Typeflag == tar.TypeDir && isRoot(h.Name):
 		return ""
+	case h.Typeflag == typeLabel, h.Typeflag == typeDumpDir:
+		return "" // containerd does not unpack a layer with one (createTarFile)
+	case h.Typeflag == tar.TypeReg && strings.HasSuffix(h.Name, "/"):
+		return "a directory by its name that is a file by its type"
 	}
-	name, err := artifact.CleanPath(h.Name)
+	name, err := memberPath(h.Name)
 	n := p.nodes[name]
 	switch {
 	case h.Typeflag == tar.TypeXGlobalHeader:
@@ -123,24 +132,17 @@ func (p *plan) otherInAnImage(h *tar.Header) string {
 		return ""
 	case h.Typeflag != tar.TypeDir && h.FileInfo().Mode()&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky) != 0:
 		return "a setuid, setgid or sticky bit"
-	case h.Typeflag == tar.TypeDir || h.Typeflag == tar.TypeLink:
+	case h.Typeflag == tar.TypeDir:
 		return n.otherInAnImage(h)
 	}
 	return ""
 }
 
-// otherInAnImage is that for a directory, which may be there more than once, or a
-// hard link: to the attributes of what is there it adds its own.
+// otherInAnImage is that for a directory, which may be there more than once: to the
+// attributes of what is there it adds its own.
 func (n *node) otherInAnImage(h *tar.Header) string {
-	a, err := tarAttrs(h)
-	if err != nil { // refused before
-		return err.Error()
-	}
-	if h.Typeflag == tar.TypeLink && (n.attrs.mode != a.mode || n.attrs.uid != a.uid || n.attrs.gid != a.gid) {
-		return "a hard link with a mode or owner of its own"
-	}
 	xattrs, err := userXattrs(h)
-	if err != nil {
+	if err != nil { // refused before
 		return err.Error()
 	}
 	for attr, value := range xattrs {
@@ -149,4 +151,40 @@ func (n *node) otherInAnImage(h *tar.Header) string {
 		}
 	}
 	return ""
+}
+
+// relink notes if the hard link to n, the member name, has other attributes than n.
+// containerd gives them to the file, and so to all names of it; a symlink has no mode and
+// no extended attributes of users.
+func (p *plan) relink(n *node, name string, a attrs, xattrs map[string]string) {
+	other := a.uid != n.attrs.uid || a.gid != n.attrs.gid
+	if n.kind != symlink {
+		other = other || a.mode != n.attrs.mode
+		for attr, value := range xattrs {
+			got, ok := n.xattrs[attr]
+			other = other || !ok || got != value
+		}
+	}
+	if other {
+		p.relinked[n] = strings.Clone(name)
+	}
+}
+
+// checkLinks refuses a hard link that has attributes of its own, if its file is still
+// there.
+func (p *plan) checkLinks() error {
+	if len(p.relinked) == 0 {
+		return nil
+	}
+	for _, name := range p.sorted() {
+		if link, ok := p.relinked[p.nodes[name]]; ok {
+			return otherwise(link, "a hard link with a mode, owner or extended attribute of its own")
+		}
+	}
+	return nil
+}
+
+// otherwise refuses what a member has.
+func otherwise(member, what string) error {
+	return fmt.Errorf("member %.255q: %s, which the layer of an image can have and an artifact's cannot; a snapshot of this snapshotter would be taken for that layer: %w", member, what, errdefs.ErrInvalidArgument)
 }

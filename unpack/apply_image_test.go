@@ -40,21 +40,23 @@ func TestNoLayerIsTakenForThatOfAnImage(t *testing.T) {
 		raw     bool
 		want    string
 	}{
-		"an archive as a file":        {archive(t, file("bin/sh", "sh")), true, "an archive or empty"},
-		"one with an extended header": {archive(t, noted(file("bin/sh", "sh"), map[string]string{"user.note": "x"})), true, "an archive or empty"},
-		"the archive of no files":     {make([]byte, 1024), true, "an archive or empty"},
-		"no content":                  {nil, true, "an archive or empty"},
-		"a whiteout":                  {archive(t, file("f", "x"), file("etc/.wh.shadow", "")), false, `"etc/.wh.shadow": a whiteout`},
-		"an opaque directory":         {archive(t, file("etc/.wh..wh..opq", "")), false, "a whiteout"},
-		"setuid":                      {archive(t, setuid), false, `"bin/sudo": a setuid`},
-		"a capability":                {archive(t, noted(file("ping", "x"), map[string]string{"security.capability": "x"})), false, `"security.capability"`},
-		"a mode of a hard link":       {archive(t, file("f", "x"), link), false, `"hard": a hard link`},
-		"an owner of a hard link":     {archive(t, file("f", "x"), other), false, `"hard": a hard link`},
-		"an attribute of a hard link": {archive(t, file("f", "x"), noting), false, `"hard": the extended attribute "user.note"`},
-		"an attribute taken back":     {archive(t, noted(dir, map[string]string{"user.note": "x"}), dir), false, `"dir/": the extended attribute "user.note"`},
-		"a global header over a file": {archive(t, file("f", "x"), global), false, `"f": a global header`},
-		"a group from above":          {archive(t, tar.Header{Name: "g/", Typeflag: tar.TypeDir, Mode: 0o2755, Gid: 7}, file("g/dir/f", "x")), false, `"g/dir": no layer describes`},
-		"a directory for one":         {archive(t, file("f", "x"), elsewhere), false, `"a/b": a global header`},
+		"an archive as a file":                     {archive(t, file("bin/sh", "sh")), true, "an archive or empty"},
+		"one with an extended header":              {archive(t, noted(file("bin/sh", "sh"), map[string]string{"user.note": "x"})), true, "an archive or empty"},
+		"the archive of no files":                  {make([]byte, 1024), true, "an archive or empty"},
+		"no content":                               {nil, true, "an archive or empty"},
+		"a whiteout":                               {archive(t, file("f", "x"), file("etc/.wh.shadow", "")), false, `"etc/.wh.shadow": a whiteout`},
+		"an opaque directory":                      {archive(t, file("etc/.wh..wh..opq", "")), false, "a whiteout"},
+		"setuid":                                   {archive(t, setuid), false, `"bin/sudo": a setuid`},
+		"a capability":                             {archive(t, noted(file("ping", "x"), map[string]string{"security.capability": "x"})), false, `"security.capability"`},
+		"a mode of a hard link":                    {archive(t, file("f", "x"), link), false, `"hard": a hard link`},
+		"an owner of a hard link":                  {archive(t, file("f", "x"), other), false, `"hard": a hard link`},
+		"an attribute of a hard link":              {archive(t, file("f", "x"), noting), false, `"hard": a hard link`},
+		"an owner of a hard link that is replaced": {archive(t, file("f", "x"), other, file("hard", "y")), false, `"hard": a hard link`},
+		"an owner of a hard link to a symlink":     {archive(t, tar.Header{Name: "f", Typeflag: tar.TypeSymlink, Linkname: "x"}, other, file("hard", "y")), false, `"hard": a hard link`},
+		"an attribute taken back":                  {archive(t, noted(dir, map[string]string{"user.note": "x"}), dir), false, `"dir/": the extended attribute "user.note"`},
+		"a global header over a file":              {archive(t, file("f", "x"), global), false, `"f": a global header`},
+		"a group from above":                       {archive(t, tar.Header{Name: "g/", Typeflag: tar.TypeDir, Mode: 0o2755, Gid: 7}, file("g/dir/f", "x")), false, `"g/dir": no layer describes`},
+		"a directory for one":                      {archive(t, file("f", "x"), elsewhere), false, `"a/b": a global header`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t)

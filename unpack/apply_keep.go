@@ -92,11 +92,12 @@ func keep(ctx context.Context, dir string, layers []artifact.Layer, o Options) (
 
 // add keeps the content c of l, nil if it has none, in blobs.
 func (k *Kept) add(ctx context.Context, l artifact.Layer, c *content, blobs blobdir.Dir) error {
+	id, err := c.diffID(ctx, l)
+	if err != nil {
+		return err
+	}
+	l.Descriptor.Digest = id
 	if c != nil {
-		id, err := c.diffID(ctx, l)
-		if err != nil {
-			return err
-		}
 		path := blobs.Path(id)
 		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 			return err
@@ -111,7 +112,7 @@ func (k *Kept) add(ctx context.Context, l artifact.Layer, c *content, blobs blob
 		if err != nil {
 			return err
 		}
-		l.Descriptor.Digest, l.Descriptor.Size = id, fi.Size()
+		l.Descriptor.Size = fi.Size()
 	}
 	// The rest of a descriptor has said what it has to say.
 	l.Descriptor = ocispec.Descriptor{MediaType: l.Descriptor.MediaType, Digest: l.Descriptor.Digest, Size: l.Descriptor.Size}

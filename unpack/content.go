@@ -96,7 +96,7 @@ func newContents(dir string, layers []artifact.Layer, o Options) *contents {
 	cs := &contents{Options: o, dir: dir, files: map[contentKey]*content{}, members: map[memberKey]*content{}}
 	for _, l := range layers {
 		cs.compressed += min(l.Descriptor.Size, math.MaxInt64-cs.compressed)
-		if _, ok := cs.files[keyOf(l)]; !ok && (l.Descriptor.Size > 0 || l.Format != artifact.FormatRaw) {
+		if _, ok := cs.files[keyOf(l)]; !ok && l.Descriptor.Size > 0 {
 			c := cs.add()
 			c.layer, c.digest = l, l.Descriptor.Digest
 			cs.files[keyOf(l)] = c
@@ -129,7 +129,7 @@ func (cs *contents) retainArchives(ctx context.Context, layers []artifact.Layer)
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(maxWaiting)
 	for _, l := range layers {
-		if l.Format != artifact.FormatTar {
+		if l.Format != artifact.FormatTar || l.Descriptor.Size == 0 {
 			continue
 		}
 		g.Go(func() error {

@@ -25,6 +25,13 @@ func DiffID(ctx context.Context, l artifact.Layer, blob io.Reader, b *Budget) (i
 	if !ok {
 		return "", fmt.Errorf("compression %q: %w", l.Compression, errdefs.ErrNotImplemented)
 	}
+	algorithm := digest.Canonical
+	if l.DiffID != "" {
+		algorithm = l.DiffID.Algorithm()
+	}
+	if l.Descriptor.Size == 0 { // no bytes are an empty archive, whatever their compression
+		return algorithm.FromBytes(nil), nil
+	}
 	release, err := b.take(ctx, how.memory)
 	if err != nil {
 		return "", err
@@ -36,10 +43,6 @@ func DiffID(ctx context.Context, l artifact.Layer, blob io.Reader, b *Budget) (i
 			return badStream(fmt.Errorf("it is not %s: %w", l.Compression, err))
 		}
 		defer stream.Close()
-		algorithm := digest.Canonical
-		if l.DiffID != "" {
-			algorithm = l.DiffID.Algorithm()
-		}
 		sum := algorithm.Digester()
 		limit := b.expanded(l.Descriptor.Size)
 		n, err := io.Copy(sum.Hash(), io.LimitReader(stream, min(limit, math.MaxInt64-1)+1))

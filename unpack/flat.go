@@ -5,6 +5,7 @@ package unpack
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -28,6 +30,8 @@ const (
 	// zstdWindow bounds the decoder's memory: what zstd itself decodes unless it
 	// is told otherwise (--long=27).
 	zstdWindow = 128 << 20
+	// gzipMagic begins every member of a gzip (RFC 1952, 2.3.1).
+	gzipMagic = "\x1f\x8b"
 	// chunk is how much of a stream is decompressed while the chunk before it is
 	// hashed and written.
 	chunk = 256 << 10
@@ -48,6 +52,9 @@ type decompressor struct {
 var decompressors = map[artifact.Compression]decompressor{
 	artifact.CompressionGzip: {
 		open: func(r *bufio.Reader) (io.ReadCloser, error) {
+			if _, err := peekMagic(r); err != nil {
+				return nil, err
+			}
 			z, err := gzip.NewReader(r)
 			if err != nil {
 				return nil, err
@@ -59,11 +66,15 @@ var decompressors = map[artifact.Compression]decompressor{
 	},
 	artifact.CompressionZstd: {
 		open: func(r *bufio.Reader) (io.ReadCloser, error) {
+			head, _ := r.Peek(4) // if there are less, the decoder says it
+			if err := new(zstd.Header).Decode(head); errors.Is(err, zstd.ErrMagicMismatch) {
+				return nil, err
+			}
 			d, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(zstdWindow), zstd.WithDecoderLowmem(true), zstd.WithDecoderConcurrency(1))
 			if err != nil {
 				return nil, err
 			}
-			return d.IOReadCloser(), nil
+			return zstdFrames{d.IOReadCloser()}, nil
 		},
 		memory: zstdWindow + 32*chunk,
 	},
@@ -85,8 +96,12 @@ func (m *gzipMembers) Read(p []byte) (int, error) {
 		if n > 0 {
 			return n, nil // the end comes again
 		}
-		if _, err := m.in.Peek(1); err != nil {
-			return 0, err
+		more, err := peekMagic(m.in)
+		if errors.Is(err, gzip.ErrHeader) {
+			return 0, behind(artifact.CompressionGzip)
+		}
+		if !more || err != nil {
+			return 0, cmp.Or(err, io.EOF)
 		}
 		if err := m.Reset(m.in); err != nil {
 			if errors.Is(err, io.EOF) {
@@ -96,6 +111,42 @@ func (m *gzipMembers) Read(p []byte) (int, error) {
 		}
 		m.Multistream(false)
 	}
+}
+
+// peekMagic reports whether there is more in r, and returns gzip.ErrHeader if that is no
+// member of a gzip, as far as it goes. Of a few bytes the reader would say that they are
+// the beginning of one.
+func peekMagic(r *bufio.Reader) (more bool, err error) {
+	magic, err := r.Peek(len(gzipMagic))
+	switch {
+	case err != nil && !errors.Is(err, io.EOF):
+		return false, err
+	case !strings.HasPrefix(gzipMagic, string(magic)):
+		return true, gzip.ErrHeader
+	}
+	return len(magic) > 0, nil
+}
+
+// zstdFrames reads a file of any number of Zstandard frames (RFC 8878, 3), of which the
+// first has been looked at.
+type zstdFrames struct{ io.ReadCloser }
+
+func (z zstdFrames) Read(p []byte) (int, error) {
+	n, err := z.ReadCloser.Read(p)
+	switch {
+	case errors.Is(err, zstd.ErrMagicMismatch):
+		err = behind(artifact.CompressionZstd)
+	case errors.Is(err, zstd.ErrWindowSizeExceeded), errors.Is(err, zstd.ErrDecoderSizeExceeded):
+		err = fmt.Errorf("%w: a frame may ask for a window of %d MiB at most: compress the archive with zstd --long=27 or less", err, zstdWindow>>20)
+	case errors.Is(err, io.ErrUnexpectedEOF): // of both, the decoder says the same
+		err = fmt.Errorf("it ends within a frame, or there are up to 3 bytes behind the last one: %w", err)
+	}
+	return n, err
+}
+
+// behind is of a compressed stream that has an end before that of its blob.
+func behind(c artifact.Compression) error {
+	return fmt.Errorf("behind the end of the %s stream are bytes that are no %[1]s: compress the archive again: %w", c, errdefs.ErrInvalidArgument)
 }
 
 // retainFlat makes c the flat tar in a compressed blob: a link to that of
@@ -152,11 +203,11 @@ func (cs *contents) retainFlat(ctx context.Context, c *content) error {
 // isGzip reports whether a blob begins as gzip does (RFC 1952, 2.3.1), and so can be
 // nothing else.
 func isGzip(blob io.ReaderAt) (bool, error) {
-	var magic [2]byte
+	var magic [len(gzipMagic)]byte
 	if _, err := blob.ReadAt(magic[:], 0); err != nil && !errors.Is(err, io.EOF) {
 		return false, err
 	}
-	return magic == [2]byte{0x1f, 0x8b}, nil
+	return string(magic[:]) == gzipMagic, nil
 }
 
 // flatOf is the symlink to the flat tar of a compressed blob.
@@ -330,14 +381,32 @@ func (cs *contents) checkDiffID(ctx context.Context, c *content, l artifact.Laye
 	return nil
 }
 
-// diffID is the DiffID of l, whose content is c. If its config does not name it, it
-// is by the canonical algorithm; what another Tree has decompressed may be known by
-// the one in its config.
-func (c *content) diffID(ctx context.Context, l artifact.Layer) (digest.Digest, error) {
-	if l.DiffID != "" || l.Compression == artifact.CompressionNone {
-		return c.digest, nil
+// checkEmpty checks the digests of a layer of no bytes. Its blob is not looked at: there
+// is nothing to share, and the runtime may not even have it.
+func checkEmpty(l artifact.Layer) error {
+	switch {
+	case l.Descriptor.Digest != l.Descriptor.Digest.Algorithm().FromBytes(nil):
+		return fmt.Errorf("its descriptor says 0 bytes, but its digest is not that of no bytes: %w", errdefs.ErrInvalidArgument)
+	case l.DiffID != "" && l.DiffID != l.DiffID.Algorithm().FromBytes(nil):
+		return fmt.Errorf("it has no content, and the config lists the DiffID %s of some: %w", l.DiffID, errdefs.ErrInvalidArgument)
 	}
-	return c.digestBy(ctx, digest.Canonical)
+	return nil
+}
+
+// diffID is the DiffID of l, whose content is c, nil if it has none. If its config does
+// not name it, it is by the canonical algorithm; what another Tree has decompressed may
+// be known by the one in its config.
+func (c *content) diffID(ctx context.Context, l artifact.Layer) (digest.Digest, error) {
+	switch {
+	case l.Compression == artifact.CompressionNone:
+		return l.Descriptor.Digest, nil
+	case l.DiffID != "":
+		return l.DiffID, nil
+	case c == nil:
+		return digest.Canonical.FromBytes(nil), nil
+	default:
+		return c.digestBy(ctx, digest.Canonical)
+	}
 }
 
 // digestBy is the digest of c by an algorithm.

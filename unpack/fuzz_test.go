@@ -303,7 +303,15 @@ func FuzzInflate(f *testing.F) {
 	f.Add([]byte("\x28\xb5\x2f\xfd\x00\x90\x00\x00"), true) // and one of 256 MiB
 	f.Add([]byte("\x50\x2a\x4d\x18\x04\x00\x00\x00skip"), true)
 
+	f.Add([]byte(empty+"garbage"), false)
+	f.Add([]byte(empty+"\x00\x00"), false)
+	f.Add([]byte("\x28\xb5\x2f\xfd\x20\x00\x01\x00\x00garbage"), true)
+	f.Add([]byte("\x28\xb5\x2f\xfd\xa0\x00\x00\x00\x10\x01\x00\x00"), true) // one segment of 256 MiB
+
 	f.Fuzz(func(t *testing.T, data []byte, zst bool) {
+		if len(data) == 0 {
+			return // no bytes are an empty archive, and are not decompressed
+		}
 		l := artifact.Layer{Format: artifact.FormatTar, Compression: artifact.CompressionGzip}
 		if zst {
 			l.Compression = artifact.CompressionZstd

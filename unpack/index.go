@@ -5,7 +5,6 @@ package unpack
 
 import (
 	"archive/tar"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -29,9 +28,12 @@ const (
 	xattrPrefix  = "SCHILY.xattr."
 	sparsePrefix = "GNU.sparse."
 	tarBlock     = 512
-	// maxPadding bounds the zeros behind an archive. Tools pad to a record, of
-	// 10 KiB mostly.
-	maxPadding = 1 << 20
+	// The types of members that archive/tar has no names for: the label of a volume
+	// and a directory with the names of what was in it, by GNU tar ("Basic Tar
+	// Format"), and the extended header of Solaris.
+	typeLabel   = 'V'
+	typeDumpDir = 'D'
+	typeSolaris = 'X'
 	// headerBytes is how much of extended headers counts as an entry of the plan.
 	headerBytes = 4096
 	// maxTarget is the longest target of a symlink (PATH_MAX).
@@ -52,7 +54,7 @@ type index struct {
 	*plan
 	archive *content
 	layer   int
-	// files are the regular files of this archive, for its hard links.
+	// files are the regular files and symlinks of this archive, for its hard links.
 	files map[string]*node
 	// sparse makes a content of its own from a member with holes.
 	sparse func(r io.Reader, key memberKey, size int64) (*content, error)
@@ -77,16 +79,16 @@ func (p *plan) addArchive(ctx context.Context, c *content, layer int, sparse fun
 	return badStream(x.members(ctx, io.NewSectionReader(f, 0, fi.Size())))
 }
 
-// members plans all members and checks that the archive ends as POSIX says
-// (pax, "ustar Interchange Format": two blocks of zeros, of which archive/tar
-// and others take one for enough), with nothing but zeros behind it.
+// members plans all members and checks that nothing but zeros is behind the last one.
+// POSIX wants two blocks of them there (pax, "ustar Interchange Format"); GNU tar, bsdtar
+// and archive/tar also take one for the end, and the end of the file.
 func (x *index) members(ctx context.Context, s *io.SectionReader) error {
 	r := tar.NewReader(seeking{ctx, s})
 	end := int64(0) // of the last member
 	for {
 		h, err := r.Next()
 		if errors.Is(err, io.EOF) {
-			return checkEnd(s, end)
+			return checkEnd(ctx, s, end)
 		}
 		if err != nil {
 			return err
@@ -122,24 +124,29 @@ func (s seeking) Read(p []byte) (int, error) {
 	return s.SectionReader.Read(p)
 }
 
-// checkEnd checks what is behind the last member, which ends at end.
-func checkEnd(s *io.SectionReader, end int64) error {
-	switch rest := s.Size() - end; {
-	case rest < tarBlock:
-		return fmt.Errorf("it ends without a mark: %w", io.ErrUnexpectedEOF)
-	case rest > maxPadding:
-		return fmt.Errorf("there are more than %d bytes of padding behind the end of the archive: %w", maxPadding, errdefs.ErrInvalidArgument)
-	default:
-		tail := make([]byte, rest)
-		if _, err := s.ReadAt(tail, end); err != nil && !errors.Is(err, io.EOF) {
+// checkEnd checks what is behind the last member, which ends at end. It may be any
+// number of zeros, since tars pad to a record of any size (tar --blocking-factor).
+func checkEnd(ctx context.Context, s *io.SectionReader, end int64) error {
+	if end > s.Size() { // GNU tar and bsdtar refuse this, too
+		return fmt.Errorf("it ends within the padding of its last member: %w", io.ErrUnexpectedEOF)
+	}
+	rest := seeking{ctx, io.NewSectionReader(s, end, s.Size()-end)}
+	buf := make([]byte, tarBlock)
+	for {
+		n, err := io.ReadFull(rest, buf)
+		switch {
+		case n > 0 && !isZero(buf[:n]) && len(buf) == tarBlock:
+			return fmt.Errorf("it ends behind the extended header of a member: %w", io.ErrUnexpectedEOF)
+		case n > 0 && !isZero(buf[:n]):
+			return fmt.Errorf("there is garbage behind the end of the archive: pack it again without: %w", errdefs.ErrInvalidArgument)
+		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+			return nil
+		case err != nil:
 			return err
 		}
-		if i := bytes.IndexFunc(tail, func(r rune) bool { return r != 0 }); i >= 0 && i < tarBlock {
-			return fmt.Errorf("it ends without a mark: %w", io.ErrUnexpectedEOF)
-		} else if i >= 0 {
-			return fmt.Errorf("there is garbage behind the end of the archive: %w", errdefs.ErrInvalidArgument)
+		if len(buf) == tarBlock {
+			buf = make([]byte, chunk)
 		}
-		return nil
 	}
 }
 
@@ -147,8 +154,26 @@ func checkEnd(s *io.SectionReader, end int64) error {
 // returns where it ends.
 func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int64) (end int64, err error) {
 	end = roundUp(at)
-	if h.Typeflag == tar.TypeXGlobalHeader {
+	switch h.Typeflag {
+	case tar.TypeXGlobalHeader:
 		return end, checkGlobal(h)
+	case typeLabel:
+		return endOf(h, at)
+	case typeDumpDir:
+		if end, err = endOf(h, at); err != nil {
+			return 0, err
+		}
+		h.Typeflag = tar.TypeDir
+	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
+		if !strings.HasSuffix(h.Name, "/") {
+			break
+		}
+		// A directory for GNU tar and bsdtar, and for archive/tar if it is of the old
+		// format. These two take what is behind its header for the next one.
+		if h.Size > 0 || isSparse(h) {
+			return 0, fmt.Errorf("its name ends in a slash, which makes it a directory, but it has %d bytes of content, which tars read in different ways: pack the archive again: %w", h.Size, errdefs.ErrInvalidArgument)
+		}
+		h.Typeflag = tar.TypeDir
 	}
 	a, err := tarAttrs(h)
 	if err != nil {
@@ -163,7 +188,7 @@ func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int
 		root.attrs, root.xattrs, root.implied = a, xattrs, false // tar -C DIR . begins with it
 		return end, x.countXattrs(xattrs)
 	}
-	name, err := artifact.CleanPath(h.Name)
+	name, err := memberPath(h.Name)
 	if err != nil {
 		return 0, err
 	}
@@ -191,16 +216,37 @@ func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int
 		// Cloned, here and for attributes: what archive/tar returns is part of an
 		// extended header of up to a MiB, which would stay in memory.
 		n.kind, n.target, n.xattrs = symlink, strings.Clone(h.Linkname), nil // no symlink has any of user.*
-		delete(x.files, name)
+		x.files[name] = n
 	case tar.TypeLink:
 		if n, err = x.linked(h.Linkname); err != nil {
 			return 0, err
 		}
+		x.relink(n, h.Name, a, xattrs)
 		x.files[name] = n
+	case typeSolaris:
+		return 0, fmt.Errorf("an extended header of Solaris (type 'X') is not supported: pack the archive in the pax format of POSIX (type 'x'): %w", errdefs.ErrInvalidArgument)
 	default:
 		return 0, fmt.Errorf("%s is not a file that a volume may hold: %w", typeName(h.Typeflag), errdefs.ErrInvalidArgument)
 	}
 	return end, x.place(name, n)
+}
+
+// memberPath is the path in the volume of the member name, or of the target of a hard
+// link. Every tar strips the slashes before it ("Absolute File Names" of GNU tar).
+func memberPath(name string) (string, error) {
+	return artifact.CleanPath(strings.TrimLeft(name, "/"))
+}
+
+// endOf is where a member ends whose content begins at the offset at. Of a sparse one
+// the size does not say it.
+func endOf(h *tar.Header, at int64) (end int64, err error) {
+	switch {
+	case isSparse(h):
+		return 0, fmt.Errorf("%s cannot be sparse: %w", typeName(h.Typeflag), errdefs.ErrInvalidArgument)
+	case at > math.MaxInt64-tarBlock-h.Size:
+		return 0, fmt.Errorf("%d bytes of content: %w", h.Size, io.ErrUnexpectedEOF)
+	}
+	return roundUp(at + h.Size), nil
 }
 
 // checkGlobal refuses an extended header for all members behind it that says anything
@@ -224,14 +270,12 @@ func checkGlobal(h *tar.Header) error {
 // bytes is where the content of a regular member is, and where it ends.
 func (x *index) bytes(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int64) (extent, int64, error) {
 	if !isSparse(h) {
-		if at > math.MaxInt64-tarBlock-h.Size {
-			return extent{}, 0, fmt.Errorf("%d bytes of content: %w", h.Size, io.ErrUnexpectedEOF)
-		}
 		e := extent{content: x.archive, size: h.Size, member: true, offset: at}
 		if h.Size == 0 {
 			e = extent{}
 		}
-		return e, roundUp(at + h.Size), nil
+		end, err := endOf(h, at)
+		return e, end, err
 	}
 	if !isKnownSparse(h) {
 		return extent{}, 0, fmt.Errorf("a sparse file in a format that is not known: pack the archive without --sparse: %w", errdefs.ErrInvalidArgument)
@@ -282,16 +326,16 @@ func isKnownSparse(h *tar.Header) bool {
 
 func roundUp(n int64) int64 { return (n + tarBlock - 1) / tarBlock * tarBlock }
 
-// linked is the regular file that a hard link is another name of: one that came
-// before it in the same layer. Owner, mode and time are that file's.
+// linked is the regular file or symlink that a hard link is another name of: one that
+// came before it in the same layer. Target, owner, mode and time are that file's.
 func (x *index) linked(linkname string) (*node, error) {
-	target, err := artifact.CleanPath(linkname)
+	target, err := memberPath(linkname)
 	if err != nil {
 		return nil, fmt.Errorf("hard link to %.255q: %w", linkname, err)
 	}
 	n, ok := x.files[target]
 	if !ok {
-		return nil, fmt.Errorf("hard link to %.255q, which is not a regular file before it in the same layer: %w", linkname, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("hard link to %.255q, which is neither a regular file nor a symlink before it in the same layer: %w", linkname, errdefs.ErrInvalidArgument)
 	}
 	return n, nil
 }
@@ -321,14 +365,14 @@ func userXattrs(h *tar.Header) (map[string]string, error) {
 	return attrs, nil
 }
 
-// isRoot reports whether name, such as "./", is that of the volume itself.
+// isRoot reports whether name, such as "./" or "/", is that of the volume itself.
 func isRoot(name string) bool {
 	for part := range strings.SplitSeq(name, "/") {
 		if part != "." && part != "" {
 			return false
 		}
 	}
-	return !strings.HasPrefix(name, "/")
+	return true
 }
 
 func typeName(flag byte) string {
@@ -339,6 +383,10 @@ func typeName(flag byte) string {
 		return "a block device"
 	case tar.TypeFifo:
 		return "a FIFO"
+	case typeLabel:
+		return "the label of a volume"
+	case typeDumpDir:
+		return "a listed directory"
 	}
 	return fmt.Sprintf("a member of type %q", flag)
 }

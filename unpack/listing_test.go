@@ -65,7 +65,10 @@ func sequential(archives ...io.Reader) (listed, error) {
 			if h.Typeflag == tar.TypeXGlobalHeader {
 				continue
 			}
-			name := path.Clean(h.Name)
+			if h.Typeflag == typeLabel {
+				continue
+			}
+			name := cleaned(h.Name)
 			e, err := member(r, h, files)
 			if err != nil {
 				return nil, fmt.Errorf("%q: %w", h.Name, err)
@@ -78,13 +81,16 @@ func sequential(archives ...io.Reader) (listed, error) {
 			}
 			l[name] = e
 			delete(files, name)
-			if e.kind == "file" {
+			if e.kind != "directory" {
 				files[name] = e
 			}
 		}
 	}
 	return l, nil
 }
+
+// cleaned is the path of a name in the volume.
+func cleaned(name string) string { return path.Clean(strings.TrimLeft(name, "/")) }
 
 // member is the member that r is at. files are those before it.
 func member(r *tar.Reader, h *tar.Header, files map[string]shown) (shown, error) {
@@ -98,12 +104,18 @@ func member(r *tar.Reader, h *tar.Header, files map[string]shown) (shown, error)
 	}
 	e.xattrs = fmt.Sprint(xattrs)
 	switch h.Typeflag {
+	case tar.TypeReg, tar.TypeCont, typeDumpDir:
+		if strings.HasSuffix(h.Name, "/") || h.Typeflag == typeDumpDir {
+			h.Typeflag = tar.TypeDir
+		}
+	}
+	switch h.Typeflag {
 	case tar.TypeDir:
 		e.kind, e.mode = "directory", uint32(h.Mode)&0o7777
 	case tar.TypeSymlink:
 		e.kind, e.mode, e.target, e.xattrs = "symlink", 0o777, h.Linkname, fmt.Sprint(map[string]string{})
 	case tar.TypeLink:
-		linked, ok := files[path.Clean(h.Linkname)]
+		linked, ok := files[cleaned(h.Linkname)]
 		if !ok {
 			return e, fmt.Errorf("no file %q before it", h.Linkname)
 		}
@@ -251,12 +263,13 @@ func record(key, value string) string {
 func member512(flag byte, name, content string, edit func(header []byte)) []byte {
 	var buf bytes.Buffer
 	w := tar.NewWriter(&buf)
-	if err := w.WriteHeader(&tar.Header{Name: name, Size: int64(len(content)), Mode: 0o644, Typeflag: tar.TypeReg, ModTime: created}); err != nil {
+	if err := w.WriteHeader(&tar.Header{Name: "n", Size: int64(len(content)), Mode: 0o644, Typeflag: tar.TypeReg, ModTime: created}); err != nil {
 		panic(err)
 	}
 	_, _ = io.WriteString(w, content)
 	_ = w.Flush()
 	b := buf.Bytes()
+	copy(b[:100], name)
 	b[156] = flag
 	if edit != nil {
 		edit(b[:512])

@@ -83,10 +83,12 @@ type plan struct {
 	grow func() error
 	// implied are the attributes of a directory that no layer describes.
 	implied attrs
+	// relinked are the files of which a hard link says other attributes: that member.
+	relinked map[*node]string
 }
 
 func newPlan(created time.Time, layers []artifact.Layer) *plan {
-	p := &plan{layers: layers, implied: attrs{mode: 0o755, mtime: created}}
+	p := &plan{layers: layers, implied: attrs{mode: 0o755, mtime: created}, relinked: map[*node]string{}}
 	p.nodes = map[string]*node{".": {kind: directory, layer: -1, attrs: p.implied, implied: true}}
 	return p
 }

@@ -38,15 +38,16 @@ func TestRefusals(t *testing.T) {
 		layers func(*testing.T, site) []artifact.Layer
 		want   string
 	}{
-		"absolute path":                  {plain(file("/etc/passwd", "")), "/etc/passwd"},
 		"dot dot":                        {plain(file("a/../../b", "")), `..`},
+		"dot dot behind the root":        {plain(file("/../b", "")), `..`},
 		"name over 255 bytes":            {plain(file(strings.Repeat("n", 256), "")), "255"},
 		"through a symlink":              {plain(symlinked, file("link/passwd", "x")), "symlink"},
 		"directory through a symlink":    {plain(symlinked, tar.Header{Name: "link/d/", Typeflag: tar.TypeDir}), "symlink"},
 		"directory over a symlink":       {plain(symlinked, tar.Header{Name: "link/", Typeflag: tar.TypeDir}), "symlink"},
 		"hard link outside":              {plain(tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "/etc/passwd"}), "/etc/passwd"},
-		"hard link to a symlink":         {plain(symlinked, tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "link"}), "not a regular file"},
-		"hard link to nothing":           {plain(tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "f"}), "not a regular file"},
+		"hard link to dot dot":           {plain(tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "/../etc/passwd"}), `contains ".."`},
+		"hard link to nothing":           {plain(tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "f"}), "neither a regular file nor a symlink"},
+		"hard link to a directory":       {plain(file("d/f", ""), tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "d"}), "neither a regular file nor a symlink"},
 		"character device":               {plain(tar.Header{Name: "c", Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 3}), "character device"},
 		"block device":                   {plain(tar.Header{Name: "b", Typeflag: tar.TypeBlock}), "block device"},
 		"FIFO":                           {plain(tar.Header{Name: "p", Typeflag: tar.TypeFifo}), "FIFO"},
@@ -63,15 +64,17 @@ func TestRefusals(t *testing.T) {
 			one = one[:len(one)-1024] // without the mark
 			return []artifact.Layer{s.tar(t, artifact.CompressionNone, slices.Concat(one, one, one, make([]byte, 1024)))}
 		}, "no space"},
-		"truncated in a file":          {cut(artifact.CompressionNone, func(b []byte) []byte { return b[:2000] }), "truncated"},
-		"truncated between the blocks": {cut(artifact.CompressionNone, func(b []byte) []byte { return b[:len(b)-1024] }), "truncated"},
-		"trailing garbage":             {cut(artifact.CompressionNone, func(b []byte) []byte { return append(b, "garbage behind the end"...) }), "garbage"},
-		"truncated gzip":               {broken(artifact.CompressionGzip, func(b []byte) []byte { return b[:len(b)-9] }), "truncated"},
-		"garbage behind gzip":          {broken(artifact.CompressionGzip, func(b []byte) []byte { return append(b, "garbage behind the end"...) }), "cannot be read"},
-		"truncated zstd":               {broken(artifact.CompressionZstd, func(b []byte) []byte { return b[:len(b)-9] }), "truncated"},
-		"garbage behind zstd":          {broken(artifact.CompressionZstd, func(b []byte) []byte { return append(b, "garbage behind the end"...) }), "cannot be read"},
-		"not gzip":                     {broken(artifact.CompressionGzip, func([]byte) []byte { return []byte("plain text, no gzip") }), "gzip"},
-		"not zstd":                     {broken(artifact.CompressionZstd, func([]byte) []byte { return []byte("plain text, no zstd") }), "cannot be read"},
+		"truncated in a file":           {cut(artifact.CompressionNone, func(b []byte) []byte { return b[:2000] }), "truncated"},
+		"truncated in the padding":      {cut(artifact.CompressionNone, func(b []byte) []byte { return b[:len(b)-1025] }), "truncated"},
+		"truncated in a header":         {cut(artifact.CompressionNone, func(b []byte) []byte { return append(b[:len(b)-1024], b[:511]...) }), "truncated"},
+		"truncated in a block of zeros": {cut(artifact.CompressionNone, func(b []byte) []byte { return b[:len(b)-1023] }), "truncated"},
+		"trailing garbage":              {cut(artifact.CompressionNone, func(b []byte) []byte { return append(b, "garbage behind the end"...) }), "garbage"},
+		"truncated gzip":                {broken(artifact.CompressionGzip, func(b []byte) []byte { return b[:len(b)-9] }), "truncated"},
+		"garbage behind gzip":           {broken(artifact.CompressionGzip, func(b []byte) []byte { return append(b, "garbage behind the end"...) }), "behind the end of the gzip stream"},
+		"truncated zstd":                {broken(artifact.CompressionZstd, func(b []byte) []byte { return b[:len(b)-9] }), "truncated"},
+		"garbage behind zstd":           {broken(artifact.CompressionZstd, func(b []byte) []byte { return append(b, "garbage behind the end"...) }), "behind the end of the zstd stream"},
+		"not gzip":                      {broken(artifact.CompressionGzip, func([]byte) []byte { return []byte("plain text, no gzip") }), "gzip"},
+		"not zstd":                      {broken(artifact.CompressionZstd, func([]byte) []byte { return []byte("plain text, no zstd") }), "cannot be read"},
 		"wrong DiffID": {func(t *testing.T, s site) []artifact.Layer {
 			l := s.tar(t, artifact.CompressionGzip, archive(t, file("f", "x")))
 			l.DiffID = digest.FromString("another")
@@ -105,8 +108,28 @@ func TestRefusals(t *testing.T) {
 		}, "descriptor says"},
 		"truncated behind an extended header": {cutAfterPAX, "truncated"},
 		"padding without end": {func(t *testing.T, s site) []artifact.Layer {
-			return []artifact.Layer{s.tar(t, artifact.CompressionZstd, append(archive(t, file("f", "x")), make([]byte, 2*maxPadding)...))}
-		}, "padding"},
+			return []artifact.Layer{s.tar(t, artifact.CompressionZstd, make([]byte, 2*alwaysAllowed))}
+		}, "max_expansion"},
+		"garbage behind long padding":          {cut(artifact.CompressionZstd, func(b []byte) []byte { return append(append(b, make([]byte, 3<<20)...), 'x') }), "garbage"},
+		"a directory by its name with content": {archived(slices.Concat(member512(tar.TypeReg, "d/", "x", nil), endMark)), "ends in a slash"},
+		"a sparse directory by its name":       {archived(slices.Concat(sparseForms["PAX 1.0"]("d/", 100, fragment{0, "x"}), endMark)), "ends in a slash"},
+		"a sparse label":                       {archived(slices.Concat(retyped(sparseForms["PAX 1.0"]("l", 100, fragment{0, "x"}), typeLabel), endMark)), "label of a volume cannot be sparse"},
+		"an extended header of Solaris":        {archived(slices.Concat(member512(typeSolaris, "p", record("path", "g"), nil), member512(tar.TypeReg, "f", "x", nil), endMark)), "Solaris"},
+		"no bytes of another DiffID": {func(t *testing.T, s site) []artifact.Layer {
+			l := s.tar(t, artifact.CompressionNone, nil)
+			l.Compression, l.DiffID = artifact.CompressionGzip, digest.FromString("another")
+			return []artifact.Layer{l}
+		}, "DiffID"},
+		"compressed nothing of another DiffID": {func(t *testing.T, s site) []artifact.Layer {
+			l := s.tar(t, artifact.CompressionZstd, nil)
+			l.DiffID = digest.FromString("another")
+			return []artifact.Layer{l}
+		}, "DiffID"},
+		"an archive said to be empty": {func(t *testing.T, s site) []artifact.Layer {
+			l := s.tar(t, artifact.CompressionGzip, archive(t, file("f", "x")))
+			l.Descriptor.Size = 0
+			return []artifact.Layer{l}
+		}, "0 bytes"},
 		"deeper than anything needs": {plain(file(strings.Repeat("d/", 129)+"f", "")), "128"},
 		"attribute that does not fit": {func(t *testing.T, s site) []artifact.Layer {
 			h := file("f", "x")
@@ -144,6 +167,21 @@ func TestRefusals(t *testing.T) {
 			})
 		}
 	}
+}
+
+// archived is the layer of an archive.
+func archived(archive []byte) func(*testing.T, site) []artifact.Layer {
+	return func(t *testing.T, s site) []artifact.Layer {
+		return []artifact.Layer{s.tar(t, artifact.CompressionNone, archive)}
+	}
+}
+
+// retyped is a member of another type, behind its extended header.
+func retyped(member []byte, flag byte) []byte {
+	header := member[2*tarBlock : 3*tarBlock]
+	header[156] = flag
+	checksum(header)
+	return member
 }
 
 // cutAfterPAX is an archive that ends, without a DiffID that would tell, behind

@@ -246,20 +246,22 @@ func (cs *contents) plan(ctx context.Context, created time.Time, layers []artifa
 
 // addLayer plans a layer.
 func (p *plan) addLayer(ctx context.Context, l artifact.Layer, cs *contents) error {
-	c := cs.files[keyOf(l)]
+	c, f, d := cs.files[keyOf(l)], l.File, l.Descriptor
+	if d.Size == 0 {
+		if err := checkEmpty(l); err != nil {
+			return err
+		}
+	}
 	if l.Format == artifact.FormatTar {
+		if d.Size == 0 {
+			return nil // an archive without members
+		}
 		if err := cs.checkDiffID(ctx, c, l); err != nil {
 			return err
 		}
 		return p.addArchive(ctx, c, l.Index, func(r io.Reader, key memberKey, size int64) (*content, error) {
 			return cs.sparse(ctx, r, key, size)
 		})
-	}
-	f, d := l.File, l.Descriptor
-	// An empty blob is not looked at: it has nothing to share, and the runtime
-	// may not even have it. So its digest must say that it is empty.
-	if d.Size == 0 && d.Digest != d.Digest.Algorithm().FromBytes(nil) {
-		return fmt.Errorf("its descriptor says 0 bytes, but its digest is not that of no bytes: %w", errdefs.ErrInvalidArgument)
 	}
 	n := &node{kind: regular, layer: l.Index, attrs: attrs{mode: f.Mode, uid: f.UID, gid: f.GID, mtime: f.ModTime}}
 	if d.Size > 0 {

@@ -32,14 +32,27 @@ func gnuCases() []Case {
 		fine("gnu/a long target of a file means nothing", Listing{"f": isFile("x")}, tarred(long('K', "/etc/shadow\x00"), gnu("f"))),
 		fine("gnu/a long name is not of the next member", Listing{"f": isFile("x"), "g": isFile("x")}, tarred(long('L', "f\x00"), gnu("cut"), gnu("g"))),
 		bad("gnu/a long name that leaves the volume", tarred(long('L', strings.Repeat("../", 50)+"escaped\x00"), gnu("cut")), `contains ".."`),
-		bad("gnu/a long name that is absolute", tarred(long('L', "/etc/"+strings.Repeat("d/", 60)+"f\x00"), gnu("cut")), "is absolute"),
+		fine("gnu/a long name that is absolute", Listing{strings.Repeat("d/", 60) + "f": isFile("x")}, tarred(long('L', "/"+strings.Repeat("d/", 60)+"f\x00"), gnu("cut"))),
+		fine("gnu/a long name that ends in a slash", Listing{deep: isDir().mode(0o644)}, tarred(long('L', deep+"/\x00"), file("cut", "", gnuMagic...))).notAsFiles(),
 		bad("gnu/a long name of nothing", tarred(long('L', "f\x00")), "the archive"),
 		bad("gnu/a long name of 2 MiB", tarred(long('L', strings.Repeat("n", 2<<20)), gnu("cut")), unreadable),
 		bad("gnu/a long name that claims 8 GiB", tarred(member('L', "././@LongLink", "", append(slices.Clone(gnuMagic), edit{fSize, "77777777777\x00"})...), gnu("f")), "the archive"),
 		bad("gnu/a long target that leaves the volume, of a hard link", tarred(long('K', "../../etc/shadow\x00"), hardLink("h", "cut", gnuMagic...)), `contains ".."`),
-		bad("gnu/a volume's label", tarred(member('V', "label", "", gnuMagic...)), "a member of type 'V'"),
+		fine("gnu/a volume's label", Listing{"f": isFile("x")}, tarred(member('V', "label", "", gnuMagic...), gnu("f"))),
+		fine("gnu/a volume's label alone", Listing{}, tarred(member('V', "label", "", gnuMagic...))),
+		fine("gnu/a volume's label that is a path", Listing{"f": isFile("x")}, tarred(member('V', "/../../etc/passwd", "", gnuMagic...), gnu("f"))),
+		fine("gnu/a volume's label that is the name of a file", Listing{"f": isFile("x"), "g": isFile("x")}, tarred(gnu("f"), member('V', "f", "", gnuMagic...), gnu("g"))),
+		fine("gnu/a volume's label with the owner of nobody", Listing{"f": isFile("x")}, tarred(member('V', "label", "", append(slices.Clone(gnuMagic), edit{fUID, base256(-1, 8)})...), gnu("f"))),
+		fine("gnu/a volume's label with content", Listing{"f": isFile("x")}, tarred(member('V', "label", file("hidden", "x"), gnuMagic...), gnu("f"))),
+		bad("gnu/a volume's label whose content is cut off", tarred(member('V', "label", "", append(slices.Clone(gnuMagic), edit{fSize, "00000077777\x00"})...)), "the archive is truncated"),
+		bad("gnu/a volume's label with holes", tarred(pax(record("GNU.sparse.major", "1"), record("GNU.sparse.minor", "0"), record("GNU.sparse.realsize", "1048576"))+member('V', "label", "0\n"+strings.Repeat("\x00", block-2))), "cannot be sparse"),
 		bad("gnu/a part of a file of another volume", tarred(member('M', "f", "x", gnuMagic...)), "a member of type 'M'"),
-		bad("gnu/a listed directory", tarred(member('D', "d/", "Yf\x00\x00", gnuMagic...)), "a member of type 'D'"),
+		fine("gnu/a listed directory", Listing{"d": isDir().mode(0o700), "d/f": isFile("x")}, tarred(member('D', "d/", "Yf\x00Ygone\x00\x00", append(slices.Clone(gnuMagic), edit{fMode, "0000700\x00"})...), gnu("d/f"))),
+		fine("gnu/a listed directory whose list is an archive", Listing{"d": isDir().mode(0o644), "f": isFile("x")}, tarred(member('D', "d", file("hidden", "x")+file("more", "x"), gnuMagic...), gnu("f"))),
+		fine("gnu/a listed directory that is the volume", Listing{".": isDir().mode(0o711), "f": isFile("x")}, tarred(member('D', "./", "Yf\x00\x00", append(slices.Clone(gnuMagic), edit{fMode, "0000711\x00"})...), gnu("f"))),
+		bad("gnu/a listed directory that leaves the volume", tarred(member('D', "../d/", "Yf\x00\x00", gnuMagic...)), `contains ".."`),
+		bad("gnu/a listed directory in the place of a symlink", tarred(symlink("d", "/etc"), member('D', "d/", "", gnuMagic...)), "passes through a symlink"),
+		bad("gnu/a listed directory with holes", tarred(pax(record("GNU.sparse.major", "1"), record("GNU.sparse.minor", "0"), record("GNU.sparse.realsize", "1048576"))+member('D', "d/", "0\n"+strings.Repeat("\x00", block-2))), "cannot be sparse"),
 	}
 }
 
@@ -134,7 +147,7 @@ func sparseCases() (cases []Case) {
 	refuse("1.0, less data than pieces", "the archive", sparse1("s", "20000", "1\n0\n2000\n", "abc"))
 	refuse("1.0, more data than pieces", "", sparse1("s", "10", "1\n0\n3\n", "abcdef"))
 	refuse("1.0, a name that leaves the volume", `contains ".."`, sparse1("../escaped", "10", "1\n0\n3\n", "abc"))
-	refuse("1.0, a name that is absolute", "is absolute", sparse1("/etc/passwd", "10", "1\n0\n3\n", "abc"))
+	cases = append(cases, fine("sparse/1.0, a name that is absolute", Listing{"etc/passwd": isFile(whole(10, piece{0, "abc"}))}, tarred(sparse1("/etc/passwd", "10", "1\n0\n3\n", "abc"))))
 	refuse("0.1, an odd number of places", unreadable, sparse0("2", "4096,3,9000", "abc"))
 	refuse("0.1, more pieces than said", unreadable, sparse0("1", "0,1,4,1", "ab"))
 	refuse("0.1, fewer pieces than said", unreadable, sparse0("9", "0,1", "a"))

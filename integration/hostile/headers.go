@@ -27,17 +27,19 @@ func typeCases() (cases []Case) {
 		}
 	}
 	// '0', '7' and NUL are files, '1', '2' and '5' links and directories, 'x', 'g',
-	// 'L', 'K' and 'S' headers: they have cases of their own. The rest is of vendors.
+	// 'L', 'K' and 'S' headers, 'V' and 'D' of GNU tar and 'X' of Solaris: they have cases
+	// of their own. The rest is of vendors.
 	for c := range 256 {
 		flag := byte(c)
 		printable := flag >= 'A' && flag <= 'Z' || flag >= 'a' && flag <= 'z' || flag == '8' || flag == '9' || flag == ' '
-		if !printable && c != 1 && c != 0x7f && c != 0x80 && c != 0xff || strings.ContainsRune("xgLKS", rune(flag)) {
+		if !printable && c != 1 && c != 0x7f && c != 0x80 && c != 0xff || strings.ContainsRune("xgLKSVDX", rune(flag)) {
 			continue
 		}
 		cases = append(cases, bad(fmt.Sprintf("type/of a vendor, %q", flag), tarred(member(flag, "special", "")), `member "special"`, fmt.Sprintf("a member of type %q", flag)))
 	}
 	return append(sorted(cases),
 		fine("type/a file of the old format", Listing{"f": isFile("x")}, tarred(member(0, "f", "x", edit{fMagic, ""}, edit{fVersion, ""}))),
+		bad("type/an extended header of Solaris", tarred(member('X', "p", record("path", "g")), file("f", "x")), `member "p"`, "an extended header of Solaris (type 'X') is not supported", "pax"),
 		fine("type/a contiguous file", Listing{"f": isFile("x")}, tarred(member('7', "f", "x"))),
 		bad("type/a directory with content", tarred(member('5', "d", strings.Repeat("x", block))), "the archive cannot be read"),
 		bad("type/a symlink with content", tarred(member('2', "l", strings.Repeat("x", block), edit{fLink, "x"})), "the archive cannot be read"),

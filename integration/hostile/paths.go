@@ -16,11 +16,6 @@ var name255 = strings.Repeat("n", 255)
 
 // badPaths are names that no file of a volume may have, and what the reason says.
 var badPaths = map[string]struct{ name, says string }{
-	"absolute":                          {"/etc/passwd", "is absolute"},
-	"the root of the node":              {"/", "is absolute"},
-	"two slashes":                       {"//etc/passwd", "is absolute"},
-	"absolute, with dots":               {"/../etc/passwd", "is absolute"},
-	"absolute, of one letter":           {"/x", "is absolute"},
 	"above the volume":                  {"../escaped", `contains ".."`},
 	"far above the volume":              {strings.Repeat("../", 60) + "tmp/escaped", `contains ".."`},
 	"above the volume, from a file":     {"a/../../escaped", `contains ".."`},
@@ -30,10 +25,9 @@ var badPaths = map[string]struct{ name, says string }{
 	"above, behind a dot":               {"./..", `contains ".."`},
 	"above, behind slashes":             {"a///..///b", `contains ".."`},
 	"above, at the end":                 {"a/b/..", `contains ".."`},
-	"above, with a slash":               {"../", `contains ".."`},
+	"above, alone, in a directory":      {"a/b/../../..", `contains ".."`},
 	"a dot alone":                       {".", "names no file"},
-	"a dot and a slash":                 {"./", "names no file"},
-	"dots and slashes":                  {".//././", "names no file"},
+	"dots and slashes":                  {".//././.", "names no file"},
 	"a name of 256 bytes":               {name255 + "n", "has a name of 256 bytes, over the limit of 255"},
 	"a directory of 256 bytes":          {name255 + "n/f", "has a name of 256 bytes, over the limit of 255"},
 	"a name of 100,000 bytes":           {strings.Repeat("n", 100000), "has a name of 100000 bytes, over the limit of 255"},
@@ -43,6 +37,16 @@ var badPaths = map[string]struct{ name, says string }{
 	"below 129 directories":             {strings.Repeat("d/", 129) + "f", "is below 129 directories, over the limit of 128"},
 	"below 50,000 directories":          {strings.Repeat("d/", 50000) + "f", "over the limit of"},
 	"below 2,000 directories, and back": {strings.Repeat("d/", 2000) + strings.Repeat("../", 2000) + "f", `contains ".."`},
+}
+
+// absolutePaths are refused as the path of a raw layer. Of a member's name, and of the
+// target of a hard link, every tar strips the slashes before it; behind each is what is
+// left.
+var absolutePaths = map[string][2]string{
+	"absolute":                     {"/etc/passwd", "etc/passwd"},
+	"absolute, of two slashes":     {"//etc/passwd", "etc/passwd"},
+	"absolute, of slashes and dot": {"///././/etc//passwd", "etc/passwd"},
+	"absolute, of one letter":      {"/x", "x"},
 }
 
 // finePaths are names that look like trouble and are none: names on Linux are bytes.
@@ -116,6 +120,21 @@ func pathCases() (cases []Case) {
 			cases = append(cases, bad("path/tar directory, "+what, tarred(named(p.name, '5', "")), "member ", p.says))
 		}
 	}
+	for _, what := range sortedKeys(absolutePaths) {
+		name, left := absolutePaths[what][0], absolutePaths[what][1]
+		to := func(target string) string { return pax(record("linkpath", target)) }
+		cases = append(cases,
+			bad("path/raw, "+what, raw(name, "content"), fmt.Sprintf("path %q is absolute", name)),
+			bad("path/title, "+what, layer{mediaType: "application/octet-stream", content: "content", annotations: object{{titleKey, quote(name)}}}, "is absolute"),
+			fine("path/tar, "+what, Listing{left: isFile("content")}, tarred(named(name, '0', "content"))),
+			fine("path/tar, "+what+", by a PAX name", Listing{left: isFile("content")}, tarred(pax(record("path", name)), file("f", "content"))),
+			fine("path/tar directory, "+what, Listing{left: isDir()}, tarred(named(name, '5', "", edit{fMode, "0000755\x00"}))),
+			fine("path/target of a hard link, "+what, Listing{left: isFile("content"), "l": isFile("content")}, tarred(named(left, '0', "content"), to(name)+hardLink("l", "x"))),
+			fine("path/target of a hard link, not "+what, Listing{left: isFile("content"), "l": isFile("content")}, tarred(named(name, '0', "content"), to(left)+hardLink("/l", "x"))),
+			bad("path/target of a hard link, "+what+", of the node", tarred(to(name)+hardLink("l", "x")), fmt.Sprintf("hard link to %q", name), "neither a regular file nor a symlink before it"),
+			fine("path/target of a symlink, "+what, Listing{"l": isLink(name)}, tarred(to(name)+symlink("l", "x"))),
+		)
+	}
 	for _, what := range sortedKeys(finePaths) {
 		p := finePaths[what]
 		at := p[0]
@@ -174,14 +193,34 @@ func namesOfAWay() []Case {
 		fine("path/ustar, a prefix before a PAX path", Listing{"g": isFile("x")}, tarred(pax(record("path", "g")), file("f", "x", edit{fPrefix, "p"}))),
 		fine("path/ustar, a prefix in the oldest format is none", Listing{"f": isFile("x")}, tarred(file("f", "x", edit{fMagic, ""}, edit{fVersion, ""}, edit{fPrefix, "../.."}))),
 		bad("path/ustar, dots in the prefix", tarred(file("f", "x", edit{fPrefix, "a/../.."})), `contains ".."`),
-		bad("path/ustar, an absolute prefix", tarred(file("f", "x", edit{fPrefix, "/etc"})), "is absolute"),
+		fine("path/ustar, an absolute prefix", Listing{"etc/f": isFile("x")}, tarred(file("f", "x", edit{fPrefix, "/etc"}))),
+		bad("path/raw, the root of the node", raw("/", "content"), "is absolute"),
+		bad("path/raw, absolute, with dots", raw("/../etc/passwd", "content"), "is absolute"),
+		bad("path/tar, absolute, with dots", tarred(file("/../etc/passwd", "x")), `contains ".."`),
+		bad("path/tar, absolute, with dots behind", tarred(file("/etc/../../passwd", "x")), `contains ".."`),
+		bad("path/target of a hard link, absolute, with dots", tarred(file("f", "x"), hardLink("l", "/../f")), `hard link to "/../f"`, `contains ".."`),
+		bad("path/target of a hard link, the root of the node", tarred(hardLink("l", "/")), "names no file"),
+		bad("path/tar, a symlink in the place of the root of the node", tarred(symlink("/", "/etc")), "names no file"),
+		bad("path/tar, through a symlink of an absolute name", tarred(symlink("/l", "/etc"), file("l/f", "x")), "passes through a symlink"),
+		bad("path/tar, absolute, through a symlink", tarred(symlink("l", "/etc"), file("/l/f", "x")), "passes through a symlink"),
+		fine("path/tar, absolute, in the place of a file", Listing{"f": isFile("y")}, tarred(file("f", "x"), file("/f", "y"))),
 		bad("path/ustar, no name at all", tarred(file("", "x")), "names no file"),
-		bad("path/ustar, a slash at the end of nothing", tarred(dir("/")), "is absolute"),
+		fine("path/tar, the root of the node is the volume", Listing{".": isDir().mode(0o711)}, tarred(dir("/", edit{fMode, "0000711\x00"}))),
 		fine("path/tar, the volume itself", Listing{".": isDir().mode(0o711).owner(7, 8)}, tarred(dir("./", edit{fMode, "0000711\x00"}, edit{fUID, "0000007\x00"}, edit{fGID, "0000010\x00"}))),
 		fine("path/tar, the volume, again and again", Listing{".": isDir().mode(0o700)}, tarred(dir("."), dir(".///"), dir("./././", edit{fMode, "0000700\x00"}))),
 		fine("path/tar, a directory of no name", Listing{".": isDir()}, tarred(dir(""))),
 		bad("path/tar, a symlink in the place of the volume", tarred(symlink(".", "/etc")), "names no file"),
 		bad("path/tar, a hard link in the place of the volume", tarred(file("f", "x"), hardLink("./", "f")), "names no file"),
+		// GNU tar and bsdtar make a directory of a file with such a name, containerd a file.
+		fine("path/tar, a slash behind a file makes a directory", Listing{"d": isDir().mode(0o644)}, tarred(file("d/", ""))).notAsFiles(),
+		fine("path/tar, slashes behind a file make a directory", Listing{"d": isDir().mode(0o644), "d/f": isFile("x")}, tarred(file("d//", ""), file("d/f", "x"))).notAsFiles(),
+		fine("path/tar, a slash behind a contiguous file makes a directory", Listing{"d": isDir().mode(0o644)}, tarred(member('7', "d/", ""))),
+		fine("path/tar, a slash behind a file's PAX name makes a directory", Listing{"d": isDir().mode(0o644)}, tarred(pax(record("path", "d/")), file("f", ""))).notAsFiles(),
+		fine("path/tar, a file that is the volume by its slash", Listing{".": isDir().mode(0o711)}, tarred(file("./", "", edit{fMode, "0000711\x00"}))).notAsFiles(),
+		bad("path/tar, a slash behind a file with content", tarred(file("d/", "x")), "its name ends in a slash"),
+		bad("path/tar, a slash behind a sparse file", tarred(sparse1("d/", "1048576", "0\n", "")), "its name ends in a slash"),
+		bad("path/tar, a slash behind a file, in the place of one", tarred(file("d", "x"), file("d/", "")), "must be a directory"),
+		bad("path/tar, a slash behind a file, in the place of a symlink", tarred(symlink("d", "/etc"), file("d/", "")), "passes through a symlink"),
 		fine("path/tar, a slash behind a file of the old format makes a directory", Listing{"d": isDir().mode(0o644)}, tarred(member(0, "d/", "", edit{fMagic, ""}, edit{fVersion, ""}))),
 		fine("path/tar, a slash behind a symlink", Listing{"l": isLink("x")}, tarred(symlink("l/", "x"))),
 	}
@@ -282,20 +321,36 @@ func linkCases() (cases []Case) {
 		"to itself":                      {hardLink("h", "h")},
 		"to a directory":                 {dir("d"), hardLink("h", "d")},
 		"to the volume's file to come":   {hardLink("h", "f"), file("f", "x")},
-		"to a symlink":                   {symlink("s", "/etc/shadow"), hardLink("h", "s")},
 		"through a symlink":              {symlink("s", "/etc"), hardLink("h", "s/shadow")},
-		"to a file that has become one":  {file("f", "x"), symlink("f", "/etc/shadow"), hardLink("h", "f")},
+		"to what a symlink points to":    {symlink("s", "absent"), hardLink("h", "absent")},
+		"to a symlink to come":           {hardLink("h", "s"), symlink("s", "x")},
+		"to a directory's name, twice":   {dir("d"), file("d/f", "x"), hardLink("h", "d/")},
 		"to another layer's file":        {hardLink("h", "good.txt")},
 		"to two that lead to each other": {hardLink("a", "b"), hardLink("b", "a")},
 	} {
-		cases = append(cases, bad("link/hard link "+what, tarred(members...), "hard link to ", "not a regular file before it"))
+		cases = append(cases, bad("link/hard link "+what, tarred(members...), "hard link to ", "neither a regular file nor a symlink before it"))
 	}
+	s, owned := symlink("s", "/etc/shadow", edit{fUID, "0000007\x00"}), edit{fUID, "0000007\x00"}
+	is := isLink("/etc/shadow").owner(7, 0)
 	cases = append(cases,
 		bad("link/symlink of no target", tarred(symlink("l", "")), "a target of 0 bytes"),
 		bad("link/symlink of 4096 bytes", tarred(pax(record("linkpath", strings.Repeat("x", 4096)))+symlink("l", "x")), "a target of 4096 bytes"),
 		bad("link/symlink with a NUL", tarred(pax(record("linkpath", "a\x00b"))+symlink("l", "x")), "the archive cannot be read"),
 		bad("link/hard link to no name", tarred(hardLink("h", "")), "names no file"),
 		bad("link/directory and hard link of it", tarred(dir("d"), file("f", "x"), hardLink("d", "f")), "is a directory"),
+		// A second symlink, with the attributes of the first; containerd gives both those of the second.
+		fine("link/hard link to a symlink", Listing{"s": is, "h": is}, tarred(s, hardLink("h", "s", owned))),
+		fine("link/hard link to a symlink, with an owner of its own", Listing{"s": is, "h": is}, tarred(s, hardLink("h", "s"))).notAsFiles(),
+		fine("link/hard link to a symlink, with attributes", Listing{"s": is, "h": is}, tarred(s, pax(record("SCHILY.xattr.user.x", "y")), hardLink("h", "s", owned))),
+		fine("link/chain of hard links to a symlink", Listing{"s": is, "h": is, "i": is, "d/j": is}, tarred(s, hardLink("h", "./s", owned), hardLink("i", "h", owned), hardLink("d/j", "/i", owned))),
+		fine("link/hard link to a symlink that is replaced", Listing{"s": isFile("x"), "h": is}, tarred(s, hardLink("h", "s", owned), file("s", "x"))),
+		fine("link/hard link to a file that has become a symlink", Listing{"s": is, "h": is}, tarred(file("s", "x"), s, hardLink("h", "s", owned))),
+		fine("link/hard link to a symlink that has become a file", Listing{"s": isFile("x"), "h": isFile("x")}, tarred(s, file("s", "x"), hardLink("h", "s", edit{fMode, "0000644\x00"}))),
+		fine("link/hard link to a symlink, over a file", Listing{"s": is, "h": is}, tarred(file("h", "x"), s, hardLink("h", "s", owned))),
+		fine("link/hard link to a symlink, over itself", Listing{"s": is}, tarred(s, hardLink("s", "s", owned))),
+		bad("link/file through a hard link to a symlink", tarred(s, hardLink("h", "s"), file("h/f", "x")), "passes through a symlink"),
+		bad("link/directory in the place of a hard link to a symlink", tarred(s, hardLink("h", "s"), dir("h")), "passes through a symlink"),
+		bad("link/hard link to a symlink, in the place of a directory", tarred(s, dir("h"), hardLink("h", "s")), "is a directory"),
 		fine("link/symlink over a file", Listing{"f": isLink("x")}, tarred(file("f", "x"), symlink("f", "x"))),
 		fine("link/file over a symlink", Listing{"f": isFile("x")}, tarred(symlink("f", "/etc/shadow"), file("f", "x"))),
 		fine("link/hard link over its own file", Listing{"f": isFile("x")}, tarred(file("f", "x"), hardLink("f", "f"))),

@@ -23,23 +23,33 @@ func endCases() []Case {
 	f, zeros := file("f", "x"), func(n int) string { return strings.Repeat("\x00", n) }
 	shown := Listing{"f": isFile("x")}
 	const truncated, unreadable, garbage = "the archive is truncated", "the archive cannot be read", "garbage behind the end"
+	header := pax(record("comment", "x"))
 	return []Case{
 		whole("one block of zeros", f+zeros(block), shown),
 		whole("a record of 10 KiB", f+zeros(10240), shown),
-		whole("1 MiB of zeros", f+zeros(1<<20), shown),
+		whole("4 MiB of zeros", f+zeros(4<<20), shown),
+		whole("4 MiB of zeros and a bit", f+zeros(4<<20+1), shown),
+		whole("no block of zeros", f, shown),
+		whole("no block of zeros behind a directory", f+dir("d"), Listing{"f": isFile("x"), "d": isDir()}),
+		whole("no block of zeros behind a label", f+member('V', "label", "", gnuMagic...), shown),
+		whole("no block of zeros behind a global header", f+member('g', "pax_global_header", record("comment", "x")), shown),
 		whole("zeros that are no block", f+mark+zeros(7), shown),
 		whole("nothing but the end", mark, Listing{}),
 		whole("nothing but one block of zeros", zeros(block), Listing{}),
-		stream("no bytes at all", "", truncated),
+		whole("no bytes at all", "", Listing{}),
 		stream("one byte", "x", truncated),
 		stream("half a header", f[:100], truncated),
 		stream("a header without its file", f[:block], truncated),
 		stream("half a file", f[:block+1], truncated),
 		stream("a file without its padding", f[:2*block-1], truncated),
-		stream("no end", f, truncated),
 		stream("half a block of zeros", f+zeros(100), truncated),
 		stream("half a header behind a file", f+f[:100], truncated),
-		stream("over 1 MiB of zeros", f+zeros(1<<20+1), "padding behind the end"),
+		stream("an extended header without its member", f+header, truncated),
+		stream("an extended header without its member, and zeros", f+header+mark, truncated),
+		stream("an extended header that is cut off", f+header[:block], truncated),
+		stream("a long name without its member", f+member('L', "././@LongLink", "name\x00", gnuMagic...), truncated),
+		stream("a byte of garbage behind 4 MiB", f+zeros(4<<20)+"x", garbage),
+		stream("a member behind 4 MiB", f+zeros(4<<20)+file("g", "x"), garbage),
 		stream("text behind", f+mark+"text", garbage),
 		stream("an archive behind", f+mark+file("g", "x")+mark, garbage),
 		stream("a byte behind a MiB", f+zeros(1<<20-1)+"x", garbage),
@@ -72,7 +82,10 @@ func noise(n int) string {
 func streamCases() (cases []Case) {
 	f := file("f", "x") + mark
 	fs := Listing{"f": isFile("x")}
-	const truncated, unreadable = "the archive is truncated", "the archive cannot be read"
+	const truncated, unreadable, noGzip, noZstd = "the archive is truncated", "the archive cannot be read", "behind the end of the gzip stream", "behind the end of the zstd stream"
+	nothing := func(mediaType, name, content string) {
+		cases = append(cases, fine("stream/"+name, Listing{}, layer{mediaType: mediaType, content: content}))
+	}
 	shown := func(mediaType, name, content string) {
 		cases = append(cases, fine("stream/"+name, fs, layer{mediaType: mediaType, content: content}))
 	}
@@ -94,8 +107,11 @@ func streamCases() (cases []Case) {
 	shown(gzipType, "gzip, an extra field", head(4, "\x05\x00abcde"))
 	shown(gzipType, "gzip, said to be text", head(1, ""))
 	shown(gzipType, "gzip, a time in the future", z[:4]+"\xff\xff\xff\xff"+z[8:])
-	refuse(gzipType, "gzip, nothing", "", unreadable)
-	refuse(gzipType, "gzip, of nothing", empty, truncated)
+	shown(gzipType, "gzip, no end", gzipped(f[:2*block]))
+	shown(gzipType, "gzip, 4 MiB of zeros", gzipped(f+strings.Repeat("\x00", 4<<20)))
+	nothing(gzipType, "gzip, nothing", "")
+	nothing(gzipType, "gzip, of nothing", empty)
+	nothing(gzipType, "gzip, of nothing, twice", empty+empty)
 	refuse(gzipType, "gzip, half a header", z[:5], truncated)
 	refuse(gzipType, "gzip, a header alone", z[:10], truncated)
 	refuse(gzipType, "gzip, half", z[:len(z)/2], truncated)
@@ -104,9 +120,12 @@ func streamCases() (cases []Case) {
 	refuse(gzipType, "gzip, a wrong check sum", z[:len(z)-8]+"\x00\x00\x00\x00"+z[len(z)-4:], unreadable)
 	refuse(gzipType, "gzip, a wrong size", z[:len(z)-4]+"\x00\x00\x00\x00", unreadable)
 	refuse(gzipType, "gzip, half a second header", z+z[:5], truncated)
-	refuse(gzipType, "gzip, zeros behind", z+strings.Repeat("\x00", 512), unreadable)
-	refuse(gzipType, "gzip, text behind", z+"text", "the archive")
-	refuse(gzipType, "gzip, an archive behind", z+f, unreadable)
+	refuse(gzipType, "gzip, zeros behind", z+strings.Repeat("\x00", 512), noGzip)
+	refuse(gzipType, "gzip, a byte behind", z+"x", noGzip)
+	refuse(gzipType, "gzip, seven bytes behind", z+"garbage", noGzip)
+	refuse(gzipType, "gzip, text behind", z+"text that is longer than a header", noGzip)
+	refuse(gzipType, "gzip, an archive behind", z+f, noGzip)
+	refuse(gzipType, "gzip, a byte of another member", z+"\x1f", truncated)
 	refuse(gzipType, "gzip, garbage in its archive", gzipped(f+"text"), "garbage behind the end")
 	refuse(gzipType, "gzip, a method of nobody", z[:2]+"\x07"+z[3:], unreadable)
 	refuse(gzipType, "gzip, a name without end", head(8, ""), "the archive")
@@ -118,6 +137,7 @@ func streamCases() (cases []Case) {
 	refuse(gzipType, "gzip, zstd instead", zstded(f), unreadable)
 	refuse(gzipType, "gzip, an archive instead", f, unreadable)
 	refuse(gzipType, "gzip, text instead", "text, and no gzip", unreadable)
+	refuse(gzipType, "gzip, seven bytes instead", "garbage", "it is not gzip: gzip: invalid header")
 	refuse(gzipType, "gzip, noise instead", noise(1000), unreadable)
 	refuse(gzipType, "gzip, zlib instead", "\x78\x9c\x03\x00\x00\x00\x00\x01", "the archive")
 
@@ -130,24 +150,31 @@ func streamCases() (cases []Case) {
 	shown(zstdType, "zstd, without a check sum", zstded(f, zstd.WithEncoderCRC(false)))
 	shown(zstdType, "zstd, a window of 128 MiB", zstdFrame("\x00\x88", f))
 	shown(zstdType, "zstd, bytes as they are", zstdFrame("\x00\x00", f))
-	refuse(zstdType, "zstd, a window of 256 MiB", zstdFrame("\x00\x90", f), unreadable)
-	refuse(zstdType, "zstd, the largest window", zstdFrame("\x00\xff", f), unreadable)
-	refuse(zstdType, "zstd, nothing", "", truncated)
-	refuse(zstdType, "zstd, only what is to be skipped", skip, truncated)
+	shown(zstdType, "zstd, no end", zstded(f[:2*block]))
+	refuse(zstdType, "zstd, a window of 256 MiB", zstdFrame("\x00\x90", f), unreadable, "128 MiB", "--long=27")
+	refuse(zstdType, "zstd, the largest window", zstdFrame("\x00\xff", f), unreadable, "128 MiB", "--long=27")
+	refuse(zstdType, "zstd, one segment of 256 MiB", zstdFrame("\xa0\x00\x00\x00\x10", f), unreadable, "128 MiB", "--long=27")
+	refuse(zstdType, "zstd, a window of 256 MiB in the second frame", s+zstdFrame("\x00\x90", f), unreadable, "128 MiB", "--long=27")
+	nothing(zstdType, "zstd, nothing", "")
+	nothing(zstdType, "zstd, of nothing", "\x28\xb5\x2f\xfd\x20\x00\x01\x00\x00")
+	nothing(zstdType, "zstd, only what is to be skipped", skip)
 	refuse(zstdType, "zstd, half a header", s[:5], truncated)
 	refuse(zstdType, "zstd, half", s[:len(s)/2], truncated)
 	refuse(zstdType, "zstd, without its check sum", s[:len(s)-4], truncated)
 	refuse(zstdType, "zstd, a wrong check sum", s[:len(s)-4]+"\x00\x00\x00\x00", unreadable)
 	refuse(zstdType, "zstd, half a second header", s+s[:3], truncated)
-	refuse(zstdType, "zstd, zeros behind", s+strings.Repeat("\x00", 512), unreadable)
-	refuse(zstdType, "zstd, text behind", s+"text that is no frame", unreadable)
+	refuse(zstdType, "zstd, zeros behind", s+strings.Repeat("\x00", 512), noZstd)
+	refuse(zstdType, "zstd, text behind", s+"text that is no frame", noZstd)
+	refuse(zstdType, "zstd, seven bytes behind", s+"garbage", noZstd)
+	refuse(zstdType, "zstd, two bytes behind", s+"ab", "or there are up to 3 bytes behind the last one")
+	refuse(zstdType, "zstd, text behind what is to be skipped", skip+"text that is no frame", noZstd)
 	refuse(zstdType, "zstd, a wrong size of its content", zstdFrame("\x20\x05", f), unreadable)
 	refuse(zstdType, "zstd, a size of 2^63", zstdFrame("\xc0\x00\xff\xff\xff\xff\xff\xff\xff\x7f", f), "")
 	refuse(zstdType, "zstd, a dictionary that is nowhere", zstdFrame("\x01\x00\x07", f), unreadable)
 	refuse(zstdType, "zstd, a reserved bit", zstdFrame("\x08\x00", f), unreadable)
 	refuse(zstdType, "zstd, a block of nobody", "\x28\xb5\x2f\xfd\x00\x00\x07\x00\x00", unreadable)
 	refuse(zstdType, "zstd, a frame to skip that claims 4 GiB", s+"\x50\x2a\x4d\x18\xff\xff\xff\xffx", "the archive")
-	refuse(zstdType, "zstd, gzip instead", z, unreadable)
+	refuse(zstdType, "zstd, gzip instead", z, unreadable, "it is not zstd")
 	refuse(zstdType, "zstd, an archive instead", f, unreadable)
 	refuse(zstdType, "zstd, noise instead", noise(1000), unreadable)
 
@@ -165,6 +192,20 @@ func streamCases() (cases []Case) {
 				Want: refused("layer 1 ("+mediaType, "the config lists the DiffID "+id),
 			})
 		}
+		none := layer{mediaType: mediaType}
+		cases = append(cases, Case{
+			Name: "stream/DiffID in the config, of nothing, " + mediaType[len(tarType)+1:],
+			Make: func() *Artifact {
+				return pack(good(), none).withDiffIDs(good().name().String(), digestOf("").String()).done()
+			},
+			Want: shows(Listing{"good.txt": isRaw("a good file\n")}),
+		}, Case{
+			Name: "stream/DiffID in the config, of something for nothing, " + mediaType[len(tarType)+1:],
+			Make: func() *Artifact {
+				return pack(good(), none).withDiffIDs(good().name().String(), digestOf("x").String()).done()
+			},
+			Want: refused("layer 1 ("+mediaType, "the config lists the DiffID "+digestOf("x").String()),
+		})
 	}
 	return sorted(cases)
 }

@@ -50,7 +50,7 @@ type content struct {
 	once     sync.Once
 	retained error
 	// info is of the retained file. made tells that this build has copied or
-	// decompressed it, so that it takes disk and is counted here.
+	// decompressed it, so that it takes disk and this Tree counts it.
 	info os.FileInfo
 	made bool
 }
@@ -362,9 +362,9 @@ func (cs *contents) sparse(ctx context.Context, r io.Reader, key memberKey, size
 	return c, f.Close()
 }
 
-// settle removes the archives and sparse members that are not needed, and counts what
-// the others take of the disk if nobody else has counted it. Nothing may be retained
-// any more: a layer that nothing is shown of may have the blob, too.
+// settle removes the archives and sparse members that are not needed, and counts the disk
+// usage of the others that this build has made. Call it when all layers are retained: a
+// later one may have the same blob.
 func (cs *contents) settle(needed func(*content) bool) error {
 	for _, c := range slices.Concat(slices.Collect(maps.Values(cs.members)), slices.Collect(maps.Values(cs.files))) {
 		if (c.own || c.layer.Format == artifact.FormatTar) && !needed(c) {

@@ -205,8 +205,8 @@ func (t *Tree) build(ctx context.Context, a *artifact.Artifact, o Options) error
 	return err
 }
 
-// write plans the artifact and writes the plan, and tells which contents the Tree
-// needs then.
+// write plans the artifact and writes the plan. It returns which contents the Tree still
+// needs.
 func (t *Tree) write(ctx context.Context, a *artifact.Artifact, cs *contents, s shift) (needed func(*content) bool, err error) {
 	if err := cs.retainArchives(ctx, a.Layers); err != nil {
 		return nil, err

@@ -122,9 +122,9 @@ func (s *Store) begin() bool {
 	return true
 }
 
-// load returns the Tree of id, nil if it has to be built, and whether its name is
-// mounted. Both, none and mounted, is a Tree that another version of this program has
-// made and that pods show: nobody but their last one ends that.
+// load returns the Tree of id, nil if there is none, and whether one is mounted. If there
+// is none and one is mounted, another version of this program made it, and it stays until
+// its last pod ends.
 func (s *Store) load(id ID) (t *unpack.Tree, mounted bool, err error) {
 	t, lerr := unpack.Load(s.path(id))
 	mounted, err = s.mounted(id.name())

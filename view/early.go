@@ -41,10 +41,10 @@ const (
 	// manifest may be a file of an artifact, whose blobs never come.
 	maxEarly = 64 << 20
 	perEarly = 256 << 10
-	// patience is for how long a build waits if nothing arrives for it. containerd gives
-	// a pull up after the same time (image_pull_progress_timeout, docs/cri/config.md).
+	// patience is how long a build waits without progress. containerd gives up a pull
+	// after the same time (image_pull_progress_timeout in docs/cri/config.md).
 	patience = 5 * time.Minute
-	// alive is for how long a build that something has arrived for leaves no room to others.
+	// alive is how long after its last progress a build makes no room for others.
 	alive = 30 * time.Second
 	// lookAgain is how often a build that waits for a blob looks by itself whether
 	// it has arrived, and whether the manifest is still there: a pull that is given
@@ -59,8 +59,8 @@ type early struct {
 	hurry    chan struct{} // closed when a pod asks, or nothing arrives any more: then all is there, or never will be
 	once     sync.Once
 
-	// Of Store.mu. blobs are the layers' by the encoded digest, begun is when it began
-	// and moved when one of them has last arrived or got on; zero if none has.
+	// Guarded by Store.mu: the encoded digests of the layers, when the build began, and
+	// when a layer last arrived or grew; zero if none has.
 	blobs        map[string]bool
 	begun, moved time.Time
 }
@@ -81,7 +81,7 @@ func (s *Store) arrived(ctx context.Context, path string) {
 	s.unpackEarly(ctx, path)
 }
 
-// moved takes note that a blob gets on. The caller holds s.mu.
+// moved notes progress of a blob. The caller holds s.mu.
 func (s *Store) moved(blob string) {
 	for _, e := range s.early {
 		if e.blobs[blob] {
@@ -90,8 +90,8 @@ func (s *Store) moved(blob string) {
 	}
 }
 
-// lookForProgress takes note of blobs that the runtime is receiving, and ends the waiting
-// of builds that nothing has arrived for in all of patience.
+// lookForProgress notes which blobs the runtime is receiving, and ends the waiting of builds
+// for which nothing has arrived within patience.
 func (s *Store) lookForProgress() {
 	s.mu.Lock()
 	waiting := len(s.early)
@@ -119,9 +119,9 @@ func (s *Store) lookForProgress() {
 	}
 }
 
-// makeRoom reports whether there is room for e beside the builds that wait, and ends the
-// waiting of those that nothing has arrived for, the longest first, if there is none. The
-// caller holds s.mu.
+// makeRoom reports whether e may wait, too. If there is no room it ends the waiting of
+// builds for which nothing arrives, those first that have waited longest. The caller holds
+// s.mu.
 func (s *Store) makeRoom(e *early) bool {
 	total := e.size
 	for _, other := range s.early {

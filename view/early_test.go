@@ -6,6 +6,7 @@ package view
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -14,6 +15,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/remotes"
+	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -193,8 +197,8 @@ func (s *site) openEarly() *clock {
 	return c
 }
 
-// beginEarly lets the manifest and the config of gzipped(n) arrive, and returns what the
-// rest is when the build waits for it.
+// beginEarly lets the manifest and the config of gzipped(n) arrive. When the build waits
+// for the layers it returns them.
 func (s *site) beginEarly(n int) (d ocispec.Descriptor, rest map[string][]byte) {
 	s.t.Helper()
 	d, rest = s.gzipped(n)
@@ -230,23 +234,29 @@ func (s *site) waits(d ocispec.Descriptor) bool {
 	}
 }
 
-func (s *site) ingest(hex string) string {
-	return filepath.Join(s.config.Content.String(), "ingest", "of-"+hex)
-}
-
-// receive makes containerd have n bytes of a blob.
-func (s *site) receive(hex string, n int64) {
+// ingest is what containerd receives a blob with, and what it calls that.
+func (s *site) ingest(hex string) (store content.Store, ref string) {
 	s.t.Helper()
-	dir := s.ingest(hex)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	store, err := local.NewStore(s.config.Content.String())
+	if err != nil {
 		s.t.Fatal(err)
 	}
-	for name, content := range map[string]string{"ref": "k8s.io/7/unknown-sha256:" + hex, "data": ""} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
-			s.t.Fatal(err)
-		}
+	desc := ocispec.Descriptor{MediaType: "application/vnd.cncf.model.weight.v1.raw", Digest: digest.NewDigestFromEncoded(digest.SHA256, hex)}
+	return store, "k8s.io/7/" + remotes.MakeRefKey(context.Background(), desc)
+}
+
+// receive makes containerd have one more byte of a blob.
+func (s *site) receive(hex string) {
+	s.t.Helper()
+	store, ref := s.ingest(hex)
+	w, err := store.Writer(context.Background(), content.WithRef(ref))
+	if err != nil {
+		s.t.Fatal(err)
 	}
-	if err := os.Truncate(filepath.Join(dir, "data"), n); err != nil {
+	if _, err := w.Write([]byte{0}); err != nil {
+		s.t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
 		s.t.Fatal(err)
 	}
 }
@@ -260,10 +270,10 @@ func TestAnEarlyBuildEndsWhenNothingArrives(t *testing.T) {
 	for hex := range rest {
 		blobs = append(blobs, hex)
 	}
-	for hour := range int64(3) { // a large blob over a slow line
-		for minute := range int64(60) {
+	for range 3 { // hours, for a large blob over a slow line
+		for range 60 {
 			clock.pass(time.Minute)
-			s.receive(blobs[0], 60*hour+minute)
+			s.receive(blobs[0])
 			s.lookForProgress()
 			if !s.waits(slow) {
 				t.Fatal("a build has ended whose layer still arrives")
@@ -279,7 +289,8 @@ func TestAnEarlyBuildEndsWhenNothingArrives(t *testing.T) {
 		return len(s.early) == 1 && len(s.building) == 1
 	})
 	// One layer is there, which counts, and the other one does not follow.
-	if err := os.RemoveAll(s.ingest(blobs[0])); err != nil {
+	store, ref := s.ingest(blobs[0])
+	if err := store.Abort(context.Background(), ref); err != nil {
 		t.Fatal(err)
 	}
 	clock.pass(patience - time.Second)
@@ -315,7 +326,7 @@ func TestNoNumberOfBuildsThatWaitInVainKeepsOthersFromIt(t *testing.T) {
 		first = hex
 		break
 	}
-	s.receive(first, 1)
+	s.receive(first)
 	const room = maxEarly / perEarly
 	for i := range room + 20 {
 		s.beginEarly(1 + i)
@@ -341,22 +352,27 @@ func TestNoNumberOfBuildsThatWaitInVainKeepsOthersFromIt(t *testing.T) {
 	}
 }
 
-func TestTheNamesOfWhatContainerdReceives(t *testing.T) {
+func TestWhatContainerdReceives(t *testing.T) {
 	s := newSite(t)
 	hex := digest.FromString("x").Encoded()
-	for ref, want := range map[string]string{
-		"k8s.io/1/layer-sha256:" + hex:             hex,
-		"k8s.io/12/unknown-name@sha256:" + hex:     hex,
-		"artifact-snapshotter-empty-sha256":        "",
-		"k8s.io/1/layer-sha256:" + hex + "/../../": "",
-		"": "",
+	ingest := filepath.Join(s.config.Content.String(), "ingest", "0123")
+	if err := os.MkdirAll(ingest, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for ref, want := range map[string]map[string]int64{
+		"k8s.io/1/layer-sha256:" + hex:             {hex: 5},
+		"k8s.io/12/unknown-name@sha256:" + hex:     {hex: 5},
+		"artifact-snapshotter-empty-sha256":        {},
+		"k8s.io/1/layer-sha256:" + hex + "/../../": {},
+		"": {},
 	} {
-		s.receive(hex, 5)
-		if err := os.WriteFile(filepath.Join(s.ingest(hex), "ref"), []byte(ref), 0o600); err != nil {
-			t.Fatal(err)
+		for name, text := range map[string]string{"ref": ref, "data": "bytes"} {
+			if err := os.WriteFile(filepath.Join(ingest, name), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
 		}
-		if got := s.receiving()[want]; got != 5 && want != "" || want == "" && len(s.receiving()) > 0 {
-			t.Errorf("%q: %v", ref, s.receiving())
+		if got := s.receiving(); !maps.Equal(got, want) {
+			t.Errorf("%q: %v, want %v", ref, got, want)
 		}
 	}
 }

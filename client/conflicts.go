@@ -167,7 +167,7 @@ func (w *Watcher) Check(ctx context.Context, namespace string, target digest.Dig
 
 // WatcherStats is what a Watcher knows.
 type WatcherStats struct {
-	// Connected tells that containerd's images are known. Else image volumes are
+	// Connected tells that containerd's images are known. Else volumes of artifacts are
 	// refused, and the following are 0.
 	Connected bool
 	// Artifacts is how many artifacts there are in all namespaces, and Conflicts how

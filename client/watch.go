@@ -90,7 +90,7 @@ func (w *Watcher) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		listed, err := w.watch(ctx)
 		if listed && ctx.Err() == nil {
-			logger.WithError(err).Info("Lost containerd: image volumes are refused until it is back")
+			logger.WithError(err).Info("Lost containerd: volumes of artifacts are refused until it is back")
 		}
 		w.set(func() {
 			w.known, w.broken = nil, err
@@ -107,7 +107,7 @@ func (w *Watcher) Run(ctx context.Context) {
 			level = log.WarnLevel
 		}
 		if ctx.Err() == nil {
-			logger.WithError(err).Log(level, "Cannot watch containerd's images: image volumes are refused until this works; still trying")
+			logger.WithError(err).Log(level, "Cannot watch containerd's images: volumes of artifacts are refused until this works; still trying")
 		}
 		select {
 		case <-ctx.Done():

@@ -290,7 +290,7 @@ func gauge(name, help string, labels ...string) *prometheus.Desc {
 }
 
 var (
-	connectedGauge = gauge("containerd_connected", "Whether the images of containerd are known: 1, or 0, and then image volumes are refused.")
+	connectedGauge = gauge("containerd_connected", "Whether the images of containerd are known: 1, or 0, and then volumes of artifacts are refused.")
 	artifactsGauge = gauge("artifacts", "Artifacts among the images of containerd, in all namespaces.")
 	conflictsGauge = gauge("image_conflicts", "Artifacts that are refused because they share their config with another image.")
 	treesGauge     = gauge("trees", "Trees on the node: artifacts that are laid out, and those of pods with a user namespace again.", "raw", "tar")

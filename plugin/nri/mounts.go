@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/nri/pkg/api"
@@ -95,6 +96,9 @@ func inContainerd(m *api.Mount, sandbox string) (volume, bool) {
 		sub:         found[3],
 	}, true
 }
+
+// directory is containerd's own of the whole volume.
+func (v volume) directory() string { return strings.TrimSuffix(path.Clean(v.source), "/"+v.sub) }
 
 // inCRIO is the bind of a blob from one of CRI-O's artifact stores; false if the mount is
 // none. A store that is not in the configuration is one all the same, which is said

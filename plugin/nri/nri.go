@@ -211,7 +211,7 @@ func (p *Plugin) checkAddress(ctx context.Context, runtime string) {
 	if _, err := os.Stat(p.ContainerdAddress); err != nil {
 		p.unwatched.Do(func() {
 			log.G(ctx).WithError(err).WithField("containerd_address", p.ContainerdAddress).
-				Warn("containerd has the plugin of NRI, but its socket is not at containerd_address: image volumes are refused until it is")
+				Warn("containerd has the plugin of NRI, but its socket is not at containerd_address: volumes of artifacts are refused until it is")
 		})
 	}
 }

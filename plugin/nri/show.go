@@ -109,13 +109,8 @@ func (p *Plugin) show(ctx context.Context, v *volume, owners unpack.IDMap, unmap
 	if v.refused != nil {
 		return nil, "", v.refused
 	}
-	if v.target.Digest == "" {
-		if v.target, err = p.Blobs.Find(v.hex); err != nil {
-			return nil, "", err
-		}
-	}
 	if v.namespace != "" {
-		if err := p.check(ctx, v); err != nil {
+		if err := p.identify(ctx, v); err != nil {
 			return nil, "", err
 		}
 	}
@@ -134,6 +129,27 @@ func (p *Plugin) show(ctx context.Context, v *volume, owners unpack.IDMap, unmap
 		return nil, "", err
 	}
 	return shown, source, nil
+}
+
+// identify finds out what containerd has mounted. It is artifact.ErrNotArtifact if that is an
+// image, which concerns nobody here: neither a blob nor the images of containerd need to be
+// known for it. containerd unpacks nothing of an artifact, so what has files, but no
+// manifest in any directory of blobs (content_root is wrong, say), is an image, too. What has
+// no files may be an image without any that containerd has taken for an artifact.
+func (p *Plugin) identify(ctx context.Context, v *volume) (err error) {
+	files, unseen := hasFiles(v.directory())
+	switch v.target, err = p.Blobs.Find(v.hex); {
+	case err != nil && files:
+		log.G(ctx).WithError(err).WithField("target", v.hex).Debug("a volume with files of containerd's own is that of an image")
+		return artifact.ErrNotArtifact
+	case err != nil:
+		return err
+	case files || unseen != nil:
+		if _, err := artifact.Read(ctx, p.Blobs, v.target); errors.Is(err, artifact.ErrNotArtifact) {
+			return err
+		}
+	}
+	return p.check(ctx, v)
 }
 
 // check refuses what containerd may have taken for another image.
@@ -298,7 +314,8 @@ func (p *Plugin) missed(ctx context.Context, c *api.Container, raw []rawMount) {
 		return
 	}
 	for _, m := range raw {
-		if m.dir == "" || empty(m.dir) { // else the snapshotter has shown it
+		files, err := hasFiles(m.dir)
+		if m.dir == "" || err == nil && !files { // else the snapshotter has shown it
 			log.G(ctx).WithFields(log.Fields{"sandbox": c.GetPodSandboxId(), "container": c.GetName(), "path": m.path}).
 				Warn("A container was created without the plugin of NRI, and its volume of an artifact is what the runtime makes of it: delete its pod")
 			return
@@ -306,15 +323,21 @@ func (p *Plugin) missed(ctx context.Context, c *api.Container, raw []rawMount) {
 	}
 }
 
-// empty reports whether dir has nothing in it, as containerd's volume of an artifact.
-func empty(dir string) bool {
+// hasFiles reports whether there is anything in dir: in that of containerd's volume of an
+// artifact there is nothing.
+func hasFiles(dir string) (bool, error) {
 	f, err := os.Open(dir)
 	if err != nil {
-		return false
+		return false, err
 	}
 	defer f.Close()
-	_, err = f.Readdirnames(1)
-	return errors.Is(err, io.EOF)
+	switch _, err = f.Readdirnames(1); {
+	case errors.Is(err, io.EOF):
+		return false, nil
+	case err != nil:
+		return false, err
+	}
+	return true, nil
 }
 
 // mounted is what a container shows by its mounts. Of a Tree that is shifted for a user

@@ -209,30 +209,6 @@ func TestMountsOfCRIOAreReplaced(t *testing.T) {
 	s.wantRecords("one")
 }
 
-func TestWhatIsNoArtifactIsLeftAlone(t *testing.T) {
-	s := newSite(t)
-	image := artifactOf(raw("file", "f"))
-	image.ConfigType, image.Config = ocispec.MediaTypeImageConfig, []byte("{}")
-	d, err := image.WriteTo(string(s.content))
-	if err != nil {
-		t.Fatal(err)
-	}
-	model := s.model(s.content)
-	other := volumeOf("/other", model)
-	other.Source = strings.Replace(other.Source, sandbox, "another-sandbox", 1)
-	tmpfs := volumeOf("/tmp", model)
-	tmpfs.Type, tmpfs.Options = "tmpfs", nil
-	for name, m := range map[string]*api.Mount{"an image": volumeOf("/image", d), "of another sandbox": other, "no bind": tmpfs, "no mount": nil} {
-		if got, err := s.ask("one", m); got != nil || err != nil {
-			t.Errorf("%s: %+v, %v", name, got, err)
-		}
-	}
-	s.wantRecords()
-	if len(s.answers) > 0 {
-		t.Errorf("the answers are %v", s.answers)
-	}
-}
-
 func TestARefusalLeavesNothing(t *testing.T) {
 	s := newSite(t)
 	good := s.model(s.content)

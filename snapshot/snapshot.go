@@ -232,11 +232,15 @@ func (s *snapshotter) show(ctx context.Context, volume *volume, kind snapshots.K
 	if err != nil {
 		return nil, err
 	}
-	want, err := s.target(ctx, volume, kind, key, parent)
+	// What is waited for, containerd's images and the Tree, has one budget: containerd's
+	// lock is held meanwhile.
+	waiting, cancel := context.WithTimeout(ctx, view.MaxWait)
+	defer cancel()
+	want, err := s.target(waiting, volume, kind, key, parent)
 	if err != nil {
 		return nil, err
 	}
-	v, err := s.acquire(ctx, want, owners(base))
+	v, err := s.acquire(waiting, want, owners(base))
 	switch {
 	case err == nil:
 	case volume != nil:
@@ -255,7 +259,11 @@ func (s *snapshotter) show(ctx context.Context, volume *volume, kind snapshots.K
 	return v, nil
 }
 
-// target is what a new snapshot is to show; volume is nil if the key is that of none.
+// target is what a new snapshot is to show; volume is nil if the key is that of none. An
+// image whose config has layers is ordinary by its parent, whatever is known of containerd's
+// images and wherever its blobs are. A volume without a parent is an artifact's, or empty: an
+// image without layers may be in the place of an artifact with its config, so of both it is
+// asked which images there are.
 func (s *snapshotter) target(ctx context.Context, volume *volume, kind snapshots.Kind, key, parent string) (want wanted, err error) {
 	of, err := s.subjectOf(ctx, parent)
 	if err != nil || parent != "" && of.ordinary() {

@@ -32,6 +32,8 @@ type node struct {
 	snapshots.Snapshotter
 	content, root, state string
 	views                *view.Store
+	images               Images
+	observer             view.Observer
 }
 
 func newNode(t *testing.T) *node {
@@ -50,10 +52,10 @@ func newNode(t *testing.T) *node {
 func (n *node) open(t *testing.T) {
 	t.Helper()
 	var err error
-	if n.views, err = view.Open(ctx, view.Config{Root: n.root, State: n.state, Content: blobdir.Dir(n.content)}); err != nil {
+	if n.views, err = view.Open(ctx, view.Config{Root: n.root, State: n.state, Content: blobdir.Dir(n.content), Observer: n.observer}); err != nil {
 		t.Fatal(err)
 	}
-	if n.Snapshotter, err = New(n.root, n.views, nil); err != nil {
+	if n.Snapshotter, err = New(n.root, n.views, n.images); err != nil {
 		t.Fatal(err)
 	}
 	opened, views := n.Snapshotter, n.views

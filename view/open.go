@@ -39,7 +39,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		directIO: c.DirectIO,
 		budget:   unpack.NewBudget(c.Limits),
 		observer: c.Observer,
-		maxWait:  maxWait,
+		maxWait:  MaxWait,
 		now:      time.Now,
 		wake:     make(chan struct{}, 1),
 		held:     map[string]int{},

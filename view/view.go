@@ -45,12 +45,12 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// maxWait is how long a request waits for a build. containerd holds a lock of
-// the snapshotter's during a request: its garbage collector waits for it, and
-// every other request waits for the collector (core/metadata/snapshot.go). A
-// request for a large compressed artifact must not stop the node's other pods;
-// kubelet asks again.
-const maxWait = 20 * time.Second
+// MaxWait is how long a request may wait, for a build and for whatever else there is.
+// containerd holds a lock of the snapshotter's during a request: its garbage collector
+// waits for it, and every other request waits for the collector
+// (core/metadata/snapshot.go). A request for a large compressed artifact must not stop
+// the node's other pods; kubelet asks again.
+const MaxWait = 20 * time.Second
 
 // Config says where the store keeps what.
 type Config struct {

@@ -1,0 +1,93 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/view"
+)
+
+// imagesThat are containerd's images, which answer with what the function returns.
+type imagesThat func() error
+
+func (f imagesThat) Check(context.Context, string, digest.Digest) error { return f() }
+func (imagesThat) Name(string, digest.Digest) string                    { return "" }
+
+// Which images containerd has is not asked for the volume of an image with layers, and
+// its manifest is not looked for.
+func TestAnImageVolumeOfAnImageNeedsNothingOfContainerd(t *testing.T) {
+	unknown := fmt.Errorf("it is not known which images there are: %w", errdefs.ErrUnavailable)
+	n := newNode(t)
+	n.images = imagesThat(func() error { return unknown })
+	n.close(t)
+	n.open(t)
+	if _, err := n.Prepare(ctx, "layer", ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Commit(ctx, "chain", "layer"); err != nil {
+		t.Fatal(err)
+	}
+	empty, err := pack.Image(ocispec.ImageConfig{}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := empty.WriteTo(n.content)
+	if err != nil {
+		t.Fatal(err)
+	}
+	elsewhere := ocispec.Descriptor{Digest: "sha256:" + ocispecHex} // in another content root
+	for _, tt := range []struct {
+		name   string
+		of     ocispec.Descriptor
+		parent string
+		want   error // nil is a snapshot of overlayfs
+	}{
+		{"an image", d, "chain", nil},
+		{"an image in another content root", elsewhere, "chain", nil},
+		{"an image without layers, which may be in the place of an artifact", d, "", unknown},
+		{"an artifact", n.pack(t), "", unknown},
+		{"an artifact in another content root", elsewhere, "", errdefs.ErrNotFound},
+	} {
+		mounts, err := n.Prepare(ctx, key(tt.name, tt.of), tt.parent)
+		if !errors.Is(err, tt.want) || err == nil && !strings.Contains(strings.Join(mounts[0].Options, " "), filepath.Join(n.root, "overlayfs")) {
+			t.Errorf("%s: %v, %v; want %v", tt.name, mounts, err, tt.want)
+		}
+	}
+}
+
+// containerd's lock is held while its images are waited for, and while a Tree is.
+func TestAVolumeWaitsForAllThereIsForOneBudget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t)
+		n.close(t)
+		const known = 10 * time.Second
+		n.images = imagesThat(func() error { time.Sleep(known); return nil })
+		built := make(chan struct{})
+		n.observer.Counted = func(unpack.Retention, int64) { <-built }
+		n.open(t)
+		began := time.Now()
+		_, err := n.Prepare(ctx, key("pod", n.pack(t)), "")
+		if _, unfinished := errors.AsType[*view.UnfinishedError](err); !unfinished || !errdefs.IsUnavailable(err) {
+			t.Errorf("got %v, want that the artifact is still being unpacked", err)
+		}
+		if took := time.Since(began); took < known || took > view.MaxWait {
+			t.Errorf("it took %v, want %v at most", took, view.MaxWait)
+		}
+		close(built)
+	})
+}

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/containerd/containerd/v2/pkg/atomicfile"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -221,9 +222,17 @@ func CollectKept(blobs blobdir.Dir, dirs []string) error {
 }
 
 // Promise says that the snapshot in dir is to keep the layers of an artifact. That
-// takes time, so the next Apply on top of it does it.
+// takes time, so the next Apply on top of it does it. Another Apply may read meanwhile
+// what was promised before: an empty file would be no promise.
 func Promise(dir string, manifest digest.Digest) error {
-	return os.WriteFile(filepath.Join(dir, promiseFile), []byte(manifest), 0o600)
+	f, err := atomicfile.New(filepath.Join(dir, promiseFile), 0o600)
+	if err != nil {
+		return err
+	}
+	if _, err := f.Write([]byte(manifest)); err != nil {
+		return errors.Join(err, f.Cancel())
+	}
+	return f.Close()
 }
 
 // promised is what Promise has said, "" if nothing.
@@ -232,5 +241,12 @@ func promised(dir string) (digest.Digest, error) {
 	if errors.Is(err, os.ErrNotExist) {
 		return "", nil
 	}
-	return digest.Digest(b), err
+	if err != nil {
+		return "", err
+	}
+	manifest, err := digest.Parse(string(b))
+	if err != nil {
+		return "", fmt.Errorf("%s says no digest but %.100q: %w", filepath.Join(dir, promiseFile), b, err)
+	}
+	return manifest, nil
 }

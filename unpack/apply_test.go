@@ -7,6 +7,7 @@ import (
 	"archive/tar"
 	"context"
 	"errors"
+	"io"
 	"maps"
 	"os"
 	"os/exec"
@@ -476,6 +477,32 @@ func TestLayersOnTopOfAnArtifactKeepItsLayers(t *testing.T) {
 	}
 	if _, err := c.add(t, c.raw(t, "more", "more")); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), manifest.String()) {
 		t.Errorf("without the artifact: %v", err)
+	}
+}
+
+// Two images may be unpacked on top of one artifact: each promises, and reads.
+func TestAPromiseIsReplacedAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	before, after := digest.FromString("before"), digest.FromString("after")
+	if err := Promise(dir, before); err != nil {
+		t.Fatal(err)
+	}
+	reader, err := os.Open(filepath.Join(dir, promiseFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	if err := Promise(dir, after); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(reader); err != nil || string(got) != before.String() {
+		t.Errorf("who reads meanwhile gets %q, %v; want %s", got, err, before)
+	}
+	if got, err := promised(dir); err != nil || got != after {
+		t.Errorf("who reads afterwards gets %q, %v; want %s", got, err, after)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
+		t.Errorf("left are %v, %v; want the promise alone", entries, err)
 	}
 }
 

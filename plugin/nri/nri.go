@@ -30,6 +30,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/containerd/nri/pkg/api"
 	"github.com/containerd/nri/pkg/stub"
+	"github.com/containerd/ttrpc"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
@@ -167,9 +168,20 @@ func (p *Plugin) serve(ctx context.Context) (served bool, err error) {
 		return false, err
 	}
 	defer func() { _ = conn.Close() }()
-	s := &session{Plugin: p, logger: log.G(ctx), configured: make(chan struct{}), synchronized: make(chan struct{})}
-	plugin, err := stub.New(s, stub.WithLogger(stubLogger{s.logger}), stub.WithConnection(conn),
-		stub.WithPluginName(p.Name), stub.WithPluginIdx(p.Index))
+	s := &session{Plugin: p, logger: log.G(ctx), registered: make(chan struct{}), configured: make(chan struct{}), synchronized: make(chan struct{})}
+	options := []stub.Option{
+		stub.WithLogger(stubLogger{s.logger}), stub.WithConnection(conn),
+		stub.WithPluginName(p.Name), stub.WithPluginIdx(p.Index),
+		stub.WithTTRPCOptions([]ttrpc.ClientOpts{ttrpc.WithUnaryClientInterceptor(s.called)}, nil),
+	}
+	if !p.Passthrough {
+		// A container whose creation the plugin has not answered would have the wrong
+		// files. A runtime takes a plugin away that is late, and then asks nobody: so it
+		// is to be kept, and asked again. With passthrough that is as it should be, and
+		// the plugin connects again. A runtime before NRI 0.12.5 ignores this.
+		options = append(options, stub.WithFailurePolicy(&api.FailurePolicy{FailRequest: true, KeepConnected: true}))
+	}
+	plugin, err := stub.New(s, options...)
 	if err != nil {
 		return false, err
 	}
@@ -179,12 +191,13 @@ func (p *Plugin) serve(ctx context.Context) (served bool, err error) {
 	case err := <-ended:
 		return false, lost(err)
 	case <-time.After(p.registerTimeout):
-		// The stub waits for ever when it has registered and nobody configures it:
-		// it is left behind, and a new one tries again.
-		return false, fmt.Errorf("the runtime has taken the connection, but not the plugin: %w", errdefs.ErrUnavailable)
+		err = fmt.Errorf("the runtime has taken the connection, but not the plugin: %w", errdefs.ErrUnavailable)
 	case <-ctx.Done():
-		return false, ctx.Err()
+		err = ctx.Err()
 	case <-s.configured:
+	}
+	if err != nil {
+		return false, errors.Join(err, conn.Close(), s.giveUp(plugin, ended))
 	}
 	select {
 	case err := <-ended:
@@ -197,9 +210,29 @@ func (p *Plugin) serve(ctx context.Context) (served bool, err error) {
 		p.Observer.Connected(true)
 		defer p.Observer.Connected(false)
 	}
-	log.G(ctx).WithFields(log.Fields{"nri": p.Socket, "runtime": s.runtime, "version": s.version}).Info("Showing artifacts to a runtime by NRI")
+	log.G(ctx).WithFields(log.Fields{"nri": p.Socket, "runtime": s.runtime, "version": s.version, "nri_version": plugin.RuntimeNRIVersion()}).Info("Showing artifacts to a runtime by NRI")
 	p.checkAddress(ctx, s.runtime)
 	return true, lost(<-ended)
+}
+
+// giveUp ends a stub whose connection is closed, and that nobody has configured. Once it has
+// registered it waits for that alone, for ever (pkg/stub/stub.go of NRI, Start): so it is
+// told that it has failed.
+func (s *session) giveUp(plugin stub.Stub, ended <-chan error) error {
+	select {
+	case <-ended:
+		return nil
+	case <-s.registered:
+	}
+	service, ok := plugin.(api.PluginService)
+	if !ok {
+		return fmt.Errorf("NRI's stub is no api.PluginService but a %T: %w", plugin, errdefs.ErrNotImplemented)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	_, _ = service.Configure(ctx, &api.ConfigureRequest{}) // the error is the purpose
+	<-ended
+	return nil
 }
 
 // checkAddress warns of a containerd that has the plugin, and is not where its images are
@@ -230,12 +263,25 @@ type session struct {
 	*Plugin
 	logger           *log.Entry
 	runtime, version string
+	registered       chan struct{} // closed when the runtime has heard of the plugin
 	configured       chan struct{} // closed when the runtime has told who it is
 	synchronized     chan struct{} // closed when the runtime has told all that it has
 }
 
+// called is told of all calls to the runtime. The stub makes one, to register.
+func (s *session) called(ctx context.Context, req *ttrpc.Request, resp *ttrpc.Response, _ *ttrpc.UnaryClientInfo, call ttrpc.Invoker) error {
+	err := call(ctx, req, resp)
+	if err == nil {
+		once(s.registered)
+	}
+	return err
+}
+
 // Configure takes note of the runtime.
-func (s *session) Configure(_ context.Context, _, runtime, version string) (api.EventMask, error) {
+func (s *session) Configure(ctx context.Context, _, runtime, version string) (api.EventMask, error) {
+	if err := ctx.Err(); err != nil { // see giveUp
+		return 0, err
+	}
 	s.runtime, s.version = runtime, version
 	once(s.configured)
 	return 0, nil // all events that there is a method for
@@ -258,9 +304,10 @@ func once(c chan struct{}) {
 }
 
 // CreateContainer shows the artifacts that the container mounts. Its error is what the
-// pod's event says. No kind of it is for the runtime, which takes a plugin away that was
-// too slow (pkg/adaptation/plugin.go of NRI, isFatalError), and goes on without it. So
-// there is an answer before it is, even if the node is too busy for one.
+// pod's event says. No kind of it is for the runtime, which goes on without a plugin that
+// was too slow (pkg/adaptation/plugin.go of NRI, isFatalError), or, if it knows what was
+// asked of it, fails without a reason that says what to do. So there is an answer before,
+// even if the node is too busy for one.
 func (s *session) CreateContainer(ctx context.Context, pod *api.PodSandbox, c *api.Container) (*api.ContainerAdjustment, []*api.ContainerUpdate, error) {
 	ctx = log.WithLogger(ctx, s.logger.WithFields(log.Fields{"sandbox": pod.GetId(), "container": c.GetName()}))
 	ctx, cancel := within(ctx, 3, 4)

@@ -31,6 +31,36 @@ type runtime struct {
 	listener net.Listener
 	mu       sync.Mutex
 	conns    []net.Conn
+	answers  gate
+}
+
+// gate holds back what the plugin says, as if it hung, from hang to goOn.
+type gate struct {
+	mu   sync.RWMutex
+	held chan struct{} // what it says is held back
+}
+
+func (g *gate) hang() {
+	g.mu.Lock()
+	g.held = make(chan struct{}, 100)
+}
+
+func (g *gate) goOn() { g.mu.Unlock() }
+
+// gated is what is read from the plugin.
+type gated struct {
+	io.Reader
+	*gate
+}
+
+func (g gated) Read(b []byte) (int, error) {
+	n, err := g.Reader.Read(b)
+	if !g.mu.TryRLock() {
+		g.held <- struct{}{}
+		g.mu.RLock()
+	}
+	g.mu.RUnlock()
+	return n, err
 }
 
 // accept connects the plugin with the runtime at that socket.
@@ -48,8 +78,11 @@ func (r *runtime) accept(socket string) {
 		r.mu.Lock()
 		r.conns = append(r.conns, plugin, runtime)
 		r.mu.Unlock()
-		go io.Copy(plugin, runtime)
-		go io.Copy(runtime, plugin)
+		go func() {
+			io.Copy(plugin, runtime)
+			plugin.Close() // the runtime has taken it away
+		}()
+		go io.Copy(runtime, gated{plugin, &r.answers})
 	}
 }
 
@@ -57,11 +90,17 @@ func (r *runtime) accept(socket string) {
 func (r *runtime) end() {
 	r.listener.Close()
 	r.Stop()
+	r.hangUp()
+}
+
+// hangUp closes the connection with the plugin.
+func (r *runtime) hangUp() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, c := range r.conns {
 		c.Close()
 	}
+	r.conns = nil
 }
 
 func (s *site) startRuntime(containers ...*api.Container) *runtime {

@@ -439,10 +439,7 @@ func TestByNRIAContainerThatWasCreatedWithoutThePluginIsNamed(t *testing.T) {
 
 // What NRI offers for a runtime that is without its plugin.
 func TestByNRIARequiredPluginThatIsNotThereStopsContainers(t *testing.T) {
-	n := node.ForTest(t, node.Options{NRI: true, ContainerdConfig: `[plugins.'io.containerd.nri.v1.nri'.default_validator]
-  enable = true
-  required_plugins = ['artifact-snapshotter']
-`})
+	n := node.ForTest(t, node.Options{NRI: true, ContainerdConfig: requiredPlugins})
 	src := writeModel(t)
 	ref := pulled(t, n, src, pack.Raw)
 	if older(t, n, 2, "no required plugins: the container starts with an empty directory") {
@@ -453,8 +450,8 @@ func TestByNRIARequiredPluginThatIsNotThereStopsContainers(t *testing.T) {
 	pod, err := n.RunSandbox(node.PodSpec{})
 	check(t, err)
 	err = pod.Start(node.Container{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
-	if want := `required plugin "artifact-snapshotter" not present`; err == nil || !strings.Contains(answer(t, err), want) {
-		t.Errorf("got %v, want %s", err, want)
+	if err == nil || !strings.Contains(answer(t, err), notPresent) {
+		t.Errorf("got %v, want %s", err, notPresent)
 	}
 	check(t, n.StartDaemon())
 	check(t, n.WaitForNRI())

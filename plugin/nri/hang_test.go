@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/containerd/nri/pkg/adaptation"
 	"github.com/containerd/nri/pkg/api"
 	"github.com/containerd/nri/pkg/net/multiplex"
@@ -108,6 +109,30 @@ func TestAContainerIsCreatedWithoutAPluginThatMayBePassed(t *testing.T) {
 	r.await(connected, false)
 	r.await(connected, true)
 	r.wantShown("next", mounts)
+}
+
+// A daemon that was stopped finds the creation of a container and its end together.
+func TestAContainerThatHasEndedIsNotRecorded(t *testing.T) {
+	s := newSite(t)
+	session := &session{Plugin: s.Plugin, logger: log.L}
+	pod, c := &api.PodSandbox{Id: sandbox}, &api.Container{Id: "late", Mounts: []*api.Mount{volumeOf("/model", s.model(s.content))}}
+	for name, end := range map[string]func() error{
+		"stopped":            func() error { _, err := session.StopContainer(t.Context(), pod, c); return err },
+		"removed":            func() error { return session.RemoveContainer(t.Context(), pod, c) },
+		"its pod is removed": func() error { return session.RemovePodSandbox(t.Context(), pod) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s.open()
+			session.Plugin = s.Plugin
+			if err := end(); err != nil {
+				t.Fatal(err)
+			}
+			if _, _, err := session.CreateContainer(t.Context(), pod, c); err == nil || !strings.Contains(err.Error(), "has ended before it was created") {
+				t.Errorf("got %v, want that the container has ended", err)
+			}
+			s.wantRecords()
+		})
+	}
 }
 
 // mute is a runtime that takes a plugin, and never configures it.

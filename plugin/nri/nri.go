@@ -197,7 +197,9 @@ func (p *Plugin) serve(ctx context.Context) (served bool, err error) {
 	case <-s.configured:
 	}
 	if err != nil {
-		return false, errors.Join(err, conn.Close(), s.giveUp(plugin, ended))
+		_ = conn.Close()
+		s.logger.WithError(s.giveUp(plugin, ended)).Debug("gave up a connection")
+		return false, err
 	}
 	select {
 	case err := <-ended:
@@ -215,13 +217,13 @@ func (p *Plugin) serve(ctx context.Context) (served bool, err error) {
 	return true, lost(<-ended)
 }
 
-// giveUp ends a stub whose connection is closed, and that nobody has configured. Once it has
-// registered it waits for that alone, for ever (pkg/stub/stub.go of NRI, Start): so it is
-// told that it has failed.
+// giveUp ends a stub whose connection is closed, and that nobody has configured, and returns
+// its error. Once it has registered it waits for that alone, for ever (pkg/stub/stub.go of
+// NRI, Start): so it is told that it has failed.
 func (s *session) giveUp(plugin stub.Stub, ended <-chan error) error {
 	select {
-	case <-ended:
-		return nil
+	case err := <-ended:
+		return err
 	case <-s.registered:
 	}
 	service, ok := plugin.(api.PluginService)
@@ -231,8 +233,7 @@ func (s *session) giveUp(plugin stub.Stub, ended <-chan error) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	_, _ = service.Configure(ctx, &api.ConfigureRequest{}) // the error is the purpose
-	<-ended
-	return nil
+	return <-ended
 }
 
 // checkAddress warns of a containerd that has the plugin, and is not where its images are
@@ -340,12 +341,12 @@ func (s *session) CreateContainer(ctx context.Context, pod *api.PodSandbox, c *a
 // StopContainer drops what the container has shown. It comes when it has ended, and
 // when it could not be created after all.
 func (s *session) StopContainer(ctx context.Context, _ *api.PodSandbox, c *api.Container) ([]*api.ContainerUpdate, error) {
-	s.drop(log.WithLogger(ctx, s.logger), c.GetId())
-	return nil, nil
+	return nil, s.RemoveContainer(ctx, nil, c)
 }
 
 // RemoveContainer is StopContainer for one that has not been stopped.
 func (s *session) RemoveContainer(ctx context.Context, _ *api.PodSandbox, c *api.Container) error {
+	s.references.end(c.GetId())
 	s.drop(log.WithLogger(ctx, s.logger), c.GetId())
 	return nil
 }
@@ -353,6 +354,7 @@ func (s *session) RemoveContainer(ctx context.Context, _ *api.PodSandbox, c *api
 // RemovePodSandbox drops what is left of a pod. CRI-O tells of nothing else if a
 // container could not be created because of another plugin.
 func (s *session) RemovePodSandbox(ctx context.Context, pod *api.PodSandbox) error {
+	s.references.end(pod.GetId())
 	s.drop(log.WithLogger(ctx, s.logger), s.references.of(pod.GetId())...)
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -63,6 +64,8 @@ type references struct {
 
 	mu sync.Mutex
 	by map[string]reference // by container
+	// ended are the containers and sandboxes that have ended of late, and the uptime then.
+	ended map[string]time.Duration
 }
 
 const recordSuffix = ".json"
@@ -75,7 +78,7 @@ func openReferences(ctx context.Context, dir string) (*references, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot tell whether the node was booted since the last start: %w", err)
 	}
-	r := &references{dir: dir, boot: string(bytes.TrimSpace(boot)), by: map[string]reference{}}
+	r := &references{dir: dir, boot: string(bytes.TrimSpace(boot)), by: map[string]reference{}, ended: map[string]time.Duration{}}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -131,9 +134,40 @@ func (r *references) shown(context.Context) (ids []view.ID, _ error) {
 	return ids, nil
 }
 
+// add is set for a container that is being created. What asks for it may come late, after
+// what tells that the container or its pod has ended: a daemon that was stopped deals with
+// all of it at once, in any order. Then it is errdefs.ErrNotFound.
+func (r *references) add(runtime, container, sandbox string, ids []view.ID) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, id := range []string{container, sandbox} {
+		if _, ok := r.ended[id]; ok {
+			return fmt.Errorf("container %.255s, or its pod, has ended before it was created: %w", container, errdefs.ErrNotFound)
+		}
+	}
+	return r.put(runtime, container, sandbox, ids)
+}
+
+// end takes note that a container or a sandbox has ended. Nothing of it comes later than
+// settling.
+func (r *references) end(id string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := uptime()
+	maps.DeleteFunc(r.ended, func(_ string, then time.Duration) bool { return now-then > settling })
+	r.ended[id] = now
+}
+
 // set records what a container of the runtime shows. An artifact that it shows twice counts
 // once.
 func (r *references) set(runtime, container, sandbox string, ids []view.ID) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.put(runtime, container, sandbox, ids)
+}
+
+// put is set under the lock.
+func (r *references) put(runtime, container, sandbox string, ids []view.ID) error {
 	if !containerID.MatchString(container) {
 		return fmt.Errorf("%.255q is not the ID of a container: %w", container, errdefs.ErrInvalidArgument)
 	}
@@ -147,8 +181,6 @@ func (r *references) set(runtime, container, sandbox string, ids []view.ID) erro
 	if err != nil {
 		return err
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	if err := r.write(filepath.Join(r.dir, container+recordSuffix), b); err != nil {
 		return fmt.Errorf("cannot record what the container shows: %w", err)
 	}

@@ -79,7 +79,7 @@ func (p *Plugin) create(ctx context.Context, runtime string, pod *api.PodSandbox
 	}
 	if err = errBusy; ctx.Err() == nil { // else the runtime has been answered
 		// From here on the record keeps what is held until now.
-		err = p.references.set(runtime, c.GetId(), pod.GetId(), ids)
+		err = p.references.add(runtime, c.GetId(), pod.GetId(), ids)
 	}
 	switch {
 	case err != nil && p.Passthrough:

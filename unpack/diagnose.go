@@ -136,6 +136,10 @@ var minKernel = map[Rung]kernelversion.KernelVersion{
 	EROFSBuffered: {Kernel: 6, Major: 12},
 }
 
+// readsEnds is the first Linux known to read the end of a file in an EROFS by direct I/O if
+// it ends within a block; 6.12 does not.
+var readsEnds = kernelversion.KernelVersion{Kernel: 6, Major: 18}
+
 const loopControl = "/dev/loop-control"
 
 // machine is what of the node a rung can fail for.
@@ -180,6 +184,9 @@ func (m machine) explain(r Rung, err error) (reason, remedy string) {
 	case errors.Is(err, errNoDirectIO) && (r == EROFS || r == EROFSBuffered):
 		// fs/erofs/fileio.c, erofs_fileio_aops: no direct_IO.
 		reason = "the kernel opens no file of an EROFS over files with O_DIRECT, which is required"
+	case errors.Is(err, errNoDirectIO) && r == EROFSLoop && m.older(readsEnds):
+		reason = "the kernel does not read the end of a file in an EROFS with O_DIRECT, which is required"
+		remedy = fmt.Sprintf("run Linux %s or a later one", &readsEnds)
 	case errors.Is(err, errNoDirectIO):
 		reason, remedy = fmt.Sprintf("root's filesystem, %s, does not read files with O_DIRECT, which is required", m.fs), moveRoot
 	case r == Link && is(unix.EPERM, unix.EOPNOTSUPP, unix.ENOSYS):

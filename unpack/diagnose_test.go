@@ -40,6 +40,7 @@ func TestAFailureOfARungIsExplained(t *testing.T) {
 		"loop devices of 4096 bytes":     {EROFSLoop, unix.EINVAL, "xfs", kernelversion.KernelVersion{Kernel: 6, Major: 18}, false, true, "512 bytes", "sectors of 512"},
 		"an image that is not mounted":   {EROFS, fmt.Errorf("cannot read erofs superblock: %w", unix.EIO), "ext4", kernelversion.KernelVersion{Kernel: 7, Major: 3}, false, false, "cannot read erofs superblock", ""},
 		"no O_DIRECT over files":         {EROFS, fmt.Errorf("%w: %w", errNoDirectIO, unix.EINVAL), "ext4", kernelversion.KernelVersion{Kernel: 6, Major: 12}, false, false, "opens no file of an EROFS over files with O_DIRECT", ""},
+		"no O_DIRECT at the end":         {EROFSLoop, fmt.Errorf("%w: %w", errNoDirectIO, unix.EINVAL), "ext4", kernelversion.KernelVersion{Kernel: 6, Major: 12}, false, false, "the end of a file", "Linux 6.18"},
 		"no O_DIRECT at all":             {Overlay, fmt.Errorf("%w: %w", errNoDirectIO, unix.EINVAL), "ramfs", kernelversion.KernelVersion{Kernel: 6, Major: 12}, false, false, "ramfs, does not read files with O_DIRECT", "move root"},
 		"no mounts of files yet":         {EROFSBuffered, unix.ENOTBLK, "ext4", kernelversion.KernelVersion{Kernel: 6, Major: 11}, false, false, "older than Linux 6.12", "Linux 6.12"},
 		"no mounts of files configured":  {EROFSBuffered, unix.ENOTBLK, "xfs", kernelversion.KernelVersion{Kernel: 6, Major: 12}, false, false, "cannot mount an EROFS from files", "CONFIG_EROFS_FS_BACKED_BY_FILE"},

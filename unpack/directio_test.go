@@ -89,6 +89,7 @@ func TestFilesAreReadWithODirect(t *testing.T) {
 		{Rungs{Overlay, EROFSLoop}, true},
 		{Rungs{Overlay, EROFSBuffered}, false},
 		{Rungs{Overlay, Extract}, true},
+		{Rungs{Link, EROFSLoop}, true},
 		{Rungs{Link, Extract}, true},
 		{Rungs{Copy, Extract}, true},
 	} {
@@ -112,13 +113,20 @@ func TestFilesAreReadWithODirect(t *testing.T) {
 				}
 				dir := s.show(t, test.rungs, layers...)
 				works := test.members || here(test.rungs).Tar == EROFSLoop
+				image := !mixed || test.rungs.Raw == Overlay // else the tar is extracted
 				for name, content := range members {
 					err := readDirect(filepath.Join(dir, name), content)
+					if image && test.rungs.Tar == EROFSLoop && len(content)%tarBlock > 0 && !endsAreRead() {
+						if !errors.Is(err, unix.EINVAL) {
+							t.Errorf("%s: %v; want that its end cannot be read", name, err)
+						}
+						continue
+					}
 					if works && err != nil || !works && !errors.Is(err, unix.EINVAL) {
 						t.Errorf("%s: %v; want that it can be read with O_DIRECT: %t", name, err, works)
 					}
 				}
-				if works {
+				if works && endsAreRead() {
 					wantBlocks(t, filepath.Join(dir, "of 8193"), members["of 8193"])
 				}
 				if !mixed {
@@ -131,6 +139,8 @@ func TestFilesAreReadWithODirect(t *testing.T) {
 		}
 	}
 }
+
+func endsAreRead() bool { return !olderThan(readsEnds) }
 
 func hasDirectIO(t *testing.T, dir string) bool {
 	t.Helper()
@@ -163,7 +173,10 @@ func TestOnlyRungsWithODirectAreTakenWhereItIsRequired(t *testing.T) {
 	if !hasDirectIO(t, dir) {
 		t.Skip("NOT TESTED: the file system of the tests has no direct I/O")
 	}
-	want := Rungs{Raw: best.Raw, Tar: first([]Rung{EROFSLoop, Extract})}
+	want := Rungs{Raw: best.Raw, Tar: Extract}
+	if has(EROFSLoop) && endsAreRead() {
+		want.Tar = EROFSLoop
+	}
 	if r, why := Probe(t.Context(), dir, Rungs{}, true); r != want {
 		t.Errorf("%v, %v; want %v", r, why, want)
 	}

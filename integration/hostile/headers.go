@@ -240,6 +240,7 @@ func paxCases() (cases []Case) {
 		bad("pax/size 2^63", tarred(pax(record("size", "9223372036854775808")), file("f", "x")), unreadable),
 		bad("pax/size -1", tarred(pax(record("size", "-1")), file("f", "x")), unreadable),
 		bad("pax/size with a fraction", tarred(pax(record("size", "1.0")), file("f", "x")), unreadable),
+		fine("pax/a listed directory", Listing{"d": isDir(), "d/f": f}, tarred(pax(record("GNU.dumpdir", "Yf\x00Ygone\x00\x00")), dir("d"), file("d/f", "x"))),
 		fine("pax/size of a directory", Listing{"d": isDir(), "f": f}, tarred(pax(record("size", "4096")), dir("d"), file("f", "x"))),
 		fine("pax/two headers, of which the second counts", Listing{"f": f.owner(0, 2)}, tarred(pax(record("uid", "1")), pax(record("gid", "2")), file("f", "x"))),
 		fine("pax/a header of one member is not of the next", Listing{"f": f.owner(1, 0), "g": f}, tarred(pax(record("uid", "1")), file("f", "x"), file("g", "x"))),
@@ -274,7 +275,7 @@ func globalCases() (cases []Case) {
 	for what, records := range map[string][]string{
 		"of a commit, by git": {record("comment", strings.Repeat("0", 40))}, "of no records": nil, "of names of owners": {record("uname", "root")},
 		"of times that nobody keeps": {record("atime", "1"), record("ctime", "1")}, "of a character set": {record("hdrcharset", "BINARY")},
-		"of empty values": {record("path", ""), record("uid", "")},
+		"of empty values": {record("path", ""), record("uid", "")}, "of a volume's label": {record("GNU.volume.label", "label")},
 	} {
 		cases = append(cases, fine("pax/global header "+what, Listing{"f": f}, tarred(global(records...), file("f", "x"))))
 	}

@@ -6,6 +6,7 @@ package client
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -109,7 +110,7 @@ func (c *Client) Pull(ctx context.Context, ref string, r Registry, progress func
 	if err != nil {
 		return Image{}, err
 	}
-	a, platform, err := preview(ctx, from)
+	a, seen, err := preview(ctx, from)
 	switch {
 	case errors.Is(err, artifact.ErrNotArtifact):
 		return Image{}, fmt.Errorf("%q is an ordinary image, not an artifact; pull it with ctr or crictl: %w", ref, errdefs.ErrInvalidArgument)
@@ -124,10 +125,10 @@ func (c *Client) Pull(ctx context.Context, ref string, r Registry, progress func
 		return Image{}, err
 	}
 	defer func() { _ = done(context.WithoutCancel(ctx)) }() // else it expires
-	if err := c.plantEmpty(ctx, a); err != nil {
+	if err := c.plantEmpty(ctx, seen.named); err != nil {
 		return Image{}, err
 	}
-	store := image.NewStore(ref, image.WithPlatforms(platform))
+	store := image.NewStore(ref, image.WithPlatforms(seen.platform))
 	t := newTracker(a, progress)
 	if err := c.Transfer(ctx, from, store, transfer.WithProgress(t.update)); err != nil {
 		return Image{}, fmt.Errorf("pull %s: %w", ref, err)
@@ -156,61 +157,84 @@ func validReference(ref string) error {
 	return nil
 }
 
-// preview reads the artifact in the registry, without its layers. The platform is
-// that of its manifest, in an index that has only this one, say.
-func preview(ctx context.Context, from *registry.OCIRegistry) (*artifact.Artifact, ocispec.Platform, error) {
-	platform := platforms.DefaultSpec()
+// seen is what preview has seen of an artifact.
+type seen struct {
+	// platform is that of its manifest, in an index that has only this one, say.
+	platform ocispec.Platform
+	// named is all that containerd may fetch with it.
+	named []ocispec.Descriptor
+}
+
+// preview reads the artifact in the registry, without its layers.
+func preview(ctx context.Context, from *registry.OCIRegistry) (*artifact.Artifact, seen, error) {
+	s := seen{platform: platforms.DefaultSpec()}
 	name, target, err := from.Resolve(ctx)
 	if err != nil {
-		return nil, platform, err
+		return nil, s, err
 	}
 	fetcher, err := from.Fetcher(ctx, name)
 	if err != nil {
-		return nil, platform, err
+		return nil, s, err
 	}
-	read := &recorder{Provider: remote{fetcher}}
+	r := &remote{Fetcher: fetcher}
+	read := &recorder{Provider: r}
 	a, err := artifact.Read(ctx, read, target)
 	for _, desc := range read.descs {
 		if desc.Platform != nil {
-			platform = *desc.Platform
+			s.platform = *desc.Platform
 		}
 	}
-	return a, platform, err
+	s.named = r.named
+	return a, s, err
 }
 
-// remote reads manifests and configs of a registry.
-type remote struct{ transfer.Fetcher }
+// remote reads manifests and configs of a registry, and remembers what they name.
+type remote struct {
+	transfer.Fetcher
+	named []ocispec.Descriptor
+}
 
 // maxRemote is more than package artifact reads of a manifest or config.
 const maxRemote = 16 << 20
 
-func (r remote) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+func (r *remote) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
 	in, err := r.Fetch(ctx, desc)
 	if err != nil {
 		return nil, err
 	}
 	defer in.Close()
 	text, err := io.ReadAll(io.LimitReader(in, maxRemote))
-	return inMemory{bytes.NewReader(text)}, err
+	if err != nil {
+		return nil, err
+	}
+	var names struct { // what is none of these is for artifact.Read to refuse
+		Config    ocispec.Descriptor   `json:"config"`
+		Layers    []ocispec.Descriptor `json:"layers"`
+		Manifests []ocispec.Descriptor `json:"manifests"`
+	}
+	if json.Unmarshal(text, &names) == nil {
+		r.named = slices.Concat(r.named, []ocispec.Descriptor{names.Config}, names.Layers, names.Manifests)
+	}
+	return inMemory{bytes.NewReader(text)}, nil
 }
 
 type inMemory struct{ *bytes.Reader }
 
 func (inMemory) Close() error { return nil }
 
-// plantEmpty puts the blob of no bytes into the content store, if the artifact
-// has an empty file: containerd's fetcher refuses to fetch it
+// plantEmpty puts the blob of no bytes into the content store, if one of those that are
+// named is empty, as an empty file or config is: containerd's fetcher refuses to fetch it
 // (core/remotes/handlers.go, Fetch). The lease of ctx keeps it.
-func (c *Client) plantEmpty(ctx context.Context, a *artifact.Artifact) error {
-	for _, l := range a.Layers {
-		d := l.Descriptor.Digest
-		if l.Descriptor.Size != 0 || d != d.Algorithm().FromBytes(nil) {
+func (c *Client) plantEmpty(ctx context.Context, named []ocispec.Descriptor) error {
+	for _, n := range named {
+		d := n.Digest
+		if n.Size != 0 || d.Validate() != nil || d != d.Algorithm().FromBytes(nil) {
 			continue
 		}
 		desc := ocispec.Descriptor{Digest: d}
 		err := content.WriteBlob(ctx, c.ContentStore(), "artifact-snapshotter-empty-"+d.Algorithm().String(), bytes.NewReader(nil), desc)
 		if err != nil {
-			return fmt.Errorf("put the blob of an empty file into containerd's content store: %w", err)
+			return fmt.Errorf("put the blob of no bytes into containerd's content store: %w", err)
 		}
 	}
 	return nil

@@ -4,10 +4,13 @@
 package client
 
 import (
+	"context"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/transfer"
@@ -99,5 +102,34 @@ func TestTrackerFollowsTheEvents(t *testing.T) {
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// fetched is what a registry has.
+type fetched string
+
+func (f fetched) Fetch(context.Context, ocispec.Descriptor) (io.ReadCloser, error) {
+	return io.NopCloser(strings.NewReader(string(f))), nil
+}
+
+// Whatever containerd fetches may be empty, and then has to be planted.
+func TestAllThatAnArtifactNamesIsSeen(t *testing.T) {
+	one := `{"mediaType":"x","digest":"` + digest.FromString("").String() + `","size":0}`
+	for what, text := range map[string]string{
+		"a config": `{"config":` + one + `,"layers":[]}`,
+		"a layer":  `{"config":{},"layers":[{},` + one + `]}`,
+		"a member": `{"manifests":[{},` + one + `]}`,
+	} {
+		r := &remote{Fetcher: fetched(text)}
+		if _, err := r.ReaderAt(t.Context(), ocispec.Descriptor{}); err != nil {
+			t.Fatal(err)
+		}
+		if !slices.ContainsFunc(r.named, func(d ocispec.Descriptor) bool { return d.Digest == digest.FromString("") && d.Size == 0 }) {
+			t.Errorf("%s: %v", what, r.named)
+		}
+	}
+	r := &remote{Fetcher: fetched("a config that is no JSON")}
+	if _, err := r.ReaderAt(t.Context(), ocispec.Descriptor{}); err != nil || len(r.named) > 0 {
+		t.Errorf("%v, %v", r.named, err)
 	}
 }

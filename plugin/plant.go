@@ -54,7 +54,7 @@ func keepPlanted(ctx context.Context, address string, in []string, again time.Du
 	for ctx.Err() == nil {
 		planted, err := plant(ctx, address, in)
 		if len(planted) > 0 {
-			logger.WithField("namespaces", planted).Info("Planted the empty blob: artifacts with an empty file can be pulled")
+			logger.WithField("namespaces", planted).Info("Planted the empty blob: artifacts with an empty file or config can be pulled")
 		}
 		next := again
 		if err == nil {
@@ -65,7 +65,7 @@ func keepPlanted(ctx context.Context, address string, in []string, again time.Du
 			if failures == warnAfter {
 				level = log.WarnLevel
 			}
-			logger.WithError(err).Log(level, "Cannot plant the empty blob: artifacts with an empty file cannot be pulled; still trying")
+			logger.WithError(err).Log(level, "Cannot plant the empty blob: artifacts with an empty file or config cannot be pulled; still trying")
 			next, wait = wait, min(2*wait, maxPlantWait)
 		}
 		select {

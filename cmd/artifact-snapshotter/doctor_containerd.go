@@ -263,7 +263,7 @@ func checkEmptyBlob(ctx context.Context, p patient) finding {
 	found := finding{Facts: facts, text: fmt.Sprintf("in the namespaces: %s\n", list(facts.Planted))}
 	if len(facts.Missing) > 0 {
 		found.text += fmt.Sprintf("missing in: %s\n", list(facts.Missing))
-		found.advise("start the daemon, or look into its log for \"Cannot plant the empty blob\"", "artifacts with an empty file can be pulled into "+list(facts.Missing))
+		found.advise("start the daemon, or look into its log for \"Cannot plant the empty blob\"", "artifacts with an empty file or config can be pulled into "+list(facts.Missing))
 	}
 	return found
 }

@@ -36,7 +36,7 @@ const overlayfsConfig = `
   snapshotter = "overlayfs"
   differ = "artifact-diff"
   config_type = "application/vnd.docker.ai.model.config.v0.1+json"
-  layer_types = ["application/vnd.docker.ai.license", "application/vnd.docker.ai.safetensors", "application/vnd.docker.ai.dir.tar"]
+  layer_types = ["application/vnd.docker.ai.license", "application/vnd.docker.ai.safetensors", "application/vnd.docker.ai.model.file", "application/vnd.docker.ai.dir.tar"]
 `
 
 func TestTheDifferUnpacksForStockOverlayfs(t *testing.T) {

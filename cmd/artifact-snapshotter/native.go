@@ -40,6 +40,7 @@ var dockerTypes = []string{
 	"application/vnd.docker.ai.gguf.v3.mmproj",
 	"application/vnd.docker.ai.mmproj",
 	"application/vnd.docker.ai.safetensors",
+	"application/vnd.docker.ai.model.file",
 	"application/vnd.docker.ai.dduf",
 	"application/vnd.docker.ai.license",
 	"application/vnd.docker.ai.chat.template.jinja",

@@ -183,6 +183,8 @@ func dockerKind(name string) string {
 		return "chat.template.jinja"
 	case ".gguf":
 		return "gguf.v3"
+	case ".json":
+		return "model.file"
 	}
 	return "license"
 }

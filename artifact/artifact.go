@@ -13,8 +13,8 @@
 // (https://github.com/opencontainers/image-spec/blob/main/artifacts-guidance.md).
 //
 // It reads manifests and configs and nothing else: what is inside a layer,
-// and whether the layer's blob is there at all, is for package unpack. It
-// neither pulls nor writes.
+// and whether the layer's blob is there at all, is for package unpack, which also
+// settles what only a blob's first bytes can tell. It neither pulls nor writes.
 //
 // # Errors
 //
@@ -65,6 +65,14 @@ const (
 	legacyAnnotationFileMetadata = "org.cnai.model.file.metadata+json"
 )
 
+// Annotation keys of ORAS (oras-go, content/file): it packs a directory as a tar, always
+// compressed with gzip, under any media type that it is told. The digest is that of
+// the tar.
+const (
+	annotationUnpack = "io.deis.oras.content.unpack"
+	annotationDigest = "io.deis.oras.content.digest"
+)
+
 // Format is the form of a layer's content once it is decompressed.
 type Format string
 
@@ -73,6 +81,14 @@ const (
 	FormatRaw Format = "raw"
 	// FormatTar is a tar archive, unpacked at the root of the volume.
 	FormatTar Format = "tar"
+	// FormatTarOrRaw is a layer of an image's layer type that has a name. ORAS gives
+	// this type to every file, so only the bytes tell: an archive is FormatTar,
+	// anything else the file of that name. See [Layer.Settle].
+	FormatTarOrRaw Format = "tar or raw"
+	// FormatEmpty is the empty descriptor, which stands for nothing
+	// (https://github.com/opencontainers/image-spec/blob/main/manifest.md#guidance-for-an-empty-descriptor).
+	// Its blob need not be anywhere.
+	FormatEmpty Format = "empty"
 )
 
 // Compression is the compression of a layer's blob; none is "".
@@ -105,14 +121,18 @@ type Layer struct {
 	// Index is the layer's place in the manifest, from 0.
 	Index int
 	// Descriptor is the manifest's; its digest is valid and its size not negative.
-	Descriptor  ocispec.Descriptor
-	Format      Format
+	Descriptor ocispec.Descriptor
+	Format     Format
+	// Compression is what the media type says, or by ORAS's annotation gzip. The
+	// blob may be otherwise, see [Layer.Settle].
 	Compression Compression
-	// DiffID is the digest of the decompressed content, or "" if the config
-	// names none. That of an uncompressed layer is the blob's own digest.
+	// DiffID is the digest of the decompressed content, or "" if neither the config
+	// nor ORAS's annotation names one. That of a raw layer is the blob's own digest.
 	DiffID digest.Digest
-	// File is set for FormatRaw only.
+	// File is set for FormatRaw, and for FormatTarOrRaw as it would be.
 	File File
+
+	unnamed error // why there can be no File for FormatTarOrRaw
 }
 
 // Wrap returns err with the layer it is about: index, media type, digest and,
@@ -124,8 +144,55 @@ func (l Layer) Wrap(err error) error {
 	return fmt.Errorf("layer %d (%s, %s, %q): %w", l.Index, l.Descriptor.MediaType, l.Descriptor.Digest, l.File.Path, err)
 }
 
+// Settle returns the layer as its blob was found to be: FormatRaw or FormatTar, and how
+// that is compressed. Of FormatRaw and FormatEmpty the bytes have no say.
+func (l Layer) Settle(f Format, c Compression) (Layer, error) {
+	switch {
+	case l.Format == FormatRaw, l.Format == FormatEmpty:
+	case f == FormatTar:
+		l.Format, l.Compression, l.File, l.unnamed = f, c, File{}, nil
+	case l.unnamed != nil:
+		return l, l.unnamed
+	default:
+		l.Format, l.Compression = f, CompressionNone
+		return l, l.checkOwnDigest()
+	}
+	return l, nil
+}
+
+// Unlike says how a blob with this compression differs from what the media type says; ""
+// if it does not, or the layer does not go by its media type.
+func (l Layer) Unlike(c Compression) string {
+	if l.Format == FormatRaw || l.unpacked() || l.Compression == c {
+		return ""
+	}
+	says := func(c Compression) string { return cmp.Or(string(c), "not compressed") }
+	return fmt.Sprintf("its media type says that it is %s, and its bytes are %s", says(l.Compression), says(c))
+}
+
+// WrongDiffID says that the content of the layer, whose blob has this compression, has the
+// digest got and not the DiffID that is claimed.
+func (l Layer) WrongDiffID(c Compression, got digest.Digest) string {
+	text := fmt.Sprintf("its content has the digest %s, %s the DiffID %s", got, l.Claim(), l.DiffID)
+	if unlike := l.Unlike(c); unlike != "" {
+		text = unlike + ": " + text
+	}
+	return text
+}
+
+// unpacked reports whether ORAS says that the layer is an archive.
+func (l Layer) unpacked() bool { return l.Descriptor.Annotations[annotationUnpack] == "true" }
+
+// Claim says who names the DiffID, for errors: "the config lists", say.
+func (l Layer) Claim() string {
+	if l.unpacked() && l.Descriptor.Annotations[annotationDigest] == l.DiffID.String() {
+		return "the annotation " + annotationDigest + " says"
+	}
+	return "the config lists"
+}
+
 // Artifact is what a manifest and its config say. Layers are in the manifest's
-// order, all of them: where two name the same path, the later one wins.
+// order, all of them.
 type Artifact struct {
 	// Manifest has the media type, digest and size of the artifact's manifest,
 	// which is not the target of Read if that was an index.
@@ -201,12 +268,13 @@ func read(ctx context.Context, blobs content.Provider, desc ocispec.Descriptor, 
 // of the chain below and a DiffID, with a space between.
 var namesAChain = regexp.MustCompile(`^(artifact )?(sha256|sha384|sha512):[0-9a-f]{64,128} (sha256|sha384|sha512):[0-9a-f]{64,128}$`)
 
-// NamesAChain reports whether the content of a raw layer has a chain ID of somebody
-// else's for its digest: the layer by itself would have the name of that chain's
-// snapshot. Open is asked only for contents of a size that such a one has.
+// NamesAChain reports whether the bytes of a layer are the preimage of a chain ID, so
+// that the layer by itself would have the name of that chain's snapshot. It does not
+// matter what the layer is said to be: no archive has such bytes. Open is asked only
+// for blobs of a size that such a one has.
 func NamesAChain(l Layer, open func(ocispec.Descriptor) ([]byte, error)) (bool, error) {
 	const shortest, longest int64 = 2*71 + 1, 2*135 + 1 + 9
-	if l.Format != FormatRaw || l.Descriptor.Size < shortest || l.Descriptor.Size > longest {
+	if l.Descriptor.Size < shortest || l.Descriptor.Size > longest {
 		return false, nil
 	}
 	content, err := open(l.Descriptor)
@@ -227,13 +295,13 @@ func NewLayer(desc ocispec.Descriptor) (Layer, error) {
 
 // ChainID is the chain ID of the layers, as defined for images
 // (https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid).
-// If the config does not name the DiffID of a compressed layer, it is the digest
-// of the manifest instead.
+// If nothing names the DiffID of an archive, which may be compressed whatever its type
+// says, it is the digest of the manifest instead.
 func (a *Artifact) ChainID() digest.Digest {
 	ids := make([]digest.Digest, 0, len(a.Layers))
 	for _, l := range a.Layers {
 		id := l.DiffID
-		if l.Compression == CompressionNone {
+		if l.Format == FormatRaw || l.Format == FormatEmpty {
 			id = l.Descriptor.Digest
 		}
 		if id == "" {
@@ -261,35 +329,73 @@ func newLayer(index int, desc ocispec.Descriptor, cfg config) (Layer, error) {
 	if t.refused != "" {
 		return Layer{}, l.Wrap(fmt.Errorf("%s: %w", t.refused, errdefs.ErrInvalidArgument))
 	}
+	// An annotation that is present but empty counts as absent.
+	name := cmp.Or(
+		desc.Annotations[modelspec.AnnotationFilepath],
+		desc.Annotations[legacyAnnotationFilepath],
+		desc.Annotations[ocispec.AnnotationTitle],
+	)
 	l.Format, l.Compression = t.format, t.compression
-
-	if l.Format == FormatRaw {
-		// An annotation that is present but empty counts as absent.
-		path, err := CleanPath(cmp.Or(
-			desc.Annotations[modelspec.AnnotationFilepath],
-			desc.Annotations[ocispec.AnnotationTitle],
-			desc.Annotations[legacyAnnotationFilepath],
-			desc.Digest.Encoded(),
-		))
-		if err != nil {
+	switch {
+	case name == "" && isEmpty(desc): // with a name it is a file, for `oras pull`, too
+		l.Format = FormatEmpty
+	case l.unpacked():
+		l.Format, l.Compression = FormatTar, cmp.Or(t.compression, CompressionGzip)
+	case name != "" && t.format == FormatTar && images.IsLayerType(bareType(desc.MediaType)):
+		l.Format = FormatTarOrRaw
+	}
+	if l.Format == FormatRaw || l.Format == FormatTarOrRaw {
+		err := l.File.set(cmp.Or(name, desc.Digest.Encoded()), desc.Annotations, cfg.created)
+		if err != nil && l.Format == FormatRaw {
 			return Layer{}, l.Wrap(err)
 		}
-		l.File.Path = path
-		if err := l.File.setAttributes(desc.Annotations, cfg.created); err != nil {
-			return Layer{}, l.Wrap(err)
+		if err != nil {
+			l.File, l.unnamed = File{}, err
 		}
 	}
-
-	if len(cfg.diffIDs) != 0 {
-		l.DiffID = cfg.diffIDs[index]
-		if err := validDigest(l.DiffID); err != nil {
-			return Layer{}, l.Wrap(fmt.Errorf("DiffID in the config: %w", err))
-		}
-		if l.Compression == CompressionNone && l.DiffID != desc.Digest {
-			return Layer{}, l.Wrap(fmt.Errorf("the config's DiffID is %s, but the layer is not compressed and its digest is %s: %w", l.DiffID, desc.Digest, errdefs.ErrInvalidArgument))
-		}
+	if err := l.setDiffID(cfg); err != nil {
+		return Layer{}, l.Wrap(err)
 	}
 	return l, nil
+}
+
+// setDiffID takes the DiffID from the config or from ORAS's annotation, which may not
+// contradict each other.
+func (l *Layer) setDiffID(cfg config) error {
+	if annotated := digest.Digest(l.Descriptor.Annotations[annotationDigest]); l.unpacked() && annotated != "" {
+		if err := validDigest(annotated); err != nil {
+			return fmt.Errorf("annotation %s: %w", annotationDigest, err)
+		}
+		l.DiffID = annotated
+	}
+	if len(cfg.diffIDs) != 0 {
+		id := cfg.diffIDs[l.Index]
+		if err := validDigest(id); err != nil {
+			return fmt.Errorf("DiffID in the config: %w", err)
+		}
+		if l.DiffID != "" && l.DiffID != id {
+			return fmt.Errorf("the config's DiffID is %s, but the annotation %s says %s: %w", id, annotationDigest, l.DiffID, errdefs.ErrInvalidArgument)
+		}
+		l.DiffID = id
+	}
+	if l.Format == FormatRaw || l.Format == FormatEmpty {
+		return l.checkOwnDigest()
+	}
+	return nil
+}
+
+// checkOwnDigest checks the DiffID of a layer that is not compressed.
+func (l *Layer) checkOwnDigest() error {
+	if l.DiffID == "" || l.DiffID == l.Descriptor.Digest {
+		return nil
+	}
+	return fmt.Errorf("the config's DiffID is %s, but the layer is a file, and not a compressed archive, and its digest is %s: %w", l.DiffID, l.Descriptor.Digest, errdefs.ErrInvalidArgument)
+}
+
+// isEmpty reports whether desc is the empty descriptor.
+func isEmpty(desc ocispec.Descriptor) bool {
+	empty := ocispec.DescriptorEmptyJSON
+	return bareType(desc.MediaType) == empty.MediaType && desc.Size == empty.Size && desc.Digest == desc.Digest.Algorithm().FromBytes(empty.Data)
 }
 
 // legacy returns the name a ModelPack media type had before the specification

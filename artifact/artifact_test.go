@@ -302,6 +302,8 @@ func TestDiffIDs(t *testing.T) {
 
 func TestWrongDiffIDsAreRefused(t *testing.T) {
 	raw, tar, gz := layer("text/plain", "1"), layer(modelspec.MediaTypeModelDoc, "2"), layer(modelspec.MediaTypeModelDocGzip, "3")
+	oras := layer("text/plain", "4", annotationUnpack, "true", annotationDigest, raw.Digest.String())
+	unreadable := layer("text/plain", "4", annotationUnpack, "true", annotationDigest, "sha256:x")
 	other := digest.FromString("other")
 	for _, test := range []struct {
 		name    string
@@ -312,7 +314,8 @@ func TestWrongDiffIDsAreRefused(t *testing.T) {
 		{"too few", []ocispec.Descriptor{raw, tar}, []digest.Digest{raw.Digest}, []string{"lists 1 DiffIDs for 2 layers"}},
 		{"too many", []ocispec.Descriptor{raw}, []digest.Digest{raw.Digest, raw.Digest}, []string{"lists 2 DiffIDs for 1 layers"}},
 		{"another file's", []ocispec.Descriptor{raw}, []digest.Digest{other}, []string{"layer 0 (text/plain, ", other.String(), raw.Digest.String()}},
-		{"another tar's", []ocispec.Descriptor{raw, tar}, []digest.Digest{raw.Digest, other}, []string{"layer 1 (" + modelspec.MediaTypeModelDoc, other.String(), tar.Digest.String()}},
+		{"another than in ORAS's annotation", []ocispec.Descriptor{oras}, []digest.Digest{other}, []string{"layer 0", other.String(), annotationDigest + " says " + raw.Digest.String()}},
+		{"none, and no digest in ORAS's annotation", []ocispec.Descriptor{unreadable}, nil, []string{"layer 0", "annotation " + annotationDigest, `"sha256:x"`}},
 		{"not a digest", []ocispec.Descriptor{gz}, []digest.Digest{"sha256:../../etc"}, []string{"layer 0", `"sha256:../../etc"`, "DiffID"}},
 		{"empty", []ocispec.Descriptor{gz}, []digest.Digest{""}, []string{"layer 0", "DiffID"}},
 		{"unknown algorithm", []ocispec.Descriptor{gz}, []digest.Digest{"blake3:" + digest.Digest(other.Encoded())}, []string{"layer 0", "unsupported algorithm"}},
@@ -441,7 +444,8 @@ func TestNoArtifactHasTheChainIDOfAnImage(t *testing.T) {
 		strings.Repeat("a", 143): false,
 		"x":                      false,
 	} {
-		desc := ocispec.Descriptor{MediaType: modelspec.MediaTypeModelDocRaw, Digest: digest.FromString(content), Size: int64(len(content))}
+		// Of this type it is shown as a file, too, since it is no archive.
+		desc := layer(ocispec.MediaTypeImageLayer, content, ocispec.AnnotationTitle, "f")
 		l, err := NewLayer(desc)
 		if err != nil {
 			t.Fatal(err)

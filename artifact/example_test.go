@@ -70,6 +70,7 @@ func ExampleRead() {
 			fmt.Println(l.Format, f.Path, f.Mode, f.UID, f.GID, f.ModTime)
 		case artifact.FormatTar:
 			fmt.Println(l.Format, l.Compression)
+		default:
 		}
 	}
 	// Output:

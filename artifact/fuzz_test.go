@@ -25,6 +25,10 @@ func FuzzRead(f *testing.F) {
 	f.Add([]byte(`{"manifests":[{"digest":"CONFIG","platform":{"os":"linux","architecture":"arm64"}},{"digest":"CONFIG","platform":{"os":"linux","architecture":"amd64"}}]}`),
 		[]byte(`{"config":{"mediaType":"application/vnd.oci.image.config.v1+json"},"layers":[]}`))
 	f.Add([]byte(`{"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[{"digest":"CONFIG"}]}`), []byte(`{"manifests":[]}`))
+	f.Add([]byte(`{"config":{"mediaType":"x","digest":"CONFIG"},"layers":[
+		{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"CONFIG","annotations":{"org.opencontainers.image.title":"/x"}},
+		{"mediaType":"x","digest":"CONFIG","annotations":{"io.deis.oras.content.unpack":"true","io.deis.oras.content.digest":"CONFIG"}},
+		{"mediaType":"application/vnd.oci.empty.v1+json","size":2,"digest":"CONFIG"}]}`), []byte(`{}`))
 
 	f.Fuzz(func(t *testing.T, manifest, config []byte) {
 		b := blobs{}
@@ -52,7 +56,7 @@ func FuzzRead(f *testing.F) {
 			if l.Index != i || l.Descriptor.Digest.Validate() != nil || l.Descriptor.Size < 0 {
 				t.Errorf("layer %+v", l)
 			}
-			if l.DiffID != "" && (l.DiffID.Validate() != nil || l.Compression == CompressionNone && l.DiffID != l.Descriptor.Digest) {
+			if l.DiffID != "" && (l.DiffID.Validate() != nil || l.Format == FormatRaw && l.DiffID != l.Descriptor.Digest) {
 				t.Errorf("DiffID of layer %+v", l)
 			}
 			switch l.Format {
@@ -69,6 +73,18 @@ func FuzzRead(f *testing.F) {
 				if l.File != (File{}) {
 					t.Errorf("file in a tar layer: %+v", l)
 				}
+			case FormatTarOrRaw:
+				for _, as := range []Format{FormatTar, FormatRaw} {
+					settled, err := l.Settle(as, CompressionNone)
+					if err != nil {
+						wantError(t, err, errdefs.ErrInvalidArgument)
+						continue
+					}
+					if settled.Format != as || (settled.File == File{}) != (as == FormatTar) {
+						t.Errorf("%+v settled as %s: %+v", l, as, settled)
+					}
+				}
+			case FormatEmpty:
 			default:
 				t.Errorf("format %q", l.Format)
 			}

@@ -24,17 +24,23 @@ func TestLayerTypes(t *testing.T) {
 		tar  = want{"tar", ""}
 		gzip = want{"tar", "gzip"}
 		zstd = want{"tar", "zstd"}
+		// Here each layer has a name, and every file of ORAS has such a type.
+		anyTar  = want{"tar or raw", ""}
+		anyGzip = want{"tar or raw", "gzip"}
+		anyZstd = want{"tar or raw", "zstd"}
 	)
 	tests := map[string]want{
 		"application/vnd.cnai.model.layer.v1.tar":      tar,
 		"application/vnd.cnai.model.layer.v1.tar+gzip": gzip,
 
-		"application/vnd.oci.image.layer.v1.tar":            tar,
-		"application/vnd.oci.image.layer.v1.tar+gzip":       gzip,
-		"application/vnd.oci.image.layer.v1.tar+zstd":       zstd,
-		"application/vnd.docker.image.rootfs.diff.tar":      tar,
-		"application/vnd.docker.image.rootfs.diff.tar.gzip": gzip,
-		"application/vnd.docker.image.rootfs.diff.tar.zstd": zstd,
+		"application/vnd.oci.image.layer.v1.tar":            anyTar,
+		"application/vnd.oci.image.layer.v1.tar+gzip":       anyGzip,
+		"application/vnd.oci.image.layer.v1.tar+zstd":       anyZstd,
+		"application/vnd.oci.image.layer.v1.TAR; x=y":       anyTar,
+		"application/vnd.oci.image.layer.v1.squashfs":       raw,
+		"application/vnd.docker.image.rootfs.diff.tar":      anyTar,
+		"application/vnd.docker.image.rootfs.diff.tar.gzip": anyGzip,
+		"application/vnd.docker.image.rootfs.diff.tar.zstd": anyZstd,
 
 		"application/vnd.example.tar":      tar,
 		"application/vnd.example+tar":      tar,
@@ -89,7 +95,7 @@ func TestLayerTypes(t *testing.T) {
 		if l.Format != want.format || l.Compression != want.compression {
 			t.Errorf("%s: %s %q, want %s %q", mediaType, l.Format, l.Compression, want.format, want.compression)
 		}
-		if isFile := l.File != (File{}); isFile != (want.format == FormatRaw) {
+		if isFile := l.File != (File{}); isFile != (want.format != FormatTar) {
 			t.Errorf("%s: file %+v", mediaType, l.File)
 		}
 		if l.Descriptor.MediaType != mediaType {
@@ -129,11 +135,13 @@ func TestPathOfRawLayer(t *testing.T) {
 		want        string
 	}{
 		{[]string{model, "m", title, "t", legacy, "l"}, "m"},
-		{[]string{title, "t", legacy, "l"}, "t"},
+		{[]string{title, "model.safetensors", legacy, "unet/model.safetensors"}, "unet/model.safetensors"},
+		{[]string{title, "t"}, "t"},
 		{[]string{legacy, "l"}, "l"},
 		{nil, hex},
 		{[]string{model, "", title, "t"}, "t"},
 		{[]string{model, "", title, "", legacy, "l"}, "l"},
+		{[]string{model, "", title, "t", legacy, ""}, "t"},
 		{[]string{model, "", title, "", legacy, ""}, hex},
 		{[]string{model, "./a//b/"}, "a/b"},
 	} {

@@ -17,6 +17,14 @@ import (
 // defaultMode is the mode of a raw layer's file whose layer names none.
 const defaultMode = 0o644
 
+// set sets the path, which is not clean yet, and the attributes.
+func (f *File) set(name string, annotations map[string]string, created time.Time) (err error) {
+	if f.Path, err = CleanPath(name); err != nil {
+		return err
+	}
+	return f.setAttributes(annotations, created)
+}
+
 // setAttributes sets everything but the path from the file metadata annotation
 // of a raw layer, see
 // https://github.com/modelpack/model-spec/blob/main/docs/annotations.md. What

@@ -222,17 +222,22 @@ type Layout struct {
 // LayoutOf looks into the root of the daemon for the artifact's Tree. One that is
 // not there, since nobody has asked for it since the last reboot, is
 // fs.ErrNotExist.
-func LayoutOf(a *artifact.Artifact, root string, content blobdir.Blobs) (Layout, error) {
+func LayoutOf(ctx context.Context, a *artifact.Artifact, root string, content blobdir.Blobs) (Layout, error) {
 	tree, err := unpack.Load(view.TreeDir(root, a.Manifest.Digest))
 	if err != nil {
 		return Layout{}, err
 	}
 	var l Layout
 	for _, layer := range a.Layers {
-		if layer.Format == artifact.FormatTar {
+		if layer.Format == artifact.FormatTarOrRaw { // of the others the manifest says enough
+			layer, _ = unpack.Settle(ctx, layer, content)
+		}
+		switch layer.Format {
+		case artifact.FormatTar:
 			l.Tar = tree.Rungs.Tar
-		} else {
+		case artifact.FormatRaw:
 			l.Raw = tree.Rungs.Raw
+		default:
 		}
 	}
 	l.Shared, err = tree.Shared(content, a.Layers)

@@ -34,11 +34,13 @@ type Checked struct {
 	Descriptor ocispec.Descriptor
 	// Layer is set for KindLayer.
 	Layer artifact.Layer
-	// DiffID is what the config says that the blob holds, if it is a compressed
-	// layer.
+	// DiffID is the claimed digest of what the blob holds, if that is not the blob itself.
 	DiffID digest.Digest
 	// Err is what is wrong with it, or nil.
 	Err error
+
+	said    artifact.Layer // as the manifest has it
+	refused error          // why no volume has the layer
 }
 
 // Verify reads all blobs of an image, which is found as by [Client.Image], through
@@ -115,8 +117,14 @@ func checks(ctx context.Context, store content.Provider, target ocispec.Descript
 	type key struct{ blob, diffID digest.Digest }
 	seen := map[key]bool{}
 	for _, l := range layers {
-		k := Checked{Kind: KindLayer, Descriptor: l.Descriptor, Layer: l}
-		if l.Compression != artifact.CompressionNone {
+		if l.Format == artifact.FormatEmpty { // its blob need not be there
+			continue
+		}
+		k := Checked{Kind: KindLayer, Descriptor: l.Descriptor, said: l}
+		if k.Layer, k.refused = unpack.Settle(ctx, l, store); !errdefs.IsInvalidArgument(k.refused) {
+			k.refused = nil // of a blob that is missing, say, compare tells
+		}
+		if k.refused == nil && k.Layer.Format == artifact.FormatTar && l.DiffID != l.Descriptor.Digest {
 			k.DiffID = l.DiffID
 		}
 		if !seen[key{l.Descriptor.Digest, k.DiffID}] {
@@ -198,12 +206,14 @@ func (k Checked) compare(r reading) error {
 		return fmt.Errorf("it has %d bytes, its descriptor says %d: %w", r.size, desc.Size, errdefs.ErrDataLoss)
 	case r.digest != desc.Digest: // which is why it cannot be decompressed, too
 		return fmt.Errorf("it has the digest %s: %w", r.digest, errdefs.ErrDataLoss)
+	case k.refused != nil:
+		return k.refused
 	case k.DiffID == "":
 		return nil
 	case r.notDecompressed != nil:
 		return r.notDecompressed
 	case r.diffID != k.DiffID:
-		return fmt.Errorf("its content has the digest %s, the config lists the DiffID %s: %w", r.diffID, k.DiffID, errdefs.ErrDataLoss)
+		return fmt.Errorf("%s: %w", k.said.WrongDiffID(k.Layer.Compression, r.diffID), errdefs.ErrDataLoss)
 	}
 	return nil
 }

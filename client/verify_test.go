@@ -41,7 +41,8 @@ func TestVerifyReadsABlobOnce(t *testing.T) {
 	layer := func(diffID digest.Digest, size int64) Checked {
 		desc := desc
 		desc.Size = size
-		return Checked{Kind: KindLayer, Descriptor: desc, DiffID: diffID, Layer: artifact.Layer{Descriptor: desc, DiffID: diffID, Compression: artifact.CompressionGzip}}
+		l := artifact.Layer{Descriptor: desc, DiffID: diffID, Compression: artifact.CompressionGzip}
+		return Checked{Kind: KindLayer, Descriptor: desc, DiffID: diffID, Layer: l, said: l}
 	}
 	raw := layer("", desc.Size)
 	raw.Layer.Compression = artifact.CompressionNone

@@ -182,7 +182,9 @@ func refusals(h hostile) map[string]refusal {
 	long := strings.Repeat("n", 256)
 	empty := h.raw("good copy.txt")
 	empty.Data, empty.Digest = nil, digest.FromBytes(goodLayer().Data) // its descriptor says 0 bytes
-	unknown := h.raw("unknown.bin")                                    // not to containerd's content store
+	other := h.raw("same.txt")
+	other.Data = []byte("other bytes")
+	unknown := h.raw("unknown.bin") // not to containerd's content store
 	lying := func(size int64) []pack.Layer {
 		layer := unknown
 		layer.Data, layer.Digest, layer.Size = nil, digest.FromBytes(unknown.Data), size
@@ -240,7 +242,7 @@ func refusals(h hostile) map[string]refusal {
 		"metadata with a negative size":     {layers: h.described(`{"size": -1}`), reason: "negative size -1"},
 		"tar member with the user -1":       {layers: members(pack.Member{Header: tar.Header{Name: "f", Uid: 1<<32 - 1}}), reason: "owner 4294967295:0 is not a user"},
 
-		"wrong DiffID, plain":       {layers: h.stream(stream{mediaType: tarType, wrong: true}), reason: "the config's DiffID is"},
+		"wrong DiffID, plain":       {layers: h.stream(stream{mediaType: tarType, wrong: true}), reason: "the config lists the DiffID " + digest.FromString("something else").String()},
 		"wrong DiffID, gzip":        {layers: h.stream(stream{mediaType: gzipType, wrong: true}), reason: "the config lists the DiffID " + digest.FromString("something else").String()},
 		"wrong DiffID, zstd":        {layers: h.stream(stream{mediaType: zstdType, wrong: true}), reason: "the config lists the DiffID " + digest.FromString("something else").String()},
 		"malformed DiffID":          {layers: raw("f"), config: modelConfig(h.t, digest.FromBytes(goodLayer().Data), "sha256:x"), reason: "DiffID in the config"},
@@ -258,8 +260,10 @@ func refusals(h hostile) map[string]refusal {
 		"garbage behind a tar in zstd":     {layers: h.stream(stream{mediaType: zstdType, inner: withGarbage}), reason: "there is garbage behind the end of the archive"},
 		"garbage behind gzip":              {layers: h.stream(stream{mediaType: gzipType, outer: withGarbage}), reason: "behind the end of the gzip stream are bytes that are no gzip"},
 		"garbage behind zstd":              {layers: h.stream(stream{mediaType: zstdType, outer: withGarbage}), reason: "behind the end of the zstd stream are bytes that are no zstd"},
-		"no gzip at all":                   {layers: h.stream(stream{mediaType: gzipType, outer: func([]byte) []byte { return []byte("text") }}), reason: "it is not gzip"},
-		"no zstd at all":                   {layers: h.stream(stream{mediaType: zstdType, outer: func([]byte) []byte { return []byte("text") }}), reason: "it is not zstd"},
+		"no gzip at all":                   {layers: h.stream(stream{mediaType: gzipType, outer: func([]byte) []byte { return []byte("text") }}), reason: "its media type says that it is gzip, and its bytes are not compressed"},
+		"no zstd at all":                   {layers: h.stream(stream{mediaType: zstdType, outer: func([]byte) []byte { return []byte("text") }}), reason: "its media type says that it is zstd, and its bytes are not compressed"},
+		"xz":                               {layers: []pack.Layer{{MediaType: gzipType, Data: []byte("\xfd7zXZ\x00 and more"), DiffID: digest.FromString("a tar")}}, reason: "its bytes are xz, which is not supported"},
+		"two files of one path":            {layers: []pack.Layer{h.raw("same.txt"), other}, reason: "has other bytes under the same path"},
 
 		"file where a directory is needed": {layers: []pack.Layer{h.raw("a"), h.tar(file("a/b"))}, reason: `"a" must be a directory but is a file of layer 1`},
 		"file where a raw layer needs one": {layers: []pack.Layer{h.tar(file("a")), h.raw("a/b")}, reason: `"a" must be a directory but is a file of layer 1`},

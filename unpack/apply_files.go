@@ -39,8 +39,13 @@ func (a *Applier) extract(ctx context.Context, l artifact.Layer, p place, o Opti
 		return content, err
 	}
 	defer release()
-	if err := planned.asOfAnImage(ctx, l, cs); err != nil {
-		return content, l.Wrap(err)
+	said := l
+	l, c, err := cs.found(said)
+	if err == nil {
+		err = planned.asOfAnImage(ctx, l, c, cs)
+	}
+	if err != nil {
+		return content, said.Wrap(err)
 	}
 	root, err := os.OpenRoot(p.upper)
 	if err != nil {
@@ -64,7 +69,6 @@ func (a *Applier) extract(ctx context.Context, l artifact.Layer, p place, o Opti
 		}
 	}
 	content.Size = l.Descriptor.Size
-	c := cs.files[keyOf(l)]
 	if content.Digest, err = c.diffID(ctx, l); err != nil || c == nil || l.Format == artifact.FormatRaw {
 		return content, err
 	}

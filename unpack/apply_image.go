@@ -26,13 +26,16 @@ const whiteoutPrefix = ".wh."
 // same content, but for times, or refuses to. Snapshots are named by contents alone,
 // and an image whose layer has a snapshot already gets that one. Our own snapshots
 // say that they are an artifact's; others cannot.
-func (p *plan) asOfAnImage(ctx context.Context, l artifact.Layer, cs *contents) error {
-	if l.Format == artifact.FormatRaw {
+func (p *plan) asOfAnImage(ctx context.Context, l artifact.Layer, c *content, cs *contents) error {
+	switch l.Format {
+	case artifact.FormatEmpty: // it is no archive
+		return nil
+	case artifact.FormatRaw:
 		return cs.checkNoArchive(ctx, l)
+	default:
 	}
 	// The root is left alone (containerd, pkg/archive/tar.go, applyNaive).
 	*p.nodes["."] = node{kind: directory, layer: -1, attrs: p.implied, implied: true}
-	c := cs.files[keyOf(l)]
 	if c == nil { // no bytes, which are an empty archive to containerd, too
 		return nil
 	}

@@ -81,7 +81,11 @@ func keep(ctx context.Context, dir string, layers []artifact.Layer, o Options) (
 	}
 	k := &Kept{Format: keptFormat, Size: cs.size, Inodes: cs.inodes}
 	for _, l := range layers {
-		if err := k.add(ctx, l, cs.files[keyOf(l)], blobdir.Dir(tmp)); err != nil {
+		settled, c, err := cs.found(l)
+		if err == nil {
+			err = k.add(ctx, settled, c, blobdir.Dir(tmp))
+		}
+		if err != nil {
 			return nil, l.Wrap(err)
 		}
 	}
@@ -205,7 +209,7 @@ func CollectKept(blobs blobdir.Dir, dirs []string) error {
 			return err
 		}
 		for _, l := range k.Layers {
-			if l.Descriptor.Size == 0 { // there may be no blob
+			if l.Descriptor.Size == 0 || l.Format == artifact.FormatEmpty { // there may be no blob
 				continue
 			}
 			target := blobs.Path(l.Descriptor.Digest)

@@ -43,6 +43,11 @@ type content struct {
 	// digest is of the content: the blob's own, or the DiffID if it is
 	// compressed.
 	digest digest.Digest
+	// format and compression are what the blob was found to be, once.
+	detected    sync.Once
+	format      artifact.Format
+	compression artifact.Compression
+	undetected  error
 	// digests are of the content by other algorithms.
 	digests map[digest.Algorithm]digest.Digest
 	// retained is how retaining it went, which is done once: the same blob may
@@ -56,19 +61,13 @@ type content struct {
 }
 
 // contentKey tells contents apart. A blob may be a tar for one layer and a file
-// for another.
+// for another. The format is what the manifest says.
 type contentKey struct {
-	blob        digest.Digest
-	compression artifact.Compression
+	blob   digest.Digest
+	format artifact.Format
 }
 
-func keyOf(l artifact.Layer) contentKey {
-	k := contentKey{blob: l.Descriptor.Digest}
-	if l.Format == artifact.FormatTar {
-		k.compression = l.Compression
-	}
-	return k
-}
+func keyOf(l artifact.Layer) contentKey { return contentKey{l.Descriptor.Digest, l.Format} }
 
 // memberKey tells a member by its archive and where it is there.
 type memberKey struct {
@@ -96,9 +95,9 @@ func newContents(dir string, layers []artifact.Layer, o Options) *contents {
 	cs := &contents{Options: o, dir: dir, files: map[contentKey]*content{}, members: map[memberKey]*content{}}
 	for _, l := range layers {
 		cs.compressed += min(l.Descriptor.Size, math.MaxInt64-cs.compressed)
-		if _, ok := cs.files[keyOf(l)]; !ok && l.Descriptor.Size > 0 {
+		if _, ok := cs.files[keyOf(l)]; !ok && l.Descriptor.Size > 0 && l.Format != artifact.FormatEmpty {
 			c := cs.add()
-			c.layer, c.digest = l, l.Descriptor.Digest
+			c.layer, c.digest, c.format = l, l.Descriptor.Digest, l.Format
 			cs.files[keyOf(l)] = c
 		}
 	}
@@ -123,19 +122,22 @@ func (cs *contents) retainRaw(ctx context.Context, layers []artifact.Layer) erro
 	})
 }
 
-// retainArchives retains the archives of all layers, compressed ones as what
-// they hold, several at a time.
+// retainArchives retains the blobs of all layers that are, or may be, archives:
+// compressed ones as what they hold, several at a time.
 func (cs *contents) retainArchives(ctx context.Context, layers []artifact.Layer) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(maxWaiting)
 	for _, l := range layers {
-		if l.Format != artifact.FormatTar || l.Descriptor.Size == 0 {
+		c := cs.files[keyOf(l)]
+		if !isDetected(l) || c == nil {
 			continue
 		}
 		g.Go(func() error {
-			c := cs.files[keyOf(l)]
 			err := guard(func() error {
-				if l.Compression == artifact.CompressionNone {
+				if err := cs.detect(ctx, c); err != nil {
+					return err
+				}
+				if c.compression == artifact.CompressionNone {
 					defer cs.done(l.Descriptor.Size)
 					return cs.retain(ctx, c, l.Descriptor)
 				}
@@ -156,6 +158,37 @@ func (cs *contents) retainArchives(ctx context.Context, layers []artifact.Layer)
 		})
 	}
 	return g.Wait()
+}
+
+// detect looks once at what the blob of c is.
+func (cs *contents) detect(ctx context.Context, c *content) error {
+	c.detected.Do(func() {
+		c.undetected = guard(func() error {
+			blob, err := cs.open(ctx, c.layer.Descriptor)
+			if err != nil {
+				return err
+			}
+			defer blob.Close()
+			c.format, c.compression, err = detect(ctx, c.layer, blob, cs.Budget)
+			return err
+		})
+	})
+	return c.undetected
+}
+
+// found returns the layer as its blob was found to be when it was retained, and its
+// content, nil if it has none.
+func (cs *contents) found(l artifact.Layer) (artifact.Layer, *content, error) {
+	c := cs.files[keyOf(l)]
+	format, compression := artifact.FormatRaw, artifact.CompressionNone
+	switch {
+	case c != nil:
+		format, compression = c.format, c.compression
+	case l.Format == artifact.FormatTar: // of no bytes, an archive without members
+		format = artifact.FormatTar
+	}
+	settled, err := l.Settle(format, compression)
+	return settled, c, err
 }
 
 // maxWaiting is how many archives are retained at once. What they take of the node
@@ -367,7 +400,7 @@ func (cs *contents) sparse(ctx context.Context, r io.Reader, key memberKey, size
 // later one may have the same blob.
 func (cs *contents) settle(needed func(*content) bool) error {
 	for _, c := range slices.Concat(slices.Collect(maps.Values(cs.members)), slices.Collect(maps.Values(cs.files))) {
-		if (c.own || c.layer.Format == artifact.FormatTar) && !needed(c) {
+		if (c.own || c.layer.Format != artifact.FormatRaw) && !needed(c) {
 			if err := os.Remove(c.path); err != nil && !errors.Is(err, os.ErrNotExist) {
 				return err
 			}

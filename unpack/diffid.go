@@ -16,11 +16,14 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
-// DiffID is the digest of what the blob of a compressed layer holds, by the
-// algorithm of the DiffID that the layer names. It decompresses within the limits
-// of the budget, by the rules of [Build], and writes nothing. What is no stream of
-// the layer's compression is errdefs.ErrInvalidArgument.
+// DiffID is the digest of what the blob of an archive holds, by the algorithm of the
+// DiffID that the layer names. The layer's compression is its blob's, see [Settle]. It
+// decompresses within the limits of the budget, by the rules of [Build], and writes
+// nothing. What is no stream of that compression is errdefs.ErrInvalidArgument.
 func DiffID(ctx context.Context, l artifact.Layer, blob io.Reader, b *Budget) (id digest.Digest, err error) {
+	if l.Compression == artifact.CompressionNone && l.DiffID != "" {
+		return l.DiffID.Algorithm().FromReader(reader{ctx, blob})
+	}
 	how, ok := decompressors[l.Compression]
 	if !ok {
 		return "", fmt.Errorf("compression %q: %w", l.Compression, errdefs.ErrNotImplemented)

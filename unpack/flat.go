@@ -155,24 +155,14 @@ func behind(c artifact.Compression) error {
 // Nothing is found by the DiffID that a config claims: whoever knows that of
 // somebody else's layer could read it so.
 func (cs *contents) retainFlat(ctx context.Context, c *content) error {
-	// What is here already is of no use to who does not have the blob.
-	blob, err := cs.open(ctx, c.layer.Descriptor)
-	if err != nil {
-		return err
-	}
-	gz, err := isGzip(blob)
-	blob.Close() // many may wait here
-	if err != nil {
-		return err
-	}
 	release, err := cs.Budget.only(ctx, c.layer.Descriptor.Digest.String())
 	if err != nil {
 		return err
 	}
 	defer release()
 	done := cs.flatOf(c.layer.Descriptor.Digest)
-	// Nor does it matter what another artifact has said that the blob is.
-	if target, err := os.Readlink(done); err == nil && gz == (c.layer.Compression == artifact.CompressionGzip) {
+	// What is here already is of use only to who has the blob, as detect has seen.
+	if target, err := os.Readlink(done); err == nil {
 		shared := filepath.Join(filepath.Dir(done), target)
 		if os.Link(shared, c.path) == nil {
 			c.digest = digest.NewDigestFromEncoded(digest.Algorithm(filepath.Base(filepath.Dir(shared))), filepath.Base(shared))
@@ -200,16 +190,6 @@ func (cs *contents) retainFlat(ctx context.Context, c *content) error {
 	return nil
 }
 
-// isGzip reports whether a blob begins as gzip does (RFC 1952, 2.3.1), and so can be
-// nothing else.
-func isGzip(blob io.ReaderAt) (bool, error) {
-	var magic [len(gzipMagic)]byte
-	if _, err := blob.ReadAt(magic[:], 0); err != nil && !errors.Is(err, io.EOF) {
-		return false, err
-	}
-	return string(magic[:]) == gzipMagic, nil
-}
-
 // flatOf is the symlink to the flat tar of a compressed blob.
 func (cs *contents) flatOf(blob digest.Digest) string { return cs.Shared.Path(blob) + ".tar" }
 
@@ -217,9 +197,9 @@ func (cs *contents) flatOf(blob digest.Digest) string { return cs.Shared.Path(bl
 // wrong is never shared: other artifacts would be shown it.
 func (cs *contents) inflate(ctx context.Context, c *content) error {
 	l := c.layer
-	how, ok := decompressors[l.Compression]
+	how, ok := decompressors[c.compression]
 	if !ok {
-		return fmt.Errorf("compression %q: %w", l.Compression, errdefs.ErrNotImplemented)
+		return fmt.Errorf("compression %q: %w", c.compression, errdefs.ErrNotImplemented)
 	}
 	release, err := cs.Budget.take(ctx, how.memory)
 	if err != nil {
@@ -238,7 +218,7 @@ func (cs *contents) inflate(ctx context.Context, c *content) error {
 	compressed := io.TeeReader(reader{ctx, blob}, seen)
 	stream, err := how.open(bufio.NewReaderSize(compressed, chunk))
 	if err != nil {
-		return badStream(fmt.Errorf("it is not %s: %w", l.Compression, err))
+		return badStream(fmt.Errorf("it is not %s: %w", c.compression, err))
 	}
 	defer stream.Close()
 	dst, err := os.OpenFile(c.path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o444)
@@ -365,8 +345,9 @@ func (c counter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// checkDiffID checks what the config says of a layer's content. A blob that is
-// not compressed is its content, and the runtime has checked its digest.
+// checkDiffID checks what is claimed of a layer's content; l is the layer as the
+// manifest has it. A blob that is not compressed is its content, and the runtime has
+// checked its digest.
 func (cs *contents) checkDiffID(ctx context.Context, c *content, l artifact.Layer) error {
 	if l.DiffID == "" || l.DiffID == c.digest {
 		return nil
@@ -376,7 +357,7 @@ func (cs *contents) checkDiffID(ctx context.Context, c *content, l artifact.Laye
 		return err
 	}
 	if got != l.DiffID {
-		return fmt.Errorf("its content has the digest %s, the config lists the DiffID %s: %w", got, l.DiffID, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("%s: %w", l.WrongDiffID(c.compression, got), errdefs.ErrInvalidArgument)
 	}
 	return nil
 }

@@ -273,7 +273,7 @@ func inImage(fsys fs.FS, name string, d fs.DirEntry, redirects map[string]*os.Fi
 	return e, err
 }
 
-// FuzzInflate decompresses anything within tight limits.
+// FuzzInflate decompresses anything within tight limits. Anything can be a file, too.
 func FuzzInflate(f *testing.F) {
 	t := &testing.T{} // it is not used unless the seeds cannot be made
 	s := site{content: blobdir.Dir(f.TempDir())}
@@ -322,6 +322,11 @@ func FuzzInflate(f *testing.F) {
 		o.Budget = NewBudget(Limits{Memory: 1 << 20, Expansion: 2, Reserve: 1})
 		cs := newContents(t.TempDir(), []artifact.Layer{l}, o)
 		c := cs.files[keyOf(l)]
+		c.compression = l.Compression
+		either := artifact.Layer{Descriptor: l.Descriptor, Format: artifact.FormatTarOrRaw}
+		if format, is, err := detect(context.Background(), either, bytes.NewReader(data), o.Budget); err != nil || format == artifact.FormatRaw && is != artifact.CompressionNone {
+			t.Errorf("found to be %s, %q, %v", format, is, err)
+		}
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
 		err := guard(func() error { return cs.inflate(context.Background(), c) })

@@ -76,6 +76,8 @@ type extent struct {
 type plan struct {
 	layers []artifact.Layer
 	nodes  map[string]*node
+	// raw are the raw layers by the paths of their files.
+	raw map[string]artifact.Layer
 	// entries and names count what the limits are for.
 	entries int64
 	names   int
@@ -88,7 +90,7 @@ type plan struct {
 }
 
 func newPlan(created time.Time, layers []artifact.Layer) *plan {
-	p := &plan{layers: layers, implied: attrs{mode: 0o755, mtime: created}, relinked: map[*node]string{}}
+	p := &plan{layers: layers, raw: map[string]artifact.Layer{}, implied: attrs{mode: 0o755, mtime: created}, relinked: map[*node]string{}}
 	p.nodes = map[string]*node{".": {kind: directory, layer: -1, attrs: p.implied, implied: true}}
 	return p
 }
@@ -132,6 +134,18 @@ func (p *plan) place(name string, n *node) error {
 		return fmt.Errorf("file %q is a directory for layer %d: %w", name, old.layer, errdefs.ErrInvalidArgument)
 	}
 	return p.add(name, n)
+}
+
+// placeRaw places the file of a raw layer. Another raw layer of the same path and other
+// bytes is refused, as `oras pull` does: whoever packed them has lost one of the two.
+func (p *plan) placeRaw(l artifact.Layer, n *node) error {
+	other, ok := p.raw[l.File.Path]
+	if ok && other.Descriptor.Digest != l.Descriptor.Digest {
+		return fmt.Errorf("layer %d (%s, %s) has other bytes under the same path: pack each file under a path of its own: %w",
+			other.Index, other.Descriptor.MediaType, other.Descriptor.Digest, errdefs.ErrInvalidArgument)
+	}
+	p.raw[l.File.Path] = l
+	return p.place(l.File.Path, n)
 }
 
 // add adds an entry, or one in the place of another.

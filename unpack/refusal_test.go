@@ -76,8 +76,8 @@ func TestRefusals(t *testing.T) {
 		"a zstd window of 256 MiB":      {broken(artifact.CompressionZstd, func([]byte) []byte { return []byte("\x28\xb5\x2f\xfd\x00\x90\x01\x00\x00") }), "128 MiB at most: compress the archive with zstd --long=27"},
 		"truncated zstd":                {broken(artifact.CompressionZstd, func(b []byte) []byte { return b[:len(b)-9] }), "truncated"},
 		"garbage behind zstd":           {broken(artifact.CompressionZstd, func(b []byte) []byte { return append(b, "garbage behind the end"...) }), "behind the end of the zstd stream"},
-		"not gzip":                      {broken(artifact.CompressionGzip, func([]byte) []byte { return []byte("plain text, no gzip") }), "gzip"},
-		"not zstd":                      {broken(artifact.CompressionZstd, func([]byte) []byte { return []byte("plain text, no zstd") }), "cannot be read"},
+		"not gzip":                      {broken(artifact.CompressionGzip, func([]byte) []byte { return []byte("plain text, no gzip") }), "says that it is gzip, and its bytes are not compressed"},
+		"not zstd":                      {broken(artifact.CompressionZstd, func([]byte) []byte { return []byte("plain text, no zstd") }), "says that it is zstd, and its bytes are not compressed"},
 		"wrong DiffID": {func(t *testing.T, s site) []artifact.Layer {
 			l := s.tar(t, artifact.CompressionGzip, archive(t, file("f", "x")))
 			l.DiffID = digest.FromString("another")

@@ -27,6 +27,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -171,6 +172,9 @@ func (t *Tree) build(ctx context.Context, a *artifact.Artifact, o Options) error
 	if err != nil {
 		return err
 	}
+	if !slices.ContainsFunc(a.Layers, func(l artifact.Layer) bool { return l.Format != artifact.FormatEmpty }) {
+		log.G(ctx).WithField("artifact", a.Manifest.Digest).Warn("the artifact has no files, only the empty descriptor: its volume is empty")
+	}
 	cs := newContents(filepath.Join(t.dir, dataDir), a.Layers, o)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -182,7 +186,7 @@ func (t *Tree) build(ctx context.Context, a *artifact.Artifact, o Options) error
 		err = cs.retainRaw(ctx, a.Layers)
 	default: // they are opened when they are copied
 		err = each(ctx, a.Layers, func(l artifact.Layer) error {
-			if l.Descriptor.Size == 0 {
+			if cs.files[keyOf(l)] == nil {
 				return nil
 			}
 			return cs.await(ctx, l.Descriptor.Digest)
@@ -245,32 +249,47 @@ func (cs *contents) plan(ctx context.Context, created time.Time, layers []artifa
 }
 
 // addLayer plans a layer.
-func (p *plan) addLayer(ctx context.Context, l artifact.Layer, cs *contents) error {
-	c, f, d := cs.files[keyOf(l)], l.File, l.Descriptor
+func (p *plan) addLayer(ctx context.Context, said artifact.Layer, cs *contents) error {
+	l, c, err := cs.found(said)
+	if err != nil {
+		return err
+	}
+	f, d := l.File, l.Descriptor
 	if d.Size == 0 {
 		if err := checkEmpty(l); err != nil {
 			return err
 		}
 	}
-	if l.Format == artifact.FormatTar {
+	switch l.Format {
+	case artifact.FormatEmpty:
+		cs.done(d.Size)
+		return nil
+	case artifact.FormatTar:
 		if d.Size == 0 {
 			return nil // an archive without members
 		}
-		if err := cs.checkDiffID(ctx, c, l); err != nil {
+		if err := cs.checkDiffID(ctx, c, said); err != nil {
 			return err
 		}
-		return p.addArchive(ctx, c, l.Index, func(r io.Reader, key memberKey, size int64) (*content, error) {
+		err := p.addArchive(ctx, c, l.Index, func(r io.Reader, key memberKey, size int64) (*content, error) {
 			return cs.sparse(ctx, r, key, size)
 		})
+		if unlike := said.Unlike(c.compression); unlike != "" && errdefs.IsInvalidArgument(err) {
+			err = fmt.Errorf("%s: %w", unlike, err)
+		}
+		return err
+	default:
 	}
 	n := &node{kind: regular, layer: l.Index, attrs: attrs{mode: f.Mode, uid: f.UID, gid: f.GID, mtime: f.ModTime}}
 	if d.Size > 0 {
 		n.bytes = extent{content: c, size: d.Size}
 	}
-	if err := p.place(f.Path, n); err != nil {
+	if err := p.placeRaw(l, n); err != nil {
 		return err
 	}
-	cs.done(d.Size)
+	if said.Format == artifact.FormatRaw { // else it was done when it was retained
+		cs.done(d.Size)
+	}
 	return nil
 }
 

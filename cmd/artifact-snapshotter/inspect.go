@@ -14,6 +14,7 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/pkg/progress"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -22,6 +23,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
 func inspectCommand() *cli.Command {
@@ -71,7 +73,7 @@ type inspectedLayer struct {
 	Format      artifact.Format      `json:"format"`
 	Compression artifact.Compression `json:"compression"`
 	DiffID      digest.Digest        `json:"diff_id,omitempty"`
-	// File is absent if the layer is an archive.
+	// File is absent if the layer is an archive, or nothing.
 	File *inspectedFile `json:"file,omitempty"`
 }
 
@@ -163,7 +165,18 @@ func findImage(ctx context.Context, c *client.Client, ref string) (*inspectedIma
 		i.Snapshot, i.unknown = c.Chain(ctx, image)
 	}
 	i.Conflicts, i.moreConflicts = conflictNames(conflicts, image)
+	settle(c.Context(ctx), image.Artifact, c.ContentStore())
 	return i, image.Artifact, nil
+}
+
+// settle makes the layers what their blobs are, as far as these are on the node and can be
+// shown.
+func settle(ctx context.Context, a *artifact.Artifact, blobs content.Provider) {
+	for i, l := range a.Layers {
+		if settled, err := unpack.Settle(ctx, l, blobs); err == nil {
+			a.Layers[i] = settled
+		}
+	}
 }
 
 // findBlob finds an artifact without containerd.
@@ -175,6 +188,9 @@ func findBlob(ctx context.Context, blobs blobdir.Blobs, hex string) (*artifact.A
 	found, err := artifact.Read(ctx, blobs, target)
 	if errors.Is(err, artifact.ErrNotArtifact) {
 		return nil, fmt.Errorf("%s is an ordinary image, not an artifact", target.Digest)
+	}
+	if err == nil {
+		settle(ctx, found, blobs)
 	}
 	return found, err
 }
@@ -193,7 +209,7 @@ func inspectedOf(image *inspectedImage, a *artifact.Artifact) inspected {
 			Compression: l.Compression,
 			DiffID:      l.DiffID,
 		}
-		if f := l.File; l.Format == artifact.FormatRaw {
+		if f := l.File; f.Path != "" {
 			layer.File = &inspectedFile{f.Path, fmt.Sprintf("%04o", f.Mode.Perm()), f.UID, f.GID, f.ModTime.UTC()}
 		}
 		i.Layers = append(i.Layers, layer)
@@ -232,10 +248,16 @@ func printArtifact(w io.Writer, a *artifact.Artifact) error {
 	fmt.Fprintln(&text, "PATH\tSIZE\tMODE\tOWNER\tLAYER TYPE\tCOMPRESSION")
 	for _, layer := range a.Layers {
 		path, mode, owner := "(unpacked at the root)", "-", "-"
-		if layer.Format == artifact.FormatRaw {
+		switch layer.Format {
+		case artifact.FormatEmpty:
+			path = "(nothing)"
+		case artifact.FormatTarOrRaw: // its blob is not there
+			path = printable(layer.File.Path) + " (or unpacked at the root, if it is an archive)"
+		case artifact.FormatRaw:
 			path = printable(layer.File.Path)
 			mode = layer.File.Mode.String()
 			owner = fmt.Sprintf("%d:%d", layer.File.UID, layer.File.GID)
+		default:
 		}
 		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\t%s\t%s\n", path, progress.Bytes(layer.Descriptor.Size),
 			mode, owner, printable(layer.Descriptor.MediaType), cmp.Or(string(layer.Compression), "-"))

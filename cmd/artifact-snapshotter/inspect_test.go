@@ -66,15 +66,20 @@ func TestInspect(t *testing.T) {
 	}
 	readme := s.add("application/vnd.cncf.model.doc.v1.raw", []byte("read me"))
 	readme.Annotations = map[string]string{"org.cncf.model.filepath": "README.md"}
-	dataset := s.add("application/vnd.cncf.model.dataset.v1.tar+gzip", make([]byte, 3<<20))
+	// The type of the last is wrong about the bytes, and one blob is not there.
+	dataset := s.add("application/vnd.cncf.model.dataset.v1.tar", append([]byte("\x1f\x8b\x08"), make([]byte, 3<<20-3)...))
+	named := map[string]string{"org.opencontainers.image.title": "hi.txt"}
+	file := s.add(ocispec.MediaTypeImageLayer, []byte("hi"))
+	absent := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromString("absent"), Size: 7}
+	file.Annotations, absent.Annotations = named, named
 	const configType = "application/vnd.cncf.model.config.v1+json"
 	manifest := s.addManifest(s.addJSON(configType, map[string]any{
 		"descriptor": map[string]string{"name": "test", "createdAt": "2025-01-02T03:04:05Z"},
 		"modelfs": map[string]any{
 			"type":    "layers",
-			"diffIds": []digest.Digest{weights.Digest, readme.Digest, digest.FromString("tar")},
+			"diffIds": []digest.Digest{weights.Digest, readme.Digest, file.Digest, absent.Digest, ocispec.DescriptorEmptyJSON.Digest, digest.FromString("tar")},
 		},
-	}), weights, readme, dataset)
+	}), weights, readme, file, absent, ocispec.DescriptorEmptyJSON, dataset)
 	index := s.addJSON(ocispec.MediaTypeImageIndex, ocispec.Index{
 		Versioned: specs.Versioned{SchemaVersion: 2},
 		MediaType: ocispec.MediaTypeImageIndex,
@@ -87,10 +92,13 @@ func TestInspect(t *testing.T) {
 	none := filepath.Join(t.TempDir(), "none.sock")
 
 	want := manifest.Digest.String() + "  " + configType + `  created 2025-01-02T03:04:05Z
-PATH                    SIZE     MODE        OWNER     LAYER TYPE                                      COMPRESSION
-dir one/model.bin       1.5 KiB  -rwxr-x---  1000:100  application/vnd.cncf.model.weight.v1.raw        -
-README.md               7.0 B    -rw-r--r--  0:0       application/vnd.cncf.model.doc.v1.raw           -
-(unpacked at the root)  3.0 MiB  -           -         application/vnd.cncf.model.dataset.v1.tar+gzip  gzip
+PATH                                                   SIZE     MODE        OWNER     LAYER TYPE                                 COMPRESSION
+dir one/model.bin                                      1.5 KiB  -rwxr-x---  1000:100  application/vnd.cncf.model.weight.v1.raw   -
+README.md                                              7.0 B    -rw-r--r--  0:0       application/vnd.cncf.model.doc.v1.raw      -
+hi.txt                                                 2.0 B    -rw-r--r--  0:0       application/vnd.oci.image.layer.v1.tar     -
+hi.txt (or unpacked at the root, if it is an archive)  7.0 B    -           -         application/vnd.oci.image.layer.v1.tar     -
+(nothing)                                              2.0 B    -           -         application/vnd.oci.empty.v1+json          -
+(unpacked at the root)                                 3.0 MiB  -           -         application/vnd.cncf.model.dataset.v1.tar  gzip
 `
 	for name, argument := range map[string]string{
 		"digest":          manifest.Digest.String(),
@@ -108,9 +116,10 @@ README.md               7.0 B    -rw-r--r--  0:0       application/vnd.cncf.mode
 	if err := json.Unmarshal([]byte(output(t, "inspect", "--address", none, "--content-root", s.dir, "--output", "json", index.Digest.String())), &found); err != nil {
 		t.Fatal(err)
 	}
-	if found.Image != nil || found.Manifest != manifest.Digest || found.Type != configType || len(found.Layers) != 3 ||
+	if found.Image != nil || found.Manifest != manifest.Digest || found.Type != configType || len(found.Layers) != 6 ||
 		found.Layers[0].File == nil || found.Layers[0].File.Path != "dir one/model.bin" || found.Layers[0].File.Mode != "0750" ||
-		found.Layers[2].File != nil || found.Layers[2].Compression != artifact.CompressionGzip || found.Layers[2].DiffID != digest.FromString("tar") {
+		found.Layers[2].Format != artifact.FormatRaw || found.Layers[3].Format != artifact.FormatTarOrRaw || found.Layers[4].Format != artifact.FormatEmpty || found.Layers[4].File != nil ||
+		found.Layers[5].File != nil || found.Layers[5].Compression != artifact.CompressionGzip || found.Layers[5].DiffID != digest.FromString("tar") {
 		t.Errorf("the JSON has %+v", found)
 	}
 

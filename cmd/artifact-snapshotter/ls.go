@@ -134,7 +134,7 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) 
 	}
 	list := []listed{}
 	for _, image := range client.Named(all) {
-		list = append(list, describe(image, uses, conflicts, root, content))
+		list = append(list, describe(ctx, image, uses, conflicts, root, content))
 	}
 	if json, _ := wantsJSON(command); json {
 		return printJSON(command.Root().Writer, list)
@@ -161,7 +161,7 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) 
 }
 
 // describe is what there is to say about an image.
-func describe(image client.Image, uses map[digest.Digest]*client.Use, conflicts map[digest.Digest]*client.Sharing, root string, content blobdir.Blobs) listed {
+func describe(ctx context.Context, image client.Image, uses map[digest.Digest]*client.Use, conflicts map[digest.Digest]*client.Sharing, root string, content blobdir.Blobs) listed {
 	a := image.Artifact
 	l := listed{
 		Reference:  image.Name,
@@ -183,7 +183,7 @@ func describe(image client.Image, uses map[digest.Digest]*client.Use, conflicts 
 		}
 	}
 	l.Conflicts, l.moreConflicts = conflictNames(conflicts, image)
-	if how, err := client.LayoutOf(a, root, content); err == nil {
+	if how, err := client.LayoutOf(ctx, a, root, content); err == nil {
 		l.Layout = &layout{how.Raw, how.Tar, how.Shared}
 	}
 	return l

@@ -125,7 +125,7 @@ func arguments(names ...string) cli.ArgValidatorFunc {
 // the artifact has it.
 func packedAs(l artifact.Layer) string {
 	d := l.Descriptor.Annotations
-	return cmp.Or(l.File.Path, d[modelspec.AnnotationFilepath], d[ocispec.AnnotationTitle], d["org.cnai.model.filepath"])
+	return cmp.Or(l.File.Path, d[modelspec.AnnotationFilepath], d["org.cnai.model.filepath"], d[ocispec.AnnotationTitle])
 }
 
 // layerName is packedAs for people, or the digest.

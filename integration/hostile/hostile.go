@@ -226,7 +226,7 @@ func Cases() []Case {
 	return slices.Concat(
 		pathCases(), unicodeCases(), linkCases(), typeCases(), fieldCases(), paxCases(), gnuCases(), sparseCases(),
 		xattrCases(), endCases(), streamCases(), manifestCases(), descriptorCases(), configCases(), metadataCases(),
-		mediaTypeCases(), indexCases(), precedenceCases(), bombCases(),
+		mediaTypeCases(), orasCases(), indexCases(), precedenceCases(), bombCases(),
 	)
 }
 

@@ -1,0 +1,407 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package unpack
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	modelspec "github.com/modelpack/model-spec/specs-go/v1"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+)
+
+var allCompressions = []artifact.Compression{artifact.CompressionNone, artifact.CompressionGzip, artifact.CompressionZstd}
+
+const (
+	orasUnpack = "io.deis.oras.content.unpack"
+	orasDigest = "io.deis.oras.content.digest"
+)
+
+// described is the layer of data as a manifest describes it; annotations are keys and
+// values in turn.
+func (s site) described(t *testing.T, mediaType string, data []byte, annotations ...string) artifact.Layer {
+	t.Helper()
+	desc := s.blob(t, data)
+	desc.MediaType, desc.Annotations = mediaType, map[string]string{}
+	for i := 0; i < len(annotations); i += 2 {
+		desc.Annotations[annotations[i]] = annotations[i+1]
+	}
+	l, err := artifact.NewLayer(desc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// compress is data in a compression.
+func (s site) compress(t *testing.T, c artifact.Compression, data []byte) []byte {
+	t.Helper()
+	b, err := os.ReadFile(s.content.Path(s.tar(t, c, data).Descriptor.Digest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// wantRefused checks that the layers are refused, and that the error says these.
+func (s site) wantRefused(t *testing.T, what string, layers []artifact.Layer, says ...string) {
+	t.Helper()
+	tree, err := s.buildAs("refused", best, layers...)
+	if err == nil {
+		t.Errorf("%s: it was built", what)
+		os.RemoveAll(tree.dir)
+		return
+	}
+	if !errdefs.IsInvalidArgument(err) {
+		t.Errorf("%s: %v is no invalid argument", what, err)
+	}
+	for _, text := range says {
+		if !strings.Contains(err.Error(), text) {
+			t.Errorf("%s: %v does not say %q", what, err, text)
+		}
+	}
+}
+
+// `oras push REF docs/:TYPE` compresses the directory with gzip, whatever the type is.
+func TestADirectoryOfORASIsUnpacked(t *testing.T) {
+	a := archive(t, tar.Header{Name: "docs", Typeflag: tar.TypeDir, Mode: 0o755}, file("docs/a.md", "a"))
+	for _, rung := range ladder {
+		t.Run(rung.String(), func(t *testing.T) {
+			for _, c := range allCompressions {
+				for _, mediaType := range []string{"application/vnd.acme.docs.layer.v1+tar", "application/vnd.acme.docs", ocispec.MediaTypeImageLayerGzip} {
+					s := newSite(t)
+					l := s.described(t, mediaType, s.compress(t, c, a), ocispec.AnnotationTitle, "docs", orasUnpack, "true", orasDigest, digest.FromBytes(a).String())
+					wantVolume(t, s.show(t, rung, l), a)
+				}
+			}
+		})
+	}
+}
+
+func TestTheDigestInORASsAnnotationIsTheDiffID(t *testing.T) {
+	a := archive(t, file("docs/a.md", "a"))
+	for _, c := range allCompressions {
+		s := newSite(t)
+		other := digest.FromString("another")
+		l := s.described(t, "application/vnd.acme.docs+tar", s.compress(t, c, a), orasUnpack, "true", orasDigest, other.String())
+		s.wantRefused(t, string(c), []artifact.Layer{l}, "its content has the digest "+digest.FromBytes(a).String(), "the annotation "+orasDigest+" says the DiffID "+other.String())
+	}
+}
+
+// `oras push REF hi.txt` gives every file this type.
+func TestAFileOfAnImagesLayerTypeIsShownUnderItsTitle(t *testing.T) {
+	s := newSite(t)
+	text := []byte(strings.Repeat("text, and no archive ", 100))
+	gz := s.compress(t, artifact.CompressionGzip, text)
+	names := digest.FromString("a").String() + " " + digest.FromString("b").String()
+	for what, content := range map[string][]byte{
+		"text":                      []byte("hi\n"),
+		"more text than a header":   text,
+		"no bytes":                  {},
+		"one byte less than a tar":  archive(t, file("f", "x"))[:511],
+		"zeros":                     make([]byte, 10240),
+		"text in gzip":              gz,
+		"text in zstd":              s.compress(t, artifact.CompressionZstd, text),
+		"nothing in gzip":           s.compress(t, artifact.CompressionGzip, nil),
+		"zeros in gzip":             s.compress(t, artifact.CompressionGzip, make([]byte, 10240)),
+		"an archive in gzip, twice": s.compress(t, artifact.CompressionGzip, s.compress(t, artifact.CompressionGzip, archive(t, file("f", "x")))),
+		"gzip that is cut off":      gz[:12],
+		"gzip without a header":     []byte("\x1f\x8b\x08"),
+		"zstd with a wrong window":  []byte("\x28\xb5\x2f\xfd\x00\xff and more"),
+		"xz":                        []byte("\xfd7zXZ\x00 and more"),
+		"what names a chain":        []byte(names),
+	} {
+		t.Run(what, func(t *testing.T) {
+			for _, rung := range ladder {
+				s := newSite(t)
+				l := s.described(t, ocispec.MediaTypeImageLayer, content, ocispec.AnnotationTitle, "./dir//hi.txt",
+					modelspec.AnnotationFileMetadata, `{"mode": 384, "uid": 12, "gid": 34}`)
+				l.DiffID = l.Descriptor.Digest
+				dir := s.show(t, rung, l)
+				got := listing(t, dir)
+				if len(got) != 3 {
+					t.Errorf("%s: it shows %v", rung, got)
+				}
+				if !bytes.Equal([]byte(read(t, dir, "dir/hi.txt")), content) {
+					t.Errorf("%s: it has other bytes", rung)
+				}
+				if rung.Raw != Link && len(content) > 0 {
+					wantAttrs(t, filepath.Join(dir, "dir/hi.txt"), 0o600, 12, 34, epoch)
+				}
+			}
+		})
+	}
+}
+
+func TestAnArchiveOfAnImagesLayerTypeIsUnpacked(t *testing.T) {
+	long := file(strings.Repeat("n", 200)+"/"+strings.Repeat("m", 200), "x")
+	gnu := long
+	gnu.Format, gnu.ModTime = tar.FormatGNU, created
+	for what, a := range map[string][]byte{
+		"a file":                     archive(t, file("f", "x")),
+		"an extended header":         archive(t, long),
+		"a long name of GNU's":       archive(t, gnu),
+		"a global header of git's":   archive(t, tar.Header{Typeflag: tar.TypeXGlobalHeader, PAXRecords: map[string]string{"comment": "x"}}, file("f", "x")),
+		"a directory":                archive(t, tar.Header{Name: "./", Typeflag: tar.TypeDir, Mode: 0o711}),
+		"a header of the old format": slices.Concat(member512(0, "f", "x", func(h []byte) { clear(h[257:265]) }), endMark),
+	} {
+		for _, c := range allCompressions {
+			// No title could be a path, and none is.
+			s := newSite(t)
+			l := s.described(t, ocispec.MediaTypeImageLayer, s.compress(t, c, a), ocispec.AnnotationTitle, "/tmp/../x.tar")
+			t.Run(what+string(c), func(t *testing.T) { wantVolume(t, s.show(t, best, l), a) })
+		}
+	}
+	s := newSite(t)
+	l := s.described(t, ocispec.MediaTypeImageLayer, []byte("hi"), ocispec.AnnotationTitle, "/etc/passwd")
+	s.wantRefused(t, "a file of an absolute title", []artifact.Layer{l}, "layer 0 (", "is absolute")
+	broken := archive(t, file("f", strings.Repeat("x", 3000)))[:2000]
+	s.wantRefused(t, "an archive that is cut off", []artifact.Layer{s.described(t, ocispec.MediaTypeImageLayer, broken, ocispec.AnnotationTitle, "f")}, "truncated")
+}
+
+// typeOf is a media type that says a compression.
+func typeOf(c artifact.Compression) string {
+	if c == artifact.CompressionNone {
+		return "application/vnd.example.tar"
+	}
+	return "application/vnd.example.tar+" + string(c)
+}
+
+func TestTheBytesSayHowALayerIsCompressed(t *testing.T) {
+	a := archive(t, file("f", "x"))
+	says := func(c artifact.Compression) string {
+		if c == artifact.CompressionNone {
+			return "not compressed"
+		}
+		return string(c)
+	}
+	for _, said := range allCompressions {
+		for _, is := range allCompressions {
+			t.Run(typeOf(said)+" over "+says(is), func(t *testing.T) {
+				for what, id := range map[string]digest.Digest{"the right DiffID": digest.FromBytes(a), "none": ""} {
+					s := newSite(t)
+					l := s.described(t, typeOf(said), s.compress(t, is, a))
+					l.DiffID = id
+					t.Run(what, func(t *testing.T) {
+						wantVolume(t, s.show(t, best, l), a)
+						if settled, err := Settle(t.Context(), l, s.content); err != nil || settled.Format != artifact.FormatTar || settled.Compression != is {
+							t.Errorf("settled as %+v, %v", settled, err)
+						}
+					})
+				}
+				s := newSite(t)
+				l := s.described(t, typeOf(said), s.compress(t, is, a))
+				l.DiffID = digest.FromString("another")
+				want := []string{"layer 0 (", "its content has the digest " + digest.FromBytes(a).String(), "the config lists the DiffID " + l.DiffID.String()}
+				if said != is {
+					want = append(want, "its media type says that it is "+says(said)+", and its bytes are "+says(is))
+				}
+				s.wantRefused(t, "a wrong DiffID", []artifact.Layer{l}, want...)
+				l.DiffID = l.Descriptor.Digest // as of a packer that does not know that it compresses
+				if is != artifact.CompressionNone {
+					s.wantRefused(t, "the blob's own digest", []artifact.Layer{l}, "its bytes are "+says(is), "the config lists the DiffID "+l.DiffID.String(), "the digest of the compressed blob")
+				}
+				if said != is { // what is wrong within says so, too
+					l := s.described(t, typeOf(said), s.compress(t, is, []byte(strings.Repeat("no archive", 100))))
+					s.wantRefused(t, "text", []artifact.Layer{l}, "its media type says that it is "+says(said), "the archive cannot be read")
+				}
+			})
+		}
+	}
+}
+
+func TestAnArchiveInAnotherCompressionIsRefusedByItsName(t *testing.T) {
+	for name, magic := range map[string]string{"xz": "\xfd7zXZ\x00", "bzip2": "BZh9", "lz4": "\x04\x22\x4d\x18", "zip": "PK\x03\x04"} {
+		for _, said := range allCompressions {
+			s := newSite(t)
+			l := s.described(t, typeOf(said), []byte(magic+strings.Repeat("x", 1000)))
+			s.wantRefused(t, name, []artifact.Layer{l}, "layer 0 (", "its bytes are "+name+", which is not supported", "gzip or zstd")
+			if _, err := Settle(t.Context(), l, s.content); !errdefs.IsInvalidArgument(err) {
+				t.Errorf("%s: settled, %v", name, err)
+			}
+		}
+	}
+	s := newSite(t) // a name may begin so
+	a := archive(t, file("BZh", "x"), file("PK\x03\x04", "x"))
+	wantVolume(t, s.show(t, best, s.described(t, typeOf(artifact.CompressionNone), a)), a)
+}
+
+func TestTwoFilesOfOnePathAreRefused(t *testing.T) {
+	s := newSite(t)
+	raw := func(path, data string) artifact.Layer { return s.raw(t, path, data) }
+	oras := func(path, data string) artifact.Layer {
+		return s.described(t, ocispec.MediaTypeImageLayer, []byte(data), ocispec.AnnotationTitle, path)
+	}
+	tarred := s.tar(t, artifact.CompressionNone, archive(t, file("f", "tar")))
+	one, two := digest.FromString("1").String(), digest.FromString("2").String()
+	for what, layers := range map[string][]artifact.Layer{
+		"raw layers":               {raw("f", "1"), raw("f", "2")},
+		"files of ORAS":            {oras("f", "1"), oras("f", "2")},
+		"one of each":              {raw("f", "1"), oras("f", "2")},
+		"a path in two ways":       {oras("f", "1"), oras(".//f", "2")},
+		"with an archive between":  {raw("f", "1"), tarred, raw("f", "2")},
+		"with one of no bytes":     {oras("f", "1"), raw("f", "")},
+		"with the same file again": {raw("f", "2"), raw("f", "2"), raw("f", "1")},
+	} {
+		says := []string{`"f"): layer `, "has other bytes under the same path", one, two}
+		if what == "with one of no bytes" {
+			says[3] = digest.FromString("").String()
+		}
+		s.wantRefused(t, what, layers, says...)
+	}
+
+	again := raw("f", "1")
+	again.File.Mode = 0o400
+	dir := s.show(t, best, raw("f", "1"), raw("g", "1"), again)
+	if got := read(t, dir, "f"); got != "1" {
+		t.Errorf("it is %q", got)
+	}
+	wantAttrs(t, filepath.Join(dir, "f"), 0o400, 1234, 5678, mtime) // the later's
+}
+
+func TestTheEmptyDescriptorIsNothing(t *testing.T) {
+	for _, rung := range ladder {
+		t.Run(rung.String(), func(t *testing.T) {
+			s := newSite(t)
+			empty, err := artifact.NewLayer(ocispec.DescriptorEmptyJSON) // and no blob
+			if err != nil {
+				t.Fatal(err)
+			}
+			empty.DiffID = empty.Descriptor.Digest
+			a := archive(t, file("f", "x"))
+			o := s.options(rung)
+			o.Await = func(_ context.Context, blob digest.Digest) error {
+				if blob == empty.Descriptor.Digest {
+					t.Error("its blob is waited for")
+				}
+				return nil
+			}
+			tree, err := Build(t.Context(), filepath.Join(s.root, "beside"), numbered(empty, s.tar(t, artifact.CompressionNone, a), empty), o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantVolume(t, mountTree(t, tree), a)
+
+			var said bytes.Buffer
+			log.L.Logger.SetOutput(&said)
+			defer log.L.Logger.SetOutput(os.Stderr)
+			tree, err = Build(t.Context(), filepath.Join(s.root, "alone"), numbered(empty), o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := listing(t, mountTree(t, tree)); len(got) != 1 {
+				t.Errorf("it shows %v", got)
+			}
+			if !strings.Contains(said.String(), "its volume is empty") {
+				t.Errorf("the log says %q", said.String())
+			}
+		})
+	}
+}
+
+// The differ of containerd's own unpacker goes by the bytes, too.
+func TestTheDifferGoesByTheBytes(t *testing.T) {
+	a := archive(t, file("dir/f", "x"))
+	for _, ours := range []bool{true, false} {
+		s := newSite(t)
+		c := newChain(t, s, ours)
+		for what, test := range map[string]struct {
+			layer  artifact.Layer
+			diffID digest.Digest
+		}{
+			"gzip that is said to be none": {s.described(t, typeOf(artifact.CompressionNone), s.compress(t, artifact.CompressionGzip, a)), digest.FromBytes(a)},
+			"a tar that is said to be":     {s.described(t, typeOf(artifact.CompressionZstd), a), digest.FromBytes(a)},
+			"a directory of ORAS":          {s.described(t, "text/plain", s.compress(t, artifact.CompressionGzip, a), orasUnpack, "true"), digest.FromBytes(a)},
+			"a file of ORAS":               {s.described(t, ocispec.MediaTypeImageLayer, []byte("hi"), ocispec.AnnotationTitle, "hi.txt"), digest.FromString("hi")},
+			"nothing":                      {s.described(t, ocispec.MediaTypeEmptyJSON, []byte("{}")), digest.FromString("{}")},
+		} {
+			got, err := c.Apply(t.Context(), test.layer.Descriptor, c.prepare(t))
+			if err != nil || got.Digest != test.diffID {
+				t.Errorf("%s: %+v, %v; want the digest %s", what, got, err, test.diffID)
+			}
+		}
+		var dir string
+		if ours {
+			var err error
+			if err = os.Remove(s.content.Path(digest.FromString("{}"))); err != nil {
+				t.Fatal(err)
+			}
+			if dir, err = c.show(t); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			dir = c.overlay(t)
+		}
+		if got := listing(t, dir); len(got) != 4 || read(t, dir, "dir/f") != "x" || read(t, dir, "hi.txt") != "hi" {
+			t.Errorf("it shows %v", got)
+		}
+	}
+	// Nothing of its own makes an image's snapshot.
+	s := newSite(t)
+	c := newChain(t, s, true)
+	names := digest.FromString("a").String() + " " + digest.FromString("b").String()
+	l := s.described(t, ocispec.MediaTypeImageLayer, []byte(names), ocispec.AnnotationTitle, "f")
+	if _, err := c.Apply(t.Context(), l.Descriptor, c.prepare(t)); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "chain ID") {
+		t.Errorf("a file whose digest is a chain ID: %v", err)
+	}
+}
+
+// A build that begins with the manifest decompresses a layer when it is there, and does
+// not wait for the others first.
+func TestALayerIsDecompressedBeforeTheNextOneIsThere(t *testing.T) {
+	s := newSite(t)
+	first := s.described(t, "text/plain", s.compress(t, artifact.CompressionGzip, archive(t, file("f", "x"))), orasUnpack, "true")
+	second := s.described(t, ocispec.MediaTypeImageLayer, []byte("hi"), ocispec.AnnotationTitle, "hi.txt")
+	decompressed := make(chan struct{})
+	o := s.options(best)
+	o.Counted = func(how Retention, _ int64) {
+		if how == Decompressed {
+			close(decompressed)
+		}
+	}
+	o.Await = func(ctx context.Context, blob digest.Digest) error {
+		if blob != second.Descriptor.Digest {
+			return nil
+		}
+		select {
+		case <-decompressed:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	if _, err := Build(t.Context(), filepath.Join(s.root, "tree"), numbered(second, first), o); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestSettleNeedsTheBlobOnlyWhereItDecides(t *testing.T) {
+	s := newSite(t)
+	for _, l := range []artifact.Layer{
+		s.described(t, ocispec.MediaTypeImageLayer, []byte("hi"), ocispec.AnnotationTitle, "hi.txt"),
+		s.described(t, "text/plain", []byte("hi")),
+		s.described(t, ocispec.MediaTypeEmptyJSON, []byte("{}")),
+		s.described(t, ocispec.MediaTypeImageLayer, nil, ocispec.AnnotationTitle, "empty"),
+	} {
+		if err := os.Remove(s.content.Path(l.Descriptor.Digest)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			t.Fatal(err)
+		}
+		_, err := Settle(t.Context(), l, s.content)
+		if decides := l.Format == artifact.FormatTarOrRaw && l.Descriptor.Size > 0; errdefs.IsNotFound(err) != decides || err != nil && !decides {
+			t.Errorf("%s of %d bytes: %v", l.Format, l.Descriptor.Size, err)
+		}
+	}
+}

@@ -403,6 +403,20 @@ func TestInstallKeepsWhatIsNotOurs(t *testing.T) {
 		before[other] = "version = 3\n"
 		wantSame(t, e.dir, before)
 	})
+	t.Run("options of overlayfs of a daemon that something else configures", func(t *testing.T) {
+		e := newEtc(t, "version = 3\nimports = ['conf.d/*.toml']\n[plugins.'io.containerd.snapshotter.v1.overlayfs']\nmount_options = ['volatile']\nroot_path = '/data'\n")
+		daemon := filepath.Join(filepath.Dir(e.dir), "daemon.toml")
+		text := files(t, daemon)[daemon]
+		said := e.run(t, "install")
+		table := "    [overlayfs]\n    mount_options = ['volatile']\n"
+		if !strings.Contains(said, "write this into "+daemon) || !strings.Contains(said, table) || files(t, daemon)[daemon] != text {
+			t.Errorf("it said\n%s\nand the daemon's file is\n%s", said, files(t, daemon)[daemon])
+		}
+		writeFile(t, daemon, text+table, 0o644)
+		if said := e.run(t, "install"); said != "nothing to do" {
+			t.Errorf("with the lines it said %q", said)
+		}
+	})
 	t.Run("a drop-in made by hand", func(t *testing.T) {
 		e := newEtc(t, "version = 3\nimports = ['/etc/containerd/conf.d/*.toml']\n")
 		writeFile(t, filepath.Join(e.dir, "conf.d", "artifact-snapshotter.toml"), "version = 3\n", 0o644)

@@ -7,6 +7,7 @@ import (
 	"archive/tar"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -255,8 +256,49 @@ func TestTheRootFileSystemOfAPodWithAUserNamespace(t *testing.T) {
 	if !slices.Contains(layers, layer.String()) {
 		t.Fatalf("the image is not unpacked: committed are %q", layers)
 	}
-	var pods []*node.Pod
 	bases := []uint32{0, node.UserNamespaceBase, otherBase}
+	wantRootOwners(t, n, ref, bases, true)
+	// containerd would commit a copy of the layers for each map (client/snapshotter_opts_unix.go).
+	if got := committed(); !slices.Equal(got, layers) {
+		t.Errorf("the layers were copied for their owners: committed are %q, and were %q", got, layers)
+	}
+
+	// As on a kernel that cannot map owners: containerd refuses such a pod,
+	tell := func(capabilities string) {
+		t.Helper()
+		file := filepath.Join(n.Dir, "containerd.d", "10-snapshotter.toml")
+		text, err := os.ReadFile(file)
+		check(t, err)
+		check(t, os.WriteFile(file, regexp.MustCompile(`capabilities = .*`).ReplaceAll(text, []byte("capabilities = "+capabilities)), 0o644))
+		check(t, n.RestartContainerd())
+	}
+	tell(`["only-remap-ids"]`)
+	pod, err := n.RunPod(node.PodSpec{OwnNetwork: true, UserNamespace: true, Containers: []node.Container{{Image: ref}}})
+	if err == nil || !strings.Contains(err.Error(), "configure `slow_chown`") {
+		t.Errorf("the pod was not refused: %v", err)
+	}
+	if err == nil {
+		check(t, pod.Remove())
+	}
+	// or, with slow_chown, copies the layers and changes the owners of all files. They are
+	// not mapped once more.
+	tell(`[]`)
+	ref, _ = guestImage(t, n, "inside", dir, file("files/root", 0o600, 0), file("files/user", 0o644, 1000)) // containerd copies no owner beyond the map
+	_, err = n.Pull(ref)
+	check(t, err)
+	layers = committed()
+	wantRootOwners(t, n, ref, bases, false)
+	if got := committed(); len(got) <= len(layers) {
+		t.Errorf("the layers were not copied for their owners: committed are %q", got)
+	}
+}
+
+// wantRootOwners runs a pod of the image for each user namespace, one without at 0, and
+// checks whose the files of its root filesystem are; outside says that one is of an owner
+// whom the pods cannot have.
+func wantRootOwners(t *testing.T, n *node.Node, ref string, bases []uint32, outside bool) {
+	t.Helper()
+	var pods []*node.Pod
 	for _, base := range bases {
 		pod, err := n.RunPod(node.PodSpec{OwnNetwork: true, UserNamespace: base > 0, HostID: base, Containers: []node.Container{{Image: ref}}})
 		check(t, err)
@@ -265,9 +307,12 @@ func TestTheRootFileSystemOfAPodWithAUserNamespace(t *testing.T) {
 	for i, pod := range pods {
 		wantWritable(t, pod, "/files/new")
 		wantWritable(t, pod, "/files/root") // copied up from the layer
-		owners := map[string]uint32{"root": 0, "user": 1000, "outside": 70000, "new": 0}
-		if bases[i] > 0 {
+		owners := map[string]uint32{"root": 0, "user": 1000, "new": 0}
+		switch {
+		case outside && bases[i] > 0:
 			owners["outside"] = 65534
+		case outside:
+			owners["outside"] = 70000
 		}
 		entries, err := pod.Tree("main", "/files")
 		check(t, err)
@@ -284,10 +329,6 @@ func TestTheRootFileSystemOfAPodWithAUserNamespace(t *testing.T) {
 				t.Errorf("on the host /files/%s is owned by %d:%d, want %d", name, st.Uid, st.Gid, bases[i])
 			}
 		}
-	}
-	// containerd would commit a copy of the layers for each map (client/snapshotter_opts_unix.go).
-	if got := committed(); !slices.Equal(got, layers) {
-		t.Errorf("the layers were copied for their owners: committed are %q, and were %q", got, layers)
 	}
 	for _, pod := range pods {
 		check(t, pod.Remove())

@@ -57,6 +57,8 @@ type Config struct {
 	BlobRoots []string `toml:"blob_roots"`
 	// ContainerdAddress is the Unix socket of containerd's API.
 	ContainerdAddress string `toml:"containerd_address"`
+	// Overlayfs is of the snapshots of images and containers.
+	Overlayfs Overlayfs `toml:"overlayfs"`
 	// NRI is how to be a plugin of NRI. Only for the daemon, like Address.
 	NRI NRI `toml:"nri,omitempty"`
 	// LogLevel is a level of github.com/containerd/log. Only for the daemon, too.
@@ -130,6 +132,7 @@ func Default() Config {
 		MaxExpansion:        unpack.DefaultLimits.Expansion,
 		ReservedSpace:       unpack.DefaultLimits.Reserve,
 		Namespaces:          []string{"k8s.io"},
+		Overlayfs:           Overlayfs{MountOptions: []string{}},
 		NRI:                 NRI{Socket: api.DefaultSocketPath, Index: "50", Name: "artifact-snapshotter", OnError: onErrorFail},
 	}
 }

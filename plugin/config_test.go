@@ -45,11 +45,12 @@ func TestLoad(t *testing.T) {
 
 // The default file is there to be read: it must say every key.
 func TestDefaultFileHasEveryKey(t *testing.T) {
-	top, nri, _ := strings.Cut(DefaultFile, "\n[nri]\n")
+	top, tables, _ := strings.Cut(DefaultFile, "\n[overlayfs]\n")
+	overlayfs, nri, _ := strings.Cut(tables, "\n[nri]\n")
 	for _, table := range []struct {
 		config reflect.Type
 		file   string
-	}{{reflect.TypeFor[Config](), top}, {reflect.TypeFor[NRI](), "\n" + nri}} {
+	}{{reflect.TypeFor[Config](), top}, {reflect.TypeFor[Overlayfs](), "\n" + overlayfs}, {reflect.TypeFor[NRI](), "\n" + nri}} {
 		for i := range table.config.NumField() {
 			key, _, _ := strings.Cut(table.config.Field(i).Tag.Get("toml"), ",")
 			kind := table.config.Field(i).Type.Kind() // an interface takes what is refused

@@ -103,7 +103,7 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 	}
 	s.closers = append(s.closers, views.Close)
 	watcher := client.NewWatcher(cfg.ContainerdAddress, blobdir.Dir(cfg.ContentRoot), cfg.unpackIn())
-	if s.Snapshotter, err = snapshot.New(cfg.Root, views, images{watcher}); err != nil {
+	if s.Snapshotter, err = snapshot.New(cfg.Root, views, images{watcher}, cfg.Overlayfs.options()...); err != nil {
 		return nil, fmt.Errorf("open the snapshots in %s: %w", cfg.Root, err)
 	}
 	m.watch(views, watcher)

@@ -12,17 +12,12 @@ import (
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/plugins"
-	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/containerd/plugin"
 	"github.com/containerd/plugin/registry"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
-
-// remapIDs is the capability of a snapshotter that honours the labels with the
-// id maps of a pod's user namespace (containerd's docs/user-namespaces).
-const remapIDs = "remap-ids"
 
 func init() {
 	registry.Register(&plugin.Registration{
@@ -79,9 +74,7 @@ func initInContainerd(ic *plugin.InitContext) (any, error) {
 		return nil, err
 	}
 	ic.Meta.Platforms = append(ic.Meta.Platforms, platforms.DefaultSpec())
-	if ok, err := overlayutils.SupportsIDMappedMounts(); err == nil && ok {
-		ic.Meta.Capabilities = append(ic.Meta.Capabilities, remapIDs)
-	}
+	ic.Meta.Capabilities = append(ic.Meta.Capabilities, cfg.Overlayfs.Capabilities(MapsOwners())...)
 	ic.Meta.Exports[plugins.SnapshotterRootDir] = cfg.Root
 	return Open(ic.Context, cfg)
 }

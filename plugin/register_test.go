@@ -72,7 +72,7 @@ func TestCompiledIn(t *testing.T) {
 		n.start(t, containerd)
 		details := listed(t, n, "--detailed")
 		root := filepath.Join(n.dir, "root", "io.containerd.snapshotter.v1.artifact")
-		for _, want := range []string{"artifact", "linux/", root, remapIDs} {
+		for _, want := range []string{"artifact", "linux/", root, RemapIDs} {
 			if !strings.Contains(details, want) {
 				t.Errorf("the plugin does not say %q:\n%s", want, details)
 			}
@@ -97,7 +97,7 @@ func TestCompiledIn(t *testing.T) {
 
 	t.Run("with directories of its own", func(t *testing.T) {
 		dir := t.TempDir()
-		n := newNode(t, fmt.Sprintf("[plugins.'io.containerd.snapshotter.v1.artifact']\n  root = %q\n  namespaces = ['other']\n", dir+"/r"))
+		n := newNode(t, fmt.Sprintf("[plugins.'io.containerd.snapshotter.v1.artifact']\n  root = %q\n  namespaces = ['other']\n  [plugins.'io.containerd.snapshotter.v1.artifact'.overlayfs]\n    mount_options = ['volatile']\n", dir+"/r"))
 		n.start(t, containerd)
 		wantOK(t, n)
 		if _, err := os.Stat(filepath.Join(dir, "r", "lock")); err != nil {
@@ -107,6 +107,16 @@ func TestCompiledIn(t *testing.T) {
 			_, err := contentStore(t, n.address).Info(namespaces.WithNamespace(t.Context(), "other"), emptyBlob)
 			return err
 		})
+		var mounts string
+		for _, args := range [][]string{{"prepare", "a"}, {"commit", "layer", "a"}, {"prepare", "b", "layer"}, {"mounts", dir, "b"}} {
+			var err error
+			if mounts, err = n.ctr(t, append([]string{"snapshots", "--snapshotter", "artifact"}, args...)...); err != nil {
+				t.Fatalf("ctr snapshots %q: %v\n%s", args, err, mounts)
+			}
+		}
+		if !strings.Contains(mounts, "volatile") {
+			t.Errorf("a container would be mounted by %s, want volatile among the options", mounts)
+		}
 	})
 
 	t.Run("containerd's own unpacker unpacks with the differ", func(t *testing.T) {
@@ -129,6 +139,14 @@ func TestCompiledIn(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantShown(t, n, "view", filepath.Join(n.dir, "state", "io.containerd.snapshotter.v1.artifact", "mounts"), weights)
+	})
+
+	t.Run("a key with two meanings is refused", func(t *testing.T) {
+		n := newNode(t, "[plugins.'io.containerd.snapshotter.v1.artifact']\n  unpack_on_pull = true\n")
+		n.start(t, containerd)
+		if details := listed(t, n, "--detailed"); !strings.Contains(details, "write decompress_on_pull = true") {
+			t.Errorf("the plugin does not say what to write:\n%s", details)
+		}
 	})
 
 	t.Run("what is the daemon's alone is refused", func(t *testing.T) {

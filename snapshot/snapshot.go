@@ -28,7 +28,6 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
-	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -117,11 +116,11 @@ type snapshotter struct {
 	images                Images
 }
 
-// New returns a Snapshotter that keeps ordinary snapshots in root/overlayfs and
-// its views in the store, and tells the store which artifacts they show. No image
-// volume is shown that images object to, if they are not nil. Close closes neither
-// the store nor any view.
-func New(root string, views *view.Store, images Images) (snapshots.Snapshotter, error) {
+// New returns a Snapshotter that keeps ordinary snapshots in root/overlayfs, with the
+// options, and its views in the store, and tells the store which artifacts they show.
+// No image volume is shown that images object to, if they are not nil. Close closes
+// neither the store nor any view.
+func New(root string, views *view.Store, images Images, options ...overlay.Opt) (snapshots.Snapshotter, error) {
 	root = filepath.Join(root, "overlayfs")
 	// overlayfs itself would make it 0700, and a pod with a user namespace
 	// could not reach its root file system.
@@ -132,11 +131,9 @@ func New(root string, views *view.Store, images Images) (snapshots.Snapshotter, 
 	if err != nil {
 		return nil, err
 	}
-	opts := []overlay.Opt{overlay.WithMetaStore(ms), overlay.AsynchronousRemove}
-	if ok, err := overlayutils.SupportsIDMappedMounts(); err == nil && ok {
-		opts = append(opts, overlay.WithRemapIDs)
-	}
-	o, err := overlay.NewSnapshotter(root, opts...)
+	// Whether the kernel can map the owners of layers is for whoever tells containerd that it
+	// can; an ID map is only kept on a snapshot that needs it, see chowned.
+	o, err := overlay.NewSnapshotter(root, append(options, overlay.WithMetaStore(ms), overlay.WithRemapIDs)...)
 	if err != nil {
 		return nil, errors.Join(err, ms.Close())
 	}
@@ -201,6 +198,9 @@ func (s *snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	if err := s.extend(of); err != nil {
 		return nil, err
 	}
+	if opts, err = s.chowned(of, opts); err != nil {
+		return nil, err
+	}
 	return s.Snapshotter.Prepare(ctx, key, parent, append(opts, withoutLabel)...)
 }
 
@@ -208,10 +208,17 @@ func (s *snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 // ordinary snapshot that is read-only.
 func (s *snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
 	mounts, err := s.createView(ctx, snapshots.KindView, key, parent, opts)
-	if errors.Is(err, artifact.ErrNotArtifact) {
-		return s.Snapshotter.View(ctx, key, parent, append(opts, withoutLabel)...)
+	if !errors.Is(err, artifact.ErrNotArtifact) {
+		return mounts, err
 	}
-	return mounts, err
+	of, err := s.subjectOf(ctx, parent)
+	if err != nil {
+		return nil, err
+	}
+	if opts, err = s.chowned(of, opts); err != nil {
+		return nil, err
+	}
+	return s.Snapshotter.View(ctx, key, parent, append(opts, withoutLabel)...)
 }
 
 // createView returns artifact.ErrNotArtifact for what overlayfs is to serve.
@@ -501,7 +508,8 @@ func (s *snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 			}
 		}
 	}
-	return s.Snapshotter.Update(ctx, info, fieldpaths...)
+	updated, err := s.Snapshotter.Update(ctx, info, fieldpaths...)
+	return withoutUpperdir(updated), err
 }
 
 // Commit refuses a view: there is nothing to commit in what nobody can write. It

@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -31,14 +32,15 @@ var ctx = context.Background()
 type node struct {
 	snapshots.Snapshotter
 	content, root, state string
+	options              []overlay.Opt
 	views                *view.Store
 	images               Images
 	observer             view.Observer
 }
 
-func newNode(t *testing.T) *node {
+func newNode(t *testing.T, options ...overlay.Opt) *node {
 	t.Helper()
-	n := &node{content: t.TempDir(), root: t.TempDir(), state: t.TempDir()}
+	n := &node{content: t.TempDir(), root: t.TempDir(), state: t.TempDir(), options: options}
 	t.Cleanup(func() {
 		if err := mount.UnmountRecursive(n.state, unix.MNT_DETACH); err != nil {
 			t.Error(err)
@@ -55,7 +57,7 @@ func (n *node) open(t *testing.T) {
 	if n.views, err = view.Open(ctx, view.Config{Root: n.root, State: n.state, Content: blobdir.Dir(n.content), Observer: n.observer}); err != nil {
 		t.Fatal(err)
 	}
-	if n.Snapshotter, err = New(n.root, n.views, n.images); err != nil {
+	if n.Snapshotter, err = New(n.root, n.views, n.images, n.options...); err != nil {
 		t.Fatal(err)
 	}
 	opened, views := n.Snapshotter, n.views

@@ -21,6 +21,17 @@ const overflowID = 65534
 // list of container:host:size. The zero value maps every ID to itself.
 type IDMap struct{ UID, GID string }
 
+// Root is who owns on the host what root owns in the user namespace; false if m maps
+// nothing. It is errdefs.ErrInvalidArgument if m cannot be read.
+func (m IDMap) Root() (uid, gid uint32, mapped bool, err error) {
+	s, err := m.parse()
+	if err != nil || m == (IDMap{}) {
+		return 0, 0, false, err
+	}
+	uid, gid = s.owner(0, 0)
+	return uid, gid, true, nil
+}
+
 // shift maps owners by the ranges of an IDMap.
 type shift struct{ uids, gids []idRange }
 

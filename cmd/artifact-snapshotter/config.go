@@ -89,7 +89,7 @@ func configContainerd(_ context.Context, command *cli.Command) error {
 		return err
 	}
 	w := command.Root().Writer
-	if err := writeContainerdConfig(w, cfg, handler); err != nil || !command.Bool("native-unpack") {
+	if err := writeContainerdConfig(w, cfg, handler, plugin.MapsOwners()); err != nil || !command.Bool("native-unpack") {
 		return err
 	}
 	return writeNativeConfig(w)
@@ -97,12 +97,14 @@ func configContainerd(_ context.Context, command *cli.Command) error {
 
 // writeContainerdConfig writes what containerd's configuration needs if the
 // snapshotter is that of a runtime handler, or of the whole node if handler is "".
-func writeContainerdConfig(w io.Writer, cfg plugin.Config, handler string) error {
-	return containerdTemplate.Execute(w, map[string]string{
-		"Address":  cfg.SocketAddress(),
-		"Root":     cfg.Root,
-		"Platform": platforms.DefaultString(),
-		"Handler":  handler,
+// mapsOwners says whether the kernel can do that for user namespaces.
+func writeContainerdConfig(w io.Writer, cfg plugin.Config, handler string, mapsOwners bool) error {
+	return containerdTemplate.Execute(w, map[string]any{
+		"Address":      cfg.SocketAddress(),
+		"Root":         cfg.Root,
+		"Platform":     platforms.DefaultString(),
+		"Handler":      handler,
+		"Capabilities": cfg.Overlayfs.Capabilities(mapsOwners),
 	})
 }
 

@@ -15,7 +15,9 @@ import (
 	"github.com/containerd/containerd/v2/defaults"
 	containerd "github.com/containerd/containerd/v2/version"
 	"github.com/containerd/platforms"
-	"github.com/containerd/plugin"
+	containerdplugin "github.com/containerd/plugin"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
 )
 
 // The plugins of containerd whose configuration counts, and, before version 3, the
@@ -25,6 +27,7 @@ const (
 	criRuntime = "io.containerd.cri.v1.runtime"
 	criBefore3 = "io.containerd.grpc.v1.cri"
 	transfer   = "io.containerd.transfer.v1.local"
+	overlayfs  = "io.containerd.snapshotter.v1.overlayfs"
 )
 
 // runtimeConfig is what doctor reads of containerd's configuration.
@@ -44,6 +47,11 @@ type runtimeConfig struct {
 	transfer struct {
 		CheckPlatform bool          `toml:"check_platform_supported"`
 		Unpack        []unpackEntry `toml:"unpack_config"`
+	}
+	// overlayfs are the options of containerd's own snapshotter.
+	overlayfs struct {
+		plugin.Overlayfs
+		Root string `toml:"root_path"`
 	}
 	// entries are those of Unpack as they were written; nil if Unpack is containerd's
 	// default, which any entry replaces.
@@ -65,8 +73,8 @@ type unpackEntry struct {
 // second as if the first imported it last. Without one it is containerd's default.
 func readRuntimeConfig(ctx context.Context, paths ...string) (*runtimeConfig, error) {
 	loaded := config.Config{Version: containerd.ConfigVersion}
-	migrations := func() iter.Seq[plugin.Registration] {
-		return slices.Values([]plugin.Registration{{ConfigMigration: migrateCRI}})
+	migrations := func() iter.Seq[containerdplugin.Registration] {
+		return slices.Values([]containerdplugin.Registration{{ConfigMigration: migrateCRI}})
 	}
 	for _, path := range paths {
 		if err := config.LoadConfigWithPlugins(ctx, path, migrations, &loaded); err != nil {
@@ -74,7 +82,7 @@ func readRuntimeConfig(ctx context.Context, paths ...string) (*runtimeConfig, er
 		}
 	}
 	read := &runtimeConfig{proxies: loaded.ProxyPlugins}
-	for id, into := range map[string]any{criImages: &read.images, criRuntime: &read.runtime, transfer: &read.transfer} {
+	for id, into := range map[string]any{criImages: &read.images, criRuntime: &read.runtime, transfer: &read.transfer, overlayfs: &read.overlayfs} {
 		if _, err := loaded.Decode(ctx, id, into); err != nil {
 			return nil, fmt.Errorf("%s: %s: %w", strings.Join(paths, ", "), id, err)
 		}

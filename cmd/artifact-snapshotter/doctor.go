@@ -56,7 +56,8 @@ func doctorCommand() *cli.Command {
 // that it names.
 type patient struct {
 	plugin.Config
-	containerdConfig string         // its configuration file
+	configFile       string         // the daemon's own configuration file
+	containerdConfig string         // containerd's
 	containerd       *client.Client // nil if it does not answer,
 	unanswered       error          // for this reason
 }
@@ -121,7 +122,7 @@ func doctor(ctx context.Context, command *cli.Command) error {
 	if err := log.SetLevel("fatal"); err != nil {
 		return err
 	}
-	examined := patient{Config: cfg.Discover(ctx), containerdConfig: command.String("containerd-config")}
+	examined := patient{Config: cfg.Discover(ctx), configFile: command.String("config"), containerdConfig: command.String("containerd-config")}
 	examined.containerd, examined.unanswered = client.Connect(ctx, cfg.ContainerdAddress, namespaces.Default, proxyName)
 	if examined.unanswered == nil {
 		defer func() { _ = examined.containerd.Close() }()

@@ -13,8 +13,10 @@ import (
 
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/plugins"
-	"github.com/containerd/plugin"
+	containerdplugin "github.com/containerd/plugin"
 	"github.com/pelletier/go-toml/v2"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
 )
 
 // compiledIn is the address of a plugin that is part of containerd.
@@ -35,6 +37,8 @@ type configFacts struct {
 	// those of them for which it unpacks an ordinary image when it creates a container.
 	Unpack     []string `json:"unpack_config"`
 	UnpackLate []string `json:"unpack_at_creation"`
+	// Capabilities are those that containerd is told the snapshotter has.
+	Capabilities []string `json:"capabilities"`
 }
 
 // proxyFacts are the sockets of a proxy plugin, "" if there is none.
@@ -81,7 +85,9 @@ type configExam struct {
 	unread bool
 	drop   dropIn
 	ours   map[string]any // what `config containerd` prints
-	gains  []string       // of what was added to drop
+	// mapsOwners says whether the kernel can map the owners of layers.
+	mapsOwners bool
+	gains      []string // of what was added to drop
 }
 
 // checkContainerdConfig reads containerd's configuration, and asks containerd what
@@ -95,8 +101,9 @@ func checkContainerdConfig(ctx context.Context, p patient) finding {
 }
 
 func newConfigExam(p patient) *configExam {
-	return &configExam{patient: p, facts: configFacts{
+	return &configExam{patient: p, mapsOwners: plugin.MapsOwners(), facts: configFacts{
 		File: p.containerdConfig, Handlers: []string{}, OtherHandlers: map[string]string{}, Unpack: []string{}, UnpackLate: []string{},
+		Capabilities: []string{},
 	}}
 }
 
@@ -150,7 +157,7 @@ func (e *configExam) examineFiles(ctx context.Context, older bool) (err error) {
 	}
 
 	var text strings.Builder
-	if err := writeContainerdConfig(&text, e.Config, ""); err != nil {
+	if err := writeContainerdConfig(&text, e.Config, "", e.mapsOwners); err != nil {
 		return err
 	}
 	if err := toml.Unmarshal([]byte(text.String()), &e.ours); err != nil {
@@ -160,6 +167,9 @@ func (e *configExam) examineFiles(ctx context.Context, older bool) (err error) {
 	e.examineScope()
 	e.examineUnpack()
 	e.examineDiffer()
+	if err := e.examineOverlayfs(); err != nil {
+		return err
+	}
 	return e.conclude(older)
 }
 
@@ -181,7 +191,7 @@ func (e *configExam) conclude(older bool) error {
 // askLoaded asks containerd for its plugins.
 func (e *configExam) askLoaded(ctx context.Context) error {
 	for _, ask := range []struct {
-		kind plugin.Type
+		kind containerdplugin.Type
 		id   string // of the proxy; ours is "artifact" when it is compiled in
 		into *string
 	}{
@@ -199,7 +209,7 @@ func (e *configExam) askLoaded(ctx context.Context) error {
 	}
 	for _, id := range []string{criImages, transfer} {
 		dot := strings.LastIndex(id, ".")
-		found, err := e.plugin(ctx, plugin.Type(id[:dot]), id[dot+1:])
+		found, err := e.plugin(ctx, containerdplugin.Type(id[:dot]), id[dot+1:])
 		if err != nil {
 			return err
 		}
@@ -236,9 +246,46 @@ func (e *configExam) examineSnapshotter() {
 		e.problem("containerd has not read this configuration since it was changed")
 		e.advise("restart containerd", "it has the snapshotter")
 	}
-	if ok && !slices.Contains(proxy.Capabilities, "remap-ids") {
-		e.addProxy(proxyName, "the root filesystems of pods with a user namespace are not copied")
+	if ok {
+		e.examineCapabilities(proxy.Capabilities)
 	}
+}
+
+// examineCapabilities looks whether containerd is told what the kernel can do for pods with
+// a user namespace.
+func (e *configExam) examineCapabilities(told []string) {
+	e.facts.Capabilities = append(e.facts.Capabilities, told...)
+	e.Facts = e.facts
+	maps, copies := slices.Contains(told, plugin.RemapIDs), !slices.Contains(told, plugin.OnlyRemapIDs)
+	switch {
+	case e.mapsOwners && !maps && copies:
+		e.addProxy(proxyName, "the root filesystems of pods with a user namespace are not copied")
+	case e.mapsOwners && !maps:
+		e.addProxy(proxyName, "pods with a user namespace start")
+	case e.mapsOwners:
+	case maps:
+		e.problem(fmt.Sprintf("containerd is told that owners are mapped for user namespaces (%s), which this kernel cannot (Linux can since 5.19): pods with hostUsers: false do not start", plugin.RemapIDs))
+		e.addProxy(proxyName, "containerd does for them what slow_chown says")
+	case copies && !e.Overlayfs.SlowChown:
+		e.addProxy(proxyName, "containerd refuses pods with a user namespace and does not copy their root filesystems, as slow_chown = false says")
+	case !copies && e.Overlayfs.SlowChown:
+		e.addProxy(proxyName, "pods with a user namespace start with a copy of their root filesystem, as slow_chown = true says")
+	}
+}
+
+// examineOverlayfs looks for options of containerd's own overlayfs that the daemon has not.
+func (e *configExam) examineOverlayfs() error {
+	both := e.Overlayfs.With(e.read.overlayfs.Overlayfs)
+	if both.Equal(e.Overlayfs) || !e.read.somePod() || e.facts.Snapshotter.Loaded == compiledIn {
+		return nil
+	}
+	lines, err := overlayfsTable(both)
+	e.Advice = append(e.Advice, advice{
+		Do:    fmt.Sprintf("write this into %s, in place of an [overlayfs] there, and restart the daemon", e.configFile),
+		Gain:  "images and containers have the options of containerd's own overlayfs, which they had before",
+		Lines: lines,
+	})
+	return err
 }
 
 // examineScope looks for a pod that has the snapshotter.

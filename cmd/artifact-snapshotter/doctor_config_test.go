@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
 )
 
 // configured is what doctor says of containerd's configuration file at path, and
@@ -141,6 +143,7 @@ func TestDoctorSaysWhatIsWrongInContainerdsConfiguration(t *testing.T) {
 		"another socket":            {`"/run/a.sock"`, `"/run/b.sock"`, "at /run/b.sock, and it serves on /run/a.sock", "reaches the daemon"},
 		"another type":              {`"snapshot"`, `"content"`, `type "content"`, "is a snapshotter"},
 		"no capabilities":           {`"remap-ids"`, ``, "", "user namespace"},
+		"a refusal of old kernels":  {`"remap-ids"`, `"only-remap-ids"`, "", "pods with a user namespace start"},
 		"a URL is no other":         {`"/run/a.sock"`, `"unix:///run/a.sock"`, "", ""},
 		"another snapshotter":       {`  snapshotter = "artifact"` + "\n" + `[[`, `  snapshotter = "native"` + "\n" + `[[`, "no pod has the snapshotter", "pods see artifacts"},
 		"another platform":          {"[[", "[plugins.'io.containerd.transfer.v1.local']\n  check_platform_supported = true\n[[", "", ""},
@@ -166,6 +169,100 @@ func TestDoctorSaysWhatIsWrongInContainerdsConfiguration(t *testing.T) {
 				wantAdvice(t, got.Advice, "write this into", test.gain)
 			}
 			wantNothingLeft(t, path, got.Advice)
+		})
+	}
+}
+
+// A kernel before 5.19 cannot map the owners of layers, and containerd must not be told that
+// it can.
+func TestDoctorSaysWhatAnOldKernelCannotDo(t *testing.T) {
+	for name, test := range map[string]struct {
+		told          string
+		slowChown     bool
+		problem, gain string // "" for none
+		want          string
+	}{
+		"that it can":                   {`"remap-ids"`, false, "this kernel cannot", "what slow_chown says", `["only-remap-ids"]`},
+		"that it can, and may be slow":  {`"remap-ids"`, true, "this kernel cannot", "what slow_chown says", `[]`},
+		"that it cannot":                {`"only-remap-ids"`, false, "", "", `["only-remap-ids"]`},
+		"that it cannot, may be slow":   {`"only-remap-ids"`, true, "", "start with a copy", `[]`},
+		"nothing":                       {``, false, "", "refuses pods with a user namespace", `["only-remap-ids"]`},
+		"nothing, for it may be slow":   {``, true, "", "", `[]`},
+		"something of a later version":  {`"only-remap-ids", "rebase"`, false, "", "", `["only-remap-ids"]`},
+		"something, for it may be slow": {`"rebase"`, true, "", "", `[]`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := plugin.Default()
+			cfg.Overlayfs.SlowChown = test.slowChown
+			var text strings.Builder
+			if err := writeContainerdConfig(&text, cfg, "", false); err != nil {
+				t.Fatal(err)
+			}
+			if want := "  capabilities = " + test.want + "\n"; !strings.Contains(text.String(), want) {
+				t.Errorf("`config containerd` does not print %q:\n%s", want, text.String())
+			}
+			path := writeFile(t, strings.Replace(text.String(), "capabilities = "+test.want, "capabilities = ["+test.told+"]", 1))
+			e := newConfigExam(patient{Config: cfg, containerdConfig: path, unanswered: errors.New("not asked")})
+			e.mapsOwners = false
+			if err := e.examineFiles(t.Context(), false); err != nil {
+				t.Fatal(err)
+			}
+			if (e.Problem == "") != (test.problem == "") || !strings.Contains(e.Problem, test.problem) {
+				t.Errorf("the problem %q, want %q", e.Problem, test.problem)
+			}
+			if test.gain == "" && len(e.Advice) > 0 {
+				t.Errorf("advice %+v", e.Advice)
+			} else if test.gain != "" {
+				wantAdvice(t, e.Advice, "write this into", test.gain)
+				if !strings.Contains(strings.ReplaceAll(e.Advice[0].Lines, "'", `"`), "capabilities = "+test.want) {
+					t.Errorf("the lines are\n%s", e.Advice[0].Lines)
+				}
+			}
+		})
+	}
+}
+
+// The options of containerd's own overlayfs are not lost without a word.
+func TestDoctorComparesTheOptionsOfOverlayfs(t *testing.T) {
+	const theirs = "\n[plugins.'io.containerd.snapshotter.v1.overlayfs']\n  root_path = '/data'\n  mount_options = ['volatile', 'metacopy=off']\n  upperdir_label = true\n  sync_remove = true\n  slow_chown = true\n"
+	want := plugin.Overlayfs{MountOptions: []string{"volatile", "metacopy=off"}, UpperdirLabel: true, SyncRemove: true, SlowChown: true}
+	for name, text := range map[string]string{
+		"for the node":                       strings.Join(printed(t), ""),
+		"for a handler":                      strings.Join(printed(t, "--snapshotter-scope", "runtime-handler"), ""),
+		"for nobody, who would lose nothing": "",
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := writeFile(t, "version = 3\n"+text+theirs)
+			ask := func(cfg plugin.Config) []advice {
+				t.Helper()
+				e := newConfigExam(patient{Config: cfg, configFile: "/our/file.toml", containerdConfig: path, unanswered: errors.New("not asked")})
+				if err := e.examineFiles(t.Context(), false); err != nil {
+					t.Fatal(err)
+				}
+				return slices.DeleteFunc(e.Advice, func(a advice) bool { return !strings.Contains(a.Gain, "overlayfs") })
+			}
+			cfg := plugin.Default()
+			cfg.Address = "/run/a.sock"
+			cfg.Overlayfs.SlowChown = true
+			got := ask(cfg)
+			if text == "" {
+				if len(got) > 0 {
+					t.Errorf("it says %+v", got)
+				}
+				return
+			}
+			if len(got) != 1 || !strings.Contains(got[0].Do, "/our/file.toml") {
+				t.Fatalf("it says %+v", got)
+			}
+			cfg, err := plugin.Load(writeFile(t, got[0].Lines))
+			if err != nil || !cfg.Overlayfs.Equal(want) {
+				t.Errorf("the lines say %+v, want %+v: %v", cfg.Overlayfs, want, err)
+			}
+			cfg.Address = "/run/a.sock"
+			cfg.Overlayfs.MountOptions = append(cfg.Overlayfs.MountOptions, "xino=off") // and more is nobody's business
+			if got := ask(cfg); len(got) > 0 {
+				t.Errorf("with its lines it says %+v", got)
+			}
 		})
 	}
 }

@@ -182,19 +182,28 @@ func (r *installRun) install(ctx context.Context) error {
 			return nothing(err)
 		}
 	}
+	now, err := r.look(ctx)
+	if err != nil {
+		return nothing(err)
+	}
+	defer now.close()
 	var ofService []change
+	theirs := now.read.overlayfs.Overlayfs
 	if r.service {
-		if ofService, err = r.serviceChanges(); err != nil {
+		if ofService, err = r.serviceChanges(theirs); err != nil {
 			return nothing(err)
 		}
 	}
-	ofContainerd, err := r.containerdChanges(ctx)
+	ofContainerd, err := r.containerdChanges(ctx, now)
 	if err != nil {
 		return nothing(err)
 	}
 	ofService, ofContainerd = slices.DeleteFunc(ofService, change.none), slices.DeleteFunc(ofContainerd, change.none)
 	if err := writable(slices.Concat(ofService, ofContainerd)); err != nil {
 		return nothing(err)
+	}
+	if err := r.adviseOverlayfs(theirs); err != nil {
+		return err
 	}
 	if r.dryRun {
 		if err := r.preview(ctx, c, slices.Concat(ofService, ofContainerd), len(ofContainerd) > 0, r.cfg.SocketAddress()); err != nil {
@@ -445,7 +454,7 @@ func (r *installRun) previewRemoval(ctx context.Context, c *running, changes []c
 	}
 	for _, file := range files {
 		if !file.none() {
-			r.say("would remove " + file.path)
+			r.say("would " + map[bool]string{true: "remove ", false: "change "}[file.after == nil] + file.path)
 		}
 	}
 	return nil

@@ -98,8 +98,9 @@ func mainText(drop string) []byte {
 // plainPath is what can stand in a unit without quotes.
 var plainPath = regexp.MustCompile(`^/[\w/.@+,:-]*$`)
 
-// serviceChanges are the files of the service.
-func (n *installation) serviceChanges() (changes []change, err error) {
+// serviceChanges are the files of the service. Options of containerd's own overlayfs are
+// taken over.
+func (n *installation) serviceChanges(theirs plugin.Overlayfs) (changes []change, err error) {
 	for _, path := range []string{n.binary, n.configFile} {
 		if path != "" && !plainPath.MatchString(path) {
 			return nil, fmt.Errorf("the path %q cannot stand in a unit of systemd: use letters, digits and /._@+,:- alone: %w", path, errdefs.ErrInvalidArgument)
@@ -124,18 +125,8 @@ func (n *installation) serviceChanges() (changes []change, err error) {
 	if err != nil {
 		return nil, err
 	}
-	changes = []change{program, service}
-	if n.configText != nil {
-		config, err := changed(defaultConfigFile, n.configText, 0o644)
-		if err != nil {
-			return nil, err
-		}
-		if config.before != nil && !ours(config.before) {
-			return nil, fmt.Errorf("%s was not written by install, which would replace it: move it away: %w", defaultConfigFile, errdefs.ErrAlreadyExists)
-		}
-		changes = append(changes, config)
-	}
-	return changes, nil
+	config, err := n.configChange(theirs)
+	return []change{program, service, config}, err
 }
 
 // current is what containerd's files are before a change.
@@ -218,12 +209,7 @@ func (d *dropIn) around(main string) (before, after []string, err error) {
 
 // containerdChanges are the files of containerd, in the order in which they are to be
 // written: at any instant containerd can start.
-func (n *installation) containerdChanges(ctx context.Context) ([]change, error) {
-	now, err := n.look(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer now.close()
+func (n *installation) containerdChanges(ctx context.Context, now *current) ([]change, error) {
 	main, d := now.main, now.drop
 	drop, err := changed(d.path, nil, 0o644)
 	if err != nil {
@@ -361,7 +347,7 @@ func (d *dropIn) scoped() (images, runtimes []map[string]any) {
 // dropIn is the text of the file that containerd imports.
 func (n *installation) dropIn(read *runtimeConfig, d dropIn) ([]byte, error) {
 	var text strings.Builder
-	if err := writeContainerdConfig(&text, n.cfg, ""); err != nil {
+	if err := writeContainerdConfig(&text, n.cfg, "", plugin.MapsOwners()); err != nil {
 		return nil, err
 	}
 	var printed map[string]any

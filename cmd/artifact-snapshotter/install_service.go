@@ -5,7 +5,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -87,7 +86,7 @@ func (r *installRun) serviceIsCurrent(ctx context.Context, conn *dbus.Conn) (boo
 		return false, err
 	}
 	at, _ := started.Value.Value().(uint64)
-	for _, path := range []string{r.binary, installedUnit, cmp.Or(r.configFile, defaultConfigFile)} {
+	for _, path := range []string{r.binary, installedUnit, r.daemonFile()} {
 		if fi, err := os.Stat(path); err == nil && fi.ModTime().After(time.UnixMicro(int64(at))) {
 			return false, nil
 		}
@@ -95,13 +94,12 @@ func (r *installRun) serviceIsCurrent(ctx context.Context, conn *dbus.Conn) (boo
 	return state.Value.Value() == "active", nil
 }
 
-// serviceFiles are what is to be removed with the service: what install has made, and
-// this version's program.
+// serviceFiles are what is to be removed with the service: what install has made, or has
+// written into the daemon's file, and this version's program.
 func (r *installRun) serviceFiles() (files []change, err error) {
 	for path, is := range map[string]func([]byte) bool{
-		installedUnit:     func([]byte) bool { return true },
-		r.binary:          func(program []byte) bool { return bytes.Equal(program, r.program) },
-		defaultConfigFile: ours,
+		installedUnit: func([]byte) bool { return true },
+		r.binary:      func(program []byte) bool { return bytes.Equal(program, r.program) },
 	} {
 		file, err := changed(path, nil, 0)
 		if err != nil {
@@ -110,6 +108,16 @@ func (r *installRun) serviceFiles() (files []change, err error) {
 		if file.before != nil && is(file.before) {
 			files = append(files, file)
 		}
+	}
+	config, err := changed(r.daemonFile(), nil, 0)
+	if err != nil {
+		return nil, err
+	}
+	if !ours(config.before) {
+		config.after = withoutTakenOver(config.before)
+	}
+	if !config.none() {
+		files = append(files, config)
 	}
 	slices.SortFunc(files, func(a, b change) int { return strings.Compare(a.path, b.path) })
 	return files, nil

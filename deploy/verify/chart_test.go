@@ -79,7 +79,7 @@ func TestChart(t *testing.T) {
 		{name: "some nodes", values: "{nodeSelector: {pool: gpu}, tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}]}", classes: 1},
 		{name: "metrics on a port", values: `metrics: {address: "127.0.0.1:9477"}`, classes: 1},
 		{name: "metrics on a socket", values: "metrics: {address: unix:///run/artifact-snapshotter/metrics.sock}", classes: 1},
-		{name: "everything else", values: "{config: {log_level: debug, decompression_memory: 1024, namespaces: [k8s.io, models]}, env: [{name: A, value: b}], resources: {limits: {memory: 1Gi}}, maxUnavailable: 10%, priorityClassName: system-cluster-critical}", classes: 1},
+		{name: "everything else", values: "{config: {log_level: debug, decompression_memory: 1024, namespaces: [k8s.io, models], overlayfs: {mount_options: [volatile], slow_chown: true}}, env: [{name: A, value: b}], resources: {limits: {memory: 1Gi}}, maxUnavailable: 10%, priorityClassName: system-cluster-critical}", classes: 1},
 		{name: "a digest and a secret", values: "image: {digest: 'sha256:" + strings.Repeat("0a", 32) + "', repository: registry.example.com/a, pullPolicy: Always, pullSecrets: [{name: s}]}", classes: 1},
 		{name: "systemd", values: "daemon: systemd", classes: 1},
 		{name: "the node", values: "{scope: node, daemon: systemd}"},

@@ -1,0 +1,117 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+)
+
+// machineOverlayfs are options of containerd's own overlayfs that a node has.
+const machineOverlayfs = `
+[plugins.'io.containerd.snapshotter.v1.overlayfs']
+  mount_options = ['volatile', 'redirect_dir=on']
+  upperdir_label = true
+`
+
+// With the snapshotter of the node, root filesystems have the options that they had before.
+func TestInstallTakesOverTheOptionsOfOverlayfs(t *testing.T) {
+	n := node.ForTest(t, node.Options{Systemd: true})
+	etc := filepath.Join(n.Dir, "machine", "etc")
+	main := filepath.Join(etc, "containerd", "config.toml")
+	text, err := os.ReadFile(main)
+	check(t, err)
+	writeFile(t, main, string(text)+machineOverlayfs, 0o644)
+	program := filepath.Join(n.Dir, "artifact-snapshotter")
+	copyBinary(t, n, program)
+	ours := filepath.Join(etc, "artifact-snapshotter", "config.toml")
+	check(t, os.MkdirAll(filepath.Dir(ours), 0o755))
+
+	for name, test := range map[string]struct {
+		file string // the daemon's; "" is none
+		want string // what install makes of it
+	}{
+		"none": {"", "# Written by `artifact-snapshotter install`, which undoes edits; `artifact-snapshotter uninstall` takes it away.\n"},
+		"an administrator's, without a last newline": {"log_level = 'debug'\n[nri]\nenabled = false", "log_level = 'debug'\n[nri]\nenabled = false"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if test.file != "" {
+				writeFile(t, ours, test.file, 0o640)
+			}
+			before := files(t, etc)
+			preview := run(t, n, program, "install", "--dry-run")
+			if !strings.Contains(preview, "+mount_options = ['volatile', 'redirect_dir=on']\n") {
+				t.Errorf("the dry run says\n%s", preview)
+			}
+			wantSame(t, etc, before)
+			t.Log(run(t, n, program, "install"))
+			waitForCRI(t, n)
+			got := files(t, etc)[ours]
+			if head, ok := strings.CutPrefix(got, test.want+"\n# From containerd's configuration"); !ok || !strings.Contains(head, "\n[overlayfs]\nmount_options = ['volatile', 'redirect_dir=on']\nupperdir_label = true\n") {
+				t.Errorf("the daemon's file is\n%s", got)
+			}
+			installed := files(t, etc)
+			if said := run(t, n, program, "install"); said != "nothing to do" {
+				t.Errorf("a second time it said %q", said)
+			}
+			wantSame(t, etc, installed)
+
+			pod, err := n.RunPod(node.PodSpec{})
+			check(t, err)
+			options := rootOptions(t, n, pod)
+			for _, want := range []string{"volatile", "redirect_dir=on", "upperdir=/var/lib/artifact-snapshotter/overlayfs/"} {
+				if !strings.Contains(options, want) {
+					t.Errorf("the root filesystem has the options %s, want %s among them", options, want)
+				}
+			}
+			info, err := n.Ctr("snapshots", "--snapshotter", "artifact", "info", pod.Containers["main"])
+			check(t, err)
+			if !strings.Contains(info, `"containerd.io/snapshot/overlay.upperdir": "/var/lib/artifact-snapshotter/overlayfs/snapshots/`) {
+				t.Errorf("the snapshot of the container is %s", info)
+			}
+			check(t, pod.Remove())
+			if said := run(t, n, program, "uninstall", "--dry-run"); !strings.Contains(said, map[bool]string{true: "would remove ", false: "would change "}[test.file == ""]+"/etc/artifact-snapshotter/config.toml") {
+				t.Errorf("the dry run of uninstall says\n%s", said)
+			}
+			t.Log(run(t, n, program, "uninstall"))
+			waitForCRI(t, n)
+			delete(before, filepath.Dir(ours)+"/") // it goes with the file
+			if test.file != "" {
+				before[filepath.Dir(ours)+"/"] = ""
+			}
+			wantSame(t, etc, before)
+		})
+	}
+	t.Run("an administrator who has decided", func(t *testing.T) {
+		check(t, os.MkdirAll(filepath.Dir(ours), 0o755))
+		writeFile(t, ours, "[overlayfs]\nmount_options = ['redirect_dir=on']\n", 0o644)
+		preview := run(t, n, program, "install", "--dry-run")
+		if strings.Contains(preview, "+++ /etc/artifact-snapshotter/config.toml") || !strings.Contains(preview, "options that the daemon has not: write this into /etc/artifact-snapshotter/config.toml") ||
+			!strings.Contains(preview, "    mount_options = ['redirect_dir=on', 'volatile']\n") {
+			t.Errorf("the dry run says\n%s", preview)
+		}
+	})
+}
+
+// rootOptions are the options of the overlay that is the root filesystem of a pod's
+// container, as the kernel has them.
+func rootOptions(t *testing.T, n *node.Node, pod *node.Pod) string {
+	t.Helper()
+	mounts, err := os.ReadFile(filepath.Join("/proc", pid(t, n, pod), "mountinfo"))
+	if err != nil { // the pod's processes are numbered in the machine
+		mounts = []byte(run(t, n, "cat", filepath.Join("/proc", pid(t, n, pod), "mountinfo")))
+	}
+	for line := range strings.Lines(string(mounts)) {
+		// proc_pid_mountinfo(5): the fifth field is where it is mounted.
+		if fields := strings.Fields(line); len(fields) > 4 && fields[4] == "/" {
+			return fields[len(fields)-1]
+		}
+	}
+	t.Fatalf("no root among the mounts\n%s", mounts)
+	return ""
+}

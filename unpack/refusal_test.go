@@ -72,7 +72,7 @@ func TestRefusals(t *testing.T) {
 		"truncated gzip":                {broken(artifact.CompressionGzip, func(b []byte) []byte { return b[:len(b)-9] }), "truncated"},
 		"garbage behind gzip":           {broken(artifact.CompressionGzip, func(b []byte) []byte { return append(b, "garbage behind the end"...) }), "behind the end of the gzip stream"},
 		"seven bytes behind gzip":       {broken(artifact.CompressionGzip, func(b []byte) []byte { return append(b, "garbage"...) }), "behind the end of the gzip stream are bytes that are no gzip"},
-		"seven bytes that are no gzip":  {broken(artifact.CompressionGzip, func([]byte) []byte { return []byte("garbage") }), "it is not gzip: gzip: invalid header"},
+		"seven bytes that are no gzip":  {broken(artifact.CompressionGzip, func([]byte) []byte { return []byte("garbage") }), "says that it is gzip, and its bytes are not compressed"},
 		"a zstd window of 256 MiB":      {broken(artifact.CompressionZstd, func([]byte) []byte { return []byte("\x28\xb5\x2f\xfd\x00\x90\x01\x00\x00") }), "128 MiB at most: compress the archive with zstd --long=27"},
 		"truncated zstd":                {broken(artifact.CompressionZstd, func(b []byte) []byte { return b[:len(b)-9] }), "truncated"},
 		"garbage behind zstd":           {broken(artifact.CompressionZstd, func(b []byte) []byte { return append(b, "garbage behind the end"...) }), "behind the end of the zstd stream"},

@@ -89,7 +89,7 @@ func (s *Store) serve(ctx context.Context, id ID, from *source) (_ served, err e
 		return served{}, fmt.Errorf("the snapshotter is shutting down: %w", errdefs.ErrUnavailable)
 	}
 	defer s.running.Done()
-	defer s.hold(id.name())() // also when all who asked have given up
+	defer s.hold(id.name())(false) // also when all who asked have given up
 	defer func() {
 		if err == nil {
 			s.forgetFailure(id.name()) // of an earlier one
@@ -229,7 +229,7 @@ func (s *Store) counted(how unpack.Retention, n int64) {
 // built if it is not there, by whoever needs it first: tars are extracted once.
 func (s *Store) shift(ctx context.Context, id ID, from *source) (*unpack.Tree, error) {
 	plain := ID{Manifest: id.Manifest}
-	defer s.hold(plain.name())()
+	defer s.hold(plain.name())(false)
 	_, err, _ := s.builds.Do(plain.name(), func() (any, error) { // or a request for the plain one that we join
 		t, mounted, err := s.load(plain)
 		if t == nil && !mounted && err == nil {
@@ -293,6 +293,9 @@ func (s *Store) publish(id ID, build func(dir string) error) (_ *unpack.Tree, er
 	if err := os.Rename(dir, s.path(id)); err != nil {
 		return nil, err
 	}
+	s.mu.Lock()
+	delete(s.sources, id.name())
+	s.mu.Unlock()
 	return unpack.Load(s.path(id))
 }
 

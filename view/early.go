@@ -206,7 +206,7 @@ func (s *Store) buildEarly(ctx context.Context, id ID, desc ocispec.Descriptor, 
 	}
 	s.mu.Unlock()
 	log.G(ctx).WithField("artifact", id.Manifest).Debug("unpacking while it is pulled")
-	defer s.hold(id.name())()
+	defer s.hold(id.name())(false)
 	_, err, _ = s.builds.Do(id.name(), func() (any, error) {
 		if t, mounted, err := s.load(id); t != nil || mounted || err != nil {
 			return nil, err

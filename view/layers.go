@@ -24,7 +24,7 @@ func (s *Store) AcquireLayers(ctx context.Context, chain digest.Digest, dirs []s
 	if !s.has(id) {
 		a, err := unpack.Chain(chain, dirs)
 		if err != nil {
-			release()
+			release(false)
 			return nil, err
 		}
 		from = &source{Artifact: a, kept: dirs}

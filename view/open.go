@@ -43,6 +43,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		now:      time.Now,
 		wake:     make(chan struct{}, 1),
 		held:     map[string]int{},
+		sources:  map[string]*unpack.Tree{},
 		building: map[string]bool{},
 		progress: map[digest.Digest]*progress{},
 		failed:   map[string]*failure{},

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"time"
@@ -88,9 +89,7 @@ func (s *Store) Sweep(ctx context.Context) error {
 
 // sweepAll is Sweep, and counts in done what it removes.
 func (s *Store) sweepAll(ctx context.Context, done *Sweep) error {
-	s.mu.Lock()
 	trash, trees, err := s.sweep(ctx)
-	s.mu.Unlock()
 	done.Trees = trees
 	// Deleting a large Tree takes time that no pod should wait for.
 	for _, name := range trash {
@@ -113,14 +112,11 @@ func (s *Store) sweepAll(ctx context.Context, done *Sweep) error {
 // sweep unmounts and sets aside, and returns the names of what to delete, and how
 // many Trees were set aside.
 func (s *Store) sweep(ctx context.Context) (trash []string, removed int, err error) {
-	used, err := s.used(ctx, s.users)
+	used, kept, err := s.used(ctx)
 	if err != nil {
 		return nil, 0, err
 	}
-	kept, err := s.used(ctx, s.kept)
-	if err != nil {
-		return nil, 0, err
-	}
+	defer s.mu.Unlock()
 	s.look()
 	mounts, err := list(s.mounts)
 	if err != nil {
@@ -142,6 +138,7 @@ func (s *Store) sweep(ctx context.Context) (trash []string, removed int, err err
 			aerr := s.setAside(filepath.Join(s.trees, name))
 			if aerr == nil {
 				removed++
+				delete(s.sources, name)
 				log.G(ctx).WithFields(log.Fields{"artifact": m, "tree": name}).Info("removed a tree whose pod is gone, or whose artifact the runtime has deleted")
 			}
 			err = errors.Join(err, aerr)
@@ -194,27 +191,56 @@ func (s *Store) useless(name string, m digest.Digest) bool {
 	if isShifted(name) || s.deleted(m) {
 		return true
 	}
-	t, err := unpack.Load(filepath.Join(s.trees, name))
-	return err != nil || t.Stale(s.content) // of another version of this program
+	t, err := s.sources[name], error(nil)
+	if t == nil {
+		if t, err = unpack.Load(filepath.Join(s.trees, name)); err != nil {
+			return true // of another version of this program
+		}
+		t = &unpack.Tree{Manifest: t.Manifest, Source: t.Source} // the rest may be a lot
+		s.sources[name] = t
+	}
+	return t.Stale(s.content)
 }
 
-// used is the names of all Trees that somebody of users shows or is about to. The
-// caller holds s.mu: a claim ends only after its user is listed, so nobody is missed.
-func (s *Store) used(ctx context.Context, users []Users) (map[string]bool, error) {
-	used := map[string]bool{}
+// used is the names of all Trees that somebody shows or is about to, and of those that
+// are kept. It returns with s.mu held if there is no error.
+//
+// Those who show artifacts are asked without it, for there may be many, and pods wait
+// for it. Nobody is missed: a claim ends only after its user is listed, and the names
+// of all claims that were there meanwhile are in s.taken.
+func (s *Store) used(ctx context.Context) (used, kept map[string]bool, err error) {
+	s.sweeping.Lock()
+	defer s.sweeping.Unlock()
+	used, kept = map[string]bool{}, map[string]bool{}
+	s.mu.Lock()
+	s.taken = map[string]bool{}
 	for name := range s.held {
-		used[name] = true
+		s.taken[name] = true
 	}
-	for _, list := range users {
-		ids, err := list(ctx)
-		if err != nil {
-			return nil, fmt.Errorf("cannot tell which artifacts are in use: %w", err)
-		}
-		for _, id := range ids {
-			used[id.name()] = true
+	users, keepers := s.users, s.kept
+	s.mu.Unlock()
+	for _, asked := range []struct {
+		users []Users
+		names map[string]bool
+	}{{users, used}, {keepers, kept}} {
+		for _, list := range asked.users {
+			ids, lerr := list(ctx)
+			if lerr != nil {
+				err = fmt.Errorf("cannot tell which artifacts are in use: %w", lerr)
+			}
+			for _, id := range ids {
+				asked.names[id.name()] = true
+			}
 		}
 	}
-	return used, nil
+	s.mu.Lock()
+	maps.Copy(used, s.taken)
+	s.taken = nil
+	if err != nil {
+		s.mu.Unlock()
+		return nil, nil, err
+	}
+	return used, kept, nil
 }
 
 // sharedDir is where the shared contents are.
@@ -245,6 +271,9 @@ func (s *Store) sweepShared() (bytes int64, err error) {
 			case fi.Mode().Type() == os.ModeSymlink:
 				symlinks = append(symlinks, p)
 			default:
+				if linkCount(p) != 1 {
+					continue
+				}
 				size := freed(p)
 				if err := removeIf(p, func() bool { return linkCount(p) == 1 }); err != nil {
 					return bytes, err

@@ -100,11 +100,19 @@ type Store struct {
 	// seen are the directories of blobs that have been there.
 	seen sync.Map
 
-	// mu makes "nobody shows it, so it goes" one step against Acquire.
-	mu    sync.Mutex
-	users []Users
-	kept  []Users
-	held  map[string]int // views by Tree name that no Users lists yet
+	// sweeping is held by a sweep while it asks Users. mu makes "nobody shows it, so it
+	// goes" one step against Acquire.
+	sweeping sync.Mutex
+	mu       sync.Mutex
+	users    []Users
+	kept     []Users
+	held     map[string]int // views by Tree name that no Users lists yet
+	// taken are the names that somebody has held since the sweep began that is asking
+	// Users, nil if none is.
+	taken map[string]bool
+	// sources are the Manifest and the Source of Trees that a sweep has read, by name,
+	// until another Tree is published by that name.
+	sources map[string]*unpack.Tree
 	// building are the names in trees that builds write to, progress is how far
 	// they are, and failed how those ended that nobody had waited for, by the
 	// name of the Tree to be.
@@ -154,11 +162,16 @@ type View struct {
 	// Built is the build that the caller has waited for; nil if the Tree was there.
 	Built *Build
 
-	release func()
+	release func(listed bool)
 }
 
-// Release ends the caller's claim. Call it once, after the ID is listed.
-func (v *View) Release() { v.release() }
+// Release ends the caller's claim. Call it once; if the ID is to stay shown, after it is
+// listed.
+func (v *View) Release() { v.release(false) }
+
+// Listed is Release for a caller whose Users list the ID, so that there is nothing to
+// sweep.
+func (v *View) Listed() { v.release(true) }
 
 // Find is the descriptor of the blob whose encoded digest is hex, all that
 // containerd says of an image volume.
@@ -178,12 +191,12 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 	if !s.has(id) {
 		a, err := s.read(ctx, target)
 		if err != nil {
-			release()
+			release(false)
 			return nil, err
 		}
 		from = &source{Artifact: a}
 		if a.Manifest.Digest != target.Digest { // of an index, this platform's
-			release()
+			release(true) // there was nothing
 			id.Manifest = a.Manifest.Digest
 			release = s.hold(id.name())
 		}
@@ -200,7 +213,7 @@ func (s *Store) read(ctx context.Context, target ocispec.Descriptor) (a *artifac
 
 // acquire mounts the Tree of id, which is taken hold of, and builds it before if
 // it is not there. What it is built from may be nil if it was.
-func (s *Store) acquire(ctx context.Context, id ID, from *source, release func()) (_ *View, err error) {
+func (s *Store) acquire(ctx context.Context, id ID, from *source, release func(listed bool)) (_ *View, err error) {
 	ctx, end := span(ctx, "tree.wait", id.Manifest)
 	defer func() { end(err) }()
 	s.hurry(ID{Manifest: id.Manifest}.name())
@@ -240,21 +253,28 @@ func (s *Store) acquire(ctx context.Context, id ID, from *source, release func()
 		case <-timeout:
 			err = s.unfinished(id, errdefs.ErrUnavailable)
 		}
-		release()
+		release(false)
 		return nil, err
 	}
 }
 
-// hold keeps the sweep from name until the returned function is called.
-func (s *Store) hold(name string) func() {
+// hold keeps the sweep from name until the returned function is called, which has to be
+// told whether a Users lists it.
+func (s *Store) hold(name string) func(listed bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.held[name]++
-	return func() {
+	if s.taken != nil {
+		s.taken[name] = true
+	}
+	return func(listed bool) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if s.held[name]--; s.held[name] == 0 {
-			delete(s.held, name)
+		if s.held[name]--; s.held[name] > 0 {
+			return
+		}
+		delete(s.held, name)
+		if !listed {
 			s.Wake() // nobody may show it: the caller failed, or gave up
 		}
 	}

@@ -82,44 +82,33 @@ func (c *Client) mount(ctx context.Context, image Image, target string) (err err
 			_ = os.Remove(target) // an empty directory at worst
 		}
 	}()
-	there, err := c.mountsAt(ctx, target)
+	old, err := c.mountAt(ctx, target, image.Target.Digest)
 	if err != nil {
 		return err
 	}
-	key := snapshot.MountKey(target, image.Target.Digest)
-	for _, old := range there {
-		if old.key != key {
-			return fmt.Errorf("%s is still the target of artifact %s, whose mount has gone; unmount it first: %w", target, old.Manifest, errdefs.ErrFailedPrecondition)
-		}
-	}
-	// The wait for it, and the proof that the snapshotter is ours.
-	if _, err := c.Unpack(ctx, image); err != nil {
-		return err
+	if old != nil && old.Manifest != image.Artifact.Manifest.Digest {
+		return fmt.Errorf("%s is still the target of artifact %s, whose mount has gone; unmount it first: %w", target, old.Manifest, errdefs.ErrFailedPrecondition)
 	}
 	ctx = c.Context(ctx)
 	service := c.SnapshotService(c.Snapshotter)
 	var mounts []mount.Mount
-	if len(there) > 0 {
-		mounts, err = service.Mounts(ctx, key)
+	if old != nil {
+		err = c.patiently(ctx, func() (err error) {
+			mounts, err = service.Mounts(ctx, old.key)
+			return err
+		})
 	} else {
-		mounts, err = service.View(ctx, key, "", snapshots.WithLabels(map[string]string{
-			labelRoot:    time.Now().UTC().Format(time.RFC3339),
-			labelContent: image.Target.Digest.String(),
-			labelImage:   image.Name,
-		}))
+		key := snapshot.MountKey(target)
+		mounts, err = c.view(ctx, key, image)
 		viewed := err == nil
 		defer func() {
-			if err == nil || !viewed {
-				return
-			}
-			// What has ended ctx is no reason to leave the view.
-			if left := service.Remove(context.WithoutCancel(ctx), key); left != nil {
-				err = fmt.Errorf("%w; and its view is left: %v", err, left)
+			if err != nil && viewed {
+				err = c.withoutView(ctx, key, err)
 			}
 		}()
 	}
 	if err != nil {
-		return c.explain(err)
+		return fmt.Errorf("unpack %q: %w", image.Name, c.explain(err))
 	}
 	if err := mount.All(mounts, target); err != nil {
 		// A bind that could not be made read-only is there already.
@@ -127,6 +116,45 @@ func (c *Client) mount(ctx context.Context, image Image, target string) (err err
 		return fmt.Errorf("mount %s at %s: %w", image.Name, target, err)
 	}
 	return nil
+}
+
+// view makes the view with that key, of which it has to be proved that it is one of the
+// artifact: any other snapshotter makes an empty one.
+func (c *Client) view(ctx context.Context, key string, image Image) (mounts []mount.Mount, err error) {
+	service := c.SnapshotService(c.Snapshotter)
+	labels := map[string]string{
+		labelRoot:            time.Now().UTC().Format(time.RFC3339),
+		labelContent:         image.Target.Digest.String(),
+		labelImage:           image.Name,
+		snapshot.LabelTarget: image.Target.Digest.String(),
+	}
+	attempt := func() (err error) {
+		mounts, err = service.View(ctx, key, "", snapshots.WithLabels(labels))
+		return err
+	}
+	// A daemon that is not there is no reason to wait, unless it was there.
+	if err = attempt(); err != nil && !isUnreachable(err) {
+		err = c.patiently(ctx, attempt)
+	}
+	if err != nil {
+		return nil, err
+	}
+	info, err := service.Stat(ctx, key)
+	if err == nil && info.Labels[snapshot.LabelArtifact] != image.Artifact.Manifest.Digest.String() {
+		err = c.foreign()
+	}
+	if err != nil {
+		return nil, c.withoutView(ctx, key, err)
+	}
+	return mounts, nil
+}
+
+// withoutView removes a view because of err. What has ended ctx is no reason to leave it.
+func (c *Client) withoutView(ctx context.Context, key string, err error) error {
+	if left := c.SnapshotService(c.Snapshotter).Remove(context.WithoutCancel(ctx), key); left != nil {
+		return fmt.Errorf("%w; and its view is left: %v", err, left)
+	}
+	return err
 }
 
 // Unmount undoes [Client.Mount]: it takes the mount away, if it is still there,
@@ -153,10 +181,14 @@ func (c *Client) unmount(ctx context.Context, target string) error {
 	if len(there) == 0 {
 		return c.notMounted(ctx, target)
 	}
+	mounted, err := isMounted(target)
+	if err != nil {
+		return err
+	}
 	ctx = c.Context(ctx)
 	service := c.SnapshotService(c.Snapshotter)
 	m := there[0]
-	if m.Mounted {
+	if mounted {
 		top := slices.IndexFunc(there, func(m Mounted) bool {
 			mounts, odd := service.Mounts(ctx, m.key)
 			if odd != nil {
@@ -196,25 +228,13 @@ func (c *Client) notMounted(ctx context.Context, target string) error {
 // Mounts lists what [Client.Mount] shows, and should show, in the order of the
 // targets.
 func (c *Client) Mounts(ctx context.Context) ([]Mounted, error) {
-	var all []Mounted
-	at := map[string]bool{}
-	err := c.SnapshotService(c.Snapshotter).Walk(c.Context(ctx), func(_ context.Context, i snapshots.Info) error {
-		path, _, ok := snapshot.ParseMountKey(i.Name)
-		if !ok {
-			return nil
-		}
-		all = append(all, Mounted{
-			Target:   path,
-			Manifest: digest.Digest(i.Labels[snapshot.LabelArtifact]),
-			key:      i.Name,
-			target:   digest.Digest(i.Labels[labelContent]),
-			image:    i.Labels[labelImage],
-		})
-		at[path] = false
-		return nil
-	})
+	all, err := c.views(ctx)
 	if err != nil || len(all) == 0 {
-		return nil, c.explain(err)
+		return nil, err
+	}
+	at := map[string]bool{}
+	for _, m := range all {
+		at[m.Target] = false
 	}
 	// The paths themselves may be anything by now, and hang whoever looks at them.
 	_, err = mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) {
@@ -235,11 +255,73 @@ func (c *Client) Mounts(ctx context.Context) ([]Mounted, error) {
 	return all, nil
 }
 
-// mountsAt are those of Mounts that have the target: one, unless others than Mount
-// have made some.
+// views are Mounts in no order, without a look at what is mounted.
+func (c *Client) views(ctx context.Context) (all []Mounted, err error) {
+	err = c.SnapshotService(c.Snapshotter).Walk(c.Context(ctx), func(_ context.Context, i snapshots.Info) error {
+		if path, ok := snapshot.ParseMountKey(i.Name); ok {
+			all = append(all, mountedAs(path, i))
+		}
+		return nil
+	})
+	return all, c.explain(err)
+}
+
+// mountedAs is what the snapshot of a key for the path says.
+func mountedAs(path string, i snapshots.Info) Mounted {
+	return Mounted{
+		Target:   path,
+		Manifest: digest.Digest(i.Labels[snapshot.LabelArtifact]),
+		key:      i.Name,
+		target:   digest.Digest(i.Labels[labelContent]),
+		image:    i.Labels[labelImage],
+	}
+}
+
+// mountAt returns that of views which has the target, nil if there is none. Of the
+// views of older versions of this program it knows that of an artifact alone, by the
+// digest of its image: containerd asks the daemon about each snapshot that it lists.
+func (c *Client) mountAt(ctx context.Context, target string, image digest.Digest) (*Mounted, error) {
+	keys := []string{snapshot.MountKey(target)}
+	if image != "" {
+		keys = append(keys, snapshot.OldMountKey(target, image))
+	}
+	for _, key := range keys {
+		i, err := c.SnapshotService(c.Snapshotter).Stat(c.Context(ctx), key)
+		if err == nil {
+			m := mountedAs(target, i)
+			return &m, nil
+		}
+		if !errdefs.IsNotFound(err) {
+			return nil, c.explain(err)
+		}
+	}
+	return nil, nil
+}
+
+// mountsAt are those of views that have the target: one, unless versions of this
+// program, or others, have made more.
 func (c *Client) mountsAt(ctx context.Context, target string) ([]Mounted, error) {
-	all, err := c.Mounts(ctx)
+	switch m, err := c.mountAt(ctx, target, ""); {
+	case err != nil:
+		return nil, err
+	case m != nil:
+		return []Mounted{*m}, nil
+	}
+	all, err := c.views(ctx)
 	return slices.DeleteFunc(all, func(m Mounted) bool { return m.Target != target }), err
+}
+
+// isMounted reports whether something is mounted at the path, whatever it shows: a disk
+// may have died. Linux since 5.6 tells of one path, without a list of all mounts.
+func isMounted(path string) (bool, error) {
+	if mounted, sure, err := mountinfo.MountedFast(path); sure && err == nil {
+		return mounted, nil
+	}
+	found, err := mountinfo.GetMounts(mountinfo.SingleEntryFilter(path))
+	if err != nil {
+		return false, fmt.Errorf("list the mounts of the node: %w", err)
+	}
+	return len(found) > 0, nil
 }
 
 // ImageAt is as [Client.Image], and finds also the image that was mounted at target

@@ -115,9 +115,14 @@ func (c *Client) Unpacked(ctx context.Context, image Image) (string, error) {
 // unpackAs makes the snapshot with that name. If something else has the name, the
 // error is errdefs.ErrFailedPrecondition.
 func (c *Client) unpackAs(ctx context.Context, image Image, name string) error {
+	return c.patiently(ctx, func() error { return c.attempt(ctx, image, name) })
+}
+
+// patiently makes attempts until one does not fail because something is not ready.
+func (c *Client) patiently(ctx context.Context, attempt func() error) error {
 	unreachable := 0
 	for {
-		err := c.attempt(ctx, image, name)
+		err := attempt()
 		switch {
 		case !errdefs.IsUnavailable(err):
 			return err
@@ -137,6 +142,12 @@ func (c *Client) unpackAs(ctx context.Context, image Image, name string) error {
 		case <-time.After(retryWait):
 		}
 	}
+}
+
+// foreign is the error for a snapshotter that has made an ordinary snapshot where an
+// artifact was asked for.
+func (c *Client) foreign() error {
+	return fmt.Errorf("the snapshotter %q is not artifact-snapshotter, or the daemon is older than this program and must be restarted: %w", c.Snapshotter, errdefs.ErrInvalidArgument)
 }
 
 // attempt asks for the snapshot once. A lease keeps it until it is tied to the
@@ -166,7 +177,7 @@ func (c *Client) attempt(ctx context.Context, image Image, name string) (err err
 		if err := snapshotter.Remove(ctx, key); err != nil {
 			return err
 		}
-		return fmt.Errorf("the snapshotter %q is not artifact-snapshotter, or the daemon is older than this program and must be restarted: %w", c.Snapshotter, errdefs.ErrInvalidArgument)
+		return c.foreign()
 	}
 	if !errdefs.IsAlreadyExists(err) {
 		return c.explain(err)

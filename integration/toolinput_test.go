@@ -145,7 +145,9 @@ func TestAMountThatWasCutOffIsRepaired(t *testing.T) {
 	image, err := c.Image(t.Context(), ref)
 	check(t, err)
 	cutOff := func(target string) {
-		_, err := c.SnapshotService("artifact").View(c.Context(t.Context()), snapshot.MountKey(target, image.Target.Digest), "", snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "now"}))
+		_, err := c.SnapshotService("artifact").View(c.Context(t.Context()), snapshot.MountKey(target), "", snapshots.WithLabels(map[string]string{
+			"containerd.io/gc.root": "now", snapshot.LabelTarget: image.Target.Digest.String(),
+		}))
 		check(t, err)
 		mounts := toolJSON[[]jsonMount](t, n, "ls", "--mounts")
 		if len(mounts) != 1 || mounts[0].Target != target || mounts[0].Mounted {

@@ -125,22 +125,29 @@ func TestAnArtifactIsACommittedSnapshot(t *testing.T) {
 func TestAMountShowsAnArtifact(t *testing.T) {
 	n := newNode(t)
 	d := n.pack(t)
-	key := MountKey("/mnt/a model", d.Digest)
-	mounts, err := n.View(ctx, behind(key), "")
+	key := MountKey("/mnt/a model")
+	mounts, err := n.View(ctx, behind(key), "", showing(d.Digest))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if got := read(t, mounts); got != "bytes" {
 		t.Errorf("the view shows %q", got)
 	}
-	if path, hex, ok := ParseMountKey(key); path != "/mnt/a model" || hex != d.Digest.Encoded() || !ok {
-		t.Errorf("the key %s is of %q, %q, %v", key, path, hex, ok)
+	for _, key := range []string{key, OldMountKey("/mnt/a model", d.Digest)} {
+		if path, ok := ParseMountKey(key); path != "/mnt/a model" || !ok {
+			t.Errorf("the key %s is of %q, %v", key, path, ok)
+		}
 	}
 	for _, other := range []string{"", "view", "x/" + key, mountPrefix + "x/y", UnpackKey("/mnt", d.Digest), behind(key)} {
-		if path, _, ok := ParseMountKey(other); ok {
+		if path, ok := ParseMountKey(other); ok {
 			t.Errorf("the key %q is of %q", other, path)
 		}
 	}
+}
+
+// showing is what a view of MountKey is to show.
+func showing(target digest.Digest) snapshots.Opt {
+	return snapshots.WithLabels(map[string]string{LabelTarget: target.String()})
 }
 
 func TestOneNameIsOneArtifact(t *testing.T) {
@@ -179,10 +186,10 @@ func TestNothingGoesOnTopOfAnArtifact(t *testing.T) {
 func TestNoImageAsksForAnArtifact(t *testing.T) {
 	n := newNode(t)
 	d := n.pack(t)
-	for _, asking := range []string{UnpackKey("x", d.Digest), MountKey("/x", d.Digest), "/image-volumes/x/" + d.Digest.Encoded(), "/" + key("x", d)} {
+	for _, asking := range []string{UnpackKey("x", d.Digest), MountKey("/x"), "/image-volumes/x/" + d.Digest.Encoded(), "/" + key("x", d)} {
 		extract := "k8s.io/9/extract-1-abcd " + asking
 		for kind, create := range map[string]func(context.Context, string, string, ...snapshots.Opt) ([]mount.Mount, error){"prepare": n.Prepare, "view": n.View} {
-			mounts, err := create(ctx, extract+kind, "", as(asking))
+			mounts, err := create(ctx, extract+kind, "", as(asking), showing(d.Digest))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -216,9 +223,10 @@ func TestWhatCannotBeUnpackedLeavesNothing(t *testing.T) {
 		says string
 	}{
 		{"an image", func() ([]mount.Mount, error) { return n.Prepare(ctx, UnpackKey("x", ordinary.Digest), "", as("ref")) }, errdefs.IsInvalidArgument, "ordinary image"},
-		{"the mount of an image", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x", ordinary.Digest), "") }, errdefs.IsInvalidArgument, "ordinary image"},
+		{"the mount of an image", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x"), "", showing(ordinary.Digest)) }, errdefs.IsInvalidArgument, "ordinary image"},
 		{"what is not there", func() ([]mount.Mount, error) { return n.Prepare(ctx, UnpackKey("x", missing), "", as("ref")) }, errdefs.IsNotFound, n.content},
-		{"the mount of what is not there", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x", missing), "") }, errdefs.IsNotFound, n.content},
+		{"the mount of what is not there", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x"), "", showing(missing)) }, errdefs.IsNotFound, n.content},
+		{"the mount of nothing", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x"), "") }, errdefs.IsInvalidArgument, LabelTarget},
 		{"no name", func() ([]mount.Mount, error) { return n.Prepare(ctx, UnpackKey("x", unnamed.Digest), "") }, errdefs.IsInvalidArgument, snapshots.LabelSnapshotRef},
 	} {
 		if _, err := c.make(); !c.is(err) || !strings.Contains(err.Error(), c.says) {

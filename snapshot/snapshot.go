@@ -57,7 +57,7 @@ var (
 	imageVolume = regexp.MustCompile(`^(?:([^/]+)/\d+/)?/(?:.*/)?image-volumes/([^/]+)/` + digestHex + `$`)
 	// unpackKey and mountKey are those of UnpackKey and MountKey.
 	unpackKey = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + unpackPrefix + `[^/]+/` + digestHex + `$`)
-	mountKey  = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + mountPrefix + `[^/]+/` + digestHex + `$`)
+	mountKey  = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + mountPrefix + `[^/]+(?:/` + digestHex + `)?$`)
 	// extraction is the key with which containerd unpacks a layer
 	// (snapshots.UnpackKeyFormat).
 	extraction = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + snapshots.UnpackKeyPrefix + `-`)
@@ -78,21 +78,29 @@ func UnpackKey(caller string, target digest.Digest) string {
 	return unpackPrefix + url.PathEscape(caller) + "/" + target.Encoded()
 }
 
-// MountKey is the key of the view that shows the artifact whose manifest or index
-// is target at the path.
-func MountKey(path string, target digest.Digest) string {
-	return mountPrefix + url.PathEscape(path) + "/" + target.Encoded()
+// LabelTarget is on the views of MountKey: the digest of the manifest or index that
+// they show. containerd hands it on because of its prefix. Images can have it, too, but
+// no such key.
+const LabelTarget = "containerd.io/snapshot/artifact-target"
+
+// MountKey is the key of the view that shows at the path the artifact that LabelTarget
+// names. What is at a path is found without a look at what is elsewhere.
+func MountKey(path string) string { return mountPrefix + url.PathEscape(path) }
+
+// OldMountKey is the key that a view for the artifact whose manifest or index is target
+// had before there was LabelTarget.
+func OldMountKey(path string, target digest.Digest) string {
+	return MountKey(path) + "/" + target.Encoded()
 }
 
-// ParseMountKey is the reverse of MountKey, for a key as containerd's clients see
-// it; false if it is none. Of the digest only the encoded part is in the key.
-func ParseMountKey(key string) (path, hex string, ok bool) {
-	m := mountKey.FindStringSubmatch(key)
-	if m == nil || !strings.HasPrefix(key, mountPrefix) {
-		return "", "", false
+// ParseMountKey returns the path of MountKey and of OldMountKey, for a key as
+// containerd's clients see it; false if it is neither.
+func ParseMountKey(key string) (path string, ok bool) {
+	if !mountKey.MatchString(key) || !strings.HasPrefix(key, mountPrefix) {
+		return "", false
 	}
 	path, err := url.PathUnescape(strings.Split(key, "/")[1])
-	return path, m[1], err == nil
+	return path, err == nil
 }
 
 // Images is what is known of the runtime's images, in a namespace of containerd's.
@@ -105,7 +113,7 @@ type Images interface {
 	Name(namespace string, target digest.Digest) string
 }
 
-// unpackWait is how long Prepare waits for UnpackKey: nobody is in a hurry.
+// unpackWait is how long a call waits for UnpackKey and MountKey: who asks can ask again.
 const unpackWait = time.Second
 
 type snapshotter struct {
@@ -243,11 +251,15 @@ func (s *snapshotter) show(ctx context.Context, volume *volume, kind snapshots.K
 	// lock is held meanwhile.
 	waiting, cancel := context.WithTimeout(ctx, view.MaxWait)
 	defer cancel()
-	want, err := s.target(waiting, volume, kind, key, parent)
+	want, err := s.target(waiting, volume, kind, key, parent, base)
 	if err != nil {
 		return nil, err
 	}
-	v, err := s.acquire(waiting, want, owners(base))
+	acquire := s.acquire
+	if mountKey.MatchString(key) {
+		acquire = s.acquireSoon
+	}
+	v, err := acquire(waiting, want, owners(base))
 	switch {
 	case err == nil:
 	case volume != nil:
@@ -255,14 +267,15 @@ func (s *snapshotter) show(ctx context.Context, volume *volume, kind snapshots.K
 	default:
 		return nil, ordinary(want.Descriptor, err)
 	}
-	defer v.Release()
 	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
 		_, err := storage.CreateSnapshot(ctx, kind, key, parent, append(opts, withoutLabel, want.label(v))...)
 		return err
 	})
 	if err != nil {
+		v.Release()
 		return nil, fmt.Errorf("failed to create snapshot: %w", err)
 	}
+	v.Listed()
 	return v, nil
 }
 
@@ -271,7 +284,7 @@ func (s *snapshotter) show(ctx context.Context, volume *volume, kind snapshots.K
 // images and wherever its blobs are. A volume without a parent is an artifact's, or empty: an
 // image without layers may be in the place of an artifact with its config, so of both it is
 // asked which images there are.
-func (s *snapshotter) target(ctx context.Context, volume *volume, kind snapshots.Kind, key, parent string) (want wanted, err error) {
+func (s *snapshotter) target(ctx context.Context, volume *volume, kind snapshots.Kind, key, parent string, base snapshots.Info) (want wanted, err error) {
 	of, err := s.subjectOf(ctx, parent)
 	if err != nil || parent != "" && of.ordinary() {
 		return want, cmp.Or(err, artifact.ErrNotArtifact)
@@ -291,7 +304,15 @@ func (s *snapshotter) target(ctx context.Context, volume *volume, kind snapshots
 		return want, artifact.ErrNotArtifact
 	}
 	if mounted := mountKey.FindStringSubmatch(key); mounted != nil && parent == "" {
-		want.Descriptor, err = s.views.Find(mounted[1])
+		hex := mounted[1]
+		if hex == "" {
+			target, err := digest.Parse(base.Labels[LabelTarget])
+			if err != nil {
+				return want, fmt.Errorf("snapshot %q: the label %s must name the artifact: %v: %w", key, LabelTarget, err, errdefs.ErrInvalidArgument)
+			}
+			hex = target.Encoded()
+		}
+		want.Descriptor, err = s.views.Find(hex)
 		return want, err
 	}
 	if of.ordinary() {
@@ -316,14 +337,7 @@ func (s *snapshotter) unpack(ctx context.Context, key, hex string, opts []snapsh
 	if err != nil {
 		return err
 	}
-	// The caller asks again; and containerd holds a lock meanwhile (see Rules in
-	// docs/design.md), for which other pods wait.
-	building, cancel := context.WithTimeout(ctx, unpackWait)
-	defer cancel()
-	v, err := s.views.Acquire(building, target, unpack.IDMap{})
-	if err != nil && building.Err() != nil && ctx.Err() == nil {
-		err = fmt.Errorf("%v: %w", err, errdefs.ErrUnavailable)
-	}
+	v, err := s.acquireSoon(ctx, wanted{Descriptor: target}, unpack.IDMap{})
 	if err != nil {
 		return ordinary(target, err)
 	}
@@ -343,6 +357,18 @@ func (s *snapshotter) unpack(ctx context.Context, key, hex string, opts []snapsh
 		return fmt.Errorf("failed to create snapshot: %w", err)
 	}
 	return fmt.Errorf("snapshot %s: %w", ref, errdefs.ErrAlreadyExists)
+}
+
+// acquireSoon is acquire for a caller that asks again: containerd holds a lock meanwhile
+// (see Rules in docs/design.md), for which other pods wait.
+func (s *snapshotter) acquireSoon(ctx context.Context, want wanted, owners unpack.IDMap) (*view.View, error) {
+	building, cancel := context.WithTimeout(ctx, unpackWait)
+	defer cancel()
+	v, err := s.acquire(building, want, owners)
+	if err != nil && building.Err() != nil && ctx.Err() == nil {
+		err = fmt.Errorf("%v: %w", err, errdefs.ErrUnavailable)
+	}
+	return v, err
 }
 
 // ordinary returns err as an error of who asked for an artifact by a key of ours.
@@ -459,7 +485,7 @@ func (s *snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 		}
 		return nil, err
 	}
-	defer v.Release()
+	v.Release() // the snapshot may have gone meanwhile
 	return bind(v), nil
 }
 

@@ -231,10 +231,10 @@ func (d treeDoor) Way() Way { return Way(string(d.rungs.Raw) + "+" + string(d.ru
 
 func (d treeDoor) Show(ctx context.Context, a *Artifact) (string, func() error, error) {
 	ctx = namespaces.WithNamespace(ctx, hostileNamespace)
-	key := snapshot.MountKey(fmt.Sprintf("/nowhere/%d", d.count.Add(1)), a.Target)
+	key := snapshot.MountKey(fmt.Sprintf("/nowhere/%d", d.count.Add(1)))
 	var mounts []mount.Mount
 	err := again(func() (err error) {
-		mounts, err = d.snapshotter().View(ctx, key, "")
+		mounts, err = d.snapshotter().View(ctx, key, "", snapshots.WithLabels(map[string]string{snapshot.LabelTarget: a.Target.String()}))
 		return err
 	})
 	if err != nil {

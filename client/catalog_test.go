@@ -4,11 +4,17 @@
 package client
 
 import (
+	"context"
 	"fmt"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 )
 
 // crowd is a Watcher that knows one artifact and so many others, each by the three
@@ -117,5 +123,51 @@ func BenchmarkStats(b *testing.B) {
 				w.Stats()
 			}
 		})
+	}
+}
+
+// counting counts how often each blob is opened.
+type counting struct {
+	content.Provider
+	opened map[digest.Digest]int
+}
+
+func (c counting) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	c.opened[desc.Digest]++
+	return c.Provider.ReaderAt(ctx, desc)
+}
+
+// CRI gives an image three names, and what is read of it may be a lot.
+func TestEachImageIsReadOnce(t *testing.T) {
+	w, targets := newTestWatcher(t, "one", "two")
+	var all []images.Image
+	for name, target := range targets {
+		for _, i := range []string{"registry.example.com/" + name + ":v1", name + "@" + target.String(), target.String()} {
+			all = append(all, imageRecord(i, target))
+		}
+	}
+	near, far := counting{w.blobs, map[digest.Digest]int{}}, counting{w.blobs, map[digest.Digest]int{}}
+	layers := 0
+	known := readAll(t.Context(), nearby{near, far}, all, map[digest.Digest]Image{}, func(i *Image) { layers += len(i.Artifact.Layers) })
+	if len(known.byName) != 6 || layers != 2 {
+		t.Errorf("known are %d names and %d layers, want 6 and 2", len(known.byName), layers)
+	}
+	for _, i := range known.byName {
+		if i.Artifact == nil || len(i.Artifact.Layers) > 0 {
+			t.Errorf("of %q is kept %+v", i.Name, i.Artifact)
+		}
+	}
+	for blob, times := range near.opened {
+		if blob != ocispec.DescriptorEmptyJSON.Digest && times != 1 {
+			t.Errorf("blob %s is opened %d times", blob, times)
+		}
+	}
+	if len(near.opened) < 2 || len(far.opened) > 0 {
+		t.Errorf("opened are %v, and of what is far %v", near.opened, far.opened)
+	}
+	// What is not near is far.
+	near.Provider = blobdir.Dir(t.TempDir())
+	if i := readAny(t.Context(), nearby{near, far}, all[0]); !i.isArtifact() || len(far.opened) == 0 {
+		t.Errorf("got %+v", i)
 	}
 }

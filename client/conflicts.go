@@ -52,29 +52,11 @@ type counts struct{ images, artifacts int }
 // order of their names. Artifacts that [Client.Images] leaves out because they are
 // refused count, too.
 func (c *Client) Conflicts(ctx context.Context) (map[digest.Digest]*Sharing, error) {
-	all, err := c.list(ctx)
+	all, err := c.Survey(ctx, nil, nil)
 	if err != nil {
 		return nil, err
 	}
-	known := readAll(c.Context(ctx), c.ContentStore(), all, map[digest.Digest]Image{})
-	if ctx.Err() != nil {
-		return nil, ctx.Err()
-	}
-	var inOrder []Image
-	for _, i := range all {
-		inOrder = append(inOrder, *known.byName[i.Name])
-	}
-	var named []*Image
-	for _, i := range Named(inOrder) {
-		named = append(named, &i)
-	}
-	sharing, conflicting := sharings(named), map[digest.Digest]*Sharing{}
-	for _, i := range inOrder {
-		if i.Artifact != nil && sharing[i.Artifact.Config].others(i) > 0 {
-			conflicting[i.Artifact.Config] = sharing[i.Artifact.Config]
-		}
-	}
-	return conflicting, nil
+	return all.Conflicts, nil
 }
 
 // sharings are the images by their configs.

@@ -26,6 +26,8 @@ type Image struct {
 	// this node. Those of [Client.Conflicts] have only the digests of the manifest
 	// and the config.
 	Artifact *artifact.Artifact
+	// chain is the artifact's chain ID, if it has no layers here.
+	chain digest.Digest
 	// ordinary is an image that is no artifact.
 	ordinary bool
 	// refused is why an artifact cannot be shown, nil if it can.
@@ -72,6 +74,9 @@ func (c *Client) byDigest(ctx context.Context, ref string) (Image, error) {
 	}
 	var id Image // what has no other name
 	for _, i := range all {
+		if i.Target.Digest != dgst && images.IsManifestType(i.Target.MediaType) {
+			continue // it stands for no other manifest
+		}
 		image, err := c.read(ctx, i)
 		if i.Target.Digest != dgst && (err != nil || image.Artifact.Manifest.Digest != dgst) {
 			continue

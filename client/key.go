@@ -57,9 +57,9 @@ func readAny(ctx context.Context, blobs content.Provider, i images.Image) Image 
 }
 
 // readAll reads the images of a namespace, as far as they can be read and only what
-// brief keeps of them. What has been read already is in read, by target: CRI gives an
-// image several names.
-func readAll(ctx context.Context, blobs content.Provider, all []images.Image, read map[digest.Digest]Image) *catalog {
+// brief keeps of them; each, if it is not nil, sees all of it before. What has been read
+// already is in read, by target: CRI gives an image several names.
+func readAll(ctx context.Context, blobs content.Provider, all []images.Image, read map[digest.Digest]Image, each func(*Image)) *catalog {
 	known := &catalog{}
 	for _, i := range all {
 		if ctx.Err() != nil {
@@ -67,7 +67,11 @@ func readAll(ctx context.Context, blobs content.Provider, all []images.Image, re
 		}
 		image, ok := read[i.Target.Digest]
 		if !ok {
-			image = readAny(ctx, blobs, i).brief()
+			image = readAny(ctx, blobs, i)
+			if each != nil {
+				each(&image)
+			}
+			image = image.brief()
 			read[i.Target.Digest] = image
 		}
 		image.Name = i.Name

@@ -120,7 +120,10 @@ func newUses(all []Image) uses {
 	for _, image := range all {
 		manifest := image.Artifact.Manifest.Digest
 		u.targets[image.Target.Digest.Encoded()] = append(u.targets[image.Target.Digest.Encoded()], manifest)
-		chain := image.Artifact.ChainID().String()
+		chain := image.chain.String()
+		if chain == "" {
+			chain = image.Artifact.ChainID().String()
+		}
 		u.chains[chain] = append(u.chains[chain], manifest)
 		u.names[image.Name] = manifest
 	}
@@ -141,7 +144,7 @@ func (u uses) add(i snapshots.Info, ours bool) {
 	default:
 		of = u.chains[i.Parent]
 	}
-	target, _, mounted := snapshot.ParseMountKey(i.Name)
+	target, mounted := snapshot.ParseMountKey(i.Name)
 	for _, manifest := range slices.Compact(slices.Sorted(slices.Values(of))) {
 		use := u.of(manifest)
 		switch {

@@ -313,7 +313,7 @@ func (w *Watcher) list(ctx context.Context, c *Client) (map[string]*catalog, err
 		if err != nil {
 			return nil, fmt.Errorf("list the images of namespace %s: %w", namespace, err)
 		}
-		known[namespace] = readAll(ctx, w.blobs, there, read)
+		known[namespace] = readAll(ctx, w.blobs, there, read, nil)
 	}
 	// What was cut off is no list.
 	return known, ctx.Err()

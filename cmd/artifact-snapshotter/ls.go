@@ -12,6 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/urfave/cli/v3"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
@@ -120,21 +121,25 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) 
 	if err != nil {
 		return err
 	}
-	all, err := c.Images(ctx)
+	sizes, layouts := map[digest.Digest]int64{}, map[digest.Digest]*layout{}
+	all, err := c.Survey(ctx, content, func(a *artifact.Artifact) {
+		sizes[a.Manifest.Digest] = client.Size(a)
+		if how, err := client.LayoutOf(ctx, a, root, content); err == nil {
+			layouts[a.Manifest.Digest] = &layout{how.Raw, how.Tar, how.Shared}
+		}
+	})
 	if err != nil {
 		return err
 	}
-	uses, err := c.Uses(ctx, all)
-	if err != nil {
-		return err
-	}
-	conflicts, err := c.Conflicts(ctx)
+	uses, err := c.Uses(ctx, all.Artifacts)
 	if err != nil {
 		return err
 	}
 	list := []listed{}
-	for _, image := range client.Named(all) {
-		list = append(list, describe(ctx, image, uses, conflicts, root, content))
+	for _, image := range client.Named(all.Artifacts) {
+		l := describe(image, uses, all.Conflicts)
+		l.Size, l.Layout = sizes[l.Manifest], layouts[l.Manifest]
+		list = append(list, l)
 	}
 	if json, _ := wantsJSON(command); json {
 		return printJSON(command.Root().Writer, list)
@@ -160,15 +165,14 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) 
 	return printTable(command.Root().Writer, text.String())
 }
 
-// describe is what there is to say about an image.
-func describe(ctx context.Context, image client.Image, uses map[digest.Digest]*client.Use, conflicts map[digest.Digest]*client.Sharing, root string, content blobdir.Blobs) listed {
+// describe is what there is to say about an image, but for its layers.
+func describe(image client.Image, uses map[digest.Digest]*client.Use, conflicts map[digest.Digest]*client.Sharing) listed {
 	a := image.Artifact
 	l := listed{
 		Reference:  image.Name,
 		Digest:     image.Target.Digest,
 		Manifest:   a.Manifest.Digest,
 		Config:     a.Config,
-		Size:       client.Size(a),
 		Snapshots:  []string{},
 		Pods:       []pod{},
 		Mounts:     []string{},
@@ -183,9 +187,6 @@ func describe(ctx context.Context, image client.Image, uses map[digest.Digest]*c
 		}
 	}
 	l.Conflicts, l.moreConflicts = conflictNames(conflicts, image)
-	if how, err := client.LayoutOf(ctx, a, root, content); err == nil {
-		l.Layout = &layout{how.Raw, how.Tar, how.Shared}
-	}
 	return l
 }
 
@@ -220,19 +221,22 @@ func listMounts(ctx context.Context, command *cli.Command, c *client.Client) err
 	if err != nil {
 		return err
 	}
-	all, err := c.Brief(ctx)
+	_, content, err := roots(command)
 	if err != nil {
 		return err
 	}
+	all, err := c.Survey(ctx, content, nil)
+	if err != nil {
+		return err
+	}
+	references := map[digest.Digest][]string{}
+	for _, image := range client.Named(all.Artifacts) {
+		manifest := image.Artifact.Manifest.Digest
+		references[manifest] = append(references[manifest], image.Name)
+	}
 	list := []mountInfo{}
 	for _, m := range mounts {
-		info := mountInfo{m.Target, []string{}, m.Manifest, m.Mounted}
-		for _, image := range client.Named(all) {
-			if image.Artifact.Manifest.Digest == m.Manifest {
-				info.References = append(info.References, image.Name)
-			}
-		}
-		list = append(list, info)
+		list = append(list, mountInfo{m.Target, append([]string{}, references[m.Manifest]...), m.Manifest, m.Mounted})
 	}
 	if json, _ := wantsJSON(command); json {
 		return printJSON(command.Root().Writer, list)

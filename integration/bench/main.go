@@ -28,11 +28,17 @@ var parts = []struct {
 	{"pods", measurePods},
 	{"kubelet", measureKubelet},
 	{"create", measureCreate},
+	{"many", measureMany},
 }
 
 func run(ctx context.Context) {
-	only := flag.String("run", "", "measure only the parts with these names, separated by commas: prepare, pods, kubelet, create")
+	only := flag.String("run", "", "measure only the parts with these names, separated by commas: prepare, pods, kubelet, create, many")
+	crowd := flag.Int("crowd", 0, "be one of the nodes of many, with so many artifacts")
 	flag.Parse()
+	if *crowd > 0 {
+		serveCrowd(ctx, *crowd)
+		return
+	}
 	r := &report{load: measure.Load()}
 	measure.Progress("making an ext4 on a loop device in %s", os.TempDir())
 	// Nothing large is ever deleted on it before the end.

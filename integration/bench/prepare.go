@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"math/rand/v2"
@@ -41,8 +42,18 @@ type preparer struct {
 	snapshots.Snapshotter
 	*node.Node
 	client        *client.Client
+	conn          *grpc.ClientConn // to the daemon
 	made, volumes int
 }
+
+func newPreparer(ctx context.Context, n *node.Node) *preparer {
+	conn := measure.Must(grpc.NewClient(dialer.DialAddress(filepath.Join(n.Dir, "daemon.sock")),
+		grpc.WithTransportCredentials(insecure.NewCredentials())))
+	c := measure.Must(client.Connect(ctx, n.Address, "k8s.io", "artifact"))
+	return &preparer{client: c, conn: conn, Snapshotter: proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "artifact"), Node: n}
+}
+
+func (p *preparer) close() error { return errors.Join(p.client.Close(), p.conn.Close()) }
 
 const noCollection = `
 [plugins.'io.containerd.gc.v1.scheduler']
@@ -57,12 +68,8 @@ func measurePrepare(ctx context.Context, r *report) {
 	n := measure.Must(node.Start(ctx, node.Options{ContainerdConfig: noCollection}))
 	defer measure.Tidy(n.Stop)
 	r.version(n)
-	conn := measure.Must(grpc.NewClient(dialer.DialAddress(filepath.Join(n.Dir, "daemon.sock")),
-		grpc.WithTransportCredentials(insecure.NewCredentials())))
-	defer measure.Tidy(conn.Close)
-	c := measure.Must(client.Connect(ctx, n.Address, "k8s.io", "artifact"))
-	defer measure.Tidy(c.Close)
-	p := &preparer{client: c, Snapshotter: proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "artifact"), Node: n}
+	p := newPreparer(ctx, n)
+	defer measure.Tidy(p.close)
 	for _, target := range p.some(ctx, 3, p.raw(1, measure.MiB)) { // the first ones wake up everything
 		p.prepare(ctx, target)
 	}

@@ -485,7 +485,11 @@ func (s *snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 		}
 		return nil, err
 	}
-	v.Release() // the snapshot may have gone meanwhile
+	if _, err := s.Stat(ctx, key); err != nil { // it has gone meanwhile
+		v.Release()
+		return nil, err
+	}
+	v.Listed()
 	return bind(v), nil
 }
 

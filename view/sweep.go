@@ -191,12 +191,13 @@ func (s *Store) useless(name string, m digest.Digest) bool {
 	if isShifted(name) || s.deleted(m) {
 		return true
 	}
-	t, err := s.sources[name], error(nil)
+	t := s.sources[name]
 	if t == nil {
-		if t, err = unpack.Load(filepath.Join(s.trees, name)); err != nil {
+		read, err := unpack.Load(filepath.Join(s.trees, name))
+		if err != nil {
 			return true // of another version of this program
 		}
-		t = &unpack.Tree{Manifest: t.Manifest, Source: t.Source} // the rest may be a lot
+		t = &unpack.Tree{Manifest: read.Manifest, Source: read.Source} // the rest may be a lot
 		s.sources[name] = t
 	}
 	return t.Stale(s.content)

@@ -156,9 +156,9 @@ func (n *node) otherInAnImage(h *tar.Header) string {
 	return ""
 }
 
-// relink notes if the hard link to n, the member name, has other attributes than n.
-// containerd gives them to the file, and so to all names of it; a symlink has no mode and
-// no extended attributes of users.
+// relink notes the path of a hard link to n that has other attributes than n. containerd
+// gives them to the file, and so to all names of it; a symlink has no mode and no extended
+// attributes of users.
 func (p *plan) relink(n *node, name string, a attrs, xattrs map[string]string) {
 	other := a.uid != n.attrs.uid || a.gid != n.attrs.gid
 	if n.kind != symlink {
@@ -169,7 +169,7 @@ func (p *plan) relink(n *node, name string, a attrs, xattrs map[string]string) {
 		}
 	}
 	if other {
-		p.relinked[n] = strings.Clone(name)
+		p.relinked[n] = name
 	}
 }
 

@@ -174,3 +174,17 @@ func TestSparseMembersAreCountedAndReadOnce(t *testing.T) {
 		t.Errorf("%d inodes, want the image and the content", tree.Inodes)
 	}
 }
+
+// A name of many "./" is short in the plan, and may be an extended header of a MiB.
+func TestALongNameOfAHardLinkIsNotKept(t *testing.T) {
+	long := tar.Header{Name: strings.Repeat("./", 100_000) + "h", Typeflag: tar.TypeLink, Linkname: "f", Mode: 0o600, Format: tar.FormatPAX}
+	s := newSite(t)
+	l := s.tar(t, artifact.CompressionNone, archive(t, file("f", ""), long))
+	p := newPlan(created, nil)
+	if err := p.addArchive(context.Background(), &content{path: s.content.Path(l.Descriptor.Digest)}, 0, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := p.relinked[p.nodes["f"]]; got != "h" {
+		t.Errorf("the plan holds a name of %d bytes for the hard link", len(got))
+	}
+}

@@ -168,8 +168,9 @@ func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int
 		if !strings.HasSuffix(h.Name, "/") {
 			break
 		}
-		// A directory for GNU tar and bsdtar, and for archive/tar if it is of the old
-		// format. These two take what is behind its header for the next one.
+		// GNU tar and bsdtar make a directory of it, and archive/tar does if the header
+		// is of the old format. If it has content, GNU tar and bsdtar read that as
+		// headers, and archive/tar skips it.
 		if h.Size > 0 || isSparse(h) {
 			return 0, fmt.Errorf("its name ends in a slash, which makes it a directory, but it has %d bytes of content, which tars read in different ways: pack the archive again: %w", h.Size, errdefs.ErrInvalidArgument)
 		}
@@ -221,7 +222,7 @@ func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int
 		if n, err = x.linked(h.Linkname); err != nil {
 			return 0, err
 		}
-		x.relink(n, h.Name, a, xattrs)
+		x.relink(n, name, a, xattrs)
 		x.files[name] = n
 	case typeSolaris:
 		return 0, fmt.Errorf("an extended header of Solaris (type 'X') is not supported: pack the archive in the pax format of POSIX (type 'x'): %w", errdefs.ErrInvalidArgument)

@@ -85,7 +85,7 @@ type plan struct {
 	grow func() error
 	// implied are the attributes of a directory that no layer describes.
 	implied attrs
-	// relinked are the files of which a hard link says other attributes: that member.
+	// relinked are the files of which a hard link says other attributes, with its path.
 	relinked map[*node]string
 }
 

@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 
 	store "github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
@@ -120,7 +119,8 @@ func readHead(r io.Reader) ([]byte, error) {
 	return head[:n], err
 }
 
-// headWithin is readHead of what is compressed; nothing if it is broken.
+// headWithin is readHead of what is compressed; nothing if it is broken. A blob that cannot
+// be read is an error, and not a broken stream: it might be an archive.
 func headWithin(ctx context.Context, c artifact.Compression, blob io.Reader, b *Budget) (head []byte, err error) {
 	how := decompressors[c]
 	release, err := b.take(ctx, how.memory)
@@ -128,16 +128,26 @@ func headWithin(ctx context.Context, c artifact.Compression, blob io.Reader, b *
 		return nil, err
 	}
 	defer release()
-	stream, err := how.open(bufio.NewReader(reader{ctx, blob}))
-	if err == nil {
+	in := &failing{Reader: reader{ctx, blob}}
+	if stream, err := how.open(bufio.NewReader(in)); err == nil {
 		defer stream.Close()
-		head, err = readHead(stream)
+		head, _ = readHead(stream) // what is wrong with the stream does not matter here
 	}
-	var unreadable *fs.PathError
-	if ctx.Err() != nil || errors.As(err, &unreadable) {
-		return nil, errors.Join(ctx.Err(), err)
+	return head, in.err
+}
+
+// failing remembers why its reader could not be read.
+type failing struct {
+	io.Reader
+	err error
+}
+
+func (f *failing) Read(p []byte) (int, error) {
+	n, err := f.Reader.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		f.err = err
 	}
-	return head, nil
+	return n, err
 }
 
 // beginsArchive reports whether head is the header of a tar's member. What may follow it,

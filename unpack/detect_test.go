@@ -14,6 +14,7 @@ import (
 	"strings"
 	"testing"
 
+	store "github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	modelspec "github.com/modelpack/model-spec/specs-go/v1"
@@ -385,6 +386,49 @@ func TestALayerIsDecompressedBeforeTheNextOneIsThere(t *testing.T) {
 	}
 	if _, err := Build(t.Context(), filepath.Join(s.root, "tree"), numbered(second, first), o); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// unreadable is a store of blobs of which nothing but the first bytes can be read.
+type unreadable struct {
+	store.Provider
+	from int64
+	err  error
+}
+
+func (u unreadable) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (store.ReaderAt, error) {
+	r, err := u.Provider.ReaderAt(ctx, desc)
+	return unreadableBlob{r, u}, err
+}
+
+type unreadableBlob struct {
+	store.ReaderAt
+	unreadable
+}
+
+func (b unreadableBlob) ReadAt(p []byte, off int64) (int, error) {
+	if off+int64(len(p)) > b.from {
+		return 0, b.err
+	}
+	return b.ReaderAt.ReadAt(p, off)
+}
+
+// Or an archive whose store fails for a moment would be called a file.
+func TestABlobThatCannotBeReadIsNotSettled(t *testing.T) {
+	s := newSite(t)
+	text := noise(1 << 20) // which is read more than once
+	for _, c := range allCompressions {
+		l := s.described(t, ocispec.MediaTypeImageLayer, s.compress(t, c, archive(t, file("f", text))), ocispec.AnnotationTitle, "f")
+		for _, from := range []int64{0, tarBlock} {
+			if c == artifact.CompressionNone && from > 0 {
+				continue // the header is enough
+			}
+			// As the store of containerd's client says it, without a path.
+			settled, err := Settle(t.Context(), l, unreadable{s.content, from, errdefs.ErrUnavailable})
+			if !errdefs.IsUnavailable(err) {
+				t.Errorf("%q, from %d: settled as %s, %v", c, from, settled.Format, err)
+			}
+		}
 	}
 }
 

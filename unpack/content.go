@@ -141,6 +141,10 @@ func (cs *contents) retainArchives(ctx context.Context, layers []artifact.Layer)
 					defer cs.done(l.Descriptor.Size)
 					return cs.retain(ctx, c, l.Descriptor)
 				}
+				// The blob has the size of the first layer; another may say another one.
+				if want := c.layer.Descriptor.Size; l.Descriptor.Size != want {
+					return wrongSize(want, l.Descriptor)
+				}
 				first := false
 				c.once.Do(func() {
 					first = true
@@ -240,9 +244,13 @@ func checkSize(fi os.FileInfo, blob ocispec.Descriptor) error {
 		return fmt.Errorf("its blob is not a regular file: %w", errdefs.ErrFailedPrecondition)
 	}
 	if fi.Size() != blob.Size {
-		return fmt.Errorf("its blob has %d bytes, its descriptor says %d: %w", fi.Size(), blob.Size, errdefs.ErrFailedPrecondition)
+		return wrongSize(fi.Size(), blob)
 	}
 	return nil
+}
+
+func wrongSize(size int64, blob ocispec.Descriptor) error {
+	return fmt.Errorf("its blob has %d bytes, its descriptor says %d: %w", size, blob.Size, errdefs.ErrFailedPrecondition)
 }
 
 // retain makes c the runtime's blob, unless it is that already, and checks the

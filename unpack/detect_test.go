@@ -449,3 +449,28 @@ func TestSettleNeedsTheBlobOnlyWhereItDecides(t *testing.T) {
 		}
 	}
 }
+
+// Only one of the layers decompresses it, and the sizes of all are what limits rest on.
+func TestAllLayersOfABlobSayItsSize(t *testing.T) {
+	s := newSite(t)
+	for _, c := range allCompressions {
+		l := s.tar(t, c, archive(t, file("f", "x")))
+		lie := l
+		lie.Descriptor.Size = 1 << 50
+		for what, layers := range map[string][]artifact.Layer{"the second": {l, lie}, "the first": {lie, l}} {
+			tree, err := s.buildAs("lie", best, layers...)
+			if err == nil {
+				t.Errorf("%q: %s layer says another size, and it was built", c, what)
+				os.RemoveAll(tree.dir)
+			} else if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "its descriptor says") {
+				t.Errorf("%q, %s: %v", c, what, err)
+			}
+		}
+	}
+}
+
+func TestNoBytesOfAnotherDigestInORASsAnnotation(t *testing.T) {
+	s := newSite(t)
+	l := s.described(t, "text/plain", nil, orasUnpack, "true", orasDigest, digest.FromString("another").String())
+	s.wantRefused(t, "no bytes", []artifact.Layer{l}, "it has no bytes", "the annotation "+orasDigest+" says the DiffID")
+}

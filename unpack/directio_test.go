@@ -6,6 +6,7 @@ package unpack
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -310,4 +311,19 @@ func cachedAfter(t *testing.T, path string, f func()) bool {
 		t.Fatal(err)
 	}
 	return n > 0
+}
+
+// What is lacking for a moment says nothing of a rung: the next one would be taken until
+// the next start.
+func TestNoRungIsPassedOverForWhatIsLackingForAMoment(t *testing.T) {
+	try := probes[Overlay]
+	defer func() { probes[Overlay] = try }()
+	probes[Overlay] = func(context.Context, string, bool) error { return fmt.Errorf("%w: %w", errNoDirectIO, unix.ENOMEM) }
+	if r, err := probe(t.Context(), t.TempDir(), "", true, RawRungs); r != "" || !errors.Is(err, unix.ENOMEM) {
+		t.Errorf("%q, %v; want none, and why", r, err)
+	}
+	probes[Overlay] = func(context.Context, string, bool) error { return errNoDirectIO }
+	if r, err := probe(t.Context(), t.TempDir(), "", true, []Rung{Overlay, Copy}); r != Copy || err != nil {
+		t.Errorf("%q, %v; want the next one", r, err)
+	}
 }

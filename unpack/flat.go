@@ -369,7 +369,7 @@ func checkEmpty(l artifact.Layer) error {
 	case l.Descriptor.Digest != l.Descriptor.Digest.Algorithm().FromBytes(nil):
 		return fmt.Errorf("its descriptor says 0 bytes, but its digest is not that of no bytes: %w", errdefs.ErrInvalidArgument)
 	case l.DiffID != "" && l.DiffID != l.DiffID.Algorithm().FromBytes(nil):
-		return fmt.Errorf("it has no content, and the config lists the DiffID %s of some: %w", l.DiffID, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("it has no bytes, but %s the DiffID %s, which is not that of no bytes: %w", l.Claim(), l.DiffID, errdefs.ErrInvalidArgument)
 	}
 	return nil
 }

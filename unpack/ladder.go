@@ -115,16 +115,16 @@ func probe(ctx context.Context, root string, forced Rung, direct bool, all []Run
 		if err == nil {
 			return r, why
 		}
+		for _, passing := range []error{errdefs.ErrResourceExhausted, unix.EMFILE, unix.ENFILE, unix.ENOMEM} {
+			if errors.Is(err, passing) {
+				return "", errors.Join(why, err)
+			}
+		}
 		if errors.Is(err, errNoDirectIO) { // it is passed over because direct says so
 			unfit = append(unfit, err)
 			continue
 		}
 		why = errors.Join(why, err)
-		for _, passing := range []error{errdefs.ErrResourceExhausted, unix.EMFILE, unix.ENFILE, unix.ENOMEM} {
-			if errors.Is(err, passing) {
-				return "", why
-			}
-		}
 	}
 	return "", errors.Join(append(unfit, why)...)
 }

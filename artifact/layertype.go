@@ -128,7 +128,7 @@ func validType(mediaType string) bool {
 // does not fetch such layers of other artifacts, and says nothing.
 func Refetch(layer ocispec.Descriptor) string {
 	if images.IsLayerType(layer.MediaType) {
-		return "for crictl and kubelet, containerd fetches layers of an image's type only below the config of an image, or one that unpack_config names; pull it with `artifact-snapshotter pull`, or pack it with layer types of its own"
+		return "for crictl and kubelet, containerd fetches layers of an image's type only below the config of an image, or one that unpack_config names; pull the artifact with `artifact-snapshotter pull`, or pack it with layer types of its own"
 	}
 	return "delete the image and pull it again"
 }

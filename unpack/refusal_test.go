@@ -34,6 +34,7 @@ func TestRefusals(t *testing.T) {
 		}
 	}
 	symlinked := tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "/etc"}
+	linked := tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "link"}
 	cases := map[string]struct {
 		layers func(*testing.T, site) []artifact.Layer
 		want   string
@@ -42,6 +43,9 @@ func TestRefusals(t *testing.T) {
 		"dot dot behind the root":        {plain(file("/../b", "")), `..`},
 		"name over 255 bytes":            {plain(file(strings.Repeat("n", 256), "")), "255"},
 		"through a symlink":              {plain(symlinked, file("link/passwd", "x")), "symlink"},
+		"through a link to a symlink":    {plain(symlinked, linked, file("h/passwd", "x")), `"h" passes through a symlink`},
+		"a directory over such a link":   {plain(symlinked, linked, tar.Header{Name: "h/", Typeflag: tar.TypeDir}), `"h" passes through a symlink`},
+		"a link through a symlink":       {plain(symlinked, tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "link/passwd"}), "neither a regular file nor a symlink"},
 		"directory through a symlink":    {plain(symlinked, tar.Header{Name: "link/d/", Typeflag: tar.TypeDir}), "symlink"},
 		"directory over a symlink":       {plain(symlinked, tar.Header{Name: "link/", Typeflag: tar.TypeDir}), "symlink"},
 		"hard link outside":              {plain(tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "/etc/passwd"}), "/etc/passwd"},

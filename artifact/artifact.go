@@ -145,7 +145,9 @@ func (l Layer) Wrap(err error) error {
 }
 
 // Settle returns the layer as its blob was found to be: FormatRaw or FormatTar, and how
-// that is compressed. Of FormatRaw and FormatEmpty the bytes have no say.
+// that is compressed. It changes nothing of FormatRaw and FormatEmpty, for which the bytes
+// do not matter. A file whose name is no path, or whose DiffID is not its digest, is
+// errdefs.ErrInvalidArgument.
 func (l Layer) Settle(f Format, c Compression) (Layer, error) {
 	switch {
 	case l.Format == FormatRaw, l.Format == FormatEmpty:

@@ -22,10 +22,10 @@ import (
 // image-spec, layer.md).
 const whiteoutPrefix = ".wh."
 
-// asOfAnImage makes the plan of l what containerd makes of an image's layer with the
-// same content, but for times, or refuses to. Snapshots are named by contents alone,
-// and an image whose layer has a snapshot already gets that one. Our own snapshots
-// say that they are an artifact's; others cannot.
+// asOfAnImage checks that containerd would extract a layer of an image with the content
+// of l to the files of the plan, ignoring times; for the root it changes the plan.
+// Snapshots are named by contents alone, and an image whose layer has a snapshot already
+// gets that one. Our own snapshots say that they are an artifact's; others cannot.
 func (p *plan) asOfAnImage(ctx context.Context, l artifact.Layer, c *content, cs *contents) error {
 	switch l.Format {
 	case artifact.FormatEmpty: // it is no archive
@@ -97,8 +97,8 @@ func headers(ctx context.Context, archive *os.File) (*tar.Reader, error) {
 	return tar.NewReader(seeking{ctx, io.NewSectionReader(archive, 0, fi.Size())}), nil
 }
 
-// otherInAnImage is what containerd makes something else of, if h is in the layer of
-// an image, than the plan does.
+// otherInAnImage names the first feature of h that containerd would extract in another
+// way than the plan has it; "" if there is none.
 func (p *plan) otherInAnImage(h *tar.Header) string {
 	for part := range strings.SplitSeq(h.Name, "/") {
 		if strings.HasPrefix(part, whiteoutPrefix) {
@@ -141,8 +141,8 @@ func (p *plan) otherInAnImage(h *tar.Header) string {
 	return ""
 }
 
-// otherInAnImage is that for a directory, which may be there more than once: to the
-// attributes of what is there it adds its own.
+// otherInAnImage is the same for the header of a directory. An archive may have several of
+// one directory, and containerd adds the extended attributes of each to those there are.
 func (n *node) otherInAnImage(h *tar.Header) string {
 	xattrs, err := userXattrs(h)
 	if err != nil { // refused before
@@ -187,7 +187,8 @@ func (p *plan) checkLinks() error {
 	return nil
 }
 
-// otherwise refuses what a member has.
+// otherwise is the error for a member with a feature that containerd would extract in
+// another way.
 func otherwise(member, what string) error {
 	return fmt.Errorf("member %.255q: %s, which the layer of an image can have and an artifact's cannot; a snapshot of this snapshotter would be taken for that layer: %w", member, what, errdefs.ErrInvalidArgument)
 }

@@ -250,7 +250,7 @@ func promised(dir string) (digest.Digest, error) {
 	}
 	manifest, err := digest.Parse(string(b))
 	if err != nil {
-		return "", fmt.Errorf("%s says no digest but %.100q: %w", filepath.Join(dir, promiseFile), b, err)
+		return "", fmt.Errorf("%s says no digest but %.100q; delete the image and pull it again: %w", filepath.Join(dir, promiseFile), b, err)
 	}
 	return manifest, nil
 }

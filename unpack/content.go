@@ -403,9 +403,9 @@ func (cs *contents) sparse(ctx context.Context, r io.Reader, key memberKey, size
 	return c, f.Close()
 }
 
-// settle removes the archives and sparse members that are not needed, and counts the disk
-// usage of the others that this build has made. Call it when all layers are retained: a
-// later one may have the same blob.
+// settle removes the contents that are not needed, but not those of raw layers, and counts
+// the disk usage of the others that this build has made. Call it when all layers are
+// retained: a later one may have the same blob.
 func (cs *contents) settle(needed func(*content) bool) error {
 	for _, c := range slices.Concat(slices.Collect(maps.Values(cs.members)), slices.Collect(maps.Values(cs.files))) {
 		if (c.own || c.layer.Format != artifact.FormatRaw) && !needed(c) {

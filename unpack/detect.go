@@ -21,8 +21,8 @@ import (
 
 // A media type may be wrong about the bytes: ORAS compresses every directory and calls
 // every file a tar, whatever type it is told. containerd (pkg/archive/compression), ORAS
-// and buildah go by the first bytes, and so does this file, which is where all of us
-// learn what a layer is.
+// and buildah go by the first bytes. So does this file, which decides for every part of the
+// program what a layer is.
 
 // Settle returns the layer as the bytes of its blob say that it is. A blob that is not
 // there is errdefs.ErrNotFound, one that no Tree can be built from
@@ -89,7 +89,7 @@ func detect(ctx context.Context, l artifact.Layer, blob io.ReaderAt, b *Budget) 
 	return tarred, is, nil
 }
 
-// others are what an archive can be in, but not here. The names are for errors.
+// others are recognized only to be refused by their names.
 var others = []struct{ magic, name string }{
 	{"\xfd7zXZ\x00", "xz"},
 	{"BZh", "bzip2"},
@@ -151,8 +151,8 @@ func (f *failing) Read(p []byte) (int, error) {
 }
 
 // beginsArchive reports whether head is the header of a tar's member. What may follow it,
-// such as the text of an extended header, is cut off. Zeros are the end of an archive, but
-// no begin of one: a file of zeros must not become an empty volume.
+// such as the text of an extended header, is cut off. Zeros end an archive, but do not
+// begin one: a file of zeros must not become an empty volume.
 func beginsArchive(head []byte) bool {
 	if len(head) < tarBlock {
 		return false

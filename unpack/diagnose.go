@@ -107,8 +107,8 @@ var means = map[Rung]string{
 	Extract:       "nothing but writing",
 }
 
-// Gain is what one has of the better rung to instead of from; from may be "",
-// none.
+// Gain is what a user gains by moving from one rung to a better one. From "", no rung at
+// all, every rung is better.
 func Gain(from, to Rung) string {
 	if from == "" {
 		return "layers can be laid out"

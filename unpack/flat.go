@@ -144,7 +144,7 @@ func (z zstdFrames) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// behind is of a compressed stream that has an end before that of its blob.
+// behind is the error for a blob that goes on behind the end of its compressed stream.
 func behind(c artifact.Compression) error {
 	return fmt.Errorf("behind the end of the %s stream are bytes that are no %[1]s: compress the archive again: %w", c, errdefs.ErrInvalidArgument)
 }
@@ -161,7 +161,7 @@ func (cs *contents) retainFlat(ctx context.Context, c *content) error {
 	}
 	defer release()
 	done := cs.flatOf(c.layer.Descriptor.Digest)
-	// What is here already is of use only to who has the blob, as detect has seen.
+	// detect has opened the blob: who does not have it gets nothing of what is in it.
 	if target, err := os.Readlink(done); err == nil {
 		shared := filepath.Join(filepath.Dir(done), target)
 		if os.Link(shared, c.path) == nil {

@@ -124,8 +124,9 @@ func (s seeking) Read(p []byte) (int, error) {
 	return s.SectionReader.Read(p)
 }
 
-// checkEnd checks what is behind the last member, which ends at end. It may be any
-// number of zeros, since tars pad to a record of any size (tar --blocking-factor).
+// checkEnd checks that there are only zeros behind the last member, which ends at end. There
+// may be any number of them, since tars pad to a record of any size (tar
+// --blocking-factor).
 func checkEnd(ctx context.Context, s *io.SectionReader, end int64) error {
 	if end > s.Size() { // GNU tar and bsdtar refuse this, too
 		return fmt.Errorf("it ends within the padding of its last member: %w", io.ErrUnexpectedEOF)

@@ -21,8 +21,8 @@ const overflowID = 65534
 // list of container:host:size. The zero value maps every ID to itself.
 type IDMap struct{ UID, GID string }
 
-// Root is who owns on the host what root owns in the user namespace; false if m maps
-// nothing. It is errdefs.ErrInvalidArgument if m cannot be read.
+// Root is the owner on the host of what root owns in the user namespace; mapped is false for
+// the zero value. It is errdefs.ErrInvalidArgument if m cannot be read.
 func (m IDMap) Root() (uid, gid uint32, mapped bool, err error) {
 	s, err := m.parse()
 	if err != nil || m == (IDMap{}) {

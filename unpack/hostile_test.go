@@ -108,11 +108,16 @@ func TestReadingHolesEndsWithTheContext(t *testing.T) {
 
 func TestATreeOfAnotherVersionIsNotLoaded(t *testing.T) {
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, metaFile), []byte(`{"manifest": "sha256:00", "rung": "overlay"}`), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Load(dir); !errdefs.IsFailedPrecondition(err) {
-		t.Errorf("%v, want a failed precondition", err)
+	for _, tree := range []string{
+		`{"manifest": "sha256:00", "rung": "overlay"}`,
+		`{"manifest": "sha256:00", "rungs": {"raw": "overlay", "tar": "erofs"}, "format": 2}`, // of other rules for names
+	} {
+		if err := os.WriteFile(filepath.Join(dir, metaFile), []byte(tree), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Load(dir); !errdefs.IsFailedPrecondition(err) {
+			t.Errorf("%s: %v, want a failed precondition", tree, err)
+		}
 	}
 }
 

@@ -79,8 +79,10 @@ type Tree struct {
 	dir string
 }
 
-// format is the one that this version writes and reads.
-const format = 2
+// format is the one that this version writes and reads. It also changes when the
+// rules do, for a Tree is not made again while its manifest is there: one of format 2 names
+// some files in another way, and may lack one.
+const format = 3
 
 // Options say how to build a Tree.
 type Options struct {

@@ -36,11 +36,13 @@ const (
 	// maxManifest is the largest file that is looked at for a manifest: what the
 	// OCI distribution specification asks registries to take.
 	maxManifest = 4 << 20
-	// maxEarly is what builds that wait for blobs may take of memory, about: several
-	// times the size of its manifest each, and perEarly for the rest. What looks like a
-	// manifest may be a file of an artifact, whose blobs never come.
-	maxEarly = 64 << 20
-	perEarly = 256 << 10
+	// maxEarly is about how many bytes of memory builds that wait for blobs may take:
+	// perEarly each, and perManifestByte for each byte of the manifest, of which the
+	// layers that are read from it take 2.5 to 3.3. What looks like a manifest may be a
+	// file of an artifact, whose blobs never come.
+	maxEarly        = 64 << 20
+	perEarly        = 256 << 10
+	perManifestByte = 4
 	// patience is how long a build waits without progress. containerd gives up a pull
 	// after the same time (image_pull_progress_timeout in docs/cri/config.md).
 	patience = 5 * time.Minute
@@ -154,7 +156,7 @@ func (s *Store) unpackEarly(ctx context.Context, path string) {
 	if !ok || !slices.ContainsFunc(s.content.All(), named) {
 		return
 	}
-	e := &early{manifest: desc.Digest, size: perEarly + desc.Size, hurry: make(chan struct{}), begun: s.now()}
+	e := &early{manifest: desc.Digest, size: perEarly + perManifestByte*desc.Size, hurry: make(chan struct{}), begun: s.now()}
 	id := ID{Manifest: desc.Digest}
 	name := id.name()
 	s.lookForProgress()

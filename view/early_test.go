@@ -9,6 +9,8 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -350,6 +352,50 @@ func TestNoNumberOfBuildsThatWaitInVainKeepsOthersFromIt(t *testing.T) {
 	for _, d := range []ocispec.Descriptor{live, another} {
 		eventually(t, "the tree is built", func() bool { return s.has(ID{Manifest: d.Digest}) })
 	}
+}
+
+// What waits must not take more than it is counted with, which counts most where a manifest
+// names many layers.
+func TestAWaitingBuildIsCountedWithTheMemoryThatItTakes(t *testing.T) {
+	s := newSite(t)
+	s.openEarly()
+	var layers []string
+	for n := range 9000 {
+		layers = append(layers, fmt.Sprintf(`{"mediaType":"a/b.tar+gzip","digest":%q,"size":5}`, digest.FromString(strconv.Itoa(n))))
+	}
+	manifest := fmt.Appendf(nil, `{"schemaVersion":2,"config":{"mediaType":"a/b","digest":%q,"size":2},"layers":[%s]}`, digest.FromString("{}"), strings.Join(layers, ","))
+	d := ocispec.Descriptor{Digest: digest.FromBytes(manifest), Size: int64(len(manifest))}
+	s.arrive(digest.FromString("{}").Encoded(), []byte("{}"))
+	s.arrive(d.Digest.Encoded(), manifest)
+	s.arrived(context.Background(), s.content.Path(d.Digest))
+	s.Store.mu.Lock()
+	e := s.early[ID{Manifest: d.Digest}.name()]
+	s.Store.mu.Unlock()
+	if e == nil {
+		t.Fatal("nothing waits")
+	}
+	e.stop()
+	s.Close() // nothing else takes memory meanwhile
+	used := func() int64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	before := used()
+	a, err := s.read(context.Background(), d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	blobs := map[string]bool{}
+	for _, l := range a.Layers {
+		blobs[l.Descriptor.Digest.Encoded()] = true
+	}
+	if took := used() - before; took > e.size {
+		t.Errorf("%d bytes of memory for a manifest of %d, want %d at most", took, d.Size, e.size)
+	}
+	runtime.KeepAlive(a)
+	runtime.KeepAlive(blobs)
 }
 
 func TestWhatContainerdReceives(t *testing.T) {

@@ -29,6 +29,12 @@ type catalog struct {
 
 // put adds an image, or replaces that of the same name.
 func (c *catalog) put(i Image) {
+	c.set(i)
+	c.adopt(i.Target.Digest)
+}
+
+// set is put without a look at other names of the image.
+func (c *catalog) set(i Image) {
 	c.remove(i.Name)
 	if c.byName == nil {
 		*c = catalog{map[string]*Image{}, map[digest.Digest][]*Image{}, map[string]*Image{}}
@@ -40,7 +46,6 @@ func (c *catalog) put(i Image) {
 	if i.unread != nil {
 		c.unread[i.Name] = &i
 	}
-	c.adopt(i.Target.Digest)
 }
 
 func (c *catalog) remove(name string) {
@@ -74,7 +79,7 @@ func (c *catalog) adopt(target digest.Digest) {
 		known := *i
 		known.unread = nil
 		known.Artifact = &artifact.Artifact{Manifest: ocispec.Descriptor{Digest: target}, Config: digest.Digest(same[id].Name)}
-		c.put(known)
+		c.set(known)
 	}
 }
 

@@ -96,6 +96,26 @@ func TestStatsCountEachArtifactOnce(t *testing.T) {
 	}
 }
 
+// A manifest that is too large to read may have hundreds of tags, whose images come before
+// CRI's ID in a list.
+func TestAllNamesOfAnImageAreAdoptedAtOnce(t *testing.T) {
+	const names = 100
+	target, config := digest.FromString("too large"), digest.FromString("config")
+	allocated := testing.AllocsPerRun(1, func() {
+		known := &catalog{}
+		for n := range names {
+			known.put(Image{Image: imageRecord(fmt.Sprintf("registry.example.com/large:%d", n), target), unread: errUndecided})
+		}
+		known.put(Image{Image: imageRecord(config.String(), target), unread: errUndecided})
+		if got := len(known.withConfig(config)); got != names+1 || len(known.again()) > 0 {
+			t.Errorf("%d names have the config, want %d; %d are to be read again", got, names+1, len(known.again()))
+		}
+	})
+	if allocated > 100*names {
+		t.Errorf("%.0f allocations for %d names", allocated, names)
+	}
+}
+
 func BenchmarkCheck(b *testing.B) {
 	for _, bench := range []struct {
 		name   string

@@ -255,11 +255,7 @@ func (s *snapshotter) show(ctx context.Context, volume *volume, kind snapshots.K
 	if err != nil {
 		return nil, err
 	}
-	acquire := s.acquire
-	if mountKey.MatchString(key) {
-		acquire = s.acquireSoon
-	}
-	v, err := acquire(waiting, want, owners(base))
+	v, err := s.acquireFor(waiting, key, want, owners(base))
 	switch {
 	case err == nil:
 	case volume != nil:
@@ -357,6 +353,14 @@ func (s *snapshotter) unpack(ctx context.Context, key, hex string, opts []snapsh
 		return fmt.Errorf("failed to create snapshot: %w", err)
 	}
 	return fmt.Errorf("snapshot %s: %w", ref, errdefs.ErrAlreadyExists)
+}
+
+// acquireFor is acquire for the snapshot key: whoever asks for MountKey asks again.
+func (s *snapshotter) acquireFor(ctx context.Context, key string, want wanted, owners unpack.IDMap) (*view.View, error) {
+	if mountKey.MatchString(key) {
+		return s.acquireSoon(ctx, want, owners)
+	}
+	return s.acquire(ctx, want, owners)
 }
 
 // acquireSoon is acquire for a caller that asks again: containerd holds a lock meanwhile
@@ -477,7 +481,7 @@ func (s *snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	if volume != nil {
 		ctx = volume.context(ctx)
 	}
-	v, err := s.acquire(ctx, want, id.Owners)
+	v, err := s.acquireFor(ctx, key, want, id.Owners)
 	if err != nil {
 		err = fmt.Errorf("snapshot %q: %w", key, err)
 		if volume != nil {

@@ -7,15 +7,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
@@ -87,6 +90,39 @@ func TestAVolumeWaitsForAllThereIsForOneBudget(t *testing.T) {
 		}
 		if took := time.Since(began); took < known || took > view.MaxWait {
 			t.Errorf("it took %v, want %v at most", took, view.MaxWait)
+		}
+		close(built)
+	})
+}
+
+// Whoever asks for a view of MountKey asks again, and containerd's lock is held meanwhile.
+func TestTheViewOfAMountIsNotWaitedForLong(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t)
+		d := n.pack(t)
+		key := MountKey("/mnt/model")
+		if _, err := n.View(ctx, key, "", showing(d.Digest)); err != nil {
+			t.Fatal(err)
+		}
+		n.close(t)
+		// As after a reboot, the record is all that is left.
+		if err := errors.Join(mount.UnmountRecursive(n.state, unix.MNT_DETACH), os.RemoveAll(filepath.Join(n.root, "trees"))); err != nil {
+			t.Fatal(err)
+		}
+		built := make(chan struct{})
+		n.observer.Counted = func(unpack.Retention, int64) { <-built }
+		n.open(t)
+		for how, ask := range map[string]func() error{
+			"Mounts": func() error { _, err := n.Mounts(ctx, key); return err },
+			"View":   func() error { _, err := n.View(ctx, MountKey("/mnt/another"), "", showing(d.Digest)); return err },
+		} {
+			began := time.Now()
+			if err := ask(); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "still being unpacked") {
+				t.Errorf("%s: got %v, want that the artifact is still being unpacked", how, err)
+			}
+			if took := time.Since(began); took > unpackWait {
+				t.Errorf("%s took %v, want %v at most", how, took, unpackWait)
+			}
 		}
 		close(built)
 	})

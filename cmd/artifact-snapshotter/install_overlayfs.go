@@ -16,11 +16,12 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
 )
 
-// What install writes into the daemon's file, which may be an administrator's, is between
-// these lines, and the newline before them.
+// What install writes into the daemon's file, which may be an administrator's, begins with
+// takenOverBegin and ends with takenOverEnd.
 const (
-	takenOverBegin = "\n# From containerd's configuration, by `" + name + " install`, which keeps it up to date and\n" +
-		"# `uninstall` takes it away. An [overlayfs] in its place is left alone.\n"
+	takenOverBegin = "\n# From containerd's configuration. `" + name + " install` keeps this up to date, and\n" +
+		"# `uninstall` removes it, unless anything else is written before the last line. An\n" +
+		"# [overlayfs] in its place is left alone.\n"
 	takenOverEnd = "# The end of what install has written.\n"
 )
 
@@ -76,14 +77,33 @@ func (n *installation) configChange(theirs plugin.Overlayfs) (change, error) {
 	return config, err
 }
 
-// withoutTakenOver is a daemon's file without what install has written into it.
+// withoutTakenOver is a daemon's file without what install has written into it. It is left
+// as it is if somebody has written anything else between the lines of install.
 func withoutTakenOver(text []byte) []byte {
 	before, rest, found := bytes.Cut(text, []byte(takenOverBegin))
-	_, after, ended := bytes.Cut(rest, []byte(takenOverEnd))
-	if !found || !ended {
+	between, after, ended := bytes.Cut(rest, []byte(takenOverEnd))
+	if !found || !ended || !isTakenOver(between) {
 		return text
 	}
-	return slices.Concat(before, after)
+	return append(slices.Clip(before), after...) // not nil: an empty file stays
+}
+
+// isTakenOver reports whether install has written the text. An older version may have
+// written fewer keys.
+func isTakenOver(text []byte) bool {
+	var said struct {
+		Overlayfs plugin.Overlayfs `toml:"overlayfs"`
+	}
+	if toml.Unmarshal(text, &said) != nil {
+		return false
+	}
+	table, err := overlayfsTable(said.Overlayfs)
+	for line := range strings.Lines(string(text)) {
+		if err != nil || !slices.Contains(slices.Collect(strings.Lines(table)), line) {
+			return false
+		}
+	}
+	return true
 }
 
 // adviseOverlayfs says what to write if containerd's own overlayfs has options that the

@@ -41,8 +41,8 @@ type gate struct {
 }
 
 func (g *gate) hang() {
+	g.held = make(chan struct{}, 100) // which is looked at while mu is locked
 	g.mu.Lock()
-	g.held = make(chan struct{}, 100)
 }
 
 func (g *gate) goOn() { g.mu.Unlock() }

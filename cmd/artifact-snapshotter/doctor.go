@@ -356,7 +356,7 @@ func checkContentRoot(_ context.Context, cfg patient) finding {
 	case s.Apart == unpack.SubvolumeBoundary && s.Retention == unpack.Copied:
 		found.advise("put root into the subvolume of content_root", gain)
 	}
-	if err := view.CanWatch(blobdir.Dir(cfg.ContentRoot)); err != nil {
+	if err := view.CanWatch(cfg.Blobs()); err != nil {
 		found.advise(err.Error(), "a daemon that starts now is told of new and deleted blobs, and need not look for them once a second")
 	}
 	if s.Root.Type == "overlay" {

@@ -472,13 +472,22 @@ func TestDoctorWithoutPrivileges(t *testing.T) {
 
 // The limits of a user namespace stand for those of the node.
 func TestDoctorSaysThatInotifyIsUsedUp(t *testing.T) {
-	for limit, parameter := range map[string]string{"max_inotify_watches": "max_user_watches", "max_inotify_instances": "max_user_instances"} {
-		args := append([]string{"-c", `echo 0 >/proc/sys/user/` + limit + ` && exec "$@"`, "sh", binary, "doctor", "--config", writeFile(t, ""), "--root", t.TempDir(), "--content-root", t.TempDir()}, nowhere(t)...)
+	containerd := []string{"--config", writeFile(t, ""), "--content-root", t.TempDir()}
+	crio := []string{"--config", writeFile(t, fmt.Sprintf("blob_roots = [%q]\n", t.TempDir())), "--content-root", "/nowhere"}
+	for _, test := range []struct {
+		limit, parameter string
+		roots            []string
+	}{
+		{"max_inotify_watches", "max_user_watches", containerd},
+		{"max_inotify_watches", "max_user_watches", crio},
+		{"max_inotify_instances", "max_user_instances", containerd},
+	} {
+		args := slices.Concat([]string{"-c", `echo 0 >/proc/sys/user/` + test.limit + ` && exec "$@"`, "sh", binary, "doctor", "--root", t.TempDir()}, test.roots, nowhere(t))
 		command := exec.Command("sh", args...)
 		ids := []syscall.SysProcIDMap{{Size: 1}}
 		command.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, UidMappings: ids, GidMappings: ids}
 		out, err := command.CombinedOutput()
-		if want := "advice: raise the kernel parameter fs.inotify." + parameter + ", now "; err != nil || !strings.Contains(string(out), want) {
+		if want := "advice: raise the kernel parameter fs.inotify." + test.parameter + ", now "; err != nil || !strings.Contains(string(out), want) {
 			t.Errorf("%v, and no %q in:\n%s", err, want, out)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io/fs"
 	"maps"
+	"math/bits"
 	"os"
 	"path"
 	"strings"
@@ -70,6 +71,18 @@ func buildImage(file string, p *plan, s shift, nowhere *content) (devices []*con
 		return nil, err
 	}
 	return devices, errors.Join(w.Close(), pad(f))
+}
+
+// maxDevice is what the size of a device of an image with blocks of tarBlock must be below:
+// EROFS counts them in 32 bits.
+const maxDevice = tarBlock << 32
+
+// tooLarge reports whether an image cannot show the member e of an archive. go-erofs maps
+// it by a chunk of the least power of two that holds it, and no less than 4 KiB. Linux 7.3
+// computes the number of the block behind that in 32 bits: if it is larger, every read of
+// the member fails with EIO (erofs_map_chunks in fs/erofs/data.c).
+func (e extent) tooLarge() bool {
+	return e.size > maxDevice || e.offset+1<<bits.Len64(uint64(max(e.size, 4096)-1)) >= maxDevice
 }
 
 // pad extends f to whole pages by a hole. Linux 7.3 reads no metadata from the last page

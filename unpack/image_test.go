@@ -18,8 +18,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
@@ -318,60 +316,6 @@ func TestImagesAreWholePagesAtNoCost(t *testing.T) {
 			if read(t, dir, "f"+itoa(i)) != noise(300+i) {
 				t.Errorf("f%d of %d files has other bytes", i, files)
 			}
-		}
-	}
-}
-
-// huge is a layer whose one member, of size bytes, ends with an end of its own.
-func (s site) huge(t *testing.T, size int64, end string) artifact.Layer {
-	t.Helper()
-	header := slices.Concat(member512(tar.TypeXHeader, "pax", record("size", itoa(int(size))), nil), member512(tar.TypeReg, "weights", "", nil))
-	blob := ocispec.Descriptor{MediaType: "application/test", Digest: digest.FromString(itoa(int(size))), Size: int64(len(header)) + roundUp(size) + 1024}
-	f, err := os.Create(s.content.Path(blob.Digest))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	for _, err := range []error{
-		f.Truncate(blob.Size),
-		writeAt(f, string(header), 0),
-		writeAt(f, "middle", int64(len(header))+5<<30),
-		writeAt(f, end, int64(len(header))+size-int64(len(end))),
-	} {
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	return artifact.Layer{Descriptor: blob, Format: artifact.FormatTar}
-}
-
-func writeAt(f *os.File, s string, at int64) error {
-	_, err := f.WriteAt([]byte(s), at)
-	return err
-}
-
-func TestAMemberBeyondTheLimitOfOctalSizesIsShown(t *testing.T) {
-	for _, rung := range []Rungs{best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}} {
-		for _, size := range []int64{9<<30 + 1, 9<<30 + 4096, 1200 << 30} {
-			t.Run(rung.String()+"/"+itoa(int(size)), func(t *testing.T) {
-				requireRungs(t, Overlay, EROFS) // whoever extracts it needs the space
-				s := newSite(t)
-				dir := s.show(t, rung, s.huge(t, size, "the end"))
-				f, err := os.Open(filepath.Join(dir, "weights"))
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer f.Close()
-				if fi, err := f.Stat(); err != nil || fi.Size() != size {
-					t.Errorf("it says %d bytes (%v)", fi.Size(), err)
-				}
-				for want, at := range map[string]int64{"\x00\x00\x00": 0, "middle": 5 << 30, "the end": size - 7} {
-					got := make([]byte, len(want))
-					if _, err := f.ReadAt(got, at); err != nil || string(got) != want {
-						t.Errorf("%q at %d, want %q (%v)", got, at, want, err)
-					}
-				}
-			})
 		}
 	}
 }

@@ -72,9 +72,7 @@ func (p *plan) addArchive(ctx context.Context, c *content, layer int, sparse fun
 	if err != nil {
 		return err
 	}
-	if fi.Size()/tarBlock > math.MaxUint32 { // EROFS counts a device's blocks so
-		return fmt.Errorf("the archive has %d bytes, more than 2 TiB: %w", fi.Size(), errdefs.ErrNotImplemented)
-	}
+	p.tooLarge = p.tooLarge || fi.Size() >= maxDevice
 	x := &index{plan: p, archive: c, layer: layer, files: map[string]*node{}, sparse: sparse}
 	return badStream(x.members(ctx, io.NewSectionReader(f, 0, fi.Size())))
 }
@@ -276,6 +274,7 @@ func (x *index) bytes(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int6
 		if h.Size == 0 {
 			e = extent{}
 		}
+		x.tooLarge = x.tooLarge || e.tooLarge()
 		end, err := endOf(h, at)
 		return e, end, err
 	}

@@ -55,7 +55,7 @@ const (
 
 // maxDevices is how many archives one image may have: for files what an EROFS can
 // count (with the device of those that have no bytes), of loop devices what a node
-// can bear. An artifact with more is extracted.
+// can bear. An artifact with more is extracted, as is one with a tar that is too large.
 var maxDevices = map[Rung]int{EROFS: 1<<16 - 2, EROFSBuffered: 1<<16 - 2, EROFSLoop: 1000, Extract: -1}
 
 // RawRungs and TarRungs are all rungs of a format, the best first.

@@ -87,6 +87,8 @@ type plan struct {
 	implied attrs
 	// relinked are the files of which a hard link says other attributes, with its path.
 	relinked map[*node]string
+	// tooLarge is set if an image cannot show all of an archive.
+	tooLarge bool
 }
 
 func newPlan(created time.Time, layers []artifact.Layer) *plan {

@@ -224,12 +224,16 @@ func (t *Tree) write(ctx context.Context, a *artifact.Artifact, cs *contents, s 
 	defer release()
 	whole, archives := p.contents()
 	t.Redirects = len(whole) > 0 && t.Rungs.Raw == Overlay
-	t.Image = len(archives) <= maxDevices[t.Rungs.Tar] && (len(whole) == 0 || t.Redirects)
+	t.Image = len(archives) <= maxDevices[t.Rungs.Tar] && (len(whole) == 0 || t.Redirects) && !p.tooLarge
 	if t.Image {
 		return func(c *content) bool { return whole[c] || archives[c] }, t.writeImage(p, s, len(whole) > 0)
 	}
 	// What has been extracted, or linked from, is needed no more.
-	return func(c *content) bool { return whole[c] && t.Redirects }, buildDirectory(ctx, filepath.Join(t.dir, fsDir), p, cs, s)
+	err = buildDirectory(ctx, filepath.Join(t.dir, fsDir), p, cs, s)
+	if errdefs.IsResourceExhausted(err) && p.tooLarge && t.Rungs.Tar != Extract {
+		err = fmt.Errorf("its tars have to be extracted, since one is larger than 1 TiB and EROFS cannot address all of it; pack its files as raw layers, or in several tars: %w", err)
+	}
+	return func(c *content) bool { return whole[c] && t.Redirects }, err
 }
 
 // plan plans the layers, whose archives are retained. The caller calls release

@@ -241,7 +241,8 @@ func (s *snapshotter) createView(ctx context.Context, kind snapshots.Kind, key, 
 	return bind(v), nil
 }
 
-// show is createView. The view has been released, for it is recorded.
+// show creates the view and its record. The claim of the view it returns is released: the
+// record protects it from the sweep.
 func (s *snapshotter) show(ctx context.Context, volume *volume, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) (*view.View, error) {
 	base, err := apply(opts)
 	if err != nil {
@@ -275,11 +276,11 @@ func (s *snapshotter) show(ctx context.Context, volume *volume, kind snapshots.K
 	return v, nil
 }
 
-// target is what a new snapshot is to show; volume is nil if the key is that of none. An
-// image whose config has layers is ordinary by its parent, whatever is known of containerd's
-// images and wherever its blobs are. A volume without a parent is an artifact's, or empty: an
-// image without layers may be in the place of an artifact with its config, so of both it is
-// asked which images there are.
+// target is what a new snapshot is to show; volume is nil if the key is not that of an image
+// volume. A volume on an ordinary parent is that of an image with layers: neither its blobs
+// nor containerd's images need to be known. A volume without a parent is that of an artifact,
+// or of an image without layers, which containerd may have taken for an artifact with the same
+// config: Check is asked about both.
 func (s *snapshotter) target(ctx context.Context, volume *volume, kind snapshots.Kind, key, parent string, base snapshots.Info) (want wanted, err error) {
 	of, err := s.subjectOf(ctx, parent)
 	if err != nil || parent != "" && of.ordinary() {

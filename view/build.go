@@ -54,7 +54,7 @@ func (s *Store) unfinished(id ID, why error) error {
 	return &UnfinishedError{fmt.Errorf("artifact %s is still being unpacked%s%s, which goes on; try again: %w", id.Manifest, far, before, why)}
 }
 
-// failure is how a build ended that nobody had waited for.
+// failure is why a build failed, after all who had asked for it had given up.
 type failure struct {
 	err  error
 	at   time.Time

@@ -46,7 +46,8 @@ const (
 	// patience is how long a build waits without progress. containerd gives up a pull
 	// after the same time (image_pull_progress_timeout in docs/cri/config.md).
 	patience = 5 * time.Minute
-	// alive is how long after its last progress a build makes no room for others.
+	// alive is how long after its last progress a build is not ended to make room for
+	// others.
 	alive = 30 * time.Second
 	// lookAgain is how often a build that waits for a blob looks by itself whether
 	// it has arrived, and whether the manifest is still there: a pull that is given

@@ -32,9 +32,8 @@ func (s *Store) AcquireLayers(ctx context.Context, chain digest.Digest, dirs []s
 	return s.acquire(ctx, id, from, release)
 }
 
-// AddKept makes the sweep leave the Trees of AcquireLayers alone that k lists, also
-// when nobody shows them: a mount that was made of a view may be there for longer
-// than the view.
+// AddKept excludes the Trees of AcquireLayers that k lists from the sweep even when
+// nobody shows them: a mount that was made from a view may outlive the view.
 func (s *Store) AddKept(k Users) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

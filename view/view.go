@@ -45,9 +45,9 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// MaxWait is how long a request may wait, for a build and for whatever else there is.
-// containerd holds a lock of the snapshotter's during a request: its garbage collector
-// waits for it, and every other request waits for the collector
+// MaxWait is how long a request may wait in all: until containerd's images are known, and
+// for a build. containerd holds a lock during a request to the snapshotter: its garbage
+// collector waits for the lock, and every other request waits for the collector
 // (core/metadata/snapshot.go). A request for a large compressed artifact must not stop
 // the node's other pods; kubelet asks again.
 const MaxWait = 20 * time.Second
@@ -107,8 +107,8 @@ type Store struct {
 	users    []Users
 	kept     []Users
 	held     map[string]int // views by Tree name that no Users lists yet
-	// taken are the names that somebody has held since the sweep began that is asking
-	// Users, nil if none is.
+	// taken are the names that have been held at any time since a sweep began to ask
+	// Users; nil while no sweep is asking.
 	taken map[string]bool
 	// sources are the Manifest and the Source of Trees that a sweep has read, by name,
 	// until another Tree is published by that name.
@@ -238,8 +238,8 @@ func (s *Store) acquire(ctx context.Context, id ID, from *source, release func(l
 			}
 			tree, _ := r.Val.(served)
 			built = cmp.Or(built, tree.built)
-			// A call that was about to end when we joined it may have been
-			// swept before we took hold.
+			// We may have joined a build that was about to end, and whose mount was
+			// swept before we held the name: try again.
 			mounted, merr := s.mounted(id.name())
 			if err = merr; err != nil {
 				break
@@ -258,8 +258,8 @@ func (s *Store) acquire(ctx context.Context, id ID, from *source, release func(l
 	}
 }
 
-// hold keeps the sweep from name until the returned function is called, which has to be
-// told whether a Users lists it.
+// hold excludes name from the sweep until the returned function is called. The argument of
+// that says whether a Users lists the name by then.
 func (s *Store) hold(name string) func(listed bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -30,7 +30,7 @@ type arrivals struct {
 	waiting map[string]chan struct{} // by the name of the file, whatever directory it comes to
 }
 
-// of is closed when the file has arrived, or something may have been missed.
+// of returns a channel that is closed when the file has arrived, or may have been missed.
 func (a *arrivals) of(name string) <-chan struct{} {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -69,7 +69,8 @@ type watcher struct {
 	*Store
 	deleted chan<- struct{}
 	inotify *fsnotify.Watcher // nil if there is none
-	// seen is of each directory that is looked into, trouble why that is needed.
+	// seen are the directories without a watch, as they were found; trouble is why they
+	// have none.
 	seen    map[string]seen
 	trouble string
 }
@@ -77,7 +78,8 @@ type watcher struct {
 // seen is how a directory was found when it was last looked into, and when that was.
 type seen struct{ changed, looked time.Time }
 
-// coarse is more than the clock of the kernel's file systems is behind.
+// coarse is longer than the times of files are behind the clock: the kernel takes them from
+// its last tick.
 const coarse = time.Second
 
 // watch tells, until ctx ends, that blobs have been deleted. containerd makes

@@ -20,8 +20,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
 )
 
-// The plugins of containerd whose configuration counts, and, before version 3, the
-// one that two of them were.
+// The plugins of containerd whose configuration counts, and the CRI plugin that
+// configuration version 2 had in place of the first two.
 const (
 	criImages  = "io.containerd.cri.v1.images"
 	criRuntime = "io.containerd.cri.v1.runtime"

@@ -30,8 +30,8 @@ func (b before) Lookup() (string, bool) { return b.Get().(string), b.IsSet() }
 func (b before) String() string         { return "--" + b.Name + " before the command" }
 func (b before) GoString() string       { return fmt.Sprintf("before{%q}", b.Name) }
 
-// inherit hands the global flags to the commands that have them, too, of command and
-// those below it. All others refuse them. A flag that has only the long name in common
+// inherit hands the global flags to command and to those below it, as far as they have the
+// same flags; a command without one refuses it. A flag that has only the long name in common
 // means something else: --address of serve is the socket of the daemon.
 func inherit(globals []cli.Flag, command *cli.Command) {
 	for _, sub := range command.Commands {
@@ -53,7 +53,7 @@ func inherit(globals []cli.Flag, command *cli.Command) {
 	command.Before = func(ctx context.Context, command *cli.Command) (context.Context, error) {
 		for _, global := range others {
 			if global.IsSet() {
-				return ctx, fmt.Errorf("--%s before the command is for commands that have this flag, too, and %s has not (see %[2]s --help)", global.Names()[0], command.FullName())
+				return ctx, fmt.Errorf("%s does not take --%s, which is before the command (see %[1]s --help)", command.FullName(), global.Names()[0])
 			}
 		}
 		return ctx, nil

@@ -33,7 +33,7 @@ func command() *cli.Command {
 	root := &cli.Command{
 		Name:            name,
 		Usage:           "mount OCI model artifacts into pods as read-only volumes, without copying a byte",
-		Description:     "--namespace, --address and --output may stand before a command and behind it.",
+		Description:     "--namespace, --address and --output may stand before or after a command that has them.",
 		HideHelpCommand: true,
 		Flags:           globalFlags(),
 		Commands: []*cli.Command{

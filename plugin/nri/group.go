@@ -318,10 +318,10 @@ const volumesAnnotation = "io.kubernetes.cri-o.Volumes"
 
 // candidates are the artifacts that the binds may be: those that CRI-O names, if it names
 // one for each, else all in the stores. What it names must explain the mounts, for a pod may
-// have the annotation, too. Layers without a name have no mount that could say otherwise, so
-// such a pod might get them, of an artifact whose other layers it mounts. To refuse what
-// another artifact explains as well would refuse two versions of a model that differ in
-// layers without names.
+// have the annotation, too. CRI-O does not mount layers without a name, so they cannot be
+// checked: a pod with a forged annotation might get those of an artifact whose other layers
+// it mounts. This is accepted, since to refuse what another artifact explains as well would
+// refuse two versions of a model that differ in such layers alone.
 func (p *Plugin) candidates(ctx context.Context, annotations map[string]string, binds []bind) ([]candidate, error) {
 	if said := namedBy(annotations[volumesAnnotation], binds); said != nil {
 		return p.read(ctx, said)

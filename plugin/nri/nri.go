@@ -175,10 +175,11 @@ func (p *Plugin) serve(ctx context.Context) (served bool, err error) {
 		stub.WithTTRPCOptions([]ttrpc.ClientOpts{ttrpc.WithUnaryClientInterceptor(s.called)}, nil),
 	}
 	if !p.Passthrough {
-		// A container whose creation the plugin has not answered would have the wrong
-		// files. A runtime takes a plugin away that is late, and then asks nobody: so it
-		// is to be kept, and asked again. With passthrough that is as it should be, and
-		// the plugin connects again. A runtime before NRI 0.12.5 ignores this.
+		// Without the plugin's answer a container would have the wrong files, so its
+		// creation is to fail. By default a runtime also disconnects a plugin that is
+		// late, and creates further containers without it, so it is to stay connected.
+		// With passthrough the defaults are right, and the plugin connects again. A
+		// runtime before NRI 0.12.5 ignores the policy.
 		options = append(options, stub.WithFailurePolicy(&api.FailurePolicy{FailRequest: true, KeepConnected: true}))
 	}
 	plugin, err := stub.New(s, options...)
@@ -217,9 +218,9 @@ func (p *Plugin) serve(ctx context.Context) (served bool, err error) {
 	return true, lost(<-ended)
 }
 
-// giveUp ends a stub whose connection is closed, and that nobody has configured, and returns
-// its error. Once it has registered it waits for that alone, for ever (pkg/stub/stub.go of
-// NRI, Start): so it is told that it has failed.
+// giveUp ends a stub that the runtime has not configured and whose connection is closed, and
+// returns its error. A stub that has registered waits for Configure for ever, whatever
+// becomes of the connection (pkg/stub/stub.go of NRI, Start): so giveUp makes that fail.
 func (s *session) giveUp(plugin stub.Stub, ended <-chan error) error {
 	select {
 	case err := <-ended:
@@ -295,7 +296,7 @@ func (s *session) Synchronize(ctx context.Context, pods []*api.PodSandbox, conta
 	return nil, nil
 }
 
-// once closes the channel, if that is not done.
+// once closes the channel unless it is closed.
 func once(c chan struct{}) {
 	select {
 	case <-c:

@@ -159,7 +159,7 @@ func (p *Plugin) check(ctx context.Context, v *volume) error {
 	}
 	err := p.Images.Check(ctx, v.namespace, v.target.Digest)
 	if err != nil && ctx.Err() != nil {
-		return fmt.Errorf("containerd, whose socket is %s by containerd_address, has not told in time which images there are, so that this might be the wrong one; try again: %w", p.ContainerdAddress, err)
+		return fmt.Errorf("containerd (containerd_address = %q) has not said in time which images there are, so this might be the wrong one; try again: %w", p.ContainerdAddress, err)
 	}
 	return err
 }

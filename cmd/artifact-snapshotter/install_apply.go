@@ -26,8 +26,9 @@ type change struct {
 	owner
 	// note stands for the lines that need not be shown.
 	note string
-	// folder is the directory of the file if that is not there either.
-	folder string
+	// folder is the directory of the file if that is not there either, and base the
+	// nearest one above it that is.
+	folder, base string
 }
 
 // owner is whose a file is, and who may read it.
@@ -44,7 +45,7 @@ func changed(path string, after []byte, mode fs.FileMode) (change, error) {
 	err := unix.Stat(path, &st)
 	if errors.Is(err, fs.ErrNotExist) {
 		if dir := filepath.Dir(path); !exists(dir) {
-			c.folder = dir
+			c.folder, c.base = dir, nearest(dir)
 		}
 		return c, nil
 	}
@@ -119,10 +120,7 @@ func (c change) writable() error {
 	what := c.path
 	err := unix.Access(what, unix.W_OK) // also of a file that may not be changed (chattr +i)
 	if c.before == nil || err == nil {
-		what = filepath.Dir(c.path)
-		for !exists(what) { // it will be made
-			what = filepath.Dir(what)
-		}
+		what = nearest(filepath.Dir(c.path)) // what is below will be made
 		err = unix.Access(what, unix.W_OK)
 	}
 	switch {
@@ -137,6 +135,14 @@ func (c change) writable() error {
 func exists(path string) bool {
 	_, err := os.Lstat(path)
 	return err == nil
+}
+
+// nearest is the directory, or the first one above it that is there.
+func nearest(dir string) string {
+	for !exists(dir) {
+		dir = filepath.Dir(dir)
+	}
+	return dir
 }
 
 // tempName is how the files are called that become others by renaming, so that no
@@ -163,10 +169,7 @@ func (c change) apply() (err error) {
 		}
 		return syncDir(filepath.Dir(c.path))
 	}
-	base := filepath.Dir(path)
-	for !exists(base) {
-		base = filepath.Dir(base)
-	}
+	base := nearest(filepath.Dir(path))
 	left, _ := filepath.Glob(filepath.Join(base, tempName)) // by a process that was killed
 	for _, path := range left {
 		_ = os.RemoveAll(path)
@@ -251,8 +254,8 @@ func takeBack(changes []change, why error) error {
 		if err := c.apply(); err != nil {
 			failed = append(failed, fmt.Sprintf("%s: %v", c.path, err))
 		}
-		if c.folder != "" {
-			_ = unix.Rmdir(c.folder)
+		for dir := c.folder; dir != c.base && unix.Rmdir(dir) == nil; {
+			dir = filepath.Dir(dir)
 		}
 	}
 	if failed != nil {
@@ -264,9 +267,7 @@ func takeBack(changes []change, why error) error {
 // lockFor keeps other installations from the files of a directory, which may not be
 // there yet, until the file is closed.
 func lockFor(dir string) (*os.File, error) {
-	for !exists(dir) {
-		dir = filepath.Dir(dir)
-	}
+	dir = nearest(dir)
 	f, err := os.Open(dir)
 	if err != nil {
 		return nil, err

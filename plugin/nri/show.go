@@ -42,9 +42,10 @@ func (p *Plugin) create(ctx context.Context, runtime string, pod *api.PodSandbox
 	defer cancel()
 	var ids []view.ID
 	var held []*view.View
+	end := (*view.View).Release
 	defer func() {
 		for _, v := range held {
-			v.Release()
+			end(v)
 		}
 	}()
 	for i := range volumes {
@@ -88,6 +89,7 @@ func (p *Plugin) create(ctx context.Context, runtime string, pod *api.PodSandbox
 	case err != nil:
 		return nil, err
 	}
+	end = (*view.View).Listed
 	return adjustment, nil
 }
 

@@ -513,7 +513,9 @@ func (s *snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 		return s.keptUsage(ctx, key)
 	}
 	tree, err := s.views.Tree(id)
-	if errdefs.IsNotFound(err) { // gone with a reboot, and not asked for since
+	if errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) {
+		// Gone with a reboot, and not asked for since; or made by another version of
+		// this program, which may have counted otherwise.
 		return snapshots.Usage{}, nil
 	}
 	if err != nil {

@@ -368,3 +368,18 @@ func TestADirectoryWithoutARecordIsNotInTheWayOfTheNextSnapshot(t *testing.T) {
 		}
 	}
 }
+
+// containerd asks every few seconds, and logs each error.
+func TestWhatAnotherVersionHasMadeHasNoUsageAndNoError(t *testing.T) {
+	n := newNode(t)
+	d := n.pack(t)
+	if _, err := n.Prepare(ctx, key("pod", d), ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(view.TreeDir(n.root, d.Digest), "tree.json"), []byte(`{"format": 1}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if usage, err := n.Usage(ctx, key("pod", d)); err != nil || usage != (snapshots.Usage{}) {
+		t.Errorf("%+v, %v; want nothing", usage, err)
+	}
+}

@@ -35,7 +35,7 @@ var sample = []string{
 	"xattr/dropped, an order to overlayfs, redirect", "end/an archive behind", "end/no block of zeros", "end/no bytes at all", "end/4 MiB of zeros", "gnu/a volume's label", "gnu/a listed directory",
 	"path/tar, a slash behind a file makes a directory", "stream/gzip, nothing", "stream/gzip, of nothing", "stream/gzip, seven bytes behind", "stream/gzip, a wrong check sum", "stream/zstd, a window of 256 MiB",
 	"manifest/layers twice", "manifest/with 100,000 keys", "descriptor/annotations is a list", "config/a list (application/vnd.cncf.model.config.v1+json)", "metadata/mode, as text",
-	"type of a layer/application/vnd.cncf.model.weight.v1.tar+encrypted", "layers/a raw file through a symlink", "layers/a file in the place of a file, raw",
+	"type of a layer/application/vnd.cncf.model.weight.v1.tar+encrypted", "layers/a raw file through a symlink", "layers/two raw layers of one path",
 	"bomb/gzip, a thousand to one, of zeros", "bomb/zstd, thirty thousand to one", "bomb/one archive in 1,000 layers",
 }
 

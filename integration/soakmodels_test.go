@@ -152,7 +152,7 @@ func soakedRefused(t *testing.T, n *node.Node) (all []*soaked) {
 		bad := r.artifact()
 		bad.Name = name // or it might have the config of another
 		a := pushSoaked(t, n, fmt.Sprintf("bad-%d", i), bad)
-		a.refused = r.reason
+		a.refused = strings.ReplaceAll(r.reason, `"`, `\"`) // crictl quotes what the runtime says
 		all = append(all, a)
 	}
 	return all

@@ -119,6 +119,8 @@ func (p pair) restart(t *testing.T, n *node.Node) {
 	check(t, n.StartDaemon())
 	if p.byNRI() {
 		check(t, n.WaitForNRI())
+	} else {
+		waitForDaemon(t, n)
 	}
 }
 

@@ -136,8 +136,11 @@ func TestOneLayerIsFetchedInParts(t *testing.T) {
 	_, path, _ := strings.Cut(ref, "/")
 	_, err = n.Pull(origin + "/" + path)
 	check(t, err)
-	if len(parts) != 6 {
-		t.Errorf("the layer was fetched by the ranges %v, want 6", slices.Collect(maps.Keys(parts)))
+	mu.Lock()
+	ranges := slices.Collect(maps.Keys(parts))
+	mu.Unlock()
+	if len(ranges) != 6 {
+		t.Errorf("the layer was fetched by the ranges %v, want 6", ranges)
 	}
 	wantServed(t, n, origin+"/"+path, []treelist.Entry{fileEntry("model.gguf", big)})
 }

@@ -28,8 +28,8 @@ type Ladder struct {
 	Error string `json:"error,omitempty"`
 	// Trials are of all rungs, the best first.
 	Trials []Trial `json:"rungs"`
-	// Twice says why the page cache holds twice what is read by Taken, although it does
-	// direct I/O, and Remedy what would help.
+	// Twice says why Taken, which does direct I/O, still has every byte that is read in the
+	// page cache twice. Remedy says what would help.
 	Twice  string `json:"cached_twice,omitempty"`
 	Remedy string `json:"remedy,omitempty"`
 }

@@ -241,7 +241,7 @@ func checkRungs(ctx context.Context, cfg plugin.Config, option, configured strin
 		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\n", t.Rung, t.Tried, direct, result(t, ladder.Taken, forced))
 	}
 	if ladder.Twice != "" {
-		fmt.Fprintf(&text, "the page cache holds twice what is read: %s\n", ladder.Twice)
+		fmt.Fprintf(&text, "the page cache holds tars twice: %s\n", ladder.Twice)
 	}
 	found.text = text.String()
 	if ladder.Taken == "" {

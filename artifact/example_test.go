@@ -12,7 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
 // A model of one weights file and one archive of documents, read from a
@@ -25,7 +25,7 @@ func ExampleRead() {
 	defer os.RemoveAll(root)
 	store := func(content string) digest.Digest {
 		dgst := digest.FromString(content)
-		path := blobdir.Dir(root).Path(dgst)
+		path := blobs.Dir(root).Path(dgst)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			panic(err)
 		}
@@ -53,7 +53,7 @@ func ExampleRead() {
 	}`, config, store("weights"), digest.FromString("documents")))
 
 	// All that a runtime tells of the volume is the digest of its manifest, in hex.
-	dir := blobdir.Dir(root)
+	dir := blobs.Dir(root)
 	target, err := dir.Find(manifest.Encoded())
 	if err != nil {
 		panic(err)

@@ -14,7 +14,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
 // crowd is a Watcher that knows one artifact and so many others, each by the three
@@ -186,7 +186,7 @@ func TestEachImageIsReadOnce(t *testing.T) {
 		t.Errorf("opened are %v, and of what is far %v", near.opened, far.opened)
 	}
 	// What is not near is far.
-	near.Provider = blobdir.Dir(t.TempDir())
+	near.Provider = blobs.Dir(t.TempDir())
 	if i := readAny(t.Context(), nearby{near, far}, all[0]); !i.isArtifact() || len(far.opened) == 0 {
 		t.Errorf("got %+v", i)
 	}

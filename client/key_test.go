@@ -19,8 +19,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 )
 
 // refusedArtifact has the empty config and a name that no file may have.
@@ -31,7 +31,7 @@ func refusedArtifact() *pack.Artifact {
 }
 
 // writeBlob writes a blob, and returns its descriptor without a media type.
-func writeBlob(t *testing.T, blobs blobdir.Dir, data string) ocispec.Descriptor {
+func writeBlob(t *testing.T, blobs blobs.Dir, data string) ocispec.Descriptor {
 	t.Helper()
 	desc := ocispec.Descriptor{Digest: digest.FromString(data), Size: int64(len(data))}
 	if err := os.WriteFile(blobs.Path(desc.Digest), []byte(data), 0o444); err != nil {
@@ -42,7 +42,7 @@ func writeBlob(t *testing.T, blobs blobdir.Dir, data string) ocispec.Descriptor 
 
 // sameConfig are targets whose config is the empty one to CRI, though no artifact
 // can be made of them.
-func sameConfig(t *testing.T, blobs blobdir.Dir) map[string]ocispec.Descriptor {
+func sameConfig(t *testing.T, blobs blobs.Dir) map[string]ocispec.Descriptor {
 	t.Helper()
 	refused, err := refusedArtifact().WriteTo(string(blobs))
 	if err != nil {
@@ -229,7 +229,7 @@ func TestWhatCannotBeReadIsReadAgain(t *testing.T) {
 
 // It is containerd's code that decides what CRI finds.
 func TestTheConfigIsThatWhichCRIFinds(t *testing.T) {
-	blobs := blobdir.Dir(t.TempDir())
+	blobs := blobs.Dir(t.TempDir())
 	here := platforms.DefaultSpec()
 	worse := ocispec.Platform{OS: here.OS, Architecture: "386"} // amd64 runs it, too
 	platform := map[string]*ocispec.Platform{"here": &here, "worse": &worse, "none": nil, "elsewhere": {OS: "plan9", Architecture: "mips"}}

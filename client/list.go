@@ -18,10 +18,10 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
+	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
-	"github.com/artifact-snapshotter/artifact-snapshotter/view"
 )
 
 // Pod is a pod that has an artifact as an image volume.
@@ -197,14 +197,14 @@ func (c *Client) Chain(ctx context.Context, image Image) (string, error) {
 
 // Size is the bytes of the blobs of an artifact's layers, each blob once.
 func Size(a *artifact.Artifact) (size int64) {
-	for _, blob := range blobs(a) {
+	for _, blob := range blobsOf(a) {
 		size += blob
 	}
 	return size
 }
 
 // blobs are the blobs of the layers, with their sizes.
-func blobs(a *artifact.Artifact) map[digest.Digest]int64 {
+func blobsOf(a *artifact.Artifact) map[digest.Digest]int64 {
 	sizes := map[digest.Digest]int64{}
 	for _, l := range a.Layers {
 		sizes[l.Descriptor.Digest] = l.Descriptor.Size
@@ -225,8 +225,8 @@ type Layout struct {
 // LayoutOf looks into the root of the daemon for the artifact's Tree. One that is
 // not there, since nobody has asked for it since the last reboot, is
 // fs.ErrNotExist.
-func LayoutOf(ctx context.Context, a *artifact.Artifact, root string, content blobdir.Blobs) (Layout, error) {
-	tree, err := unpack.Load(view.TreeDir(root, a.Manifest.Digest))
+func LayoutOf(ctx context.Context, a *artifact.Artifact, root string, content blobs.Source) (Layout, error) {
+	tree, err := unpack.Load(store.TreeDir(root, a.Manifest.Digest))
 	if err != nil {
 		return Layout{}, err
 	}

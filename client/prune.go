@@ -76,7 +76,7 @@ func (c *Client) Remove(ctx context.Context, unused []Unused) (freed, kept int64
 	sizes := map[digest.Digest]int64{}
 	deleted := 0
 	for _, u := range unused {
-		for blob, size := range blobs(u.Artifact) {
+		for blob, size := range blobsOf(u.Artifact) {
 			sizes[blob] = size
 		}
 		for _, image := range u.Images {

@@ -24,7 +24,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
 const (
@@ -48,7 +48,7 @@ const (
 // Check does not call containerd.
 type Watcher struct {
 	address string
-	blobs   blobdir.Dir
+	blobs   blobs.Dir
 	// unpackIn are the namespaces whose artifacts are unpacked when they are pulled.
 	unpackIn []string
 
@@ -70,7 +70,7 @@ type Watcher struct {
 
 // NewWatcher returns a Watcher of the containerd with that socket and directory of
 // blobs. It unpacks the artifacts that are pulled into the namespaces unpackIn.
-func NewWatcher(address string, blobs blobdir.Dir, unpackIn []string) *Watcher {
+func NewWatcher(address string, blobs blobs.Dir, unpackIn []string) *Watcher {
 	return &Watcher{
 		address:   address,
 		blobs:     blobs,

@@ -22,8 +22,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 )
 
 // sampleImage is an artifact with the manifest and the config that the words stand for.
@@ -136,7 +136,7 @@ func newTestWatcher(t *testing.T, names ...string) (*Watcher, map[string]digest.
 		}
 		targets[name] = desc.Digest
 	}
-	w := NewWatcher("/no/containerd.sock", blobdir.Dir(dir), nil)
+	w := NewWatcher("/no/containerd.sock", blobs.Dir(dir), nil)
 	w.checkWait, w.lateWait = time.Minute, time.Minute
 	return w, targets
 }
@@ -331,7 +331,7 @@ func TestNoMoreEventsThanComeBack(t *testing.T) {
 // A list that has been missing for long is not waited for as long by each pod.
 func TestPatienceEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := NewWatcher("", blobdir.Dir(t.TempDir()), nil)
+		w := NewWatcher("", blobs.Dir(t.TempDir()), nil)
 		check := func(want time.Duration) {
 			t.Helper()
 			begin := time.Now()

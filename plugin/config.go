@@ -18,7 +18,7 @@ import (
 	"github.com/containerd/nri/pkg/api"
 	"github.com/pelletier/go-toml/v2"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
@@ -273,10 +273,10 @@ func (c Config) validateBlobs(key, dir string) error {
 }
 
 // Blobs are the directories of blobs: containerd's, and CRI-O's behind it.
-func (c Config) Blobs() blobdir.Dirs {
-	dirs := blobdir.Dirs{blobdir.Dir(c.ContentRoot)}
+func (c Config) Blobs() blobs.Dirs {
+	dirs := blobs.Dirs{blobs.Dir(c.ContentRoot)}
 	for _, dir := range c.BlobRoots {
-		dirs = append(dirs, blobdir.Dir(dir))
+		dirs = append(dirs, blobs.Dir(dir))
 	}
 	return dirs
 }

@@ -21,8 +21,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
+	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
-	"github.com/artifact-snapshotter/artifact-snapshotter/view"
 )
 
 // The values of the label begun: what a build of a Tree began with.
@@ -85,7 +85,7 @@ func (u unsure) Unwrap() error { return u.error }
 // reasonOf is why an image volume was refused: one of few words, whatever is in the
 // error, which may have been written by the artifact.
 func reasonOf(err error) string {
-	_, unfinished := errors.AsType[*view.UnfinishedError](err)
+	_, unfinished := errors.AsType[*store.UnfinishedError](err)
 	_, unsure := errors.AsType[unsure](err)
 	switch {
 	case unfinished:
@@ -186,10 +186,10 @@ func newMetrics(version string) *metrics {
 }
 
 // observer counts what a store does.
-func (m *metrics) observer() view.Observer {
-	return view.Observer{
+func (m *metrics) observer() store.Observer {
+	return store.Observer{
 		Counted: func(how unpack.Retention, n int64) { m.bytes[how].Add(float64(n)) },
-		Built: func(b view.Build) {
+		Built: func(b store.Build) {
 			begun := begunByPod
 			if b.Early {
 				begun = begunByPull
@@ -200,7 +200,7 @@ func (m *metrics) observer() view.Observer {
 			}
 			m.builds.WithLabelValues(string(b.Rungs.Raw), string(b.Rungs.Tar), begun).Observe(b.Duration.Seconds())
 		},
-		Swept: func(s view.Sweep) {
+		Swept: func(s store.Sweep) {
 			m.sweeps.Observe(s.Duration.Seconds())
 			m.removed.Add(float64(s.Trees))
 			m.freed.Add(float64(s.Freed))
@@ -212,7 +212,7 @@ func (m *metrics) observer() view.Observer {
 }
 
 // watch exports what the store and the watcher have, when somebody asks.
-func (m *metrics) watch(views *view.Store, watcher *client.Watcher) {
+func (m *metrics) watch(views *store.Store, watcher *client.Watcher) {
 	m.registry.MustRegister(&gauges{views, watcher})
 	rungs := views.Rungs()
 	for _, begun := range []string{begunByPull, begunByPod} {
@@ -281,7 +281,7 @@ func (i images) Check(ctx context.Context, namespace string, target digest.Diges
 
 // gauges are read when somebody asks for them.
 type gauges struct {
-	views   *view.Store
+	views   *store.Store
 	watcher *client.Watcher
 }
 

@@ -17,7 +17,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/view"
+	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 )
 
 func TestMetricsAreForTheNodeOnly(t *testing.T) {
@@ -124,7 +124,7 @@ func TestErrorsHaveFewReasons(t *testing.T) {
 			t.Errorf("%v: %q, want %q", err, got, reason)
 		}
 	}
-	if got := reasonOf(fmt.Errorf("image volume: %w", &view.UnfinishedError{})); got != reasonUnfinished {
+	if got := reasonOf(fmt.Errorf("image volume: %w", &store.UnfinishedError{})); got != reasonUnfinished {
 		t.Errorf("what is not finished: %q", got)
 	}
 	for kind, err := range map[string]error{

@@ -30,11 +30,11 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin/nri"
+	"github.com/artifact-snapshotter/artifact-snapshotter/nri"
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
-	"github.com/artifact-snapshotter/artifact-snapshotter/view"
+	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 )
 
 // dirMode lets the mapped ids of a pod with a user namespace search the
@@ -78,7 +78,7 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 	}()
 	// Two on one state directory would unmount what the other's pods are shown.
 	for _, d := range []struct{ what, path, lock string }{{"root", cfg.Root, "lock"}, {"state directory", cfg.State, "state.lock"}} {
-		if err := view.MakeDir(d.path, dirMode); err != nil {
+		if err := store.MakeDir(d.path, dirMode); err != nil {
 			return nil, fmt.Errorf("create %s: %w", d.what, err)
 		}
 		lock, err := lockDir(d.what, d.path, d.lock)
@@ -88,7 +88,7 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 		s.closers = append(s.closers, lock.Close)
 	}
 
-	views, err := view.Open(ctx, view.Config{
+	views, err := store.Open(ctx, store.Config{
 		Root:     cfg.Root,
 		State:    cfg.State,
 		Content:  cfg.Blobs(),
@@ -102,7 +102,7 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 		return nil, err
 	}
 	s.closers = append(s.closers, views.Close)
-	watcher := client.NewWatcher(cfg.ContainerdAddress, blobdir.Dir(cfg.ContentRoot), cfg.unpackIn())
+	watcher := client.NewWatcher(cfg.ContainerdAddress, blobs.Dir(cfg.ContentRoot), cfg.unpackIn())
 	if s.Snapshotter, err = snapshot.New(cfg.Root, views, images{watcher}, cfg.Overlayfs.options()...); err != nil {
 		return nil, fmt.Errorf("open the snapshots in %s: %w", cfg.Root, err)
 	}

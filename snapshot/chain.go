@@ -18,8 +18,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
-	"github.com/artifact-snapshotter/artifact-snapshotter/view"
 )
 
 // LabelLayers is on every committed snapshot that keeps layers of an artifact
@@ -29,7 +29,7 @@ const LabelLayers = "artifact-snapshotter/layers"
 
 // Applier is the differ by which containerd's own unpacker unpacks artifacts into
 // the snapshots of New(root, views, …), and into those of other snapshotters.
-func Applier(root string, views *view.Store) diff.Applier {
+func Applier(root string, views *store.Store) diff.Applier {
 	return views.Applier(snapshotsDir(filepath.Join(root, "overlayfs")))
 }
 
@@ -101,7 +101,7 @@ type wanted struct {
 	parent string
 }
 
-func (s *snapshotter) acquire(ctx context.Context, want wanted, owners unpack.IDMap) (*view.View, error) {
+func (s *snapshotter) acquire(ctx context.Context, want wanted, owners unpack.IDMap) (*store.View, error) {
 	if want.layers == "" {
 		return s.views.Acquire(ctx, want.Descriptor, owners)
 	}
@@ -113,7 +113,7 @@ func (s *snapshotter) acquire(ctx context.Context, want wanted, owners unpack.ID
 }
 
 // label marks a snapshot as a view that is v.
-func (want wanted) label(v *view.View) snapshots.Opt {
+func (want wanted) label(v *store.View) snapshots.Opt {
 	if want.layers == "" {
 		return withLabel(v.ID.Manifest)
 	}

@@ -33,8 +33,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
-	"github.com/artifact-snapshotter/artifact-snapshotter/view"
 )
 
 // LabelArtifact is on every view, and on every committed snapshot, of an artifact:
@@ -120,7 +120,7 @@ type snapshotter struct {
 	snapshots.Snapshotter        // overlayfs, for all that is no view
 	root                  string // overlayfs's
 	ms                    *storage.MetaStore
-	views                 *view.Store
+	views                 *store.Store
 	images                Images
 }
 
@@ -128,7 +128,7 @@ type snapshotter struct {
 // options, and its views in the store, and tells the store which artifacts they show.
 // No image volume is shown that images object to, if they are not nil. Close closes
 // neither the store nor any view.
-func New(root string, views *view.Store, images Images, options ...overlay.Opt) (snapshots.Snapshotter, error) {
+func New(root string, views *store.Store, images Images, options ...overlay.Opt) (snapshots.Snapshotter, error) {
 	root = filepath.Join(root, "overlayfs")
 	// overlayfs itself would make it 0700, and a pod with a user namespace
 	// could not reach its root file system.
@@ -149,10 +149,10 @@ func New(root string, views *view.Store, images Images, options ...overlay.Opt) 
 		return nil, errors.Join(err, o.Close())
 	}
 	s := &snapshotter{Snapshotter: o, root: root, ms: ms, views: views, images: images}
-	views.AddUsers(func(ctx context.Context) ([]view.ID, error) {
+	views.AddUsers(func(ctx context.Context) ([]store.ID, error) {
 		return s.list(ctx, func(i snapshots.Info) bool { return i.Kind != snapshots.KindCommitted })
 	})
-	views.AddKept(func(ctx context.Context) ([]view.ID, error) {
+	views.AddKept(func(ctx context.Context) ([]store.ID, error) {
 		return s.list(ctx, func(i snapshots.Info) bool { return i.Labels[LabelLayers] != "" })
 	})
 	return explaining{s}, nil
@@ -243,14 +243,14 @@ func (s *snapshotter) createView(ctx context.Context, kind snapshots.Kind, key, 
 
 // show creates the view and its record. The claim of the view it returns is released: the
 // record protects it from the sweep.
-func (s *snapshotter) show(ctx context.Context, volume *volume, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) (*view.View, error) {
+func (s *snapshotter) show(ctx context.Context, volume *volume, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) (*store.View, error) {
 	base, err := apply(opts)
 	if err != nil {
 		return nil, err
 	}
 	// What is waited for, containerd's images and the Tree, has one budget: containerd's
 	// lock is held meanwhile.
-	waiting, cancel := context.WithTimeout(ctx, view.MaxWait)
+	waiting, cancel := context.WithTimeout(ctx, store.MaxWait)
 	defer cancel()
 	want, err := s.target(waiting, volume, kind, key, parent, base)
 	if err != nil {
@@ -357,7 +357,7 @@ func (s *snapshotter) unpack(ctx context.Context, key, hex string, opts []snapsh
 }
 
 // acquireFor is acquire for the snapshot key: whoever asks for MountKey asks again.
-func (s *snapshotter) acquireFor(ctx context.Context, key string, want wanted, owners unpack.IDMap) (*view.View, error) {
+func (s *snapshotter) acquireFor(ctx context.Context, key string, want wanted, owners unpack.IDMap) (*store.View, error) {
 	if mountKey.MatchString(key) {
 		return s.acquireSoon(ctx, want, owners)
 	}
@@ -366,7 +366,7 @@ func (s *snapshotter) acquireFor(ctx context.Context, key string, want wanted, o
 
 // acquireSoon is acquire for a caller that asks again: containerd holds a lock meanwhile
 // (see Rules in docs/design.md), for which other pods wait.
-func (s *snapshotter) acquireSoon(ctx context.Context, want wanted, owners unpack.IDMap) (*view.View, error) {
+func (s *snapshotter) acquireSoon(ctx context.Context, want wanted, owners unpack.IDMap) (*store.View, error) {
 	building, cancel := context.WithTimeout(ctx, unpackWait)
 	defer cancel()
 	v, err := s.acquire(building, want, owners)
@@ -419,7 +419,7 @@ func apply(opts []snapshots.Opt) (base snapshots.Info, err error) {
 	return base, nil
 }
 
-func bind(v *view.View) []mount.Mount {
+func bind(v *store.View) []mount.Mount {
 	return []mount.Mount{{Type: "bind", Source: v.Path, Options: []string{"bind", "ro", "nosuid", "nodev"}}}
 }
 
@@ -442,17 +442,17 @@ func owners(i snapshots.Info) unpack.IDMap {
 
 // shown is what i shows, a view or a committed snapshot of an artifact or of layers
 // of one; false if it is neither.
-func shown(i snapshots.Info) (view.ID, bool) {
+func shown(i snapshots.Info) (store.ID, bool) {
 	label, ok := i.Labels[LabelArtifact]
 	if !ok {
 		label, ok = i.Labels[LabelLayers]
 	}
-	return view.ID{Manifest: digest.Digest(label), Owners: owners(i)}, ok
+	return store.ID{Manifest: digest.Digest(label), Owners: owners(i)}, ok
 }
 
 // list is what those of the views and of the committed snapshots show that are
 // wanted.
-func (s *snapshotter) list(ctx context.Context, wanted func(snapshots.Info) bool) (ids []view.ID, err error) {
+func (s *snapshotter) list(ctx context.Context, wanted func(snapshots.Info) bool) (ids []store.ID, err error) {
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		return storage.WalkInfo(ctx, func(_ context.Context, i snapshots.Info) error {
 			if id, ok := shown(i); ok && wanted(i) {

@@ -21,9 +21,9 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
-	"github.com/artifact-snapshotter/artifact-snapshotter/view"
+	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 )
 
 var ctx = context.Background()
@@ -33,9 +33,9 @@ type node struct {
 	snapshots.Snapshotter
 	content, root, state string
 	options              []overlay.Opt
-	views                *view.Store
+	views                *store.Store
 	images               Images
-	observer             view.Observer
+	observer             store.Observer
 }
 
 func newNode(t *testing.T, options ...overlay.Opt) *node {
@@ -54,7 +54,7 @@ func newNode(t *testing.T, options ...overlay.Opt) *node {
 func (n *node) open(t *testing.T) {
 	t.Helper()
 	var err error
-	if n.views, err = view.Open(ctx, view.Config{Root: n.root, State: n.state, Content: blobdir.Dir(n.content), Observer: n.observer}); err != nil {
+	if n.views, err = store.Open(ctx, store.Config{Root: n.root, State: n.state, Content: blobs.Dir(n.content), Observer: n.observer}); err != nil {
 		t.Fatal(err)
 	}
 	if n.Snapshotter, err = New(n.root, n.views, n.images, n.options...); err != nil {
@@ -104,8 +104,8 @@ func TestContainerdsOwnSuite(t *testing.T) {
 	}
 	// By this name it leaves out the one rename that overlayfs cannot do.
 	testsuite.SnapshotterSuite(t, "overlayfs", func(_ context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		views, err := view.Open(ctx, view.Config{
-			Root: root, State: filepath.Join(root, "state"), Content: blobdir.Dir(filepath.Join(root, "content")),
+		views, err := store.Open(ctx, store.Config{
+			Root: root, State: filepath.Join(root, "state"), Content: blobs.Dir(filepath.Join(root, "content")),
 		})
 		if err != nil {
 			return nil, nil, err
@@ -376,7 +376,7 @@ func TestWhatAnotherVersionHasMadeHasNoUsageAndNoError(t *testing.T) {
 	if _, err := n.Prepare(ctx, key("pod", d), ""); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(view.TreeDir(n.root, d.Digest), "tree.json"), []byte(`{"format": 1}`), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(store.TreeDir(n.root, d.Digest), "tree.json"), []byte(`{"format": 1}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if usage, err := n.Usage(ctx, key("pod", d)); err != nil || usage != (snapshots.Usage{}) {

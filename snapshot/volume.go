@@ -16,7 +16,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/view"
+	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 )
 
 // volume is the image volume that a key asks for. Only namespace may be "".
@@ -52,14 +52,14 @@ func (v *volume) context(ctx context.Context) context.Context {
 
 // asked begins to serve a request for v, which may be nil. What it returns tells how
 // it ended, in the log and in the trace.
-func (s *snapshotter) asked(ctx context.Context, v *volume) (context.Context, func(*view.View, error)) {
+func (s *snapshotter) asked(ctx context.Context, v *volume) (context.Context, func(*store.View, error)) {
 	if v == nil {
-		return ctx, func(*view.View, error) {}
+		return ctx, func(*store.View, error) {}
 	}
 	began := time.Now()
 	ctx, span := tracing.StartSpan(v.context(ctx), "volume.prepare",
 		tracing.WithAttribute("sandbox", v.sandbox), tracing.WithAttribute("target", v.hex))
-	return ctx, func(shown *view.View, err error) {
+	return ctx, func(shown *store.View, err error) {
 		defer span.End()
 		switch {
 		case err == nil:
@@ -73,7 +73,7 @@ func (s *snapshotter) asked(ctx context.Context, v *volume) (context.Context, fu
 	}
 }
 
-func (s *snapshotter) logShown(ctx context.Context, v *volume, shown *view.View, took time.Duration) {
+func (s *snapshotter) logShown(ctx context.Context, v *volume, shown *store.View, took time.Duration) {
 	f := log.Fields{"artifact": shown.ID.Manifest, "duration": took, "raw": shown.Rungs.Raw, "tar": shown.Rungs.Tar}
 	if shown.Built != nil {
 		maps.Copy(f, shown.Built.Fields())
@@ -94,7 +94,7 @@ func (s *snapshotter) logger(ctx context.Context, v *volume) *log.Entry {
 
 func (s *snapshotter) logRefused(ctx context.Context, v *volume, err error) {
 	logger := s.logger(ctx, v).WithError(err).WithField("target", v.hex)
-	if _, ok := errors.AsType[*view.UnfinishedError](err); ok {
+	if _, ok := errors.AsType[*store.UnfinishedError](err); ok {
 		logger.Info("an image volume has to wait")
 		return
 	}

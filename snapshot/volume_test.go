@@ -21,8 +21,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
-	"github.com/artifact-snapshotter/artifact-snapshotter/view"
 )
 
 // imagesThat are containerd's images, which answer with what the function returns.
@@ -85,11 +85,11 @@ func TestAVolumeWaitsForAllThereIsForOneBudget(t *testing.T) {
 		n.open(t)
 		began := time.Now()
 		_, err := n.Prepare(ctx, key("pod", n.pack(t)), "")
-		if _, unfinished := errors.AsType[*view.UnfinishedError](err); !unfinished || !errdefs.IsUnavailable(err) {
+		if _, unfinished := errors.AsType[*store.UnfinishedError](err); !unfinished || !errdefs.IsUnavailable(err) {
 			t.Errorf("got %v, want that the artifact is still being unpacked", err)
 		}
-		if took := time.Since(began); took < known || took > view.MaxWait {
-			t.Errorf("it took %v, want %v at most", took, view.MaxWait)
+		if took := time.Since(began); took < known || took > store.MaxWait {
+			t.Errorf("it took %v, want %v at most", took, store.MaxWait)
 		}
 		close(built)
 	})

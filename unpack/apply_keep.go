@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
 // Kept are layers that a snapshot keeps, for as long as it exists and without the
@@ -83,7 +83,7 @@ func keep(ctx context.Context, dir string, layers []artifact.Layer, o Options) (
 	for _, l := range layers {
 		settled, c, err := cs.found(l)
 		if err == nil {
-			err = k.add(ctx, settled, c, blobdir.Dir(tmp))
+			err = k.add(ctx, settled, c, blobs.Dir(tmp))
 		}
 		if err != nil {
 			return nil, l.Wrap(err)
@@ -96,7 +96,7 @@ func keep(ctx context.Context, dir string, layers []artifact.Layer, o Options) (
 }
 
 // add keeps the content c of l, nil if it has none, in blobs.
-func (k *Kept) add(ctx context.Context, l artifact.Layer, c *content, blobs blobdir.Dir) error {
+func (k *Kept) add(ctx context.Context, l artifact.Layer, c *content, blobs blobs.Dir) error {
 	id, err := c.diffID(ctx, l)
 	if err != nil {
 		return err
@@ -202,7 +202,7 @@ func Chain(id digest.Digest, dirs []string) (*artifact.Artifact, error) {
 }
 
 // CollectKept links the contents that the snapshots in dirs keep into blobs.
-func CollectKept(blobs blobdir.Dir, dirs []string) error {
+func CollectKept(into blobs.Dir, dirs []string) error {
 	for _, dir := range dirs {
 		k, _, err := LoadKept(dir)
 		if err != nil {
@@ -212,11 +212,11 @@ func CollectKept(blobs blobdir.Dir, dirs []string) error {
 			if l.Descriptor.Size == 0 || l.Format == artifact.FormatEmpty { // there may be no blob
 				continue
 			}
-			target := blobs.Path(l.Descriptor.Digest)
+			target := into.Path(l.Descriptor.Digest)
 			if err := os.MkdirAll(filepath.Dir(target), 0o700); err != nil {
 				return err
 			}
-			kept := blobdir.Dir(KeptDir(dir)).Path(l.Descriptor.Digest)
+			kept := blobs.Dir(KeptDir(dir)).Path(l.Descriptor.Digest)
 			if err := os.Link(kept, target); err != nil && !errors.Is(err, os.ErrExist) {
 				return err
 			}

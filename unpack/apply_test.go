@@ -27,7 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
 var epoch = time.Unix(0, 0)
@@ -124,7 +124,7 @@ func (c *chain) show(t *testing.T) (string, error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	blobs := blobdir.Dir(t.TempDir())
+	blobs := blobs.Dir(t.TempDir())
 	if err := CollectKept(blobs, c.dirs()); err != nil {
 		t.Fatal(err)
 	}
@@ -232,7 +232,7 @@ func TestLayersOfOurSnapshotsAreKept(t *testing.T) {
 			t.Errorf("layer %d has left %v, %v", i, entries, err)
 		}
 		if l.Compression == artifact.CompressionNone && l.Descriptor.Size > 0 {
-			kept := blobdir.Dir(KeptDir(dir)).Path(l.Descriptor.Digest)
+			kept := blobs.Dir(KeptDir(dir)).Path(l.Descriptor.Digest)
 			if inode(t, kept) != inode(t, s.content.Path(l.Descriptor.Digest)) {
 				t.Errorf("layer %d has been copied", i)
 			}
@@ -347,7 +347,7 @@ func xfs(t *testing.T) string {
 
 func TestFilesAreReflinksWhereTheFileSystemHasThem(t *testing.T) {
 	disk := xfs(t)
-	s := site{t: t, content: blobdir.Dir(filepath.Join(disk, "content")), root: filepath.Join(disk, "root")}
+	s := site{t: t, content: blobs.Dir(filepath.Join(disk, "content")), root: filepath.Join(disk, "root")}
 	c := newChain(t, s, false)
 	upper := filepath.Join(disk, "upper")
 	for _, dir := range []string{filepath.Join(string(s.content), "blobs/sha256"), s.root, upper} {

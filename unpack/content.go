@@ -26,7 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
 // content is a file in data/, which holds what the layers with one blob hold.
@@ -232,7 +232,7 @@ func (cs *contents) open(ctx context.Context, blob ocispec.Descriptor) (*os.File
 	return f, nil
 }
 
-func explainMissing(err error, blobs blobdir.Blobs, blob ocispec.Descriptor) error {
+func explainMissing(err error, blobs blobs.Source, blob ocispec.Descriptor) error {
 	if errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("its blob is not in %s; %s: %w", blobs, artifact.Refetch(blob), errdefs.ErrNotFound)
 	}

@@ -17,7 +17,7 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
 // Ladder is how the rungs of one format do in a directory.
@@ -355,7 +355,7 @@ type Sharing struct {
 
 // DiagnoseSharing tries how a blob of content can be retained in root, with the
 // first one there is.
-func DiagnoseSharing(root Place, content blobdir.Dir) (Sharing, error) {
+func DiagnoseSharing(root Place, content blobs.Dir) (Sharing, error) {
 	dir, err := Locate(filepath.Join(string(content), "blobs", "sha256"))
 	if err != nil {
 		return Sharing{}, err

@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
 // disk mounts a new file system of a disk with sectors of that many bytes.
@@ -67,7 +67,7 @@ func disk(t *testing.T, sector uint32, mkfs ...string) string {
 // diskSite is a site on such a disk.
 func diskSite(t *testing.T, dir string) site {
 	t.Helper()
-	s := site{t: t, content: blobdir.Dir(filepath.Join(dir, "content")), root: filepath.Join(dir, "root")}
+	s := site{t: t, content: blobs.Dir(filepath.Join(dir, "content")), root: filepath.Join(dir, "root")}
 	if err := errors.Join(os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755), os.Mkdir(s.root, 0o755)); err != nil {
 		t.Fatal(err)
 	}

@@ -28,7 +28,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
 // memory is a file without a name, for what is made a million times.
@@ -276,7 +276,7 @@ func inImage(fsys fs.FS, name string, d fs.DirEntry, redirects map[string]*os.Fi
 // FuzzInflate decompresses anything within tight limits. Anything can be a file, too.
 func FuzzInflate(f *testing.F) {
 	t := &testing.T{} // it is not used unless the seeds cannot be made
-	s := site{content: blobdir.Dir(f.TempDir())}
+	s := site{content: blobs.Dir(f.TempDir())}
 	if err := os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755); err != nil {
 		f.Fatal(err)
 	}

@@ -10,12 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
 // Shared is how many bytes of the Tree's contents are the very files, on the disk
 // and in the page cache, that the runtime has for the blobs of the layers.
-func (t *Tree) Shared(blobs blobdir.Blobs, layers []artifact.Layer) (size int64, err error) {
+func (t *Tree) Shared(blobs blobs.Source, layers []artifact.Layer) (size int64, err error) {
 	type inode struct{ dev, ino uint64 }
 	stat := func(path string) (inode, int64, error) {
 		var st unix.Stat_t

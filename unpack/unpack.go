@@ -37,7 +37,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
 // The entries of a Tree's directory.
@@ -89,13 +89,13 @@ type Options struct {
 	// Rungs are how layers are laid out; see Probe.
 	Rungs Rungs
 	// Blobs is where the runtime keeps the artifact's blobs.
-	Blobs blobdir.Blobs
+	Blobs blobs.Source
 	// Shared is a directory for what is not in Blobs, or could not be linked or
 	// reflinked from there (another file system): blobs/<algorithm>/<hex> is the
 	// content with that digest, and <hex>.tar beside it a symlink from a
 	// compressed blob to what it holds. Trees link to the contents, so one with a
 	// single link is unused.
-	Shared blobdir.Dir
+	Shared blobs.Dir
 	// Budget bounds what building takes of the node.
 	Budget *Budget
 	// Owners shifts every owner for a pod with a user namespace; the zero
@@ -367,7 +367,7 @@ func (t *Tree) save() error {
 // Stale reports whether the runtime has deleted the manifest and pulled it again
 // since the Tree was built, or only another runtime has it: what the Tree retains is a
 // second copy then.
-func (t *Tree) Stale(blobs blobdir.Blobs) bool {
+func (t *Tree) Stale(blobs blobs.Source) bool {
 	there := false
 	for _, dir := range blobs.All() {
 		now := source(dir, t.Manifest)
@@ -381,7 +381,7 @@ func (t *Tree) Stale(blobs blobdir.Blobs) bool {
 
 // source tells the file of a blob from another one with the same content; it is
 // "" if there is none. An inode number alone may have been used again.
-func source(blobs blobdir.Blobs, blob digest.Digest) string {
+func source(blobs blobs.Source, blob digest.Digest) string {
 	var st unix.Stat_t
 	if err := unix.Lstat(blobs.Path(blob), &st); err != nil {
 		return ""

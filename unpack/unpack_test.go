@@ -29,7 +29,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
 var (
@@ -40,13 +40,13 @@ var (
 // site is a blob directory and a root for trees.
 type site struct {
 	t       *testing.T
-	content blobdir.Dir
+	content blobs.Dir
 	root    string
 }
 
 func newSite(t *testing.T) site {
 	t.Helper()
-	s := site{t: t, content: blobdir.Dir(t.TempDir()), root: t.TempDir()}
+	s := site{t: t, content: blobs.Dir(t.TempDir()), root: t.TempDir()}
 	if err := os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -142,7 +142,7 @@ func (s site) options(r Rungs) Options {
 	s.t.Helper()
 	r = here(r)
 	requireRungs(s.t, r.Raw, r.Tar)
-	return Options{Rungs: r, Blobs: s.content, Shared: blobdir.Dir(s.root), Budget: NewBudget(DefaultLimits)}
+	return Options{Rungs: r, Blobs: s.content, Shared: blobs.Dir(s.root), Budget: NewBudget(DefaultLimits)}
 }
 
 func (s site) build(r Rungs, layers ...artifact.Layer) (*Tree, error) {

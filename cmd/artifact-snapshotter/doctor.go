@@ -20,11 +20,11 @@ import (
 	"github.com/urfave/cli/v3"
 	"golang.org/x/sys/unix"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
-	"github.com/artifact-snapshotter/artifact-snapshotter/view"
 )
 
 const (
@@ -324,7 +324,7 @@ func checkContentRoot(_ context.Context, cfg patient) finding {
 	if err != nil {
 		return failed(err)
 	}
-	s, err := unpack.DiagnoseSharing(root, blobdir.Dir(cfg.ContentRoot))
+	s, err := unpack.DiagnoseSharing(root, blobs.Dir(cfg.ContentRoot))
 	if err != nil {
 		return failed(err)
 	}
@@ -356,7 +356,7 @@ func checkContentRoot(_ context.Context, cfg patient) finding {
 	case s.Apart == unpack.SubvolumeBoundary && s.Retention == unpack.Copied:
 		found.advise("put root into the subvolume of content_root", gain)
 	}
-	if err := view.CanWatch(cfg.Blobs()); err != nil {
+	if err := store.CanWatch(cfg.Blobs()); err != nil {
 		found.advise(err.Error(), "a daemon that starts now is told of new and deleted blobs, and need not look for them once a second")
 	}
 	if s.Root.Type == "overlay" {

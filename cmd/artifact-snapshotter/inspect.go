@@ -21,8 +21,8 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
@@ -180,7 +180,7 @@ func settle(ctx context.Context, a *artifact.Artifact, blobs content.Provider) {
 }
 
 // findBlob finds an artifact without containerd.
-func findBlob(ctx context.Context, blobs blobdir.Blobs, hex string) (*artifact.Artifact, error) {
+func findBlob(ctx context.Context, blobs blobs.Source, hex string) (*artifact.Artifact, error) {
 	target, err := blobs.Find(hex)
 	if err != nil {
 		return nil, err

@@ -19,13 +19,13 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
-// store is a content root.
-type store struct {
+// contentRoot is a content root.
+type contentRoot struct {
 	t   *testing.T
 	dir string
 }
 
-func (s store) add(mediaType string, data []byte) ocispec.Descriptor {
+func (s contentRoot) add(mediaType string, data []byte) ocispec.Descriptor {
 	s.t.Helper()
 	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
 	path := filepath.Join(s.dir, "blobs", "sha256", desc.Digest.Encoded())
@@ -38,7 +38,7 @@ func (s store) add(mediaType string, data []byte) ocispec.Descriptor {
 	return desc
 }
 
-func (s store) addJSON(mediaType string, value any) ocispec.Descriptor {
+func (s contentRoot) addJSON(mediaType string, value any) ocispec.Descriptor {
 	s.t.Helper()
 	data, err := json.Marshal(value)
 	if err != nil {
@@ -47,7 +47,7 @@ func (s store) addJSON(mediaType string, value any) ocispec.Descriptor {
 	return s.add(mediaType, data)
 }
 
-func (s store) addManifest(config ocispec.Descriptor, layers ...ocispec.Descriptor) ocispec.Descriptor {
+func (s contentRoot) addManifest(config ocispec.Descriptor, layers ...ocispec.Descriptor) ocispec.Descriptor {
 	s.t.Helper()
 	return s.addJSON(ocispec.MediaTypeImageManifest, ocispec.Manifest{
 		Versioned: specs.Versioned{SchemaVersion: 2},
@@ -58,7 +58,7 @@ func (s store) addManifest(config ocispec.Descriptor, layers ...ocispec.Descript
 }
 
 func TestInspect(t *testing.T) {
-	s := store{t, t.TempDir()}
+	s := contentRoot{t, t.TempDir()}
 	weights := s.add("application/vnd.cncf.model.weight.v1.raw", make([]byte, 1536))
 	weights.Annotations = map[string]string{
 		"org.cncf.model.filepath":           "dir one/model.bin",

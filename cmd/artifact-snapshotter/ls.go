@@ -13,8 +13,8 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
@@ -59,7 +59,7 @@ func rootFlags() []cli.Flag {
 }
 
 // roots are the directories of rootFlags.
-func roots(command *cli.Command) (root string, content blobdir.Blobs, err error) {
+func roots(command *cli.Command) (root string, content blobs.Source, err error) {
 	cfg, err := loadConfig(command)
 	if err != nil {
 		return "", nil, err

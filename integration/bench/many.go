@@ -22,11 +22,11 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/measure"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/blobdir"
 )
 
 const (
@@ -206,12 +206,12 @@ func tiny(ctx context.Context, c *client.Client, i int) (ref string) {
 		MediaType: modelspec.MediaTypeModelWeightRaw, Data: fmt.Appendf(nil, "artifact %d", i), Annotations: annotations(0, 10),
 	}}}).WriteTo(dir))
 	write := func(dgst digest.Digest, labels map[string]string) {
-		data := measure.Must(os.ReadFile(blobdir.Dir(dir).Path(dgst)))
+		data := measure.Must(os.ReadFile(blobs.Dir(dir).Path(dgst)))
 		measure.Check(content.WriteBlob(ctx, c.ContentStore(), dgst.String(), bytes.NewReader(data),
 			ocispec.Descriptor{Digest: dgst, Size: int64(len(data))}, content.WithLabels(labels)))
 	}
 	labels := map[string]string{}
-	for n, blob := range measure.Must(os.ReadDir(filepath.Dir(blobdir.Dir(dir).Path(target.Digest)))) {
+	for n, blob := range measure.Must(os.ReadDir(filepath.Dir(blobs.Dir(dir).Path(target.Digest)))) {
 		if dgst := digest.NewDigestFromEncoded(digest.SHA256, blob.Name()); dgst != target.Digest {
 			write(dgst, nil)
 			labels[fmt.Sprint("containerd.io/gc.ref.content.", n)] = dgst.String()

@@ -1,0 +1,192 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package nri
+
+import (
+	"context"
+	"fmt"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/nri/pkg/api"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
+)
+
+// crio and containerd are the names by which the runtimes introduce themselves.
+const (
+	crio       = "cri-o"
+	containerd = "containerd"
+)
+
+// criNamespace is the namespace in which containerd has CRI's images.
+const criNamespace = "k8s.io"
+
+const digestHex = `([0-9a-f]{64}|[0-9a-f]{96}|[0-9a-f]{128})`
+
+var (
+	// imageVolume is the path at which containerd's CRI plugin mounts an image volume
+	// (internal/cri/server/container_image_mount.go), or a sub path in it.
+	imageVolume = regexp.MustCompile(`/image-volumes/([^/]+)/` + digestHex + `(?:/(.*))?$`)
+	// blobPath is the path of a blob in a directory of blobs.
+	blobPath = regexp.MustCompile(`^(/.*)/blobs/(sha256|sha384|sha512)/([0-9a-f]+)$`)
+)
+
+// volume is an image volume that a container mounts, of an artifact or of an image.
+type volume struct {
+	// destination is its path in the container, and remove those of the runtime's
+	// mounts that are beside the one at destination.
+	destination string
+	remove      []string
+	options     []string // of the runtime's mount
+	source      string   // of the runtime's mount; "" if there are several
+	// hex is of the digest of the image, namespace where containerd has that; sub is a
+	// path in the volume, which is mounted instead of it.
+	hex, namespace, sub string
+	// target is the image, once it is found.
+	target ocispec.Descriptor
+	// refused is why it is not to be shown, whatever it is.
+	refused error
+}
+
+// find returns the image volumes among the mounts of a container.
+func (p *Plugin) find(ctx context.Context, runtime string, pod *api.PodSandbox, c *api.Container) []volume {
+	var volumes []volume
+	var binds []bind
+	for _, m := range c.GetMounts() {
+		if !isBind(m) {
+			continue
+		}
+		if v, ok := inContainerd(m, pod.GetId()); ok {
+			volumes = append(volumes, v)
+		} else if b, ok := p.inCRIO(m, runtime); ok {
+			binds = append(binds, b)
+		}
+	}
+	if len(binds) > 0 {
+		volumes = append(volumes, p.groups(ctx, c, binds)...)
+	}
+	return volumes
+}
+
+func isBind(m *api.Mount) bool {
+	return m.GetType() == "bind" || slices.Contains(m.GetOptions(), "bind") || slices.Contains(m.GetOptions(), "rbind")
+}
+
+// inContainerd is the image volume that containerd has mounted for the sandbox; false
+// if the mount is none.
+func inContainerd(m *api.Mount, sandbox string) (volume, bool) {
+	found := imageVolume.FindStringSubmatch(path.Clean(m.GetSource()))
+	if found == nil || found[1] != sandbox {
+		return volume{}, false
+	}
+	return volume{
+		destination: m.GetDestination(),
+		options:     m.GetOptions(),
+		source:      m.GetSource(),
+		hex:         found[2],
+		namespace:   criNamespace,
+		sub:         found[3],
+	}, true
+}
+
+// directory is containerd's own of the whole volume.
+func (v volume) directory() string { return strings.TrimSuffix(path.Clean(v.source), "/"+v.sub) }
+
+// inCRIO is the bind of a blob from one of CRI-O's artifact stores; false if the mount is
+// none. A store that is not in the configuration is one all the same, which is said
+// later: what CRI-O mounts from there is as wrong as from any other.
+func (p *Plugin) inCRIO(m *api.Mount, runtime string) (bind, bool) {
+	found := blobPath.FindStringSubmatch(path.Clean(m.GetSource()))
+	if found == nil {
+		return bind{}, false
+	}
+	blob := digest.NewDigestFromEncoded(digest.Algorithm(found[2]), found[3])
+	if blob.Validate() != nil {
+		return bind{}, false
+	}
+	b := bind{destination: m.GetDestination(), source: m.GetSource(), blob: blob, options: m.GetOptions()}
+	dir := blobs.Dir(found[1])
+	b.known = slices.ContainsFunc(p.Layouts, func(layout blobs.Dir) bool { return sameDir(layout, dir) })
+	return b, b.known || runtime == crio && path.Base(found[1]) == "artifacts"
+}
+
+// sameDir reports whether two paths are of one directory: one may go by a symlink.
+func sameDir(a, b blobs.Dir) bool {
+	if path.Clean(string(a)) == path.Clean(string(b)) {
+		return true
+	}
+	pa, aerr := filepath.EvalSymlinks(string(a))
+	pb, berr := filepath.EvalSymlinks(string(b))
+	return aerr == nil && berr == nil && pa == pb
+}
+
+// refused are the binds of an artifact, or of several, as one volume that is not to be
+// shown because of err.
+func refused(binds []bind, err error) []volume {
+	return []volume{{destination: binds[0].destination, refused: err}}
+}
+
+// groups are the volumes of the artifacts whose blobs CRI-O has mounted, one by one.
+func (p *Plugin) groups(ctx context.Context, c *api.Container, binds []bind) []volume {
+	if binds = p.ofArtifacts(ctx, c.GetAnnotations()[volumesAnnotation], binds); len(binds) == 0 {
+		return nil
+	}
+	for _, b := range binds {
+		if !b.known {
+			return refused(binds, fmt.Errorf("CRI-O mounts it from %s, which is not in blob_roots of the snapshotter's configuration: %w", b.source, errdefs.ErrFailedPrecondition))
+		}
+	}
+	if err := distinct(c.GetMounts(), binds); err != nil {
+		return refused(binds, err)
+	}
+	candidates, err := p.candidates(ctx, c.GetAnnotations(), binds)
+	if err != nil {
+		return refused(binds, err)
+	}
+	groups, err := resolve(ctx, binds, candidates)
+	if err != nil {
+		return refused(binds, err)
+	}
+	var volumes []volume
+	for _, g := range groups {
+		volumes = append(volumes, g.volume(binds, c.GetMounts()))
+	}
+	return volumes
+}
+
+// distinct refuses two mounts at one place: NRI cannot remove both (RemoveMount of
+// runtime-tools removes the first), and the other one would hide the volume's file.
+func distinct(mounts []*api.Mount, binds []bind) error {
+	count := map[string]int{}
+	for _, m := range mounts {
+		count[path.Clean(m.GetDestination())]++
+	}
+	for _, b := range binds {
+		if at := path.Clean(b.destination); count[at] > 1 {
+			return fmt.Errorf("CRI-O has %d mounts at %s, which NRI cannot take away: give each layer a name of its own: %w", count[at], at, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
+// options of the runtime's mount that ours has, too, are all but these.
+var notKept = []string{"bind", "rbind", "ro", "rw", "suid", "nosuid", "dev", "nodev", "idmap", "ridmap", api.SELinuxRelabel}
+
+// mount is the mount that shows source in the place of the volume.
+func (v volume) mount(source string) *api.Mount {
+	options := []string{"bind", "ro", "nosuid", "nodev"}
+	for _, o := range v.options {
+		if !slices.Contains(notKept, o) && !slices.Contains(options, o) {
+			options = append(options, o)
+		}
+	}
+	return &api.Mount{Type: "bind", Source: source, Destination: v.destination, Options: options}
+}

@@ -1,0 +1,310 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+const (
+	// sweepEvery is how long something unused can stay when no event tells of
+	// it: there is no watch, or something could not be removed.
+	sweepEvery = time.Minute
+	// settle is how long the sweep waits for more events after one. A garbage
+	// collection deletes blobs by the hundred.
+	settle = 200 * time.Millisecond
+)
+
+// Run sweeps until ctx ends: when Wake asks for it, when the runtime deletes a
+// blob, and every minute. containerd tells a snapshotter to clean up only after
+// a garbage collection that removed one of its snapshots, and deleting the
+// image of an artifact removes none.
+func (s *Store) Run(ctx context.Context) {
+	deleted := s.watch(ctx)
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		if err := s.Sweep(ctx); err != nil && ctx.Err() == nil {
+			log.G(ctx).WithError(err).Error("cannot clean up; trying again")
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.wake:
+		case <-deleted:
+			select {
+			case <-time.After(settle):
+			case <-ctx.Done():
+				return
+			}
+		case <-tick.C:
+		}
+	}
+}
+
+// Wake asks Run for a sweep soon. It does not wait.
+func (s *Store) Wake() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// look takes note of the directories of blobs that are there.
+func (s *Store) look() {
+	for _, dir := range s.blobDirs() {
+		if _, err := os.Stat(dir); err == nil {
+			s.seen.Store(dir, true)
+		}
+	}
+}
+
+// Sweep unmounts every Tree that nobody shows, and removes those of them whose
+// manifest the runtime has deleted or whose owners are shifted, whatever was set
+// aside, and what no Tree shares any more. It asks all Users; if one
+// cannot tell, nothing is removed.
+func (s *Store) Sweep(ctx context.Context) error {
+	began := time.Now()
+	done := &Sweep{}
+	done.Err = s.sweepAll(ctx, done)
+	done.Duration = time.Since(began)
+	if s.observer.Swept != nil {
+		s.observer.Swept(*done)
+	}
+	return done.Err
+}
+
+// sweepAll is Sweep, and counts in done what it removes.
+func (s *Store) sweepAll(ctx context.Context, done *Sweep) error {
+	trash, trees, err := s.sweep(ctx)
+	done.Trees = trees
+	// Deleting a large Tree takes time that no pod should wait for.
+	for _, name := range trash {
+		dir := filepath.Join(s.trees, name)
+		bytes := freed(dir)
+		if rerr := os.RemoveAll(dir); rerr != nil {
+			err = errors.Join(err, rerr)
+			continue
+		}
+		done.Freed += bytes
+	}
+	if err != nil {
+		return err
+	}
+	bytes, err := s.sweepShared()
+	done.Freed += bytes
+	return err
+}
+
+// sweep unmounts and sets aside, and returns the names of what to delete, and how
+// many Trees were set aside.
+func (s *Store) sweep(ctx context.Context) (trash []string, removed int, err error) {
+	used, kept, err := s.used(ctx)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer s.mu.Unlock()
+	s.look()
+	mounts, err := list(s.mounts)
+	if err != nil {
+		return nil, 0, err
+	}
+	for _, name := range mounts {
+		if used[name] {
+			continue
+		}
+		if uerr := s.unmount(name); uerr != nil {
+			err = errors.Join(err, uerr)
+			used[name] = true // its Tree is still mounted
+		}
+	}
+	trees, lerr := list(s.trees)
+	err = errors.Join(err, lerr)
+	for _, name := range trees {
+		if m := manifest(name); m != "" && !used[name] && !kept[name] && s.useless(name, m) {
+			aerr := s.setAside(filepath.Join(s.trees, name))
+			if aerr == nil {
+				removed++
+				delete(s.sources, name)
+				log.G(ctx).WithFields(log.Fields{"artifact": m, "tree": name}).Info("removed a tree whose pod is gone, or whose artifact the runtime has deleted")
+			}
+			err = errors.Join(err, aerr)
+		}
+	}
+	for name, f := range s.failed {
+		// Who pulls it again is not to be told of this.
+		if s.now().Sub(f.at) >= keepFailure || s.deleted(manifest(name)) {
+			delete(s.failed, name)
+		}
+	}
+	trees, lerr = list(s.trees)
+	for _, name := range trees {
+		if manifest(name) == "" && !s.building[name] {
+			trash = append(trash, name)
+		}
+	}
+	return trash, removed, errors.Join(err, lerr)
+}
+
+// deleted reports whether the runtime has deleted the blob, and no other runtime has
+// it. Where a directory of blobs cannot be read, has been there and is not, as that of a
+// disk that was unmounted, or none is there, nobody can tell. One that never was there
+// beside others is of a runtime that is not on this node.
+func (s *Store) deleted(m digest.Digest) bool {
+	there := false
+	for _, content := range s.content.All() {
+		blob := content.Path(m)
+		_, err := os.Stat(filepath.Dir(blob))
+		_, seen := s.seen.Load(filepath.Dir(blob))
+		switch {
+		case errors.Is(err, os.ErrNotExist) && !seen:
+			continue
+		case err != nil:
+			return false
+		}
+		there = true
+		if _, err := os.Lstat(blob); !errors.Is(err, os.ErrNotExist) {
+			return false
+		}
+	}
+	return there
+}
+
+// useless reports whether a Tree that nobody shows is of no use to the next pod
+// either: no other pod has its owners, or the runtime has deleted the manifest m.
+// Where it has also pulled it again, the Tree would be a second copy on the disk
+// for as long as the image is there.
+func (s *Store) useless(name string, m digest.Digest) bool {
+	if isShifted(name) || s.deleted(m) {
+		return true
+	}
+	t := s.sources[name]
+	if t == nil {
+		read, err := unpack.Load(filepath.Join(s.trees, name))
+		if err != nil {
+			return true // of another version of this program
+		}
+		t = &unpack.Tree{Manifest: read.Manifest, Source: read.Source} // the rest may be a lot
+		s.sources[name] = t
+	}
+	return t.Stale(s.content)
+}
+
+// used is the names of all Trees that somebody shows or is about to, and of those that
+// are kept. It returns with s.mu held if there is no error.
+//
+// Those who show artifacts are asked without it, for there may be many, and pods wait
+// for it. Nobody is missed: a claim ends only after its user is listed, and the names
+// of all claims that were there meanwhile are in s.taken.
+func (s *Store) used(ctx context.Context) (used, kept map[string]bool, err error) {
+	s.sweeping.Lock()
+	defer s.sweeping.Unlock()
+	used, kept = map[string]bool{}, map[string]bool{}
+	s.mu.Lock()
+	s.taken = map[string]bool{}
+	for name := range s.held {
+		s.taken[name] = true
+	}
+	users, keepers := s.users, s.kept
+	s.mu.Unlock()
+	for _, asked := range []struct {
+		users []Users
+		names map[string]bool
+	}{{users, used}, {keepers, kept}} {
+		for _, list := range asked.users {
+			ids, lerr := list(ctx)
+			if lerr != nil {
+				err = fmt.Errorf("cannot tell which artifacts are in use: %w", lerr)
+			}
+			for _, id := range ids {
+				asked.names[id.name()] = true
+			}
+		}
+	}
+	s.mu.Lock()
+	maps.Copy(used, s.taken)
+	s.taken = nil
+	if err != nil {
+		s.mu.Unlock()
+		return nil, nil, err
+	}
+	return used, kept, nil
+}
+
+// sharedDir is where the shared contents are.
+func (s *Store) sharedDir() string { return filepath.Join(string(s.shared), "blobs") }
+
+// sweepShared removes the contents that no Tree links to, and then the symlinks
+// to those that are gone. A build that is about to link to one finds it gone and
+// makes it again. It returns how many bytes of the disk that has freed.
+func (s *Store) sweepShared() (bytes int64, err error) {
+	algorithms, err := list(s.sharedDir())
+	if err != nil {
+		return 0, err
+	}
+	var symlinks []string
+	for _, algorithm := range algorithms {
+		dir := filepath.Join(s.sharedDir(), algorithm)
+		names, err := list(dir)
+		if err != nil {
+			return bytes, err
+		}
+		for _, name := range names {
+			p := filepath.Join(dir, name)
+			fi, err := os.Lstat(p)
+			switch {
+			case errors.Is(err, os.ErrNotExist): // another sweep was quicker
+			case err != nil:
+				return bytes, fmt.Errorf("cannot clean up: %w", err)
+			case fi.Mode().Type() == os.ModeSymlink:
+				symlinks = append(symlinks, p)
+			default:
+				if linkCount(p) != 1 {
+					continue
+				}
+				size := freed(p)
+				if err := removeIf(p, func() bool { return linkCount(p) == 1 }); err != nil {
+					return bytes, err
+				}
+				bytes += size
+			}
+		}
+	}
+	for _, p := range symlinks {
+		if err := removeIf(p, func() bool { _, err := os.Stat(p); return errors.Is(err, os.ErrNotExist) }); err != nil {
+			return bytes, err
+		}
+	}
+	return bytes, nil
+}
+
+func linkCount(p string) uint64 {
+	var st unix.Stat_t
+	if err := unix.Lstat(p, &st); err != nil {
+		return 0
+	}
+	return uint64(st.Nlink) //nolint:unconvert // it is 32 bits wide on arm64
+}
+
+func removeIf(p string, unused func() bool) error {
+	if !unused() {
+		return nil
+	}
+	if err := os.Remove(p); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("cannot clean up: %w", err)
+	}
+	return nil
+}

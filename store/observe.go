@@ -1,0 +1,182 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package store
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/tracing"
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+	"go.opentelemetry.io/otel/trace"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// Observer is told of what a Store does, by several goroutines at once. A function
+// that is nil is not called, and none may call the Store.
+type Observer struct {
+	// Counted is told of every n bytes of contents that Trees and snapshots have
+	// come by, also of those that are refused in the end.
+	Counted func(how unpack.Retention, n int64)
+	// Built is told of every build of a Tree that has ended.
+	Built func(Build)
+	// Swept is told of every sweep.
+	Swept func(Sweep)
+}
+
+// Build is how the build of a Tree has ended.
+type Build struct {
+	// Rungs are those that the Tree was to be laid out by.
+	Rungs unpack.Rungs
+	// Early tells that it began while the runtime pulled the artifact, so that
+	// Duration is mostly the pull's.
+	Early    bool
+	Duration time.Duration
+	// Bytes is how many it has come by, in each way; nil if the Tree was made of
+	// another one.
+	Bytes map[unpack.Retention]int64
+	// Err is why there is no Tree; nil if there is.
+	Err error
+}
+
+// Sweep is what a sweep did.
+type Sweep struct {
+	// Trees is how many it has removed, and Freed the bytes of the disk that were
+	// nobody else's.
+	Trees    int
+	Freed    int64
+	Duration time.Duration
+	Err      error
+}
+
+// Stats is what a Store has.
+type Stats struct {
+	// Trees is how many there are, by the rungs they were made with; Mounts how many
+	// of them are mounted.
+	Trees  map[unpack.Rungs]int
+	Mounts int
+	// Views is how many views of them their Users list.
+	Views int
+	// Size is what the Trees and what they share add to the disk, in bytes.
+	Size int64
+}
+
+// Stats counts what the store has at this moment.
+func (s *Store) Stats(ctx context.Context) (Stats, error) {
+	stats := Stats{Trees: map[unpack.Rungs]int{}}
+	names, err := list(s.trees)
+	if err != nil {
+		return stats, err
+	}
+	for _, name := range names {
+		if manifest(name) == "" {
+			continue
+		}
+		if t, err := unpack.Load(filepath.Join(s.trees, name)); err == nil { // else it is about to go
+			stats.Trees[t.Rungs]++
+			stats.Size += t.Size
+		}
+	}
+	mounts, err := list(s.mounts)
+	if err != nil {
+		return stats, err
+	}
+	stats.Mounts = len(mounts)
+	s.mu.Lock()
+	users := s.users
+	s.mu.Unlock()
+	for _, list := range users {
+		ids, err := list(ctx)
+		if err != nil {
+			return stats, err
+		}
+		stats.Views += len(ids)
+	}
+	return stats, nil
+}
+
+// counts are the bytes that a build comes by, of which all its goroutines tell.
+type counts map[unpack.Retention]*atomic.Int64
+
+func newCounts() counts {
+	c := counts{}
+	for _, how := range unpack.Retentions {
+		c[how] = &atomic.Int64{}
+	}
+	return c
+}
+
+func (c counts) bytes() map[unpack.Retention]int64 {
+	bytes := map[unpack.Retention]int64{}
+	for how, n := range c {
+		bytes[how] = n.Load()
+	}
+	return bytes
+}
+
+// Fields are what the log says of how b came by its bytes.
+func (b Build) Fields() log.Fields {
+	f := log.Fields{}
+	for key, how := range map[string]unpack.Retention{
+		"linked": unpack.Linked, "reflinked": unpack.Reflinked, "copied": unpack.Copied, "decompressed": unpack.Decompressed,
+	} {
+		if n := b.Bytes[how]; n > 0 {
+			f[key] = n
+		}
+	}
+	return f
+}
+
+// observe tells of a build of id that has ended.
+func (s *Store) observe(ctx context.Context, id ID, b Build) {
+	if s.observer.Built != nil {
+		s.observer.Built(b)
+	}
+	if b.Err != nil {
+		return // whoever wants the Tree says so
+	}
+	f := b.Fields()
+	maps.Copy(f, log.Fields{"artifact": id.Manifest, "duration": b.Duration, "early": b.Early, "raw": b.Rungs.Raw, "tar": b.Rungs.Tar})
+	log.G(ctx).WithFields(f).Info("built the tree of an artifact")
+}
+
+// following is the store's own context, in which builds outlive the requests that
+// began them, with the log fields and the trace of the request ctx.
+func (s *Store) following(ctx context.Context) context.Context {
+	return log.WithLogger(trace.ContextWithSpan(s.closing, trace.SpanFromContext(ctx)), log.G(ctx))
+}
+
+// span begins a span of a trace, if there is one, and returns what ends it.
+func span(ctx context.Context, name string, artifact digest.Digest) (context.Context, func(error)) {
+	ctx, span := tracing.StartSpan(ctx, name, tracing.WithAttribute("artifact", artifact.String()))
+	return ctx, func(err error) {
+		span.SetStatus(err)
+		span.End()
+	}
+}
+
+// freed is how many bytes of the disk go with all below dir: those of files that
+// have no name elsewhere.
+func freed(dir string) (bytes int64) {
+	err := filepath.WalkDir(dir, func(p string, _ fs.DirEntry, err error) error {
+		var st unix.Stat_t
+		if err == nil && unix.Lstat(p, &st) == nil && (st.Nlink == 1 || st.Mode&unix.S_IFMT == unix.S_IFDIR) {
+			bytes += st.Blocks * 512
+		}
+		return nil
+	})
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		log.L.WithError(err).Debug("cannot tell how much is freed")
+	}
+	return bytes
+}

@@ -1,0 +1,153 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package store
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// told is what an Observer was told.
+type told struct {
+	mu     sync.Mutex
+	bytes  map[unpack.Retention]int64
+	builds []Build
+	sweeps []Sweep
+}
+
+func (o *told) observer() Observer {
+	return Observer{
+		Counted: func(how unpack.Retention, n int64) {
+			o.mu.Lock()
+			defer o.mu.Unlock()
+			o.bytes[how] += n
+		},
+		Built: func(b Build) {
+			o.mu.Lock()
+			defer o.mu.Unlock()
+			o.builds = append(o.builds, b)
+		},
+		Swept: func(s Sweep) {
+			o.mu.Lock()
+			defer o.mu.Unlock()
+			o.sweeps = append(o.sweeps, s)
+		},
+	}
+}
+
+func newObserved(t *testing.T, rungs unpack.Rungs) (*site, *told) {
+	t.Helper()
+	s, o := newSite(t), &told{bytes: map[unpack.Retention]int64{}}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.config.Rungs, s.config.Observer = rungs, o.observer()
+	s.open()
+	return s, o
+}
+
+func TestAnObserverIsToldHowBytesCame(t *testing.T) {
+	const content = "some bytes"
+	for rung, how := range map[unpack.Rung]unpack.Retention{unpack.Overlay: unpack.Linked, unpack.Link: unpack.Linked, unpack.Copy: unpack.Copied} {
+		s, o := newObserved(t, unpack.Rungs{Raw: rung})
+		d := s.pack(content)
+		first := s.acquire(d)
+		second := s.acquire(d)
+		if o.bytes[unpack.Reflinked] > 0 && how == unpack.Copied {
+			how = unpack.Reflinked // the file system of the test can
+		}
+		if first.Built == nil || first.Built.Bytes[how] != int64(len(content)) || first.Built.Rungs.Raw != rung || second.Built != nil {
+			t.Errorf("%s: the first who asked was told of %+v, the second of %+v", rung, first.Built, second.Built)
+		}
+		if want := map[unpack.Retention]int64{how: int64(len(content))}; !maps.Equal(o.bytes, want) {
+			t.Errorf("%s: %v, want %v", rung, o.bytes, want)
+		}
+		if len(o.builds) != 1 || o.builds[0].Err != nil || o.builds[0].Early || o.builds[0].Duration <= 0 {
+			t.Errorf("%s: %+v", rung, o.builds)
+		}
+		stats, err := s.Stats(context.Background())
+		// A tree of links is directories, and those of a tmpfs take no space.
+		if err != nil || stats.Trees[s.Rungs()] != 1 || stats.Mounts != 1 || stats.Views != 0 || stats.Size == 0 && rung != unpack.Link {
+			t.Errorf("%s: %+v (%v)", rung, stats, err)
+		}
+		s.show(first.ID, first.ID)
+		if stats, err := s.Stats(context.Background()); err != nil || stats.Views != 2 {
+			t.Errorf("%s: %+v (%v)", rung, stats, err)
+		}
+		first.Release()
+		second.Release()
+	}
+}
+
+func TestAnObserverIsToldWhatASweepFrees(t *testing.T) {
+	s, o := newObserved(t, unpack.Rungs{})
+	s.sweep()
+	content := strings.Repeat("x", 1<<20)
+	one, two := s.pack(content), s.pack(content+"y")
+	s.acquire(one).Release()
+	s.acquire(two).Release()
+	s.sweep()
+	o.sweeps = nil
+	s.forget(one) // but not its layer, whose bytes are still the runtime's
+	s.sweep()
+	if done := o.sweeps[0]; len(o.sweeps) != 1 || done.Trees != 1 || done.Freed >= 1<<20 || done.Freed == 0 || done.Err != nil {
+		t.Errorf("%+v", o.sweeps)
+	}
+	a, err := s.read(context.Background(), two)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.forget(two)
+	s.forget(a.Layers[0].Descriptor)
+	s.sweep()
+	if done := o.sweeps[1]; done.Trees != 1 || done.Freed <= 1<<20 || done.Freed > 2<<20 {
+		t.Errorf("%+v", done)
+	}
+	s.mu.Lock()
+	s.users = append(s.users, func(context.Context) ([]ID, error) { return nil, errors.New("no list") })
+	s.mu.Unlock()
+	if err := s.Sweep(context.Background()); err == nil || o.sweeps[len(o.sweeps)-1].Err == nil {
+		t.Errorf("a sweep that fails: %v, %+v", err, o.sweeps[len(o.sweeps)-1])
+	}
+}
+
+func TestAnObserverIsToldOfFailures(t *testing.T) {
+	s, o := newObserved(t, unpack.Rungs{})
+	d := s.pack("bytes")
+	a, err := s.read(context.Background(), d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.forget(a.Layers[0].Descriptor)
+	if _, err := s.Acquire(context.Background(), d, unpack.IDMap{}); !errdefs.IsNotFound(err) {
+		t.Errorf("%v", err)
+	}
+	if len(o.builds) != 1 || !errdefs.IsNotFound(o.builds[0].Err) || len(o.bytes) != 0 {
+		t.Errorf("%+v, %v", o.builds, o.bytes)
+	}
+}
+
+func TestWhoCannotWaitIsToldSo(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	// Blocked, so that it cannot end before the request does.
+	done := make(chan struct{})
+	build := s.builds.DoChan(ID{Manifest: d.Digest}.name(), func() (any, error) { <-done; return nil, nil })
+	_, err := s.Acquire(ctx, d, unpack.IDMap{})
+	if _, ok := errors.AsType[*UnfinishedError](err); !ok || !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+	close(done)
+	<-build
+}

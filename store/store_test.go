@@ -1,0 +1,413 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// site is a content store and a store over it, with a list of users.
+type site struct {
+	*Store
+	t      *testing.T
+	config Config
+
+	mu    sync.Mutex
+	shown []ID
+	err   error
+}
+
+func newSite(t *testing.T) *site {
+	t.Helper()
+	s := &site{t: t, config: Config{Root: t.TempDir(), State: t.TempDir(), Content: blobs.Dir(t.TempDir()), Limits: unpack.DefaultLimits}}
+	t.Cleanup(func() {
+		if err := mount.UnmountRecursive(s.config.State, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	s.open()
+	return s
+}
+
+// open opens the store, as after a restart.
+func (s *site) open() {
+	s.t.Helper()
+	store, err := Open(context.Background(), s.config)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { store.Close() })
+	store.AddUsers(func(context.Context) ([]ID, error) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.shown, s.err
+	})
+	s.Store = store
+}
+
+func (s *site) show(ids ...ID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.shown = ids
+}
+
+// pack makes an artifact of one file.
+func (s *site) pack(content string) ocispec.Descriptor {
+	s.t.Helper()
+	a := pack.Artifact{Layers: []pack.Layer{{
+		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte(content),
+		Annotations: map[string]string{"org.cncf.model.filepath": "weights"},
+	}}}
+	d, err := a.WriteTo(s.config.Content.String())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return d
+}
+
+func (s *site) acquire(d ocispec.Descriptor) *View {
+	s.t.Helper()
+	v, err := s.Acquire(context.Background(), d, unpack.IDMap{})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return v
+}
+
+func (s *site) sweep() {
+	s.t.Helper()
+	if err := s.Sweep(context.Background()); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *site) wantState(id ID, tree, mounted bool) {
+	s.t.Helper()
+	if got := s.has(id); got != tree {
+		s.t.Errorf("the tree is there: %v, want %v", got, tree)
+	}
+	if got, err := s.mounted(id.name()); got != mounted || err != nil {
+		s.t.Errorf("the tree is mounted: %v, %v, want %v", got, err, mounted)
+	}
+}
+
+func (s *site) forget(d ocispec.Descriptor) {
+	s.t.Helper()
+	if err := os.Remove(s.content.Path(d.Digest)); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not within 20 s", what)
+		}
+	}
+}
+
+func TestAViewLivesAsLongAsItsUsers(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	v := s.acquire(d)
+	s.sweep()
+	s.wantState(v.ID, true, true) // held
+	s.show(v.ID)
+	v.Release()
+	s.sweep()
+	s.wantState(v.ID, true, true) // listed
+	if b, err := os.ReadFile(filepath.Join(v.Path, "weights")); err != nil || string(b) != "bytes" {
+		t.Errorf("%q, %v", b, err)
+	}
+	s.forget(d)
+	s.sweep()
+	s.wantState(v.ID, true, true) // in use, so it does not matter that the runtime deleted it
+	s.show()
+	s.sweep()
+	s.wantState(v.ID, false, false)
+	for _, dir := range []string{s.trees, s.sharedDir(), s.mounts} {
+		if left, err := list(dir); len(left) != 0 || err != nil {
+			t.Errorf("left in %s: %v %v", dir, left, err)
+		}
+	}
+}
+
+func TestATreeIsKeptForTheNextPodWhileTheManifestIsThere(t *testing.T) {
+	s := newSite(t)
+	v := s.acquire(s.pack("bytes"))
+	v.Release()
+	s.sweep()
+	s.wantState(v.ID, true, false)
+	s.acquire(ocispec.Descriptor{Digest: v.ID.Manifest}).Release()
+	s.wantState(v.ID, true, true)
+}
+
+func TestOneTreeAndOneMountForAllWhoAsk(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	var wg sync.WaitGroup
+	paths := make([]string, 50)
+	for i := range paths {
+		wg.Go(func() {
+			v, err := s.Acquire(context.Background(), d, unpack.IDMap{})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			paths[i] = v.Path
+		})
+	}
+	wg.Wait()
+	mounts, err := mountinfo.GetMounts(mountinfo.SingleEntryFilter(paths[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	trees, err := list(s.trees)
+	if len(mounts) != 1 || len(trees) != 1 || err != nil {
+		t.Errorf("%d mounts at %s, trees %v (%v); want one of each", len(mounts), paths[0], trees, err)
+	}
+}
+
+func TestABuildOutlivesTheRequestThatBeganIt(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	v, err := s.Acquire(ctx, d, unpack.IDMap{})
+	if err == nil {
+		v.Release() // it was quicker
+	} else if !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	id := ID{Manifest: d.Digest}
+	eventually(t, "the tree is built", func() bool { return s.has(id) })
+	eventually(t, "nothing holds it", func() bool {
+		s.Store.mu.Lock()
+		defer s.Store.mu.Unlock()
+		return len(s.held) == 0
+	})
+	s.sweep()
+	s.wantState(id, true, false)
+}
+
+func TestARequestDoesNotWaitForALongBuild(t *testing.T) {
+	s := newSite(t)
+	s.maxWait = time.Millisecond
+	d := s.pack("bytes")
+	done := make(chan struct{})
+	build := s.builds.DoChan(ID{Manifest: d.Digest}.name(), func() (any, error) { <-done; return nil, nil })
+	far := &progress{total: 8 << 30}
+	far.done.Store(2 << 30)
+	s.progress[d.Digest] = far
+	_, err := s.Acquire(context.Background(), d, unpack.IDMap{})
+	if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "still being unpacked (25 % of 8192.0 MiB)") {
+		t.Errorf("%v, want unavailable, and how far it is", err)
+	}
+	s.maxWait = time.Minute
+	soon, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
+	defer cancel()
+	if _, err := s.Acquire(soon, d, unpack.IDMap{}); !errdefs.IsUnavailable(err) {
+		t.Errorf("%v, want the answer before the deadline", err)
+	}
+	close(done)
+	<-build
+	s.acquire(d).Release()
+}
+
+func TestCloseEndsBuildsAndRefusesMore(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Acquire(context.Background(), d, unpack.IDMap{}); !errdefs.IsUnavailable(err) {
+		t.Errorf("%v, want unavailable", err)
+	}
+}
+
+func TestAnImageIsNoView(t *testing.T) {
+	s := newSite(t)
+	image, err := pack.Image(ocispec.ImageConfig{}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := image.WriteTo(s.config.Content.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Acquire(context.Background(), d, unpack.IDMap{}); !errors.Is(err, artifact.ErrNotArtifact) {
+		t.Errorf("%v, want %v", err, artifact.ErrNotArtifact)
+	}
+	if left, _ := list(s.trees); len(left) != 0 {
+		t.Errorf("left: %v", left)
+	}
+}
+
+func TestEachUserNamespaceHasItsTree(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	plain := s.acquire(d)
+	shifted, err := s.Acquire(context.Background(), d, unpack.IDMap{UID: "0:200000:65536", GID: "0:200000:65536"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]uint32{plain.Path: 0, shifted.Path: 200000} {
+		var st unix.Stat_t
+		if err := unix.Stat(filepath.Join(path, "weights"), &st); err != nil {
+			t.Fatal(err)
+		}
+		if st.Uid != want {
+			t.Errorf("%s: owner %d, want %d", path, st.Uid, want)
+		}
+	}
+}
+
+func TestAShiftedTreeGoesWithItsLastPod(t *testing.T) {
+	s := newSite(t)
+	s.Close()
+	s.config.Rungs.Tar = unpack.Extract
+	s.open()
+	d := s.pack("bytes")
+	v, err := s.Acquire(context.Background(), d, unpack.IDMap{UID: "0:200000:65536", GID: "0:200000:65536"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain := ID{Manifest: d.Digest}
+	s.wantState(v.ID, true, true)
+	s.wantState(plain, true, false) // what it was made from
+	s.show(v.ID)
+	v.Release()
+	s.sweep()
+	s.wantState(v.ID, true, true)
+	s.show()
+	s.sweep()
+	s.wantState(v.ID, false, false)
+	s.wantState(plain, true, false)
+}
+
+func TestTreesForManyUserNamespacesAreMadeAtOnce(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	var wg sync.WaitGroup
+	for i := range 20 {
+		wg.Go(func() {
+			m := unpack.IDMap{}
+			if i%2 == 0 {
+				m.UID = fmt.Sprintf("0:%d:65536", 65536*(1+i))
+				m.GID = m.UID
+			}
+			v, err := s.Acquire(context.Background(), d, m)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if b, err := os.ReadFile(filepath.Join(v.Path, "weights")); err != nil || string(b) != "bytes" {
+				t.Errorf("%q, %v", b, err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// failUnseen builds an artifact whose layer is missing for nobody, and returns what puts the
+// layer back.
+func (s *site) failUnseen(d ocispec.Descriptor) (cure func()) {
+	s.t.Helper()
+	a, err := artifact.Read(context.Background(), s.content, d)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	layer := s.content.Path(a.Layers[0].Descriptor.Digest)
+	aside := filepath.Join(s.t.TempDir(), "layer")
+	if err := os.Rename(layer, aside); err != nil {
+		s.t.Fatal(err)
+	}
+	if _, err := s.serve(s.closing, ID{Manifest: d.Digest}, &source{Artifact: a}); !errdefs.IsNotFound(err) {
+		s.t.Fatal(err)
+	}
+	return func() {
+		if err := os.Rename(aside, layer); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+}
+
+func TestACuredFailureIsNotTold(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	s.failUnseen(d)()
+	s.acquire(d).Release()
+	if len(s.failed) > 0 {
+		t.Errorf("kept: %v", s.failed)
+	}
+}
+
+// Whoever asks next begins another try, and is told of the one before if this one takes
+// too long to wait for.
+func TestTheReasonOfAFailureReachesWhoeverAsksNext(t *testing.T) {
+	s := newSite(t)
+	now := time.Now()
+	s.now = func() time.Time { return now }
+	d := s.pack("bytes")
+	cure := s.failUnseen(d)
+	name := ID{Manifest: d.Digest}.name()
+	slow := func() (answer error) { // another try, which does not end
+		done := make(chan struct{})
+		build := s.builds.DoChan(name, func() (any, error) { <-done; return nil, nil })
+		s.maxWait = time.Millisecond
+		_, answer = s.Acquire(context.Background(), d, unpack.IDMap{})
+		s.maxWait = time.Minute
+		close(done)
+		<-build
+		return answer
+	}
+	if err := slow(); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), "its blob is not in") {
+		t.Errorf("%v, want the reason", err)
+	}
+	// Another pod may have waited for it, too.
+	if err := slow(); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "after a try that failed (artifact "+d.Digest.String()) {
+		t.Errorf("%v, want that it goes on, and the reason", err)
+	}
+	now = now.Add(keepFailure)
+	if err := slow(); !errdefs.IsUnavailable(err) || strings.Contains(err.Error(), "failed") {
+		t.Errorf("%v, want nothing of a failure of long ago", err)
+	}
+	s.sweep()
+	if len(s.failed) > 0 {
+		t.Errorf("kept: %v", s.failed)
+	}
+	cure()
+	s.acquire(d).Release()
+}
+
+func TestAPanicIsAnError(t *testing.T) {
+	s := newSite(t)
+	_, err := s.serve(s.closing, ID{Manifest: s.pack("bytes").Digest}, &source{Artifact: &artifact.Artifact{Layers: []artifact.Layer{{
+		// No manifest is read into this: it has no digest.
+		Format: artifact.FormatRaw, File: artifact.File{Path: "f"},
+	}}}})
+	if !errdefs.IsInternal(err) {
+		t.Errorf("%v, want an internal error", err)
+	}
+}

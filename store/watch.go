@@ -1,0 +1,305 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package store
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/containerd/log"
+	"github.com/fsnotify/fsnotify"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
+)
+
+// arrivals tells of files that appear.
+type arrivals struct {
+	mu      sync.Mutex
+	waiting map[string]chan struct{} // by the name of the file, whatever directory it comes to
+}
+
+// of returns a channel that is closed when the file has arrived, or may have been missed.
+func (a *arrivals) of(name string) <-chan struct{} {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.waiting[name] == nil {
+		if a.waiting == nil {
+			a.waiting = map[string]chan struct{}{}
+		}
+		a.waiting[name] = make(chan struct{})
+	}
+	return a.waiting[name]
+}
+
+// tell tells those who wait for the file.
+func (a *arrivals) tell(name string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if ch, ok := a.waiting[name]; ok {
+		close(ch)
+		delete(a.waiting, name)
+	}
+}
+
+// tellAll tells everybody who waits to look again.
+func (a *arrivals) tellAll() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, ch := range a.waiting {
+		close(ch)
+	}
+	clear(a.waiting)
+}
+
+// watcher tells of blobs that appear and disappear: by inotify, and where the kernel has
+// no more of that, by looking once a second.
+type watcher struct {
+	*Store
+	deleted chan<- struct{}
+	inotify *fsnotify.Watcher // nil if there is none
+	// seen are the directories without a watch, as they were found; trouble is why they
+	// have none.
+	seen    map[string]seen
+	trouble string
+}
+
+// seen is how a directory was found when it was last looked into, and when that was.
+type seen struct{ changed, looked time.Time }
+
+// coarse is longer than the times of files are behind the clock: the kernel takes them from
+// its last tick.
+const coarse = time.Second
+
+// watch tells, until ctx ends, that blobs have been deleted. containerd makes
+// the directories when it needs them, so they are looked for every second.
+func (s *Store) watch(ctx context.Context) <-chan struct{} {
+	deleted := make(chan struct{}, 1)
+	w := &watcher{Store: s, deleted: deleted, seen: map[string]seen{}}
+	go w.run(ctx)
+	return deleted
+}
+
+func (w *watcher) run(ctx context.Context) {
+	defer func() {
+		if w.inotify != nil {
+			_ = w.inotify.Close()
+		}
+	}()
+	look := time.NewTicker(time.Second)
+	defer look.Stop()
+	w.look(ctx)
+	for {
+		var events <-chan fsnotify.Event
+		var overflow <-chan error
+		if w.inotify != nil {
+			events, overflow = w.inotify.Events, w.inotify.Errors
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-look.C:
+			w.look(ctx)
+			w.lookForProgress()
+		case e := <-events:
+			if e.Has(fsnotify.Create) {
+				w.arrived(ctx, e.Name)
+			}
+			if e.Has(fsnotify.Remove) || e.Has(fsnotify.Rename) {
+				w.missed()
+			}
+		case <-overflow: //nolint:errcheck // something may have been missed
+			w.missed()
+		}
+	}
+}
+
+// missed says that blobs may have gone, or have come unseen: one that has gone may be a
+// manifest whose layers are waited for.
+func (w *watcher) missed() {
+	w.arrivals.tellAll()
+	select {
+	case w.deleted <- struct{}{}:
+	default:
+	}
+}
+
+// look watches the directories of blobs that are there and not yet watched, and looks
+// into those that cannot be.
+func (w *watcher) look(ctx context.Context) {
+	var trouble error
+	for _, dir := range w.blobDirs() {
+		if w.inotify != nil && slices.Contains(w.inotify.WatchList(), dir) {
+			continue
+		}
+		fi, err := os.Stat(dir)
+		if err != nil {
+			continue // the runtime makes it when it needs it
+		}
+		before, there := w.seen[dir]
+		if !there {
+			before.looked = w.opened
+		}
+		now := seen{fi.ModTime(), time.Now().Add(-coarse)}
+		switch err = w.add(dir); {
+		case err == nil:
+			delete(w.seen, dir)
+			w.Wake() // for what went before
+			w.arrivedSince(ctx, dir, before.looked)
+		case there && before.changed.Equal(now.changed) && now.changed.Before(now.looked):
+			trouble = err
+		default: // it has changed, or may have since
+			trouble = err
+			w.seen[dir] = now
+			w.missed()
+			w.arrivedSince(ctx, dir, before.looked)
+		}
+	}
+	switch said := w.trouble; {
+	case trouble == nil && said != "":
+		w.trouble = ""
+		log.G(ctx).Info("inotify tells of new and deleted blobs again")
+	case trouble != nil && trouble.Error() != said:
+		w.trouble = trouble.Error()
+		log.G(ctx).WithError(trouble).Warn("inotify cannot tell of new and deleted blobs; looking once a second")
+	}
+}
+
+func (w *watcher) add(dir string) (err error) {
+	if w.inotify == nil {
+		if w.inotify, err = fsnotify.NewWatcher(); err != nil {
+			w.inotify = nil
+			return outOfInotify(err)
+		}
+	}
+	return outOfInotify(w.inotify.Add(dir))
+}
+
+// outOfInotify says what to do if a limit of inotify is reached (inotify_add_watch(2),
+// inotify_init(2)): they are of all processes of a user.
+func outOfInotify(err error) error {
+	var name string
+	switch {
+	case errors.Is(err, unix.ENOSPC):
+		name = "max_user_watches"
+	case errors.Is(err, unix.EMFILE):
+		name = "max_user_instances"
+	default:
+		return err
+	}
+	value, _ := os.ReadFile(filepath.Join("/proc/sys/fs/inotify", name))
+	return fmt.Errorf("raise the kernel parameter fs.inotify.%s, now %s, which the processes of this user have used up: %w", name, bytes.TrimSpace(value), err)
+}
+
+// CanWatch tries whether inotify would tell a daemon that starts now of new and deleted
+// blobs. The error says what to do.
+func CanWatch(blobs blobs.Source) error {
+	inotify, err := fsnotify.NewWatcher()
+	if err != nil {
+		return outOfInotify(err)
+	}
+	defer func() { _ = inotify.Close() }()
+	for _, dir := range blobs.All() {
+		if err := inotify.Add(string(dir)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return outOfInotify(err)
+		}
+	}
+	return nil
+}
+
+// arrivedSince looks for what has arrived in dir. What came before the store was opened
+// is unpacked when a pod asks.
+func (s *Store) arrivedSince(ctx context.Context, dir string, since time.Time) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return // it has just gone
+	}
+	defer d.Close()
+	if fi, err := d.Stat(); err != nil || !fi.ModTime().After(since) {
+		return // nothing has arrived
+	}
+	for ctx.Err() == nil {
+		entries, err := d.ReadDir(256) // there may be many, and most are old
+		for _, e := range entries {
+			if fi, err := e.Info(); err == nil && renamed(fi).After(since) {
+				s.arrived(ctx, filepath.Join(dir, e.Name()))
+			}
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// renamed is when a file came to where it is, at the latest: a blob is written elsewhere.
+func renamed(fi os.FileInfo) time.Time {
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return fi.ModTime()
+	}
+	return time.Unix(st.Ctim.Unix())
+}
+
+// blobDirs are all directories in which there may be blobs.
+func (s *Store) blobDirs() (dirs []string) {
+	for _, content := range s.content.All() {
+		for _, algorithm := range []string{"sha256", "sha384", "sha512"} {
+			dirs = append(dirs, filepath.Join(string(content), "blobs", algorithm))
+		}
+	}
+	return dirs
+}
+
+// refDigest is how the name of what containerd receives ends (core/remotes/handlers.go,
+// MakeRefKey).
+var refDigest = regexp.MustCompile(`[@-]sha(?:256|384|512):([0-9a-f]{64,128})$`)
+
+// maxRef is the longest name that is read.
+const maxRef = 4 << 10
+
+// receiving is how much containerd has of each blob that it is receiving, by the encoded
+// digest (plugins/content/local/store.go, ingestPaths).
+func (s *Store) receiving() map[string]int64 {
+	sizes := map[string]int64{}
+	for _, content := range s.content.All() {
+		ingests := filepath.Join(string(content), "ingest")
+		names, err := list(ingests)
+		if err != nil {
+			continue // CRI-O has none
+		}
+		for _, name := range names {
+			data, err := os.Lstat(filepath.Join(ingests, name, "data"))
+			if err != nil {
+				continue // it has just been completed
+			}
+			if of := refDigest.FindStringSubmatch(readRef(filepath.Join(ingests, name, "ref"))); of != nil {
+				sizes[of[1]] += data.Size() // more than one namespace may pull it
+			}
+		}
+	}
+	return sizes
+}
+
+func readRef(path string) string {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxRef))
+	if err != nil {
+		return ""
+	}
+	return string(b)
+}

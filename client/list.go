@@ -214,9 +214,9 @@ func blobsOf(a *artifact.Artifact) map[digest.Digest]int64 {
 
 // Layout is how the daemon has laid an artifact out.
 type Layout struct {
-	// Raw and Tar are the rungs that its raw and its tar layers have, empty if it
+	// Raw and Tar are the modes that its raw and its tar layers have, empty if it
 	// has none of the kind.
-	Raw, Tar unpack.Rung
+	Raw, Tar unpack.Mode
 	// Shared is how many bytes of its blobs are containerd's very files, which
 	// no copy was made of.
 	Shared int64
@@ -237,9 +237,9 @@ func LayoutOf(ctx context.Context, a *artifact.Artifact, root string, content bl
 		}
 		switch layer.Format {
 		case artifact.FormatTar:
-			l.Tar = tree.Rungs.Tar
+			l.Tar = tree.Modes.Tar
 		case artifact.FormatRaw:
-			l.Raw = tree.Rungs.Raw
+			l.Raw = tree.Modes.Raw
 		default:
 		}
 	}

@@ -125,7 +125,7 @@ func (c *Client) Pull(ctx context.Context, ref string, r Registry, progress func
 		return Image{}, err
 	}
 	defer func() { _ = done(context.WithoutCancel(ctx)) }() // else it expires
-	if err := c.plantEmpty(ctx, seen.named); err != nil {
+	if err := c.ensureEmptyBlobFor(ctx, seen.named); err != nil {
 		return Image{}, err
 	}
 	store := image.NewStore(ref, image.WithPlatforms(seen.platform))
@@ -222,10 +222,10 @@ type inMemory struct{ *bytes.Reader }
 
 func (inMemory) Close() error { return nil }
 
-// plantEmpty puts the blob of no bytes into the content store, if one of those that are
+// ensureEmptyBlobFor puts the blob of no bytes into the content store, if one of those that are
 // named is empty, as an empty file or config is: containerd's fetcher refuses to fetch it
 // (core/remotes/handlers.go, Fetch). The lease of ctx keeps it.
-func (c *Client) plantEmpty(ctx context.Context, named []ocispec.Descriptor) error {
+func (c *Client) ensureEmptyBlobFor(ctx context.Context, named []ocispec.Descriptor) error {
 	for _, n := range named {
 		d := n.Digest
 		if n.Size != 0 || d.Validate() != nil || d != d.Algorithm().FromBytes(nil) {

@@ -29,7 +29,7 @@ import (
 type pair struct {
 	root, content fileSystem // one and the same if they are of one kind,
 	apart         layout.Boundary
-	tar           layout.Rung      // of tar layers; raw ones are always laid out by overlay
+	tar           layout.Mode      // of tar layers; raw ones are always laid out by overlay
 	by            layout.Retention // of blobs in root
 	short         bool             // in `make test`, too
 }
@@ -142,7 +142,7 @@ const largeSize = 64 << 20
 // outcome is a row of the table.
 type outcome struct {
 	pair
-	raw, tar string             // the rungs that were taken
+	raw, tar string             // the modes that were taken
 	grown    map[string]int64   // bytes of root's disk for the two large artifacts, by their format
 	counted  map[string]float64 // content_bytes_total by how
 }
@@ -167,7 +167,7 @@ func TestVolumesAreTheSameOnAnyFileSystem(t *testing.T) {
 	t.Logf("the table of docs/support.md:\n%s", table(rows, suites))
 }
 
-func (p pair) prove(t *testing.T, everyRung bool) outcome {
+func (p pair) prove(t *testing.T, everyMode bool) outcome {
 	n, socket := p.node(t)
 	o := outcome{pair: p, grown: map[string]int64{}, counted: map[string]float64{}}
 	files, used := filesBelow(t, n.DaemonRoot), usedBytes(t, n.DaemonRoot)
@@ -243,7 +243,7 @@ func (p pair) prove(t *testing.T, everyRung bool) outcome {
 		}
 	}
 	p.wantCounted(t, o.counted)
-	o.raw, o.tar = rungsOf(t, counted)
+	o.raw, o.tar = modesOf(t, counted)
 	if o.raw != string(layout.Overlay) || o.tar != string(p.tar) {
 		t.Errorf("layers are laid out by %s and %s, want %s and %s", o.raw, o.tar, layout.Overlay, p.tar)
 	}
@@ -266,8 +266,8 @@ func (p pair) prove(t *testing.T, everyRung bool) outcome {
 		check(t, err)
 	}
 	p.wantNothingLeft(t, n, files, mounts, used)
-	if everyRung && p.root.name == p.content.name && p.apart == "" {
-		p.everyRung(t, n)
+	if everyMode && p.root.name == p.content.name && p.apart == "" {
+		p.everyMode(t, n)
 		p.wantNothingLeft(t, n, files, mounts, used)
 	}
 	return o
@@ -292,8 +292,8 @@ func (p pair) wantCounted(t *testing.T, counted map[string]float64) {
 	}
 }
 
-// rungsOf is those of the Trees there are.
-func rungsOf(t *testing.T, series map[string]float64) (raw, tar string) {
+// modesOf is those of the Trees there are.
+func modesOf(t *testing.T, series map[string]float64) (raw, tar string) {
 	t.Helper()
 	for key, count := range series {
 		if !strings.HasPrefix(key, "trees{") || count == 0 {

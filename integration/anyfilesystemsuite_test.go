@@ -19,23 +19,23 @@ import (
 	layout "github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// everyRung starts the daemon with each rung: the same is shown, or the daemon does not
+// everyMode starts the daemon with each mode: the same is shown, or the daemon does not
 // start and says why.
-func (p pair) everyRung(t *testing.T, n *node.Node) {
+func (p pair) everyMode(t *testing.T, n *node.Node) {
 	t.Helper()
 	config := filepath.Join(n.Dir, "daemon.toml")
 	before, err := os.ReadFile(config)
 	check(t, err)
 	layers, want := mixture(t)
-	for format, rungs := range map[string][]layout.Rung{"raw": layout.RawRungs, "tar": layout.TarRungs} {
-		for _, rung := range rungs {
-			t.Run(format+" by "+string(rung), func(t *testing.T) {
+	for format, modes := range map[string][]layout.Mode{"raw": layout.RawModes, "tar": layout.TarModes} {
+		for _, mode := range modes {
+			t.Run(format+" by "+string(mode), func(t *testing.T) {
 				check(t, n.StopDaemon())
-				forced := fmt.Appendf(nil, "%s_rung = %q\n%s", format, rung, before)
+				forced := fmt.Appendf(nil, "%s_mode = %q\n%s", format, mode, before)
 				check(t, os.WriteFile(config, forced, 0o600))
-				if p.tar == layout.EROFSLoop && (rung == layout.EROFS || rung == layout.EROFSBuffered) {
+				if p.tar == layout.EROFSLoop && (mode == layout.EROFS || mode == layout.EROFSBuffered) {
 					err := n.StartDaemon()
-					if want := fmt.Sprintf("rung %q does not work in %s", rung, n.DaemonRoot); err == nil || !strings.Contains(strings.ReplaceAll(err.Error()+daemonLog(t, n), `\`, ""), want) {
+					if want := fmt.Sprintf("mode %q does not work in %s", mode, n.DaemonRoot); err == nil || !strings.Contains(strings.ReplaceAll(err.Error()+daemonLog(t, n), `\`, ""), want) {
 						t.Errorf("the daemon: %v, want that it says %q", err, want)
 					}
 					check(t, os.WriteFile(config, before, 0o600))
@@ -49,7 +49,7 @@ func (p pair) everyRung(t *testing.T, n *node.Node) {
 				got, err := pod.Tree("main", "/model")
 				check(t, err)
 				want := slices.Clone(want)
-				if rung == layout.Link { // files of raw layers have the blob's attributes
+				if mode == layout.Link { // files of raw layers have the blob's attributes
 					for _, entries := range [][]treelist.Entry{want, got} {
 						for i := range entries {
 							entries[i].Mode, entries[i].UID, entries[i].GID, entries[i].ModTime = 0, 0, 0, 0

@@ -14,7 +14,7 @@ import (
 )
 
 func TestFilesCanBeReadWithODirectWhereItIsRequired(t *testing.T) {
-	raws, tars := rungsOfTheKernel(rawRungs), rungsOfTheKernel(tarRungs)
+	raws, tars := modesOfTheKernel(rawModes), modesOfTheKernel(tarModes)
 	n := node.ForTest(t, node.Options{})
 	layers, shown := mixture(t)
 	mixed := push(t, n, "mixture", layers...)
@@ -35,7 +35,7 @@ func TestFilesCanBeReadWithODirectWhereItIsRequired(t *testing.T) {
 			works := tar != "erofs" && tar != "erofs-buffered"
 			pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: mixed, Path: "/mixture"}, {Image: plain, Path: "/plain"}}})
 			check(t, err)
-			wantRungs(t, n, raws[0], tar, raws[0], tar)
+			wantModes(t, n, raws[0], tar, raws[0], tar)
 			for path, sum := range want {
 				got, err := pod.Exec("main", node.Guest, "direct", path)
 				check(t, err)
@@ -44,11 +44,11 @@ func TestFilesCanBeReadWithODirectWhereItIsRequired(t *testing.T) {
 				}
 				// Of the others, only those whose bytes are a whole blob can be read so.
 				if got = strings.TrimSpace(got); got != sum && (works || got != "EINVAL") {
-					t.Errorf("%s: %s, want %s, with the rung %s", path, got, sum, tar)
+					t.Errorf("%s: %s, want %s, with the mode %s", path, got, sum, tar)
 				}
 			}
 			check(t, pod.Remove())
-			// What a pod shows keeps its rung.
+			// What a pod shows keeps its mode.
 			waitFor(t, "the daemon's mounts to go", func() bool {
 				mounts, err := node.Mounts(n.DaemonState)
 				return err == nil && len(mounts) == 0
@@ -59,9 +59,9 @@ func TestFilesCanBeReadWithODirectWhereItIsRequired(t *testing.T) {
 		if tar != "erofs" && tar != "erofs-buffered" {
 			continue
 		}
-		err := restartWith(t, n, "direct_io = \"required\"\ntar_rung = \""+tar+`"`)
+		err := restartWith(t, n, "direct_io = \"required\"\ntar_mode = \""+tar+`"`)
 		if log := daemonLog(t, n); err == nil || !strings.Contains(log, "O_DIRECT") {
-			t.Errorf("the daemon starts with the rung %s, or does not say why it cannot: %v", tar, err)
+			t.Errorf("the daemon starts with the mode %s, or does not say why it cannot: %v", tar, err)
 		}
 	}
 	check(t, restartWith(t, n, ""))

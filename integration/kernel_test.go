@@ -20,77 +20,77 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// The rungs, the best first.
+// The modes, the best first.
 var (
-	rawRungs = []string{"overlay", "link", "copy"}
-	tarRungs = []string{"erofs", "erofs-loop", "erofs-buffered", "extract"}
+	rawModes = []string{"overlay", "link", "copy"}
+	tarModes = []string{"erofs", "erofs-loop", "erofs-buffered", "extract"}
 )
 
-// ladder is what doctor says of the rungs of a format.
-type ladder struct {
+// comparison is what doctor says of the modes of a format.
+type comparison struct {
 	Facts struct {
 		Taken string `json:"taken"`
-		Rungs []struct {
-			Rung   string `json:"rung"`
+		Modes []struct {
+			Mode   string `json:"mode"`
 			Works  bool   `json:"works"`
 			Reason string `json:"reason"`
 			Remedy string `json:"remedy"`
 			Error  string `json:"error"`
-		} `json:"rungs"`
+		} `json:"modes"`
 	} `json:"facts"`
 }
 
-// rungsOfTheKernel are those that must work where the tests run: all, but on the
+// modesOfTheKernel are those that must work where the tests run: all, but on the
 // kernels that integration/kernels boots, which says by the variable which of them.
-func rungsOfTheKernel(all []string) (have []string) {
-	rungs, named := os.LookupEnv("ARTIFACT_SNAPSHOTTER_RUNGS")
+func modesOfTheKernel(all []string) (have []string) {
+	modes, named := os.LookupEnv("ARTIFACT_SNAPSHOTTER_MODES")
 	for _, r := range all {
-		if !named || slices.Contains(strings.Split(rungs, ","), r) {
+		if !named || slices.Contains(strings.Split(modes, ","), r) {
 			have = append(have, r)
 		}
 	}
 	return have
 }
 
-// TestEveryRungOfTheKernel has pods read image volumes by each rung that the kernel
+// TestEveryModeOfTheKernel has pods read image volumes by each mode that the kernel
 // has, with and without a user namespace, and by what the daemon chooses itself. The
 // lines that it prints, "kernel: …", are for integration/kernels.
-func TestEveryRungOfTheKernel(t *testing.T) {
-	raws, tars := rungsOfTheKernel(rawRungs), rungsOfTheKernel(tarRungs)
+func TestEveryModeOfTheKernel(t *testing.T) {
+	raws, tars := modesOfTheKernel(rawModes), modesOfTheKernel(tarModes)
 	n := node.ForTest(t, node.Options{})
 	var uname unix.Utsname
 	check(t, unix.Uname(&uname))
 	t.Logf("kernel: release=%s", unix.ByteSliceToString(uname.Release[:]))
 
 	var found struct {
-		Raw ladder `json:"raw_layers"`
-		Tar ladder `json:"tar_layers"`
+		Raw comparison `json:"raw_layers"`
+		Tar comparison `json:"tar_layers"`
 	}
 	out, _, _ := n.Artifact("doctor", "--output", "json", "--root", n.DaemonRoot, "--state", n.DaemonState, "--address", filepath.Join(n.Dir, "daemon.sock"),
 		"--content-root", n.ContentRoot, "--containerd-address", n.Address, "--containerd-config", filepath.Join(n.Dir, "containerd.toml"))
 	check(t, json.Unmarshal([]byte(out), &found))
-	for format, tried := range map[string]ladder{"raw": found.Raw, "tar": found.Tar} {
+	for format, tried := range map[string]comparison{"raw": found.Raw, "tar": found.Tar} {
 		t.Logf("kernel: chosen %s=%s", format, tried.Facts.Taken)
-		if len(tried.Facts.Rungs) == 0 {
-			t.Errorf("doctor has tried no rung for %s layers: %s", format, out)
+		if len(tried.Facts.Modes) == 0 {
+			t.Errorf("doctor has tried no mode for %s layers: %s", format, out)
 		}
 		want := slices.Concat(raws, tars)
-		for _, trial := range tried.Facts.Rungs {
-			if trial.Works != slices.Contains(want, trial.Rung) {
-				t.Errorf("the rung %s works: %t (%s), want %t", trial.Rung, trial.Works, trial.Error, !trial.Works)
+		for _, trial := range tried.Facts.Modes {
+			if trial.Works != slices.Contains(want, trial.Mode) {
+				t.Errorf("the mode %s works: %t (%s), want %t", trial.Mode, trial.Works, trial.Error, !trial.Works)
 			}
 			if trial.Works {
-				t.Logf("kernel: rung %s", trial.Rung)
+				t.Logf("kernel: mode %s", trial.Mode)
 				continue
 			}
-			t.Logf("kernel: no rung %s: %s", trial.Rung, trial.Reason)
+			t.Logf("kernel: no mode %s: %s", trial.Mode, trial.Reason)
 			t.Log(trial.Error)
 			if !strings.Contains(trial.Reason, "older than Linux 6.") || !strings.Contains(trial.Remedy, "run Linux 6.") {
-				t.Errorf("the rung %s does not work for %q, which %q would help", trial.Rung, trial.Reason, trial.Remedy)
+				t.Errorf("the mode %s does not work for %q, which %q would help", trial.Mode, trial.Reason, trial.Remedy)
 			}
-			err := restartWith(t, n, fmt.Sprintf("%s_rung = %q", format, trial.Rung))
-			if log := strings.ReplaceAll(daemonLog(t, n), `\`, ""); err == nil || !strings.Contains(log, fmt.Sprintf("rung %q does not work in %s", trial.Rung, n.DaemonRoot)) {
-				t.Errorf("the daemon starts with the rung %s, or does not say why it cannot: %v", trial.Rung, err)
+			err := restartWith(t, n, fmt.Sprintf("%s_mode = %q", format, trial.Mode))
+			if log := strings.ReplaceAll(daemonLog(t, n), `\`, ""); err == nil || !strings.Contains(log, fmt.Sprintf("mode %q does not work in %s", trial.Mode, n.DaemonRoot)) {
+				t.Errorf("the daemon starts with the mode %s, or does not say why it cannot: %v", trial.Mode, err)
 			}
 		}
 	}
@@ -113,7 +113,7 @@ func TestEveryRungOfTheKernel(t *testing.T) {
 	}
 	for _, pair := range pairs {
 		t.Run(pair.raw+" and "+pair.tar, func(t *testing.T) {
-			check(t, restartWith(t, n, fmt.Sprintf("raw_rung = %q\ntar_rung = %q", pair.raw, pair.tar)))
+			check(t, restartWith(t, n, fmt.Sprintf("raw_mode = %q\ntar_mode = %q", pair.raw, pair.tar)))
 			spec := node.PodSpec{Volumes: []node.Volume{{Image: model, Path: "/raw"}, {Image: zipped, Path: "/zipped"}, {Image: mixtureRef, Path: "/mixture"}}}
 			for _, mapped := range []bool{false, true} {
 				spec.UserNamespace, spec.OwnNetwork = mapped, mapped
@@ -139,7 +139,7 @@ func TestEveryRungOfTheKernel(t *testing.T) {
 						t.Errorf("%s in a pod (with a user namespace: %t) differs:\n%s", path, mapped, diff)
 					}
 				}
-				wantRungs(t, n, pair.raw, pair.tar, raws[0], tars[0])
+				wantModes(t, n, pair.raw, pair.tar, raws[0], tars[0])
 				check(t, pod.Remove())
 				if !t.Failed() {
 					t.Logf("kernel: volumes raw=%s tar=%s user-namespace=%t", pair.raw, pair.tar, mapped)
@@ -154,9 +154,9 @@ func TestEveryRungOfTheKernel(t *testing.T) {
 	check(t, restartWith(t, n, ""))
 }
 
-// wantRungs wants that all Trees of the daemon are laid out by rungs: those named, or
+// wantModes wants that all Trees of the daemon are laid out by modes: those named, or
 // for "auto" the best.
-func wantRungs(t *testing.T, n *node.Node, raw, tar, bestRaw, bestTar string) {
+func wantModes(t *testing.T, n *node.Node, raw, tar, bestRaw, bestTar string) {
 	t.Helper()
 	if raw == "auto" {
 		raw, tar = bestRaw, bestTar
@@ -170,11 +170,11 @@ func wantRungs(t *testing.T, n *node.Node, raw, tar, bestRaw, bestTar string) {
 		text, err := os.ReadFile(file)
 		check(t, err)
 		var tree struct {
-			Rungs struct{ Raw, Tar string }
+			Modes struct{ Raw, Tar string }
 		}
 		check(t, json.Unmarshal(text, &tree))
-		if tree.Rungs.Raw != raw || tree.Rungs.Tar != tar {
-			t.Errorf("%s was laid out by %s and %s, want %s and %s", file, tree.Rungs.Raw, tree.Rungs.Tar, raw, tar)
+		if tree.Modes.Raw != raw || tree.Modes.Tar != tar {
+			t.Errorf("%s was laid out by %s and %s, want %s and %s", file, tree.Modes.Raw, tree.Modes.Tar, raw, tar)
 		}
 	}
 }

@@ -120,10 +120,10 @@ func TestMetricsCountWhatTheDaemonDoes(t *testing.T) {
 	n, socket := metered(t, node.Options{})
 	src := writeModel(t)
 	const (
-		rungs   = `raw="overlay",tar="erofs"`
-		byPod   = `tree_build_duration_seconds{begun="pod",` + rungs + `}`
-		byPull  = `tree_build_duration_seconds{begun="pull",` + rungs + `}`
-		trees   = `trees{` + rungs + `}`
+		modes   = `raw="overlay",tar="erofs"`
+		byPod   = `tree_build_duration_seconds{begun="pod",` + modes + `}`
+		byPull  = `tree_build_duration_seconds{begun="pull",` + modes + `}`
+		trees   = `trees{` + modes + `}`
 		linked  = `content_bytes_total{by="link"}`
 		copied  = `content_bytes_total{by="copy"}`
 		inflate = `content_bytes_total{by="decompress"}`
@@ -132,7 +132,7 @@ func TestMetricsCountWhatTheDaemonDoes(t *testing.T) {
 		t.Errorf("the socket of the metrics is %v (%v), want one for its owner only", fi.Mode(), err)
 	}
 	wantSeries(t, socket, map[string]float64{
-		"containerd_connected": 1, "artifacts": 0, "image_conflicts": 0, "views": 0, "mounts": 0, "tree_disk_bytes": 0, trees: 0,
+		"containerd_connected": 1, "artifacts": 0, "image_conflicts": 0, "references": 0, "mounts": 0, "tree_disk_bytes": 0, trees: 0,
 		byPod: 0, byPull: 0, linked: 0, copied: 0, inflate: 0, "removed_trees_total": 0, "image_volume_duration_seconds": 0,
 	})
 
@@ -146,14 +146,14 @@ func TestMetricsCountWhatTheDaemonDoes(t *testing.T) {
 	for _, size := range blobs {
 		bytes += size
 	}
-	wantSeries(t, socket, map[string]float64{"artifacts": 1, "views": 0})
+	wantSeries(t, socket, map[string]float64{"artifacts": 1, "references": 0})
 	pod, err := n.RunPod(node.PodSpec{
 		Volumes:    []node.Volume{{Image: ref, Path: "/model"}},
 		Containers: []node.Container{{Name: "one"}, {Name: "two"}},
 	})
 	check(t, err)
 	wantSeries(t, socket, map[string]float64{
-		"artifacts": 1, "views": 1, "mounts": 1, trees: 1, byPod: 1, byPull: 0,
+		"artifacts": 1, "references": 1, "mounts": 1, trees: 1, byPod: 1, byPull: 0,
 		linked: float64(bytes), copied: 0, inflate: 0, "image_volume_duration_seconds": 1,
 		`prepare_failures_total{kind="other"}`: 0, // the second container was answered that it is there already
 	})
@@ -162,21 +162,21 @@ func TestMetricsCountWhatTheDaemonDoes(t *testing.T) {
 	}
 
 	zipped := pulled(t, n, src, pack.TarGzip)
-	wantSeries(t, socket, map[string]float64{"artifacts": 2, trees: 2, byPull: 1, byPod: 1, "views": 1, copied: 0})
+	wantSeries(t, socket, map[string]float64{"artifacts": 2, trees: 2, byPull: 1, byPod: 1, "references": 1, copied: 0})
 	if got := series(t, socket)[inflate]; got <= float64(bytes) {
 		t.Errorf("%v bytes came out of the tars of %v bytes", got, bytes)
 	}
 
 	check(t, pod.Remove())
-	wantSeries(t, socket, map[string]float64{"views": 0, "mounts": 0, trees: 2})
+	wantSeries(t, socket, map[string]float64{"references": 0, "mounts": 0, trees: 2})
 	for _, ref := range []string{ref, zipped} {
 		_, err = n.Crictl("rmi", ref)
 		check(t, err)
 	}
-	wantSeries(t, socket, map[string]float64{"artifacts": 0, trees: 0, "removed_trees_total": 2, "tree_disk_bytes": 0, "sweep_failures_total": 0})
+	wantSeries(t, socket, map[string]float64{"artifacts": 0, trees: 0, "removed_trees_total": 2, "tree_disk_bytes": 0, "gc_failures_total": 0})
 	// The collector has taken the names of the blobs, so these were the last ones.
-	if got := series(t, socket); got["freed_bytes_total"] < float64(bytes) || got["sweep_duration_seconds"] < 2 {
-		t.Errorf("freed %v bytes of %v in %v sweeps", got["freed_bytes_total"], bytes, got["sweep_duration_seconds"])
+	if got := series(t, socket); got["freed_bytes_total"] < float64(bytes) || got["gc_duration_seconds"] < 2 {
+		t.Errorf("freed %v bytes of %v in %v sweeps", got["freed_bytes_total"], bytes, got["gc_duration_seconds"])
 	}
 }
 
@@ -293,7 +293,7 @@ func TestTheLogTellsOfEachImageVolume(t *testing.T) {
 	ref, zipped := pulled(t, n, src, pack.Raw), pulled(t, n, src, pack.TarGzip)
 	_, artifact := pulledManifest(t, n, ref)
 	waitFor(t, "the other one to be decompressed", func() bool {
-		return strings.Contains(daemonLog(t, n), "early=true")
+		return strings.Contains(daemonLog(t, n), "on_pull=true")
 	})
 	spec := node.PodSpec{
 		Volumes:    []node.Volume{{Image: ref, Path: "/model"}, {Image: zipped, Path: "/zipped"}},
@@ -312,12 +312,12 @@ func TestTheLogTellsOfEachImageVolume(t *testing.T) {
 	waitFor(t, "the trees to go", func() bool { return strings.Count(daemonLog(t, n), "removed a tree") == 2 })
 	log := daemonLog(t, n)
 	of := "artifact=\"" + artifact.String() + "\""
-	wantLine(t, log, 1, "level=info", "built the tree of an artifact", of, "sandbox="+pod.ID, "early=false", "raw=overlay", "tar=erofs", "linked=", "duration=")
+	wantLine(t, log, 1, "level=info", "built the tree of an artifact", of, "sandbox="+pod.ID, "on_pull=false", "raw=overlay", "tar=erofs", "linked=", "duration=")
 	wantLine(t, log, 1, "level=info", "shown an image volume", of, "sandbox="+pod.ID, "namespace=k8s.io", `image="`+ref+`"`, "linked=", "raw=overlay", "duration=")
 	// Its tree was there, so nothing was linked for it.
 	wantLine(t, log, 1, "level=info", "shown an image volume", of, "sandbox="+next.ID, `image="`+ref+`"`, "raw=overlay", "duration=")
 	wantLine(t, log, 0, "shown an image volume", "sandbox="+next.ID, "linked=")
-	wantLine(t, log, 1, "level=info", "built the tree of an artifact", "early=true", "decompressed=")
+	wantLine(t, log, 1, "level=info", "built the tree of an artifact", "on_pull=true", "decompressed=")
 	wantLine(t, log, 1, "level=info", "dropped an image volume", of, "sandbox="+pod.ID)
 	wantLine(t, log, 1, "level=info", "dropped an image volume", of, "sandbox="+next.ID)
 	wantLine(t, log, 4, "level=info", "shown an image volume")

@@ -277,8 +277,8 @@ func TestBlobsOfAnotherFilesystemAreCopiedOnce(t *testing.T) {
 	wantUsage(t, n, before)
 }
 
-func TestTheRungLinkShowsTheBlobsThemselves(t *testing.T) {
-	n := node.ForTest(t, node.Options{DaemonConfig: `raw_rung = "link"`})
+func TestTheModeLinkShowsTheBlobsThemselves(t *testing.T) {
+	n := node.ForTest(t, node.Options{DaemonConfig: `raw_mode = "link"`})
 	src := writeModel(t)
 	ref := pulled(t, n, src, pack.Raw)
 	want := wantTree(t, src, pack.Raw)
@@ -317,8 +317,8 @@ func TestTheRungLinkShowsTheBlobsThemselves(t *testing.T) {
 	}
 }
 
-func TestTheRungCopyHasAllAttributes(t *testing.T) {
-	n := node.ForTest(t, node.Options{DaemonConfig: `raw_rung = "copy"`})
+func TestTheModeCopyHasAllAttributes(t *testing.T) {
+	n := node.ForTest(t, node.Options{DaemonConfig: `raw_mode = "copy"`})
 	before := daemonUsage(t, n)
 	src := writeModel(t)
 	ref := pulled(t, n, src, pack.Raw)
@@ -339,27 +339,27 @@ func TestTheRungCopyHasAllAttributes(t *testing.T) {
 	wantUsage(t, n, before)
 }
 
-// A ramfs has no extended attributes, which the rung overlay needs, and does
+// A ramfs has no extended attributes, which the mode overlay needs, and does
 // not say how much space it has.
 func TestAFilesystemWithoutExtendedAttributes(t *testing.T) {
-	t.Run("a forced rung that cannot work is an error at the start", func(t *testing.T) {
+	t.Run("a forced mode that cannot work is an error at the start", func(t *testing.T) {
 		root := mounted(t, "ramfs", "")
-		n, err := node.Start(t.Context(), node.Options{DaemonRoot: root, DaemonConfig: `raw_rung = "overlay"`})
+		n, err := node.Start(t.Context(), node.Options{DaemonRoot: root, DaemonConfig: `raw_mode = "overlay"`})
 		if err == nil {
 			check(t, n.Stop())
 			t.Fatal("the daemon started")
 		}
-		for _, want := range []string{"daemon ended (exit status 1) before it was ready", `rung "overlay" does not work in ` + root, "trusted.overlay.metacopy", "operation not supported"} {
+		for _, want := range []string{"daemon ended (exit status 1) before it was ready", `mode "overlay" does not work in ` + root, "trusted.overlay.metacopy", "operation not supported"} {
 			if !strings.Contains(err.Error(), want) {
 				t.Errorf("the error does not say %q: %v", want, err)
 			}
 		}
 	})
-	t.Run("auto takes the next rung and says why", func(t *testing.T) {
+	t.Run("auto takes the next mode and says why", func(t *testing.T) {
 		root := mounted(t, "ramfs", "")
 		n := node.ForTest(t, node.Options{DaemonRoot: root})
 		log := strings.ReplaceAll(daemonLog(t, n), `\`, "") // quotes are quoted, once or twice
-		for _, want := range []string{"level=warning", "raw=link", "in a lesser way than could be", `rung "overlay" does not work in ` + root} {
+		for _, want := range []string{"level=warning", "raw=link", "in a lesser way than could be", `mode "overlay" does not work in ` + root} {
 			if !strings.Contains(log, want) {
 				t.Errorf("the daemon's log does not say %q: %s", want, log)
 			}
@@ -372,7 +372,7 @@ func TestAFilesystemWithoutExtendedAttributes(t *testing.T) {
 		check(t, err)
 		want := wantTree(t, src, pack.Raw)
 		for _, entries := range [][]treelist.Entry{want, got} {
-			for i := range entries { // the attributes are not the rung's to keep
+			for i := range entries { // the attributes are not the mode's to keep
 				entries[i].Mode, entries[i].UID, entries[i].GID, entries[i].ModTime = 0, 0, 0, 0
 			}
 		}

@@ -81,7 +81,7 @@ func TestNothingIsLostOrLeftByAnythingAtOnce(t *testing.T) {
 	}
 	t.Logf("ARTIFACT_SNAPSHOTTER_SOAK_SEED=%d", seed)
 
-	n, metrics := metered(t, node.Options{RaceDaemon: true, DaemonConfig: "snapshot_on_pull = true\ntar_rung = 'auto'\n"})
+	n, metrics := metered(t, node.Options{RaceDaemon: true, DaemonConfig: "snapshot_on_pull = true\ntar_mode = 'auto'\n"})
 	s := &soak{n: n, c: connect(t, n), metrics: metrics, subPaths: !older(t, n, 2, noSubPaths)}
 	s.shown, s.bad = soakedShown(t, n), soakedRefused(t, n)
 	workers := make([]*worker, soakWorkers)
@@ -145,22 +145,22 @@ var restarts = []restart{
 	{"containerd, SIGKILL", func(s *soak) error { return s.n.KillContainerd() }, func(s *soak) error { return s.n.StartContainerd() }},
 	{"daemon, SIGTERM", func(s *soak) error { return s.n.StopDaemon() }, func(s *soak) error { return s.n.StartDaemon() }},
 	{"daemon, SIGKILL", func(s *soak) error { return s.n.KillDaemon() }, func(s *soak) error { return s.n.StartDaemon() }},
-	{"daemon, SIGKILL, then another rung", func(s *soak) error { return s.n.KillDaemon() }, func(s *soak) error { return errors.Join(s.nextRung(), s.n.StartDaemon()) }},
+	{"daemon, SIGKILL, then another mode", func(s *soak) error { return s.n.KillDaemon() }, func(s *soak) error { return errors.Join(s.nextMode(), s.n.StartDaemon()) }},
 }
 
-var tarRung = regexp.MustCompile(`tar_rung = '(.*)'`)
+var tarMode = regexp.MustCompile(`tar_mode = '(.*)'`)
 
-// nextRung gives the daemon another one for tars.
-func (s *soak) nextRung() error {
-	rungs := []string{"auto", "erofs-loop", "extract"}
+// nextMode gives the daemon another one for tars.
+func (s *soak) nextMode() error {
+	modes := []string{"auto", "erofs-loop", "extract"}
 	name := filepath.Join(s.n.Dir, "daemon.toml")
 	text, err := os.ReadFile(name)
 	if err != nil {
 		return err
 	}
-	now := slices.Index(rungs, string(tarRung.FindSubmatch(text)[1]))
-	next := rungs[(now+1)%len(rungs)]
-	return os.WriteFile(name, tarRung.ReplaceAll(text, []byte("tar_rung = '"+next+"'")), 0o644)
+	now := slices.Index(modes, string(tarMode.FindSubmatch(text)[1]))
+	next := modes[(now+1)%len(modes)]
+	return os.WriteFile(name, tarMode.ReplaceAll(text, []byte("tar_mode = '"+next+"'")), 0o644)
 }
 
 // round lets all do so many operations, and restarts something after so many of them all.

@@ -206,10 +206,10 @@ func (s *soak) check(t *testing.T, workers []*worker, idle holding) {
 		return fmt.Sprintf("the daemon has %d goroutines and %d descriptors, and had %d and %d when it was idle",
 			now.goroutines, now.descriptors, idle.goroutines, idle.descriptors)
 	})
-	if leaked := series(t, s.metrics)["sweep_failures_total"]; leaked != 0 {
+	if leaked := series(t, s.metrics)["gc_failures_total"]; leaked != 0 {
 		t.Errorf("%v sweeps have failed", leaked)
 	}
-	wantSeries(t, s.metrics, map[string]float64{"containerd_connected": 1, "views": float64(len(shown)), "mounts": float64(len(mounted))})
+	wantSeries(t, s.metrics, map[string]float64{"containerd_connected": 1, "references": float64(len(shown)), "mounts": float64(len(mounted))})
 	if out, _, err := s.n.Artifact("health", "--config", s.n.ConfigFile()); err != nil || out != "ok\n" {
 		t.Errorf("health says %q (%v)", out, err)
 	}
@@ -314,7 +314,7 @@ func (s *soak) checkDatabase(t *testing.T) {
 // explained are the warnings that there must be of refused artifacts, conflicts and
 // restarts. Those of the last line are no fault of the daemon's: a daemon with the race
 // detector, which needs cgo, cannot drop capabilities of all threads, the test hears
-// READY=1 and nothing else, a rung that was asked for is not the best one, and a daemon of
+// READY=1 and nothing else, a mode that was asked for is not the best one, and a daemon of
 // another test on this machine mounts an EROFS at the same time.
 var explained = regexp.MustCompile(`msg="(refused an image volume|Cannot unpack what has been pulled|An image is in conflict|Cannot watch containerd's images` +
 	`|The daemon keeps capabilities|Cannot tell systemd|layers are laid out in a lesser way|cannot set the read-ahead of an EROFS: .* error="[0-9]+ superblocks have appeared)`)

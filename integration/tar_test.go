@@ -138,10 +138,10 @@ func mixture(t *testing.T) ([]pack.Layer, []treelist.Entry) {
 	return layers, want
 }
 
-func TestEveryTarRungShowsTheSame(t *testing.T) {
-	for rung, loops := range map[string]bool{"auto": false, "erofs": false, "erofs-loop": true, "erofs-buffered": false, "extract": false} {
-		t.Run(rung, func(t *testing.T) {
-			n := node.ForTest(t, node.Options{DaemonConfig: fmt.Sprintf("tar_rung = %q", rung)})
+func TestEveryTarModeShowsTheSame(t *testing.T) {
+	for mode, loops := range map[string]bool{"auto": false, "erofs": false, "erofs-loop": true, "erofs-buffered": false, "extract": false} {
+		t.Run(mode, func(t *testing.T) {
+			n := node.ForTest(t, node.Options{DaemonConfig: fmt.Sprintf("tar_mode = %q", mode)})
 			before := daemonUsage(t, n)
 			layers, want := mixture(t)
 			ref := push(t, n, "mixture", layers...)
@@ -313,7 +313,7 @@ func TestArtifactsWithACompressedLayerInCommonHaveOneTar(t *testing.T) {
 // Pods see one file of one superblock, which is one page cache, and with direct
 // I/O below it no other.
 func TestTwoPodsHaveTheBytesOfATarInThePageCacheOnce(t *testing.T) {
-	n := node.ForTest(t, node.Options{DaemonConfig: `tar_rung = "erofs"`})
+	n := node.ForTest(t, node.Options{DaemonConfig: `tar_mode = "erofs"`})
 	content := random(4<<20, "cached")
 	archive := archiveOf(t, pack.Member{Header: tar.Header{Name: "weights", Mode: 0o644}, Data: content})
 	for name, mediaType := range map[string]string{"plain": modelspec.MediaTypeModelWeight, "gzip": modelspec.MediaTypeModelWeightGzip} {

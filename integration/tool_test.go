@@ -245,8 +245,8 @@ func TestTheToolPullsShowsVerifiesAndPrunes(t *testing.T) {
 				}
 			}
 			l := list[0]
-			rung := map[pack.Form]string{pack.Raw: "overlay", pack.TarGzip: "erofs"}[form]
-			if l.Reference != ref || l.Digest != d || l.Size != pulled.Size || l.Layout == nil || l.Layout.Raw+l.Layout.Tar != rung ||
+			mode := map[pack.Form]string{pack.Raw: "overlay", pack.TarGzip: "erofs"}[form]
+			if l.Reference != ref || l.Digest != d || l.Size != pulled.Size || l.Layout == nil || l.Layout.Raw+l.Layout.Tar != mode ||
 				!slices.Equal(l.Snapshots, []string{pulled.Snapshot}) || len(l.Pods)+len(l.Mounts)+len(l.Conflicts) != 0 {
 				t.Errorf("ls lists %+v", l)
 			}
@@ -292,7 +292,7 @@ func TestTheToolPullsShowsVerifiesAndPrunes(t *testing.T) {
 				t.Errorf("ls --mounts lists %+v", mounts)
 			}
 			text := tool(t, n, "ls")
-			for _, w := range []string{"REFERENCE", ref, d.String()[:19], rung, "default/llama", "own"} {
+			for _, w := range []string{"REFERENCE", ref, d.String()[:19], mode, "default/llama", "own"} {
 				if !strings.Contains(text, w) {
 					t.Errorf("ls has no %q:\n%s", w, text)
 				}

@@ -159,15 +159,15 @@ func TestTheUnit(t *testing.T) {
 	})
 
 	// EROFS over loop devices needs more of the unit than what this kernel has.
-	t.Run("every rung", func(t *testing.T) {
+	t.Run("every mode", func(t *testing.T) {
 		config := machineFile(n, "/etc/artifact-snapshotter/config.toml")
-		for _, rungs := range []string{
-			"raw_rung = 'overlay'\ntar_rung = 'erofs-loop'\n",
-			"raw_rung = 'link'\ntar_rung = 'extract'\n",
-			"raw_rung = 'copy'\ntar_rung = 'extract'\n",
+		for _, modes := range []string{
+			"raw_mode = 'overlay'\ntar_mode = 'erofs-loop'\n",
+			"raw_mode = 'link'\ntar_mode = 'extract'\n",
+			"raw_mode = 'copy'\ntar_mode = 'extract'\n",
 		} {
-			writeFile(t, config, rungs, 0o644)
-			run(t, n, "systemctl", "restart", unitName) // a rung that does not work is an error
+			writeFile(t, config, modes, 0o644)
+			run(t, n, "systemctl", "restart", unitName) // a mode that does not work is an error
 		}
 		check(t, os.Remove(config))
 		run(t, n, "systemctl", "restart", unitName)

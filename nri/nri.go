@@ -109,7 +109,7 @@ func New(ctx context.Context, c Config) (*Plugin, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.Views.AddUsers(r.shown)
+	c.Views.AddReferences(r.shown)
 	return &Plugin{Config: c, references: r, registerTimeout: registerTimeout}, nil
 }
 
@@ -125,7 +125,7 @@ func Keep(ctx context.Context, root string, views *store.Store) error {
 	if err != nil {
 		return err
 	}
-	views.AddUsers(r.shown)
+	views.AddReferences(r.shown)
 	if n := len(r.by); n > 0 {
 		log.G(ctx).WithField("containers", n).Warn("NRI is off, and containers are recorded that show artifacts by it: what they show stays on the node until it is on again, or the node is booted")
 	}

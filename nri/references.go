@@ -122,7 +122,7 @@ func readReference(path string) (r reference, err error) {
 	return r, nil
 }
 
-// shown is the store.Users of the plugin.
+// shown is the store.References of the plugin.
 func (r *references) shown(context.Context) (ids []store.ID, _ error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

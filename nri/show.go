@@ -41,8 +41,8 @@ func (p *Plugin) create(ctx context.Context, runtime string, pod *api.PodSandbox
 	hurried, cancel := within(ctx, 2, 3)
 	defer cancel()
 	var ids []store.ID
-	var held []*store.View
-	end := (*store.View).Release
+	var held []*store.Reference
+	end := (*store.Reference).Release
 	defer func() {
 		for _, v := range held {
 			end(v)
@@ -89,7 +89,7 @@ func (p *Plugin) create(ctx context.Context, runtime string, pod *api.PodSandbox
 	case err != nil:
 		return nil, err
 	}
-	end = (*store.View).Listed
+	end = (*store.Reference).Listed
 	return adjustment, nil
 }
 
@@ -107,7 +107,7 @@ func within(ctx context.Context, part, of time.Duration) (context.Context, conte
 
 // show mounts what the volume is of, and returns what to bind: all of it, or the sub
 // path. It is artifact.ErrNotArtifact if that is an image.
-func (p *Plugin) show(ctx context.Context, v *volume, owners unpack.IDMap, unmapped error) (shown *store.View, source string, err error) {
+func (p *Plugin) show(ctx context.Context, v *volume, owners unpack.IDMap, unmapped error) (shown *store.Reference, source string, err error) {
 	if v.refused != nil {
 		return nil, "", v.refused
 	}
@@ -201,7 +201,7 @@ func sameFile(a, b string) bool {
 }
 
 // answered tells how a request for an image volume ended.
-func (p *Plugin) answered(ctx context.Context, v *volume, shown *store.View, took time.Duration, err error) {
+func (p *Plugin) answered(ctx context.Context, v *volume, shown *store.Reference, took time.Duration, err error) {
 	if p.Observer.Answered != nil {
 		p.Observer.Answered(took, err)
 	}
@@ -223,7 +223,7 @@ func (p *Plugin) answered(ctx context.Context, v *volume, shown *store.View, too
 		logger.Warn("refused an image volume")
 		return
 	}
-	f := log.Fields{"artifact": shown.ID.Manifest, "duration": took, "raw": shown.Rungs.Raw, "tar": shown.Rungs.Tar}
+	f := log.Fields{"artifact": shown.ID.Manifest, "duration": took, "raw": shown.Modes.Raw, "tar": shown.Modes.Tar}
 	if shown.Built != nil {
 		maps.Copy(f, shown.Built.Fields())
 	}

@@ -362,7 +362,7 @@ func TestRecordsAreKeptWithoutThePlugin(t *testing.T) {
 		if err := Keep(t.Context(), s.root, views); err != nil {
 			t.Fatal(err)
 		}
-		if err := views.Sweep(t.Context()); err != nil {
+		if err := views.CollectGarbage(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		return views

@@ -27,8 +27,8 @@ import (
 //go:embed default.toml
 var DefaultFile string
 
-// rungAuto lets the snapshotter choose a rung by trying real mounts.
-const rungAuto = "auto"
+// modeAuto lets the snapshotter choose a mode by trying real mounts.
+const modeAuto = "auto"
 
 // maxMemory, in MiB, is more than any machine has.
 const maxMemory = 1 << 40
@@ -66,10 +66,10 @@ type Config struct {
 	// MetricsAddress is where the daemon serves its metrics: unix:///path or a port of
 	// a loopback address; "" for nowhere. Only for the daemon, too.
 	MetricsAddress string `toml:"metrics_address,omitempty"`
-	// RawRung and TarRung are rungs of package unpack, or "auto".
-	RawRung string `toml:"raw_rung"`
-	TarRung string `toml:"tar_rung"`
-	// DirectIO is whether rungs must let files be read with O_DIRECT: "optional" or
+	// RawMode and TarMode are modes of package unpack, or "auto".
+	RawMode string `toml:"raw_mode"`
+	TarMode string `toml:"tar_mode"`
+	// DirectIO is whether modes must let files be read with O_DIRECT: "optional" or
 	// "required".
 	DirectIO string `toml:"direct_io"`
 	// DecompressOnPull decompresses layers while containerd pulls them.
@@ -124,8 +124,8 @@ func Default() Config {
 		BlobRoots:           []string{},
 		ContainerdAddress:   "/run/containerd/containerd.sock",
 		LogLevel:            "info",
-		RawRung:             rungAuto,
-		TarRung:             rungAuto,
+		RawMode:             modeAuto,
+		TarMode:             modeAuto,
 		DirectIO:            directIOOptional,
 		DecompressOnPull:    true,
 		DecompressionMemory: unpack.DefaultLimits.Memory >> 20,
@@ -236,7 +236,7 @@ func (c Config) validateSnapshotter() error {
 		errs = append(errs, c.validateBlobs("blob_roots", dir))
 	}
 	errs = append(errs, validateSocket("containerd_address", c.ContainerdAddress))
-	if _, err := c.rungs(); err != nil {
+	if _, err := c.modes(); err != nil {
 		errs = append(errs, err)
 	}
 	if c.DirectIO != directIOOptional && c.DirectIO != directIORequired {
@@ -281,25 +281,25 @@ func (c Config) Blobs() blobs.Dirs {
 	return dirs
 }
 
-// rungs translates the configured rungs to those of package unpack, where an
+// modes translates the configured modes to those of package unpack, where an
 // empty one means to choose.
-func (c Config) rungs() (unpack.Rungs, error) {
-	raw, rerr := rung("raw_rung", c.RawRung, unpack.RawRungs)
-	tar, terr := rung("tar_rung", c.TarRung, unpack.TarRungs)
-	return unpack.Rungs{Raw: raw, Tar: tar}, errors.Join(rerr, terr)
+func (c Config) modes() (unpack.Modes, error) {
+	raw, rerr := mode("raw_mode", c.RawMode, unpack.RawModes)
+	tar, terr := mode("tar_mode", c.TarMode, unpack.TarModes)
+	return unpack.Modes{Raw: raw, Tar: tar}, errors.Join(rerr, terr)
 }
 
-func rung(key, value string, all []unpack.Rung) (unpack.Rung, error) {
-	if value == rungAuto {
+func mode(key, value string, all []unpack.Mode) (unpack.Mode, error) {
+	if value == modeAuto {
 		return "", nil
 	}
-	if rung := unpack.Rung(value); slices.Contains(all, rung) {
-		return rung, nil
+	if mode := unpack.Mode(value); slices.Contains(all, mode) {
+		return mode, nil
 	}
-	return "", fmt.Errorf("%s %q is neither %q nor one of %q", key, value, rungAuto, all)
+	return "", fmt.Errorf("%s %q is neither %q nor one of %q", key, value, modeAuto, all)
 }
 
-// NeedsDirectIO is whether only rungs are taken whose files can be read with O_DIRECT.
+// NeedsDirectIO is whether only modes are taken whose files can be read with O_DIRECT.
 func (c Config) NeedsDirectIO() bool { return c.DirectIO == directIORequired }
 
 // unpackIn are the namespaces whose artifacts are unpacked when they are pulled.

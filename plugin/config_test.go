@@ -108,9 +108,9 @@ func TestValidate(t *testing.T) {
 		"a relative content root":   {func(c *Config) { c.ContentRoot = "./c" }, []string{"content_root", "absolute"}},
 		"a relative address":        {func(c *Config) { c.Address = "a.sock" }, []string{"address", "absolute"}},
 		"a relative containerd":     {func(c *Config) { c.ContainerdAddress = "" }, []string{"containerd_address", "absolute"}},
-		"an unknown rung":           {func(c *Config) { c.RawRung = "stairs" }, []string{"raw_rung", `"stairs"`, "auto", "overlay", "link", "copy"}},
-		"a rung of raw layers":      {func(c *Config) { c.TarRung = "overlay" }, []string{"tar_rung", `"overlay"`, "auto", "erofs", "extract"}},
-		"an empty rung":             {func(c *Config) { c.RawRung = "" }, []string{"raw_rung", "auto"}},
+		"an unknown mode":           {func(c *Config) { c.RawMode = "stairs" }, []string{"raw_mode", `"stairs"`, "auto", "overlay", "link", "copy"}},
+		"a mode of raw layers":      {func(c *Config) { c.TarMode = "overlay" }, []string{"tar_mode", `"overlay"`, "auto", "erofs", "extract"}},
+		"an empty mode":             {func(c *Config) { c.RawMode = "" }, []string{"raw_mode", "auto"}},
 		"no memory":                 {func(c *Config) { c.DecompressionMemory = 0 }, []string{"decompression_memory 0"}},
 		"memory beyond counting":    {func(c *Config) { c.DecompressionMemory = 1 << 50 }, []string{"decompression_memory"}},
 		"a layer that must shrink":  {func(c *Config) { c.MaxExpansion = 0 }, []string{"max_expansion 0"}},
@@ -131,7 +131,7 @@ func TestValidate(t *testing.T) {
 		"a long containerd address": {func(c *Config) { c.ContainerdAddress = long }, []string{"containerd_address", long, "107"}},
 		"everything at once": {
 			func(c *Config) { *c = Config{} },
-			[]string{"root", "state", "content_root", "containerd_address", "raw_rung", "tar_rung", "decompression_memory", "log_level"},
+			[]string{"root", "state", "content_root", "containerd_address", "raw_mode", "tar_mode", "decompression_memory", "log_level"},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

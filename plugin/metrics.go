@@ -153,11 +153,11 @@ func newMetrics(version string) *metrics {
 		failures: prometheus.NewCounterVec(counter("prepare_failures_total",
 			"Requests for a snapshot of any image that failed, by the kind of the error."), []string{"kind"}),
 		sweeps: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Namespace: prefix, Name: "sweep_duration_seconds",
+			Namespace: prefix, Name: "gc_duration_seconds",
 			Help:    "Time that the sweeps of what nobody uses took.",
 			Buckets: []float64{.001, .01, .1, 1, 10, 60},
 		}),
-		unswept: prometheus.NewCounter(counter("sweep_failures_total", "Sweeps that could not remove all that nobody uses.")),
+		unswept: prometheus.NewCounter(counter("gc_failures_total", "Sweeps that could not remove all that nobody uses.")),
 		removed: prometheus.NewCounter(counter("removed_trees_total", "Trees that sweeps have removed.")),
 		freed:   prometheus.NewCounter(counter("freed_bytes_total", "Bytes of the disk that sweeps have freed.")),
 	}
@@ -191,16 +191,16 @@ func (m *metrics) observer() store.Observer {
 		Counted: func(how unpack.Retention, n int64) { m.bytes[how].Add(float64(n)) },
 		Built: func(b store.Build) {
 			begun := begunByPod
-			if b.Early {
+			if b.OnPull {
 				begun = begunByPull
 			}
 			if b.Err != nil {
 				m.unbuilt.WithLabelValues(begun).Inc()
 				return
 			}
-			m.builds.WithLabelValues(string(b.Rungs.Raw), string(b.Rungs.Tar), begun).Observe(b.Duration.Seconds())
+			m.builds.WithLabelValues(string(b.Modes.Raw), string(b.Modes.Tar), begun).Observe(b.Duration.Seconds())
 		},
-		Swept: func(s store.Sweep) {
+		Collected: func(s store.Collection) {
 			m.sweeps.Observe(s.Duration.Seconds())
 			m.removed.Add(float64(s.Trees))
 			m.freed.Add(float64(s.Freed))
@@ -214,9 +214,9 @@ func (m *metrics) observer() store.Observer {
 // watch exports what the store and the watcher have, when somebody asks.
 func (m *metrics) watch(views *store.Store, watcher *client.Watcher) {
 	m.registry.MustRegister(&gauges{views, watcher})
-	rungs := views.Rungs()
+	modes := views.Modes()
 	for _, begun := range []string{begunByPull, begunByPod} {
-		m.builds.WithLabelValues(string(rungs.Raw), string(rungs.Tar), begun)
+		m.builds.WithLabelValues(string(modes.Raw), string(modes.Tar), begun)
 	}
 }
 
@@ -295,13 +295,13 @@ var (
 	conflictsGauge = gauge("image_conflicts", "Artifacts that are refused because they share their config with another image.")
 	treesGauge     = gauge("trees", "Trees on the node: artifacts that are laid out, and those of pods with a user namespace again.", "raw", "tar")
 	mountsGauge    = gauge("mounts", "Trees that are mounted.")
-	viewsGauge     = gauge("views", "Snapshots that show an artifact: one for each artifact and sandbox, and what tools have mounted.")
+	referencesGauge     = gauge("references", "Mounts of artifacts that somebody holds: one for each artifact and sandbox, and those of tools.")
 	sizeGauge      = gauge("tree_disk_bytes", "What the trees add to the disk: metadata, decompressed and copied contents.")
 )
 
 // Describe implements prometheus.Collector.
 func (g *gauges) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{connectedGauge, artifactsGauge, conflictsGauge, treesGauge, mountsGauge, viewsGauge, sizeGauge} {
+	for _, d := range []*prometheus.Desc{connectedGauge, artifactsGauge, conflictsGauge, treesGauge, mountsGauge, referencesGauge, sizeGauge} {
 		ch <- d
 	}
 }
@@ -330,12 +330,12 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 		log.L.WithError(err).Warn("Cannot count the trees for the metrics")
 		return
 	}
-	stats.Trees[g.views.Rungs()] += 0 // there is a series before there is a tree
-	for rungs, n := range stats.Trees {
-		set(treesGauge, int64(n), string(rungs.Raw), string(rungs.Tar))
+	stats.Trees[g.views.Modes()] += 0 // there is a series before there is a tree
+	for modes, n := range stats.Trees {
+		set(treesGauge, int64(n), string(modes.Raw), string(modes.Tar))
 	}
 	set(mountsGauge, int64(stats.Mounts))
-	set(viewsGauge, int64(stats.Views))
+	set(referencesGauge, int64(stats.Views))
 	set(sizeGauge, stats.Size)
 }
 

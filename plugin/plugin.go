@@ -66,7 +66,7 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 	if err := cfg.validateSnapshotter(); err != nil {
 		return nil, err
 	}
-	rungs, err := cfg.rungs()
+	modes, err := cfg.modes()
 	if err != nil {
 		return nil, err
 	}
@@ -89,14 +89,14 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 	}
 
 	views, err := store.Open(ctx, store.Config{
-		Root:     cfg.Root,
-		State:    cfg.State,
-		Content:  cfg.Blobs(),
-		Rungs:    rungs,
-		DirectIO: cfg.NeedsDirectIO(),
-		Limits:   cfg.Limits(),
-		Early:    cfg.DecompressOnPull,
-		Observer: m.observer(),
+		Root:             cfg.Root,
+		State:            cfg.State,
+		Content:          cfg.Blobs(),
+		Modes:            modes,
+		DirectIO:         cfg.NeedsDirectIO(),
+		Limits:           cfg.Limits(),
+		DecompressOnPull: cfg.DecompressOnPull,
+		Observer:         m.observer(),
 	})
 	if err != nil {
 		return nil, err
@@ -137,7 +137,7 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 		}
 		var containerd sync.WaitGroup
 		containerd.Go(func() { watcher.Run(ctx) })
-		containerd.Go(func() { keepPlanted(ctx, cfg.ContainerdAddress, cfg.Namespaces, replantInterval) })
+		containerd.Go(func() { keepEmptyBlobs(ctx, cfg.ContainerdAddress, cfg.Namespaces, emptyBlobInterval) })
 		containerd.Wait()
 	})
 	if door != nil {

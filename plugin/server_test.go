@@ -221,7 +221,7 @@ func TestOtherFileIsNotReplaced(t *testing.T) {
 
 func TestServeRefusesBadConfig(t *testing.T) {
 	cfg := testConfig(t)
-	cfg.RawRung = "stairs"
+	cfg.RawMode = "stairs"
 	wantError(t, Serve(t.Context(), cfg, "v0"), "stairs")
 	if _, err := os.Stat(cfg.Root); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a root was made for a configuration that is refused: %v", err)

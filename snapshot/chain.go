@@ -23,7 +23,7 @@ import (
 )
 
 // LabelLayers is on every committed snapshot that keeps layers of an artifact
-// instead of having files (unpack.Kept), and on every view of one: the ID of the
+// instead of having files (unpack.Retained), and on every view of one: the ID of the
 // chain of layers. Like LabelArtifact it cannot come from an image.
 const LabelLayers = "artifact-snapshotter/layers"
 
@@ -101,7 +101,7 @@ type wanted struct {
 	parent string
 }
 
-func (s *snapshotter) acquire(ctx context.Context, want wanted, owners unpack.IDMap) (*store.View, error) {
+func (s *snapshotter) acquire(ctx context.Context, want wanted, owners unpack.IDMap) (*store.Reference, error) {
 	if want.layers == "" {
 		return s.views.Acquire(ctx, want.Descriptor, owners)
 	}
@@ -113,7 +113,7 @@ func (s *snapshotter) acquire(ctx context.Context, want wanted, owners unpack.ID
 }
 
 // label marks a snapshot as a view that is v.
-func (want wanted) label(v *store.View) snapshots.Opt {
+func (want wanted) label(v *store.Reference) snapshots.Opt {
 	if want.layers == "" {
 		return withLabel(v.ID.Manifest)
 	}
@@ -144,7 +144,7 @@ func (s *snapshotter) layersOf(ctx context.Context, key string, below subject) (
 	if err != nil {
 		return "", err
 	}
-	_, own, err := unpack.LoadKept(s.dir(active.id))
+	_, own, err := unpack.LoadRetained(s.dir(active.id))
 	if errors.Is(err, os.ErrNotExist) {
 		return "", nil
 	}
@@ -176,8 +176,8 @@ func (s *snapshotter) committing(ctx context.Context, key, parent string) (snaps
 	return withLayers(layers), nil
 }
 
-// keptUsage is what the committed snapshot key keeps adds to the disk.
-func (s *snapshotter) keptUsage(ctx context.Context, key string) (usage snapshots.Usage, err error) {
+// retainedUsage is what the committed snapshot key keeps adds to the disk.
+func (s *snapshotter) retainedUsage(ctx context.Context, key string) (usage snapshots.Usage, err error) {
 	of, err := s.subjectOf(ctx, key)
 	if err != nil {
 		return usage, err
@@ -185,7 +185,7 @@ func (s *snapshotter) keptUsage(ctx context.Context, key string) (usage snapshot
 	if usage, err = s.Snapshotter.Usage(ctx, key); err != nil {
 		return usage, err
 	}
-	kept, _, err := unpack.LoadKept(s.dir(of.id))
+	kept, _, err := unpack.LoadRetained(s.dir(of.id))
 	if err != nil {
 		return usage, err
 	}

@@ -145,23 +145,23 @@ func New(root string, views *store.Store, images Images, options ...overlay.Opt)
 	if err != nil {
 		return nil, errors.Join(err, ms.Close())
 	}
-	if err := setAside(root, ms); err != nil {
+	if err := moveToTrash(root, ms); err != nil {
 		return nil, errors.Join(err, o.Close())
 	}
 	s := &snapshotter{Snapshotter: o, root: root, ms: ms, views: views, images: images}
-	views.AddUsers(func(ctx context.Context) ([]store.ID, error) {
+	views.AddReferences(func(ctx context.Context) ([]store.ID, error) {
 		return s.list(ctx, func(i snapshots.Info) bool { return i.Kind != snapshots.KindCommitted })
 	})
-	views.AddKept(func(ctx context.Context) ([]store.ID, error) {
+	views.AddRetained(func(ctx context.Context) ([]store.ID, error) {
 		return s.list(ctx, func(i snapshots.Info) bool { return i.Labels[LabelLayers] != "" })
 	})
 	return explaining{s}, nil
 }
 
-// setAside renames the directories of snapshots that no record names, which a crash
+// moveToTrash renames the directories of snapshots that no record names, which a crash
 // leaves, to what the next Cleanup removes. overlayfs would number the next snapshot
 // like the first of them, and fail, and views are numbered like it, too.
-func setAside(root string, ms *storage.MetaStore) error {
+func moveToTrash(root string, ms *storage.MetaStore) error {
 	var recorded map[string]string
 	err := ms.WithTransaction(context.Background(), false, func(ctx context.Context) (err error) {
 		recorded, err = storage.IDMap(ctx)
@@ -243,7 +243,7 @@ func (s *snapshotter) createView(ctx context.Context, kind snapshots.Kind, key, 
 
 // show creates the view and its record. The claim of the view it returns is released: the
 // record protects it from the sweep.
-func (s *snapshotter) show(ctx context.Context, volume *volume, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) (*store.View, error) {
+func (s *snapshotter) show(ctx context.Context, volume *volume, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) (*store.Reference, error) {
 	base, err := apply(opts)
 	if err != nil {
 		return nil, err
@@ -357,7 +357,7 @@ func (s *snapshotter) unpack(ctx context.Context, key, hex string, opts []snapsh
 }
 
 // acquireFor is acquire for the snapshot key: whoever asks for MountKey asks again.
-func (s *snapshotter) acquireFor(ctx context.Context, key string, want wanted, owners unpack.IDMap) (*store.View, error) {
+func (s *snapshotter) acquireFor(ctx context.Context, key string, want wanted, owners unpack.IDMap) (*store.Reference, error) {
 	if mountKey.MatchString(key) {
 		return s.acquireSoon(ctx, want, owners)
 	}
@@ -366,7 +366,7 @@ func (s *snapshotter) acquireFor(ctx context.Context, key string, want wanted, o
 
 // acquireSoon is acquire for a caller that asks again: containerd holds a lock meanwhile
 // (see Rules in docs/design.md), for which other pods wait.
-func (s *snapshotter) acquireSoon(ctx context.Context, want wanted, owners unpack.IDMap) (*store.View, error) {
+func (s *snapshotter) acquireSoon(ctx context.Context, want wanted, owners unpack.IDMap) (*store.Reference, error) {
 	building, cancel := context.WithTimeout(ctx, unpackWait)
 	defer cancel()
 	v, err := s.acquire(building, want, owners)
@@ -419,7 +419,7 @@ func apply(opts []snapshots.Opt) (base snapshots.Info, err error) {
 	return base, nil
 }
 
-func bind(v *store.View) []mount.Mount {
+func bind(v *store.Reference) []mount.Mount {
 	return []mount.Mount{{Type: "bind", Source: v.Path, Options: []string{"bind", "ro", "nosuid", "nodev"}}}
 }
 
@@ -510,7 +510,7 @@ func (s *snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 	case !ok:
 		return s.Snapshotter.Usage(ctx, key)
 	case info.Kind == snapshots.KindCommitted && info.Labels[LabelLayers] != "":
-		return s.keptUsage(ctx, key)
+		return s.retainedUsage(ctx, key)
 	}
 	tree, err := s.views.Tree(id)
 	if errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) {
@@ -583,5 +583,5 @@ func (s *snapshotter) Remove(ctx context.Context, key string) error {
 
 // Cleanup removes what nothing uses from the disk, of both kinds.
 func (s *snapshotter) Cleanup(ctx context.Context) error {
-	return errors.Join(s.Snapshotter.(snapshots.Cleaner).Cleanup(ctx), s.views.Sweep(ctx))
+	return errors.Join(s.Snapshotter.(snapshots.Cleaner).Cleanup(ctx), s.views.CollectGarbage(ctx))
 }

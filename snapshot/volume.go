@@ -52,14 +52,14 @@ func (v *volume) context(ctx context.Context) context.Context {
 
 // asked begins to serve a request for v, which may be nil. What it returns tells how
 // it ended, in the log and in the trace.
-func (s *snapshotter) asked(ctx context.Context, v *volume) (context.Context, func(*store.View, error)) {
+func (s *snapshotter) asked(ctx context.Context, v *volume) (context.Context, func(*store.Reference, error)) {
 	if v == nil {
-		return ctx, func(*store.View, error) {}
+		return ctx, func(*store.Reference, error) {}
 	}
 	began := time.Now()
 	ctx, span := tracing.StartSpan(v.context(ctx), "volume.prepare",
 		tracing.WithAttribute("sandbox", v.sandbox), tracing.WithAttribute("target", v.hex))
-	return ctx, func(shown *store.View, err error) {
+	return ctx, func(shown *store.Reference, err error) {
 		defer span.End()
 		switch {
 		case err == nil:
@@ -73,8 +73,8 @@ func (s *snapshotter) asked(ctx context.Context, v *volume) (context.Context, fu
 	}
 }
 
-func (s *snapshotter) logShown(ctx context.Context, v *volume, shown *store.View, took time.Duration) {
-	f := log.Fields{"artifact": shown.ID.Manifest, "duration": took, "raw": shown.Rungs.Raw, "tar": shown.Rungs.Tar}
+func (s *snapshotter) logShown(ctx context.Context, v *volume, shown *store.Reference, took time.Duration) {
+	f := log.Fields{"artifact": shown.ID.Manifest, "duration": took, "raw": shown.Modes.Raw, "tar": shown.Modes.Tar}
 	if shown.Built != nil {
 		maps.Copy(f, shown.Built.Fields())
 	}

@@ -26,7 +26,7 @@ import (
 type source struct {
 	*artifact.Artifact
 	// kept are the directories of those snapshots; nil if they are the runtime's.
-	kept []string
+	retained []string
 }
 
 // progress is how many bytes of an artifact's blobs a build has done.
@@ -78,7 +78,7 @@ func (e *UnfinishedError) Unwrap() error { return errors.Unwrap(e.err) }
 
 // served is a Tree that is mounted.
 type served struct {
-	rungs unpack.Rungs
+	modes unpack.Modes
 	built *Build // nil if it was there
 }
 
@@ -152,7 +152,7 @@ func (s *Store) mount(ctx context.Context, id ID, from *source) (done served, er
 			return done, err
 		}
 	}
-	done.rungs = t.Rungs
+	done.modes = t.Modes
 	if mounted {
 		return done, nil
 	}
@@ -173,7 +173,7 @@ func (s *Store) build(ctx context.Context, id ID, from *source, await func(conte
 		return nil, nil, fmt.Errorf("the tree of artifact %s has just gone, try again: %w", id.Manifest, errdefs.ErrUnavailable)
 	}
 	ctx, end := span(ctx, "tree.build", id.Manifest)
-	b = &Build{Rungs: s.rungs, Early: await != nil}
+	b = &Build{Modes: s.modes, OnPull: await != nil}
 	began := time.Now()
 	t, b.Bytes, err = s.make(ctx, id, from, await)
 	b.Duration, b.Err = time.Since(began), err
@@ -184,7 +184,7 @@ func (s *Store) build(ctx context.Context, id ID, from *source, await func(conte
 
 // make is build. It also returns how many bytes it has come by.
 func (s *Store) make(ctx context.Context, id ID, from *source, await func(context.Context, digest.Digest) error) (*unpack.Tree, map[unpack.Retention]int64, error) {
-	if id.shifted() && s.rungs.Raw == unpack.Overlay && s.rungs.Tar == unpack.Extract {
+	if id.shifted() && s.modes.Raw == unpack.Overlay && s.modes.Tar == unpack.Extract {
 		t, err := s.shift(ctx, id, from)
 		return t, nil, err
 	}
@@ -216,7 +216,7 @@ func (s *Store) make(ctx context.Context, id ID, from *source, await func(contex
 }
 
 func (s *Store) options(id ID) unpack.Options {
-	return unpack.Options{Rungs: s.rungs, Blobs: s.content, Shared: s.shared, Budget: s.budget, Owners: id.Owners, Counted: s.counted}
+	return unpack.Options{Modes: s.modes, Blobs: s.content, Shared: s.shared, Budget: s.budget, Owners: id.Owners, Counted: s.counted}
 }
 
 func (s *Store) counted(how unpack.Retention, n int64) {
@@ -249,7 +249,7 @@ func (s *Store) shift(ctx context.Context, id ID, from *source) (*unpack.Tree, e
 			_, err := unshifted.Shift(ctx, dir, s.options(id))
 			return err
 		}
-		return s.layOut(ctx, dir, from, s.options(id)) // it is of before a change of the rungs or of the format, and still shown
+		return s.layOut(ctx, dir, from, s.options(id)) // it is of before a change of the modes or of the format, and still shown
 	})
 }
 
@@ -258,7 +258,7 @@ func (s *Store) path(id ID) string { return filepath.Join(s.trees, id.name()) }
 // reserve returns the path of a directory to be made beside the Trees, which the
 // sweep leaves alone until done.
 func (s *Store) reserve() (dir string, done func()) {
-	tmp := aside()
+	tmp := newTrashName()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.building[tmp] = true
@@ -287,7 +287,7 @@ func (s *Store) publish(id ID, build func(dir string) error) (_ *unpack.Tree, er
 	} else if mounted {
 		return nil, fmt.Errorf("pods still show another tree of artifact %s; delete them and try again: %w", id.Manifest, errdefs.ErrFailedPrecondition)
 	}
-	if err := s.setAside(s.path(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := s.moveToTrash(s.path(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
 	if err := os.Rename(dir, s.path(id)); err != nil {
@@ -303,8 +303,8 @@ func (s *Store) publish(id ID, build func(dir string) error) (_ *unpack.Tree, er
 // counts errors with one text as one event.
 type steady struct{ error }
 
-var asideName = regexp.MustCompile(`\bnew-[a-z2-7]{26}\b`) // rand.Text is base 32
+var trashName = regexp.MustCompile(`\bnew-[a-z2-7]{26}\b`) // rand.Text is base 32
 
-func (e steady) Error() string { return asideName.ReplaceAllString(e.error.Error(), "new-*") }
+func (e steady) Error() string { return trashName.ReplaceAllString(e.error.Error(), "new-*") }
 
 func (e steady) Unwrap() error { return e.error }

@@ -66,17 +66,17 @@ func TestATreeGoesWhenNoDirectoryHasItsManifest(t *testing.T) {
 	}
 	v := s.acquire(d)
 	v.Release()
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, true, false)
 	if err := os.Remove(second.Path(d.Digest)); err != nil {
 		t.Fatal(err)
 	}
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, true, false)
 	if err := os.Remove(first.Path(d.Digest)); err != nil {
 		t.Fatal(err)
 	}
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, false, false)
 }
 
@@ -95,7 +95,7 @@ func TestNothingGoesWhenADirectoryIsUnreadable(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(string(second), "blobs"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, true, false)
 }
 
@@ -113,13 +113,13 @@ func TestNothingGoesWithADirectory(t *testing.T) {
 		t.Fatal(err)
 	}
 	v := s.acquire(d)
-	s.sweep() // while it is in use, so that nobody looks for its manifest
+	s.collect() // while it is in use, so that nobody looks for its manifest
 	v.Release()
 	blobs := filepath.Join(string(second), "blobs")
 	if err := os.Rename(blobs, blobs+"-elsewhere"); err != nil {
 		t.Fatal(err)
 	}
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, true, false)
 	if err := os.Rename(blobs+"-elsewhere", blobs); err != nil {
 		t.Fatal(err)
@@ -127,7 +127,7 @@ func TestNothingGoesWithADirectory(t *testing.T) {
 	if err := os.Remove(second.Path(d.Digest)); err != nil {
 		t.Fatal(err)
 	}
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, false, false)
 }
 
@@ -139,7 +139,7 @@ func TestCompressedLayersAreUnpackedInWhateverDirectoryTheyArrive(t *testing.T) 
 		t.Fatal(err)
 	}
 	s.Close()
-	s.config.Early = true
+	s.config.DecompressOnPull = true
 	s.config.Content = blobs.Dirs{first, blobs.Dir(second.String())}
 	s.open()
 	s.config.Content = second

@@ -48,7 +48,7 @@ func TestAFullDiskIsSweptAtTheStart(t *testing.T) {
 	fill("trees/new-1/file")
 	s.open()
 	s.acquire(s.pack("x")).Release()
-	s.sweep() // what is mounted keeps files of the root open
+	s.collect() // what is mounted keeps files of the root open
 }
 
 // One text is one event in Kubernetes, and a build has a directory of its own each time.

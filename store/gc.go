@@ -20,9 +20,9 @@ import (
 )
 
 const (
-	// sweepEvery is how long something unused can stay when no event tells of
+	// collectEvery is how long something unused can stay when no event tells of
 	// it: there is no watch, or something could not be removed.
-	sweepEvery = time.Minute
+	collectEvery = time.Minute
 	// settle is how long the sweep waits for more events after one. A garbage
 	// collection deletes blobs by the hundred.
 	settle = 200 * time.Millisecond
@@ -34,10 +34,10 @@ const (
 // image of an artifact removes none.
 func (s *Store) Run(ctx context.Context) {
 	deleted := s.watch(ctx)
-	tick := time.NewTicker(sweepEvery)
+	tick := time.NewTicker(collectEvery)
 	defer tick.Stop()
 	for {
-		if err := s.Sweep(ctx); err != nil && ctx.Err() == nil {
+		if err := s.CollectGarbage(ctx); err != nil && ctx.Err() == nil {
 			log.G(ctx).WithError(err).Error("cannot clean up; trying again")
 		}
 		select {
@@ -72,24 +72,24 @@ func (s *Store) look() {
 	}
 }
 
-// Sweep unmounts every Tree that nobody shows, and removes those of them whose
+// CollectGarbage unmounts every Tree that nobody shows, and removes those of them whose
 // manifest the runtime has deleted or whose owners are shifted, whatever was set
 // aside, and what no Tree shares any more. It asks all Users; if one
 // cannot tell, nothing is removed.
-func (s *Store) Sweep(ctx context.Context) error {
+func (s *Store) CollectGarbage(ctx context.Context) error {
 	began := time.Now()
-	done := &Sweep{}
-	done.Err = s.sweepAll(ctx, done)
+	done := &Collection{}
+	done.Err = s.collectAll(ctx, done)
 	done.Duration = time.Since(began)
-	if s.observer.Swept != nil {
-		s.observer.Swept(*done)
+	if s.observer.Collected != nil {
+		s.observer.Collected(*done)
 	}
 	return done.Err
 }
 
-// sweepAll is Sweep, and counts in done what it removes.
-func (s *Store) sweepAll(ctx context.Context, done *Sweep) error {
-	trash, trees, err := s.sweep(ctx)
+// collectAll is Sweep, and counts in done what it removes.
+func (s *Store) collectAll(ctx context.Context, done *Collection) error {
+	trash, trees, err := s.collect(ctx)
 	done.Trees = trees
 	// Deleting a large Tree takes time that no pod should wait for.
 	for _, name := range trash {
@@ -104,14 +104,14 @@ func (s *Store) sweepAll(ctx context.Context, done *Sweep) error {
 	if err != nil {
 		return err
 	}
-	bytes, err := s.sweepShared()
+	bytes, err := s.collectShared()
 	done.Freed += bytes
 	return err
 }
 
-// sweep unmounts and sets aside, and returns the names of what to delete, and how
+// collect unmounts and sets aside, and returns the names of what to delete, and how
 // many Trees were set aside.
-func (s *Store) sweep(ctx context.Context) (trash []string, removed int, err error) {
+func (s *Store) collect(ctx context.Context) (trash []string, removed int, err error) {
 	used, kept, err := s.used(ctx)
 	if err != nil {
 		return nil, 0, err
@@ -135,7 +135,7 @@ func (s *Store) sweep(ctx context.Context) (trash []string, removed int, err err
 	err = errors.Join(err, lerr)
 	for _, name := range trees {
 		if m := manifest(name); m != "" && !used[name] && !kept[name] && s.useless(name, m) {
-			aerr := s.setAside(filepath.Join(s.trees, name))
+			aerr := s.moveToTrash(filepath.Join(s.trees, name))
 			if aerr == nil {
 				removed++
 				delete(s.sources, name)
@@ -210,18 +210,18 @@ func (s *Store) useless(name string, m digest.Digest) bool {
 // for it. Nobody is missed: a claim ends only after its user is listed, and the names
 // of all claims that were there meanwhile are in s.taken.
 func (s *Store) used(ctx context.Context) (used, kept map[string]bool, err error) {
-	s.sweeping.Lock()
-	defer s.sweeping.Unlock()
+	s.collecting.Lock()
+	defer s.collecting.Unlock()
 	used, kept = map[string]bool{}, map[string]bool{}
 	s.mu.Lock()
 	s.taken = map[string]bool{}
 	for name := range s.held {
 		s.taken[name] = true
 	}
-	users, keepers := s.users, s.kept
+	users, keepers := s.references, s.retained
 	s.mu.Unlock()
 	for _, asked := range []struct {
-		users []Users
+		users []References
 		names map[string]bool
 	}{{users, used}, {keepers, kept}} {
 		for _, list := range asked.users {
@@ -247,10 +247,10 @@ func (s *Store) used(ctx context.Context) (used, kept map[string]bool, err error
 // sharedDir is where the shared contents are.
 func (s *Store) sharedDir() string { return filepath.Join(string(s.shared), "blobs") }
 
-// sweepShared removes the contents that no Tree links to, and then the symlinks
+// collectShared removes the contents that no Tree links to, and then the symlinks
 // to those that are gone. A build that is about to link to one finds it gone and
 // makes it again. It returns how many bytes of the disk that has freed.
-func (s *Store) sweepShared() (bytes int64, err error) {
+func (s *Store) collectShared() (bytes int64, err error) {
 	algorithms, err := list(s.sharedDir())
 	if err != nil {
 		return 0, err

@@ -14,10 +14,10 @@ import (
 )
 
 // AcquireLayers is Acquire for the layers that the snapshots in dirs keep
-// (unpack.Kept), the lowest first. The chain is their ID and must be that of no
+// (unpack.Retained), the lowest first. The chain is their ID and must be that of no
 // other layers and of no manifest; in the ID of the view it stands for the
 // manifest.
-func (s *Store) AcquireLayers(ctx context.Context, chain digest.Digest, dirs []string, owners unpack.IDMap) (*View, error) {
+func (s *Store) AcquireLayers(ctx context.Context, chain digest.Digest, dirs []string, owners unpack.IDMap) (*Reference, error) {
 	id := ID{Manifest: chain, Owners: owners}
 	release := s.hold(id.name())
 	var from *source
@@ -27,29 +27,29 @@ func (s *Store) AcquireLayers(ctx context.Context, chain digest.Digest, dirs []s
 			release(false)
 			return nil, err
 		}
-		from = &source{Artifact: a, kept: dirs}
+		from = &source{Artifact: a, retained: dirs}
 	}
 	return s.acquire(ctx, id, from, release)
 }
 
-// AddKept excludes the Trees of AcquireLayers that k lists from the sweep even when
+// AddRetained excludes the Trees of AcquireLayers that k lists from the sweep even when
 // nobody shows them: a mount that was made from a view may outlive the view.
-func (s *Store) AddKept(k Users) {
+func (s *Store) AddRetained(r References) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.kept = append(s.kept, k)
+	s.retained = append(s.retained, r)
 }
 
 // layOut makes a Tree in dir.
 func (s *Store) layOut(ctx context.Context, dir string, from *source, o unpack.Options) error {
-	if from.kept != nil {
+	if from.retained != nil {
 		dir, done, err := s.scratch()
 		if err != nil {
 			return err
 		}
 		defer done()
 		o.Blobs = blobs.Dir(dir)
-		if err := unpack.CollectKept(blobs.Dir(dir), from.kept); err != nil {
+		if err := unpack.LinkRetained(blobs.Dir(dir), from.retained); err != nil {
 			return err
 		}
 	}

@@ -30,17 +30,17 @@ type Observer struct {
 	Counted func(how unpack.Retention, n int64)
 	// Built is told of every build of a Tree that has ended.
 	Built func(Build)
-	// Swept is told of every sweep.
-	Swept func(Sweep)
+	// Collected is told of every garbage collection.
+	Collected func(Collection)
 }
 
 // Build is how the build of a Tree has ended.
 type Build struct {
-	// Rungs are those that the Tree was to be laid out by.
-	Rungs unpack.Rungs
-	// Early tells that it began while the runtime pulled the artifact, so that
+	// Modes are those that the Tree was to be laid out by.
+	Modes unpack.Modes
+	// OnPull tells that it began while the runtime pulled the artifact, so that
 	// Duration is mostly the pull's.
-	Early    bool
+	OnPull   bool
 	Duration time.Duration
 	// Bytes is how many it has come by, in each way; nil if the Tree was made of
 	// another one.
@@ -49,8 +49,8 @@ type Build struct {
 	Err error
 }
 
-// Sweep is what a sweep did.
-type Sweep struct {
+// Collection is what a garbage collection did.
+type Collection struct {
 	// Trees is how many it has removed, and Freed the bytes of the disk that were
 	// nobody else's.
 	Trees    int
@@ -61,9 +61,9 @@ type Sweep struct {
 
 // Stats is what a Store has.
 type Stats struct {
-	// Trees is how many there are, by the rungs they were made with; Mounts how many
+	// Trees is how many there are, by the modes they were made with; Mounts how many
 	// of them are mounted.
-	Trees  map[unpack.Rungs]int
+	Trees  map[unpack.Modes]int
 	Mounts int
 	// Views is how many views of them their Users list.
 	Views int
@@ -73,7 +73,7 @@ type Stats struct {
 
 // Stats counts what the store has at this moment.
 func (s *Store) Stats(ctx context.Context) (Stats, error) {
-	stats := Stats{Trees: map[unpack.Rungs]int{}}
+	stats := Stats{Trees: map[unpack.Modes]int{}}
 	names, err := list(s.trees)
 	if err != nil {
 		return stats, err
@@ -83,7 +83,7 @@ func (s *Store) Stats(ctx context.Context) (Stats, error) {
 			continue
 		}
 		if t, err := unpack.Load(filepath.Join(s.trees, name)); err == nil { // else it is about to go
-			stats.Trees[t.Rungs]++
+			stats.Trees[t.Modes]++
 			stats.Size += t.Size
 		}
 	}
@@ -93,7 +93,7 @@ func (s *Store) Stats(ctx context.Context) (Stats, error) {
 	}
 	stats.Mounts = len(mounts)
 	s.mu.Lock()
-	users := s.users
+	users := s.references
 	s.mu.Unlock()
 	for _, list := range users {
 		ids, err := list(ctx)
@@ -146,7 +146,7 @@ func (s *Store) observe(ctx context.Context, id ID, b Build) {
 		return // whoever wants the Tree says so
 	}
 	f := b.Fields()
-	maps.Copy(f, log.Fields{"artifact": id.Manifest, "duration": b.Duration, "early": b.Early, "raw": b.Rungs.Raw, "tar": b.Rungs.Tar})
+	maps.Copy(f, log.Fields{"artifact": id.Manifest, "duration": b.Duration, "on_pull": b.OnPull, "raw": b.Modes.Raw, "tar": b.Modes.Tar})
 	log.G(ctx).WithFields(f).Info("built the tree of an artifact")
 }
 

@@ -18,10 +18,10 @@ import (
 
 // told is what an Observer was told.
 type told struct {
-	mu     sync.Mutex
-	bytes  map[unpack.Retention]int64
-	builds []Build
-	sweeps []Sweep
+	mu          sync.Mutex
+	bytes       map[unpack.Retention]int64
+	builds      []Build
+	collections []Collection
 }
 
 func (o *told) observer() Observer {
@@ -36,52 +36,52 @@ func (o *told) observer() Observer {
 			defer o.mu.Unlock()
 			o.builds = append(o.builds, b)
 		},
-		Swept: func(s Sweep) {
+		Collected: func(s Collection) {
 			o.mu.Lock()
 			defer o.mu.Unlock()
-			o.sweeps = append(o.sweeps, s)
+			o.collections = append(o.collections, s)
 		},
 	}
 }
 
-func newObserved(t *testing.T, rungs unpack.Rungs) (*site, *told) {
+func newObserved(t *testing.T, modes unpack.Modes) (*site, *told) {
 	t.Helper()
 	s, o := newSite(t), &told{bytes: map[unpack.Retention]int64{}}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	s.config.Rungs, s.config.Observer = rungs, o.observer()
+	s.config.Modes, s.config.Observer = modes, o.observer()
 	s.open()
 	return s, o
 }
 
 func TestAnObserverIsToldHowBytesCame(t *testing.T) {
 	const content = "some bytes"
-	for rung, how := range map[unpack.Rung]unpack.Retention{unpack.Overlay: unpack.Linked, unpack.Link: unpack.Linked, unpack.Copy: unpack.Copied} {
-		s, o := newObserved(t, unpack.Rungs{Raw: rung})
+	for mode, how := range map[unpack.Mode]unpack.Retention{unpack.Overlay: unpack.Linked, unpack.Link: unpack.Linked, unpack.Copy: unpack.Copied} {
+		s, o := newObserved(t, unpack.Modes{Raw: mode})
 		d := s.pack(content)
 		first := s.acquire(d)
 		second := s.acquire(d)
 		if o.bytes[unpack.Reflinked] > 0 && how == unpack.Copied {
 			how = unpack.Reflinked // the file system of the test can
 		}
-		if first.Built == nil || first.Built.Bytes[how] != int64(len(content)) || first.Built.Rungs.Raw != rung || second.Built != nil {
-			t.Errorf("%s: the first who asked was told of %+v, the second of %+v", rung, first.Built, second.Built)
+		if first.Built == nil || first.Built.Bytes[how] != int64(len(content)) || first.Built.Modes.Raw != mode || second.Built != nil {
+			t.Errorf("%s: the first who asked was told of %+v, the second of %+v", mode, first.Built, second.Built)
 		}
 		if want := map[unpack.Retention]int64{how: int64(len(content))}; !maps.Equal(o.bytes, want) {
-			t.Errorf("%s: %v, want %v", rung, o.bytes, want)
+			t.Errorf("%s: %v, want %v", mode, o.bytes, want)
 		}
-		if len(o.builds) != 1 || o.builds[0].Err != nil || o.builds[0].Early || o.builds[0].Duration <= 0 {
-			t.Errorf("%s: %+v", rung, o.builds)
+		if len(o.builds) != 1 || o.builds[0].Err != nil || o.builds[0].OnPull || o.builds[0].Duration <= 0 {
+			t.Errorf("%s: %+v", mode, o.builds)
 		}
 		stats, err := s.Stats(context.Background())
 		// A tree of links is directories, and those of a tmpfs take no space.
-		if err != nil || stats.Trees[s.Rungs()] != 1 || stats.Mounts != 1 || stats.Views != 0 || stats.Size == 0 && rung != unpack.Link {
-			t.Errorf("%s: %+v (%v)", rung, stats, err)
+		if err != nil || stats.Trees[s.Modes()] != 1 || stats.Mounts != 1 || stats.Views != 0 || stats.Size == 0 && mode != unpack.Link {
+			t.Errorf("%s: %+v (%v)", mode, stats, err)
 		}
 		s.show(first.ID, first.ID)
 		if stats, err := s.Stats(context.Background()); err != nil || stats.Views != 2 {
-			t.Errorf("%s: %+v (%v)", rung, stats, err)
+			t.Errorf("%s: %+v (%v)", mode, stats, err)
 		}
 		first.Release()
 		second.Release()
@@ -89,18 +89,18 @@ func TestAnObserverIsToldHowBytesCame(t *testing.T) {
 }
 
 func TestAnObserverIsToldWhatASweepFrees(t *testing.T) {
-	s, o := newObserved(t, unpack.Rungs{})
-	s.sweep()
+	s, o := newObserved(t, unpack.Modes{})
+	s.collect()
 	content := strings.Repeat("x", 1<<20)
 	one, two := s.pack(content), s.pack(content+"y")
 	s.acquire(one).Release()
 	s.acquire(two).Release()
-	s.sweep()
-	o.sweeps = nil
+	s.collect()
+	o.collections = nil
 	s.forget(one) // but not its layer, whose bytes are still the runtime's
-	s.sweep()
-	if done := o.sweeps[0]; len(o.sweeps) != 1 || done.Trees != 1 || done.Freed >= 1<<20 || done.Freed == 0 || done.Err != nil {
-		t.Errorf("%+v", o.sweeps)
+	s.collect()
+	if done := o.collections[0]; len(o.collections) != 1 || done.Trees != 1 || done.Freed >= 1<<20 || done.Freed == 0 || done.Err != nil {
+		t.Errorf("%+v", o.collections)
 	}
 	a, err := s.read(context.Background(), two)
 	if err != nil {
@@ -108,20 +108,20 @@ func TestAnObserverIsToldWhatASweepFrees(t *testing.T) {
 	}
 	s.forget(two)
 	s.forget(a.Layers[0].Descriptor)
-	s.sweep()
-	if done := o.sweeps[1]; done.Trees != 1 || done.Freed <= 1<<20 || done.Freed > 2<<20 {
+	s.collect()
+	if done := o.collections[1]; done.Trees != 1 || done.Freed <= 1<<20 || done.Freed > 2<<20 {
 		t.Errorf("%+v", done)
 	}
 	s.mu.Lock()
-	s.users = append(s.users, func(context.Context) ([]ID, error) { return nil, errors.New("no list") })
+	s.references = append(s.references, func(context.Context) ([]ID, error) { return nil, errors.New("no list") })
 	s.mu.Unlock()
-	if err := s.Sweep(context.Background()); err == nil || o.sweeps[len(o.sweeps)-1].Err == nil {
-		t.Errorf("a sweep that fails: %v, %+v", err, o.sweeps[len(o.sweeps)-1])
+	if err := s.CollectGarbage(context.Background()); err == nil || o.collections[len(o.collections)-1].Err == nil {
+		t.Errorf("a sweep that fails: %v, %+v", err, o.collections[len(o.collections)-1])
 	}
 }
 
 func TestAnObserverIsToldOfFailures(t *testing.T) {
-	s, o := newObserved(t, unpack.Rungs{})
+	s, o := newObserved(t, unpack.Modes{})
 	d := s.pack("bytes")
 	a, err := s.read(context.Background(), d)
 	if err != nil {

@@ -36,12 +36,12 @@ const (
 	// maxManifest is the largest file that is looked at for a manifest: what the
 	// OCI distribution specification asks registries to take.
 	maxManifest = 4 << 20
-	// maxEarly is about how many bytes of memory builds that wait for blobs may take:
-	// perEarly each, and perManifestByte for each byte of the manifest, of which the
+	// maxOnPull is about how many bytes of memory builds that wait for blobs may take:
+	// stalledAfter each, and perManifestByte for each byte of the manifest, of which the
 	// layers that are read from it take 2.5 to 3.3. What looks like a manifest may be a
 	// file of an artifact, whose blobs never come.
-	maxEarly        = 64 << 20
-	perEarly        = 256 << 10
+	maxOnPull       = 64 << 20
+	stalledAfter    = 256 << 10
 	perManifestByte = 4
 	// patience is how long a build waits without progress. containerd gives up a pull
 	// after the same time (image_pull_progress_timeout in docs/cri/config.md).
@@ -130,7 +130,7 @@ func (s *Store) makeRoom(e *early) bool {
 	for _, other := range s.early {
 		total += other.size
 	}
-	for total > maxEarly {
+	for total > maxOnPull {
 		var name string
 		var longest *early
 		for n, other := range s.early {
@@ -157,7 +157,7 @@ func (s *Store) unpackEarly(ctx context.Context, path string) {
 	if !ok || !slices.ContainsFunc(s.content.All(), named) {
 		return
 	}
-	e := &early{manifest: desc.Digest, size: perEarly + perManifestByte*desc.Size, hurry: make(chan struct{}), begun: s.now()}
+	e := &early{manifest: desc.Digest, size: stalledAfter + perManifestByte*desc.Size, hurry: make(chan struct{}), begun: s.now()}
 	id := ID{Manifest: desc.Digest}
 	name := id.name()
 	s.lookForProgress()
@@ -185,13 +185,13 @@ func (s *Store) unpackEarly(ctx context.Context, path string) {
 	go func() {
 		defer s.running.Done()
 		defer done()
-		if err := s.buildEarly(s.closing, id, desc, config, e); err != nil {
+		if err := s.buildOnPull(s.closing, id, desc, config, e); err != nil {
 			log.G(ctx).WithError(err).WithField("artifact", desc.Digest).Debug("not unpacked while it was pulled")
 		}
 	}()
 }
 
-func (s *Store) buildEarly(ctx context.Context, id ID, desc ocispec.Descriptor, config digest.Digest, e *early) error {
+func (s *Store) buildOnPull(ctx context.Context, id ID, desc ocispec.Descriptor, config digest.Digest, e *early) error {
 	if err := s.await(ctx, e, config); err != nil {
 		return err
 	}
@@ -278,7 +278,7 @@ func (s *Store) await(ctx context.Context, e *early, blob digest.Digest) error {
 }
 
 // hurry ends the waiting of a build that began early.
-func (s *Store) hurry(name string) {
+func (s *Store) expedite(name string) {
 	s.mu.Lock()
 	e := s.early[name]
 	s.mu.Unlock()

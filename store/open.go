@@ -28,14 +28,14 @@ import (
 // Trees of an earlier boot go, with what they share, since they were never synced
 // to the disk; so do mounts of Trees that are no more. Mounts that are still there
 // are kept; the first sweep takes those that nobody shows, and whatever is to be
-// removed. A rung that does not work here is an error.
+// removed. A mode that does not work here is an error.
 func Open(ctx context.Context, c Config) (*Store, error) {
 	s := &Store{
 		trees:    filepath.Join(c.Root, "trees"),
 		mounts:   filepath.Join(c.State, "mounts"),
 		content:  c.Content,
 		shared:   blobs.Dir(c.Root),
-		rungs:    c.Rungs,
+		modes:    c.Modes,
 		directIO: c.DirectIO,
 		budget:   unpack.NewBudget(c.Limits),
 		observer: c.Observer,
@@ -49,7 +49,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		failed:   map[string]*failure{},
 		opened:   time.Now(),
 	}
-	if c.Early {
+	if c.DecompressOnPull {
 		s.early = map[string]*early{}
 	}
 	s.closing, s.close = context.WithCancel(context.WithoutCancel(ctx))
@@ -76,7 +76,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	return s, nil
 }
 
-// removeProbes removes what is left in root of trying rungs, but for what may be
+// removeProbes removes what is left in root of trying modes, but for what may be
 // of a process that is trying now.
 func removeProbes(ctx context.Context, root string) {
 	dirs, err := filepath.Glob(filepath.Join(root, unpack.ProbeDirs))
@@ -86,7 +86,7 @@ func removeProbes(ctx context.Context, root string) {
 		}
 	}
 	if err != nil {
-		log.G(ctx).WithError(err).Warn("cannot remove what is left of trying rungs")
+		log.G(ctx).WithError(err).Warn("cannot remove what is left of trying modes")
 	}
 }
 
@@ -96,7 +96,7 @@ func (s *Store) start(ctx context.Context, marker string) error {
 	if err := mount.UnmountRecursive(s.trees, unix.MNT_DETACH); err != nil {
 		return err
 	}
-	if err := s.chooseRungs(ctx); err != nil {
+	if err := s.chooseModes(ctx); err != nil {
 		return err
 	}
 	return s.recover(ctx, marker)
@@ -132,23 +132,23 @@ func MakeDir(dir string, mode os.FileMode) error {
 	return os.Chmod(dir, mode)
 }
 
-func (s *Store) chooseRungs(ctx context.Context) error {
-	rungs, why := unpack.Probe(ctx, s.trees, s.rungs, s.directIO)
-	if rungs == (unpack.Rungs{}) {
+func (s *Store) chooseModes(ctx context.Context) error {
+	modes, why := unpack.Probe(ctx, s.trees, s.modes, s.directIO)
+	if modes == (unpack.Modes{}) {
 		return fmt.Errorf("layers cannot be laid out: %w", why)
 	}
-	logger := log.G(ctx).WithFields(log.Fields{"raw": rungs.Raw, "tar": rungs.Tar})
+	logger := log.G(ctx).WithFields(log.Fields{"raw": modes.Raw, "tar": modes.Tar})
 	if why != nil {
 		logger.WithError(why).Warn("layers are laid out in a lesser way than could be; `artifact-snapshotter doctor` says more")
 	} else {
 		logger.Info("layers are laid out")
 	}
-	s.rungs = rungs
+	s.modes = modes
 	return nil
 }
 
 // recover sets aside what cannot be used after a crash, a reboot or a change of
-// the rung. marker is a file that holds the boot of the last time.
+// the mode. marker is a file that holds the boot of the last time.
 func (s *Store) recover(ctx context.Context, marker string) error {
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -168,7 +168,7 @@ func (s *Store) recover(ctx context.Context, marker string) error {
 			continue // the sweep's
 		}
 		if !rebooted {
-			if t, err := unpack.Load(filepath.Join(s.trees, name)); err == nil && t.Rungs == s.rungs {
+			if t, err := unpack.Load(filepath.Join(s.trees, name)); err == nil && t.Modes == s.modes {
 				continue
 			}
 			mounted, err := s.mounted(name)
@@ -179,17 +179,17 @@ func (s *Store) recover(ctx context.Context, marker string) error {
 				continue
 			}
 		}
-		log.G(ctx).WithField("tree", name).Info("removing a tree of an earlier boot or of another rung")
+		log.G(ctx).WithField("tree", name).Info("removing a tree of an earlier boot or of another mode")
 		err := s.unmount(name)
 		if err == nil {
-			err = s.setAside(filepath.Join(s.trees, name))
+			err = s.moveToTrash(filepath.Join(s.trees, name))
 		}
 		if err != nil {
 			return fmt.Errorf("cannot remove the tree %s: %w", name, err)
 		}
 	}
 	if rebooted {
-		if err := s.setAside(s.sharedDir()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err := s.moveToTrash(s.sharedDir()); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
 	}
@@ -215,11 +215,11 @@ func (s *Store) recover(ctx context.Context, marker string) error {
 	return os.WriteFile(marker, boot, 0o600)
 }
 
-// setAside renames p to what the next sweep removes: at once, where removing it
+// moveToTrash renames p to what the next sweep removes: at once, where removing it
 // takes time, or space that a full disk does not have.
-func (s *Store) setAside(p string) error {
-	return os.Rename(p, filepath.Join(s.trees, aside()))
+func (s *Store) moveToTrash(p string) error {
+	return os.Rename(p, filepath.Join(s.trees, newTrashName()))
 }
 
 // aside is a new name in trees that is not one of a Tree.
-func aside() string { return "new-" + strings.ToLower(rand.Text()) }
+func newTrashName() string { return "new-" + strings.ToLower(rand.Text()) }

@@ -36,7 +36,7 @@ func TestOpenKeepsWhatIsShownAndTheSweepTakesTheRest(t *testing.T) {
 	}
 	s.Close()
 	s.open()
-	s.sweep()
+	s.collect()
 	s.wantState(shown.ID, true, true)
 	s.wantState(unused.ID, true, false)
 	if names, err := list(s.trees); len(names) != 2 || err != nil {
@@ -62,7 +62,7 @@ func TestTreesAndCopiesDoNotOutliveABoot(t *testing.T) {
 	}
 	s.open()
 	s.wantState(v.ID, false, false)
-	s.sweep()
+	s.collect()
 	for _, dir := range []string{s.trees, s.sharedDir()} {
 		if left, err := list(dir); len(left) != 0 || err != nil {
 			t.Errorf("left in %s: %v %v", dir, left, err)
@@ -109,7 +109,7 @@ func TestATreeOfAnotherVersionIsShownAsLongAsItIsMounted(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.open()
-	s.sweep()
+	s.collect()
 	second := s.acquire(d)
 	if b, err := os.ReadFile(filepath.Join(second.Path, "weights")); err != nil || string(b) != "bytes" {
 		t.Errorf("the second pod: %q, %v", b, err)
@@ -119,7 +119,7 @@ func TestATreeOfAnotherVersionIsShownAsLongAsItIsMounted(t *testing.T) {
 	}
 	second.Release()
 	s.show()
-	s.sweep()
+	s.collect()
 	if _, err := os.Lstat(tree); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the tree has not gone with its last pod: %v", err)
 	}
@@ -136,7 +136,7 @@ func TestATreeOfAnotherVersionIsNotReplacedWhileItIsMounted(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := s.buildEarly(context.Background(), ID{Manifest: d.Digest}, d, a.Config, &early{manifest: d.Digest, hurry: make(chan struct{})}); err != nil {
+			if err := s.buildOnPull(context.Background(), ID{Manifest: d.Digest}, d, a.Config, &early{manifest: d.Digest, hurry: make(chan struct{})}); err != nil {
 				t.Error(err)
 			}
 		},
@@ -168,11 +168,11 @@ func TestATreeOfAnotherVersionIsNotReplacedWhileItIsMounted(t *testing.T) {
 			}
 		},
 	} {
-		for _, rungs := range []unpack.Rungs{{}, {Raw: unpack.Overlay, Tar: unpack.Extract}} {
-			t.Run(fmt.Sprintf("%s %s", name, rungs.Tar), func(t *testing.T) {
+		for _, modes := range []unpack.Modes{{}, {Raw: unpack.Overlay, Tar: unpack.Extract}} {
+			t.Run(fmt.Sprintf("%s %s", name, modes.Tar), func(t *testing.T) {
 				s := newSite(t)
 				s.Close()
-				s.config.Rungs, s.config.Early = rungs, true
+				s.config.Modes, s.config.DecompressOnPull = modes, true
 				s.open()
 				d, blobs := s.gzipped(1)
 				for hex, b := range blobs {
@@ -194,18 +194,18 @@ func TestATreeOfAnotherVersionIsNotReplacedWhileItIsMounted(t *testing.T) {
 					if err := os.Remove(s.content.Path(digest.NewDigestFromEncoded(digest.SHA256, hex))); err != nil {
 						t.Fatal(err)
 					}
-					s.sweep()
+					s.collect()
 					s.arrive(hex, b)
 				}
 				again(t, s, d)
-				s.sweep()
+				s.collect()
 				for file, want := range map[string]string{"weights": "tarred 1", "raw": "raw 1"} {
 					if b, err := os.ReadFile(filepath.Join(pod, file)); err != nil || string(b) != want {
 						t.Errorf("the running pod: %q, %v; want %q", b, err, want)
 					}
 				}
 				s.show() // its last pod has gone
-				s.sweep()
+				s.collect()
 				s.wantState(v.ID, false, false)
 				s.acquire(d).Release()
 				s.wantState(v.ID, true, true)
@@ -214,16 +214,16 @@ func TestATreeOfAnotherVersionIsNotReplacedWhileItIsMounted(t *testing.T) {
 	}
 }
 
-func TestAChangeOfTheRungWhileAPodRuns(t *testing.T) {
+func TestAChangeOfTheModeWhileAPodRuns(t *testing.T) {
 	s := newSite(t)
 	s.Close()
-	s.config.Rungs = unpack.Rungs{Raw: unpack.Link, Tar: unpack.Extract}
+	s.config.Modes = unpack.Modes{Raw: unpack.Link, Tar: unpack.Extract}
 	s.open()
 	d := s.pack("bytes")
 	v := s.acquire(d)
 	s.show(v.ID)
 	s.Close()
-	s.config.Rungs = unpack.Rungs{Raw: unpack.Overlay, Tar: unpack.Extract}
+	s.config.Modes = unpack.Modes{Raw: unpack.Overlay, Tar: unpack.Extract}
 	s.open()
 	shifted, err := s.Acquire(context.Background(), d, unpack.IDMap{UID: "0:200000:65536", GID: "0:200000:65536"})
 	if err != nil {
@@ -239,18 +239,18 @@ func TestAChangeOfTheRungWhileAPodRuns(t *testing.T) {
 func TestATreeThatMayBeMountedIsKept(t *testing.T) {
 	s := newSite(t)
 	s.Close()
-	s.config.Rungs = unpack.Rungs{Raw: unpack.Copy, Tar: unpack.Extract} // which every kernel has
+	s.config.Modes = unpack.Modes{Raw: unpack.Copy, Tar: unpack.Extract} // which every kernel has
 	s.open()
 	d := s.pack("bytes")
 	v := s.acquire(d)
 	v.Release()
-	s.sweep()
+	s.collect()
 	s.Close()
 	loop := s.mountpoint(v.ID.name()) // cannot be looked at, as on a broken disk
 	if err := os.Symlink(loop, loop); err != nil {
 		t.Fatal(err)
 	}
-	s.config.Rungs = unpack.Rungs{Raw: unpack.Link, Tar: unpack.Extract}
+	s.config.Modes = unpack.Modes{Raw: unpack.Link, Tar: unpack.Extract}
 	s.open()
 	if _, err := s.Acquire(context.Background(), d, unpack.IDMap{}); err == nil || !strings.Contains(err.Error(), "cannot tell whether "+loop+" is mounted") {
 		t.Errorf("%v, want that it cannot tell", err)
@@ -265,13 +265,13 @@ func TestATreeThatCannotBeUnmountedIsKept(t *testing.T) {
 	d := s.pack("bytes")
 	v := s.acquire(d)
 	v.Release()
-	s.sweep()
+	s.collect()
 	s.forget(d)
 	loop := s.mountpoint(v.ID.name())
 	if err := os.Symlink(loop, loop); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Sweep(context.Background()); !errors.Is(err, unix.ELOOP) {
+	if err := s.CollectGarbage(context.Background()); !errors.Is(err, unix.ELOOP) {
 		t.Errorf("%v, want that it cannot be unmounted", err)
 	}
 	if !s.has(v.ID) {
@@ -280,12 +280,12 @@ func TestATreeThatCannotBeUnmountedIsKept(t *testing.T) {
 	if err := os.Remove(loop); err != nil {
 		t.Fatal(err)
 	}
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, false, false)
 }
 
-func TestAForcedRungThatDoesNotWorkIsAnErrorAtStart(t *testing.T) {
-	c := Config{Root: t.TempDir(), State: t.TempDir(), Content: blobs.Dir(t.TempDir()), Rungs: unpack.Rungs{Raw: "ladder"}}
+func TestAForcedModeThatDoesNotWorkIsAnErrorAtStart(t *testing.T) {
+	c := Config{Root: t.TempDir(), State: t.TempDir(), Content: blobs.Dir(t.TempDir()), Modes: unpack.Modes{Raw: "none such"}}
 	if _, err := Open(context.Background(), c); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("%v, want an invalid argument", err)
 	}

@@ -16,15 +16,15 @@ func TestWhatIsAcquiredWhileASweepAsksStays(t *testing.T) {
 	before, during, d := s.pack("before"), s.pack("during"), s.pack("old")
 	old := s.acquire(d)
 	old.Release()
-	kept := []*View{s.acquire(before)}
-	s.AddUsers(func(context.Context) ([]ID, error) {
+	kept := []*Reference{s.acquire(before)}
+	s.AddReferences(func(context.Context) ([]ID, error) {
 		v := s.acquire(during)
 		v.Release() // its Users have listed it when they were asked already
 		kept[0].Release()
 		kept = append(kept, v)
 		return nil, nil
 	})
-	s.sweep()
+	s.collect()
 	s.wantState(old.ID, true, false)
 	for _, v := range kept {
 		s.wantState(v.ID, true, true)
@@ -40,7 +40,7 @@ func TestASweepReadsATreeOnce(t *testing.T) {
 	d := s.pack("bytes")
 	v := s.acquire(d)
 	v.Release()
-	s.sweep()
+	s.collect()
 	meta := s.path(v.ID) + "/tree.json"
 	text, err := os.ReadFile(meta)
 	if err != nil {
@@ -49,7 +49,7 @@ func TestASweepReadsATreeOnce(t *testing.T) {
 	if err := os.WriteFile(meta, []byte("{}"), 0o600); err != nil { // what is read would go
 		t.Fatal(err)
 	}
-	s.sweep()
+	s.collect()
 	if _, err := os.Stat(meta); err != nil {
 		t.Errorf("it was read again: %v", err)
 	}
@@ -58,7 +58,7 @@ func TestASweepReadsATreeOnce(t *testing.T) {
 	}
 	// Another Tree of that name is another file to read.
 	s.forget(d)
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, false, false)
 	if len(s.sources) > 0 {
 		t.Errorf("of no Tree is known %v", s.sources)
@@ -66,7 +66,7 @@ func TestASweepReadsATreeOnce(t *testing.T) {
 	s.pack("bytes")
 	again := s.acquire(d)
 	again.Release()
-	s.sweep()
+	s.collect()
 	s.wantState(again.ID, true, false)
 }
 
@@ -75,9 +75,9 @@ func TestOnlyAClaimThatEndsUnlistedIsSwept(t *testing.T) {
 	s := newSite(t)
 	d := s.pack("bytes")
 	for name, tt := range map[string]struct {
-		end   func(*View)
+		end   func(*Reference)
 		woken int
-	}{"listed": {(*View).Listed, 0}, "given up": {(*View).Release, 1}} {
+	}{"listed": {(*Reference).Listed, 0}, "given up": {(*Reference).Release, 1}} {
 		v := s.acquire(d)
 		if len(s.wake) > 0 {
 			t.Errorf("%s: a sweep is asked for while it is held", name)
@@ -85,7 +85,7 @@ func TestOnlyAClaimThatEndsUnlistedIsSwept(t *testing.T) {
 		if tt.end(v); len(s.wake) != tt.woken {
 			t.Errorf("%s: sweeps asked for: %d, want %d", name, len(s.wake), tt.woken)
 		}
-		s.sweep()
+		s.collect()
 		select {
 		case <-s.wake:
 		default:

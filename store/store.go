@@ -61,29 +61,29 @@ type Config struct {
 	State string
 	// Content is where the runtime keeps its blobs, or each of the runtimes.
 	Content blobs.Source
-	// Rungs are how layers are laid out; "" takes the best that works here.
-	Rungs unpack.Rungs
-	// DirectIO takes only rungs whose files can be read with O_DIRECT.
+	// Modes are how layers are laid out; "" takes the best that works here.
+	Modes unpack.Modes
+	// DirectIO takes only modes whose files can be read with O_DIRECT.
 	DirectIO bool
 	// Limits are what building Trees may take of the node.
 	Limits unpack.Limits
 	// Early lets Run build the Trees of artifacts with compressed layers while
 	// the runtime pulls them.
-	Early bool
+	DecompressOnPull bool
 	// Observer is told of what the store does.
 	Observer Observer
 }
 
-// Users lists the artifacts that somebody shows at this moment. It must not
+// References lists the artifacts that somebody shows at this moment. It must not
 // call the store.
-type Users func(context.Context) ([]ID, error)
+type References func(context.Context) ([]ID, error)
 
 // Store is safe for concurrent use.
 type Store struct {
 	trees, mounts string
 	content       blobs.Source
 	shared        blobs.Dir
-	rungs         unpack.Rungs
+	modes         unpack.Modes
 	directIO      bool
 	budget        *unpack.Budget
 	observer      Observer
@@ -102,11 +102,11 @@ type Store struct {
 
 	// sweeping is held by a sweep while it asks Users. mu makes "nobody shows it, so it
 	// goes" one step against Acquire.
-	sweeping sync.Mutex
-	mu       sync.Mutex
-	users    []Users
-	kept     []Users
-	held     map[string]int // views by Tree name that no Users lists yet
+	collecting sync.Mutex
+	mu         sync.Mutex
+	references []References
+	retained   []References
+	held       map[string]int // views by Tree name that no Users lists yet
 	// taken are the names that have been held at any time since a sweep began to ask
 	// Users; nil while no sweep is asking.
 	taken map[string]bool
@@ -128,15 +128,15 @@ type Store struct {
 	arrivals arrivals
 }
 
-// Rungs are how the store lays out layers.
-func (s *Store) Rungs() unpack.Rungs { return s.rungs }
+// Modes are how the store lays out layers.
+func (s *Store) Modes() unpack.Modes { return s.modes }
 
-// AddUsers makes the sweep ask u who shows what. All doors must be added before
+// AddReferences makes the sweep ask u who shows what. All doors must be added before
 // Run.
-func (s *Store) AddUsers(u Users) {
+func (s *Store) AddReferences(r References) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.users = append(s.users, u)
+	s.references = append(s.references, r)
 }
 
 // Close ends the builds that are under way and leaves every mount to the pods
@@ -149,16 +149,16 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// View is an artifact that is mounted. It stays until Release, and after that
+// Reference is an artifact that is mounted. It stays until Release, and after that
 // for as long as some Users lists its ID.
-type View struct {
+type Reference struct {
 	// ID is what Users must list.
 	ID ID
 	// Path is the shared, read-only mount. Bind it where it is wanted.
 	Path string
-	// Rungs are those that the Tree was laid out by; "" if another version of this
+	// Modes are those that the Tree was laid out by; "" if another version of this
 	// program has done it.
-	Rungs unpack.Rungs
+	Modes unpack.Modes
 	// Built is the build that the caller has waited for; nil if the Tree was there.
 	Built *Build
 
@@ -167,11 +167,11 @@ type View struct {
 
 // Release ends the caller's claim. Call it once; if the ID is to stay shown, after it is
 // listed.
-func (v *View) Release() { v.release(false) }
+func (v *Reference) Release() { v.release(false) }
 
 // Listed is Release for a caller whose Users list the ID, so that there is nothing to
 // sweep.
-func (v *View) Listed() { v.release(true) }
+func (v *Reference) Listed() { v.release(true) }
 
 // Find is the descriptor of the blob whose encoded digest is hex, all that
 // containerd says of an image volume.
@@ -182,7 +182,7 @@ func (s *Store) Find(hex string) (ocispec.Descriptor, error) { return s.content.
 // or the build takes longer than a request should, the build goes on for the
 // next one; the latter is errdefs.ErrUnavailable. An image that is no artifact
 // is artifact.ErrNotArtifact.
-func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners unpack.IDMap) (*View, error) {
+func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners unpack.IDMap) (*Reference, error) {
 	id := ID{Manifest: target.Digest, Owners: owners}
 	release := s.hold(id.name())
 	// The common case needs no JSON: the Tree is there, under the digest that
@@ -213,10 +213,10 @@ func (s *Store) read(ctx context.Context, target ocispec.Descriptor) (a *artifac
 
 // acquire mounts the Tree of id, which is taken hold of, and builds it before if
 // it is not there. What it is built from may be nil if it was.
-func (s *Store) acquire(ctx context.Context, id ID, from *source, release func(listed bool)) (_ *View, err error) {
+func (s *Store) acquire(ctx context.Context, id ID, from *source, release func(listed bool)) (_ *Reference, err error) {
 	ctx, end := span(ctx, "tree.wait", id.Manifest)
 	defer func() { end(err) }()
-	s.hurry(ID{Manifest: id.Manifest}.name())
+	s.expedite(ID{Manifest: id.Manifest}.name())
 	wait := s.maxWait
 	if deadline, ok := ctx.Deadline(); ok {
 		// So that the answer, which says how far the build is, still gets there.
@@ -247,7 +247,7 @@ func (s *Store) acquire(ctx context.Context, id ID, from *source, release func(l
 			if !mounted {
 				continue
 			}
-			return &View{ID: id, Path: s.mountpoint(id.name()), Rungs: tree.rungs, Built: built, release: release}, nil
+			return &Reference{ID: id, Path: s.mountpoint(id.name()), Modes: tree.modes, Built: built, release: release}, nil
 		case <-ctx.Done():
 			err = s.unfinished(id, ctx.Err())
 		case <-timeout:

@@ -57,7 +57,7 @@ func (s *site) open() {
 		s.t.Fatal(err)
 	}
 	s.t.Cleanup(func() { store.Close() })
-	store.AddUsers(func(context.Context) ([]ID, error) {
+	store.AddReferences(func(context.Context) ([]ID, error) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		return s.shown, s.err
@@ -85,7 +85,7 @@ func (s *site) pack(content string) ocispec.Descriptor {
 	return d
 }
 
-func (s *site) acquire(d ocispec.Descriptor) *View {
+func (s *site) acquire(d ocispec.Descriptor) *Reference {
 	s.t.Helper()
 	v, err := s.Acquire(context.Background(), d, unpack.IDMap{})
 	if err != nil {
@@ -94,9 +94,9 @@ func (s *site) acquire(d ocispec.Descriptor) *View {
 	return v
 }
 
-func (s *site) sweep() {
+func (s *site) collect() {
 	s.t.Helper()
-	if err := s.Sweep(context.Background()); err != nil {
+	if err := s.CollectGarbage(context.Background()); err != nil {
 		s.t.Fatal(err)
 	}
 }
@@ -131,20 +131,20 @@ func TestAViewLivesAsLongAsItsUsers(t *testing.T) {
 	s := newSite(t)
 	d := s.pack("bytes")
 	v := s.acquire(d)
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, true, true) // held
 	s.show(v.ID)
 	v.Release()
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, true, true) // listed
 	if b, err := os.ReadFile(filepath.Join(v.Path, "weights")); err != nil || string(b) != "bytes" {
 		t.Errorf("%q, %v", b, err)
 	}
 	s.forget(d)
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, true, true) // in use, so it does not matter that the runtime deleted it
 	s.show()
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, false, false)
 	for _, dir := range []string{s.trees, s.sharedDir(), s.mounts} {
 		if left, err := list(dir); len(left) != 0 || err != nil {
@@ -157,7 +157,7 @@ func TestATreeIsKeptForTheNextPodWhileTheManifestIsThere(t *testing.T) {
 	s := newSite(t)
 	v := s.acquire(s.pack("bytes"))
 	v.Release()
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, true, false)
 	s.acquire(ocispec.Descriptor{Digest: v.ID.Manifest}).Release()
 	s.wantState(v.ID, true, true)
@@ -207,7 +207,7 @@ func TestABuildOutlivesTheRequestThatBeganIt(t *testing.T) {
 		defer s.Store.mu.Unlock()
 		return len(s.held) == 0
 	})
-	s.sweep()
+	s.collect()
 	s.wantState(id, true, false)
 }
 
@@ -286,7 +286,7 @@ func TestEachUserNamespaceHasItsTree(t *testing.T) {
 func TestAShiftedTreeGoesWithItsLastPod(t *testing.T) {
 	s := newSite(t)
 	s.Close()
-	s.config.Rungs.Tar = unpack.Extract
+	s.config.Modes.Tar = unpack.Extract
 	s.open()
 	d := s.pack("bytes")
 	v, err := s.Acquire(context.Background(), d, unpack.IDMap{UID: "0:200000:65536", GID: "0:200000:65536"})
@@ -298,10 +298,10 @@ func TestAShiftedTreeGoesWithItsLastPod(t *testing.T) {
 	s.wantState(plain, true, false) // what it was made from
 	s.show(v.ID)
 	v.Release()
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, true, true)
 	s.show()
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, false, false)
 	s.wantState(plain, true, false)
 }
@@ -393,7 +393,7 @@ func TestTheReasonOfAFailureReachesWhoeverAsksNext(t *testing.T) {
 	if err := slow(); !errdefs.IsUnavailable(err) || strings.Contains(err.Error(), "failed") {
 		t.Errorf("%v, want nothing of a failure of long ago", err)
 	}
-	s.sweep()
+	s.collect()
 	if len(s.failed) > 0 {
 		t.Errorf("kept: %v", s.failed)
 	}

@@ -66,7 +66,7 @@ func TestWithoutInotifyBlobsAreLookedFor(t *testing.T) {
 	allow("0")
 	s := newSite(t)
 	s.Close()
-	s.config.Early, s.config.Rungs = true, unpack.Rungs{Raw: unpack.Copy, Tar: unpack.Extract} // without a mount
+	s.config.DecompressOnPull, s.config.Modes = true, unpack.Modes{Raw: unpack.Copy, Tar: unpack.Extract} // without a mount
 	s.open()
 	var out logged
 	log.L.Logger.SetOutput(&out) // of this process, which has no other test

@@ -31,7 +31,7 @@ type Applier struct {
 	// Snapshots is the directory of that snapshotter's snapshots, as overlayfs has
 	// them: <id>/fs.
 	Snapshots string
-	// Options are those of Build; the rungs do not matter.
+	// Options are those of Build; the modes do not matter.
 	Options Options
 	// Scratch returns an empty directory and what removes it. It is for files that
 	// are needed for a while.
@@ -188,7 +188,7 @@ func (a *Applier) keepPromise(ctx context.Context, dir string) (bool, error) {
 		return false, err
 	}
 	defer release()
-	if _, err := os.Lstat(KeptDir(dir)); !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Lstat(RetainedDir(dir)); !errors.Is(err, os.ErrNotExist) {
 		return err == nil, err
 	}
 	manifest, err := promised(dir)

@@ -28,7 +28,7 @@ func (a *Applier) extract(ctx context.Context, l artifact.Layer, p place, o Opti
 		return content, err
 	}
 	defer done()
-	o.Rungs = Rungs{Raw: Copy, Tar: Extract}
+	o.Modes = Modes{Raw: Copy, Tar: Extract}
 	layers := []artifact.Layer{l}
 	cs := newContents(dir, layers, o)
 	if err := cs.retainArchives(ctx, layers); err != nil {

@@ -23,7 +23,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
-// Kept are layers that a snapshot keeps, for as long as it exists and without the
+// Retained are layers that a snapshot keeps, for as long as it exists and without the
 // runtime's blobs. Unlike a Tree they cannot be made again, so they are synced to
 // the disk. In the directory of the snapshot is
 //
@@ -33,7 +33,7 @@ import (
 //	    layers.json                the layers, with these contents
 //	layer-new/                     one that is being made, or was
 //	promise                        the manifest whose layers are yet to be kept
-type Kept struct {
+type Retained struct {
 	// Format is of the directory.
 	Format int `json:"format"`
 	// Layers are without compression: digest and DiffID are those of the content.
@@ -44,21 +44,21 @@ type Kept struct {
 }
 
 const (
-	keptDir     = "layer"
-	newKeptDir  = "layer-new"
-	keptFile    = "layers.json"
-	promiseFile = "promise"
-	// keptFormat is the one that this version writes and reads.
-	keptFormat = 1
+	retainedDir    = "layer"
+	newRetainedDir = "layer-new"
+	retainedFile   = "layers.json"
+	promiseFile    = "promise"
+	// retainedFormat is the one that this version writes and reads.
+	retainedFormat = 1
 )
 
-// KeptDir is where the snapshot in dir keeps its layers, if it does.
-func KeptDir(dir string) string { return filepath.Join(dir, keptDir) }
+// RetainedDir is where the snapshot in dir keeps its layers, if it does.
+func RetainedDir(dir string) string { return filepath.Join(dir, retainedDir) }
 
 // keep keeps layers in the snapshot in dir, by the rules of Build for an artifact
 // that has no others. Nobody else may work on dir.
-func keep(ctx context.Context, dir string, layers []artifact.Layer, o Options) (*Kept, error) {
-	tmp := filepath.Join(dir, newKeptDir)
+func keep(ctx context.Context, dir string, layers []artifact.Layer, o Options) (*Retained, error) {
+	tmp := filepath.Join(dir, newRetainedDir)
 	if err := os.RemoveAll(tmp); err != nil { // of one that was killed
 		return nil, err
 	}
@@ -79,7 +79,7 @@ func keep(ctx context.Context, dir string, layers []artifact.Layer, o Options) (
 	if err := cs.settle(func(*content) bool { return true }); err != nil {
 		return nil, err
 	}
-	k := &Kept{Format: keptFormat, Size: cs.size, Inodes: cs.inodes}
+	k := &Retained{Format: retainedFormat, Size: cs.size, Inodes: cs.inodes}
 	for _, l := range layers {
 		settled, c, err := cs.found(l)
 		if err == nil {
@@ -89,14 +89,14 @@ func keep(ctx context.Context, dir string, layers []artifact.Layer, o Options) (
 			return nil, l.Wrap(err)
 		}
 	}
-	if err := errors.Join(os.RemoveAll(data), k.save(filepath.Join(tmp, keptFile))); err != nil {
+	if err := errors.Join(os.RemoveAll(data), k.save(filepath.Join(tmp, retainedFile))); err != nil {
 		return nil, err
 	}
-	return k, publish(tmp, KeptDir(dir))
+	return k, publish(tmp, RetainedDir(dir))
 }
 
 // add keeps the content c of l, nil if it has none, in blobs.
-func (k *Kept) add(ctx context.Context, l artifact.Layer, c *content, blobs blobs.Dir) error {
+func (k *Retained) add(ctx context.Context, l artifact.Layer, c *content, blobs blobs.Dir) error {
 	id, err := c.diffID(ctx, l)
 	if err != nil {
 		return err
@@ -126,7 +126,7 @@ func (k *Kept) add(ctx context.Context, l artifact.Layer, c *content, blobs blob
 	return nil
 }
 
-func (k *Kept) save(path string) error {
+func (k *Retained) save(path string) error {
 	b, err := json.Marshal(k)
 	if err != nil {
 		return err
@@ -138,7 +138,7 @@ func (k *Kept) save(path string) error {
 // place of one of before. Of contents that is done already.
 func publish(tmp, dir string) error {
 	err := filepath.WalkDir(tmp, func(path string, d fs.DirEntry, err error) error {
-		if err == nil && (d.IsDir() || d.Name() == keptFile) {
+		if err == nil && (d.IsDir() || d.Name() == retainedFile) {
 			err = syncFile(path)
 		}
 		return err
@@ -165,20 +165,20 @@ func syncFile(path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// LoadKept reads what the snapshot in dir keeps, and its ID, which is different
+// LoadRetained reads what the snapshot in dir keeps, and its ID, which is different
 // for different layers. A snapshot that keeps nothing is os.ErrNotExist, one that
 // another version of this package has made errdefs.ErrFailedPrecondition.
-func LoadKept(dir string) (*Kept, digest.Digest, error) {
-	file := filepath.Join(KeptDir(dir), keptFile)
+func LoadRetained(dir string) (*Retained, digest.Digest, error) {
+	file := filepath.Join(RetainedDir(dir), retainedFile)
 	b, err := os.ReadFile(file)
 	if err != nil {
 		return nil, "", err
 	}
-	k := &Kept{}
+	k := &Retained{}
 	if err := json.Unmarshal(b, k); err != nil {
 		return nil, "", fmt.Errorf("%s: %w", file, err)
 	}
-	if k.Format != keptFormat {
+	if k.Format != retainedFormat {
 		return nil, "", fmt.Errorf("%s is of another version of the snapshotter; delete the image and pull it again: %w", file, errdefs.ErrFailedPrecondition)
 	}
 	return k, digest.FromBytes(b), nil
@@ -189,7 +189,7 @@ func LoadKept(dir string) (*Kept, digest.Digest, error) {
 func Chain(id digest.Digest, dirs []string) (*artifact.Artifact, error) {
 	a := &artifact.Artifact{Manifest: ocispec.Descriptor{Digest: id}, Created: time.Unix(0, 0).UTC()}
 	for _, dir := range dirs {
-		k, _, err := LoadKept(dir)
+		k, _, err := LoadRetained(dir)
 		if err != nil {
 			return nil, err
 		}
@@ -201,10 +201,10 @@ func Chain(id digest.Digest, dirs []string) (*artifact.Artifact, error) {
 	return a, nil
 }
 
-// CollectKept links the contents that the snapshots in dirs keep into blobs.
-func CollectKept(into blobs.Dir, dirs []string) error {
+// LinkRetained links the contents that the snapshots in dirs keep into blobs.
+func LinkRetained(into blobs.Dir, dirs []string) error {
 	for _, dir := range dirs {
-		k, _, err := LoadKept(dir)
+		k, _, err := LoadRetained(dir)
 		if err != nil {
 			return err
 		}
@@ -216,7 +216,7 @@ func CollectKept(into blobs.Dir, dirs []string) error {
 			if err := os.MkdirAll(filepath.Dir(target), 0o700); err != nil {
 				return err
 			}
-			kept := blobs.Dir(KeptDir(dir)).Path(l.Descriptor.Digest)
+			kept := blobs.Dir(RetainedDir(dir)).Path(l.Descriptor.Digest)
 			if err := os.Link(kept, target); err != nil && !errors.Is(err, os.ErrExist) {
 				return err
 			}

@@ -44,7 +44,7 @@ type chain struct {
 func newChain(t *testing.T, s site, ours bool) *chain {
 	t.Helper()
 	c := &chain{site: s, Applier: &Applier{
-		Snapshots: t.TempDir(), Options: s.options(Rungs{}),
+		Snapshots: t.TempDir(), Options: s.options(Modes{}),
 		Scratch: func() (string, func(), error) {
 			dir, err := os.MkdirTemp(s.root, "scratch-")
 			return dir, func() { os.RemoveAll(dir) }, err
@@ -125,7 +125,7 @@ func (c *chain) show(t *testing.T) (string, error) {
 		t.Fatal(err)
 	}
 	blobs := blobs.Dir(t.TempDir())
-	if err := CollectKept(blobs, c.dirs()); err != nil {
+	if err := LinkRetained(blobs, c.dirs()); err != nil {
 		t.Fatal(err)
 	}
 	o := c.options(best)
@@ -232,7 +232,7 @@ func TestLayersOfOurSnapshotsAreKept(t *testing.T) {
 			t.Errorf("layer %d has left %v, %v", i, entries, err)
 		}
 		if l.Compression == artifact.CompressionNone && l.Descriptor.Size > 0 {
-			kept := blobs.Dir(KeptDir(dir)).Path(l.Descriptor.Digest)
+			kept := blobs.Dir(RetainedDir(dir)).Path(l.Descriptor.Digest)
 			if inode(t, kept) != inode(t, s.content.Path(l.Descriptor.Digest)) {
 				t.Errorf("layer %d has been copied", i)
 			}
@@ -257,7 +257,7 @@ func TestLayersOfOurSnapshotsAreKept(t *testing.T) {
 }
 
 func TestLayersAreFilesInTheSnapshotsOfOthers(t *testing.T) {
-	requireRungs(t, Overlay)
+	requireModes(t, Overlay)
 	s := newSite(t)
 	c := newChain(t, s, false)
 	layers := filled(s.manifold(t))
@@ -398,7 +398,7 @@ func TestALayerCanBeAppliedAgain(t *testing.T) {
 		for _, l := range layers {
 			c.mustAdd(t, l)
 			// What a killed one may have left, in a snapshot of ours.
-			left := filepath.Join(filepath.Dir(c.fs[0]), newKeptDir)
+			left := filepath.Join(filepath.Dir(c.fs[0]), newRetainedDir)
 			if err := os.MkdirAll(filepath.Join(left, "data", "0"), 0o700); err != nil {
 				t.Fatal(err)
 			}
@@ -517,7 +517,7 @@ func TestOnTopOfOrdinaryLayersThereAreFiles(t *testing.T) {
 	if got := read(t, c.fs[0], "weights"); got != "weights" {
 		t.Errorf("the file reads %q", got)
 	}
-	if _, _, err := LoadKept(filepath.Dir(c.fs[0])); !errors.Is(err, os.ErrNotExist) {
+	if _, _, err := LoadRetained(filepath.Dir(c.fs[0])); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the layer is kept: %v", err)
 	}
 }
@@ -526,11 +526,11 @@ func TestWhatAnotherVersionKeepsIsNotRead(t *testing.T) {
 	s := newSite(t)
 	c := newChain(t, s, true)
 	c.mustAdd(t, s.raw(t, "f", "x"))
-	file := filepath.Join(KeptDir(filepath.Dir(c.fs[0])), keptFile)
+	file := filepath.Join(RetainedDir(filepath.Dir(c.fs[0])), retainedFile)
 	if err := os.WriteFile(file, []byte(strings.Replace(read(t, file), `"format":1`, `"format":2`, 1)), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := LoadKept(filepath.Dir(c.fs[0])); !errdefs.IsFailedPrecondition(err) {
+	if _, _, err := LoadRetained(filepath.Dir(c.fs[0])); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("%v", err)
 	}
 }

@@ -79,13 +79,13 @@ func (s site) wantRefused(t *testing.T, what string, layers []artifact.Layer, sa
 // `oras push REF docs/:TYPE` compresses the directory with gzip, whatever the type is.
 func TestADirectoryOfORASIsUnpacked(t *testing.T) {
 	a := archive(t, tar.Header{Name: "docs", Typeflag: tar.TypeDir, Mode: 0o755}, file("docs/a.md", "a"))
-	for _, rung := range ladder {
-		t.Run(rung.String(), func(t *testing.T) {
+	for _, mode := range everyPair {
+		t.Run(mode.String(), func(t *testing.T) {
 			for _, c := range allCompressions {
 				for _, mediaType := range []string{"application/vnd.acme.docs.layer.v1+tar", "application/vnd.acme.docs", ocispec.MediaTypeImageLayerGzip} {
 					s := newSite(t)
 					l := s.described(t, mediaType, s.compress(t, c, a), ocispec.AnnotationTitle, "docs", orasUnpack, "true", orasDigest, digest.FromBytes(a).String())
-					wantVolume(t, s.show(t, rung, l), a)
+					wantVolume(t, s.show(t, mode, l), a)
 				}
 			}
 		})
@@ -126,20 +126,20 @@ func TestAFileOfAnImagesLayerTypeIsShownUnderItsTitle(t *testing.T) {
 		"what names a chain":        []byte(names),
 	} {
 		t.Run(what, func(t *testing.T) {
-			for _, rung := range ladder {
+			for _, mode := range everyPair {
 				s := newSite(t)
 				l := s.described(t, ocispec.MediaTypeImageLayer, content, ocispec.AnnotationTitle, "./dir//hi.txt",
 					modelspec.AnnotationFileMetadata, `{"mode": 384, "uid": 12, "gid": 34}`)
 				l.DiffID = l.Descriptor.Digest
-				dir := s.show(t, rung, l)
+				dir := s.show(t, mode, l)
 				got := listing(t, dir)
 				if len(got) != 3 {
-					t.Errorf("%s: it shows %v", rung, got)
+					t.Errorf("%s: it shows %v", mode, got)
 				}
 				if !bytes.Equal([]byte(read(t, dir, "dir/hi.txt")), content) {
-					t.Errorf("%s: it has other bytes", rung)
+					t.Errorf("%s: it has other bytes", mode)
 				}
-				if rung.Raw != Link && len(content) > 0 {
+				if mode.Raw != Link && len(content) > 0 {
 					wantAttrs(t, filepath.Join(dir, "dir/hi.txt"), 0o600, 12, 34, epoch)
 				}
 			}
@@ -274,8 +274,8 @@ func TestTwoFilesOfOnePathAreRefused(t *testing.T) {
 }
 
 func TestTheEmptyDescriptorIsNothing(t *testing.T) {
-	for _, rung := range ladder {
-		t.Run(rung.String(), func(t *testing.T) {
+	for _, mode := range everyPair {
+		t.Run(mode.String(), func(t *testing.T) {
 			s := newSite(t)
 			empty, err := artifact.NewLayer(ocispec.DescriptorEmptyJSON) // and no blob
 			if err != nil {
@@ -283,7 +283,7 @@ func TestTheEmptyDescriptorIsNothing(t *testing.T) {
 			}
 			empty.DiffID = empty.Descriptor.Digest
 			a := archive(t, file("f", "x"))
-			o := s.options(rung)
+			o := s.options(mode)
 			o.Await = func(_ context.Context, blob digest.Digest) error {
 				if blob == empty.Descriptor.Digest {
 					t.Error("its blob is waited for")

@@ -20,41 +20,41 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
-// Ladder is how the rungs of one format do in a directory.
-type Ladder struct {
-	// Taken is the rung that Probe chooses, "" if there is none, and Error why
+// Comparison is how the modes of one format do in a directory.
+type Comparison struct {
+	// Taken is the mode that Probe chooses, "" if there is none, and Error why
 	// there is none.
-	Taken Rung   `json:"taken,omitempty"`
+	Taken Mode   `json:"taken,omitempty"`
 	Error string `json:"error,omitempty"`
-	// Trials are of all rungs, the best first.
-	Trials []Trial `json:"rungs"`
+	// Trials are of all modes, the best first.
+	Trials []Trial `json:"modes"`
 	// Twice says why Taken, which does direct I/O, still has every byte that is read in the
 	// page cache twice. Remedy says what would help.
 	Twice  string `json:"cached_twice,omitempty"`
 	Remedy string `json:"remedy,omitempty"`
 }
 
-// Trial is how a rung did when it was tried.
+// Trial is how a mode did when it was tried.
 type Trial struct {
-	Rung Rung `json:"rung"`
+	Mode Mode `json:"mode"`
 	// Tried says what was tried.
 	Tried string `json:"tried"`
 	Works bool   `json:"works"`
 	// DirectIO tells that files can be read with O_DIRECT.
 	DirectIO bool `json:"direct_io"`
-	// Reason says why the rung does not work, and Remedy what would help, if
+	// Reason says why the mode does not work, and Remedy what would help, if
 	// that can be told from Error.
 	Reason string `json:"reason,omitempty"`
 	Remedy string `json:"remedy,omitempty"`
 	Error  string `json:"error,omitempty"`
 }
 
-// DiagnoseRungs tries all rungs of a format (RawRungs or TarRungs) in root, those
+// CompareModes tries all modes of a format (RawModes or TarModes) in root, those
 // that Probe need not try as well. forced and direct are as for Probe.
-func DiagnoseRungs(ctx context.Context, root Place, forced Rung, direct bool, all []Rung) Ladder {
+func CompareModes(ctx context.Context, root Place, forced Mode, direct bool, all []Mode) Comparison {
 	_, err := os.Stat(loopControl)
 	m := machine{fs: root.Type, loop: err == nil, older: olderThan, sectors: sectors(root.Existing)}
-	var l Ladder
+	var l Comparison
 	// Probe's own word on what is taken; what it passes over is tried once more
 	// below, for the errors one by one.
 	if l.Taken, err = probe(ctx, root.Existing, forced, direct, all); l.Taken == "" {
@@ -62,12 +62,12 @@ func DiagnoseRungs(ctx context.Context, root Place, forced Rung, direct bool, al
 	}
 	for _, r := range all {
 		err := Try(ctx, root.Existing, r, true)
-		t := Trial{Rung: r, Tried: means[r], DirectIO: err == nil}
+		t := Trial{Mode: r, Tried: means[r], DirectIO: err == nil}
 		if err != nil && !direct {
 			err = Try(ctx, root.Existing, r, false)
 		}
 		if t.Works = err == nil || r == l.Taken; !t.Works {
-			err = errors.Unwrap(err) // without rung and root
+			err = errors.Unwrap(err) // without mode and root
 			t.Reason, t.Remedy = m.explain(r, err)
 			t.Error = oneLine(err)
 		}
@@ -97,7 +97,7 @@ func (m machine) twice(verity bool) (reason, remedy string) {
 }
 
 // means says what Try does.
-var means = map[Rung]string{
+var means = map[Mode]string{
 	Overlay:       "overlayfs over a data-only lower layer",
 	Link:          "a hard link",
 	Copy:          "nothing but writing",
@@ -107,16 +107,16 @@ var means = map[Rung]string{
 	Extract:       "nothing but writing",
 }
 
-// Gain is what a user gains by moving from one rung to a better one. From "", no rung at
-// all, every rung is better.
-func Gain(from, to Rung) string {
+// Gain is what a user gains by moving from one mode to a better one. From "", no mode at
+// all, every mode is better.
+func Gain(from, to Mode) string {
 	if from == "" {
 		return "layers can be laid out"
 	}
-	return gains[[2]Rung{from, to}]
+	return gains[[2]Mode{from, to}]
 }
 
-var gains = map[[2]Rung]string{
+var gains = map[[2]Mode]string{
 	{Link, Overlay}:            "files of raw layers have the modes, owners and times that were packed",
 	{Copy, Overlay}:            "raw layers are not copied",
 	{Copy, Link}:               "raw layers are not copied, but have the blobs' modes, owners and times",
@@ -128,8 +128,8 @@ var gains = map[[2]Rung]string{
 	{Extract, EROFSBuffered}:   "tar layers are not copied, but the page cache holds them twice",
 }
 
-// minKernel is the first Linux with all that a rung needs.
-var minKernel = map[Rung]kernelversion.KernelVersion{
+// minKernel is the first Linux with all that a mode needs.
+var minKernel = map[Mode]kernelversion.KernelVersion{
 	Overlay:       {Kernel: 6, Major: 5},
 	EROFS:         {Kernel: 6, Major: 13},
 	EROFSLoop:     {Kernel: 6, Major: 4},
@@ -142,7 +142,7 @@ var readsEnds = kernelversion.KernelVersion{Kernel: 6, Major: 18}
 
 const loopControl = "/dev/loop-control"
 
-// machine is what of the node a rung can fail for.
+// machine is what of the node a mode can fail for.
 type machine struct {
 	// fs is the type of root's file system.
 	fs string
@@ -159,12 +159,12 @@ func olderThan(v kernelversion.KernelVersion) bool {
 	return err == nil && !ok
 }
 
-// moveRoot is the remedy for a file system that cannot do what a rung needs.
+// moveRoot is the remedy for a file system that cannot do what a mode needs.
 const moveRoot = "move root to ext4, xfs or btrfs"
 
 // explain says in plain words why r does not work and what would help. The error
 // is all it says if it knows no better.
-func (m machine) explain(r Rung, err error) (reason, remedy string) {
+func (m machine) explain(r Mode, err error) (reason, remedy string) {
 	is := func(errnos ...unix.Errno) bool {
 		for _, e := range errnos {
 			if errors.Is(err, e) {

@@ -16,9 +16,9 @@ import (
 )
 
 // What other kernels and file systems answer, with what they are told to try.
-func TestAFailureOfARungIsExplained(t *testing.T) {
+func TestAFailureOfAModeIsExplained(t *testing.T) {
 	for name, test := range map[string]struct {
-		rung   Rung
+		mode   Mode
 		err    error
 		fs     string
 		kernel kernelversion.KernelVersion
@@ -57,7 +57,7 @@ func TestAFailureOfARungIsExplained(t *testing.T) {
 			m := machine{sectors: sectors, fs: test.fs, loop: !test.noLoop, older: func(v kernelversion.KernelVersion) bool {
 				return test.kernel.Kernel < v.Kernel || test.kernel.Kernel == v.Kernel && test.kernel.Major < v.Major
 			}}
-			reason, remedy := m.explain(test.rung, fmt.Errorf("a; b: %w", test.err))
+			reason, remedy := m.explain(test.mode, fmt.Errorf("a; b: %w", test.err))
 			if !strings.Contains(reason, test.reason) || !strings.Contains(remedy, test.remedy) || (remedy == "") != (test.remedy == "") {
 				t.Errorf("reason %q and remedy %q, want %q and %q", reason, remedy, test.reason, test.remedy)
 			}
@@ -68,8 +68,8 @@ func TestAFailureOfARungIsExplained(t *testing.T) {
 	}
 }
 
-func TestEveryBetterRungHasAGain(t *testing.T) {
-	for _, all := range [][]Rung{RawRungs, TarRungs} {
+func TestEveryBetterModeHasAGain(t *testing.T) {
+	for _, all := range [][]Mode{RawModes, TarModes} {
 		for i, from := range all {
 			for _, to := range all[:i] {
 				if Gain(from, to) == "" {

@@ -42,7 +42,7 @@ func enableVerity(path string) error {
 	return nil
 }
 
-// errNoDirectIO is of a rung that works, but not with O_DIRECT.
+// errNoDirectIO is of a mode that works, but not with O_DIRECT.
 var errNoDirectIO = errors.New("its files cannot be read with O_DIRECT")
 
 // readDirect wants the content of file from open(2) with O_DIRECT, and from a read
@@ -89,7 +89,7 @@ func alignedBuffer(size int) ([]byte, error) {
 	return buffer, os.NewSyscallError("mmap", err)
 }
 
-// sectors tries to read 512 bytes at an offset of 512 by direct I/O, as a rung does whose
+// sectors tries to read 512 bytes at an offset of 512 by direct I/O, as a mode does whose
 // members begin there.
 func sectors(root string) (err error) {
 	f, err := os.CreateTemp(root, ProbeDirs)

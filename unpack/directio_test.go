@@ -83,19 +83,19 @@ func TestFilesAreReadWithODirect(t *testing.T) {
 		headers = append(headers, "of "+itoa(n))
 	}
 	for _, test := range []struct {
-		rungs   Rungs
+		modes   Modes
 		members bool // can be opened so
 	}{
-		{Rungs{Overlay, EROFS}, false},
-		{Rungs{Overlay, EROFSLoop}, true},
-		{Rungs{Overlay, EROFSBuffered}, false},
-		{Rungs{Overlay, Extract}, true},
-		{Rungs{Link, EROFSLoop}, true},
-		{Rungs{Link, Extract}, true},
-		{Rungs{Copy, Extract}, true},
+		{Modes{Overlay, EROFS}, false},
+		{Modes{Overlay, EROFSLoop}, true},
+		{Modes{Overlay, EROFSBuffered}, false},
+		{Modes{Overlay, Extract}, true},
+		{Modes{Link, EROFSLoop}, true},
+		{Modes{Link, Extract}, true},
+		{Modes{Copy, Extract}, true},
 	} {
 		for _, mixed := range []bool{false, true} {
-			name := test.rungs.String()
+			name := test.modes.String()
 			if mixed {
 				name += ", with a raw layer"
 			}
@@ -112,12 +112,12 @@ func TestFilesAreReadWithODirect(t *testing.T) {
 				if mixed {
 					layers = append(layers, s.raw(t, "raw", noise(5000)))
 				}
-				dir := s.show(t, test.rungs, layers...)
-				works := test.members || here(test.rungs).Tar == EROFSLoop
-				image := !mixed || test.rungs.Raw == Overlay // else the tar is extracted
+				dir := s.show(t, test.modes, layers...)
+				works := test.members || here(test.modes).Tar == EROFSLoop
+				image := !mixed || test.modes.Raw == Overlay // else the tar is extracted
 				for name, content := range members {
 					err := readDirect(filepath.Join(dir, name), content)
-					if image && test.rungs.Tar == EROFSLoop && len(content)%tarBlock > 0 && !endsAreRead() {
+					if image && test.modes.Tar == EROFSLoop && len(content)%tarBlock > 0 && !endsAreRead() {
 						if !errors.Is(err, unix.EINVAL) {
 							t.Errorf("%s: %v; want that its end cannot be read", name, err)
 						}
@@ -169,29 +169,29 @@ func wantBlocks(t *testing.T, path, want string) {
 	}
 }
 
-func TestOnlyRungsWithODirectAreTakenWhereItIsRequired(t *testing.T) {
+func TestOnlyModesWithODirectAreTakenWhereItIsRequired(t *testing.T) {
 	dir := t.TempDir()
 	if !hasDirectIO(t, dir) {
 		t.Skip("NOT TESTED: the file system of the tests has no direct I/O")
 	}
-	want := Rungs{Raw: best.Raw, Tar: Extract}
+	want := Modes{Raw: best.Raw, Tar: Extract}
 	if has(EROFSLoop) && endsAreRead() {
 		want.Tar = EROFSLoop
 	}
-	if r, why := Probe(t.Context(), dir, Rungs{}, true); r != want {
+	if r, why := Probe(t.Context(), dir, Modes{}, true); r != want {
 		t.Errorf("%v, %v; want %v", r, why, want)
 	}
-	for _, r := range []Rung{EROFS, EROFSBuffered} {
-		if here(Rungs{Tar: r}).Tar != r || !has(r) {
+	for _, r := range []Mode{EROFS, EROFSBuffered} {
+		if here(Modes{Tar: r}).Tar != r || !has(r) {
 			continue
 		}
-		if got, err := Probe(t.Context(), dir, Rungs{Tar: r}, true); got != (Rungs{}) || err == nil || !strings.Contains(err.Error(), `rung "`+string(r)+`" does not work`) || !strings.Contains(err.Error(), "O_DIRECT") {
+		if got, err := Probe(t.Context(), dir, Modes{Tar: r}, true); got != (Modes{}) || err == nil || !strings.Contains(err.Error(), `mode "`+string(r)+`" does not work`) || !strings.Contains(err.Error(), "O_DIRECT") {
 			t.Errorf("%s by name: %v, %v", r, got, err)
 		}
 	}
 }
 
-func TestNoRungHasODirectWhereTheFileSystemHasNot(t *testing.T) {
+func TestNoModeHasODirectWhereTheFileSystemHasNot(t *testing.T) {
 	dir := t.TempDir()
 	if err := unix.Mount("ramfs", dir, "ramfs", 0, ""); err != nil {
 		t.Fatal(err)
@@ -201,11 +201,11 @@ func TestNoRungHasODirectWhereTheFileSystemHasNot(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	if r, why := Probe(t.Context(), dir, Rungs{}, true); r != (Rungs{}) || why == nil || !strings.Contains(why.Error(), "cannot be read with O_DIRECT") {
+	if r, why := Probe(t.Context(), dir, Modes{}, true); r != (Modes{}) || why == nil || !strings.Contains(why.Error(), "cannot be read with O_DIRECT") {
 		t.Errorf("%v, %v", r, why)
 	}
-	if r, why := Probe(t.Context(), dir, Rungs{}, false); r == (Rungs{}) {
-		t.Errorf("without O_DIRECT there is no rung either: %v", why)
+	if r, why := Probe(t.Context(), dir, Modes{}, false); r == (Modes{}) {
+		t.Errorf("without O_DIRECT there is no mode either: %v", why)
 	}
 }
 
@@ -213,9 +213,9 @@ func TestNoRungHasODirectWhereTheFileSystemHasNot(t *testing.T) {
 func TestADiskWithLargeSectors(t *testing.T) {
 	dir := disk(t, 4096, "mkfs.ext4", "-q")
 	for _, direct := range []bool{false, true} {
-		r, why := Probe(t.Context(), dir, Rungs{}, direct)
+		r, why := Probe(t.Context(), dir, Modes{}, direct)
 		// Before Linux 6.15 a loop device on such a disk does without direct I/O.
-		if want := []Rung{EROFSLoop, EROFSBuffered, Extract}; !slices.Contains(want, r.Tar) || direct && r.Tar == EROFSBuffered {
+		if want := []Mode{EROFSLoop, EROFSBuffered, Extract}; !slices.Contains(want, r.Tar) || direct && r.Tar == EROFSBuffered {
 			t.Errorf("%v, %v; want one of %v", r, why, want)
 		}
 		s := diskSite(t, filepath.Join(dir, itoa(len(r.Tar))))
@@ -234,8 +234,8 @@ func TestADiskWithLargeSectors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, trial := range DiagnoseRungs(t.Context(), root, "", false, TarRungs).Trials {
-		if has(trial.Rung) && !trial.Works && (!strings.Contains(trial.Reason, "512 bytes") || !strings.Contains(trial.Remedy, "sectors of 512")) {
+	for _, trial := range CompareModes(t.Context(), root, "", false, TarModes).Trials {
+		if has(trial.Mode) && !trial.Works && (!strings.Contains(trial.Reason, "512 bytes") || !strings.Contains(trial.Remedy, "sectors of 512")) {
 			t.Errorf("%+v does not blame the sectors", trial)
 		}
 	}
@@ -255,13 +255,13 @@ func TestWhoCachesTwiceIsSaid(t *testing.T) {
 		{"ext4 with fs-verity", []string{"mkfs.ext4", "-q", "-O", "verity"}, true, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			requireRungs(t, EROFS, EROFSLoop)
+			requireModes(t, EROFS, EROFSLoop)
 			if _, err := exec.LookPath(test.mkfs[0]); err != nil {
 				t.Skipf("NOT TESTED: there is no %s", test.mkfs[0])
 			}
 			dir := disk(t, 512, test.mkfs...)
-			for _, rung := range []Rung{EROFS, EROFSLoop} {
-				s := diskSite(t, filepath.Join(dir, string(rung)))
+			for _, mode := range []Mode{EROFS, EROFSLoop} {
+				s := diskSite(t, filepath.Join(dir, string(mode)))
 				content := noise(1 << 20)
 				l := s.tar(t, artifact.CompressionNone, archive(t, file("f", content)))
 				blob := s.content.Path(l.Descriptor.Digest)
@@ -272,18 +272,18 @@ func TestWhoCachesTwiceIsSaid(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				ladder := DiagnoseRungs(t.Context(), root, rung, false, TarRungs)
-				if ladder.Taken != rung {
-					t.Fatalf("%+v", ladder)
+				compared := CompareModes(t.Context(), root, mode, false, TarModes)
+				if compared.Taken != mode {
+					t.Fatalf("%+v", everyPair)
 				}
-				shown := s.show(t, Rungs{Overlay, rung}, l)
+				shown := s.show(t, Modes{Overlay, mode}, l)
 				twice := cachedAfter(t, blob, func() {
 					if read(t, shown, "f") != content {
-						t.Errorf("%s shows other bytes", rung)
+						t.Errorf("%s shows other bytes", mode)
 					}
 				})
-				if twice != (ladder.Twice != "") || twice != (ladder.Remedy != "") || test.once && twice || test.verity && !strings.Contains(ladder.Twice, "fs-verity") {
-					t.Errorf("with %s the page cache holds the tar twice: %t; doctor says %q and %q", rung, twice, ladder.Twice, ladder.Remedy)
+				if twice != (compared.Twice != "") || twice != (compared.Remedy != "") || test.once && twice || test.verity && !strings.Contains(compared.Twice, "fs-verity") {
+					t.Errorf("with %s the page cache holds the tar twice: %t; doctor says %q and %q", mode, twice, compared.Twice, compared.Remedy)
 				}
 			}
 		})
@@ -313,17 +313,17 @@ func cachedAfter(t *testing.T, path string, f func()) bool {
 	return n > 0
 }
 
-// What is lacking for a moment says nothing of a rung: the next one would be taken until
+// What is lacking for a moment says nothing of a mode: the next one would be taken until
 // the next start.
-func TestNoRungIsPassedOverForWhatIsLackingForAMoment(t *testing.T) {
+func TestNoModeIsPassedOverForWhatIsLackingForAMoment(t *testing.T) {
 	try := probes[Overlay]
 	defer func() { probes[Overlay] = try }()
 	probes[Overlay] = func(context.Context, string, bool) error { return fmt.Errorf("%w: %w", errNoDirectIO, unix.ENOMEM) }
-	if r, err := probe(t.Context(), t.TempDir(), "", true, RawRungs); r != "" || !errors.Is(err, unix.ENOMEM) {
+	if r, err := probe(t.Context(), t.TempDir(), "", true, RawModes); r != "" || !errors.Is(err, unix.ENOMEM) {
 		t.Errorf("%q, %v; want none, and why", r, err)
 	}
 	probes[Overlay] = func(context.Context, string, bool) error { return errNoDirectIO }
-	if r, err := probe(t.Context(), t.TempDir(), "", true, []Rung{Overlay, Copy}); r != Copy || err != nil {
+	if r, err := probe(t.Context(), t.TempDir(), "", true, []Mode{Overlay, Copy}); r != Copy || err != nil {
 		t.Errorf("%q, %v; want the next one", r, err)
 	}
 }

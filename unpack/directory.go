@@ -117,7 +117,7 @@ func (w *writer) file(ctx context.Context, name string, n *node) error {
 	if c != nil && !n.bytes.member && w.whole != nil {
 		return w.whole(ctx, name, n)
 	}
-	if c != nil && !n.bytes.member && (w.Rungs.Raw == Link || c.own && w.Rungs.Raw == Copy) {
+	if c != nil && !n.bytes.member && (w.Modes.Raw == Link || c.own && w.Modes.Raw == Copy) {
 		dir, base, err := w.at(name)
 		if err != nil {
 			return err
@@ -162,7 +162,7 @@ func (w *writer) bytes(ctx context.Context, f *os.File, e extent) error {
 		written, err := copySparse(f, reader{ctx, io.NewSectionReader(archive, e.offset, e.size)}, e.size, e.size)
 		w.counted(Copied, written)
 		return err
-	case w.Rungs.Raw == Overlay:
+	case w.Modes.Raw == Overlay:
 		return makeMetacopy(f, c.name, e.size)
 	default:
 		blob := c.layer.Descriptor

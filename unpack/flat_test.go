@@ -53,7 +53,7 @@ func (s site) left(t *testing.T) (names []string) {
 func TestAFlatTarIsSharedByAllTreesWithTheBlob(t *testing.T) {
 	for _, c := range compressed {
 		t.Run(string(c), func(t *testing.T) {
-			requireRungs(t, Overlay, EROFS)
+			requireModes(t, Overlay, EROFS)
 			s := newSite(t)
 			l := s.tar(t, c, archive(t, file("f", noise(1<<20))))
 			first, err := s.buildAs("first", best, l)
@@ -106,7 +106,7 @@ func TestWhatACorruptBlobHoldsIsNotShared(t *testing.T) {
 }
 
 func TestOneTarCompressedInTwoWaysIsOnTheDiskOnce(t *testing.T) {
-	requireRungs(t, Overlay, EROFS)
+	requireModes(t, Overlay, EROFS)
 	s := newSite(t)
 	a := archive(t, file("f", noise(1<<20)))
 	gz, zst := s.tar(t, artifact.CompressionGzip, a), s.tar(t, artifact.CompressionZstd, a)
@@ -273,7 +273,7 @@ func TestLayersAreDecompressedTogetherWithinAnyBudget(t *testing.T) {
 
 // Two artifacts that share layers are built at one time.
 func TestTwoBuildsAtOneTimeShareAFlatTar(t *testing.T) {
-	requireRungs(t, Overlay, EROFS)
+	requireModes(t, Overlay, EROFS)
 	for range 10 {
 		s := newSite(t)
 		var layers []artifact.Layer
@@ -359,7 +359,7 @@ func waitForGoroutines(t *testing.T, most int) {
 // What a build that is killed leaves in the shared directory are a tar without
 // its symlink, and, once the sweep has been there, a symlink without its tar.
 func TestABuildGoesOnFromWhatAKilledOneLeft(t *testing.T) {
-	requireRungs(t, Overlay, EROFS)
+	requireModes(t, Overlay, EROFS)
 	for what, kill := range map[string]func(t *testing.T, s site, blob, flat string){
 		"a tar without its symlink": func(t *testing.T, _ site, blob, _ string) {
 			if err := os.Remove(blob + ".tar"); err != nil {
@@ -409,8 +409,8 @@ func TestABuildGoesOnFromWhatAKilledOneLeft(t *testing.T) {
 }
 
 func TestProgressOfEveryKindOfLayerIsOfAllBytes(t *testing.T) {
-	for _, rung := range ladder {
-		t.Run(rung.String(), func(t *testing.T) {
+	for _, mode := range everyPair {
+		t.Run(mode.String(), func(t *testing.T) {
 			s := newSite(t)
 			same := s.layerOf(t, "gzip", "same", "x")
 			a := numbered(s.layerOf(t, "raw", "1", "x"), s.layerOf(t, "tar", "2", "x"), same, s.layerOf(t, "zstd", "3", "x"), same, s.layerOf(t, "raw", "4", "x"))
@@ -419,7 +419,7 @@ func TestProgressOfEveryKindOfLayerIsOfAllBytes(t *testing.T) {
 			for _, l := range a.Layers {
 				total += l.Descriptor.Size
 			}
-			o := s.options(rung)
+			o := s.options(mode)
 			for _, name := range []string{"first", "second"} {
 				done = 0
 				o.Progress = func(n int64) {

@@ -22,7 +22,7 @@ import (
 // The size of a raw layer is what the manifest says, and the blob may not even be
 // there yet. Each 32 MiB of it is memory in the image's writer.
 func TestASizeThatIsNotTrueTakesNoMemory(t *testing.T) {
-	requireRungs(t, Overlay)
+	requireModes(t, Overlay)
 	s := newSite(t)
 	raw := s.raw(t, "f", "x")
 	raw.Descriptor.Size = 1 << 51
@@ -109,8 +109,8 @@ func TestReadingHolesEndsWithTheContext(t *testing.T) {
 func TestATreeOfAnotherVersionIsNotLoaded(t *testing.T) {
 	dir := t.TempDir()
 	for _, tree := range []string{
-		`{"manifest": "sha256:00", "rung": "overlay"}`,
-		`{"manifest": "sha256:00", "rungs": {"raw": "overlay", "tar": "erofs"}, "format": 2}`, // of other rules for names
+		`{"manifest": "sha256:00", "mode": "overlay"}`,
+		`{"manifest": "sha256:00", "modes": {"raw": "overlay", "tar": "erofs"}, "format": 2}`, // of other rules for names
 	} {
 		if err := os.WriteFile(filepath.Join(dir, metaFile), []byte(tree), 0o600); err != nil {
 			t.Fatal(err)
@@ -122,10 +122,10 @@ func TestATreeOfAnotherVersionIsNotLoaded(t *testing.T) {
 }
 
 func TestNoArchiveIsRetainedThatNothingIsShownOf(t *testing.T) {
-	for _, rungs := range ladder {
-		t.Run(rungs.String(), func(t *testing.T) {
+	for _, modes := range everyPair {
+		t.Run(modes.String(), func(t *testing.T) {
 			s := newSite(t)
-			tree, err := s.build(rungs,
+			tree, err := s.build(modes,
 				s.tar(t, artifact.CompressionNone, archive(t, file("a", "first"), tar.Header{Name: "d/", Typeflag: tar.TypeDir})),
 				s.tar(t, artifact.CompressionNone, sparse(t, 1<<20)),
 				s.tar(t, artifact.CompressionGzip, archive(t, file("a", "second"), file("sparse", "x"))))
@@ -164,7 +164,7 @@ func TestASparseMemberDoesNotGrowWithoutBounds(t *testing.T) {
 }
 
 func TestSparseMembersAreCountedAndReadOnce(t *testing.T) {
-	requireRungs(t, Overlay, EROFS)
+	requireModes(t, Overlay, EROFS)
 	s := newSite(t)
 	l := s.tar(t, artifact.CompressionNone, sparse(t, 1<<20))
 	tree, err := s.build(best, l, l, l)

@@ -61,12 +61,12 @@ func hugeHeader(flag byte, name string, size int64) string {
 }
 
 func TestAMemberBeyondTheLimitOfOctalSizesIsShown(t *testing.T) {
-	for _, rung := range []Rungs{best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}} {
+	for _, mode := range []Modes{best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}} {
 		for _, size := range []int64{9<<30 + 1, 9<<30 + 4096, 1 << 40} {
-			t.Run(rung.String()+"/"+itoa(int(size)), func(t *testing.T) {
-				requireRungs(t, Overlay, EROFS) // whoever extracts it needs the space
+			t.Run(mode.String()+"/"+itoa(int(size)), func(t *testing.T) {
+				requireModes(t, Overlay, EROFS) // whoever extracts it needs the space
 				s := newSite(t)
-				dir := s.show(t, rung, s.huge(t, size, "the end"))
+				dir := s.show(t, mode, s.huge(t, size, "the end"))
 				f, err := os.Open(filepath.Join(dir, "weights"))
 				if err != nil {
 					t.Fatal(err)
@@ -132,20 +132,20 @@ func TestWhichTarsAreTooLargeForAnImage(t *testing.T) {
 }
 
 func TestATarThatIsTooLargeForAnImageIsExtracted(t *testing.T) {
-	for _, rung := range []Rungs{best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}} {
+	for _, mode := range []Modes{best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}} {
 		for _, size := range []int64{1<<40 + 1, 3 << 40} {
-			t.Run(rung.String()+"/"+itoa(int(size)), func(t *testing.T) {
-				requireRungs(t, Overlay, EROFS)
+			t.Run(mode.String()+"/"+itoa(int(size)), func(t *testing.T) {
+				requireModes(t, Overlay, EROFS)
 				s := newSite(t)
 				// The next layer replaces the member for which the disk has no room.
 				l := s.huge(t, size, "the end")
-				dir := s.show(t, rung, l, s.tar(t, artifact.CompressionNone, archive(t, file("weights", "small"))))
+				dir := s.show(t, mode, l, s.tar(t, artifact.CompressionNone, archive(t, file("weights", "small"))))
 				for name, want := range map[string]string{"weights": "small", "weights.index": "the end"} {
 					if got := read(t, dir, name); got != want {
 						t.Errorf("%s holds %q, want %q", name, got, want)
 					}
 				}
-				o := s.options(rung)
+				o := s.options(mode)
 				o.Budget = NewBudget(Limits{Memory: 1 << 30, Expansion: 50, Reserve: 100}) // never room
 				_, err := Build(context.Background(), filepath.Join(s.root, "none"), numbered(l), o)
 				for _, want := range []string{"larger than 1 TiB and EROFS cannot address", "pack its files as raw layers", "layer 0", `"weights": ` + itoa(int(size)) + " bytes are needed"} {
@@ -160,14 +160,14 @@ func TestATarThatIsTooLargeForAnImageIsExtracted(t *testing.T) {
 
 func TestARawFileOfAnySizeIsShown(t *testing.T) {
 	const size = 3 << 40
-	for _, rung := range []Rungs{best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}, {Overlay, Extract}, {Link, Extract}} {
-		t.Run(rung.String(), func(t *testing.T) {
+	for _, mode := range []Modes{best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}, {Overlay, Extract}, {Link, Extract}} {
+		t.Run(mode.String(), func(t *testing.T) {
 			s := newSite(t)
 			raw := artifact.Layer{
 				Format: artifact.FormatRaw, File: artifact.File{Path: "weights", Mode: 0o644, ModTime: mtime},
 				Descriptor: s.sparse(t, size, map[int64]string{size - 7: "the end"}),
 			}
-			dir := s.show(t, rung, raw, s.tar(t, artifact.CompressionNone, archive(t, file("index", "small"))))
+			dir := s.show(t, mode, raw, s.tar(t, artifact.CompressionNone, archive(t, file("index", "small"))))
 			f, err := os.Open(filepath.Join(dir, "weights"))
 			if err != nil {
 				t.Fatal(err)

@@ -162,20 +162,20 @@ func odd(t *testing.T) map[string][]byte {
 func TestEveryKindOfMemberIsShownAsTheArchiveHasIt(t *testing.T) {
 	all, strange := forms(t), odd(t)
 	// The others do with tars what one of these does.
-	for _, rung := range []Rungs{best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}, {Overlay, Extract}, {Link, EROFS}} {
+	for _, mode := range []Modes{best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}, {Overlay, Extract}, {Link, EROFS}} {
 		for _, archives := range []map[string][]byte{all, strange} {
 			for name, a := range archives {
-				if _, is := strange[name]; is && (rung.Tar == Extract || rung.Raw != Overlay) {
+				if _, is := strange[name]; is && (mode.Tar == Extract || mode.Raw != Overlay) {
 					continue
 				}
-				t.Run(rung.String()+"/"+name, func(t *testing.T) {
+				t.Run(mode.String()+"/"+name, func(t *testing.T) {
 					t.Parallel()
 					s := newSite(t)
-					if name == "the longest symlink" && rung.Tar == Extract && !holds(t, longestSymlink.Linkname) {
+					if name == "the longest symlink" && mode.Tar == Extract && !holds(t, longestSymlink.Linkname) {
 						wantNoSymlink(t, s)
 						return
 					}
-					wantVolume(t, s.show(t, rung, s.tar(t, artifact.CompressionNone, a)), a)
+					wantVolume(t, s.show(t, mode, s.tar(t, artifact.CompressionNone, a)), a)
 				})
 			}
 		}
@@ -203,7 +203,7 @@ func TestASymlinkThatTheFileSystemCannotHoldIsSaid(t *testing.T) {
 
 func wantNoSymlink(t *testing.T, s site) {
 	t.Helper()
-	_, err := s.build(Rungs{Overlay, Extract}, s.tar(t, artifact.CompressionNone, archive(t, longestSymlink)))
+	_, err := s.build(Modes{Overlay, Extract}, s.tar(t, artifact.CompressionNone, archive(t, longestSymlink)))
 	if want := "the target of the symlink longest has 4095 bytes, more than the file system of root holds"; !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), want) {
 		t.Errorf("%v, want that %s", err, want)
 	}
@@ -283,10 +283,10 @@ func TestSparseMembersKeepTheirAttributes(t *testing.T) {
 		a = slices.Concat(a, member512(tar.TypeXHeader, "pax", pax, nil), member512(tar.TypeReg, "GNUSparseFile.0/f", noise(600), nil))
 	}
 	a = append(a, endMark...)
-	for _, rung := range ladder {
-		t.Run(rung.String(), func(t *testing.T) {
+	for _, mode := range everyPair {
+		t.Run(mode.String(), func(t *testing.T) {
 			s := newSite(t)
-			wantVolume(t, s.show(t, rung, s.tar(t, artifact.CompressionNone, a)), a)
+			wantVolume(t, s.show(t, mode, s.tar(t, artifact.CompressionNone, a)), a)
 		})
 	}
 }
@@ -300,7 +300,7 @@ func TestImagesAreWholePagesAtNoCost(t *testing.T) {
 			members = append(members, file("f"+itoa(i), noise(300+i)))
 		}
 		s := newSite(t)
-		tree, err := s.build(Rungs{Overlay, EROFSBuffered}, s.tar(t, artifact.CompressionNone, archive(t, members...)))
+		tree, err := s.build(Modes{Overlay, EROFSBuffered}, s.tar(t, artifact.CompressionNone, archive(t, members...)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -322,16 +322,16 @@ func TestImagesAreWholePagesAtNoCost(t *testing.T) {
 
 func TestHundredsOfLayersAreOneMount(t *testing.T) {
 	for _, c := range []struct {
-		rung         Rungs
+		mode         Modes
 		tars, raws   int
 		compressions []artifact.Compression
 	}{
 		{best, 600, 500, []artifact.Compression{artifact.CompressionNone, artifact.CompressionGzip, artifact.CompressionZstd}},
-		{Rungs{Overlay, EROFSBuffered}, 100, 100, []artifact.Compression{artifact.CompressionNone}},
-		{Rungs{Overlay, EROFSLoop}, 20, 20, []artifact.Compression{artifact.CompressionNone}},
-		{Rungs{Overlay, Extract}, 100, 100, []artifact.Compression{artifact.CompressionZstd}},
+		{Modes{Overlay, EROFSBuffered}, 100, 100, []artifact.Compression{artifact.CompressionNone}},
+		{Modes{Overlay, EROFSLoop}, 20, 20, []artifact.Compression{artifact.CompressionNone}},
+		{Modes{Overlay, Extract}, 100, 100, []artifact.Compression{artifact.CompressionZstd}},
 	} {
-		t.Run(fmt.Sprint(c.rung, "/", c.tars, " tars, ", c.raws, " files"), func(t *testing.T) {
+		t.Run(fmt.Sprint(c.mode, "/", c.tars, " tars, ", c.raws, " files"), func(t *testing.T) {
 			s := newSite(t)
 			var layers []artifact.Layer
 			want := map[string]string{}
@@ -345,7 +345,7 @@ func TestHundredsOfLayersAreOneMount(t *testing.T) {
 				want[name] = content
 				layers = append(layers, s.raw(t, name, content))
 			}
-			dir := s.show(t, c.rung, layers...)
+			dir := s.show(t, c.mode, layers...)
 			for name, content := range want {
 				if got := read(t, dir, name); got != content {
 					t.Errorf("%s holds %d other bytes", name, len(got))
@@ -410,7 +410,7 @@ func waitForNoLoops(t *testing.T, dir string) {
 
 func TestLoopDevicesGoWithTheMount(t *testing.T) {
 	s := newSite(t)
-	tree, err := s.build(Rungs{Overlay, EROFSLoop}, s.raw(t, "raw", "x"), s.tar(t, artifact.CompressionNone, archive(t, file("f", "x"))),
+	tree, err := s.build(Modes{Overlay, EROFSLoop}, s.raw(t, "raw", "x"), s.tar(t, artifact.CompressionNone, archive(t, file("f", "x"))),
 		s.tar(t, artifact.CompressionGzip, archive(t, file("g", "x"))))
 	if err != nil {
 		t.Fatal(err)
@@ -434,8 +434,8 @@ func TestLoopDevicesGoWithTheMount(t *testing.T) {
 }
 
 func TestAFailedMountLeavesNothing(t *testing.T) {
-	requireRungs(t, Overlay, EROFS) // it harms an image
-	for _, rung := range []Rungs{best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}} {
+	requireModes(t, Overlay, EROFS) // it harms an image
+	for _, mode := range []Modes{best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}} {
 		for what, harm := range map[string]func(*testing.T, *Tree) (target string){
 			"no target": func(t *testing.T, _ *Tree) string { return filepath.Join(t.TempDir(), "none") },
 			"no image": func(t *testing.T, tree *Tree) string {
@@ -451,9 +451,9 @@ func TestAFailedMountLeavesNothing(t *testing.T) {
 				return t.TempDir()
 			},
 		} {
-			t.Run(rung.String()+"/"+what, func(t *testing.T) {
+			t.Run(mode.String()+"/"+what, func(t *testing.T) {
 				s := newSite(t)
-				tree, err := s.build(rung, s.raw(t, "raw", "x"), s.tar(t, artifact.CompressionNone, archive(t, file("f", "x"))))
+				tree, err := s.build(mode, s.raw(t, "raw", "x"), s.tar(t, artifact.CompressionNone, archive(t, file("f", "x"))))
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -41,16 +41,16 @@ func permutations(of []string) (all [][]string) {
 }
 
 func TestTheLastLayerWinsWhateverTheLayersAre(t *testing.T) {
-	for _, rung := range []Rungs{best, {Overlay, Extract}, {Copy, EROFS}} {
+	for _, mode := range []Modes{best, {Overlay, Extract}, {Copy, EROFS}} {
 		for _, order := range permutations(kinds) {
-			t.Run(rung.String()+"/"+strings.Join(order, ","), func(t *testing.T) {
+			t.Run(mode.String()+"/"+strings.Join(order, ","), func(t *testing.T) {
 				t.Parallel()
 				s := newSite(t)
 				var layers []artifact.Layer
 				for i, kind := range order {
 					layers = append(layers, s.layerOf(t, kind, "d/f", kind), s.layerOf(t, kind, fmt.Sprint("d/of ", i), kind))
 				}
-				dir := s.show(t, rung, layers...)
+				dir := s.show(t, mode, layers...)
 				if got, want := read(t, dir, "d/f"), order[len(order)-1]; got != want {
 					t.Errorf("d/f is of the layer %s, want %s", got, want)
 				}
@@ -65,16 +65,16 @@ func TestTheLastLayerWinsWhateverTheLayersAre(t *testing.T) {
 }
 
 func TestABlobCanBeManyLayers(t *testing.T) {
-	for _, rung := range ladder {
+	for _, mode := range everyPair {
 		for _, kind := range kinds {
-			t.Run(rung.String()+"/"+kind, func(t *testing.T) {
+			t.Run(mode.String()+"/"+kind, func(t *testing.T) {
 				t.Parallel()
 				s := newSite(t)
 				a, b := s.layerOf(t, kind, "f", "a"), s.layerOf(t, kind, "f", "b")
 				if kind == "raw" { // of which two may not have one path
 					b = s.layerOf(t, kind, "g", "b")
 				}
-				if dir := s.show(t, rung, a, b, a); read(t, dir, "f") != "a" {
+				if dir := s.show(t, mode, a, b, a); read(t, dir, "f") != "a" {
 					t.Error("the first layer's blob, as the last one, does not win")
 				}
 			})
@@ -83,12 +83,12 @@ func TestABlobCanBeManyLayers(t *testing.T) {
 }
 
 func TestABlobCanBeATarAndAFile(t *testing.T) {
-	for _, rung := range ladder {
+	for _, mode := range everyPair {
 		for _, order := range [][]string{{"file", "tar"}, {"tar", "file"}, {"file", "tar", "file"}} {
 			for c, compression := range map[string]artifact.Compression{
 				"plain": artifact.CompressionNone, "gzip": artifact.CompressionGzip, "zstd": artifact.CompressionZstd,
 			} {
-				t.Run(rung.String()+"/"+strings.Join(order, ",")+"/"+c, func(t *testing.T) {
+				t.Run(mode.String()+"/"+strings.Join(order, ",")+"/"+c, func(t *testing.T) {
 					t.Parallel()
 					s := newSite(t)
 					asTar := s.tar(t, compression, archive(t, file("member", strings.Repeat("hello", 1000))))
@@ -102,7 +102,7 @@ func TestABlobCanBeATarAndAFile(t *testing.T) {
 						}
 						layers = append(layers, l)
 					}
-					dir := s.show(t, rung, layers...)
+					dir := s.show(t, mode, layers...)
 					if got := read(t, dir, "member"); got != strings.Repeat("hello", 1000) {
 						t.Errorf("the member holds %d other bytes", len(got))
 					}
@@ -119,12 +119,12 @@ func TestABlobCanBeATarAndAFile(t *testing.T) {
 }
 
 func TestALayerCanReplaceAHardLinkedFile(t *testing.T) {
-	for _, rung := range ladder {
-		t.Run(rung.String(), func(t *testing.T) {
+	for _, mode := range everyPair {
+		t.Run(mode.String(), func(t *testing.T) {
 			s := newSite(t)
 			linked := archive(t, file("first", "1"), tar.Header{Name: "second", Typeflag: tar.TypeLink, Linkname: "first"},
 				tar.Header{Name: "third", Typeflag: tar.TypeLink, Linkname: "second"})
-			dir := s.show(t, rung, s.tar(t, artifact.CompressionNone, linked), s.raw(t, "first", "raw"),
+			dir := s.show(t, mode, s.tar(t, artifact.CompressionNone, linked), s.raw(t, "first", "raw"),
 				s.tar(t, artifact.CompressionGzip, archive(t, file("third", "tar"))))
 			for name, want := range map[string]string{"first": "raw", "second": "1", "third": "tar"} {
 				if got := read(t, dir, name); got != want {

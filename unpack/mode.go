@@ -18,60 +18,60 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Rung is a way to lay out layers of one format. Each needs less of the node than
-// the one before it in RawRungs or TarRungs, and gives less.
-type Rung string
+// Mode is a way to lay out layers of one format. Each needs less of the node than
+// the one before it in RawModes or TarModes, and gives less.
+type Mode string
 
-// The rungs for raw layers.
+// The modes for raw layers.
 const (
 	// Overlay makes each file an empty, sparse one with the right attributes,
 	// whose content overlayfs takes from the blob. It needs Linux 6.5.
-	Overlay Rung = "overlay"
+	Overlay Mode = "overlay"
 	// Link makes each file a hard link to the blob. No byte is copied either,
 	// but mode, owner and time are the blob's: 0444, root, the time of the
 	// pull.
-	Link Rung = "link"
+	Link Mode = "link"
 	// Copy makes each file a reflink where the file system can, else a copy.
-	Copy Rung = "copy"
+	Copy Mode = "copy"
 )
 
-// The rungs for tar layers. With the first three the metadata of an artifact are
+// The modes for tar layers. With the first three the metadata of an artifact are
 // one EROFS image and its tars extra devices of it: no byte is copied.
 const (
 	// EROFS mounts the files of image and tars directly, with direct I/O to
 	// them: the page cache has each byte once. It needs Linux 6.13, or a 6.12
 	// that has got its fixes (6422cde1b0d5, "erofs: use buffered I/O for
 	// file-backed mounts by default", which adds the option).
-	EROFS Rung = "erofs"
+	EROFS Mode = "erofs"
 	// EROFSLoop mounts them as loop devices, with direct I/O as well. It needs
 	// Linux 6.4, and a device for each tar.
-	EROFSLoop Rung = "erofs-loop"
+	EROFSLoop Mode = "erofs-loop"
 	// EROFSBuffered mounts the files without direct I/O: whatever is read is in
 	// the page cache twice.
-	EROFSBuffered Rung = "erofs-buffered"
+	EROFSBuffered Mode = "erofs-buffered"
 	// Extract copies the members out of the tar.
-	Extract Rung = "extract"
+	Extract Mode = "extract"
 )
 
 // maxDevices is how many archives one image may have: for files what an EROFS can
 // count (with the device of those that have no bytes), of loop devices what a node
 // can bear. An artifact with more is extracted, as is one with a tar that is too large.
-var maxDevices = map[Rung]int{EROFS: 1<<16 - 2, EROFSBuffered: 1<<16 - 2, EROFSLoop: 1000, Extract: -1}
+var maxDevices = map[Mode]int{EROFS: 1<<16 - 2, EROFSBuffered: 1<<16 - 2, EROFSLoop: 1000, Extract: -1}
 
-// RawRungs and TarRungs are all rungs of a format, the best first.
+// RawModes and TarModes are all modes of a format, the best first.
 var (
-	RawRungs = []Rung{Overlay, Link, Copy}
-	TarRungs = []Rung{EROFS, EROFSLoop, EROFSBuffered, Extract}
+	RawModes = []Mode{Overlay, Link, Copy}
+	TarModes = []Mode{EROFS, EROFSLoop, EROFSBuffered, Extract}
 )
 
-// Rungs are a rung for each format; an empty one is to be chosen.
-type Rungs struct {
-	Raw Rung `json:"raw"`
-	Tar Rung `json:"tar"`
+// Modes are a mode for each format; an empty one is to be chosen.
+type Modes struct {
+	Raw Mode `json:"raw"`
+	Tar Mode `json:"tar"`
 }
 
-// probes try a rung in an empty directory.
-var probes = map[Rung]func(ctx context.Context, dir string, direct bool) error{
+// probes try a mode in an empty directory.
+var probes = map[Mode]func(ctx context.Context, dir string, direct bool) error{
 	Overlay:       probeOverlay,
 	Link:          probeLink,
 	Copy:          probeCopy,
@@ -81,34 +81,34 @@ var probes = map[Rung]func(ctx context.Context, dir string, direct bool) error{
 	Extract:       probeCopy,
 }
 
-// Probe returns the best rungs that work in root, by trying each with a real
-// mount, and why the better ones do not (nil if the first ones work). Rungs that
+// Probe returns the best modes that work in root, by trying each with a real
+// mount, and why the better ones do not (nil if the first ones work). Modes that
 // forced names are not chosen but must work; direct asks for those whose files can be
 // read with O_DIRECT. What is lacking for the moment, such as disk space, says nothing
-// of a rung: then there is none, "".
-func Probe(ctx context.Context, root string, forced Rungs, direct bool) (r Rungs, why error) {
+// of a mode: then there is none, "".
+func Probe(ctx context.Context, root string, forced Modes, direct bool) (r Modes, why error) {
 	var errs [2]error
-	if r.Raw, errs[0] = probe(ctx, root, forced.Raw, direct, RawRungs); r.Raw == "" {
-		return Rungs{}, errs[0]
+	if r.Raw, errs[0] = probe(ctx, root, forced.Raw, direct, RawModes); r.Raw == "" {
+		return Modes{}, errs[0]
 	}
-	if r.Tar, errs[1] = probe(ctx, root, forced.Tar, direct, TarRungs); r.Tar == "" {
-		return Rungs{}, errs[1]
+	if r.Tar, errs[1] = probe(ctx, root, forced.Tar, direct, TarModes); r.Tar == "" {
+		return Modes{}, errs[1]
 	}
 	return r, errors.Join(errs[:]...)
 }
 
-func probe(ctx context.Context, root string, forced Rung, direct bool, all []Rung) (r Rung, why error) {
+func probe(ctx context.Context, root string, forced Mode, direct bool, all []Mode) (r Mode, why error) {
 	if forced != "" {
 		if !slices.Contains(all, forced) {
-			return "", fmt.Errorf("no rung is called %q, only %q: %w", forced, all, errdefs.ErrInvalidArgument)
+			return "", fmt.Errorf("no mode is called %q, only %q: %w", forced, all, errdefs.ErrInvalidArgument)
 		}
-		all = []Rung{forced}
+		all = []Mode{forced}
 	}
 	var unfit []error
 	for _, r := range all {
 		err := Try(ctx, root, r, direct)
 		if errors.Is(err, unix.EIO) {
-			// Of a disk for a moment, or of a kernel for ever: a lesser rung would be
+			// Of a disk for a moment, or of a kernel for ever: a lesser mode would be
 			// the daemon's until its next start.
 			err = Try(ctx, root, r, direct)
 		}
@@ -135,18 +135,18 @@ const ProbeDirs = "probe-*"
 
 // Try reports whether r works in root, and if direct is true, whether its files can be
 // read with O_DIRECT: nil, or why not.
-func Try(ctx context.Context, root string, r Rung, direct bool) error {
+func Try(ctx context.Context, root string, r Mode, direct bool) error {
 	probe, ok := probes[r]
 	if !ok {
-		return fmt.Errorf("no rung is called %q: %w", r, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("no mode is called %q: %w", r, errdefs.ErrInvalidArgument)
 	}
 	dir, err := os.MkdirTemp(root, ProbeDirs)
 	if err != nil {
-		return fmt.Errorf("rung %q cannot be tried in %s: %w", r, root, outOfSpace(err))
+		return fmt.Errorf("mode %q cannot be tried in %s: %w", r, root, outOfSpace(err))
 	}
 	defer os.RemoveAll(dir)
 	if err := probe(ctx, dir, direct); err != nil {
-		return fmt.Errorf("rung %q does not work in %s: %w", r, root, outOfSpace(err))
+		return fmt.Errorf("mode %q does not work in %s: %w", r, root, outOfSpace(err))
 	}
 	return nil
 }
@@ -196,8 +196,8 @@ func probeCopy(_ context.Context, dir string, direct bool) error {
 	return readFiles(dir, map[string]string{"copy": content}, direct)
 }
 
-// needs says what a rung with an image asks of the kernel.
-var needs = map[Rung]string{
+// needs says what a mode with an image asks of the kernel.
+var needs = map[Mode]string{
 	EROFS:         "EROFS over files with direct I/O needs Linux 6.13, the erofs module, and a file system that can do direct I/O in units of 512 bytes",
 	EROFSLoop:     "EROFS over loop devices needs Linux 6.4, the erofs and loop modules, and /dev/loop-control",
 	EROFSBuffered: "EROFS over files needs Linux 6.12 and the erofs module",
@@ -206,7 +206,7 @@ var needs = map[Rung]string{
 // probeImage reads a member through an image as Build makes them, by itself and
 // below an overlay. The member begins at a block of 512 bytes but not at one of
 // 4096, where direct I/O can fail.
-func probeImage(r Rung) func(context.Context, string, bool) error {
+func probeImage(r Mode) func(context.Context, string, bool) error {
 	return func(ctx context.Context, dir string, direct bool) error {
 		member := strings.Repeat("artifact", 1000)
 		c := &content{name: "archive", path: filepath.Join(dir, "archive")}

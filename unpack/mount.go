@@ -31,7 +31,7 @@ func (t *Tree) Mount(ctx context.Context, target string) (err error) {
 			}
 			// A bind is made read-only by a second step.
 			err = errors.Join(err, mount.UnmountAll(target, 0))
-			err = fmt.Errorf("cannot mount the tree of artifact %s (%s, %s) at %s: %w", t.Manifest, t.Rungs.Raw, t.Rungs.Tar, target, err)
+			err = fmt.Errorf("cannot mount the tree of artifact %s (%s, %s) at %s: %w", t.Manifest, t.Modes.Raw, t.Modes.Tar, target, err)
 		}
 	}()
 	fs, data := filepath.Join(t.dir, fsDir), filepath.Join(t.dir, dataDir)
@@ -40,7 +40,7 @@ func (t *Tree) Mount(ctx context.Context, target string) (err error) {
 		for _, name := range t.Devices {
 			devices = append(devices, filepath.Join(t.dir, name))
 		}
-		if err := mountImage(ctx, t.Rungs.Tar, filepath.Join(t.dir, imageFile), devices, fs); err != nil {
+		if err := mountImage(ctx, t.Modes.Tar, filepath.Join(t.dir, imageFile), devices, fs); err != nil {
 			return err
 		}
 		// The mounts below keep what is mounted here.
@@ -71,8 +71,8 @@ func overlayMount(lower, data string) mount.Mount {
 var escapeOverlay = strings.NewReplacer(`\`, `\\`, `:`, `\:`, `,`, `\,`)
 
 // mountImage mounts an EROFS image and its extra devices, in the image's order,
-// in the way of the rung r.
-func mountImage(ctx context.Context, r Rung, image string, devices []string, target string) error {
+// in the way of the mode r.
+func mountImage(ctx context.Context, r Mode, image string, devices []string, target string) error {
 	files := append([]string{image}, devices...)
 	if r == EROFSLoop {
 		for i, f := range files {

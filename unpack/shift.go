@@ -25,13 +25,13 @@ import (
 // Another one is errdefs.ErrFailedPrecondition.
 func (t *Tree) Shift(ctx context.Context, dir string, o Options) (*Tree, error) {
 	if !t.CanShift() {
-		return nil, fmt.Errorf("the tree of artifact %s is laid out by %q and %q and cannot be shifted: %w", t.Manifest, t.Rungs.Raw, t.Rungs.Tar, errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("the tree of artifact %s is laid out by %q and %q and cannot be shifted: %w", t.Manifest, t.Modes.Raw, t.Modes.Tar, errdefs.ErrFailedPrecondition)
 	}
 	s, err := o.Owners.parse()
 	if err != nil {
 		return nil, err
 	}
-	shifted := &Tree{Format: format, Manifest: t.Manifest, Rungs: t.Rungs, Redirects: true, Source: t.Source, dir: dir}
+	shifted := &Tree{Format: format, Manifest: t.Manifest, Modes: t.Modes, Redirects: true, Source: t.Source, dir: dir}
 	return shifted, shifted.make(func() error {
 		if t.Inodes > smallPlan {
 			release, err := o.Budget.largePlan(ctx)
@@ -40,7 +40,7 @@ func (t *Tree) Shift(ctx context.Context, dir string, o Options) (*Tree, error) 
 			}
 			defer release()
 		}
-		o.Rungs = t.Rungs
+		o.Modes = t.Modes
 		cs := newContents(filepath.Join(dir, dataDir), nil, o)
 		p := newPlan(time.Time{}, nil)
 		from := filepath.Join(t.dir, fsDir)
@@ -64,7 +64,7 @@ func (t *Tree) Shift(ctx context.Context, dir string, o Options) (*Tree, error) 
 }
 
 // CanShift reports whether Shift makes another Tree of t.
-func (t *Tree) CanShift() bool { return !t.Image && t.Rungs.Raw == Overlay }
+func (t *Tree) CanShift() bool { return !t.Image && t.Modes.Raw == Overlay }
 
 // addEntry plans the entry name, which is at path in the Tree t.
 func (cs *contents) addEntry(t *Tree, p *plan, path, name string, files map[uint64]*node) error {

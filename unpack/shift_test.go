@@ -31,13 +31,13 @@ func TestOwnersAreShiftedForAUserNamespace(t *testing.T) {
 				tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "tarred"},
 				tar.Header{Name: "sym", Typeflag: tar.TypeSymlink, Linkname: "tarred", Uid: 1},
 				tar.Header{Name: "sticky/", Typeflag: tar.TypeDir, Mode: 0o1750, Gid: 2})))
-			o := s.options(Rungs{Overlay, Extract})
+			o := s.options(Modes{Overlay, Extract})
 			var tree *Tree
 			var err error
 			if how != "from the first Tree" {
 				o.Owners = owners
 				if how == "from the artifact, as an image" {
-					o.Rungs = here(best)
+					o.Modes = here(best)
 				}
 				tree, err = Build(context.Background(), filepath.Join(s.root, "tree"), a, o)
 			} else {
@@ -81,11 +81,11 @@ func TestAShiftCopiesNoContent(t *testing.T) {
 	layers := []artifact.Layer{
 		s.raw(t, "raw", string(big)), s.tar(t, artifact.CompressionZstd, archive(t, file("tarred", string(big)))),
 	}
-	plain, err := s.build(Rungs{Overlay, Extract}, layers...)
+	plain, err := s.build(Modes{Overlay, Extract}, layers...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	o := s.options(plain.Rungs)
+	o := s.options(plain.Modes)
 	o.Owners = IDMap{UID: "0:1:10", GID: "0:1:10"}
 	shifted, err := plain.Shift(context.Background(), filepath.Join(s.root, "shifted"), o)
 	if err != nil {
@@ -104,13 +104,13 @@ func TestAShiftCopiesNoContent(t *testing.T) {
 	if again.Size > 64<<10 {
 		t.Errorf("the second image takes %d bytes", again.Size)
 	}
-	for _, rungs := range []Rungs{best, {Link, Extract}} {
-		linked, err := s.buildAs(rungs.String(), rungs, s.raw(t, "raw", "x"))
+	for _, modes := range []Modes{best, {Link, Extract}} {
+		linked, err := s.buildAs(modes.String(), modes, s.raw(t, "raw", "x"))
 		if err != nil {
 			t.Fatal(err)
 		}
 		if _, err := linked.Shift(context.Background(), filepath.Join(s.root, "no"), o); !errdefs.IsFailedPrecondition(err) {
-			t.Errorf("shifting a tree of the rungs %s: %v", rungs, err)
+			t.Errorf("shifting a tree of the modes %s: %v", modes, err)
 		}
 	}
 }

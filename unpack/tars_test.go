@@ -155,9 +155,9 @@ func TestFilesOfATarAreThoseOfAnImage(t *testing.T) {
 // A layer of no bytes is an archive of no members, whatever its compression, and no blob
 // is needed for it.
 func TestNoBytesAreAnEmptyArchive(t *testing.T) {
-	for _, rung := range ladder {
+	for _, mode := range everyPair {
 		for c, compression := range map[string]artifact.Compression{"plain": artifact.CompressionNone, "gzip": artifact.CompressionGzip, "zstd": artifact.CompressionZstd} {
-			t.Run(rung.String()+"/"+c, func(t *testing.T) {
+			t.Run(mode.String()+"/"+c, func(t *testing.T) {
 				s := newSite(t)
 				none := s.tar(t, artifact.CompressionNone, nil)
 				none.Compression = compression
@@ -165,11 +165,11 @@ func TestNoBytesAreAnEmptyArchive(t *testing.T) {
 					t.Fatal(err)
 				}
 				ofNothing := s.tar(t, compression, nil)
-				dir := s.show(t, rung, none, ofNothing, s.raw(t, "f", "x"))
+				dir := s.show(t, mode, none, ofNothing, s.raw(t, "f", "x"))
 				if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 || read(t, dir, "f") != "x" {
 					t.Errorf("the volume has %v (%v)", entries, err)
 				}
-				only, err := s.buildAs("only", rung, none, ofNothing)
+				only, err := s.buildAs("only", mode, none, ofNothing)
 				if err != nil {
 					t.Fatal(err)
 				}

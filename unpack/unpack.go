@@ -54,8 +54,8 @@ const (
 type Tree struct {
 	// Manifest is the digest of the manifest the Tree was built from.
 	Manifest digest.Digest `json:"manifest"`
-	// Rungs are those of the ladder when the Tree was built.
-	Rungs Rungs `json:"rungs"`
+	// Modes are those of the ladder when the Tree was built.
+	Modes Modes `json:"modes"`
 	// Image tells that the metadata are an EROFS image, whose extra devices
 	// are the files in Devices, relative to the Tree's directory. Otherwise they
 	// are files.
@@ -82,12 +82,12 @@ type Tree struct {
 // format is the one that this version writes and reads. It also changes when the
 // rules do, for a Tree is not made again while its manifest is there: one of format 2 names
 // some files in another way, and may lack one.
-const format = 3
+const format = 4
 
 // Options say how to build a Tree.
 type Options struct {
-	// Rungs are how layers are laid out; see Probe.
-	Rungs Rungs
+	// Modes are how layers are laid out; see Probe.
+	Modes Modes
 	// Blobs is where the runtime keeps the artifact's blobs.
 	Blobs blobs.Source
 	// Shared is a directory for what is not in Blobs, or could not be linked or
@@ -136,7 +136,7 @@ func (o Options) done(n int64) {
 // artifact: errdefs.ErrInvalidArgument, naming the layer. A missing blob is
 // errdefs.ErrNotFound, a full disk errdefs.ErrResourceExhausted.
 func Build(ctx context.Context, dir string, a *artifact.Artifact, o Options) (*Tree, error) {
-	t := &Tree{Format: format, Manifest: a.Manifest.Digest, Rungs: o.Rungs, Source: source(o.Blobs, a.Manifest.Digest), dir: dir}
+	t := &Tree{Format: format, Manifest: a.Manifest.Digest, Modes: o.Modes, Source: source(o.Blobs, a.Manifest.Digest), dir: dir}
 	return t, t.make(func() error { return t.build(ctx, a, o) })
 }
 
@@ -181,7 +181,7 @@ func (t *Tree) build(ctx context.Context, a *artifact.Artifact, o Options) error
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	g, gctx := errgroup.WithContext(ctx)
-	switch o.Rungs.Raw {
+	switch o.Modes.Raw {
 	case Overlay:
 		g.Go(func() error { return cs.retainRaw(gctx, a.Layers) })
 	case Link: // it is they that files are linked from
@@ -223,14 +223,14 @@ func (t *Tree) write(ctx context.Context, a *artifact.Artifact, cs *contents, s 
 	}
 	defer release()
 	whole, archives := p.contents()
-	t.Redirects = len(whole) > 0 && t.Rungs.Raw == Overlay
-	t.Image = len(archives) <= maxDevices[t.Rungs.Tar] && (len(whole) == 0 || t.Redirects) && !p.tooLarge
+	t.Redirects = len(whole) > 0 && t.Modes.Raw == Overlay
+	t.Image = len(archives) <= maxDevices[t.Modes.Tar] && (len(whole) == 0 || t.Redirects) && !p.tooLarge
 	if t.Image {
 		return func(c *content) bool { return whole[c] || archives[c] }, t.writeImage(p, s, len(whole) > 0)
 	}
 	// What has been extracted, or linked from, is needed no more.
 	err = buildDirectory(ctx, filepath.Join(t.dir, fsDir), p, cs, s)
-	if errdefs.IsResourceExhausted(err) && p.tooLarge && t.Rungs.Tar != Extract {
+	if errdefs.IsResourceExhausted(err) && p.tooLarge && t.Modes.Tar != Extract {
 		err = fmt.Errorf("its tars have to be extracted, since one is larger than 1 TiB and EROFS cannot address all of it; pack its files as raw layers, or in several tars: %w", err)
 	}
 	return func(c *content) bool { return whole[c] && t.Redirects }, err

@@ -138,23 +138,23 @@ func numbered(layers ...artifact.Layer) *artifact.Artifact {
 	}
 }
 
-func (s site) options(r Rungs) Options {
+func (s site) options(r Modes) Options {
 	s.t.Helper()
 	r = here(r)
-	requireRungs(s.t, r.Raw, r.Tar)
-	return Options{Rungs: r, Blobs: s.content, Shared: blobs.Dir(s.root), Budget: NewBudget(DefaultLimits)}
+	requireModes(s.t, r.Raw, r.Tar)
+	return Options{Modes: r, Blobs: s.content, Shared: blobs.Dir(s.root), Budget: NewBudget(DefaultLimits)}
 }
 
-func (s site) build(r Rungs, layers ...artifact.Layer) (*Tree, error) {
+func (s site) build(r Modes, layers ...artifact.Layer) (*Tree, error) {
 	return s.buildAs("tree", r, layers...)
 }
 
-func (s site) buildAs(name string, r Rungs, layers ...artifact.Layer) (*Tree, error) {
+func (s site) buildAs(name string, r Modes, layers ...artifact.Layer) (*Tree, error) {
 	return Build(context.Background(), filepath.Join(s.root, name), numbered(layers...), s.options(r))
 }
 
 // show builds and mounts, and returns where.
-func (s site) show(t *testing.T, r Rungs, layers ...artifact.Layer) string {
+func (s site) show(t *testing.T, r Modes, layers ...artifact.Layer) string {
 	t.Helper()
 	tree, err := s.build(r, layers...)
 	if err != nil {
@@ -200,10 +200,10 @@ func wantAttrs(t *testing.T, path string, mode uint32, uid, gid uint32, mod time
 
 func TestRawLayersAreShownWithoutACopy(t *testing.T) {
 	big := strings.Repeat("weights", 1<<17)
-	for _, rung := range ladder {
-		t.Run(rung.String(), func(t *testing.T) {
+	for _, mode := range everyPair {
+		t.Run(mode.String(), func(t *testing.T) {
 			s := newSite(t)
-			dir := s.show(t, rung,
+			dir := s.show(t, mode,
 				s.raw(t, "a/b/weights with space é.bin", big),
 				s.raw(t, "again", big),
 				s.raw(t, "empty", ""),
@@ -220,7 +220,7 @@ func TestRawLayersAreShownWithoutACopy(t *testing.T) {
 			wantAttrs(t, filepath.Join(dir, "a/b"), 0o755, 0, 0, created)
 			wantAttrs(t, dir, 0o755, 0, 0, created)
 			wantAttrs(t, filepath.Join(dir, "empty"), 0o640, 1234, 5678, mtime)
-			if rung.Raw != Link {
+			if mode.Raw != Link {
 				wantAttrs(t, filepath.Join(dir, "again"), 0o640, 1234, 5678, mtime)
 			}
 			if err := os.WriteFile(filepath.Join(dir, "again"), nil, 0o600); !errors.Is(err, unix.EROFS) {
@@ -230,7 +230,7 @@ func TestRawLayersAreShownWithoutACopy(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if rung.Raw != Copy && tree.Size > 64<<10 {
+			if mode.Raw != Copy && tree.Size > 64<<10 {
 				t.Errorf("the tree takes %d bytes of disk: something was copied", tree.Size)
 			}
 		})
@@ -238,15 +238,15 @@ func TestRawLayersAreShownWithoutACopy(t *testing.T) {
 }
 
 func TestMountsAreReadOnlyNosuidNodev(t *testing.T) {
-	for _, rung := range ladder {
+	for _, mode := range everyPair {
 		s := newSite(t)
-		dir := s.show(t, rung, s.raw(t, "f", "x"))
+		dir := s.show(t, mode, s.raw(t, "f", "x"))
 		var st unix.Statfs_t
 		if err := unix.Statfs(dir, &st); err != nil {
 			t.Fatal(err)
 		}
 		if want := int64(unix.ST_RDONLY | unix.ST_NOSUID | unix.ST_NODEV); st.Flags&want != want {
-			t.Errorf("%s: mount flags %#x lack some of %#x", rung, st.Flags, want)
+			t.Errorf("%s: mount flags %#x lack some of %#x", mode, st.Flags, want)
 		}
 	}
 }
@@ -395,8 +395,8 @@ func tmpfs(t *testing.T, dir, options string) {
 }
 
 func TestBlobsOfAnotherFileSystemAreCopiedOnce(t *testing.T) {
-	for _, rung := range []Rungs{best, {Overlay, Extract}, {Link, EROFS}} {
-		t.Run(rung.String(), func(t *testing.T) {
+	for _, mode := range []Modes{best, {Overlay, Extract}, {Link, EROFS}} {
+		t.Run(mode.String(), func(t *testing.T) {
 			s := newSite(t)
 			tmpfs(t, string(s.content), "size=64m")
 			if err := os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755); err != nil {
@@ -406,14 +406,14 @@ func TestBlobsOfAnotherFileSystemAreCopiedOnce(t *testing.T) {
 			a := []artifact.Layer{ // the first one is not seen, and retained all the same
 				s.raw(t, "g", "hidden"), s.raw(t, "f", data), s.tar(t, artifact.CompressionNone, archive(t, file("g", data))),
 			}
-			tree, err := s.build(rung, a...)
+			tree, err := s.build(mode, a...)
 			if err != nil {
 				t.Fatal(err)
 			}
 			if dir := mountTree(t, tree); read(t, dir, "f") != data || read(t, dir, "g") != data {
 				t.Error("wrong content")
 			}
-			another, err := s.buildAs("second", rung, a...)
+			another, err := s.buildAs("second", mode, a...)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -478,7 +478,7 @@ func TestACorruptBlobIsNotCopied(t *testing.T) {
 	if err := os.WriteFile(p, []byte("bitez"), 0o444); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.build(Rungs{Copy, EROFS}, l); !errdefs.IsFailedPrecondition(err) {
+	if _, err := s.build(Modes{Copy, EROFS}, l); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("%v, want a failed precondition", err)
 	}
 }
@@ -527,14 +527,14 @@ func TestABuildEndsWithItsContext(t *testing.T) {
 	}
 }
 
-func TestTheLadder(t *testing.T) {
+func TestProbeTakesTheBestModeThatWorks(t *testing.T) {
 	ctx := context.Background()
-	if r, why := Probe(ctx, t.TempDir(), Rungs{}, false); r != here(best) || (why == nil) != (r == Rungs{Overlay, EROFS}) {
+	if r, why := Probe(ctx, t.TempDir(), Modes{}, false); r != here(best) || (why == nil) != (r == Modes{Overlay, EROFS}) {
 		t.Errorf("Probe: %v, %v; this kernel and file system can do %v", r, why, here(best))
 	}
-	for _, r := range slices.Concat(RawRungs, TarRungs) {
+	for _, r := range slices.Concat(RawModes, TarModes) {
 		dir := t.TempDir()
-		if err := Try(ctx, dir, r, false); (err == nil) != (has(r) && here(Rungs{Tar: r}).Tar == r) {
+		if err := Try(ctx, dir, r, false); (err == nil) != (has(r) && here(Modes{Tar: r}).Tar == r) {
 			t.Errorf("%s: %v", r, err)
 		}
 		if left, err := os.ReadDir(dir); len(left) != 0 || err != nil {
@@ -543,14 +543,14 @@ func TestTheLadder(t *testing.T) {
 	}
 	// A lower layer of overlayfs may not be on a file system with case folding
 	// or one without extended attributes; procfs is the one always at hand.
-	if _, err := Probe(ctx, "/proc/self", Rungs{}, false); err == nil {
-		t.Error("a directory that nothing can be written to has a rung")
+	if _, err := Probe(ctx, "/proc/self", Modes{}, false); err == nil {
+		t.Error("a directory that nothing can be written to has a mode")
 	}
-	if err := Try(ctx, t.TempDir(), "ladder", false); !errdefs.IsInvalidArgument(err) {
-		t.Errorf("an unknown rung: %v", err)
+	if err := Try(ctx, t.TempDir(), "none such", false); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("an unknown mode: %v", err)
 	}
-	for _, forced := range []Rungs{{Raw: EROFS}, {Tar: Overlay}} {
-		if r, err := Probe(ctx, t.TempDir(), forced, false); r != (Rungs{}) || !errdefs.IsInvalidArgument(err) {
+	for _, forced := range []Modes{{Raw: EROFS}, {Tar: Overlay}} {
+		if r, err := Probe(ctx, t.TempDir(), forced, false); r != (Modes{}) || !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%v: %v, %v, want a refusal", forced, r, err)
 		}
 	}
@@ -563,7 +563,7 @@ func octal6(n int) string { return fmt.Sprintf("%06o", n) }
 // What nothing is shown of is removed when no layer is retained any more: the blob may
 // stand in a layer far behind.
 func TestATarThatIsAlsoAnOverriddenFileBehindManyLayers(t *testing.T) {
-	requireRungs(t, Overlay)
+	requireModes(t, Overlay)
 	s := newSite(t)
 	empty := archive(t)
 	layers := []artifact.Layer{s.tar(t, artifact.CompressionNone, empty)}

@@ -72,10 +72,10 @@ var checks = []struct {
 }{
 	{"kernel", checkKernel, nil},
 	{"raw layers", func(ctx context.Context, p patient) finding {
-		return checkRungs(ctx, p.Config, "raw_rung", p.RawRung, unpack.RawRungs)
+		return checkModes(ctx, p.Config, "raw_mode", p.RawMode, unpack.RawModes)
 	}, nil},
 	{"tar layers", func(ctx context.Context, p patient) finding {
-		return checkRungs(ctx, p.Config, "tar_rung", p.TarRung, unpack.TarRungs)
+		return checkModes(ctx, p.Config, "tar_mode", p.TarMode, unpack.TarModes)
 	}, nil},
 	{"content root", checkContentRoot, withoutContainerd},
 	{"containerd", checkContainerd, withoutContainerd},
@@ -210,90 +210,90 @@ func checkKernel(context.Context, patient) finding {
 	}
 }
 
-// rungFacts are the facts of checkRungs.
-type rungFacts struct {
+// modeFacts are the facts of checkModes.
+type modeFacts struct {
 	Root unpack.Place `json:"root"`
-	// Configured is a rung or "auto".
+	// Configured is a mode or "auto".
 	Configured string `json:"configured"`
-	unpack.Ladder
+	unpack.Comparison
 }
 
-// checkRungs tries all rungs; option and configured are what the configuration says.
-func checkRungs(ctx context.Context, cfg plugin.Config, option, configured string, all []unpack.Rung) finding {
+// checkModes tries all modes; option and configured are what the configuration says.
+func checkModes(ctx context.Context, cfg plugin.Config, option, configured string, all []unpack.Mode) finding {
 	root, err := unpack.Locate(cfg.Root)
 	if err != nil {
 		return failed(err)
 	}
-	var forced unpack.Rung // none if it is "auto"
-	if slices.Contains(all, unpack.Rung(configured)) {
-		forced = unpack.Rung(configured)
+	var forced unpack.Mode // none if it is "auto"
+	if slices.Contains(all, unpack.Mode(configured)) {
+		forced = unpack.Mode(configured)
 	}
-	ladder := unpack.DiagnoseRungs(ctx, root, forced, cfg.NeedsDirectIO(), all)
-	found := finding{Facts: rungFacts{root, configured, ladder}}
+	compared := unpack.CompareModes(ctx, root, forced, cfg.NeedsDirectIO(), all)
+	found := finding{Facts: modeFacts{root, configured, compared}}
 	var text strings.Builder
 	fmt.Fprintf(&text, "%s = %q, direct_io = %q, tried in %s\n", option, configured, cfg.DirectIO, where(root))
-	fmt.Fprintln(&text, "RUNG\tTRIED\tO_DIRECT\tRESULT")
-	for _, t := range ladder.Trials {
+	fmt.Fprintln(&text, "MODE\tTRIED\tO_DIRECT\tRESULT")
+	for _, t := range compared.Trials {
 		direct := "no"
 		if t.DirectIO {
 			direct = "yes"
 		}
-		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\n", t.Rung, t.Tried, direct, result(t, ladder.Taken, forced))
+		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\n", t.Mode, t.Tried, direct, result(t, compared.Taken, forced))
 	}
-	if ladder.Twice != "" {
-		fmt.Fprintf(&text, "the page cache holds tars twice: %s\n", ladder.Twice)
+	if compared.Twice != "" {
+		fmt.Fprintf(&text, "the page cache holds tars twice: %s\n", compared.Twice)
 	}
 	found.text = text.String()
-	if ladder.Taken == "" {
-		found.Problem = "the daemon does not start: " + ladder.Error
+	if compared.Taken == "" {
+		found.Problem = "the daemon does not start: " + compared.Error
 	}
 
-	found.Advice = rungAdvice(ladder, option, forced)
-	if ladder.Remedy != "" {
-		found.advise(ladder.Remedy, "the page cache holds tars once, not twice")
+	found.Advice = modeAdvice(compared, option, forced)
+	if compared.Remedy != "" {
+		found.advise(compared.Remedy, "the page cache holds tars once, not twice")
 	}
 	return found
 }
 
-// rungAdvice says what would make a better rung work, or be taken.
-func rungAdvice(ladder unpack.Ladder, option string, forced unpack.Rung) (all []advice) {
-	// Several rungs may lack the same; the first one gains the most by it.
+// modeAdvice says what would make a better mode work, or be taken.
+func modeAdvice(compared unpack.Comparison, option string, forced unpack.Mode) (all []advice) {
+	// Several modes may lack the same; the first one gains the most by it.
 	add := func(do, gain string) {
 		if !slices.ContainsFunc(all, func(a advice) bool { return a.Do == do }) {
 			all = append(all, advice{Do: do, Gain: gain})
 		}
 	}
-	trials := ladder.Trials
-	from := ladder.Taken
+	trials := compared.Trials
+	from := compared.Taken
 	best := slices.IndexFunc(trials, func(t unpack.Trial) bool { return t.Works }) // what "auto" takes
 	if best < 0 {
 		best = len(trials)
-	} else if auto := trials[best].Rung; forced != "" {
-		if ladder.Taken == "" {
+	} else if auto := trials[best].Mode; forced != "" {
+		if compared.Taken == "" {
 			add(fmt.Sprintf("set %s to \"auto\"", option), fmt.Sprintf("the daemon takes %q", auto))
-		} else if auto != ladder.Taken {
-			add(fmt.Sprintf("set %s to \"auto\"", option), unpack.Gain(ladder.Taken, auto))
+		} else if auto != compared.Taken {
+			add(fmt.Sprintf("set %s to \"auto\"", option), unpack.Gain(compared.Taken, auto))
 		}
 		from = auto
 	}
 	for i, t := range trials {
 		switch {
 		case t.Remedy == "":
-		case t.Rung == forced:
+		case t.Mode == forced:
 			add(t.Remedy, fmt.Sprintf("%s = %q works", option, forced))
 		case i < best:
-			add(t.Remedy, unpack.Gain(from, t.Rung))
+			add(t.Remedy, unpack.Gain(from, t.Mode))
 		}
 	}
 	return all
 }
 
-// result says what became of a rung.
-func result(t unpack.Trial, taken, forced unpack.Rung) string {
+// result says what became of a mode.
+func result(t unpack.Trial, taken, forced unpack.Mode) string {
 	switch {
-	case t.Rung == taken && forced != "":
+	case t.Mode == taken && forced != "":
 		return "taken, as configured"
-	case t.Rung == taken:
+	case t.Mode == taken:
 		return "taken"
 	case t.Works && forced != "":
 		return "works, not configured"
@@ -301,7 +301,7 @@ func result(t unpack.Trial, taken, forced unpack.Rung) string {
 		return "works, not needed"
 	case t.Works:
 		return "works, not taken"
-	case t.Rung == forced:
+	case t.Mode == forced:
 		return "configured, does not work: " + t.Reason
 	default:
 		return "does not work: " + t.Reason

@@ -30,8 +30,8 @@ type report struct {
 			Release string `json:"release"`
 		} `json:"facts"`
 	} `json:"kernel"`
-	Raw     rungReport `json:"raw_layers"`
-	Tar     rungReport `json:"tar_layers"`
+	Raw     modeReport `json:"raw_layers"`
+	Tar     modeReport `json:"tar_layers"`
 	Content struct {
 		Problem string         `json:"problem"`
 		Facts   unpack.Sharing `json:"facts"`
@@ -58,9 +58,9 @@ func nowhere(t *testing.T) []string {
 	return []string{"--address", filepath.Join(dir, "a.sock"), "--containerd-address", filepath.Join(dir, "c.sock"), "--containerd-config", filepath.Join(dir, "none.toml")}
 }
 
-type rungReport struct {
+type modeReport struct {
 	Problem string    `json:"problem"`
-	Facts   rungFacts `json:"facts"`
+	Facts   modeFacts `json:"facts"`
 	Advice  []advice  `json:"advice"`
 }
 
@@ -87,11 +87,11 @@ func examine(t *testing.T, root, content, config string) (text string, got repor
 	if want := "kernel: Linux " + got.Kernel.Facts.Release + "\n"; got.Kernel.Facts.Release == "" || !strings.Contains(text, want) {
 		t.Errorf("the text has no %q", want)
 	}
-	for _, r := range []rungReport{got.Raw, got.Tar} {
+	for _, r := range []modeReport{got.Raw, got.Tar} {
 		for _, trial := range r.Facts.Trials {
-			line := row(text, string(trial.Rung))
+			line := row(text, string(trial.Mode))
 			if strings.Contains(line, "does not work") == trial.Works || !strings.Contains(line, trial.Reason) ||
-				!strings.Contains(line, trial.Tried) || strings.Contains(line, "  taken") != (trial.Rung == r.Facts.Taken) {
+				!strings.Contains(line, trial.Tried) || strings.Contains(line, "  taken") != (trial.Mode == r.Facts.Taken) {
 				t.Errorf("the text says %q, JSON %+v of %+v", line, trial, r.Facts)
 			}
 		}
@@ -220,7 +220,7 @@ func TestDoctorFindsAllWell(t *testing.T) {
 	}
 	text, got, exit := examine(t, root, content, "")
 	if exit != 0 || got.Raw.Facts.Taken != unpack.Overlay || got.Tar.Facts.Taken != unpack.EROFS ||
-		len(got.Raw.Facts.Trials) != len(unpack.RawRungs) || len(got.Tar.Facts.Trials) != len(unpack.TarRungs) {
+		len(got.Raw.Facts.Trials) != len(unpack.RawModes) || len(got.Tar.Facts.Trials) != len(unpack.TarModes) {
 		t.Errorf("exit code %d, %+v, %+v", exit, got.Raw, got.Tar)
 	}
 	if s := got.Content.Facts; s.Blob != blob.String() || s.Retention != unpack.Linked || s.Apart != "" || s.Root.Type != "ext4" {
@@ -335,7 +335,7 @@ func TestDoctorTriesWhatIsConfigured(t *testing.T) {
 	for name, test := range map[string]struct {
 		config   string
 		exit     int
-		raw, tar unpack.Rung
+		raw, tar unpack.Mode
 		row      string
 		do, gain string
 	}{
@@ -344,16 +344,16 @@ func TestDoctorTriesWhatIsConfigured(t *testing.T) {
 			"move root to ext4", "files of raw layers have the modes",
 		},
 		"what does not work": {
-			"raw_rung = 'overlay'", 1, "", unpack.EROFS, "overlay ",
-			`set raw_rung to "auto"`, `takes "link"`,
+			"raw_mode = 'overlay'", 1, "", unpack.EROFS, "overlay ",
+			`set raw_mode to "auto"`, `takes "link"`,
 		},
 		"what does not work, with a remedy": {
-			"raw_rung = 'overlay'", 1, "", unpack.EROFS, "overlay ",
-			"move root to ext4", `raw_rung = "overlay" works`,
+			"raw_mode = 'overlay'", 1, "", unpack.EROFS, "overlay ",
+			"move root to ext4", `raw_mode = "overlay" works`,
 		},
 		"less than could be": {
-			"raw_rung = 'copy'\ntar_rung = 'extract'", 0, unpack.Copy, unpack.Extract, "copy ",
-			`set raw_rung to "auto"`, "not copied",
+			"raw_mode = 'copy'\ntar_mode = 'extract'", 0, unpack.Copy, unpack.Extract, "copy ",
+			`set raw_mode to "auto"`, "not copied",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -374,31 +374,31 @@ func TestDoctorTriesWhatIsConfigured(t *testing.T) {
 	}
 }
 
-// doctor and serve agree on a rung that does not work.
+// doctor and serve agree on a mode that does not work.
 func TestServeRefusesWhatDoctorRefuses(t *testing.T) {
 	dir, root := t.TempDir(), mounted(t, "ramfs")
 	content, _ := contentIn(t, dir)
-	_, stderr, exit := run(t, "serve", "--config", writeFile(t, "raw_rung = 'overlay'\nnamespaces = []\n"),
+	_, stderr, exit := run(t, "serve", "--config", writeFile(t, "raw_mode = 'overlay'\nnamespaces = []\n"),
 		"--root", root, "--state", filepath.Join(dir, "state"), "--content-root", content, "--containerd-address", filepath.Join(dir, "c.sock"))
 	if exit != 1 {
 		t.Fatalf("exit code %d\n%s", exit, stderr)
 	}
-	_, got, _ := examine(t, root, content, "raw_rung = 'overlay'")
-	for _, want := range []string{`rung "overlay" does not work in ` + root, unix.EOPNOTSUPP.Error()} {
+	_, got, _ := examine(t, root, content, "raw_mode = 'overlay'")
+	for _, want := range []string{`mode "overlay" does not work in ` + root, unix.EOPNOTSUPP.Error()} {
 		if !strings.Contains(stderr, want) || !strings.Contains(got.Raw.Problem, want) {
 			t.Errorf("serve says %q, doctor %q, want %q", stderr, got.Raw.Problem, want)
 		}
 	}
 }
 
-func TestOnlyABetterRungIsAdvised(t *testing.T) {
+func TestOnlyABetterModeIsAdvised(t *testing.T) {
 	const works, fails = true, false
-	trial := func(r unpack.Rung, works bool, remedy string) unpack.Trial {
-		return unpack.Trial{Rung: r, Works: works, Remedy: remedy}
+	trial := func(r unpack.Mode, works bool, remedy string) unpack.Trial {
+		return unpack.Trial{Mode: r, Works: works, Remedy: remedy}
 	}
-	auto := `set tar_rung to "auto"`
+	auto := `set tar_mode to "auto"`
 	for name, test := range map[string]struct {
-		taken, forced unpack.Rung
+		taken, forced unpack.Mode
 		trials        []unpack.Trial
 		want          []string // what to do
 	}{
@@ -415,7 +415,7 @@ func TestOnlyABetterRungIsAdvised(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var got []string
-			for _, a := range rungAdvice(unpack.Ladder{Taken: test.taken, Trials: test.trials}, "tar_rung", test.forced) {
+			for _, a := range modeAdvice(unpack.Comparison{Taken: test.taken, Trials: test.trials}, "tar_mode", test.forced) {
 				got = append(got, a.Do)
 				if a.Gain == "" {
 					t.Errorf("%q gains nothing", a.Do)

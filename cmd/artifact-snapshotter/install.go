@@ -23,8 +23,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/deploy"
 )
 
-// sweepTimeout is how long the daemon may take to drop the mounts of what is gone.
-const sweepTimeout = 10 * time.Second
+// gcTimeout is how long the daemon may take to drop the mounts of what is gone.
+const gcTimeout = 10 * time.Second
 
 // installFlags are those of install and uninstall.
 func installFlags() []cli.Flag {
@@ -420,7 +420,7 @@ func (r *installRun) forget(ctx context.Context, c *running) error {
 // awaitNoMounts waits for the daemon's sweep, for a while.
 func (r *installRun) awaitNoMounts(ctx context.Context) error {
 	dir := filepath.Join(r.cfg.State, "mounts")
-	for deadline := time.Now().Add(sweepTimeout); ; time.Sleep(100 * time.Millisecond) {
+	for deadline := time.Now().Add(gcTimeout); ; time.Sleep(100 * time.Millisecond) {
 		left, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 		if err != nil || len(left) == 0 || ctx.Err() != nil {
 			return errors.Join(err, ctx.Err())

@@ -22,7 +22,7 @@ func lsCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "ls",
 		Usage: "list the artifacts of a namespace and who uses them",
-		Description: "SHARED is how much of an artifact is containerd's own files, without a copy, and RUNG how its\n" +
+		Description: "SHARED is how much of an artifact is containerd's own files, without a copy, and MODE how its\n" +
 			"layers are laid out; both are \"-\" if it is not laid out, or the daemon's root cannot be read.\n" +
 			"Artifacts that share a config are one image to CRI: it may mount one for the other.\n\n" +
 			"Examples:\n\n" +
@@ -98,8 +98,8 @@ type listed struct {
 const maxConflicts = 8
 
 type layout struct {
-	Raw    unpack.Rung `json:"raw,omitempty"`
-	Tar    unpack.Rung `json:"tar,omitempty"`
+	Raw    unpack.Mode `json:"raw,omitempty"`
+	Tar    unpack.Mode `json:"tar,omitempty"`
 	Shared int64       `json:"shared"`
 }
 
@@ -145,12 +145,12 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) 
 		return printJSON(command.Root().Writer, list)
 	}
 	var text strings.Builder
-	fmt.Fprintln(&text, "REFERENCE\tDIGEST\tSIZE\tSHARED\tRUNG\tCONFIG\tPODS")
+	fmt.Fprintln(&text, "REFERENCE\tDIGEST\tSIZE\tSHARED\tMODE\tCONFIG\tPODS")
 	for _, l := range list {
-		shared, rung, config := "-", "-", "own"
+		shared, mode, config := "-", "-", "own"
 		if l.Layout != nil {
 			shared = progress.Bytes(l.Layout.Shared).String()
-			rung = strings.Trim(fmt.Sprintf("%s %s", l.Layout.Raw, l.Layout.Tar), " ")
+			mode = strings.Trim(fmt.Sprintf("%s %s", l.Layout.Raw, l.Layout.Tar), " ")
 		}
 		if len(l.Conflicts) > 0 {
 			config = "shared with " + conflictList(l.Conflicts, l.moreConflicts)
@@ -160,7 +160,7 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) 
 			pods = append(pods, p.String())
 		}
 		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", printable(l.Reference), short(l.Digest), progress.Bytes(l.Size),
-			shared, rung, config, orNone(printableList(pods)))
+			shared, mode, config, orNone(printableList(pods)))
 	}
 	return printTable(command.Root().Writer, text.String())
 }

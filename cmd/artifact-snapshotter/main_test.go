@@ -101,7 +101,7 @@ func TestConfigDefault(t *testing.T) {
 // An error is one line on stderr that says what to do, and exit code 1.
 func TestErrors(t *testing.T) {
 	unknown := writeFile(t, "rooot = '/r'\nother = 1\n")
-	bad := writeFile(t, "root = 'r'\nraw_rung = 'stairs'\n")
+	bad := writeFile(t, "root = 'r'\nraw_mode = 'stairs'\n")
 	for name, test := range map[string]struct {
 		args []string
 		want []string

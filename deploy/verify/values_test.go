@@ -44,7 +44,7 @@ func TestValuesRefused(t *testing.T) {
 		{"a key of the daemon with a value of its own", "config: {root: /x}", "additional properties 'root' not allowed"},
 		{"an unknown key of the daemon", "config: {loglevel: debug}", "additional properties 'loglevel' not allowed"},
 		{"a key with two meanings", "config: {unpack_on_pull: true}", "write config.decompress_on_pull"},
-		{"an unknown rung", "config: {raw_rung: best}", "value must be one of"},
+		{"an unknown mode", "config: {raw_mode: best}", "value must be one of"},
 		{"more than all", "maxUnavailable: 101%", "does not match pattern"},
 		{"no node at a time", "maxUnavailable: 0", "minimum: got 0, want 1"},
 	} {

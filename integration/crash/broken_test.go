@@ -44,7 +44,7 @@ var brokens = []broken{
 	}, ""},
 	{"a tree is there before it is complete", []edit{
 		{module + "view", "build.go", "if err := build(dir); err != nil {", "dir = s.path(id)\n\tif err := build(dir); err != nil {"},
-		{module + "view", "build.go", "if err := s.setAside(s.path(id)); err != nil && !errors.Is(err, os.ErrNotExist) {", "if err := error(nil); err != nil {"},
+		{module + "view", "build.go", "if err := s.moveToTrash(s.path(id)); err != nil && !errors.Is(err, os.ErrNotExist) {", "if err := error(nil); err != nil {"},
 		{module + "view", "build.go", "if err := os.Rename(dir, s.path(id)); err != nil {", "if err := error(nil); err != nil {"},
 		{module + "unpack", "unpack.go", "if err := guard(build); err != nil {", "t.Image, t.Redirects = true, true\n\tif err := errors.Join(t.save(), guard(build)); err != nil {"},
 	}, "show tar+gzip"},

@@ -50,8 +50,8 @@ type scenario struct {
 	again func(*host) error
 }
 
-// rungs is a configuration with these rungs.
-func rungs(raw, tar string) string { return fmt.Sprintf("raw_rung = %q\ntar_rung = %q\n", raw, tar) }
+// modes is a configuration with these modes.
+func modes(raw, tar string) string { return fmt.Sprintf("raw_mode = %q\ntar_mode = %q\n", raw, tar) }
 
 // scenarios are all of them.
 func scenarios(m *models) (all []*scenario) {
@@ -62,12 +62,12 @@ func scenarios(m *models) (all []*scenario) {
 			act:    func(h *host) error { return h.run(of) },
 		}
 	}
-	// Building a Tree and taking its first view, of every kind and by every rung.
+	// Building a Tree and taking its first view, of every kind and by every mode.
 	for _, of := range m.all()[:5] {
 		all = append(all, quietly(shown("show "+of.name, "", of)))
 	}
 	for _, way := range [][2]string{{"overlay", "erofs-loop"}, {"overlay", "extract"}, {"link", "extract"}, {"copy", "erofs-buffered"}, {"copy", "extract"}} {
-		all = append(all, quietly(shown("show mixed, "+way[0]+" and "+way[1], rungs(way[0], way[1]), m.mixed)))
+		all = append(all, quietly(shown("show mixed, "+way[0]+" and "+way[1], modes(way[0], way[1]), m.mixed)))
 	}
 	apart := quietly(shown("show mixed, whose blobs cannot be linked", "", m.mixed))
 	apart.apart = true
@@ -85,7 +85,7 @@ func scenarios(m *models) (all []*scenario) {
 		}
 		return do(h.drop(h.pods[0]), h.cleanup)
 	}
-	copied := shown("show mixed in a user namespace, of a tree of files", rungs("overlay", "extract"), m.mixed)
+	copied := shown("show mixed in a user namespace, of a tree of files", modes("overlay", "extract"), m.mixed)
 	copied.act = func(h *host) error { return h.run(inUserns(m.mixed), userns) }
 
 	runs := func(of ...*model) func(*host) error {
@@ -249,12 +249,12 @@ func scenarios(m *models) (all []*scenario) {
 			},
 		},
 		&scenario{
-			name: "start with another rung", starting: true, next: everything,
+			name: "start with another mode", starting: true, next: everything,
 			before: func(h *host) error {
 				if err := do(runs(everything...)(h), func() error { return h.drop(h.pods[2]) }, h.cleanup); err != nil {
 					return err
 				}
-				return h.configure(rungs("overlay", "extract"))
+				return h.configure(modes("overlay", "extract"))
 			},
 			act: (*host).cleanup,
 		},

@@ -78,7 +78,7 @@ type demo struct {
 	model  digest.Digest
 	source []treelist.Entry // the model's files as packed
 	size   int64            // of all of them, in bytes
-	rung   unpack.Rung      // that ours has chosen on this kernel
+	mode   unpack.Mode      // that ours has chosen on this kernel
 	empty  int64            // disk use of ours before the pull, in bytes
 	pods   []*node.Pod      // of ours
 }
@@ -192,11 +192,11 @@ func (d *demo) show() error {
 	if err != nil {
 		return err
 	}
-	d.rung = tree.Rungs.Raw
+	d.mode = tree.Modes.Raw
 	if err := d.compare(pod); err != nil {
 		return err
 	}
-	if d.rung == unpack.Link {
+	if d.mode == unpack.Link {
 		ok("every path and byte is as it was packed; modes, owners and mtimes would need Linux 6.5")
 	} else {
 		ok("every path, byte, mode, owner and mtime is as it was packed")
@@ -236,7 +236,7 @@ func (d *demo) compare(pod *node.Pod) error {
 		return err
 	}
 	source := slices.Clone(d.source)
-	if d.rung == unpack.Link { // the attributes of files are the blobs'
+	if d.mode == unpack.Link { // the attributes of files are the blobs'
 		for _, entries := range [][]treelist.Entry{source, seen} {
 			for i := range entries {
 				if e := &entries[i]; e.Type == "file" {

@@ -80,9 +80,9 @@ func (s shelf) drop(a *Artifact) error {
 	return errors.Join(errs...)
 }
 
-// daemon is a daemon with rungs of its own, over the blobs of all.
+// daemon is a daemon with modes of its own, over the blobs of all.
 type daemon struct {
-	rungs unpack.Rungs
+	modes unpack.Modes
 	dir   string
 	cmd   *exec.Cmd
 	conn  *grpc.ClientConn
@@ -98,20 +98,20 @@ func alone(dir string, blobs shelf, early bool) string {
 	return fmt.Sprintf("content_root = %q\ncontainerd_address = %q\ndecompress_on_pull = %v\n", string(blobs), filepath.Join(dir, "none.sock"), early)
 }
 
-// start starts a daemon with rungs, and with more of a configuration, by a command that
+// start starts a daemon with modes, and with more of a configuration, by a command that
 // becomes the one behind it.
-func start(t *testing.T, dir, more string, rungs unpack.Rungs, by ...string) (*daemon, error) {
+func start(t *testing.T, dir, more string, modes unpack.Modes, by ...string) (*daemon, error) {
 	t.Helper()
 	program, err := node.Program()
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := &daemon{rungs: rungs, dir: filepath.Join(dir, string(rungs.Raw)+"+"+string(rungs.Tar))}
+	d := &daemon{modes: modes, dir: filepath.Join(dir, string(modes.Raw)+"+"+string(modes.Tar))}
 	if err := os.MkdirAll(d.dir, 0o711); err != nil {
 		t.Fatal(err)
 	}
-	config := fmt.Sprintf("root = %q\nstate = %q\naddress = %q\nraw_rung = %q\ntar_rung = %q\nlog_level = \"warn\"\n",
-		filepath.Join(d.dir, "root"), filepath.Join(d.dir, "state"), d.socket(), rungs.Raw, rungs.Tar) + more
+	config := fmt.Sprintf("root = %q\nstate = %q\naddress = %q\nraw_mode = %q\ntar_mode = %q\nlog_level = \"warn\"\n",
+		filepath.Join(d.dir, "root"), filepath.Join(d.dir, "state"), d.socket(), modes.Raw, modes.Tar) + more
 	file := filepath.Join(d.dir, "config.toml")
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
@@ -227,7 +227,7 @@ func again(f func() error) error {
 // volume is shown but for the key.
 type treeDoor struct{ *daemon }
 
-func (d treeDoor) Way() Way { return Way(string(d.rungs.Raw) + "+" + string(d.rungs.Tar)) }
+func (d treeDoor) Way() Way { return Way(string(d.modes.Raw) + "+" + string(d.modes.Tar)) }
 
 func (d treeDoor) Show(ctx context.Context, a *Artifact) (string, func() error, error) {
 	ctx = namespaces.WithNamespace(ctx, hostileNamespace)
@@ -363,17 +363,17 @@ func (d layersDoor) Show(ctx context.Context, a *Artifact) (_ string, _ func() e
 func doors(t *testing.T, dir string, blobs shelf, ways []Way) (doors []Door, daemons []*daemon) {
 	t.Helper()
 	for _, way := range ways {
-		rawRung, tarRung, _ := strings.Cut(string(way), "+")
-		rungs := unpack.Rungs{Raw: unpack.Rung(rawRung), Tar: unpack.Rung(tarRung)}
+		rawMode, tarMode, _ := strings.Cut(string(way), "+")
+		modes := unpack.Modes{Raw: unpack.Mode(rawMode), Tar: unpack.Mode(tarMode)}
 		works := true
-		for _, r := range []unpack.Rung{rungs.Raw, rungs.Tar} {
+		for _, r := range []unpack.Mode{modes.Raw, modes.Tar} {
 			if err := unpack.Try(t.Context(), dir, r, false); err != nil {
 				t.Logf("without %s: %v", way, err)
 				works = false
 			}
 		}
 		if works {
-			d, err := start(t, dir, alone(dir, blobs, len(daemons) == 0), rungs)
+			d, err := start(t, dir, alone(dir, blobs, len(daemons) == 0), modes)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -71,7 +71,7 @@ type Verdict struct {
 	Says []string
 }
 
-// Way is how a door lays out what it shows: the rungs of the ladder, or without a
+// Way is how a door lays out what it shows: the modes of the ladder, or without a
 // Tree.
 type Way string
 

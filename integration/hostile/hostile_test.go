@@ -84,7 +84,7 @@ func skipped(door Door, c Case, a *Artifact) string {
 	return ""
 }
 
-// ways are those of the ladder that are tried: with each rung at least one.
+// ways are those of the ladder that are tried: with each mode at least one.
 func ways() []Way {
 	w := []Way{Index, Extracted, Linked, Copied}
 	if long() {

@@ -89,7 +89,7 @@ func startNRI(t *testing.T, dir string, blobs shelf, way Way) nriDoor {
 	}
 	t.Cleanup(door.runtime.Stop) // when the plugin has gone
 	config += fmt.Sprintf("[nri]\nenabled = true\nsocket = %q\n", socket)
-	if door.daemon, err = start(t, dir, config, unpack.Rungs{Raw: unpack.Overlay, Tar: unpack.EROFS}); err != nil {
+	if door.daemon, err = start(t, dir, config, unpack.Modes{Raw: unpack.Overlay, Tar: unpack.EROFS}); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "the runtime has the plugin", func() error { return plugin.HealthOf(t.Context(), door.socket(), plugin.HealthNRI) })

@@ -66,7 +66,7 @@ func TestTheUnitHasTheCapabilitiesThatAreNeededAndNoOther(t *testing.T) {
 // a filter of system calls be given to one.
 func TestTheDaemonConfinesItself(t *testing.T) {
 	dir := t.TempDir()
-	d, err := start(t, dir, alone(dir, shelf(filepath.Join(dir, "content")), false), unpack.Rungs{Raw: unpack.Copy, Tar: unpack.Extract})
+	d, err := start(t, dir, alone(dir, shelf(filepath.Join(dir, "content")), false), unpack.Modes{Raw: unpack.Copy, Tar: unpack.Extract})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,7 +106,7 @@ func servedWith(t *testing.T, capabilities []string, artifacts ...string) (probl
 		t.Fatal(err)
 	}
 	confined := []string{"setpriv", "--clear-groups", "--no-new-privs", "--bounding-set=-all,+" + strings.Join(capabilities, ",+"), "--"}
-	d, err := start(t, dir, alone(dir, blobs, false), unpack.Rungs{Raw: unpack.Copy, Tar: unpack.Extract}, confined...)
+	d, err := start(t, dir, alone(dir, blobs, false), unpack.Modes{Raw: unpack.Copy, Tar: unpack.Extract}, confined...)
 	if err != nil {
 		return err.Error()
 	}

@@ -26,7 +26,7 @@ var (
 )
 
 // guestModules are what a node needs that no kernel has built in: the disk with its
-// file system and the checksums of that, those of the rungs, and a network for pods.
+// file system and the checksums of that, those of the modes, and a network for pods.
 var guestModules = []string{"virtio_pci", "virtio_blk", checksums, "ext4", "xfs", "overlay", "erofs", "loop", "veth"}
 
 // checksums is a module that ext4 asks for by another name, which no index has. Linux 7.3

@@ -3,8 +3,8 @@
 
 // Command kernels boots Debian's kernels in virtual machines, and in each of them runs
 // the tests of what differs from one kernel to another: the packages that lay out layers,
-// and a node with containerd whose pods read image volumes by every rung that the kernel
-// has. It prints the table of docs/support.md, and fails if a rung does not work that the
+// and a node with containerd whose pods read image volumes by every mode that the kernel
+// has. It prints the table of docs/support.md, and fails if a mode does not work that the
 // kernel has, or is taken for one that it does not have. It needs root, qemu, and what
 // `make build tools` builds; kernels are downloaded to bin/kernels.
 //
@@ -30,7 +30,7 @@ import (
 type kernel struct {
 	series string // as the first word of its release begins
 	source string // where it is, without the component, as in sources.list(5)
-	// rungs are those that it has, the best of each format first.
+	// modes are those that it has, the best of each format first.
 	raws, tars []string
 	// noUserNamespaces says why no pod can have one; "" where they can.
 	noUserNamespaces string
@@ -50,29 +50,29 @@ type suite struct {
 	// long are tests that take minutes where a processor is emulated, and that no
 	// kernel is a matter of: they decompress or count at length.
 	long []string
-	// rungs are the tests that need a rung, by its name: they are impossible without.
-	rungs map[string][]string
+	// modes are the tests that need a mode, by its name: they are impossible without.
+	modes map[string][]string
 }
 
 var suites = []suite{
-	{pkg: "integration", run: "^TestEveryRungOfTheKernel$"},
+	{pkg: "integration", run: "^TestEveryModeOfTheKernel$"},
 	{pkg: "unpack", long: []string{
 		"TestAComparisonWithManyLayersCanBeEnded", "TestATarMayExpandOnlySoFar", "TestTheReserveOfTheDiskIsKept", "TestLayersAreDecompressedTogetherWithinAnyBudget", "TestACancelledBuildEndsWhileItDecompresses",
 		"TestLinksToALargeMemberCountLikeIt", "TestHeadersThatPlanNothingCount", "TestTargetsAndAttributesCountAsNames", "TestTwentyThousandRawFilesAreShown", "TestTenThousandNamesInADirectoryAreShown", "Fuzz.*",
 	}},
-	{pkg: "view", rungs: map[string][]string{"overlay": {
+	{pkg: "view", modes: map[string][]string{"overlay": {
 		"TestAnObserverIsToldHowBytesCame", "TestAnObserverIsToldWhatASweepFrees", "TestEachUserNamespaceHasItsTree", "TestAShiftedTreeGoesWithItsLastPod",
-		"TestAChangeOfTheRungWhileAPodRuns", "TestAFlatTarGoesWithTheLastTreeThatLinksToIt",
+		"TestAChangeOfTheModeWhileAPodRuns", "TestAFlatTarGoesWithTheLastTreeThatLinksToIt",
 	}}},
 	{pkg: "snapshot"},
 }
 
 func (s suite) name() string { return strings.ReplaceAll(s.pkg, "/", "-") }
 
-// impossible are the tests for which k does not have a rung.
+// impossible are the tests for which k does not have a mode.
 func (s suite) impossible(k kernel) (tests []string) {
-	for rung, names := range s.rungs {
-		if !slices.Contains(slices.Concat(k.raws, k.tars), rung) {
+	for mode, names := range s.modes {
+		if !slices.Contains(slices.Concat(k.raws, k.tars), mode) {
 			tests = append(tests, names...)
 		}
 	}
@@ -83,7 +83,7 @@ func (s suite) impossible(k kernel) (tests []string) {
 // script is what the machine runs: every suite. Its last line says that all have ended.
 func script(k kernel) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "export ARTIFACT_SNAPSHOTTER_BIN=/tests/artifact-snapshotter ARTIFACT_SNAPSHOTTER_TOOLS=/tools ARTIFACT_SNAPSHOTTER_RUNGS=%s\n",
+	fmt.Fprintf(&b, "export ARTIFACT_SNAPSHOTTER_BIN=/tests/artifact-snapshotter ARTIFACT_SNAPSHOTTER_TOOLS=/tools ARTIFACT_SNAPSHOTTER_MODES=%s\n",
 		strings.Join(slices.Concat(k.raws, k.tars), ","))
 	for _, s := range suites {
 		skip := "^(" + strings.Join(slices.Concat(s.impossible(k), s.long, []string{"-"}), "|") + ")$"

@@ -15,22 +15,22 @@ import (
 // printed is what a machine with a kernel that has only link, copy and extract prints.
 const printed = "suite integration begins\r\n" + `    kernel_test.go:1: kernel: release=5.10.0-46-amd64
     kernel_test.go:2: kernel: chosen raw=link
-    kernel_test.go:3: kernel: no rung overlay: the kernel is older than Linux 6.5: invalid argument
-    kernel_test.go:4: kernel: rung link
-    kernel_test.go:4: kernel: rung copy
+    kernel_test.go:3: kernel: no mode overlay: the kernel is older than Linux 6.5: invalid argument
+    kernel_test.go:4: kernel: mode link
+    kernel_test.go:4: kernel: mode copy
     kernel_test.go:2: kernel: chosen tar=extract
-    kernel_test.go:4: kernel: rung extract
+    kernel_test.go:4: kernel: mode extract
     kernel_test.go:5: kernel: volumes raw=auto tar=auto user-namespace=false
     kernel_test.go:5: kernel: volumes raw=auto tar=auto user-namespace=true
     kernel_test.go:5: kernel: volumes raw=copy tar=extract user-namespace=false
     kernel_test.go:5: kernel: volumes raw=copy tar=extract user-namespace=true
     kernel_test.go:5: kernel: volumes raw=link tar=extract user-namespace=false
     kernel_test.go:5: kernel: volumes raw=link tar=extract user-namespace=true
---- PASS: TestEveryRungOfTheKernel (1.00s)
+--- PASS: TestEveryModeOfTheKernel (1.00s)
 PASS
 suite integration ends 0
 suite unpack begins
-    unpack_test.go:1: NOT TESTED: this kernel does not have the rung overlay
+    unpack_test.go:1: NOT TESTED: this kernel does not have the mode overlay
 --- SKIP: TestOverlay (0.00s)
 --- PASS: TestLink (0.00s)
 suite unpack ends 0
@@ -63,7 +63,7 @@ func TestTheTableSaysWhatTheMachineSays(t *testing.T) {
 	write(&table, []result{r})
 	for _, want := range []string{
 		"| Linux | 5.10.0-46-amd64 |", "| raw layers, taken | `link` |", "| in a user namespace | yes |", "| tests of unpack | 1 of 2, 1 impossible |",
-		"no rung overlay: the kernel is older than Linux 6.5", "not tested: this kernel does not have the rung overlay",
+		"no mode overlay: the kernel is older than Linux 6.5", "not tested: this kernel does not have the mode overlay",
 	} {
 		if !strings.Contains(table.String(), want) {
 			t.Errorf("it does not say %q:\n%s", want, table.String())
@@ -80,10 +80,10 @@ func TestABadRunFails(t *testing.T) {
 		"a package fails":          {"suite view ends 0", "suite view ends 2"},
 		"no test runs":             {"--- PASS: TestSnapshot (0.00s)\n", ""},
 		"a suite does not begin":   {"suite snapshot begins\n--- PASS: TestSnapshot (0.00s)\nsuite snapshot ends 0\n", ""},
-		"a rung is lost":           {"rung copy", "no rung copy: why"},
-		"a rung too many":          {"no rung overlay: the", "rung overlay"},
-		"another rung is chosen":   {"chosen raw=link", "chosen raw=copy"},
-		"no volume by a rung":      {"volumes raw=copy tar=extract user-namespace=false", ""},
+		"a mode is lost":           {"mode copy", "no mode copy: why"},
+		"a mode too many":          {"no mode overlay: the", "mode overlay"},
+		"another mode is chosen":   {"chosen raw=link", "chosen raw=copy"},
+		"no volume by a mode":      {"volumes raw=copy tar=extract user-namespace=false", ""},
 		"none in a user namespace": {"volumes raw=copy tar=extract user-namespace=true", ""},
 		"none by what it chooses":  {"volumes raw=auto tar=auto user-namespace=false", ""},
 	} {

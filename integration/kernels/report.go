@@ -19,10 +19,10 @@ type result struct {
 	kernel
 	release string
 	refused string                    // why no pod had a user namespace
-	chosen  map[string]string         // rung by format
-	found   []string                  // rungs that work
-	absent  []string                  // rungs that do not, and why
-	volumes map[bool][]string         // pairs of rungs that pods have read by; with a user namespace or without
+	chosen  map[string]string         // mode by format
+	found   []string                  // modes that work
+	absent  []string                  // modes that do not, and why
+	volumes map[bool][]string         // pairs of modes that pods have read by; with a user namespace or without
 	tests   map[string]map[string]int // by suite, how many tests, and tests within, have passed, failed or were skipped
 	exits   map[string]string         // by suite
 	reasons []string                  // of tests that were skipped
@@ -81,7 +81,7 @@ func (r *result) read(path string) error {
 	return errors.Join(lines.Err(), r.check(ended))
 }
 
-// learn takes a line of TestEveryRungOfTheKernel.
+// learn takes a line of TestEveryModeOfTheKernel.
 func (r *result) learn(said string) {
 	if m := chosen.FindStringSubmatch(said); m != nil {
 		r.chosen[m[1]] = m[2]
@@ -95,11 +95,11 @@ func (r *result) learn(said string) {
 	if why, ok := strings.CutPrefix(said, "no user namespaces: "); ok {
 		r.refused = why
 	}
-	if rung, ok := strings.CutPrefix(said, "rung "); ok {
-		r.found = append(r.found, rung)
+	if mode, ok := strings.CutPrefix(said, "mode "); ok {
+		r.found = append(r.found, mode)
 	}
-	if rung, ok := strings.CutPrefix(said, "no rung "); ok {
-		r.absent = append(r.absent, rung)
+	if mode, ok := strings.CutPrefix(said, "no mode "); ok {
+		r.absent = append(r.absent, mode)
 	}
 }
 
@@ -121,7 +121,7 @@ func (r *result) check(ended bool) error {
 		errs = append(errs, fmt.Errorf("the kernel says that it is %q", r.release))
 	}
 	if want := slices.Concat(r.raws, r.tars); !slices.Equal(slices.Sorted(slices.Values(r.found)), slices.Sorted(slices.Values(want))) {
-		errs = append(errs, fmt.Errorf("the rungs that work are %q, want %q", r.found, want))
+		errs = append(errs, fmt.Errorf("the modes that work are %q, want %q", r.found, want))
 	}
 	if r.chosen["raw"] != r.raws[0] || r.chosen["tar"] != r.tars[0] {
 		errs = append(errs, fmt.Errorf("%s and %s are chosen, want %s and %s", r.chosen["raw"], r.chosen["tar"], r.raws[0], r.tars[0]))
@@ -133,9 +133,9 @@ func (r *result) check(ended bool) error {
 		if mapped && r.noUserNamespaces != "" {
 			continue
 		}
-		for _, rung := range append(slices.Concat(r.raws, r.tars), "auto") {
-			if !slices.ContainsFunc(r.volumes[mapped], func(pair string) bool { return slices.Contains(strings.Fields(pair), rung) }) {
-				errs = append(errs, fmt.Errorf("no pod has read a volume by %s (user namespace: %t)", rung, mapped))
+		for _, mode := range append(slices.Concat(r.raws, r.tars), "auto") {
+			if !slices.ContainsFunc(r.volumes[mapped], func(pair string) bool { return slices.Contains(strings.Fields(pair), mode) }) {
+				errs = append(errs, fmt.Errorf("no pod has read a volume by %s (user namespace: %t)", mode, mapped))
 			}
 		}
 	}
@@ -172,7 +172,7 @@ func write(w io.Writer, results []result) {
 	for _, format := range []string{"raw", "tar"} {
 		row(format+" layers, taken", func(r result) string { return "`" + r.chosen[format] + "`" })
 	}
-	row("rungs that work", func(r result) string { return "`" + strings.Join(r.found, "`, `") + "`" })
+	row("modes that work", func(r result) string { return "`" + strings.Join(r.found, "`, `") + "`" })
 	volumes := func(mapped bool) func(result) string {
 		return func(r result) string { return yes(len(r.volumes[mapped]) == len(r.raws)+len(r.tars)) }
 	}
@@ -199,7 +199,7 @@ func write(w io.Writer, results []result) {
 			fmt.Fprintf(w, "\n%s: no user namespaces: %s", r.release, r.refused)
 		}
 		for _, a := range r.absent {
-			fmt.Fprintf(w, "\n%s: no rung %s", r.release, a)
+			fmt.Fprintf(w, "\n%s: no mode %s", r.release, a)
 		}
 		for _, reason := range r.reasons {
 			fmt.Fprintf(w, "\n%s: not tested: %s", r.release, reason)

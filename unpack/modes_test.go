@@ -13,30 +13,30 @@ import (
 )
 
 // best is what the kernel and a disk's file system can do.
-var best = Rungs{Raw: first(RawRungs), Tar: first(TarRungs)}
+var best = Modes{Raw: first(RawModes), Tar: first(TarModes)}
 
-// has reports whether the tests are to find that r works: each rung must, but on the
+// has reports whether the tests are to find that r works: each mode must, but on the
 // kernels that integration/kernels boots, which says by the variable which of them.
-func has(r Rung) bool {
-	rungs, named := os.LookupEnv("ARTIFACT_SNAPSHOTTER_RUNGS")
-	return !named || slices.Contains(strings.Split(rungs, ","), string(r))
+func has(r Mode) bool {
+	modes, named := os.LookupEnv("ARTIFACT_SNAPSHOTTER_MODES")
+	return !named || slices.Contains(strings.Split(modes, ","), string(r))
 }
 
-func first(all []Rung) Rung { return all[slices.IndexFunc(all, has)] }
+func first(all []Mode) Mode { return all[slices.IndexFunc(all, has)] }
 
-// requireRungs skips a test for which this kernel is too old.
-func requireRungs(t *testing.T, rungs ...Rung) {
+// requireModes skips a test for which this kernel is too old.
+func requireModes(t *testing.T, modes ...Mode) {
 	t.Helper()
-	for _, r := range rungs {
+	for _, r := range modes {
 		if r != "" && !has(r) {
-			t.Skipf("NOT TESTED: this kernel does not have the rung %s", r)
+			t.Skipf("NOT TESTED: this kernel does not have the mode %s", r)
 		}
 	}
 }
 
 // here is r where the tests run: the kernel mounts no EROFS from the files of a tmpfs
 // or an overlay, and tars there are loop devices.
-func here(r Rungs) Rungs {
+func here(r Modes) Modes {
 	if (r.Tar == EROFS || r.Tar == EROFSBuffered) && !fileBacked() {
 		r.Tar = EROFSLoop
 	}
@@ -57,11 +57,11 @@ func fileSystem() int64 {
 	return st.Type
 }
 
-// ladder is every pair of rungs that lays out artifacts in its own way, of those that
+// everyPair is every pair of modes that lays out artifacts in its own way, of those that
 // the kernel has.
-var ladder = slices.DeleteFunc([]Rungs{
+var everyPair = slices.DeleteFunc([]Modes{
 	{Overlay, EROFS}, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}, {Overlay, Extract},
 	{Link, EROFS}, {Link, EROFSLoop}, {Link, Extract}, {Copy, EROFS}, {Copy, Extract},
-}, func(r Rungs) bool { return !has(r.Raw) || !has(r.Tar) })
+}, func(r Modes) bool { return !has(r.Raw) || !has(r.Tar) })
 
-func (r Rungs) String() string { return string(r.Raw) + " and " + string(r.Tar) }
+func (r Modes) String() string { return string(r.Raw) + " and " + string(r.Tar) }

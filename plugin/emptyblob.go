@@ -22,13 +22,13 @@ import (
 )
 
 const (
-	// replantInterval is how often the empty blob is looked for after it was
+	// emptyBlobInterval is how often the empty blob is looked for after it was
 	// planted: somebody may delete it, or start containerd on a new root.
-	replantInterval = 3 * time.Minute
-	// plantTimeout bounds one attempt, in case containerd hangs.
-	plantTimeout = 20 * time.Second
-	minPlantWait = 100 * time.Millisecond
-	maxPlantWait = 30 * time.Second
+	emptyBlobInterval = 3 * time.Minute
+	// emptyBlobTimeout bounds one attempt, in case containerd hangs.
+	emptyBlobTimeout = 20 * time.Second
+	minEmptyBlobWait = 100 * time.Millisecond
+	maxEmptyBlobWait = 30 * time.Second
 	// warnAfter is the failure in a row that is a warning, once: it comes after
 	// 1.5 s, since a containerd that is just starting is nothing to warn of.
 	warnAfter = 5
@@ -39,26 +39,26 @@ const (
 	gcRootLabel = "containerd.io/gc.root"
 )
 
-// keepPlanted sees to it that the empty blob is in the content store of every
+// keepEmptyBlobs sees to it that the empty blob is in the content store of every
 // namespace, and looks for it again after the given time, until ctx ends.
 // containerd need not run yet.
 //
 // containerd's fetcher refuses a blob of size zero (core/remotes/handlers.go,
 // Fetch: "reports content size of zero"), unless the content store has it.
-func keepPlanted(ctx context.Context, address string, in []string, again time.Duration) {
+func keepEmptyBlobs(ctx context.Context, address string, in []string, again time.Duration) {
 	if len(in) == 0 {
 		return
 	}
 	logger := log.G(ctx).WithField("containerd", address)
-	wait, failures := minPlantWait, 0
+	wait, failures := minEmptyBlobWait, 0
 	for ctx.Err() == nil {
-		planted, err := plant(ctx, address, in)
+		planted, err := ensureEmptyBlobs(ctx, address, in)
 		if len(planted) > 0 {
 			logger.WithField("namespaces", planted).Info("Planted the empty blob: artifacts with an empty file or config can be pulled")
 		}
 		next := again
 		if err == nil {
-			wait, failures = minPlantWait, 0
+			wait, failures = minEmptyBlobWait, 0
 		} else {
 			failures++
 			level := log.DebugLevel
@@ -66,7 +66,7 @@ func keepPlanted(ctx context.Context, address string, in []string, again time.Du
 				level = log.WarnLevel
 			}
 			logger.WithError(err).Log(level, "Cannot plant the empty blob: artifacts with an empty file or config cannot be pulled; still trying")
-			next, wait = wait, min(2*wait, maxPlantWait)
+			next, wait = wait, min(2*wait, maxEmptyBlobWait)
 		}
 		select {
 		case <-ctx.Done():
@@ -77,8 +77,8 @@ func keepPlanted(ctx context.Context, address string, in []string, again time.Du
 
 // plant makes one attempt for all namespaces and returns those where something
 // had to be done.
-func plant(ctx context.Context, address string, in []string) (planted []string, err error) {
-	ctx, cancel := context.WithTimeout(ctx, plantTimeout)
+func ensureEmptyBlobs(ctx context.Context, address string, in []string) (planted []string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, emptyBlobTimeout)
 	defer cancel()
 	conn, err := grpc.NewClient(dialer.DialAddress(address),
 		grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -88,7 +88,7 @@ func plant(ctx context.Context, address string, in []string) (planted []string, 
 	defer func() { _ = conn.Close() }()
 	store := proxy.NewContentStore(conn)
 	for _, namespace := range in {
-		changed, err := plantIn(namespaces.WithNamespace(ctx, namespace), store)
+		changed, err := ensureEmptyBlob(namespaces.WithNamespace(ctx, namespace), store)
 		if changed {
 			planted = append(planted, namespace)
 		}
@@ -99,13 +99,13 @@ func plant(ctx context.Context, address string, in []string) (planted []string, 
 	return planted, nil
 }
 
-// plantIn plants the empty blob in the namespace of ctx and reports whether
+// ensureEmptyBlob plants the empty blob in the namespace of ctx and reports whether
 // there was anything to do.
-func plantIn(ctx context.Context, store content.Store) (changed bool, err error) {
+func ensureEmptyBlob(ctx context.Context, store content.Store) (changed bool, err error) {
 	// A garbage collection may take what has no label yet between two steps.
 	for range 3 {
 		var done bool
-		done, err = plantOnce(ctx, store)
+		done, err = writeEmptyBlob(ctx, store)
 		changed = changed || done
 		if !errdefs.IsNotFound(err) {
 			break
@@ -114,7 +114,7 @@ func plantIn(ctx context.Context, store content.Store) (changed bool, err error)
 	return changed, err
 }
 
-func plantOnce(ctx context.Context, store content.Store) (changed bool, err error) {
+func writeEmptyBlob(ctx context.Context, store content.Store) (changed bool, err error) {
 	empty := ocispec.Descriptor{MediaType: "application/octet-stream", Digest: digest.FromBytes(nil)}
 	labels := map[string]string{gcRootLabel: time.Now().UTC().Format(time.RFC3339)}
 

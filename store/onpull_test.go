@@ -90,7 +90,7 @@ func (s *site) arrive(hex string, b []byte) {
 func (s *site) run() {
 	s.t.Helper()
 	s.Close()
-	s.config.Early = true
+	s.config.DecompressOnPull = true
 	s.open()
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
@@ -188,20 +188,20 @@ func (c *clock) now() time.Time { return time.Now().Add(time.Duration(c.offset.L
 
 func (c *clock) pass(d time.Duration) { c.offset.Add(int64(d)) }
 
-// openEarly opens a store that is told of what arrives by its test.
-func (s *site) openEarly() *clock {
+// openOnPull opens a store that is told of what arrives by its test.
+func (s *site) openOnPull() *clock {
 	s.t.Helper()
 	s.Close()
-	s.config.Early = true
+	s.config.DecompressOnPull = true
 	s.open()
 	c := &clock{}
 	s.now = c.now
 	return c
 }
 
-// beginEarly lets the manifest and the config of gzipped(n) arrive. When the build waits
+// beginOnPull lets the manifest and the config of gzipped(n) arrive. When the build waits
 // for the layers it returns them.
-func (s *site) beginEarly(n int) (d ocispec.Descriptor, rest map[string][]byte) {
+func (s *site) beginOnPull(n int) (d ocispec.Descriptor, rest map[string][]byte) {
 	s.t.Helper()
 	d, rest = s.gzipped(n)
 	for hex, b := range rest {
@@ -265,9 +265,9 @@ func (s *site) receive(hex string) {
 
 func TestAnEarlyBuildEndsWhenNothingArrives(t *testing.T) {
 	s := newSite(t)
-	clock := s.openEarly()
-	dead, _ := s.beginEarly(1)
-	slow, rest := s.beginEarly(2)
+	clock := s.openOnPull()
+	dead, _ := s.beginOnPull(1)
+	slow, rest := s.beginOnPull(2)
 	var blobs []string
 	for hex := range rest {
 		blobs = append(blobs, hex)
@@ -321,17 +321,17 @@ func TestAnEarlyBuildEndsWhenNothingArrives(t *testing.T) {
 // Whatever a node is full of, what really arrives is unpacked meanwhile.
 func TestNoNumberOfBuildsThatWaitInVainKeepsOthersFromIt(t *testing.T) {
 	s := newSite(t)
-	s.openEarly()
-	live, rest := s.beginEarly(0)
+	s.openOnPull()
+	live, rest := s.beginOnPull(0)
 	var first string
 	for hex := range rest {
 		first = hex
 		break
 	}
 	s.receive(first)
-	const room = maxEarly / perEarly
+	const room = maxOnPull / stalledAfter
 	for i := range room + 20 {
-		s.beginEarly(1 + i)
+		s.beginOnPull(1 + i)
 		s.Store.mu.Lock()
 		n := len(s.early)
 		s.Store.mu.Unlock()
@@ -342,7 +342,7 @@ func TestNoNumberOfBuildsThatWaitInVainKeepsOthersFromIt(t *testing.T) {
 	if !s.waits(live) {
 		t.Error("the build that something arrives for has made room for others")
 	}
-	another, more := s.beginEarly(room + 100)
+	another, more := s.beginOnPull(room + 100)
 	for _, blobs := range []map[string][]byte{rest, more} {
 		for hex, b := range blobs {
 			s.arrive(hex, b)
@@ -358,7 +358,7 @@ func TestNoNumberOfBuildsThatWaitInVainKeepsOthersFromIt(t *testing.T) {
 // names many layers.
 func TestAWaitingBuildIsCountedWithTheMemoryThatItTakes(t *testing.T) {
 	s := newSite(t)
-	s.openEarly()
+	s.openOnPull()
 	var layers []string
 	for n := range 9000 {
 		layers = append(layers, fmt.Sprintf(`{"mediaType":"a/b.tar+gzip","digest":%q,"size":5}`, digest.FromString(strconv.Itoa(n))))

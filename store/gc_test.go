@@ -27,7 +27,7 @@ func TestNothingGoesWhenAUserCannotTell(t *testing.T) {
 	v.Release()
 	s.forget(d)
 	s.err = errors.New("the database is locked")
-	if err := s.Sweep(context.Background()); !errors.Is(err, s.err) {
+	if err := s.CollectGarbage(context.Background()); !errors.Is(err, s.err) {
 		t.Errorf("%v, want %v", err, s.err)
 	}
 	s.wantState(v.ID, true, true)
@@ -38,12 +38,12 @@ func TestAFailureIsForgottenWithItsArtifact(t *testing.T) {
 	d := s.pack("bytes")
 	name := ID{Manifest: d.Digest}.name()
 	s.failed[name] = &failure{err: errors.New("a build that nobody has waited for"), at: s.now()}
-	s.sweep()
+	s.collect()
 	if s.failed[name] == nil {
 		t.Error("whoever asks next is not told")
 	}
 	s.forget(d)
-	s.sweep()
+	s.collect()
 	if s.failed[name] != nil {
 		t.Error("whoever pulls it again is told")
 	}
@@ -57,12 +57,12 @@ func TestNothingGoesWhenTheContentRootIsUnreadable(t *testing.T) {
 	if err := os.Rename(blobs, blobs+".away"); err != nil {
 		t.Fatal(err)
 	}
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, true, false)
 	if err := os.WriteFile(blobs, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, true, false)
 }
 
@@ -78,10 +78,10 @@ func TestAnUnusedTreeIsNoSecondCopy(t *testing.T) {
 		}
 	}
 	s.pack("bytes")
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, true, true) // a pod reads it
 	s.show()
-	s.sweep()
+	s.collect()
 	s.wantState(v.ID, false, false)
 }
 
@@ -108,7 +108,7 @@ func TestSweepsDoNotDisturbEachOther(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
-			if err := s.Sweep(context.Background()); err != nil {
+			if err := s.CollectGarbage(context.Background()); err != nil {
 				t.Error(err)
 			}
 		})
@@ -149,12 +149,12 @@ func TestCopiesGoWithTheLastTreeThatLinksToThem(t *testing.T) {
 	})
 	d := s.pack("on another file system")
 	s.acquire(d).Release()
-	s.sweep()
+	s.collect()
 	if shared := s.sharedNames(); len(shared) != 1 {
 		t.Fatalf("shared: %v, want the one of the layer", shared)
 	}
 	s.forget(d)
-	s.sweep()
+	s.collect()
 	if shared := s.sharedNames(); len(shared) != 0 {
 		t.Errorf("copies left: %v", shared)
 	}
@@ -194,14 +194,14 @@ func TestAFlatTarGoesWithTheLastTreeThatLinksToIt(t *testing.T) {
 		s.acquire(d).Release()
 	}
 	for _, d := range targets {
-		s.sweep()
+		s.collect()
 		shared := s.sharedNames()
 		if len(shared) != 2 {
 			t.Fatalf("shared: %v, want the flat tar and the symlink to it", shared)
 		}
 		s.forget(d)
 	}
-	s.sweep()
+	s.collect()
 	if shared := s.sharedNames(); len(shared) != 0 {
 		t.Errorf("left: %v", shared)
 	}

@@ -35,7 +35,7 @@ var emptyBlob = digest.FromBytes(nil)
 
 // The reason for planting: with the empty blob containerd pulls an artifact
 // that has an empty file, without it does not.
-func TestPlantMakesPullWork(t *testing.T) {
+func TestThePreCreatedEmptyBlobMakesAPullWork(t *testing.T) {
 	n := newNode(t, "")
 	n.start(t, tool(t, "containerd"))
 	reference, _ := serveArtifact(t, []byte("weights"), nil)
@@ -50,13 +50,13 @@ func TestPlantMakesPullWork(t *testing.T) {
 		t.Fatalf("pull without the empty blob: %v, want an error about a size of zero\n%s", err, output)
 	}
 	both := []string{"k8s.io", "other"}
-	wantPlanted(t, n, both, both)
+	wantEmptyBlob(t, n, both, both)
 	if output, err := pull(); err != nil {
 		t.Fatalf("pull with the empty blob: %v\n%s", err, output)
 	}
 }
 
-func TestPlantRepairs(t *testing.T) {
+func TestADamagedEmptyBlobIsReplaced(t *testing.T) {
 	n := newNode(t, "")
 	n.start(t, tool(t, "containerd"))
 	store := contentStore(t, n.address)
@@ -77,12 +77,12 @@ func TestPlantRepairs(t *testing.T) {
 		}
 	}
 
-	wantPlanted(t, n, both, both)
+	wantEmptyBlob(t, n, both, both)
 	wantLabel()
-	wantPlanted(t, n, both, nil)
+	wantEmptyBlob(t, n, both, nil)
 
 	unlabel()
-	wantPlanted(t, n, both, []string{"other"})
+	wantEmptyBlob(t, n, both, []string{"other"})
 	wantLabel()
 
 	collect := func() {
@@ -98,12 +98,12 @@ func TestPlantRepairs(t *testing.T) {
 	if _, err := store.Info(ctx, emptyBlob); !errdefs.IsNotFound(err) {
 		t.Fatalf("without the label the blob should have been collected: %v", err)
 	}
-	wantPlanted(t, n, both, []string{"other"})
+	wantEmptyBlob(t, n, both, []string{"other"})
 	wantLabel()
 }
 
 // The daemon may start before containerd, and somebody may remove the blob.
-func TestKeepPlanted(t *testing.T) {
+func TestTheEmptyBlobComesBack(t *testing.T) {
 	var logged buffer
 	log.L.Logger.SetOutput(&logged)
 	t.Cleanup(func() { log.L.Logger.SetOutput(os.Stderr) })
@@ -112,7 +112,7 @@ func TestKeepPlanted(t *testing.T) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		keepPlanted(ctx, n.address, []string{"k8s.io"}, 50*time.Millisecond)
+		keepEmptyBlobs(ctx, n.address, []string{"k8s.io"}, 50*time.Millisecond)
 	}()
 	defer func() { cancel(); <-done }()
 	eventually(t, "a warning", func() error { return logged.has("level=warning", 1) })
@@ -139,9 +139,9 @@ func TestKeepPlanted(t *testing.T) {
 	}
 }
 
-func wantPlanted(t *testing.T, n *node, in, want []string) {
+func wantEmptyBlob(t *testing.T, n *node, in, want []string) {
 	t.Helper()
-	planted, err := plant(t.Context(), n.address, in)
+	planted, err := ensureEmptyBlobs(t.Context(), n.address, in)
 	if err != nil || !reflect.DeepEqual(planted, want) {
 		t.Fatalf("plant in %q: %q, %v; want %q", in, planted, err, want)
 	}

@@ -13,66 +13,38 @@ package client
 import (
 	"context"
 	"fmt"
-	"net"
 	"strings"
-	"time"
 
-	containerd "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
-)
 
-// connectTimeout is how long Connect waits for an answer.
-const connectTimeout = 5 * time.Second
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
+)
 
 // Client talks to one containerd about one namespace and one snapshotter.
 type Client struct {
-	*containerd.Client
-	// Namespace is that of containerd's which [Client.Context] names.
-	Namespace string
-	// Snapshotter is the name that containerd knows the snapshotter by.
+	images.Reader
+	// Snapshotter is containerd's name for the snapshotter.
 	Snapshotter string
-	// Waiting, if it is not nil, is told why [Client.Unpack] waits.
+	// Waiting, if not nil, is called with the reason while [Client.Unpack] waits.
 	Waiting func(why error)
 }
 
-// Connect connects to the containerd whose Unix socket is address, and waits some
-// seconds for its answer. If there is none, the error is errdefs.ErrUnavailable.
-// The caller calls Close.
+// Connect connects to the containerd whose Unix socket is address, see
+// [images.Connect]. The caller calls Close.
 func Connect(ctx context.Context, address, namespace, snapshotter string) (*Client, error) {
-	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
-	defer cancel()
-	path := strings.TrimPrefix(address, "unix://")
-	unavailable := func(err error) error {
-		return fmt.Errorf("containerd does not answer on %s, check that it runs and that this is its socket: %v: %w", path, err, errdefs.ErrUnavailable)
-	}
-	// gRPC says the same in many more words.
-	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
+	c, err := images.Connect(ctx, address)
 	if err != nil {
-		return nil, unavailable(err)
+		return nil, err
 	}
-	_ = conn.Close()
-	c, err := containerd.New(path, containerd.WithTimeout(connectTimeout))
-	if err != nil {
-		return nil, unavailable(err)
-	}
-	if _, err := c.Version(ctx); err != nil {
-		_ = c.Close()
-		return nil, unavailable(err)
-	}
-	return &Client{Client: c, Namespace: namespace, Snapshotter: snapshotter}, nil
+	return &Client{Reader: images.Reader{Client: c, Namespace: namespace}, Snapshotter: snapshotter}, nil
 }
 
-// Context returns ctx with the namespace, as every call of containerd's API needs
-// it. The methods of this package do it themselves.
-func (c *Client) Context(ctx context.Context) context.Context {
-	return namespaces.WithNamespace(ctx, c.Namespace)
-}
-
-// In returns a client for another namespace that shares the connection: only one
-// of the two is to be closed.
+// In returns a client for another namespace that shares the connection: only one of the
+// two is to be closed.
 func (c *Client) In(namespace string) *Client {
-	return &Client{Client: c.Client, Namespace: namespace, Snapshotter: c.Snapshotter, Waiting: c.Waiting}
+	other := *c
+	other.Namespace = namespace
+	return &other
 }
 
 // explain turns an error of a snapshotter's method into what a person can do about

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"regexp"
 	"slices"
-	"strings"
 
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -19,6 +18,7 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
@@ -56,7 +56,7 @@ var volumeKey = regexp.MustCompile(`/image-volumes/([^/]+)/([0-9a-f]+)$`)
 // is neither in use nor unpacked is not in it. All images of the namespace must be
 // given. Every snapshotter counts, for an artifact may be shown by another one, too,
 // and one that cannot be asked is an error.
-func (c *Client) Uses(ctx context.Context, all []Image) (map[digest.Digest]*Use, error) {
+func (c *Client) Uses(ctx context.Context, all []images.Image) (map[digest.Digest]*Use, error) {
 	ctx = c.Context(ctx)
 	u := newUses(all)
 	others, err := c.IntrospectionService().Plugins(ctx, fmt.Sprintf("type==%q", plugins.SnapshotPlugin))
@@ -115,15 +115,12 @@ type uses struct {
 	names map[string]digest.Digest
 }
 
-func newUses(all []Image) uses {
+func newUses(all []images.Image) uses {
 	u := uses{map[digest.Digest]*Use{}, map[string][]digest.Digest{}, map[string][]digest.Digest{}, map[string]digest.Digest{}}
 	for _, image := range all {
 		manifest := image.Artifact.Manifest.Digest
 		u.targets[image.Target.Digest.Encoded()] = append(u.targets[image.Target.Digest.Encoded()], manifest)
-		chain := image.chain.String()
-		if chain == "" {
-			chain = image.Artifact.ChainID().String()
-		}
+		chain := image.ChainID().String()
 		u.chains[chain] = append(u.chains[chain], manifest)
 		u.names[image.Name] = manifest
 	}
@@ -183,7 +180,7 @@ func (u uses) of(manifest digest.Digest) *Use {
 
 // Chain returns the name of the snapshot that containerd's own unpacker has made of
 // the artifact's layers (docs/native-unpack.md), or "" if there is none.
-func (c *Client) Chain(ctx context.Context, image Image) (string, error) {
+func (c *Client) Chain(ctx context.Context, image images.Image) (string, error) {
 	name := image.Artifact.ChainID().String()
 	there, err := c.SnapshotService(c.Snapshotter).Stat(c.Context(ctx), name)
 	switch {
@@ -245,29 +242,4 @@ func LayoutOf(ctx context.Context, a *artifact.Artifact, root string, content bl
 	}
 	l.Shared, err = tree.Shared(content, a.Layers)
 	return l, err
-}
-
-// Named leaves out the names that are not for people: CRI's image IDs, and its
-// names by digest, where there is a better one for the same target.
-func Named(images []Image) []Image {
-	rank := func(image Image) int {
-		switch {
-		case image.IsID():
-			return 0
-		case strings.HasSuffix(image.Name, "@"+image.Target.Digest.String()):
-			return 1
-		}
-		return 2
-	}
-	best := map[digest.Digest]int{}
-	for _, image := range images {
-		best[image.Target.Digest] = max(best[image.Target.Digest], rank(image))
-	}
-	var named []Image
-	for _, image := range images {
-		if rank(image) == best[image.Target.Digest] {
-			named = append(named, image)
-		}
-	}
-	return named
 }

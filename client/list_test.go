@@ -14,47 +14,19 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
-func TestNamedLeavesOutWhatIsForPrograms(t *testing.T) {
-	config, other := digest.FromString("config"), digest.FromString("other config")
-	target, second := digest.FromString("target"), digest.FromString("second target")
-	image := func(name string, target, config digest.Digest) (i Image) {
-		i.Name, i.Target.Digest = name, target
-		i.Artifact = &artifact.Artifact{Config: config}
-		return i
-	}
-	all := []Image{
-		image("r/a:v1", target, config),
-		image("r/a:v2", target, config),
-		image("r/a@"+target.String(), target, config),
-		image(config.String(), target, config),
-		image("r/b@"+second.String(), second, other),
-		image("r/c@"+target.String(), second, other), // no digest of its own
-		image(other.String(), second, other),
-	}
-	var got []string
-	for _, i := range Named(all) {
-		got = append(got, i.Name)
-	}
-	if want := []string{"r/a:v1", "r/a:v2", "r/c@" + target.String()}; !slices.Equal(got, want) {
-		t.Errorf("got %q, want %q", got, want)
-	}
-	if got := Named(all[6:]); len(got) != 1 {
-		t.Errorf("an artifact with nothing but an ID has the names %v", got)
-	}
-}
-
 // A container names its image, whatever its root filesystem is.
 func TestContainersUseTheirImages(t *testing.T) {
-	image := func(name, manifest string) (i Image) {
+	image := func(name, manifest string) (i images.Image) {
 		i.Name = name
 		i.Target.Digest = digest.FromString(manifest)
 		i.Artifact = &artifact.Artifact{Manifest: i.Target}
 		return i
 	}
-	u := newUses([]Image{image("r/a:v1", "a"), image("r/a:v2", "a"), image("r/b:v1", "b")})
+	u := newUses([]images.Image{image("r/a:v1", "a"), image("r/a:v2", "a"), image("r/b:v1", "b")})
 	for id, name := range map[string]string{"one": "r/a:v2", "two": "ordinary", "three": ""} {
 		u.addContainer(containers.Container{ID: id, Image: name})
 	}
@@ -66,7 +38,7 @@ func TestContainersUseTheirImages(t *testing.T) {
 
 // What is used in any way is found, and what only looks like it is not.
 func TestUsesAreFound(t *testing.T) {
-	image := func(name string, index bool) (i Image) {
+	image := func(name string, index bool) (i images.Image) {
 		layer := artifact.Layer{Descriptor: ocispec.Descriptor{Digest: digest.FromString(name)}}
 		i.Artifact = &artifact.Artifact{Manifest: ocispec.Descriptor{Digest: digest.FromString("manifest of " + name)}, Layers: []artifact.Layer{layer}}
 		i.Target = i.Artifact.Manifest
@@ -76,17 +48,17 @@ func TestUsesAreFound(t *testing.T) {
 		return i
 	}
 	a, b := image("a", false), image("b", true)
-	manifest := func(i Image) digest.Digest { return i.Artifact.Manifest.Digest }
-	label := func(i Image) map[string]string {
+	manifest := func(i images.Image) digest.Digest { return i.Artifact.Manifest.Digest }
+	label := func(i images.Image) map[string]string {
 		return map[string]string{snapshot.LabelArtifact: manifest(i).String()}
 	}
-	volume := func(sandbox string, i Image) string {
+	volume := func(sandbox string, i images.Image) string {
 		return "/run/containerd/io.containerd.grpc.v1.cri/image-volumes/" + sandbox + "/" + i.Target.Digest.Encoded()
 	}
 	for name, c := range map[string]struct {
 		info  snapshots.Info
 		ours  bool
-		of    Image
+		of    images.Image
 		want  Use
 		inUse bool
 	}{
@@ -103,7 +75,7 @@ func TestUsesAreFound(t *testing.T) {
 		"an ordinary container":         {snapshots.Info{Name: "container", Kind: snapshots.KindActive, Parent: "sha256:image"}, true, a, Use{}, false},
 		"an ordinary image as a volume": {snapshots.Info{Name: volume("pod", image("other", false)), Kind: snapshots.KindActive}, true, a, Use{}, false},
 	} {
-		u := newUses([]Image{a, b})
+		u := newUses([]images.Image{a, b})
 		u.add(c.info, c.ours)
 		got := Use{}
 		if use := u.byManifest[manifest(c.of)]; use != nil {

@@ -12,9 +12,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"time"
 
-	"github.com/containerd/containerd/v2/core/images"
+	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -23,15 +22,13 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
 // Labels of containerd's garbage collector (docs/garbage-collection.md of
 // containerd).
 const (
-	// labelRoot keeps what has it; any value will do, a time is what containerd
-	// itself sets.
-	labelRoot = "containerd.io/gc.root"
 	// labelContent keeps the content that is its value.
 	labelContent = "containerd.io/gc.ref.content.artifact"
 )
@@ -63,7 +60,7 @@ type Mounted struct {
 // A target that cannot be one is errdefs.ErrInvalidArgument, one that is still that
 // of another artifact errdefs.ErrFailedPrecondition, and one at which another process
 // is mounting errdefs.ErrUnavailable. After any error nothing is mounted.
-func (c *Client) Mount(ctx context.Context, image Image, target string) (path string, err error) {
+func (c *Client) Mount(ctx context.Context, image images.Image, target string) (path string, err error) {
 	if path, err = resolve(target); err != nil {
 		return "", err
 	}
@@ -71,7 +68,7 @@ func (c *Client) Mount(ctx context.Context, image Image, target string) (path st
 }
 
 // mount is Mount for a path that is resolved.
-func (c *Client) mount(ctx context.Context, image Image, target string) (err error) {
+func (c *Client) mount(ctx context.Context, image images.Image, target string) (err error) {
 	made, dir, err := makeTarget(target)
 	if err != nil {
 		return err
@@ -120,10 +117,10 @@ func (c *Client) mount(ctx context.Context, image Image, target string) (err err
 
 // view makes the view with that key, of which it has to be proved that it is one of the
 // artifact: any other snapshotter makes an empty one.
-func (c *Client) view(ctx context.Context, key string, image Image) (mounts []mount.Mount, err error) {
+func (c *Client) view(ctx context.Context, key string, image images.Image) (mounts []mount.Mount, err error) {
 	service := c.SnapshotService(c.Snapshotter)
 	labels := map[string]string{
-		labelRoot:            time.Now().UTC().Format(time.RFC3339),
+		images.LabelGCRoot:   images.GCRootTime(),
 		labelContent:         image.Target.Digest.String(),
 		labelImage:           image.Name,
 		snapshot.LabelTarget: image.Target.Digest.String(),
@@ -324,28 +321,28 @@ func isMounted(path string) (bool, error) {
 	return len(found) > 0, nil
 }
 
-// ImageAt is as [Client.Image], and finds also the image that was mounted at target
+// ImageAt is as [images.Reader.Image], and finds also the image that was mounted at target
 // and has been deleted since, by the name that it had then or by its digest: its
 // content is there until Unmount.
-func (c *Client) ImageAt(ctx context.Context, ref, target string) (Image, error) {
+func (c *Client) ImageAt(ctx context.Context, ref, target string) (images.Image, error) {
 	image, err := c.Image(ctx, ref)
 	if !errdefs.IsNotFound(err) {
 		return image, err
 	}
 	path, odd := resolve(target)
 	if odd != nil { // for Mount to say, if there were an image
-		return Image{}, err
+		return images.Image{}, err
 	}
 	there, odd := c.mountsAt(ctx, path)
 	if odd != nil {
-		return Image{}, err
+		return images.Image{}, err
 	}
 	for _, m := range there {
 		if slices.Contains([]string{m.image, m.target.String(), m.Manifest.String()}, ref) {
-			return c.read(ctx, images.Image{Name: m.image, Target: ocispec.Descriptor{Digest: m.target}})
+			return c.Read(ctx, coreimages.Image{Name: m.image, Target: ocispec.Descriptor{Digest: m.target}})
 		}
 	}
-	return Image{}, err
+	return images.Image{}, err
 }
 
 // resolve makes a target absolute and follows its symlinks. Its last element need

@@ -10,12 +10,13 @@ import (
 	"slices"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/images"
+	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 )
 
 // The label of images that no garbage collection of Kubernetes takes
@@ -29,7 +30,7 @@ const (
 // namespace.
 type Unused struct {
 	Artifact *artifact.Artifact
-	Images   []Image
+	Images   []images.Image
 }
 
 // Unused lists the artifacts of the namespace that no pod, no [Client.Mount] and no
@@ -80,7 +81,7 @@ func (c *Client) Remove(ctx context.Context, unused []Unused) (freed, kept int64
 			sizes[blob] = size
 		}
 		for _, image := range u.Images {
-			err := service.Delete(ctx, image.Name, images.DeleteTarget(&image.Target))
+			err := service.Delete(ctx, image.Name, coreimages.DeleteTarget(&image.Target))
 			if err != nil && !errdefs.IsNotFound(err) {
 				return 0, 0, fmt.Errorf("remove image %q, after %d others have been removed: %w", image.Name, deleted, err)
 			}

@@ -15,7 +15,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/images"
+	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
@@ -30,6 +30,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 )
 
 // Registry says how to reach a registry.
@@ -87,19 +88,19 @@ const pullTime = 24 * time.Hour
 // The manifest is read first, and nothing is pulled of an ordinary image,
 // errdefs.ErrInvalidArgument, nor of an artifact that would be refused, nor if
 // the snapshotter does not answer.
-func (c *Client) Pull(ctx context.Context, ref string, r Registry, progress func([]Fetched)) (Image, error) {
+func (c *Client) Pull(ctx context.Context, ref string, r Registry, progress func([]Fetched)) (images.Image, error) {
 	if err := validReference(ref); err != nil {
-		return Image{}, err
+		return images.Image{}, err
 	}
 	// What could not be unpacked is not pulled.
 	if err := c.reach(ctx); err != nil {
-		return Image{}, err
+		return images.Image{}, err
 	}
 	opts := []registry.Opt{registry.WithHostDir(r.HostsDir)}
 	if r.User != "" {
 		login, err := r.login(ctx, ref)
 		if err != nil {
-			return Image{}, fmt.Errorf("pull %s: %w", ref, err)
+			return images.Image{}, fmt.Errorf("pull %s: %w", ref, err)
 		}
 		opts = append(opts, registry.WithCredentials(login))
 	}
@@ -108,30 +109,30 @@ func (c *Client) Pull(ctx context.Context, ref string, r Registry, progress func
 	}
 	from, err := registry.NewOCIRegistry(ctx, ref, opts...)
 	if err != nil {
-		return Image{}, err
+		return images.Image{}, err
 	}
 	a, seen, err := preview(ctx, from)
 	switch {
 	case errors.Is(err, artifact.ErrNotArtifact):
-		return Image{}, fmt.Errorf("%q is an ordinary image, not an artifact; pull it with ctr or crictl: %w", ref, errdefs.ErrInvalidArgument)
+		return images.Image{}, fmt.Errorf("%q is an ordinary image, not an artifact; pull it with ctr or crictl: %w", ref, errdefs.ErrInvalidArgument)
 	case errdefs.IsNotFound(err):
-		return Image{}, fmt.Errorf("pull %s: the registry does not have it, or shows it only to some users (-u): %w", ref, err)
+		return images.Image{}, fmt.Errorf("pull %s: the registry does not have it, or shows it only to some users (-u): %w", ref, err)
 	case err != nil:
-		return Image{}, fmt.Errorf("pull %s: %w", ref, err)
+		return images.Image{}, fmt.Errorf("pull %s: %w", ref, err)
 	}
 	ctx = c.Context(ctx)
 	ctx, done, err := c.WithLease(ctx, leases.WithRandomID(), leases.WithExpiration(pullTime))
 	if err != nil {
-		return Image{}, err
+		return images.Image{}, err
 	}
 	defer func() { _ = done(context.WithoutCancel(ctx)) }() // else it expires
-	if err := c.ensureEmptyBlobFor(ctx, seen.named); err != nil {
-		return Image{}, err
+	if err := c.ensureEmptyBlobs(ctx, seen.named); err != nil {
+		return images.Image{}, err
 	}
 	store := image.NewStore(ref, image.WithPlatforms(seen.platform))
 	t := newTracker(a, progress)
 	if err := c.Transfer(ctx, from, store, transfer.WithProgress(t.update)); err != nil {
-		return Image{}, fmt.Errorf("pull %s: %w", ref, err)
+		return images.Image{}, fmt.Errorf("pull %s: %w", ref, err)
 	}
 	// The last events may come after the answer, or not at all.
 	t.finish()
@@ -222,19 +223,16 @@ type inMemory struct{ *bytes.Reader }
 
 func (inMemory) Close() error { return nil }
 
-// ensureEmptyBlobFor puts the blob of no bytes into the content store, if one of those that are
-// named is empty, as an empty file or config is: containerd's fetcher refuses to fetch it
-// (core/remotes/handlers.go, Fetch). The lease of ctx keeps it.
-func (c *Client) ensureEmptyBlobFor(ctx context.Context, named []ocispec.Descriptor) error {
+// ensureEmptyBlobs pre-creates the empty blob for each algorithm by which one of those
+// that are named is empty, as an empty file or config is.
+func (c *Client) ensureEmptyBlobs(ctx context.Context, named []ocispec.Descriptor) error {
 	for _, n := range named {
 		d := n.Digest
 		if n.Size != 0 || d.Validate() != nil || d != d.Algorithm().FromBytes(nil) {
 			continue
 		}
-		desc := ocispec.Descriptor{Digest: d}
-		err := content.WriteBlob(ctx, c.ContentStore(), "artifact-snapshotter-empty-"+d.Algorithm().String(), bytes.NewReader(nil), desc)
-		if err != nil {
-			return fmt.Errorf("put the blob of no bytes into containerd's content store: %w", err)
+		if _, err := images.EnsureEmptyBlob(ctx, c.ContentStore(), d.Algorithm()); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -263,7 +261,7 @@ func newTracker(a *artifact.Artifact, report func([]Fetched)) *tracker {
 
 // update is a transfer.ProgressFunc.
 func (t *tracker) update(p transfer.Progress) {
-	if p.Desc == nil || images.IsManifestType(p.Desc.MediaType) || images.IsIndexType(p.Desc.MediaType) {
+	if p.Desc == nil || coreimages.IsManifestType(p.Desc.MediaType) || coreimages.IsIndexType(p.Desc.MediaType) {
 		return
 	}
 	t.mu.Lock()

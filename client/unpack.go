@@ -15,6 +15,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
@@ -66,7 +67,7 @@ func (c *Client) snapshotNames(ctx context.Context, a *artifact.Artifact) ([]str
 //
 // What this leaves behind when it is killed goes with containerd's next garbage
 // collection after unpackLease, or is taken over by the next Unpack.
-func (c *Client) Unpack(ctx context.Context, image Image) (string, error) {
+func (c *Client) Unpack(ctx context.Context, image images.Image) (string, error) {
 	ctx = c.Context(ctx)
 	if name, err := c.Unpacked(ctx, image); err != nil || name != "" {
 		return name, err
@@ -88,7 +89,7 @@ func (c *Client) Unpack(ctx context.Context, image Image) (string, error) {
 
 // Unpacked returns the name of the snapshot that Unpack has made of the artifact,
 // or "" if there is none, or none that lives as long as the image.
-func (c *Client) Unpacked(ctx context.Context, image Image) (string, error) {
+func (c *Client) Unpacked(ctx context.Context, image images.Image) (string, error) {
 	ctx = c.Context(ctx)
 	manifest := image.Artifact.Manifest.Digest
 	info, err := c.ContentStore().Info(ctx, manifest)
@@ -114,7 +115,7 @@ func (c *Client) Unpacked(ctx context.Context, image Image) (string, error) {
 
 // unpackAs makes the snapshot with that name. If something else has the name, the
 // error is errdefs.ErrFailedPrecondition.
-func (c *Client) unpackAs(ctx context.Context, image Image, name string) error {
+func (c *Client) unpackAs(ctx context.Context, image images.Image, name string) error {
 	return c.patiently(ctx, func() error { return c.attempt(ctx, image, name) })
 }
 
@@ -152,7 +153,7 @@ func (c *Client) foreign() error {
 
 // attempt asks for the snapshot once. A lease keeps it until it is tied to the
 // manifest.
-func (c *Client) attempt(ctx context.Context, image Image, name string) (err error) {
+func (c *Client) attempt(ctx context.Context, image images.Image, name string) (err error) {
 	service := c.LeasesService()
 	lease, err := service.Create(ctx, leases.WithRandomID(), leases.WithExpiration(unpackLease))
 	if err != nil {

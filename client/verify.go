@@ -11,7 +11,7 @@ import (
 	"io"
 
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/images"
+	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -43,7 +43,7 @@ type Checked struct {
 	refused error          // why no volume has the layer
 }
 
-// Verify reads all blobs of an image, which is found as by [Client.Image], through
+// Verify reads all blobs of an image, which is found as by [images.Reader.Image], through
 // containerd, and compares them with their digests and sizes, and what compressed
 // layers hold with the DiffIDs of the config. Every blob is reported, good or bad,
 // when it has been read. The error is that there is no such artifact, or why it is
@@ -103,9 +103,9 @@ func checks(ctx context.Context, store content.Provider, target ocispec.Descript
 	for _, desc := range read.descs {
 		kind := KindConfig
 		switch {
-		case images.IsIndexType(desc.MediaType):
+		case coreimages.IsIndexType(desc.MediaType):
 			kind = KindIndex
-		case images.IsManifestType(desc.MediaType):
+		case coreimages.IsManifestType(desc.MediaType):
 			kind = KindManifest
 			layers = layersOf(ctx, store, desc)
 		}

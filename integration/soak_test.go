@@ -81,7 +81,7 @@ func TestNothingIsLostOrLeftByAnythingAtOnce(t *testing.T) {
 	}
 	t.Logf("ARTIFACT_SNAPSHOTTER_SOAK_SEED=%d", seed)
 
-	n, metrics := metered(t, node.Options{RaceDaemon: true, DaemonConfig: "snapshot_on_pull = true\ntar_mode = 'auto'\n"})
+	n, metrics := metered(t, node.Options{RaceDaemon: true, DaemonConfig: "tar_mode = 'auto'\n"})
 	s := &soak{n: n, c: connect(t, n), metrics: metrics, subPaths: !older(t, n, 2, noSubPaths)}
 	s.shown, s.bad = soakedShown(t, n), soakedRefused(t, n)
 	workers := make([]*worker, soakWorkers)

@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
@@ -388,7 +389,7 @@ func (w *worker) mount(ctx context.Context) error {
 }
 
 // mountOnly mounts the image; after an error nothing is mounted.
-func (w *worker) mountOnly(ctx context.Context, image client.Image) error {
+func (w *worker) mountOnly(ctx context.Context, image images.Image) error {
 	_, err := w.c.Mount(ctx, image, w.own.target)
 	if err == nil {
 		return nil
@@ -411,7 +412,7 @@ func (w *worker) prune(ctx context.Context) error {
 			return err
 		}
 		unused = slices.DeleteFunc(unused, func(u client.Unused) bool {
-			return slices.ContainsFunc(u.Images, func(i client.Image) bool { return strings.Contains(i.Name, "/own/") })
+			return slices.ContainsFunc(u.Images, func(i images.Image) bool { return strings.Contains(i.Name, "/own/") })
 		})
 		_, _, err = w.c.Remove(ctx, unused)
 		return err
@@ -458,7 +459,7 @@ func (w *worker) cancelPod(ctx context.Context) error {
 // cancelMount is a tool that is stopped while it unpacks and mounts.
 func (w *worker) cancelMount(ctx context.Context) error {
 	a := w.artifact()
-	var image client.Image
+	var image images.Image
 	if err := w.try(ctx, []*soaked{a}, func() (err error) {
 		if err := w.unmount(ctx); err != nil {
 			return err

@@ -32,7 +32,7 @@ import (
 // times and all at once. The daemon has Go's race detector.
 func TestGarbageCollectionWhileViewsUnpacksAndPullsRun(t *testing.T) {
 	const rounds = 100
-	n := node.ForTest(t, node.Options{RaceDaemon: true, DaemonConfig: "snapshot_on_pull = true\n"})
+	n := node.ForTest(t, node.Options{RaceDaemon: true})
 	c := connect(t, n)
 	src := writeModel(t)
 	before, snapshotsBefore := daemonUsage(t, n), snapshotsIn(t, n, "artifact")

@@ -360,38 +360,3 @@ func TestTheSnapshotOfAnArtifactIsNotTheRootOfAContainer(t *testing.T) {
 	check(t, pod.Start(node.Container{Name: "main", Image: ref}))
 	check(t, pod.Remove())
 }
-
-func TestArtifactsAreUnpackedWhenTheyArePulled(t *testing.T) {
-	n := node.ForTest(t, node.Options{DaemonConfig: "snapshot_on_pull = true\ndecompress_on_pull = false\n"})
-	src := writeModel(t)
-	before := daemonUsage(t, n)
-	for _, form := range []pack.Form{pack.TarGzip, pack.TarZstd, pack.Raw} {
-		pushModel(t, n, src, form, "tag") // which moves
-		ref := n.Registry + "/models/tiny:tag"
-		_, err := n.Ctr("images", "pull", "--plain-http", ref)
-		check(t, err)
-		name := chainID(t, n, ref)
-		waitFor(t, "the snapshot of "+string(form), func() bool { return snapshotsOf(t, n)[name] == "Committed" })
-		wantShown(t, n, name, wantTree(t, src, form))
-		removeImage(t, n, ref)
-		if left := snapshotsOf(t, n); len(left) > 0 {
-			t.Errorf("the snapshots %v are left", left)
-		}
-	}
-	// In another namespace nothing is done.
-	ref := n.Registry + "/models/tiny:tag"
-	pushModel(t, n, writeModel(t, "src/__init__.py"), pack.TarGzip, "tag")
-	_, err := n.Tool("ctr", "--address", n.Address, "--namespace", "other", "images", "pull", "--plain-http", ref)
-	check(t, err)
-	_, err = n.Ctr("images", "pull", "--plain-http", ref)
-	check(t, err)
-	name := chainID(t, n, ref)
-	waitFor(t, "the snapshot in the namespace k8s.io", func() bool { return snapshotsOf(t, n)[name] == "Committed" })
-	if out, err := n.Tool("ctr", "--address", n.Address, "--namespace", "other", "snapshots", "--snapshotter", "artifact", "ls"); err != nil || strings.Contains(out, "sha256") {
-		t.Errorf("the namespace that is not configured has the snapshots %s, %v", out, err)
-	}
-	_, err = n.Tool("ctr", "--address", n.Address, "--namespace", "other", "images", "rm", "--sync", ref)
-	check(t, err)
-	removeImage(t, n, ref)
-	wantUsage(t, n, before)
-}

@@ -14,7 +14,6 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/pkg/identifiers"
-	"github.com/containerd/errdefs"
 	"github.com/containerd/nri/pkg/api"
 	"github.com/pelletier/go-toml/v2"
 
@@ -74,19 +73,12 @@ type Config struct {
 	DirectIO string `toml:"direct_io"`
 	// DecompressOnPull decompresses layers while containerd pulls them.
 	DecompressOnPull bool `toml:"decompress_on_pull"`
-	// SnapshotOnPull makes the snapshots of the artifacts that containerd pulls into
-	// Namespaces.
-	SnapshotOnPull bool `toml:"snapshot_on_pull"`
-	// UnpackOnPull was the key of DecompressOnPull, and then of SnapshotOnPull. It is
-	// refused: see renamed.
-	UnpackOnPull any `toml:"unpack_on_pull,omitempty"`
 	// DecompressionMemory, MaxExpansion and ReservedSpace are unpack.Limits, the
 	// memory in MiB.
 	DecompressionMemory int64 `toml:"decompression_memory"`
 	MaxExpansion        int64 `toml:"max_expansion"`
 	ReservedSpace       int   `toml:"reserved_space"`
-	// Namespaces are the containerd namespaces that get the empty blob, and those of
-	// SnapshotOnPull.
+	// Namespaces are the containerd namespaces that get the empty blob.
 	Namespaces []string `toml:"namespaces"`
 }
 
@@ -149,20 +141,7 @@ func Load(path string) (Config, error) {
 	if err := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(&cfg); err != nil {
 		return Config{}, fmt.Errorf("configuration file %s: %w", path, readable(err))
 	}
-	if err := cfg.renamed(); err != nil {
-		return Config{}, fmt.Errorf("configuration file %s: %w", path, err)
-	}
 	return cfg, nil
-}
-
-// renamed refuses a key that has had two meanings, since nobody knows which one a file
-// means.
-func (c Config) renamed() error {
-	if c.UnpackOnPull == nil {
-		return nil
-	}
-	return fmt.Errorf("the key unpack_on_pull has been renamed twice: write decompress_on_pull = %[1]v to decompress layers while containerd pulls an artifact (its first meaning, and the default now), or snapshot_on_pull = %[1]v to make a snapshot of every artifact that is pulled (its later meaning): %[2]w",
-		c.UnpackOnPull, errdefs.ErrInvalidArgument)
 }
 
 // readable turns go-toml's errors into one line with key and line number.
@@ -301,14 +280,6 @@ func mode(key, value string, all []unpack.Mode) (unpack.Mode, error) {
 
 // NeedsDirectIO is whether only modes are taken whose files can be read with O_DIRECT.
 func (c Config) NeedsDirectIO() bool { return c.DirectIO == directIORequired }
-
-// unpackIn are the namespaces whose artifacts are unpacked when they are pulled.
-func (c Config) unpackIn() []string {
-	if !c.SnapshotOnPull {
-		return nil
-	}
-	return c.Namespaces
-}
 
 // Limits are what unpacking may take of the node.
 func (c Config) Limits() unpack.Limits {

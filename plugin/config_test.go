@@ -70,10 +70,6 @@ func TestLoadRefuses(t *testing.T) {
 			"root = '/r'\nrooot = '/r'\n\n[other]\nkey = 1\n",
 			[]string{"rooot (line 2)", "other", "line 4"},
 		},
-		"a key with two meanings": {
-			"root = '/r'\nunpack_on_pull = true\n",
-			[]string{"unpack_on_pull", "write decompress_on_pull = true", "or snapshot_on_pull = true"},
-		},
 		"a wrong type":      {"root = '/r'\nstate = 7\n", []string{"line 2", "State", "string"}},
 		"what is not TOML":  {"root = '/r'\nstate\n", []string{"line 2"}},
 		"a key given twice": {"root = '/r'\nroot = '/s'\n", []string{"line 2", "root"}},

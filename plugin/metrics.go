@@ -19,7 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
@@ -212,7 +212,7 @@ func (m *metrics) observer() store.Observer {
 }
 
 // watch exports what the store and the watcher have, when somebody asks.
-func (m *metrics) watch(views *store.Store, watcher *client.Watcher) {
+func (m *metrics) watch(views *store.Store, watcher *images.Watcher) {
 	m.registry.MustRegister(&gauges{views, watcher})
 	modes := views.Modes()
 	for _, begun := range []string{begunByPull, begunByPod} {
@@ -268,10 +268,10 @@ func (s measured) View(ctx context.Context, key, parent string, opts ...snapshot
 func (s measured) Cleanup(ctx context.Context) error { return cleanup(ctx, s.Snapshotter) }
 
 // images marks the errors of a Watcher.
-type images struct{ *client.Watcher }
+type known struct{ *images.Watcher }
 
 // Check implements snapshot.Images.
-func (i images) Check(ctx context.Context, namespace string, target digest.Digest) error {
+func (i known) Check(ctx context.Context, namespace string, target digest.Digest) error {
 	err := i.Watcher.Check(ctx, namespace, target)
 	if err != nil && !errors.Is(err, artifact.ErrNotArtifact) {
 		return unsure{err}
@@ -282,7 +282,7 @@ func (i images) Check(ctx context.Context, namespace string, target digest.Diges
 // gauges are read when somebody asks for them.
 type gauges struct {
 	views   *store.Store
-	watcher *client.Watcher
+	watcher *images.Watcher
 }
 
 func gauge(name, help string, labels ...string) *prometheus.Desc {
@@ -290,13 +290,13 @@ func gauge(name, help string, labels ...string) *prometheus.Desc {
 }
 
 var (
-	connectedGauge = gauge("containerd_connected", "Whether the images of containerd are known: 1, or 0, and then volumes of artifacts are refused.")
-	artifactsGauge = gauge("artifacts", "Artifacts among the images of containerd, in all namespaces.")
-	conflictsGauge = gauge("image_conflicts", "Artifacts that are refused because they share their config with another image.")
-	treesGauge     = gauge("trees", "Trees on the node: artifacts that are laid out, and those of pods with a user namespace again.", "raw", "tar")
-	mountsGauge    = gauge("mounts", "Trees that are mounted.")
-	referencesGauge     = gauge("references", "Mounts of artifacts that somebody holds: one for each artifact and sandbox, and those of tools.")
-	sizeGauge      = gauge("tree_disk_bytes", "What the trees add to the disk: metadata, decompressed and copied contents.")
+	connectedGauge  = gauge("containerd_connected", "Whether the images of containerd are known: 1, or 0, and then volumes of artifacts are refused.")
+	artifactsGauge  = gauge("artifacts", "Artifacts among the images of containerd, in all namespaces.")
+	conflictsGauge  = gauge("image_conflicts", "Artifacts that are refused because they share their config with another image.")
+	treesGauge      = gauge("trees", "Trees on the node: artifacts that are laid out, and those of pods with a user namespace again.", "raw", "tar")
+	mountsGauge     = gauge("mounts", "Trees that are mounted.")
+	referencesGauge = gauge("references", "Mounts of artifacts that somebody holds: one for each artifact and sandbox, and those of tools.")
+	sizeGauge       = gauge("tree_disk_bytes", "What the trees add to the disk: metadata, decompressed and copied contents.")
 )
 
 // Describe implements prometheus.Collector.

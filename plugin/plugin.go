@@ -31,7 +31,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
-	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 	"github.com/artifact-snapshotter/artifact-snapshotter/nri"
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
@@ -102,8 +102,8 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 		return nil, err
 	}
 	s.closers = append(s.closers, views.Close)
-	watcher := client.NewWatcher(cfg.ContainerdAddress, blobs.Dir(cfg.ContentRoot), cfg.unpackIn())
-	if s.Snapshotter, err = snapshot.New(cfg.Root, views, images{watcher}, cfg.Overlayfs.options()...); err != nil {
+	watcher := images.NewWatcher(cfg.ContainerdAddress, blobs.Dir(cfg.ContentRoot))
+	if s.Snapshotter, err = snapshot.New(cfg.Root, views, known{watcher}, cfg.Overlayfs.options()...); err != nil {
 		return nil, fmt.Errorf("open the snapshots in %s: %w", cfg.Root, err)
 	}
 	m.watch(views, watcher)
@@ -117,7 +117,7 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 			Views:             views,
 			Blobs:             cfg.Blobs(),
 			Layouts:           cfg.Blobs()[1:],
-			Images:            images{watcher},
+			Images:            known{watcher},
 			ContainerdAddress: cfg.ContainerdAddress,
 			Passthrough:       cfg.NRI.OnError == onErrorPassthrough,
 			Observer:          nri.Observer{Answered: m.answered, Connected: connected},

@@ -89,9 +89,6 @@ func fromContainerd(ic *plugin.InitContext) (Config, error) {
 		return Config{}, fmt.Errorf("artifact snapshotter: address, log_level, metrics_address and nri are the daemon's, and containerd has its own, remove them: %w",
 			errdefs.ErrInvalidArgument)
 	}
-	if err := config.renamed(); err != nil {
-		return Config{}, fmt.Errorf("artifact snapshotter: %w", err)
-	}
 	cfg := *config
 	cfg.Root = cmp.Or(cfg.Root, ic.Properties[plugins.PropertyRootDir])
 	cfg.State = cmp.Or(cfg.State, ic.Properties[plugins.PropertyStateDir])

@@ -141,14 +141,6 @@ func TestCompiledIn(t *testing.T) {
 		wantShown(t, n, "view", filepath.Join(n.dir, "state", "io.containerd.snapshotter.v1.artifact", "mounts"), weights)
 	})
 
-	t.Run("a key with two meanings is refused", func(t *testing.T) {
-		n := newNode(t, "[plugins.'io.containerd.snapshotter.v1.artifact']\n  unpack_on_pull = true\n")
-		n.start(t, containerd)
-		if details := listed(t, n, "--detailed"); !strings.Contains(details, "write decompress_on_pull = true") {
-			t.Errorf("the plugin does not say what to write:\n%s", details)
-		}
-	})
-
 	t.Run("what is the daemon's alone is refused", func(t *testing.T) {
 		n := newNode(t, "[plugins.'io.containerd.snapshotter.v1.artifact']\n  address = '/run/a.sock'\n")
 		n.start(t, containerd)

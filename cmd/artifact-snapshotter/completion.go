@@ -15,6 +15,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 )
 
 // scripts ask the program for candidates, one a line. Those of the library take
@@ -104,7 +105,7 @@ func printCandidates(command *cli.Command, candidates []string) {
 func completeReference(ctx context.Context, command *cli.Command) {
 	completeFirst(ctx, command, func(ctx context.Context, c *client.Client) (names []string, err error) {
 		all, err := c.Brief(ctx)
-		for _, image := range client.Named(all) {
+		for _, image := range images.Named(all) {
 			names = append(names, image.Name)
 		}
 		return names, err

@@ -15,6 +15,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
@@ -136,7 +137,7 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) 
 		return err
 	}
 	list := []listed{}
-	for _, image := range client.Named(all.Artifacts) {
+	for _, image := range images.Named(all.Artifacts) {
 		l := describe(image, uses, all.Conflicts)
 		l.Size, l.Layout = sizes[l.Manifest], layouts[l.Manifest]
 		list = append(list, l)
@@ -166,7 +167,7 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) 
 }
 
 // describe is what there is to say about an image, but for its layers.
-func describe(image client.Image, uses map[digest.Digest]*client.Use, conflicts map[digest.Digest]*client.Sharing) listed {
+func describe(image images.Image, uses map[digest.Digest]*client.Use, conflicts map[digest.Digest]*images.Sharing) listed {
 	a := image.Artifact
 	l := listed{
 		Reference:  image.Name,
@@ -192,7 +193,7 @@ func describe(image client.Image, uses map[digest.Digest]*client.Use, conflicts 
 
 // conflictNames are the references of the first artifacts that the image is in conflict
 // with, and how many more there are.
-func conflictNames(conflicts map[digest.Digest]*client.Sharing, image client.Image) (names []string, more int) {
+func conflictNames(conflicts map[digest.Digest]*images.Sharing, image images.Image) (names []string, more int) {
 	names = []string{}
 	others, more := conflicts[image.Artifact.Config].With(image, maxConflicts)
 	for _, other := range others {
@@ -230,7 +231,7 @@ func listMounts(ctx context.Context, command *cli.Command, c *client.Client) err
 		return err
 	}
 	references := map[digest.Digest][]string{}
-	for _, image := range client.Named(all.Artifacts) {
+	for _, image := range images.Named(all.Artifacts) {
 		manifest := image.Artifact.Manifest.Digest
 		references[manifest] = append(references[manifest], image.Name)
 	}

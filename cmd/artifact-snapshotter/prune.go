@@ -13,6 +13,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 )
 
 func pruneCommand() *cli.Command {
@@ -64,7 +65,7 @@ func prune(ctx context.Context, command *cli.Command) error {
 	all := prunedAll{DryRun: command.Bool("dry-run"), Artifacts: []prunedArtifact{}}
 	for _, u := range unused {
 		p := prunedArtifact{[]string{}, u.Artifact.Manifest.Digest, client.Size(u.Artifact)}
-		for _, image := range client.Named(u.Images) {
+		for _, image := range images.Named(u.Images) {
 			p.References = append(p.References, image.Name)
 		}
 		all.Artifacts = append(all.Artifacts, p)

@@ -43,7 +43,6 @@ func TestValuesRefused(t *testing.T) {
 		{"a digest that is none", "image: {repository: a, digest: 'sha256:1'}", "does not match pattern"},
 		{"a key of the daemon with a value of its own", "config: {root: /x}", "additional properties 'root' not allowed"},
 		{"an unknown key of the daemon", "config: {loglevel: debug}", "additional properties 'loglevel' not allowed"},
-		{"a key with two meanings", "config: {unpack_on_pull: true}", "write config.decompress_on_pull"},
 		{"an unknown mode", "config: {raw_mode: best}", "value must be one of"},
 		{"more than all", "maxUnavailable: 101%", "does not match pattern"},
 		{"no node at a time", "maxUnavailable: 0", "minimum: got 0, want 1"},
@@ -109,7 +108,6 @@ func TestValuesOfTheDaemon(t *testing.T) {
 	if err := json.Unmarshal([]byte(read(t, filepath.Join(chart, "values.schema.json"))), &schema); err != nil {
 		t.Fatal(err)
 	}
-	delete(schema.Properties.Config.Properties, "unpack_on_pull") // refused with a reason
 	got, want := slices.Sorted(maps.Keys(schema.Properties.Config.Properties)), slices.Sorted(maps.Keys(defaults))
 	if !slices.Equal(got, want) {
 		t.Errorf("config takes %q, the daemon %q", got, want)

@@ -55,9 +55,6 @@ both are of one filesystem.
 {{- if not .Values.image.repository -}}
 {{- fail "image.repository is needed: push the image of `make image` to a registry of yours and name it here" -}}
 {{- end -}}
-{{- if hasKey .Values.config "unpack_on_pull" -}}
-{{- fail "config.unpack_on_pull has been renamed twice: write config.decompress_on_pull to decompress layers while containerd pulls an artifact (its first meaning), or config.snapshot_on_pull to make a snapshot of every artifact that is pulled (its later meaning)" -}}
-{{- end -}}
 {{- if and (eq .Values.scope "node") (eq .Values.daemon "pod") -}}
 {{- fail "scope: node needs daemon: systemd: after a reboot the daemon's own pod could not start without the snapshotter that it provides" -}}
 {{- end -}}

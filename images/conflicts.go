@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package client
+package images
 
 import (
 	"context"
@@ -18,20 +18,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-const (
-	// checkWait is how long Check waits until it knows the images: longer than it
-	// takes to reconnect to a containerd that has just started.
-	checkWait = 10 * time.Second
-	// lateWait is how long it waits if they have not been known for checkWait: it
-	// keeps other pods waiting (see Rules in docs/design.md), and is long enough for
-	// a containerd that is back after a while.
-	lateWait = time.Second
-	// An error names so many artifacts, with so many bytes of each name: it is to fit
-	// into the 1,024 bytes of an event of Kubernetes.
-	maxNamed     = 4
-	maxNameBytes = 112
-)
-
 // Sharing is the images of a namespace that have one config, which CRI takes for one
 // image (internal/cri/store/image of containerd), so that a pod may be shown any of
 // them for any other: see [Watcher.Check].
@@ -46,18 +32,6 @@ type Sharing struct {
 
 // counts are of images: all, and those that are no ordinary ones.
 type counts struct{ images, artifacts int }
-
-// Conflicts returns, by the config, the images of the namespace that have it, if one
-// of them is an artifact and another one has another manifest: those of [Named], in the
-// order of their names. Artifacts that [Client.Images] leaves out because they are
-// refused count, too.
-func (c *Client) Conflicts(ctx context.Context) (map[digest.Digest]*Sharing, error) {
-	all, err := c.Survey(ctx, nil, nil)
-	if err != nil {
-		return nil, err
-	}
-	return all.Conflicts, nil
-}
 
 // sharings are the images by their configs.
 func sharings(all []*Image) map[digest.Digest]*Sharing {

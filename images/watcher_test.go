@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package client
+package images
 
 import (
 	"context"
@@ -136,7 +136,7 @@ func newTestWatcher(t *testing.T, names ...string) (*Watcher, map[string]digest.
 		}
 		targets[name] = desc.Digest
 	}
-	w := NewWatcher("/no/containerd.sock", blobs.Dir(dir), nil)
+	w := NewWatcher("/no/containerd.sock", blobs.Dir(dir))
 	w.checkWait, w.lateWait = time.Minute, time.Minute
 	return w, targets
 }
@@ -331,7 +331,7 @@ func TestNoMoreEventsThanComeBack(t *testing.T) {
 // A list that has been missing for long is not waited for as long by each pod.
 func TestPatienceEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := NewWatcher("", blobs.Dir(t.TempDir()), nil)
+		w := NewWatcher("", blobs.Dir(t.TempDir()))
 		check := func(want time.Duration) {
 			t.Helper()
 			begin := time.Now()
@@ -352,7 +352,7 @@ func TestPatienceEnds(t *testing.T) {
 
 func TestAStreamThatIsSilentEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := NewWatcher("", "", nil)
+		w := NewWatcher("", "")
 		w.ask()
 		s, _ := fakeStream(1)
 		s.envelopes = nil

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package client
+package images
 
 import (
 	"context"
@@ -20,7 +20,7 @@ import (
 // crowd is a Watcher that knows one artifact and so many others, each by the three
 // names that CRI gives it; config is that of the artifact with the number, 0 the one.
 func crowd(others int, config func(int) string) (w *Watcher, one digest.Digest) {
-	w = NewWatcher("", "", nil)
+	w = NewWatcher("", "")
 	known := &catalog{}
 	for i := range others + 1 {
 		manifest := fmt.Sprint("manifest ", i)

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package client
+package images
 
 import (
 	"context"
@@ -14,6 +14,7 @@ import (
 	"time"
 
 	eventstypes "github.com/containerd/containerd/api/events"
+	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -27,21 +28,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
-const (
-	minReconnect = 100 * time.Millisecond
-	maxReconnect = 500 * time.Millisecond // less than lateWait
-	// warnAfter is the failure in a row that is a warning, once: a containerd that
-	// is just starting is nothing to warn of.
-	warnAfter = 5
-	// callTimeout bounds a call to containerd, which may hang.
-	callTimeout = 20 * time.Second
-
-	// helloTopic is that of events which come back to who has published them.
-	helloTopic = "/artifact-snapshotter/hello/"
-	helloAgain = 100 * time.Millisecond
-	// helloWait is how long an event may take to come back once one has.
-	helloWait = 30 * time.Second
-)
+// helloTopic is the topic of events that come back to their publisher.
+const helloTopic = "/artifact-snapshotter/hello/"
 
 // Watcher knows containerd's images, of all namespaces, from its events, and which
 // of them are artifacts. It can be asked for conflicts inside of a snapshotter call:
@@ -49,8 +37,6 @@ const (
 type Watcher struct {
 	address string
 	blobs   blobs.Dir
-	// unpackIn are the namespaces whose artifacts are unpacked when they are pulled.
-	unpackIn []string
 
 	checkWait, lateWait time.Duration // the constants, but for tests
 
@@ -69,12 +55,11 @@ type Watcher struct {
 }
 
 // NewWatcher returns a Watcher of the containerd with that socket and directory of
-// blobs. It unpacks the artifacts that are pulled into the namespaces unpackIn.
-func NewWatcher(address string, blobs blobs.Dir, unpackIn []string) *Watcher {
+// blobs.
+func NewWatcher(address string, blobs blobs.Dir) *Watcher {
 	return &Watcher{
 		address:   address,
 		blobs:     blobs,
-		unpackIn:  unpackIn,
 		checkWait: checkWait,
 		lateWait:  lateWait,
 		changed:   make(chan struct{}),
@@ -84,13 +69,12 @@ func NewWatcher(address string, blobs blobs.Dir, unpackIn []string) *Watcher {
 
 // Run watches until ctx ends. containerd need not run yet.
 func (w *Watcher) Run(ctx context.Context) {
-	logger := log.G(ctx).WithField("containerd", w.address)
+	ctx = log.WithLogger(ctx, log.G(ctx).WithField("containerd", w.address))
 	w.set(func() { w.running = true })
-	wait, failures := minReconnect, 0
-	for ctx.Err() == nil {
+	reconnect.Run(ctx, "Cannot watch containerd's images: volumes of artifacts are refused until this works; still trying", func() (time.Duration, error) {
 		listed, err := w.watch(ctx)
 		if listed && ctx.Err() == nil {
-			logger.WithError(err).Info("Lost containerd: volumes of artifacts are refused until it is back")
+			log.G(ctx).WithError(err).Info("Lost containerd: volumes of artifacts are refused until it is back")
 		}
 		w.set(func() {
 			w.known, w.broken = nil, err
@@ -99,22 +83,10 @@ func (w *Watcher) Run(ctx context.Context) {
 			}
 		})
 		if listed {
-			wait, failures = minReconnect, 0
+			err = nil
 		}
-		failures++
-		level := log.DebugLevel
-		if failures == warnAfter {
-			level = log.WarnLevel
-		}
-		if ctx.Err() == nil {
-			logger.WithError(err).Log(level, "Cannot watch containerd's images: volumes of artifacts are refused until this works; still trying")
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(wait):
-		}
-		wait = min(2*wait, maxReconnect)
-	}
+		return reconnect.Min, err
+	})
 }
 
 // Running tells whether Run has been called.
@@ -126,21 +98,17 @@ func (w *Watcher) Running() bool {
 
 // watch watches until the connection fails. It reports whether there was a list.
 func (w *Watcher) watch(ctx context.Context) (listed bool, err error) {
-	c, err := Connect(ctx, w.address, "", "artifact")
+	c, err := Connect(ctx, w.address)
 	if err != nil {
 		return false, err
 	}
 	defer func() { _ = c.Close() }()
 	ctx, cancel := context.WithCancel(ctx)
-	unpacker := newUnpacker()
-	defer func() {
-		cancel()
-		unpacker.running.Wait()
-	}()
+	defer cancel()
 	topic := helloTopic + rand.Text()
 	envelopes, failed := c.Subscribe(ctx, `topic~="^/images/"`, fmt.Sprintf("topic==%q", topic))
 	s := stream{envelopes: envelopes, failed: failed, topic: topic, publish: c.EventService().Publish}
-	handle := func(e *events.Envelope) error { return w.handle(ctx, c, unpacker, e) }
+	handle := func(e *events.Envelope) error { return w.handle(ctx, c.ImageService(), e) }
 
 	// The list is asked for when the subscription is there: what is not in it comes
 	// as an event. Of the subscription nothing tells but an event.
@@ -154,7 +122,7 @@ func (w *Watcher) watch(ctx context.Context) (listed bool, err error) {
 		return false, err
 	}
 	w.set(func() { w.known, w.seen = known, number })
-	log.G(ctx).WithFields(log.Fields{"containerd": w.address, "artifacts": w.Stats().Artifacts}).Info("Watching containerd's images")
+	log.G(ctx).WithField("artifacts", w.Stats().Artifacts).Info("Watching containerd's images")
 	for _, e := range early {
 		if err := handle(e); err != nil {
 			return true, err
@@ -301,7 +269,7 @@ func ended(err error) error {
 }
 
 // list returns all images of all namespaces.
-func (w *Watcher) list(ctx context.Context, c *Client) (map[string]*catalog, error) {
+func (w *Watcher) list(ctx context.Context, c *containerd.Client) (map[string]*catalog, error) {
 	all, err := c.NamespaceService().List(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("list containerd's namespaces: %w", err)
@@ -309,7 +277,7 @@ func (w *Watcher) list(ctx context.Context, c *Client) (map[string]*catalog, err
 	known := map[string]*catalog{}
 	read := map[digest.Digest]Image{}
 	for _, namespace := range all {
-		there, err := c.ImageService().List(c.In(namespace).Context(ctx))
+		there, err := c.ImageService().List(namespaces.WithNamespace(ctx, namespace))
 		if err != nil {
 			return nil, fmt.Errorf("list the images of namespace %s: %w", namespace, err)
 		}
@@ -330,7 +298,7 @@ func (i Image) brief() Image {
 }
 
 // handle deals with an event. It has only the name of the image.
-func (w *Watcher) handle(ctx context.Context, c *Client, u *unpacker, e *events.Envelope) error {
+func (w *Watcher) handle(ctx context.Context, store images.Store, e *events.Envelope) error {
 	if e.Event == nil || !strings.HasPrefix(e.Topic, "/images/") {
 		return nil
 	}
@@ -343,10 +311,9 @@ func (w *Watcher) handle(ctx context.Context, c *Client, u *unpacker, e *events.
 		return nil
 	}
 	name := named.GetName()
-	c = c.In(e.Namespace)
-	call, cancel := context.WithTimeout(c.Context(ctx), callTimeout)
+	call, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, e.Namespace), callTimeout)
 	defer cancel()
-	image, err := c.ImageService().Get(call, name)
+	image, err := store.Get(call, name)
 	if errdefs.IsNotFound(err) {
 		w.set(func() { w.known[e.Namespace].remove(name) })
 		return nil
@@ -354,9 +321,8 @@ func (w *Watcher) handle(ctx context.Context, c *Client, u *unpacker, e *events.
 	if err != nil {
 		return fmt.Errorf("image %q: %w", name, err)
 	}
-	unpacks := slices.Contains(w.unpackIn, e.Namespace)
 	known, ok := w.same(e.Namespace, image.Target.Digest)
-	if !ok || unpacks { // what is known has no layers
+	if !ok {
 		known = readAny(ctx, w.blobs, image)
 	}
 	known.Name = name
@@ -371,9 +337,6 @@ func (w *Watcher) handle(ctx context.Context, c *Client, u *unpacker, e *events.
 	})
 	if first && !known.IsID() {
 		w.warn(ctx, e.Namespace, known)
-	}
-	if unpacks && known.isArtifact() {
-		u.unpack(ctx, c, known)
 	}
 	return nil
 }

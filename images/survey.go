@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package client
+package images
 
 import (
 	"context"
@@ -16,27 +16,27 @@ import (
 // Survey is what there is to know of all images of a namespace but their layers, which
 // may be a lot.
 type Survey struct {
-	// Artifacts are those of [Client.Images], with only the digests of the manifest and
+	// Artifacts are those of [Reader.Images], with only the digests of the manifest and
 	// the config.
 	Artifacts []Image
-	// Conflicts are those of [Client.Conflicts].
+	// Conflicts are those of [Reader.Conflicts].
 	Conflicts map[digest.Digest]*Sharing
 }
 
 // Survey reads each image of the namespace once. What it reads it takes from blobs, if
 // they are not nil and have it, which is many times as fast as containerd's API. each,
 // if it is not nil, is called once for each manifest of an artifact, with its layers.
-func (c *Client) Survey(ctx context.Context, blobs content.Provider, each func(*artifact.Artifact)) (*Survey, error) {
-	all, err := c.list(ctx)
+func (r Reader) Survey(ctx context.Context, blobs content.Provider, each func(*artifact.Artifact)) (*Survey, error) {
+	all, err := r.list(ctx)
 	if err != nil {
 		return nil, err
 	}
-	provider := content.Provider(c.ContentStore())
+	provider := content.Provider(r.ContentStore())
 	if blobs != nil {
 		provider = nearby{blobs, provider}
 	}
 	told := map[digest.Digest]bool{}
-	known := readAll(c.Context(ctx), provider, all, map[digest.Digest]Image{}, func(i *Image) {
+	known := readAll(r.Context(ctx), provider, all, map[digest.Digest]Image{}, func(i *Image) {
 		if !i.isArtifact() {
 			return
 		}
@@ -63,7 +63,19 @@ func (c *Client) Survey(ctx context.Context, blobs content.Provider, each func(*
 	return &s, nil
 }
 
-// conflicts are those of Client.Conflicts among all images of a namespace.
+// Conflicts returns, by the config, the images of the namespace that have it, if one
+// of them is an artifact and another one has another manifest: those of [Named], in the
+// order of their names. Artifacts that [Reader.Images] leaves out because they are
+// refused count, too.
+func (r Reader) Conflicts(ctx context.Context) (map[digest.Digest]*Sharing, error) {
+	all, err := r.Survey(ctx, nil, nil)
+	if err != nil {
+		return nil, err
+	}
+	return all.Conflicts, nil
+}
+
+// conflicts are those of Reader.Conflicts among all images of a namespace.
 func conflicts(inOrder []Image) map[digest.Digest]*Sharing {
 	var named []*Image
 	for _, i := range Named(inOrder) {

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package client
+package images
 
 import (
 	"bytes"
@@ -22,10 +22,6 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
-
-// maxDocument, in bytes, bounds what is read to find out what CRI knows an image by.
-// Registries take 4 MiB.
-const maxDocument = 64 << 20
 
 // maxTwice, in bytes, bounds an index that lists manifests twice: then all are kept.
 const maxTwice = 4 << 20

@@ -1,0 +1,42 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package images
+
+import (
+	"slices"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+)
+
+func TestNamedLeavesOutWhatIsForPrograms(t *testing.T) {
+	config, other := digest.FromString("config"), digest.FromString("other config")
+	target, second := digest.FromString("target"), digest.FromString("second target")
+	image := func(name string, target, config digest.Digest) (i Image) {
+		i.Name, i.Target.Digest = name, target
+		i.Artifact = &artifact.Artifact{Config: config}
+		return i
+	}
+	all := []Image{
+		image("r/a:v1", target, config),
+		image("r/a:v2", target, config),
+		image("r/a@"+target.String(), target, config),
+		image(config.String(), target, config),
+		image("r/b@"+second.String(), second, other),
+		image("r/c@"+target.String(), second, other), // no digest of its own
+		image(other.String(), second, other),
+	}
+	var got []string
+	for _, i := range Named(all) {
+		got = append(got, i.Name)
+	}
+	if want := []string{"r/a:v1", "r/a:v2", "r/c@" + target.String()}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	if got := Named(all[6:]); len(got) != 1 {
+		t.Errorf("an artifact with nothing but an ID has the names %v", got)
+	}
+}

@@ -7,7 +7,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"regexp"
 	"slices"
 
 	"github.com/containerd/containerd/v2/core/containers"
@@ -47,10 +46,6 @@ type Use struct {
 
 // InUse reports whether anybody uses the artifact.
 func (u Use) InUse() bool { return len(u.Pods)+len(u.Targets)+len(u.Views)+len(u.Containers) > 0 }
-
-// volumeKey is the key of an image volume as containerd's clients see it, see
-// internal/cri/server/container_image_mount.go of containerd.
-var volumeKey = regexp.MustCompile(`/image-volumes/([^/]+)/([0-9a-f]+)$`)
 
 // Uses returns who uses which of the artifacts, by their manifests; an artifact that
 // is neither in use nor unpacked is not in it. All images of the namespace must be
@@ -129,15 +124,16 @@ func newUses(all []images.Image) uses {
 
 // add counts a snapshot, which is of the client's own snapshotter or not.
 func (u uses) add(i snapshots.Info, ours bool) {
-	volume := volumeKey.FindStringSubmatch(i.Name)
+	volume, sub, ok := store.ParseVolume(i.Name)
+	isVolume := ok && sub == ""
 	var of []digest.Digest
 	switch label := i.Labels[snapshot.LabelArtifact]; {
 	case label != "":
 		of = []digest.Digest{digest.Digest(label)}
 	case i.Kind == snapshots.KindCommitted:
 		of = u.chains[i.Name] // containerd's own unpacker has made it
-	case volume != nil:
-		of = u.targets[volume[2]]
+	case isVolume:
+		of = u.targets[volume.Hex]
 	default:
 		of = u.chains[i.Parent]
 	}
@@ -149,8 +145,8 @@ func (u uses) add(i snapshots.Info, ours bool) {
 			if ours {
 				use.Snapshots = append(use.Snapshots, i.Name)
 			}
-		case volume != nil: // each container of a pod has one
-			if pod := (Pod{Sandbox: volume[1]}); !slices.Contains(use.Pods, pod) {
+		case isVolume: // each container of a pod has one
+			if pod := (Pod{Sandbox: volume.Sandbox}); !slices.Contains(use.Pods, pod) {
 				use.Pods = append(use.Pods, pod)
 			}
 		case mounted:

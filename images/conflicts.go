@@ -116,7 +116,7 @@ func (w *Watcher) Check(ctx context.Context, namespace string, target digest.Dig
 		case <-deadline:
 			return broken
 		case <-ctx.Done():
-			return ctx.Err()
+			return fmt.Errorf("containerd (containerd_address = %q) has not said in time which images there are, so this might be the wrong one; try again: %w", w.address, ctx.Err())
 		}
 	}
 }

@@ -121,15 +121,15 @@ func TestSpansOfTheDaemonAreInTheTracesOfContainerd(t *testing.T) {
 	}
 	const (
 		call    = "artifact-snapshotter:containerd.services.snapshots.v1.Snapshots/Prepare"
-		prepare = call + " > artifact-snapshotter:volume.prepare"
+		prepare = call + " > artifact-snapshotter:volume.mount"
 		wait    = prepare + " > artifact-snapshotter:tree.wait"
 	)
 	for name, want := range map[string]string{
-		"volume.prepare": prepare,
-		"artifact.read":  prepare + " > artifact-snapshotter:artifact.read",
-		"tree.wait":      wait,
-		"tree.build":     wait + " > artifact-snapshotter:tree.build",
-		"tree.mount":     wait + " > artifact-snapshotter:tree.mount",
+		"volume.mount":  prepare,
+		"artifact.read": prepare + " > artifact-snapshotter:artifact.read",
+		"tree.wait":     wait,
+		"tree.build":    wait + " > artifact-snapshotter:tree.build",
+		"tree.mount":    wait + " > artifact-snapshotter:tree.mount",
 	} {
 		waitFor(t, "the span "+name, func() bool { return spans.path(name) != "" })
 		got := spans.path(name)

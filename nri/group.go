@@ -24,6 +24,7 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
+	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 )
 
 // CRI-O makes one mount for each layer of an artifact that has a name, at
@@ -113,10 +114,9 @@ func (g group) outcome() string { return g.path + "\x00" + g.sub + "\x00" + g.sa
 
 func (g group) volume(binds []bind, mounts []*api.Mount) volume {
 	v := volume{
+		Volume:      store.Volume{Hex: g.artifact.Manifest.Digest.Encoded(), Target: g.artifact.Manifest},
 		destination: g.path,
 		options:     binds[g.binds[0]].options,
-		hex:         g.artifact.Manifest.Digest.Encoded(),
-		target:      g.artifact.Manifest,
 		sub:         g.sub,
 	}
 	for _, i := range g.binds {
@@ -124,7 +124,7 @@ func (g group) volume(binds []bind, mounts []*api.Mount) volume {
 	}
 	for _, m := range mounts {
 		if path.Clean(m.GetDestination()) == g.path {
-			v.refused = fmt.Errorf("something else is mounted at %s, too: %w", g.path, errdefs.ErrInvalidArgument)
+			v.Refused = fmt.Errorf("something else is mounted at %s, too: %w", g.path, errdefs.ErrInvalidArgument)
 		}
 	}
 	return v

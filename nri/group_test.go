@@ -121,7 +121,7 @@ func (s *layout) wantFound(annotations map[string]string, mounts []*api.Mount, w
 	}
 	for i, v := range got {
 		slices.Sort(v.remove)
-		if v.refused != nil || v.destination != want[i].path || v.sub != want[i].sub || v.target.Digest != want[i].of.Digest || !slices.Equal(v.remove, want[i].remove) {
+		if v.Refused != nil || v.destination != want[i].path || v.sub != want[i].sub || v.Target.Digest != want[i].of.Digest || !slices.Equal(v.remove, want[i].remove) {
 			s.t.Errorf("found %+v, want %+v", v, want[i])
 		}
 	}
@@ -132,10 +132,10 @@ func (s *layout) wantRefused(kind error, annotations map[string]string, mounts [
 	s.t.Helper()
 	c := &api.Container{Mounts: mounts, Annotations: annotations}
 	got := s.plugin().find(s.t.Context(), crio, &api.PodSandbox{Id: "sandbox"}, c)
-	if len(got) != 1 || got[0].refused == nil {
+	if len(got) != 1 || got[0].Refused == nil {
 		s.t.Fatalf("found %+v, want one that is refused", got)
 	}
-	err := got[0].refused
+	err := got[0].Refused
 	if !errors.Is(err, kind) {
 		s.t.Errorf("%v is not %v", err, kind)
 	}

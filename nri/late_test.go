@@ -15,19 +15,20 @@ import (
 	"github.com/containerd/nri/pkg/api"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
-
-	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
 // A runtime goes on without a plugin that is late, and the container has the wrong files.
 func TestAnAnswerIsNotLate(t *testing.T) {
-	store := t.TempDir()
+	site := newSite(t)
+	store := string(site.crio.dir)
 	index := filepath.Join(store, ocispec.ImageIndexFile)
+	if err := os.MkdirAll(store, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	if err := unix.Mkfifo(index, 0o600); err != nil { // whoever reads it waits
 		t.Fatal(err)
 	}
-	p := &Plugin{Config: Config{Name: "test", Blobs: blobs.Dir(store), Layouts: []blobs.Dir{blobs.Dir(store)}}}
-	s := &session{Plugin: p, runtime: crio, logger: log.L}
+	s := &session{Plugin: site.Plugin, runtime: crio, logger: log.L}
 	ctx, cancel := context.WithTimeout(t.Context(), 400*time.Millisecond)
 	defer cancel()
 	_, _, err := s.CreateContainer(ctx, &api.PodSandbox{Id: "sandbox"}, &api.Container{Id: "container", Mounts: []*api.Mount{{

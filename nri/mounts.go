@@ -15,9 +15,9 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/nri/pkg/api"
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
+	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 )
 
 // crio and containerd are the names by which the runtimes introduce themselves.
@@ -29,31 +29,22 @@ const (
 // criNamespace is the namespace in which containerd has CRI's images.
 const criNamespace = "k8s.io"
 
-const digestHex = `([0-9a-f]{64}|[0-9a-f]{96}|[0-9a-f]{128})`
-
-var (
-	// imageVolume is the path at which containerd's CRI plugin mounts an image volume
-	// (internal/cri/server/container_image_mount.go), or a sub path in it.
-	imageVolume = regexp.MustCompile(`/image-volumes/([^/]+)/` + digestHex + `(?:/(.*))?$`)
-	// blobPath is the path of a blob in a directory of blobs.
-	blobPath = regexp.MustCompile(`^(/.*)/blobs/(sha256|sha384|sha512)/([0-9a-f]+)$`)
-)
+// blobPath is the path of a blob in a directory of blobs.
+var blobPath = regexp.MustCompile(`^(/.*)/blobs/(sha256|sha384|sha512)/([0-9a-f]+)$`)
 
 // volume is an image volume that a container mounts, of an artifact or of an image.
 type volume struct {
+	// Volume is the request to the store. Its Refused is why the volume is not to be
+	// mounted; without a Target, whatever it is.
+	store.Volume
 	// destination is its path in the container, and remove those of the runtime's
 	// mounts that are beside the one at destination.
 	destination string
 	remove      []string
 	options     []string // of the runtime's mount
 	source      string   // of the runtime's mount; "" if there are several
-	// hex is of the digest of the image, namespace where containerd has that; sub is a
-	// path in the volume, which is mounted instead of it.
-	hex, namespace, sub string
-	// target is the image, once it is found.
-	target ocispec.Descriptor
-	// refused is why it is not to be shown, whatever it is.
-	refused error
+	// sub is a path in the volume, which is mounted instead of it.
+	sub string
 }
 
 // find returns the image volumes among the mounts of a container.
@@ -83,18 +74,12 @@ func isBind(m *api.Mount) bool {
 // inContainerd is the image volume that containerd has mounted for the sandbox; false
 // if the mount is none.
 func inContainerd(m *api.Mount, sandbox string) (volume, bool) {
-	found := imageVolume.FindStringSubmatch(path.Clean(m.GetSource()))
-	if found == nil || found[1] != sandbox {
+	v, sub, ok := store.ParseVolume(path.Clean(m.GetSource()))
+	if !ok || v.Sandbox != sandbox {
 		return volume{}, false
 	}
-	return volume{
-		destination: m.GetDestination(),
-		options:     m.GetOptions(),
-		source:      m.GetSource(),
-		hex:         found[2],
-		namespace:   criNamespace,
-		sub:         found[3],
-	}, true
+	v.Namespace = criNamespace
+	return volume{Volume: v, destination: m.GetDestination(), options: m.GetOptions(), source: m.GetSource(), sub: sub}, true
 }
 
 // directory is containerd's own of the whole volume.
@@ -131,7 +116,7 @@ func sameDir(a, b blobs.Dir) bool {
 // refused are the binds of an artifact, or of several, as one volume that is not to be
 // shown because of err.
 func refused(binds []bind, err error) []volume {
-	return []volume{{destination: binds[0].destination, refused: err}}
+	return []volume{{Volume: store.Volume{Refused: err}, destination: binds[0].destination}}
 }
 
 // groups are the volumes of the artifacts whose blobs CRI-O has mounted, one by one.

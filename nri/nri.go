@@ -31,7 +31,6 @@ import (
 	"github.com/containerd/nri/pkg/api"
 	"github.com/containerd/nri/pkg/stub"
 	"github.com/containerd/ttrpc"
-	"github.com/opencontainers/go-digest"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
@@ -65,8 +64,7 @@ type Config struct {
 	// CRI-O's: OCI layouts, whose blobs it mounts.
 	Blobs   blobs.Source
 	Layouts []blobs.Dir
-	// Images are those of the containerd whose socket is at ContainerdAddress.
-	Images            Images
+	// ContainerdAddress is the socket of the containerd whose images the store knows.
 	ContainerdAddress string
 	// Passthrough leaves the runtime's own mounts where the artifact cannot be shown.
 	// Else the container is not created.
@@ -75,21 +73,9 @@ type Config struct {
 	Observer Observer
 }
 
-// Images is what is known of containerd's images, in one of its namespaces.
-type Images interface {
-	// Check returns an error if the runtime may have taken another artifact for the one
-	// whose manifest or index is target.
-	Check(ctx context.Context, namespace string, target digest.Digest) error
-	// Name is a name of the image with that target, for people; "" if none is known.
-	Name(namespace string, target digest.Digest) string
-}
-
 // Observer is told of what a Plugin does, by several goroutines at once. A function
 // that is nil is not called.
 type Observer struct {
-	// Answered is told of every image volume of an artifact that a runtime has asked
-	// for: how long the answer took, and why the volume is not shown.
-	Answered func(took time.Duration, err error)
 	// Connected is told when a runtime has taken the plugin, and when it is lost.
 	Connected func(bool)
 }

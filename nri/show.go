@@ -8,13 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"time"
 
-	"github.com/containerd/containerd/v2/pkg/tracing"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/containerd/nri/pkg/api"
@@ -50,23 +48,26 @@ func (p *Plugin) create(ctx context.Context, runtime string, pod *api.PodSandbox
 	}()
 	for i := range volumes {
 		v := &volumes[i]
-		began := time.Now()
-		ctx, span := tracing.StartSpan(hurried, "volume.nri", tracing.WithAttribute("sandbox", pod.GetId()), tracing.WithAttribute("target", v.hex))
-		shown, source, err := p.show(ctx, v, owners, oerr)
-		span.SetStatus(err)
-		span.End()
-		switch {
-		case errors.Is(err, artifact.ErrNotArtifact): // it is the runtime's
-			continue
-		case err == nil && sameFile(v.source, source): // the snapshotter has shown it already
-			shown.Release()
-			continue
+		v.Sandbox, v.Owners = pod.GetId(), owners
+		if v.Refused == nil {
+			v.Refused = oerr
 		}
-		p.answered(ctx, v, shown, time.Since(began), err)
-		if err != nil {
-			if p.Passthrough {
-				continue
+		if v.Namespace != "" {
+			v.Unpacked = unpacked(v.directory())
+		}
+		var source string
+		shown, err := p.Views.MountVolume(hurried, &v.Volume, func(_ context.Context, r *store.Reference) (err error) {
+			if source, err = below(r.Path, v.sub); err == nil && sameFile(v.source, source) {
+				err = fmt.Errorf("the snapshotter has mounted the volume: %w", errdefs.ErrAlreadyExists)
 			}
+			return err
+		})
+		switch {
+		case errors.Is(err, artifact.ErrNotArtifact), errdefs.IsAlreadyExists(err): // it is the runtime's, or the snapshotter's
+			continue
+		case err != nil && p.Passthrough:
+			continue
+		case err != nil:
 			return nil, fmt.Errorf("image volume %.255s: %w", v.destination, err)
 		}
 		held, ids = append(held, shown), append(ids, shown.ID)
@@ -105,65 +106,15 @@ func within(ctx context.Context, part, of time.Duration) (context.Context, conte
 	return context.WithTimeout(ctx, time.Until(deadline)*part/of)
 }
 
-// show mounts what the volume is of, and returns what to bind: all of it, or the sub
-// path. It is artifact.ErrNotArtifact if that is an image.
-func (p *Plugin) show(ctx context.Context, v *volume, owners unpack.IDMap, unmapped error) (shown *store.Reference, source string, err error) {
-	if v.refused != nil {
-		return nil, "", v.refused
-	}
-	if v.namespace != "" {
-		if err := p.identify(ctx, v); err != nil {
-			return nil, "", err
-		}
-	}
-	if unmapped != nil {
-		// Of an image there are no owners to map.
-		if _, err := artifact.Read(ctx, p.Blobs, v.target); err != nil {
-			return nil, "", err
-		}
-		return nil, "", unmapped
-	}
-	if shown, err = p.Views.Acquire(ctx, v.target, owners); err != nil {
-		return nil, "", err
-	}
-	if source, err = below(shown.Path, v.sub); err != nil {
-		shown.Release()
-		return nil, "", err
-	}
-	return shown, source, nil
-}
-
-// identify finds out what containerd has mounted. It is artifact.ErrNotArtifact if that is an
-// image, which concerns nobody here: neither a blob nor the images of containerd need to be
-// known for it. containerd unpacks nothing of an artifact, so what has files, but no
-// manifest in any directory of blobs (content_root is wrong, say), is an image, too. What has
-// no files may be an image without any that containerd has taken for an artifact.
-func (p *Plugin) identify(ctx context.Context, v *volume) (err error) {
-	files, unseen := hasFiles(v.directory())
-	switch v.target, err = p.Blobs.Find(v.hex); {
-	case err != nil && files:
-		log.G(ctx).WithError(err).WithField("target", v.hex).Debug("a volume with files of containerd's own is that of an image")
-		return artifact.ErrNotArtifact
+// unpacked says what containerd has unpacked of its image volume at dir.
+func unpacked(dir string) store.Unpacked {
+	switch files, err := hasFiles(dir); {
 	case err != nil:
-		return err
-	case files || unseen != nil:
-		if _, err := artifact.Read(ctx, p.Blobs, v.target); errors.Is(err, artifact.ErrNotArtifact) {
-			return err
-		}
+		return store.MaybeUnpacked
+	case files:
+		return store.IsUnpacked
 	}
-	return p.check(ctx, v)
-}
-
-// check refuses what containerd may have taken for another image.
-func (p *Plugin) check(ctx context.Context, v *volume) error {
-	if p.Images == nil {
-		return nil
-	}
-	err := p.Images.Check(ctx, v.namespace, v.target.Digest)
-	if err != nil && ctx.Err() != nil {
-		return fmt.Errorf("containerd (containerd_address = %q) has not said in time which images there are, so this might be the wrong one; try again: %w", p.ContainerdAddress, err)
-	}
-	return err
+	return store.NotUnpacked
 }
 
 // below is the directory sub of the mount at path. Symlinks in it are the artifact's, and
@@ -200,36 +151,6 @@ func sameFile(a, b string) bool {
 	return aerr == nil && berr == nil && os.SameFile(fa, fb)
 }
 
-// answered tells how a request for an image volume ended.
-func (p *Plugin) answered(ctx context.Context, v *volume, shown *store.Reference, took time.Duration, err error) {
-	if p.Observer.Answered != nil {
-		p.Observer.Answered(took, err)
-	}
-	logger := log.G(ctx)
-	if v.namespace != "" {
-		logger = logger.WithField("namespace", v.namespace)
-		if p.Images != nil && v.target.Digest != "" {
-			if name := p.Images.Name(v.namespace, v.target.Digest); name != "" {
-				logger = logger.WithField("image", name)
-			}
-		}
-	}
-	if err != nil {
-		logger = logger.WithError(err).WithField("target", v.hex)
-		if _, ok := errors.AsType[*store.UnfinishedError](err); ok {
-			logger.Info("an image volume has to wait")
-			return
-		}
-		logger.Warn("refused an image volume")
-		return
-	}
-	f := log.Fields{"artifact": shown.ID.Manifest, "duration": took, "raw": shown.Modes.Raw, "tar": shown.Modes.Tar}
-	if shown.Built != nil {
-		maps.Copy(f, shown.Built.Fields())
-	}
-	logger.WithFields(f).Info("shown an image volume")
-}
-
 // drop forgets what the containers have shown.
 func (p *Plugin) drop(ctx context.Context, containers ...string) {
 	for _, container := range containers {
@@ -242,7 +163,7 @@ func (p *Plugin) drop(ctx context.Context, containers ...string) {
 			continue
 		}
 		for _, s := range of.Shows {
-			log.G(ctx).WithFields(log.Fields{"sandbox": of.Sandbox, "artifact": s.Manifest}).Info("dropped an image volume")
+			(&store.Volume{Sandbox: of.Sandbox}).LogUnmounted(ctx, s.Manifest)
 		}
 		p.Views.Wake()
 	}
@@ -294,7 +215,7 @@ func (p *Plugin) raw(ctx context.Context, c *api.Container) (mounts []rawMount) 
 			continue
 		}
 		if v, ok := inContainerd(m, c.GetPodSandboxId()); ok {
-			if p.isArtifact(ctx, v.hex) {
+			if p.isArtifact(ctx, v.Hex) {
 				mounts = append(mounts, rawMount{v.destination, v.source})
 			}
 		} else if b, ok := p.inCRIO(m, ""); ok {

@@ -34,7 +34,8 @@ type site struct {
 	content  blobs.Dir // containerd's
 	crio     *layout
 	root     string
-	conflict error // of containerd's images
+	conflict error  // of containerd's images
+	named    func() // called when they are asked for a name
 	answers  []error
 }
 
@@ -49,7 +50,8 @@ func newSite(t *testing.T) *site {
 func (s *site) open() {
 	s.t.Helper()
 	blobs := blobs.Dirs{s.content, s.crio.dir}
-	views, err := store.Open(context.Background(), store.Config{Root: s.root, State: filepath.Join(s.root, "state"), Content: blobs, Limits: unpack.DefaultLimits})
+	views, err := store.Open(context.Background(), store.Config{Root: s.root, State: filepath.Join(s.root, "state"), Content: blobs, Limits: unpack.DefaultLimits, Images: s,
+		Observer: store.Observer{Answered: func(_ time.Duration, err error) { s.answers = append(s.answers, err) }}})
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -60,17 +62,21 @@ func (s *site) open() {
 		}
 	})
 	s.Plugin, err = New(context.Background(), Config{
-		Name: "test", Index: "50", Root: s.root, Views: views, Blobs: blobs, Layouts: blobs[1:], Images: s,
-		Observer: Observer{Answered: func(_ time.Duration, err error) { s.answers = append(s.answers, err) }},
+		Name: "test", Index: "50", Root: s.root, Views: views, Blobs: blobs, Layouts: blobs[1:],
 	})
 	if err != nil {
 		s.t.Fatal(err)
 	}
 }
 
-// Check and Name implement Images.
+// Check and Name implement store.Images.
 func (s *site) Check(context.Context, string, digest.Digest) error { return s.conflict }
-func (s *site) Name(string, digest.Digest) string                  { return "" }
+func (s *site) Name(string, digest.Digest) string {
+	if s.named != nil {
+		s.named()
+	}
+	return ""
+}
 
 const sandbox = "0123456789abcdef"
 
@@ -268,7 +274,7 @@ func TestAnAnswerThatIsTooLateSaysSo(t *testing.T) {
 	d := s.model(s.content)
 	for _, s.Passthrough = range []bool{false, true} {
 		ctx, cancel := context.WithCancel(t.Context())
-		s.Images = ending{cancel}
+		s.named = cancel
 		got, err := s.create(ctx, "containerd", &api.PodSandbox{Id: sandbox}, &api.Container{Id: "one", Mounts: []*api.Mount{volumeOf("/model", d)}})
 		if got != nil || (err == nil) != s.Passthrough || err != nil && !errors.Is(err, errBusy) {
 			t.Errorf("passthrough: %v: %+v, %v", s.Passthrough, got, err)
@@ -276,12 +282,6 @@ func TestAnAnswerThatIsTooLateSaysSo(t *testing.T) {
 	}
 	s.wantRecords()
 }
-
-// ending are Images that end the request, when they are asked for a name.
-type ending struct{ end func() }
-
-func (e ending) Check(context.Context, string, digest.Digest) error { return nil }
-func (e ending) Name(string, digest.Digest) string                  { e.end(); return "" }
 
 func TestAVolumeThatTheSnapshotterShowsIsLeftAlone(t *testing.T) {
 	s := newSite(t)

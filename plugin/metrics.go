@@ -14,13 +14,10 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/images"
-	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
@@ -77,16 +74,11 @@ var reasons = []string{
 	reasonInvalid, reasonMissing, reasonConflict, reasonUnknown, reasonUnfinished, reasonDiskFull, reasonOther,
 }
 
-// unsure is the error of an image volume that might be that of another image.
-type unsure struct{ error }
-
-func (u unsure) Unwrap() error { return u.error }
-
 // reasonOf is why an image volume was refused: one of few words, whatever is in the
 // error, which may have been written by the artifact.
 func reasonOf(err error) string {
 	_, unfinished := errors.AsType[*store.UnfinishedError](err)
-	_, unsure := errors.AsType[unsure](err)
+	_, unsure := errors.AsType[*store.CheckError](err)
 	switch {
 	case unfinished:
 		return reasonUnfinished
@@ -188,7 +180,8 @@ func newMetrics(version string) *metrics {
 // observer counts what a store does.
 func (m *metrics) observer() store.Observer {
 	return store.Observer{
-		Counted: func(how unpack.Retention, n int64) { m.bytes[how].Add(float64(n)) },
+		Answered: m.answered,
+		Counted:  func(how unpack.Retention, n int64) { m.bytes[how].Add(float64(n)) },
 		Built: func(b store.Build) {
 			begun := begunByPod
 			if b.OnPull {
@@ -220,22 +213,15 @@ func (m *metrics) watch(views *store.Store, watcher *images.Watcher) {
 	}
 }
 
-// prepared counts the answer to a request for the snapshot key, begun at that time.
-func (m *metrics) prepared(key string, began time.Time, err error) {
-	_, volume := snapshot.VolumeSandbox(key)
-	switch {
-	case err == nil && volume:
-		m.volumes.Observe(time.Since(began).Seconds())
-	case err == nil, errdefs.IsAlreadyExists(err): // which containerd asks to hear
-	default:
+// prepared counts a request for a snapshot that failed. That a snapshot is there already is
+// an answer that containerd asks to hear.
+func (m *metrics) prepared(err error) {
+	if err != nil && !errdefs.IsAlreadyExists(err) {
 		m.failures.WithLabelValues(kindOf(err)).Inc()
-		if volume {
-			m.refusals.WithLabelValues(reasonOf(err)).Inc()
-		}
 	}
 }
 
-// answered counts the answer to a runtime that has asked for an image volume by NRI.
+// answered counts the answer to a request for the image volume of an artifact.
 func (m *metrics) answered(took time.Duration, err error) {
 	if err != nil {
 		m.refusals.WithLabelValues(reasonOf(err)).Inc()
@@ -251,33 +237,19 @@ type measured struct {
 }
 
 func (s measured) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
-	began := time.Now()
 	mounts, err := s.Snapshotter.Prepare(ctx, key, parent, opts...)
-	s.prepared(key, began, err)
+	s.prepared(err)
 	return mounts, err
 }
 
 func (s measured) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
-	began := time.Now()
 	mounts, err := s.Snapshotter.View(ctx, key, parent, opts...)
-	s.prepared(key, began, err)
+	s.prepared(err)
 	return mounts, err
 }
 
 // Cleanup implements snapshots.Cleaner, which embedding a Snapshotter hides.
 func (s measured) Cleanup(ctx context.Context) error { return cleanup(ctx, s.Snapshotter) }
-
-// images marks the errors of a Watcher.
-type known struct{ *images.Watcher }
-
-// Check implements snapshot.Images.
-func (i known) Check(ctx context.Context, namespace string, target digest.Digest) error {
-	err := i.Watcher.Check(ctx, namespace, target)
-	if err != nil && !errors.Is(err, artifact.ErrNotArtifact) {
-		return unsure{err}
-	}
-	return err
-}
 
 // gauges are read when somebody asks for them.
 type gauges struct {

@@ -115,8 +115,8 @@ func TestErrorsHaveFewReasons(t *testing.T) {
 	for reason, err := range map[string]error{
 		reasonInvalid:  fmt.Errorf("layer 1: %w", errdefs.ErrInvalidArgument),
 		reasonMissing:  fmt.Errorf("its blob: %w", errdefs.ErrNotFound),
-		reasonConflict: fmt.Errorf("image volume: %w", unsure{errdefs.ErrFailedPrecondition}),
-		reasonUnknown:  fmt.Errorf("image volume: %w", unsure{errdefs.ErrUnavailable}),
+		reasonConflict: fmt.Errorf("image volume: %w", &store.CheckError{Err: errdefs.ErrFailedPrecondition}),
+		reasonUnknown:  fmt.Errorf("image volume: %w", &store.CheckError{Err: errdefs.ErrUnavailable}),
 		reasonDiskFull: errdefs.ErrResourceExhausted,
 		reasonOther:    errors.New("reason"),
 	} {
@@ -129,7 +129,7 @@ func TestErrorsHaveFewReasons(t *testing.T) {
 	}
 	for kind, err := range map[string]error{
 		"invalid_argument": fmt.Errorf("layer 1: %w", errdefs.ErrInvalidArgument),
-		"unavailable":      unsure{errdefs.ErrUnavailable},
+		"unavailable":      &store.CheckError{Err: errdefs.ErrUnavailable},
 		"canceled":         fmt.Errorf("call: %w", context.DeadlineExceeded),
 		kindOther:          errors.New("kind"),
 	} {

@@ -88,6 +88,7 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 		s.closers = append(s.closers, lock.Close)
 	}
 
+	watcher := images.NewWatcher(cfg.ContainerdAddress, blobs.Dir(cfg.ContentRoot))
 	views, err := store.Open(ctx, store.Config{
 		Root:             cfg.Root,
 		State:            cfg.State,
@@ -96,14 +97,14 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 		DirectIO:         cfg.NeedsDirectIO(),
 		Limits:           cfg.Limits(),
 		DecompressOnPull: cfg.DecompressOnPull,
+		Images:           watcher,
 		Observer:         m.observer(),
 	})
 	if err != nil {
 		return nil, err
 	}
 	s.closers = append(s.closers, views.Close)
-	watcher := images.NewWatcher(cfg.ContainerdAddress, blobs.Dir(cfg.ContentRoot))
-	if s.Snapshotter, err = snapshot.New(cfg.Root, views, known{watcher}, cfg.Overlayfs.options()...); err != nil {
+	if s.Snapshotter, err = snapshot.New(cfg.Root, views, cfg.Overlayfs.options()...); err != nil {
 		return nil, fmt.Errorf("open the snapshots in %s: %w", cfg.Root, err)
 	}
 	m.watch(views, watcher)
@@ -117,10 +118,9 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 			Views:             views,
 			Blobs:             cfg.Blobs(),
 			Layouts:           cfg.Blobs()[1:],
-			Images:            known{watcher},
 			ContainerdAddress: cfg.ContainerdAddress,
 			Passthrough:       cfg.NRI.OnError == onErrorPassthrough,
-			Observer:          nri.Observer{Answered: m.answered, Connected: connected},
+			Observer:          nri.Observer{Connected: connected},
 		}); err != nil {
 			return nil, err
 		}

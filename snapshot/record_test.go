@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 )
 
 // behind is a key as containerd hands it on.
@@ -254,15 +255,14 @@ func TestAGuardKeepsVolumesFromBeingShown(t *testing.T) {
 	n := newNode(t)
 	d := n.pack(t)
 	var asked []string
-	guarded, err := New(t.TempDir(), n.views, guard(func(namespace string, target digest.Digest) error {
+	n.close(t)
+	n.images = guard(func(namespace string, target digest.Digest) error {
 		asked = append(asked, namespace+" "+target.String())
 		return errdefs.ErrFailedPrecondition
-	}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer guarded.Close()
-	if _, err := guarded.Prepare(ctx, key("pod", d), ""); !errdefs.IsFailedPrecondition(err) {
+	})
+	n.open(t)
+	_, err := n.Prepare(ctx, key("pod", d), "")
+	if _, check := errors.AsType[*store.CheckError](err); !check || !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("%v", err)
 	}
 	if want := []string{"k8s.io " + d.Digest.String()}; !slices.Equal(asked, want) {

@@ -51,10 +51,6 @@ const digestHex = `([0-9a-f]{64}|[0-9a-f]{96}|[0-9a-f]{128})`
 // extraction end in what an image's config says, so only the beginning tells who
 // asks.
 var (
-	// imageVolume is the key with which containerd's CRI plugin prepares an
-	// image volume: the path of the mount, which ends in the digest of the
-	// image's target (internal/cri/server/container_image_mount.go).
-	imageVolume = regexp.MustCompile(`^(?:([^/]+)/\d+/)?/(?:.*/)?image-volumes/([^/]+)/` + digestHex + `$`)
 	// unpackKey and mountKey are those of UnpackKey and MountKey.
 	unpackKey = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + unpackPrefix + `[^/]+/` + digestHex + `$`)
 	mountKey  = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + mountPrefix + `[^/]+(?:/` + digestHex + `)?$`)
@@ -103,16 +99,6 @@ func ParseMountKey(key string) (path string, ok bool) {
 	return path, err == nil
 }
 
-// Images is what is known of the runtime's images, in a namespace of containerd's.
-// It must not call containerd.
-type Images interface {
-	// Check returns an error if the runtime may take another artifact for the one
-	// whose manifest or index is target.
-	Check(ctx context.Context, namespace string, target digest.Digest) error
-	// Name is a name of the image with that target, for people; "" if none is known.
-	Name(namespace string, target digest.Digest) string
-}
-
 // unpackWait is how long a call waits for UnpackKey and MountKey: who asks can ask again.
 const unpackWait = time.Second
 
@@ -121,14 +107,12 @@ type snapshotter struct {
 	root                  string // overlayfs's
 	ms                    *storage.MetaStore
 	views                 *store.Store
-	images                Images
 }
 
 // New returns a Snapshotter that keeps ordinary snapshots in root/overlayfs, with the
 // options, and its views in the store, and tells the store which artifacts they show.
-// No image volume is shown that images object to, if they are not nil. Close closes
-// neither the store nor any view.
-func New(root string, views *store.Store, images Images, options ...overlay.Opt) (snapshots.Snapshotter, error) {
+// Close closes neither the store nor any view.
+func New(root string, views *store.Store, options ...overlay.Opt) (snapshots.Snapshotter, error) {
 	root = filepath.Join(root, "overlayfs")
 	// overlayfs itself would make it 0700, and a pod with a user namespace
 	// could not reach its root file system.
@@ -148,7 +132,7 @@ func New(root string, views *store.Store, images Images, options ...overlay.Opt)
 	if err := moveToTrash(root, ms); err != nil {
 		return nil, errors.Join(err, o.Close())
 	}
-	s := &snapshotter{Snapshotter: o, root: root, ms: ms, views: views, images: images}
+	s := &snapshotter{Snapshotter: o, root: root, ms: ms, views: views}
 	views.AddReferences(func(ctx context.Context) ([]store.ID, error) {
 		return s.list(ctx, func(i snapshots.Info) bool { return i.Kind != snapshots.KindCommitted })
 	})
@@ -229,93 +213,77 @@ func (s *snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 	return s.Snapshotter.View(ctx, key, parent, append(opts, withoutLabel)...)
 }
 
-// createView returns artifact.ErrNotArtifact for what overlayfs is to serve.
+// createView returns artifact.ErrNotArtifact for what overlayfs serves. The claim of the
+// store's Reference ends: the record of the view protects it from garbage collection.
 func (s *snapshotter) createView(ctx context.Context, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) ([]mount.Mount, error) {
-	volume := parseVolume(key)
-	ctx, answered := s.asked(ctx, volume)
-	v, err := s.show(ctx, volume, kind, key, parent, opts)
-	answered(v, err)
-	if err != nil {
-		return nil, err
-	}
-	return bind(v), nil
-}
-
-// show creates the view and its record. The claim of the view it returns is released: the
-// record protects it from the sweep.
-func (s *snapshotter) show(ctx context.Context, volume *volume, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) (*store.Reference, error) {
 	base, err := apply(opts)
 	if err != nil {
 		return nil, err
 	}
-	// What is waited for, containerd's images and the Tree, has one budget: containerd's
-	// lock is held meanwhile.
-	waiting, cancel := context.WithTimeout(ctx, store.MaxWait)
-	defer cancel()
-	want, err := s.target(waiting, volume, kind, key, parent, base)
+	of, err := s.subjectOf(ctx, parent)
 	if err != nil {
 		return nil, err
 	}
-	v, err := s.acquireFor(waiting, key, want, owners(base))
-	switch {
-	case err == nil:
-	case volume != nil:
-		return nil, fmt.Errorf("image volume: %w", err)
-	default:
-		return nil, ordinary(want.Descriptor, err)
+	var ref *store.Reference
+	if volume := parseVolume(key); volume != nil {
+		volume.Owners = owners(base)
+		if parent != "" && of.ordinary() {
+			volume.Unpacked = store.IsUnpacked
+		}
+		ref, err = s.views.MountVolume(ctx, volume, func(ctx context.Context, ref *store.Reference) error {
+			return s.record(ctx, kind, key, parent, opts, withLabel(ref.ID.Manifest))
+		})
+		if err != nil {
+			return nil, fmt.Errorf("image volume: %w", err)
+		}
+	} else {
+		want, err := s.wanted(kind, key, parent, of, base)
+		if err != nil {
+			return nil, err
+		}
+		if ref, err = s.acquireFor(ctx, key, want, owners(base)); err != nil {
+			return nil, ordinary(want.Descriptor, err)
+		}
+		if err := s.record(ctx, kind, key, parent, opts, want.label(ref)); err != nil {
+			ref.Release()
+			return nil, err
+		}
 	}
-	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
-		_, err := storage.CreateSnapshot(ctx, kind, key, parent, append(opts, withoutLabel, want.label(v))...)
+	ref.Listed()
+	return bind(ref), nil
+}
+
+// record creates the record of a view, with the label that names what it is of.
+func (s *snapshotter) record(ctx context.Context, kind snapshots.Kind, key, parent string, opts []snapshots.Opt, label snapshots.Opt) error {
+	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		_, err := storage.CreateSnapshot(ctx, kind, key, parent, append(opts, withoutLabel, label)...)
 		return err
 	})
 	if err != nil {
-		v.Release()
-		return nil, fmt.Errorf("failed to create snapshot: %w", err)
+		return fmt.Errorf("failed to create snapshot: %w", err)
 	}
-	v.Listed()
-	return v, nil
+	return nil
 }
 
-// target is what a new snapshot is to show; volume is nil if the key is not that of an image
-// volume. A volume on an ordinary parent is that of an image with layers: neither its blobs
-// nor containerd's images need to be known. A volume without a parent is that of an artifact,
-// or of an image without layers, which containerd may have taken for an artifact with the same
-// config: Check is asked about both.
-func (s *snapshotter) target(ctx context.Context, volume *volume, kind snapshots.Kind, key, parent string, base snapshots.Info) (want wanted, err error) {
-	of, err := s.subjectOf(ctx, parent)
-	if err != nil || parent != "" && of.ordinary() {
-		return want, cmp.Or(err, artifact.ErrNotArtifact)
-	}
-	if volume != nil {
-		want.Descriptor, err = s.views.Find(volume.hex)
-		volume.target = want.Digest
-		if err == nil && s.images != nil {
-			err = s.images.Check(ctx, volume.namespace, want.Digest)
-		}
-		if err != nil && !errors.Is(err, artifact.ErrNotArtifact) {
-			err = fmt.Errorf("image volume: %w", err)
-		}
-		return want, err
-	}
-	if kind != snapshots.KindView {
+// wanted is what a new snapshot that is no image volume is to show.
+func (s *snapshotter) wanted(kind snapshots.Kind, key, parent string, of subject, base snapshots.Info) (want wanted, err error) {
+	mounted := mountKey.FindStringSubmatch(key)
+	switch {
+	case kind != snapshots.KindView, of.ordinary() && (parent != "" || mounted == nil):
 		return want, artifact.ErrNotArtifact
+	case parent != "":
+		return wanted{ocispec.Descriptor{Digest: of.artifact}, of.layers, parent}, nil
 	}
-	if mounted := mountKey.FindStringSubmatch(key); mounted != nil && parent == "" {
-		hex := mounted[1]
-		if hex == "" {
-			target, err := digest.Parse(base.Labels[LabelTarget])
-			if err != nil {
-				return want, fmt.Errorf("snapshot %q: the label %s must name the artifact: %v: %w", key, LabelTarget, err, errdefs.ErrInvalidArgument)
-			}
-			hex = target.Encoded()
+	hex := mounted[1]
+	if hex == "" {
+		target, err := digest.Parse(base.Labels[LabelTarget])
+		if err != nil {
+			return want, fmt.Errorf("snapshot %q: the label %s must name the artifact: %v: %w", key, LabelTarget, err, errdefs.ErrInvalidArgument)
 		}
-		want.Descriptor, err = s.views.Find(hex)
-		return want, err
+		hex = target.Encoded()
 	}
-	if of.ordinary() {
-		return want, artifact.ErrNotArtifact
-	}
-	return wanted{ocispec.Descriptor{Digest: of.artifact}, of.layers, parent}, nil
+	want.Descriptor, err = s.views.Find(hex)
+	return want, err
 }
 
 // unpack makes the committed snapshot of an artifact; see UnpackKey. The snapshot
@@ -409,6 +377,14 @@ func committed(ctx context.Context, ref string, manifest digest.Digest) (there b
 	return there, err
 }
 
+// parseVolume returns nil if the key is not that of an image volume.
+func parseVolume(key string) *store.Volume {
+	if v, sub, ok := store.ParseVolume(key); ok && sub == "" {
+		return &v
+	}
+	return nil
+}
+
 // apply is what opts say.
 func apply(opts []snapshots.Opt) (base snapshots.Info, err error) {
 	for _, opt := range opts {
@@ -480,13 +456,13 @@ func (s *snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	want := wanted{ocispec.Descriptor{Digest: id.Manifest}, digest.Digest(info.Labels[LabelLayers]), info.Parent}
 	volume := parseVolume(key)
 	if volume != nil {
-		ctx = volume.context(ctx)
+		ctx = volume.WithLogger(ctx)
 	}
 	v, err := s.acquireFor(ctx, key, want, id.Owners)
 	if err != nil {
 		err = fmt.Errorf("snapshot %q: %w", key, err)
 		if volume != nil {
-			s.logRefused(ctx, volume, err)
+			s.views.LogRefused(ctx, volume, err)
 		}
 		return nil, err
 	}
@@ -570,14 +546,21 @@ func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	return s.Snapshotter.Commit(ctx, name, key, append(opts, withoutLabel, label)...)
 }
 
-// Remove removes the record; the store soon drops what no other view shows.
+// Remove removes the record. The store unmounts what no other view needs soon.
 func (s *snapshotter) Remove(ctx context.Context, key string) error {
-	dropped := s.dropping(ctx, key)
+	info, statErr := s.Stat(ctx, key)
 	if err := s.Snapshotter.Remove(ctx, key); err != nil {
 		return err
 	}
-	dropped()
 	s.views.Wake()
+	if statErr != nil {
+		return nil
+	}
+	if id, ok := shown(info); ok && info.Kind != snapshots.KindCommitted {
+		if volume := parseVolume(key); volume != nil {
+			volume.LogUnmounted(ctx, id.Manifest)
+		}
+	}
 	return nil
 }
 

@@ -34,7 +34,7 @@ type node struct {
 	content, root, state string
 	options              []overlay.Opt
 	views                *store.Store
-	images               Images
+	images               store.Images
 	observer             store.Observer
 }
 
@@ -54,10 +54,10 @@ func newNode(t *testing.T, options ...overlay.Opt) *node {
 func (n *node) open(t *testing.T) {
 	t.Helper()
 	var err error
-	if n.views, err = store.Open(ctx, store.Config{Root: n.root, State: n.state, Content: blobs.Dir(n.content), Observer: n.observer}); err != nil {
+	if n.views, err = store.Open(ctx, store.Config{Root: n.root, State: n.state, Content: blobs.Dir(n.content), Images: n.images, Observer: n.observer}); err != nil {
 		t.Fatal(err)
 	}
-	if n.Snapshotter, err = New(n.root, n.views, n.images, n.options...); err != nil {
+	if n.Snapshotter, err = New(n.root, n.views, n.options...); err != nil {
 		t.Fatal(err)
 	}
 	opened, views := n.Snapshotter, n.views
@@ -110,7 +110,7 @@ func TestContainerdsOwnSuite(t *testing.T) {
 		if err != nil {
 			return nil, nil, err
 		}
-		s, err := New(root, views, nil)
+		s, err := New(root, views)
 		if err != nil {
 			return nil, nil, err
 		}

@@ -127,3 +127,40 @@ func TestTheViewOfAMountIsNotWaitedForLong(t *testing.T) {
 		close(built)
 	})
 }
+
+// containerd's CRI plugin takes the chain of the DiffIDs that the config lists. An artifact
+// may list those of its tar layers alone, and an image may have unpacked that chain.
+func TestAnArtifactIsNotMountedAsTheChainOfAnImage(t *testing.T) {
+	n := newNode(t)
+	if _, err := n.Prepare(ctx, "layer", ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Commit(ctx, "chain", "layer"); err != nil {
+		t.Fatal(err)
+	}
+	good := n.pack(t)
+	mounts, err := n.Prepare(ctx, key("pod", good), "chain")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := read(t, mounts); got != "bytes" {
+		t.Errorf("the volume has %q", got)
+	}
+	if mounts, err = n.Mounts(ctx, key("pod", good)); err != nil || read(t, mounts) != "bytes" {
+		t.Errorf("asked again: %v, %v", mounts, err)
+	}
+	if err := n.Remove(ctx, key("pod", good)); err != nil {
+		t.Error(err)
+	}
+	a := pack.Artifact{Layers: []pack.Layer{{
+		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte("x"),
+		Annotations: map[string]string{"org.cncf.model.filepath": "../escape"},
+	}}}
+	bad, err := a.WriteTo(n.content)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if mounts, err := n.Prepare(ctx, key("pod", bad), "chain"); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("an artifact that breaks a rule: %v, %v", mounts, err)
+	}
+}

@@ -30,6 +30,9 @@ type Observer struct {
 	Counted func(how unpack.Retention, n int64)
 	// Built is told of every build of a Tree that has ended.
 	Built func(Build)
+	// Answered is told of every request for the image volume of an artifact: how long the
+	// answer took, and why the volume is refused.
+	Answered func(took time.Duration, err error)
 	// Collected is told of every garbage collection.
 	Collected func(Collection)
 }

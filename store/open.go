@@ -38,6 +38,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		modes:    c.Modes,
 		directIO: c.DirectIO,
 		budget:   unpack.NewBudget(c.Limits),
+		images:   c.Images,
 		observer: c.Observer,
 		maxWait:  MaxWait,
 		now:      time.Now,

@@ -70,6 +70,9 @@ type Config struct {
 	// Early lets Run build the Trees of artifacts with compressed layers while
 	// the runtime pulls them.
 	DecompressOnPull bool
+	// Images are those of the runtime whose volumes front ends ask for; nil if nothing is
+	// known of them, and then volumes are mounted without a check.
+	Images Images
 	// Observer is told of what the store does.
 	Observer Observer
 }
@@ -86,6 +89,7 @@ type Store struct {
 	modes         unpack.Modes
 	directIO      bool
 	budget        *unpack.Budget
+	images        Images
 	observer      Observer
 
 	builds  singleflight.Group

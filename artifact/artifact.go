@@ -266,26 +266,28 @@ func read(ctx context.Context, blobs content.Provider, desc ocispec.Descriptor, 
 	return a, nil
 }
 
-// namesAChain matches what the names of snapshots are digests of: a chain ID is that
-// of the chain below and a DiffID, with a space between.
-var namesAChain = regexp.MustCompile(`^(artifact )?(sha256|sha384|sha512):[0-9a-f]{64,128} (sha256|sha384|sha512):[0-9a-f]{64,128}$`)
+// chainIDPreimage matches the texts that the names of snapshots are digests of: a chain
+// ID is the digest of the chain ID below, a space and a DiffID (OCI image-spec,
+// config.md, "Layer ChainID"); see also [Artifact.CollisionFreeName].
+var chainIDPreimage = regexp.MustCompile(`^(artifact )?(sha256|sha384|sha512):[0-9a-f]{64,128} (sha256|sha384|sha512):[0-9a-f]{64,128}$`)
 
-// NamesAChain reports whether the bytes of a layer are the preimage of a chain ID, so
-// that the layer by itself would have the name of that chain's snapshot. It does not
-// matter what the layer is said to be: no archive has such bytes. Open is asked only
-// for blobs of a size that such a one has.
-func NamesAChain(l Layer, open func(ocispec.Descriptor) ([]byte, error)) (bool, error) {
-	const shortest, longest int64 = 2*71 + 1, 2*135 + 1 + 9
+// IsChainIDPreimage reports whether the layer's bytes are the preimage of a chain ID, so
+// that its digest would collide with another snapshot's name. The media type does not
+// matter, since no archive has such bytes. The blob is read only if its size is that of
+// a preimage; the errors are those of [Read] for a manifest.
+func IsChainIDPreimage(ctx context.Context, l Layer, blobs content.Provider) (bool, error) {
+	const shortest, longest int64 = 2*71 + 1, 2*135 + 1 + 9 // two sha256, "artifact " and two sha512
 	if l.Descriptor.Size < shortest || l.Descriptor.Size > longest {
 		return false, nil
 	}
-	content, err := open(l.Descriptor)
-	return namesAChain.Match(content), err
+	content, err := readBlob(ctx, blobs, l.Descriptor, "layer", longest)
+	return chainIDPreimage.Match(content), err
 }
 
-// OtherName is the name of the snapshot of an artifact whose ChainID is, or may be,
-// that of something else's. No chain of layers has it, see [NamesAChain].
-func (a *Artifact) OtherName() digest.Digest {
+// CollisionFreeName returns a name for the artifact's snapshot that no chain of layers
+// has as its chain ID, see [IsChainIDPreimage]. It is for artifacts whose ChainID is, or
+// may be, that of something else.
+func (a *Artifact) CollisionFreeName() digest.Digest {
 	return digest.FromString("artifact " + a.ChainID().String() + " " + a.Manifest.Digest.String())
 }
 

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package blobdir reads blobs from a directory that holds them as
+// Package blobs reads blobs from a directory that holds them as
 // blobs/<algorithm>/<hex>: the root of containerd's content store, or an OCI
 // image layout
 // (https://github.com/opencontainers/image-spec/blob/main/image-layout.md).

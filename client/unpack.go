@@ -12,7 +12,6 @@ import (
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/images"
@@ -46,17 +45,15 @@ func (c *Client) labelSnapshot() string { return "containerd.io/gc.ref.snapshot.
 // does not get the name at all.
 func (c *Client) snapshotNames(ctx context.Context, a *artifact.Artifact) ([]string, error) {
 	for _, l := range a.Layers {
-		taken, err := artifact.NamesAChain(l, func(desc ocispec.Descriptor) ([]byte, error) {
-			return content.ReadBlob(ctx, c.ContentStore(), desc)
-		})
+		collides, err := artifact.IsChainIDPreimage(ctx, l, c.ContentStore())
 		if err != nil {
 			return nil, l.Wrap(err)
 		}
-		if taken {
-			return []string{a.OtherName().String()}, nil
+		if collides {
+			return []string{a.CollisionFreeName().String()}, nil
 		}
 	}
-	return []string{a.ChainID().String(), a.OtherName().String()}, nil
+	return []string{a.ChainID().String(), a.CollisionFreeName().String()}, nil
 }
 
 // Unpack makes the committed snapshot of an artifact, if there is none, and ties it

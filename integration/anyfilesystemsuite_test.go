@@ -71,7 +71,7 @@ func (p pair) everyMode(t *testing.T, n *node.Node) {
 }
 
 // suites are the packages whose own tests are run on each file system.
-var suites = []string{"unpack", "snapshot", "view"}
+var suites = []string{"unpack", "unpack/differ", "snapshot", "view"}
 
 // withoutUpper are those of them that an overlay cannot pass: overlayfs does not take it
 // as an upper layer, nor can whiteouts be made there.
@@ -86,7 +86,7 @@ func runSuites(t *testing.T) map[string]string {
 	t.Helper()
 	bin, cells := t.TempDir(), map[string]string{}
 	for _, pkg := range suites {
-		if out, err := exec.Command("go", "test", "-c", "-o", filepath.Join(bin, pkg), "../"+pkg).CombinedOutput(); err != nil {
+		if out, err := exec.Command("go", "test", "-c", "-o", filepath.Join(bin, strings.ReplaceAll(pkg, "/", "-")), "../"+pkg).CombinedOutput(); err != nil {
 			t.Fatalf("go test -c ../%s: %v\n%s", pkg, err, out)
 		}
 	}
@@ -99,7 +99,7 @@ func runSuites(t *testing.T) map[string]string {
 			dir := p.root.mounted(t)
 			passed := 0
 			for _, pkg := range suites {
-				cmd := exec.CommandContext(t.Context(), filepath.Join(bin, pkg), "-test.v", "-test.timeout=60m")
+				cmd := exec.CommandContext(t.Context(), filepath.Join(bin, strings.ReplaceAll(pkg, "/", "-")), "-test.v", "-test.timeout=60m")
 				if p.byNRI() {
 					cmd.Args = append(cmd.Args, "-test.skip="+withoutUpper)
 				}
@@ -134,7 +134,7 @@ func runSuites(t *testing.T) map[string]string {
 // table is what docs/support.md has of the rows.
 func table(rows []outcome, suites map[string]string) string {
 	var out strings.Builder
-	out.WriteString("| root | content | raw | tar | blobs in root | taken by showing 64 MiB, raw and tar | image volumes | user namespaces | tests of `unpack`, `snapshot`, `view` |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n")
+	out.WriteString("| root | content | raw | tar | blobs in root | taken by showing 64 MiB, raw and tar | image volumes | user namespaces | tests of `unpack`, `unpack/differ`, `snapshot`, `view` |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n")
 	for _, o := range rows {
 		root, content := o.cells()
 		volumes := "by the snapshotter"

@@ -20,10 +20,11 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/differ"
 )
 
 // LabelLayers is on every committed snapshot that keeps layers of an artifact
-// instead of having files (unpack.Retained), and on every view of one: the ID of the
+// instead of having files (differ.Retained), and on every view of one: the ID of the
 // chain of layers. Like LabelArtifact it cannot come from an image.
 const LabelLayers = "artifact-snapshotter/layers"
 
@@ -134,7 +135,7 @@ func (s *snapshotter) extend(of subject) error {
 	if err := os.MkdirAll(filepath.Join(dir, "fs"), 0o755); err != nil {
 		return err
 	}
-	return unpack.Promise(dir, of.artifact)
+	return differ.Promise(dir, of.artifact)
 }
 
 // layersOf is the ID of the layers that the active snapshot key keeps together with
@@ -144,7 +145,7 @@ func (s *snapshotter) layersOf(ctx context.Context, key string, below subject) (
 	if err != nil {
 		return "", err
 	}
-	_, own, err := unpack.LoadRetained(s.dir(active.id))
+	_, own, err := differ.LoadRetained(s.dir(active.id))
 	if errors.Is(err, os.ErrNotExist) {
 		return "", nil
 	}
@@ -185,7 +186,7 @@ func (s *snapshotter) retainedUsage(ctx context.Context, key string) (usage snap
 	if usage, err = s.Snapshotter.Usage(ctx, key); err != nil {
 		return usage, err
 	}
-	kept, _, err := unpack.LoadRetained(s.dir(of.id))
+	kept, _, err := differ.LoadRetained(s.dir(of.id))
 	if err != nil {
 		return usage, err
 	}

@@ -11,10 +11,11 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/differ"
 )
 
 // AcquireLayers is Acquire for the layers that the snapshots in dirs keep
-// (unpack.Retained), the lowest first. The chain is their ID and must be that of no
+// (differ.Retained), the lowest first. The chain is their ID and must be that of no
 // other layers and of no manifest; in the ID of the view it stands for the
 // manifest.
 func (s *Store) AcquireLayers(ctx context.Context, chain digest.Digest, dirs []string, owners unpack.IDMap) (*Reference, error) {
@@ -22,7 +23,7 @@ func (s *Store) AcquireLayers(ctx context.Context, chain digest.Digest, dirs []s
 	release := s.hold(id.name())
 	var from *source
 	if !s.has(id) {
-		a, err := unpack.Chain(chain, dirs)
+		a, err := differ.Chain(chain, dirs)
 		if err != nil {
 			release(false)
 			return nil, err
@@ -49,7 +50,7 @@ func (s *Store) layOut(ctx context.Context, dir string, from *source, o unpack.O
 		}
 		defer done()
 		o.Blobs = blobs.Dir(dir)
-		if err := unpack.LinkRetained(blobs.Dir(dir), from.retained); err != nil {
+		if err := differ.LinkRetained(blobs.Dir(dir), from.retained); err != nil {
 			return err
 		}
 	}
@@ -73,7 +74,7 @@ func (s *Store) scratch() (dir string, done func(), err error) {
 }
 
 // Applier unpacks layers within the limits of the store, and keeps them in the
-// snapshots of the snapshotter that has its own in dir; see [unpack.Applier].
-func (s *Store) Applier(dir string) *unpack.Applier {
-	return &unpack.Applier{Snapshots: dir, Options: s.options(ID{}), Scratch: s.scratch}
+// snapshots of the snapshotter that has its own in dir; see [differ.Applier].
+func (s *Store) Applier(dir string) *differ.Applier {
+	return &differ.Applier{Snapshots: dir, Options: s.options(ID{}), Scratch: s.scratch}
 }

@@ -57,21 +57,21 @@ func NewBudget(l Limits) *Budget {
 	}
 }
 
-// only waits until nobody else works on a thing: a blob to decompress, which pods
-// with user namespaces, and artifacts that share a layer, need at the same time; or
-// the directory of a snapshot.
-func (b *Budget) only(ctx context.Context, thing string) (release func(), err error) {
+// Lock waits until it holds the lock of that name, or ctx ends. There is one for every
+// compressed blob, which artifacts that share it, or pods with different user namespaces,
+// may need at the same time; others must have other names, such as paths.
+func (b *Budget) Lock(ctx context.Context, name string) (unlock func(), err error) {
 	for {
 		b.mu.Lock()
-		busy := b.busy[thing]
+		busy := b.busy[name]
 		if busy == nil {
 			free := make(chan struct{})
-			b.busy[thing] = free
+			b.busy[name] = free
 			b.mu.Unlock()
 			return func() {
 				b.mu.Lock()
 				defer b.mu.Unlock()
-				delete(b.busy, thing)
+				delete(b.busy, name)
 				close(free)
 			}, nil
 		}

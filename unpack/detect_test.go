@@ -22,6 +22,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/internal/unpacktest"
 )
 
 var allCompressions = []artifact.Compression{artifact.CompressionNone, artifact.CompressionGzip, artifact.CompressionZstd}
@@ -30,32 +31,6 @@ const (
 	orasUnpack = "io.deis.oras.content.unpack"
 	orasDigest = "io.deis.oras.content.digest"
 )
-
-// described is the layer of data as a manifest describes it; annotations are keys and
-// values in turn.
-func (s site) described(t *testing.T, mediaType string, data []byte, annotations ...string) artifact.Layer {
-	t.Helper()
-	desc := s.blob(t, data)
-	desc.MediaType, desc.Annotations = mediaType, map[string]string{}
-	for i := 0; i < len(annotations); i += 2 {
-		desc.Annotations[annotations[i]] = annotations[i+1]
-	}
-	l, err := artifact.NewLayer(desc)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return l
-}
-
-// compress is data in a compression.
-func (s site) compress(t *testing.T, c artifact.Compression, data []byte) []byte {
-	t.Helper()
-	b, err := os.ReadFile(s.content.Path(s.tar(t, c, data).Descriptor.Digest))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
-}
 
 // wantRefused checks that the layers are refused, and that the error says these.
 func (s site) wantRefused(t *testing.T, what string, layers []artifact.Layer, says ...string) {
@@ -84,7 +59,7 @@ func TestADirectoryOfORASIsUnpacked(t *testing.T) {
 			for _, c := range allCompressions {
 				for _, mediaType := range []string{"application/vnd.acme.docs.layer.v1+tar", "application/vnd.acme.docs", ocispec.MediaTypeImageLayerGzip} {
 					s := newSite(t)
-					l := s.described(t, mediaType, s.compress(t, c, a), ocispec.AnnotationTitle, "docs", orasUnpack, "true", orasDigest, digest.FromBytes(a).String())
+					l := s.Described(t, mediaType, unpacktest.Compress(t, c, a), ocispec.AnnotationTitle, "docs", orasUnpack, "true", orasDigest, digest.FromBytes(a).String())
 					wantVolume(t, s.show(t, mode, l), a)
 				}
 			}
@@ -97,16 +72,15 @@ func TestTheDigestInORASsAnnotationIsTheDiffID(t *testing.T) {
 	for _, c := range allCompressions {
 		s := newSite(t)
 		other := digest.FromString("another")
-		l := s.described(t, "application/vnd.acme.docs+tar", s.compress(t, c, a), orasUnpack, "true", orasDigest, other.String())
+		l := s.Described(t, "application/vnd.acme.docs+tar", unpacktest.Compress(t, c, a), orasUnpack, "true", orasDigest, other.String())
 		s.wantRefused(t, string(c), []artifact.Layer{l}, "its content has the digest "+digest.FromBytes(a).String(), "the annotation "+orasDigest+" says the DiffID "+other.String())
 	}
 }
 
 // `oras push REF hi.txt` gives every file this type.
 func TestAFileOfAnImagesLayerTypeIsShownUnderItsTitle(t *testing.T) {
-	s := newSite(t)
 	text := []byte(strings.Repeat("text, and no archive ", 100))
-	gz := s.compress(t, artifact.CompressionGzip, text)
+	gz := unpacktest.Compress(t, artifact.CompressionGzip, text)
 	names := digest.FromString("a").String() + " " + digest.FromString("b").String()
 	for what, content := range map[string][]byte{
 		"text":                      []byte("hi\n"),
@@ -115,10 +89,10 @@ func TestAFileOfAnImagesLayerTypeIsShownUnderItsTitle(t *testing.T) {
 		"one byte less than a tar":  archive(t, file("f", "x"))[:511],
 		"zeros":                     make([]byte, 10240),
 		"text in gzip":              gz,
-		"text in zstd":              s.compress(t, artifact.CompressionZstd, text),
-		"nothing in gzip":           s.compress(t, artifact.CompressionGzip, nil),
-		"zeros in gzip":             s.compress(t, artifact.CompressionGzip, make([]byte, 10240)),
-		"an archive in gzip, twice": s.compress(t, artifact.CompressionGzip, s.compress(t, artifact.CompressionGzip, archive(t, file("f", "x")))),
+		"text in zstd":              unpacktest.Compress(t, artifact.CompressionZstd, text),
+		"nothing in gzip":           unpacktest.Compress(t, artifact.CompressionGzip, nil),
+		"zeros in gzip":             unpacktest.Compress(t, artifact.CompressionGzip, make([]byte, 10240)),
+		"an archive in gzip, twice": unpacktest.Compress(t, artifact.CompressionGzip, unpacktest.Compress(t, artifact.CompressionGzip, archive(t, file("f", "x")))),
 		"gzip that is cut off":      gz[:12],
 		"gzip without a header":     []byte("\x1f\x8b\x08"),
 		"zstd with a wrong window":  []byte("\x28\xb5\x2f\xfd\x00\xff and more"),
@@ -128,7 +102,7 @@ func TestAFileOfAnImagesLayerTypeIsShownUnderItsTitle(t *testing.T) {
 		t.Run(what, func(t *testing.T) {
 			for _, mode := range everyPair {
 				s := newSite(t)
-				l := s.described(t, ocispec.MediaTypeImageLayer, content, ocispec.AnnotationTitle, "./dir//hi.txt",
+				l := s.Described(t, ocispec.MediaTypeImageLayer, content, ocispec.AnnotationTitle, "./dir//hi.txt",
 					modelspec.AnnotationFileMetadata, `{"mode": 384, "uid": 12, "gid": 34}`)
 				l.DiffID = l.Descriptor.Digest
 				dir := s.show(t, mode, l)
@@ -162,15 +136,15 @@ func TestAnArchiveOfAnImagesLayerTypeIsUnpacked(t *testing.T) {
 		for _, c := range allCompressions {
 			// No title could be a path, and none is.
 			s := newSite(t)
-			l := s.described(t, ocispec.MediaTypeImageLayer, s.compress(t, c, a), ocispec.AnnotationTitle, "/tmp/../x.tar")
+			l := s.Described(t, ocispec.MediaTypeImageLayer, unpacktest.Compress(t, c, a), ocispec.AnnotationTitle, "/tmp/../x.tar")
 			t.Run(what+string(c), func(t *testing.T) { wantVolume(t, s.show(t, best, l), a) })
 		}
 	}
 	s := newSite(t)
-	l := s.described(t, ocispec.MediaTypeImageLayer, []byte("hi"), ocispec.AnnotationTitle, "/etc/passwd")
+	l := s.Described(t, ocispec.MediaTypeImageLayer, []byte("hi"), ocispec.AnnotationTitle, "/etc/passwd")
 	s.wantRefused(t, "a file of an absolute title", []artifact.Layer{l}, "layer 0 (", "is absolute")
 	broken := archive(t, file("f", strings.Repeat("x", 3000)))[:2000]
-	s.wantRefused(t, "an archive that is cut off", []artifact.Layer{s.described(t, ocispec.MediaTypeImageLayer, broken, ocispec.AnnotationTitle, "f")}, "truncated")
+	s.wantRefused(t, "an archive that is cut off", []artifact.Layer{s.Described(t, ocispec.MediaTypeImageLayer, broken, ocispec.AnnotationTitle, "f")}, "truncated")
 }
 
 // typeOf is a media type that says a compression.
@@ -194,17 +168,17 @@ func TestTheBytesSayHowALayerIsCompressed(t *testing.T) {
 			t.Run(typeOf(said)+" over "+says(is), func(t *testing.T) {
 				for what, id := range map[string]digest.Digest{"the right DiffID": digest.FromBytes(a), "none": ""} {
 					s := newSite(t)
-					l := s.described(t, typeOf(said), s.compress(t, is, a))
+					l := s.Described(t, typeOf(said), unpacktest.Compress(t, is, a))
 					l.DiffID = id
 					t.Run(what, func(t *testing.T) {
 						wantVolume(t, s.show(t, best, l), a)
-						if settled, err := Settle(t.Context(), l, s.content); err != nil || settled.Format != artifact.FormatTar || settled.Compression != is {
+						if settled, err := Settle(t.Context(), l, s.Content); err != nil || settled.Format != artifact.FormatTar || settled.Compression != is {
 							t.Errorf("settled as %+v, %v", settled, err)
 						}
 					})
 				}
 				s := newSite(t)
-				l := s.described(t, typeOf(said), s.compress(t, is, a))
+				l := s.Described(t, typeOf(said), unpacktest.Compress(t, is, a))
 				l.DiffID = digest.FromString("another")
 				want := []string{"layer 0 (", "its content has the digest " + digest.FromBytes(a).String(), "the config lists the DiffID " + l.DiffID.String()}
 				if said != is {
@@ -216,7 +190,7 @@ func TestTheBytesSayHowALayerIsCompressed(t *testing.T) {
 					s.wantRefused(t, "the blob's own digest", []artifact.Layer{l}, "its bytes are "+says(is), "the config lists the DiffID "+l.DiffID.String(), "the digest of the compressed blob")
 				}
 				if said != is { // what is wrong within says so, too
-					l := s.described(t, typeOf(said), s.compress(t, is, []byte(strings.Repeat("no archive", 100))))
+					l := s.Described(t, typeOf(said), unpacktest.Compress(t, is, []byte(strings.Repeat("no archive", 100))))
 					s.wantRefused(t, "text", []artifact.Layer{l}, "its media type says that it is "+says(said), "the archive cannot be read")
 				}
 			})
@@ -228,25 +202,25 @@ func TestAnArchiveInAnotherCompressionIsRefusedByItsName(t *testing.T) {
 	for name, magic := range map[string]string{"xz": "\xfd7zXZ\x00", "bzip2": "BZh9", "lz4": "\x04\x22\x4d\x18", "zip": "PK\x03\x04"} {
 		for _, said := range allCompressions {
 			s := newSite(t)
-			l := s.described(t, typeOf(said), []byte(magic+strings.Repeat("x", 1000)))
+			l := s.Described(t, typeOf(said), []byte(magic+strings.Repeat("x", 1000)))
 			s.wantRefused(t, name, []artifact.Layer{l}, "layer 0 (", "its bytes are "+name+", which is not supported", "gzip or zstd")
-			if _, err := Settle(t.Context(), l, s.content); !errdefs.IsInvalidArgument(err) {
+			if _, err := Settle(t.Context(), l, s.Content); !errdefs.IsInvalidArgument(err) {
 				t.Errorf("%s: settled, %v", name, err)
 			}
 		}
 	}
 	s := newSite(t) // a name may begin so
 	a := archive(t, file("BZh", "x"), file("PK\x03\x04", "x"))
-	wantVolume(t, s.show(t, best, s.described(t, typeOf(artifact.CompressionNone), a)), a)
+	wantVolume(t, s.show(t, best, s.Described(t, typeOf(artifact.CompressionNone), a)), a)
 }
 
 func TestTwoFilesOfOnePathAreRefused(t *testing.T) {
 	s := newSite(t)
-	raw := func(path, data string) artifact.Layer { return s.raw(t, path, data) }
+	raw := func(path, data string) artifact.Layer { return s.Raw(t, path, data) }
 	oras := func(path, data string) artifact.Layer {
-		return s.described(t, ocispec.MediaTypeImageLayer, []byte(data), ocispec.AnnotationTitle, path)
+		return s.Described(t, ocispec.MediaTypeImageLayer, []byte(data), ocispec.AnnotationTitle, path)
 	}
-	tarred := s.tar(t, artifact.CompressionNone, archive(t, file("f", "tar")))
+	tarred := s.Tar(t, artifact.CompressionNone, archive(t, file("f", "tar")))
 	one, two := digest.FromString("1").String(), digest.FromString("2").String()
 	for what, layers := range map[string][]artifact.Layer{
 		"raw layers":               {raw("f", "1"), raw("f", "2")},
@@ -290,7 +264,7 @@ func TestTheEmptyDescriptorIsNothing(t *testing.T) {
 				}
 				return nil
 			}
-			tree, err := Build(t.Context(), filepath.Join(s.root, "beside"), numbered(empty, s.tar(t, artifact.CompressionNone, a), empty), o)
+			tree, err := Build(t.Context(), filepath.Join(s.Root, "beside"), numbered(empty, s.Tar(t, artifact.CompressionNone, a), empty), o)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -299,7 +273,7 @@ func TestTheEmptyDescriptorIsNothing(t *testing.T) {
 			var said bytes.Buffer
 			log.L.Logger.SetOutput(&said)
 			defer log.L.Logger.SetOutput(os.Stderr)
-			tree, err = Build(t.Context(), filepath.Join(s.root, "alone"), numbered(empty), o)
+			tree, err = Build(t.Context(), filepath.Join(s.Root, "alone"), numbered(empty), o)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -313,59 +287,12 @@ func TestTheEmptyDescriptorIsNothing(t *testing.T) {
 	}
 }
 
-// The differ of containerd's own unpacker goes by the bytes, too.
-func TestTheDifferGoesByTheBytes(t *testing.T) {
-	a := archive(t, file("dir/f", "x"))
-	for _, ours := range []bool{true, false} {
-		s := newSite(t)
-		c := newChain(t, s, ours)
-		for what, test := range map[string]struct {
-			layer  artifact.Layer
-			diffID digest.Digest
-		}{
-			"gzip that is said to be none": {s.described(t, typeOf(artifact.CompressionNone), s.compress(t, artifact.CompressionGzip, a)), digest.FromBytes(a)},
-			"a tar that is said to be":     {s.described(t, typeOf(artifact.CompressionZstd), a), digest.FromBytes(a)},
-			"a directory of ORAS":          {s.described(t, "text/plain", s.compress(t, artifact.CompressionGzip, a), orasUnpack, "true"), digest.FromBytes(a)},
-			"a file of ORAS":               {s.described(t, ocispec.MediaTypeImageLayer, []byte("hi"), ocispec.AnnotationTitle, "hi.txt"), digest.FromString("hi")},
-			"nothing":                      {s.described(t, ocispec.MediaTypeEmptyJSON, []byte("{}")), digest.FromString("{}")},
-		} {
-			got, err := c.Apply(t.Context(), test.layer.Descriptor, c.prepare(t))
-			if err != nil || got.Digest != test.diffID {
-				t.Errorf("%s: %+v, %v; want the digest %s", what, got, err, test.diffID)
-			}
-		}
-		var dir string
-		if ours {
-			var err error
-			if err = os.Remove(s.content.Path(digest.FromString("{}"))); err != nil {
-				t.Fatal(err)
-			}
-			if dir, err = c.show(t); err != nil {
-				t.Fatal(err)
-			}
-		} else {
-			dir = c.overlay(t)
-		}
-		if got := listing(t, dir); len(got) != 4 || read(t, dir, "dir/f") != "x" || read(t, dir, "hi.txt") != "hi" {
-			t.Errorf("it shows %v", got)
-		}
-	}
-	// Nothing of its own makes an image's snapshot.
-	s := newSite(t)
-	c := newChain(t, s, true)
-	names := digest.FromString("a").String() + " " + digest.FromString("b").String()
-	l := s.described(t, ocispec.MediaTypeImageLayer, []byte(names), ocispec.AnnotationTitle, "f")
-	if _, err := c.Apply(t.Context(), l.Descriptor, c.prepare(t)); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "chain ID") {
-		t.Errorf("a file whose digest is a chain ID: %v", err)
-	}
-}
-
 // A build that begins with the manifest decompresses a layer when it is there, and does
 // not wait for the others first.
 func TestALayerIsDecompressedBeforeTheNextOneIsThere(t *testing.T) {
 	s := newSite(t)
-	first := s.described(t, "text/plain", s.compress(t, artifact.CompressionGzip, archive(t, file("f", "x"))), orasUnpack, "true")
-	second := s.described(t, ocispec.MediaTypeImageLayer, []byte("hi"), ocispec.AnnotationTitle, "hi.txt")
+	first := s.Described(t, "text/plain", unpacktest.Compress(t, artifact.CompressionGzip, archive(t, file("f", "x"))), orasUnpack, "true")
+	second := s.Described(t, ocispec.MediaTypeImageLayer, []byte("hi"), ocispec.AnnotationTitle, "hi.txt")
 	decompressed := make(chan struct{})
 	o := s.options(best)
 	o.Counted = func(how Retention, _ int64) {
@@ -384,7 +311,7 @@ func TestALayerIsDecompressedBeforeTheNextOneIsThere(t *testing.T) {
 			return ctx.Err()
 		}
 	}
-	if _, err := Build(t.Context(), filepath.Join(s.root, "tree"), numbered(second, first), o); err != nil {
+	if _, err := Build(t.Context(), filepath.Join(s.Root, "tree"), numbered(second, first), o); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -418,13 +345,13 @@ func TestABlobThatCannotBeReadIsNotSettled(t *testing.T) {
 	s := newSite(t)
 	text := noise(1 << 20) // which is read more than once
 	for _, c := range allCompressions {
-		l := s.described(t, ocispec.MediaTypeImageLayer, s.compress(t, c, archive(t, file("f", text))), ocispec.AnnotationTitle, "f")
+		l := s.Described(t, ocispec.MediaTypeImageLayer, unpacktest.Compress(t, c, archive(t, file("f", text))), ocispec.AnnotationTitle, "f")
 		for _, from := range []int64{0, tarBlock} {
 			if c == artifact.CompressionNone && from > 0 {
 				continue // the header is enough
 			}
 			// As the store of containerd's client says it, without a path.
-			settled, err := Settle(t.Context(), l, unreadable{s.content, from, errdefs.ErrUnavailable})
+			settled, err := Settle(t.Context(), l, unreadable{s.Content, from, errdefs.ErrUnavailable})
 			if !errdefs.IsUnavailable(err) {
 				t.Errorf("%q, from %d: settled as %s, %v", c, from, settled.Format, err)
 			}
@@ -435,15 +362,15 @@ func TestABlobThatCannotBeReadIsNotSettled(t *testing.T) {
 func TestSettleNeedsTheBlobOnlyWhereItDecides(t *testing.T) {
 	s := newSite(t)
 	for _, l := range []artifact.Layer{
-		s.described(t, ocispec.MediaTypeImageLayer, []byte("hi"), ocispec.AnnotationTitle, "hi.txt"),
-		s.described(t, "text/plain", []byte("hi")),
-		s.described(t, ocispec.MediaTypeEmptyJSON, []byte("{}")),
-		s.described(t, ocispec.MediaTypeImageLayer, nil, ocispec.AnnotationTitle, "empty"),
+		s.Described(t, ocispec.MediaTypeImageLayer, []byte("hi"), ocispec.AnnotationTitle, "hi.txt"),
+		s.Described(t, "text/plain", []byte("hi")),
+		s.Described(t, ocispec.MediaTypeEmptyJSON, []byte("{}")),
+		s.Described(t, ocispec.MediaTypeImageLayer, nil, ocispec.AnnotationTitle, "empty"),
 	} {
-		if err := os.Remove(s.content.Path(l.Descriptor.Digest)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err := os.Remove(s.Content.Path(l.Descriptor.Digest)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			t.Fatal(err)
 		}
-		_, err := Settle(t.Context(), l, s.content)
+		_, err := Settle(t.Context(), l, s.Content)
 		if decides := l.Format == artifact.FormatTarOrRaw && l.Descriptor.Size > 0; errdefs.IsNotFound(err) != decides || err != nil && !decides {
 			t.Errorf("%s of %d bytes: %v", l.Format, l.Descriptor.Size, err)
 		}
@@ -454,7 +381,7 @@ func TestSettleNeedsTheBlobOnlyWhereItDecides(t *testing.T) {
 func TestAllLayersOfABlobSayItsSize(t *testing.T) {
 	s := newSite(t)
 	for _, c := range allCompressions {
-		l := s.tar(t, c, archive(t, file("f", "x")))
+		l := s.Tar(t, c, archive(t, file("f", "x")))
 		lie := l
 		lie.Descriptor.Size = 1 << 50
 		for what, layers := range map[string][]artifact.Layer{"the second": {l, lie}, "the first": {lie, l}} {
@@ -471,6 +398,6 @@ func TestAllLayersOfABlobSayItsSize(t *testing.T) {
 
 func TestNoBytesOfAnotherDigestInORASsAnnotation(t *testing.T) {
 	s := newSite(t)
-	l := s.described(t, "text/plain", nil, orasUnpack, "true", orasDigest, digest.FromString("another").String())
+	l := s.Described(t, "text/plain", nil, orasUnpack, "true", orasDigest, digest.FromString("another").String())
 	s.wantRefused(t, "no bytes", []artifact.Layer{l}, "it has no bytes", "the annotation "+orasDigest+" says the DiffID")
 }

@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/internal/unpacktest"
 )
 
 // disk mounts a new file system of a disk with sectors of that many bytes.
@@ -64,16 +64,6 @@ func disk(t *testing.T, sector uint32, mkfs ...string) string {
 	return dir
 }
 
-// diskSite is a site on such a disk.
-func diskSite(t *testing.T, dir string) site {
-	t.Helper()
-	s := site{t: t, content: blobs.Dir(filepath.Join(dir, "content")), root: filepath.Join(dir, "root")}
-	if err := errors.Join(os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755), os.Mkdir(s.root, 0o755)); err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
-
 // Members begin at multiples of 512 bytes, and no disk's sectors are smaller.
 func TestFilesAreReadWithODirect(t *testing.T) {
 	members := map[string]string{}
@@ -101,16 +91,16 @@ func TestFilesAreReadWithODirect(t *testing.T) {
 			}
 			t.Run(name, func(t *testing.T) {
 				s := newSite(t)
-				if !hasDirectIO(t, s.root) {
+				if !hasDirectIO(t, s.Root) {
 					t.Skip("NOT TESTED: the file system of the tests has no direct I/O")
 				}
 				var a []byte
 				for _, name := range headers {
 					a = append(a, member512('0', name, members[name], nil)...)
 				}
-				layers := []artifact.Layer{s.tar(t, artifact.CompressionNone, append(a, endMark...))}
+				layers := []artifact.Layer{s.Tar(t, artifact.CompressionNone, append(a, endMark...))}
 				if mixed {
-					layers = append(layers, s.raw(t, "raw", noise(5000)))
+					layers = append(layers, s.Raw(t, "raw", noise(5000)))
 				}
 				dir := s.show(t, test.modes, layers...)
 				works := test.members || here(test.modes).Tar == EROFSLoop
@@ -218,9 +208,9 @@ func TestADiskWithLargeSectors(t *testing.T) {
 		if want := []Mode{EROFSLoop, EROFSBuffered, Extract}; !slices.Contains(want, r.Tar) || direct && r.Tar == EROFSBuffered {
 			t.Errorf("%v, %v; want one of %v", r, why, want)
 		}
-		s := diskSite(t, filepath.Join(dir, itoa(len(r.Tar))))
+		s := site{unpacktest.SiteIn(t, filepath.Join(dir, itoa(len(r.Tar)))), t}
 		content := noise(8193)
-		got := s.show(t, r, s.tar(t, artifact.CompressionNone, archive(t, file("f", content))))
+		got := s.show(t, r, s.Tar(t, artifact.CompressionNone, archive(t, file("f", content))))
 		if read(t, got, "f") != content {
 			t.Errorf("%v shows other bytes", r)
 		}
@@ -261,14 +251,14 @@ func TestWhoCachesTwiceIsSaid(t *testing.T) {
 			}
 			dir := disk(t, 512, test.mkfs...)
 			for _, mode := range []Mode{EROFS, EROFSLoop} {
-				s := diskSite(t, filepath.Join(dir, string(mode)))
+				s := site{unpacktest.SiteIn(t, filepath.Join(dir, string(mode))), t}
 				content := noise(1 << 20)
-				l := s.tar(t, artifact.CompressionNone, archive(t, file("f", content)))
-				blob := s.content.Path(l.Descriptor.Digest)
+				l := s.Tar(t, artifact.CompressionNone, archive(t, file("f", content)))
+				blob := s.Content.Path(l.Descriptor.Digest)
 				if err := enableVerity(blob); test.verity && err != nil {
 					t.Skipf("NOT TESTED: this kernel has no fs-verity: %v", err)
 				}
-				root, err := Locate(s.root)
+				root, err := Locate(s.Root)
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -155,7 +155,7 @@ func behind(c artifact.Compression) error {
 // Nothing is found by the DiffID that a config claims: whoever knows that of
 // somebody else's layer could read it so.
 func (cs *contents) retainFlat(ctx context.Context, c *content) error {
-	release, err := cs.Budget.only(ctx, c.layer.Descriptor.Digest.String())
+	release, err := cs.Budget.Lock(ctx, c.layer.Descriptor.Digest.String())
 	if err != nil {
 		return err
 	}

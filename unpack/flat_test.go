@@ -29,7 +29,7 @@ var compressed = []artifact.Compression{artifact.CompressionGzip, artifact.Compr
 func (s site) inode(t *testing.T, name, content string) uint64 {
 	t.Helper()
 	var st unix.Stat_t
-	if err := unix.Lstat(filepath.Join(s.root, name, dataDir, content), &st); err != nil {
+	if err := unix.Lstat(filepath.Join(s.Root, name, dataDir, content), &st); err != nil {
 		t.Fatal(err)
 	}
 	return st.Ino
@@ -38,7 +38,7 @@ func (s site) inode(t *testing.T, name, content string) uint64 {
 // left is all below the root of the trees.
 func (s site) left(t *testing.T) (names []string) {
 	t.Helper()
-	err := filepath.WalkDir(s.root, func(p string, d fs.DirEntry, err error) error {
+	err := filepath.WalkDir(s.Root, func(p string, d fs.DirEntry, err error) error {
 		if err == nil && !d.IsDir() {
 			names = append(names, p)
 		}
@@ -55,12 +55,12 @@ func TestAFlatTarIsSharedByAllTreesWithTheBlob(t *testing.T) {
 		t.Run(string(c), func(t *testing.T) {
 			requireModes(t, Overlay, EROFS)
 			s := newSite(t)
-			l := s.tar(t, c, archive(t, file("f", noise(1<<20))))
+			l := s.Tar(t, c, archive(t, file("f", noise(1<<20))))
 			first, err := s.buildAs("first", best, l)
 			if err != nil {
 				t.Fatal(err)
 			}
-			second, err := s.buildAs("second", best, s.raw(t, "other", "x"), l)
+			second, err := s.buildAs("second", best, s.Raw(t, "other", "x"), l)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -86,12 +86,12 @@ func TestWhatACorruptBlobHoldsIsNotShared(t *testing.T) {
 		for _, config := range []string{"with a DiffID", "without"} {
 			t.Run(string(c)+", "+config, func(t *testing.T) {
 				s := newSite(t)
-				l, other := s.tar(t, c, archive(t, file("f", noise(5000)))), s.tar(t, c, archive(t, file("f", strings.ToUpper(noise(5000)))))
+				l, other := s.Tar(t, c, archive(t, file("f", noise(5000)))), s.Tar(t, c, archive(t, file("f", strings.ToUpper(noise(5000)))))
 				if config == "without" {
 					l.DiffID = ""
 				}
 				l.Descriptor.Size = other.Descriptor.Size
-				if err := os.Rename(s.content.Path(other.Descriptor.Digest), s.content.Path(l.Descriptor.Digest)); err != nil {
+				if err := os.Rename(s.Content.Path(other.Descriptor.Digest), s.Content.Path(l.Descriptor.Digest)); err != nil {
 					t.Fatal(err)
 				}
 				if _, err := s.build(best, l); !errdefs.IsFailedPrecondition(err) && !errdefs.IsInvalidArgument(err) {
@@ -109,7 +109,7 @@ func TestOneTarCompressedInTwoWaysIsOnTheDiskOnce(t *testing.T) {
 	requireModes(t, Overlay, EROFS)
 	s := newSite(t)
 	a := archive(t, file("f", noise(1<<20)))
-	gz, zst := s.tar(t, artifact.CompressionGzip, a), s.tar(t, artifact.CompressionZstd, a)
+	gz, zst := s.Tar(t, artifact.CompressionGzip, a), s.Tar(t, artifact.CompressionZstd, a)
 	if _, err := s.buildAs("first", best, gz); err != nil {
 		t.Fatal(err)
 	}
@@ -145,19 +145,19 @@ func TestNoDiffIDOpensTheTarOfAnotherBlob(t *testing.T) {
 	for _, c := range compressed {
 		t.Run(string(c), func(t *testing.T) {
 			s := newSite(t)
-			secret := s.tar(t, c, archive(t, file("secret", "x")))
+			secret := s.Tar(t, c, archive(t, file("secret", "x")))
 			if _, err := s.buildAs("owner", best, secret); err != nil {
 				t.Fatal(err)
 			}
 			for what, a := range map[string]artifact.Layer{
-				"another tar":  s.tar(t, c, archive(t, file("f", "x"))),
-				"not even one": {Descriptor: s.blob(t, []byte("nothing compressed")), Format: artifact.FormatTar, Compression: c},
+				"another tar":  s.Tar(t, c, archive(t, file("f", "x"))),
+				"not even one": {Descriptor: s.Blob(t, []byte("nothing compressed")), Format: artifact.FormatTar, Compression: c},
 			} {
 				a.DiffID = secret.DiffID
 				if _, err := s.buildAs("thief", best, a); !errdefs.IsInvalidArgument(err) {
 					t.Errorf("%s with the DiffID of the secret: %v", what, err)
 				}
-				if _, err := os.Stat(filepath.Join(s.root, "thief")); !errors.Is(err, fs.ErrNotExist) {
+				if _, err := os.Stat(filepath.Join(s.Root, "thief")); !errors.Is(err, fs.ErrNotExist) {
 					t.Errorf("something is left: %v", err)
 				}
 			}
@@ -174,7 +174,7 @@ func TestADiffIDOfAnotherAlgorithmIsChecked(t *testing.T) {
 	for _, c := range []artifact.Compression{artifact.CompressionNone, artifact.CompressionGzip, artifact.CompressionZstd} {
 		s := newSite(t)
 		a := archive(t, file("f", "x"))
-		l := s.tar(t, c, a)
+		l := s.Tar(t, c, a)
 		if _, err := s.buildAs("sha256", best, l); err != nil {
 			t.Fatal(err)
 		}
@@ -195,19 +195,19 @@ func TestATarMayExpandOnlySoFar(t *testing.T) {
 	for _, c := range compressed {
 		t.Run(string(c), func(t *testing.T) {
 			s := newSite(t)
-			_, err := s.build(best, s.tar(t, c, bomb))
+			_, err := s.build(best, s.Tar(t, c, bomb))
 			if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "max_expansion") || !strings.Contains(err.Error(), "layer 0") {
 				t.Errorf("17 MiB of zeros: %v", err)
 			}
 			if left := s.left(t); len(left) > 0 {
 				t.Errorf("left behind: %q", left)
 			}
-			if _, err := s.buildAs("small", best, s.tar(t, c, small)); err != nil {
+			if _, err := s.buildAs("small", best, s.Tar(t, c, small)); err != nil {
 				t.Errorf("15 MiB of zeros: %v", err)
 			}
 			o := s.options(best)
 			o.Budget = NewBudget(Limits{Memory: 1 << 30, Expansion: 1 << 40, Reserve: 0})
-			tree, err := Build(context.Background(), filepath.Join(s.root, "tree"), numbered(s.tar(t, c, bomb)), o)
+			tree, err := Build(context.Background(), filepath.Join(s.Root, "tree"), numbered(s.Tar(t, c, bomb)), o)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -222,18 +222,18 @@ func TestTheReserveOfTheDiskIsKept(t *testing.T) {
 	const data = 20 << 20
 	for _, c := range compressed {
 		s := newSite(t)
-		tmpfs(t, s.root, "size=64m")
-		l := s.tar(t, c, archive(t, file("f", noise(data))))
+		tmpfs(t, s.Root, "size=64m")
+		l := s.Tar(t, c, archive(t, file("f", noise(data))))
 		o := s.options(best)
 		for reserve, fits := range map[int]bool{80: false, 40: true} {
 			o.Budget = NewBudget(Limits{Memory: 1 << 30, Expansion: 50, Reserve: reserve})
-			tree := filepath.Join(s.root, "tree")
+			tree := filepath.Join(s.Root, "tree")
 			_, err := Build(context.Background(), tree, numbered(l), o)
 			if fits {
 				if err != nil {
 					t.Errorf("compression %q with a reserve of %d %%: %v", c, reserve, err)
 				}
-				if err := errors.Join(os.RemoveAll(tree), os.RemoveAll(filepath.Join(s.root, "blobs"))); err != nil {
+				if err := errors.Join(os.RemoveAll(tree), os.RemoveAll(filepath.Join(s.Root, "blobs"))); err != nil {
 					t.Fatal(err)
 				}
 				continue
@@ -258,11 +258,11 @@ func TestLayersAreDecompressedTogetherWithinAnyBudget(t *testing.T) {
 			s := newSite(t)
 			var layers []artifact.Layer
 			for i, a := range archives {
-				layers = append(layers, s.tar(t, compressed[i%2], a))
+				layers = append(layers, s.Tar(t, compressed[i%2], a))
 			}
 			o := s.options(best)
 			o.Budget = NewBudget(Limits{Memory: memory, Expansion: 50, Reserve: 5})
-			tree, err := Build(context.Background(), filepath.Join(s.root, "tree"), numbered(layers...), o)
+			tree, err := Build(context.Background(), filepath.Join(s.Root, "tree"), numbered(layers...), o)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -280,14 +280,14 @@ func TestTwoBuildsAtOneTimeShareAFlatTar(t *testing.T) {
 		var archives [][]byte
 		for i := range 6 {
 			archives = append(archives, archive(t, file(itoa(i), noise(100000+i))))
-			layers = append(layers, s.tar(t, compressed[i%2], archives[i]))
+			layers = append(layers, s.Tar(t, compressed[i%2], archives[i]))
 		}
 		o := s.options(best)
 		var g errgroup.Group
 		trees := make([]*Tree, 4)
 		for i := range trees {
 			g.Go(func() (err error) {
-				trees[i], err = Build(context.Background(), filepath.Join(s.root, itoa(i)), numbered(append([]artifact.Layer{}, layers...)...), o)
+				trees[i], err = Build(context.Background(), filepath.Join(s.Root, itoa(i)), numbered(append([]artifact.Layer{}, layers...)...), o)
 				return err
 			})
 		}
@@ -314,7 +314,7 @@ func TestACancelledBuildEndsWhileItDecompresses(t *testing.T) {
 		t.Run(string(c), func(t *testing.T) {
 			s := newSite(t)
 			before := runtime.NumGoroutine()
-			l := s.tar(t, c, archive(t, file("f", noise(16<<20))))
+			l := s.Tar(t, c, archive(t, file("f", noise(16<<20))))
 			ctx, cancel := context.WithCancel(context.Background())
 			o := s.options(best)
 			var done atomic.Int64
@@ -323,7 +323,7 @@ func TestACancelledBuildEndsWhileItDecompresses(t *testing.T) {
 					cancel()
 				}
 			}
-			_, err := Build(ctx, filepath.Join(s.root, "tree"), numbered(l), o)
+			_, err := Build(ctx, filepath.Join(s.Root, "tree"), numbered(l), o)
 			if !errors.Is(err, context.Canceled) || errdefs.IsInvalidArgument(err) {
 				t.Errorf("%v, want only that it was cancelled", err)
 			}
@@ -335,7 +335,7 @@ func TestACancelledBuildEndsWhileItDecompresses(t *testing.T) {
 			}
 			waitForGoroutines(t, before)
 			o.Progress = nil
-			if _, err := Build(context.Background(), filepath.Join(s.root, "tree"), numbered(l), o); err != nil {
+			if _, err := Build(context.Background(), filepath.Join(s.Root, "tree"), numbered(l), o); err != nil {
 				t.Errorf("the next build: %v", err)
 			}
 		})
@@ -372,9 +372,9 @@ func TestABuildGoesOnFromWhatAKilledOneLeft(t *testing.T) {
 			}
 		},
 		"half a tree": func(t *testing.T, s site, _, flat string) {
-			if err := errors.Join(os.RemoveAll(filepath.Join(s.root, "blobs")),
-				os.MkdirAll(filepath.Join(s.root, "new-killed", dataDir), 0o700),
-				os.WriteFile(filepath.Join(s.root, "new-killed", dataDir, "0"), []byte("half"), 0o400)); err != nil {
+			if err := errors.Join(os.RemoveAll(filepath.Join(s.Root, "blobs")),
+				os.MkdirAll(filepath.Join(s.Root, "new-killed", dataDir), 0o700),
+				os.WriteFile(filepath.Join(s.Root, "new-killed", dataDir, "0"), []byte("half"), 0o400)); err != nil {
 				t.Fatal(err)
 			}
 			_ = flat
@@ -384,12 +384,12 @@ func TestABuildGoesOnFromWhatAKilledOneLeft(t *testing.T) {
 			t.Run(what+"/"+string(c), func(t *testing.T) {
 				s := newSite(t)
 				a := archive(t, file("f", noise(100000)))
-				l := s.tar(t, c, a)
+				l := s.Tar(t, c, a)
 				first, err := s.buildAs("first", best, l)
 				if err != nil {
 					t.Fatal(err)
 				}
-				kill(t, s, filepath.Join(s.root, "blobs/sha256", l.Descriptor.Digest.Encoded()), filepath.Join(s.root, "blobs/sha256", l.DiffID.Encoded()))
+				kill(t, s, filepath.Join(s.Root, "blobs/sha256", l.Descriptor.Digest.Encoded()), filepath.Join(s.Root, "blobs/sha256", l.DiffID.Encoded()))
 				if err := os.RemoveAll(first.dir); err != nil {
 					t.Fatal(err)
 				}
@@ -427,7 +427,7 @@ func TestProgressOfEveryKindOfLayerIsOfAllBytes(t *testing.T) {
 					defer mu.Unlock()
 					done += n
 				}
-				if _, err := Build(context.Background(), filepath.Join(s.root, name), a, o); err != nil {
+				if _, err := Build(context.Background(), filepath.Join(s.Root, name), a, o); err != nil {
 					t.Fatal(err)
 				}
 				if done != total {

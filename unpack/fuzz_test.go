@@ -28,7 +28,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/internal/unpacktest"
 )
 
 // memory is a file without a name, for what is made a million times.
@@ -144,30 +144,30 @@ func wantPlan(t *testing.T, p *plan, files map[*content]*os.File, want listed) {
 		if dir := p.nodes[path.Dir(name)]; dir == nil || dir.kind != directory {
 			t.Errorf("%q is not in a directory", name)
 		}
-		e := shown{kind: map[kind]string{directory: "directory", regular: "file", symlink: "symlink"}[n.kind], mode: unixMode(n.attrs.mode), uid: n.attrs.uid, gid: n.attrs.gid,
-			target: n.target, xattrs: fmt.Sprint(n.xattrs)}
-		e.at(n.attrs.mtime)
+		e := shown{Kind: map[kind]string{directory: "directory", regular: "file", symlink: "symlink"}[n.kind], Mode: unixMode(n.attrs.mode), UID: n.attrs.uid, GID: n.attrs.gid,
+			Target: n.target, Xattrs: fmt.Sprint(n.xattrs)}
+		e.At(n.attrs.mtime)
 		switch n.kind {
 		case symlink:
-			e.mode = 0o777
+			e.Mode = 0o777
 		case regular:
-			e.mode &= 0o777
-			e.size = n.bytes.size
+			e.Mode &= 0o777
+			e.Size = n.bytes.size
 			sum := sha256.New()
 			if c := n.bytes.content; c != nil {
 				r := io.NewSectionReader(files[c], n.bytes.offset, n.bytes.size)
-				if copied, err := io.Copy(sum, r); err != nil || copied != e.size {
-					t.Errorf("%q has %d of %d bytes: %v", name, copied, e.size, err)
+				if copied, err := io.Copy(sum, r); err != nil || copied != e.Size {
+					t.Errorf("%q has %d of %d bytes: %v", name, copied, e.Size, err)
 				}
-			} else if e.size > 0 {
-				t.Errorf("%q has %d bytes of nothing", name, e.size)
+			} else if e.Size > 0 {
+				t.Errorf("%q has %d bytes of nothing", name, e.Size)
 			}
-			e.sum = fmt.Sprintf("%x", sum.Sum(nil))
+			e.Sum = fmt.Sprintf("%x", sum.Sum(nil))
 		case directory:
 		}
 		got[name] = e
 	}
-	if diff := got.diff(want); diff != "" {
+	if diff := got.Diff(want); diff != "" {
 		t.Errorf("the plan differs from the archives:\n%s", diff)
 	}
 }
@@ -213,10 +213,10 @@ func wantImage(t *testing.T, file string, p *plan, files, whole map[*content]*os
 		t.Fatal(err)
 	}
 	for name, e := range want { // the reader of go-erofs 0.3.1 does not tell special bits
-		e.mode &= 0o777
+		e.Mode &= 0o777
 		want[name] = e
 	}
-	if diff := got.diff(want); diff != "" {
+	if diff := got.Diff(want); diff != "" {
 		t.Errorf("the image differs from the archives:\n%s", diff)
 	}
 }
@@ -232,29 +232,29 @@ func inImage(fsys fs.FS, name string, d fs.DirEntry, redirects map[string]*os.Fi
 	if !ok {
 		return shown{}, errors.New("no entry of an image")
 	}
-	e := shown{mode: unixMode(fi.Mode()) & 0o777, uid: st.UID, gid: st.GID}
-	e.at(time.Unix(int64(st.Mtime), int64(st.MtimeNs)))
+	e := shown{Mode: unixMode(fi.Mode()) & 0o777, UID: st.UID, GID: st.GID}
+	e.At(time.Unix(int64(st.Mtime), int64(st.MtimeNs)))
 	xattrs := map[string]string{}
 	for attr, value := range st.Xattrs {
 		if strings.HasPrefix(attr, "user.") {
 			xattrs[attr] = value
 		}
 	}
-	e.xattrs = fmt.Sprint(xattrs)
+	e.Xattrs = fmt.Sprint(xattrs)
 	switch {
 	case fi.IsDir():
-		e.kind = "directory"
+		e.Kind = "directory"
 	case fi.Mode()&fs.ModeSymlink != 0:
-		e.kind = "symlink"
-		e.target, err = fs.ReadLink(fsys, name)
+		e.Kind = "symlink"
+		e.Target, err = fs.ReadLink(fsys, name)
 	default:
-		e.kind, e.size = "file", fi.Size()
+		e.Kind, e.Size = "file", fi.Size()
 		var r io.Reader
 		if target, ok := st.Xattrs[xattrRedirect]; ok {
 			if _, ok := st.Xattrs[xattrMetacopy]; !ok {
 				return e, errors.New("a redirect without metacopy")
 			}
-			r = io.NewSectionReader(redirects[target], 0, e.size)
+			r = io.NewSectionReader(redirects[target], 0, e.Size)
 		} else {
 			f, err := fsys.Open(name)
 			if err != nil {
@@ -265,24 +265,20 @@ func inImage(fsys fs.FS, name string, d fs.DirEntry, redirects map[string]*os.Fi
 		}
 		sum := sha256.New()
 		n, cerr := io.Copy(sum, r)
-		if cerr == nil && n != e.size {
-			cerr = fmt.Errorf("%q has %d bytes and says %d", name, n, e.size)
+		if cerr == nil && n != e.Size {
+			cerr = fmt.Errorf("%q has %d bytes and says %d", name, n, e.Size)
 		}
-		err, e.sum = cerr, fmt.Sprintf("%x", sum.Sum(nil))
+		err, e.Sum = cerr, fmt.Sprintf("%x", sum.Sum(nil))
 	}
 	return e, err
 }
 
 // FuzzInflate decompresses anything within tight limits. Anything can be a file, too.
 func FuzzInflate(f *testing.F) {
-	t := &testing.T{} // it is not used unless the seeds cannot be made
-	s := site{content: blobs.Dir(f.TempDir())}
-	if err := os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755); err != nil {
-		f.Fatal(err)
-	}
-	for _, a := range [][]byte{nil, archive(t), archive(t, file("f", noise(3000))), make([]byte, alwaysAllowed+1)} {
+	s := unpacktest.NewSite(f)
+	for _, a := range [][]byte{nil, archive(f), archive(f, file("f", noise(3000))), make([]byte, alwaysAllowed+1)} {
 		for _, c := range compressed {
-			b, err := os.ReadFile(s.content.Path(s.tar(t, c, a).Descriptor.Digest))
+			b, err := os.ReadFile(s.Content.Path(s.Tar(f, c, a).Descriptor.Digest))
 			if err != nil {
 				f.Fatal(err)
 			}
@@ -317,7 +313,7 @@ func FuzzInflate(f *testing.F) {
 			l.Compression = artifact.CompressionZstd
 		}
 		s := newSite(t)
-		l.Descriptor = s.blob(t, data)
+		l.Descriptor = s.Blob(t, data)
 		o := s.options(best)
 		o.Budget = NewBudget(Limits{Memory: 1 << 20, Expansion: 2, Reserve: 1})
 		cs := newContents(t.TempDir(), []artifact.Layer{l}, o)

@@ -24,7 +24,7 @@ import (
 func TestASizeThatIsNotTrueTakesNoMemory(t *testing.T) {
 	requireModes(t, Overlay)
 	s := newSite(t)
-	raw := s.raw(t, "f", "x")
+	raw := s.Raw(t, "f", "x")
 	raw.Descriptor.Size = 1 << 51
 	o := s.options(best)
 	arrived := make(chan struct{})
@@ -35,8 +35,8 @@ func TestASizeThatIsNotTrueTakesNoMemory(t *testing.T) {
 		return nil
 	}
 	time.AfterFunc(time.Second, func() { close(arrived) })
-	a := numbered(s.tar(t, artifact.CompressionGzip, archive(t, file("g", "x"))), raw)
-	if _, err := Build(context.Background(), filepath.Join(s.root, "tree"), a, o); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "layer 1") {
+	a := numbered(s.Tar(t, artifact.CompressionGzip, archive(t, file("g", "x"))), raw)
+	if _, err := Build(context.Background(), filepath.Join(s.Root, "tree"), a, o); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "layer 1") {
 		t.Errorf("%v, want a refusal of layer 1", err)
 	}
 }
@@ -62,10 +62,10 @@ func TestHeadersThatPlanNothingCount(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t)
-			l := s.tar(t, artifact.CompressionNone, archive(t, h, h, h))
+			l := s.Tar(t, artifact.CompressionNone, archive(t, h, h, h))
 			p := newPlan(created, nil)
 			p.entries = maxEntries - 2
-			c := &content{path: s.content.Path(l.Descriptor.Digest)}
+			c := &content{path: s.Content.Path(l.Descriptor.Digest)}
 			if err := p.addArchive(context.Background(), c, 0, nil); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "files and directories") {
 				t.Errorf("%v, want too many entries", err)
 			}
@@ -84,10 +84,10 @@ func TestTargetsAndAttributesCountAsNames(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t)
-			l := s.tar(t, artifact.CompressionNone, archive(t, h))
+			l := s.Tar(t, artifact.CompressionNone, archive(t, h))
 			p := newPlan(created, nil)
 			p.names = maxNames - 1000
-			c := &content{path: s.content.Path(l.Descriptor.Digest)}
+			c := &content{path: s.Content.Path(l.Descriptor.Digest)}
 			if err := p.addArchive(context.Background(), c, 0, nil); !errdefs.IsInvalidArgument(err) {
 				t.Errorf("%v, want too many names", err)
 			}
@@ -126,9 +126,9 @@ func TestNoArchiveIsRetainedThatNothingIsShownOf(t *testing.T) {
 		t.Run(modes.String(), func(t *testing.T) {
 			s := newSite(t)
 			tree, err := s.build(modes,
-				s.tar(t, artifact.CompressionNone, archive(t, file("a", "first"), tar.Header{Name: "d/", Typeflag: tar.TypeDir})),
-				s.tar(t, artifact.CompressionNone, sparse(t, 1<<20)),
-				s.tar(t, artifact.CompressionGzip, archive(t, file("a", "second"), file("sparse", "x"))))
+				s.Tar(t, artifact.CompressionNone, archive(t, file("a", "first"), tar.Header{Name: "d/", Typeflag: tar.TypeDir})),
+				s.Tar(t, artifact.CompressionNone, sparse(t, 1<<20)),
+				s.Tar(t, artifact.CompressionGzip, archive(t, file("a", "second"), file("sparse", "x"))))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -166,7 +166,7 @@ func TestASparseMemberDoesNotGrowWithoutBounds(t *testing.T) {
 func TestSparseMembersAreCountedAndReadOnce(t *testing.T) {
 	requireModes(t, Overlay, EROFS)
 	s := newSite(t)
-	l := s.tar(t, artifact.CompressionNone, sparse(t, 1<<20))
+	l := s.Tar(t, artifact.CompressionNone, sparse(t, 1<<20))
 	tree, err := s.build(best, l, l, l)
 	if err != nil {
 		t.Fatal(err)
@@ -184,9 +184,9 @@ func TestSparseMembersAreCountedAndReadOnce(t *testing.T) {
 func TestALongNameOfAHardLinkIsNotKept(t *testing.T) {
 	long := tar.Header{Name: strings.Repeat("./", 100_000) + "h", Typeflag: tar.TypeLink, Linkname: "f", Mode: 0o600, Format: tar.FormatPAX}
 	s := newSite(t)
-	l := s.tar(t, artifact.CompressionNone, archive(t, file("f", ""), long))
+	l := s.Tar(t, artifact.CompressionNone, archive(t, file("f", ""), long))
 	p := newPlan(created, nil)
-	if err := p.addArchive(context.Background(), &content{path: s.content.Path(l.Descriptor.Digest)}, 0, nil); err != nil {
+	if err := p.addArchive(context.Background(), &content{path: s.Content.Path(l.Descriptor.Digest)}, 0, nil); err != nil {
 		t.Fatal(err)
 	}
 	if got := p.relinked[p.nodes["f"]]; got != "h" {

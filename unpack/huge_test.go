@@ -24,7 +24,7 @@ import (
 func (s site) sparse(t *testing.T, size int64, written map[int64]string) ocispec.Descriptor {
 	t.Helper()
 	d := ocispec.Descriptor{MediaType: "application/test", Digest: digest.FromString(itoa(int(size))), Size: size}
-	f, err := os.Create(s.content.Path(d.Digest))
+	f, err := os.Create(s.Content.Path(d.Digest))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,7 +122,7 @@ func TestWhichTarsAreTooLargeForAnImage(t *testing.T) {
 		}
 		blob := s.sparse(t, size+1024, written)
 		p := newPlan(created, nil)
-		if err := p.addArchive(t.Context(), &content{path: s.content.Path(blob.Digest)}, 0, nil); err != nil {
+		if err := p.addArchive(t.Context(), &content{path: s.Content.Path(blob.Digest)}, 0, nil); err != nil {
 			t.Errorf("members of %d bytes: %v", c.members, err)
 		}
 		if p.tooLarge != c.want {
@@ -139,7 +139,7 @@ func TestATarThatIsTooLargeForAnImageIsExtracted(t *testing.T) {
 				s := newSite(t)
 				// The next layer replaces the member for which the disk has no room.
 				l := s.huge(t, size, "the end")
-				dir := s.show(t, mode, l, s.tar(t, artifact.CompressionNone, archive(t, file("weights", "small"))))
+				dir := s.show(t, mode, l, s.Tar(t, artifact.CompressionNone, archive(t, file("weights", "small"))))
 				for name, want := range map[string]string{"weights": "small", "weights.index": "the end"} {
 					if got := read(t, dir, name); got != want {
 						t.Errorf("%s holds %q, want %q", name, got, want)
@@ -147,7 +147,7 @@ func TestATarThatIsTooLargeForAnImageIsExtracted(t *testing.T) {
 				}
 				o := s.options(mode)
 				o.Budget = NewBudget(Limits{Memory: 1 << 30, Expansion: 50, Reserve: 100}) // never room
-				_, err := Build(context.Background(), filepath.Join(s.root, "none"), numbered(l), o)
+				_, err := Build(context.Background(), filepath.Join(s.Root, "none"), numbered(l), o)
 				for _, want := range []string{"larger than 1 TiB and EROFS cannot address", "pack its files as raw layers", "layer 0", `"weights": ` + itoa(int(size)) + " bytes are needed"} {
 					if !errdefs.IsResourceExhausted(err) || !strings.Contains(err.Error(), want) {
 						t.Errorf("where it does not fit: %v, want %q", err, want)
@@ -167,7 +167,7 @@ func TestARawFileOfAnySizeIsShown(t *testing.T) {
 				Format: artifact.FormatRaw, File: artifact.File{Path: "weights", Mode: 0o644, ModTime: mtime},
 				Descriptor: s.sparse(t, size, map[int64]string{size - 7: "the end"}),
 			}
-			dir := s.show(t, mode, raw, s.tar(t, artifact.CompressionNone, archive(t, file("index", "small"))))
+			dir := s.show(t, mode, raw, s.Tar(t, artifact.CompressionNone, archive(t, file("index", "small"))))
 			f, err := os.Open(filepath.Join(dir, "weights"))
 			if err != nil {
 				t.Fatal(err)

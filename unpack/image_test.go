@@ -30,16 +30,6 @@ func noise(n int) string {
 	return string(b)
 }
 
-// noted is a file with extended attributes.
-func noted(h tar.Header, xattrs map[string]string) tar.Header {
-	h.Format = tar.FormatPAX
-	h.PAXRecords = map[string]string{}
-	for name, value := range xattrs {
-		h.PAXRecords["SCHILY.xattr."+name] = value
-	}
-	return h
-}
-
 func timed(h tar.Header, t time.Time) tar.Header {
 	h.ModTime, h.Format = t, tar.FormatPAX
 	return h
@@ -119,20 +109,20 @@ func forms(t *testing.T) map[string][]byte {
 	for form, sparse := range sparseForms {
 		var many []fragment
 		for i := range 60 {
-			many = append(many, fragment{int64(i)*9000 + 100, noise(512 + i)})
+			many = append(many, fragmentAt(int64(i)*9000 + 100, noise(512 + i)))
 		}
 		all["sparse, "+form] = slices.Concat(
 			// GNU tar ends with a piece of no bytes. Without any, a file of the formats
 			// 0.0 and 0.1 is refused, since archive/tar takes it for one of no bytes.
-			sparse("all hole", 1<<20, fragment{1 << 20, ""}),
-			sparse("none", 0, fragment{0, ""}),
-			sparse("begins with data", 100000, fragment{0, noise(10)}, fragment{99990, noise(10)}, fragment{100000, ""}),
-			sparse("ends with a hole", 100000, fragment{777, noise(1000)}, fragment{100000, ""}),
-			sparse("many", 600000, append(many, fragment{600000, ""})...),
-			sparse("no hole", 3000, fragment{0, noise(3000)}),
-			sparse("data that is zeros", 20000, fragment{1, hole}, fragment{10000, hole}),
+			sparse("all hole", 1<<20, fragmentAt(1 << 20, "")),
+			sparse("none", 0, fragmentAt(0, "")),
+			sparse("begins with data", 100000, fragmentAt(0, noise(10)), fragmentAt(99990, noise(10)), fragmentAt(100000, "")),
+			sparse("ends with a hole", 100000, fragmentAt(777, noise(1000)), fragmentAt(100000, "")),
+			sparse("many", 600000, append(many, fragmentAt(600000, ""))...),
+			sparse("no hole", 3000, fragmentAt(0, noise(3000))),
+			sparse("data that is zeros", 20000, fragmentAt(1, hole), fragmentAt(10000, hole)),
 			member512(tar.TypeReg, "between", noise(1234), nil),
-			sparse("d/the last one", 70001, fragment{70000, "x"}),
+			sparse("d/the last one", 70001, fragmentAt(70000, "x")),
 			endMark)
 	}
 	return all
@@ -175,7 +165,7 @@ func TestEveryKindOfMemberIsShownAsTheArchiveHasIt(t *testing.T) {
 						wantNoSymlink(t, s)
 						return
 					}
-					wantVolume(t, s.show(t, mode, s.tar(t, artifact.CompressionNone, a)), a)
+					wantVolume(t, s.show(t, mode, s.Tar(t, artifact.CompressionNone, a)), a)
 				})
 			}
 		}
@@ -197,13 +187,13 @@ func holds(t *testing.T, target string) bool {
 
 func TestASymlinkThatTheFileSystemCannotHoldIsSaid(t *testing.T) {
 	s := newSite(t)
-	s.root = xfs(t)
+	s.Root = xfs(t)
 	wantNoSymlink(t, s)
 }
 
 func wantNoSymlink(t *testing.T, s site) {
 	t.Helper()
-	_, err := s.build(Modes{Overlay, Extract}, s.tar(t, artifact.CompressionNone, archive(t, longestSymlink)))
+	_, err := s.build(Modes{Overlay, Extract}, s.Tar(t, artifact.CompressionNone, archive(t, longestSymlink)))
 	if want := "the target of the symlink longest has 4095 bytes, more than the file system of root holds"; !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), want) {
 		t.Errorf("%v, want that %s", err, want)
 	}
@@ -216,7 +206,7 @@ func TestTenThousandNamesInADirectoryAreShown(t *testing.T) {
 	}
 	a := archive(t, crowd...)
 	s := newSite(t)
-	wantVolume(t, s.show(t, best, s.tar(t, artifact.CompressionZstd, a)), a)
+	wantVolume(t, s.show(t, best, s.Tar(t, artifact.CompressionZstd, a)), a)
 }
 
 func TestCompressionChangesNothing(t *testing.T) {
@@ -225,7 +215,7 @@ func TestCompressionChangesNothing(t *testing.T) {
 			t.Run(name+"/"+string(c), func(t *testing.T) {
 				t.Parallel()
 				s := newSite(t)
-				wantVolume(t, s.show(t, best, s.tar(t, c, a)), a)
+				wantVolume(t, s.show(t, best, s.Tar(t, c, a)), a)
 			})
 		}
 	}
@@ -245,7 +235,7 @@ func TestAllArchivesTogetherAreOneImage(t *testing.T) {
 			}
 		}
 	}) {
-		layers, archives = append(layers, s.tar(t, compressions[i%3], all[name])), append(archives, all[name])
+		layers, archives = append(layers, s.Tar(t, compressions[i%3], all[name])), append(archives, all[name])
 	}
 	wantVolume(t, s.show(t, best, layers...), archives...)
 }
@@ -257,7 +247,7 @@ func TestTheLinkCountOfADirectoryCountsItsDirectories(t *testing.T) {
 		members = append(members, file("d/"+itoa(i)+"/f", "x"), file("d/file "+itoa(i), "x"))
 	}
 	s := newSite(t)
-	dir := s.show(t, best, s.tar(t, artifact.CompressionNone, archive(t, members...)), s.tar(t, artifact.CompressionGzip, archive(t, file("d/8/f", "x"))))
+	dir := s.show(t, best, s.Tar(t, artifact.CompressionNone, archive(t, members...)), s.Tar(t, artifact.CompressionGzip, archive(t, file("d/8/f", "x"))))
 	for name, want := range map[string]uint64{".": 3, "d": 10, "d/0": 2, "d/0/f": 1} {
 		if got := linkCount(t, filepath.Join(dir, name)); got != want {
 			t.Errorf("%s has %d links, want %d", name, got, want)
@@ -286,7 +276,7 @@ func TestSparseMembersKeepTheirAttributes(t *testing.T) {
 	for _, mode := range everyPair {
 		t.Run(mode.String(), func(t *testing.T) {
 			s := newSite(t)
-			wantVolume(t, s.show(t, mode, s.tar(t, artifact.CompressionNone, a)), a)
+			wantVolume(t, s.show(t, mode, s.Tar(t, artifact.CompressionNone, a)), a)
 		})
 	}
 }
@@ -300,12 +290,12 @@ func TestImagesAreWholePagesAtNoCost(t *testing.T) {
 			members = append(members, file("f"+itoa(i), noise(300+i)))
 		}
 		s := newSite(t)
-		tree, err := s.build(Modes{Overlay, EROFSBuffered}, s.tar(t, artifact.CompressionNone, archive(t, members...)))
+		tree, err := s.build(Modes{Overlay, EROFSBuffered}, s.Tar(t, artifact.CompressionNone, archive(t, members...)))
 		if err != nil {
 			t.Fatal(err)
 		}
 		var st unix.Stat_t
-		if err := unix.Stat(filepath.Join(s.root, "tree", imageFile), &st); err != nil {
+		if err := unix.Stat(filepath.Join(s.Root, "tree", imageFile), &st); err != nil {
 			t.Fatal(err)
 		}
 		if st.Size == 0 || st.Size%page != 0 || st.Blocks*512 > st.Size || tree.Size != st.Blocks*512 {
@@ -338,12 +328,12 @@ func TestHundredsOfLayersAreOneMount(t *testing.T) {
 			for i := range c.tars {
 				name, content := "t"+itoa(i%7)+"/"+itoa(i), noise(100+37*i)
 				want[name], want["last"] = content, itoa(i)
-				layers = append(layers, s.tar(t, c.compressions[i%len(c.compressions)], archive(t, file(name, content), file("last", itoa(i)))))
+				layers = append(layers, s.Tar(t, c.compressions[i%len(c.compressions)], archive(t, file(name, content), file("last", itoa(i)))))
 			}
 			for i := range c.raws {
 				name, content := "r"+itoa(i%7)+"/"+itoa(i), noise(100+41*i)
 				want[name] = content
-				layers = append(layers, s.raw(t, name, content))
+				layers = append(layers, s.Raw(t, name, content))
 			}
 			dir := s.show(t, c.mode, layers...)
 			for name, content := range want {
@@ -359,7 +349,7 @@ func TestTwentyThousandRawFilesAreShown(t *testing.T) {
 	s := newSite(t)
 	var blobs []artifact.Layer
 	for i := range 1000 {
-		blobs = append(blobs, s.raw(t, "", "blob "+itoa(i)))
+		blobs = append(blobs, s.Raw(t, "", "blob "+itoa(i)))
 	}
 	var layers []artifact.Layer
 	for i := range 20000 {
@@ -410,8 +400,8 @@ func waitForNoLoops(t *testing.T, dir string) {
 
 func TestLoopDevicesGoWithTheMount(t *testing.T) {
 	s := newSite(t)
-	tree, err := s.build(Modes{Overlay, EROFSLoop}, s.raw(t, "raw", "x"), s.tar(t, artifact.CompressionNone, archive(t, file("f", "x"))),
-		s.tar(t, artifact.CompressionGzip, archive(t, file("g", "x"))))
+	tree, err := s.build(Modes{Overlay, EROFSLoop}, s.Raw(t, "raw", "x"), s.Tar(t, artifact.CompressionNone, archive(t, file("f", "x"))),
+		s.Tar(t, artifact.CompressionGzip, archive(t, file("g", "x"))))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -420,7 +410,7 @@ func TestLoopDevicesGoWithTheMount(t *testing.T) {
 		if err := tree.Mount(context.Background(), target); err != nil {
 			t.Fatal(err)
 		}
-		if got := loops(t, s.root); len(got) != 4 { // the image, two tars, and the device of nothing
+		if got := loops(t, s.Root); len(got) != 4 { // the image, two tars, and the device of nothing
 			t.Errorf("there are the loop devices %q", got)
 		}
 		if got := read(t, target, "g"); got != "x" {
@@ -429,7 +419,7 @@ func TestLoopDevicesGoWithTheMount(t *testing.T) {
 		if err := mount.UnmountAll(target, 0); err != nil {
 			t.Fatal(err)
 		}
-		waitForNoLoops(t, s.root)
+		waitForNoLoops(t, s.Root)
 	}
 }
 
@@ -453,7 +443,7 @@ func TestAFailedMountLeavesNothing(t *testing.T) {
 		} {
 			t.Run(mode.String()+"/"+what, func(t *testing.T) {
 				s := newSite(t)
-				tree, err := s.build(mode, s.raw(t, "raw", "x"), s.tar(t, artifact.CompressionNone, archive(t, file("f", "x"))))
+				tree, err := s.build(mode, s.Raw(t, "raw", "x"), s.Tar(t, artifact.CompressionNone, archive(t, file("f", "x"))))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -461,12 +451,12 @@ func TestAFailedMountLeavesNothing(t *testing.T) {
 				if err := tree.Mount(context.Background(), target); err == nil {
 					t.Error("it was mounted")
 				}
-				waitForNoLoops(t, s.root)
+				waitForNoLoops(t, s.Root)
 				mounts, err := os.ReadFile("/proc/self/mountinfo")
 				if err != nil {
 					t.Fatal(err)
 				}
-				for _, dir := range []string{s.root, target} {
+				for _, dir := range []string{s.Root, target} {
 					if strings.Contains(string(mounts), dir) {
 						t.Errorf("something is mounted at %s", dir)
 					}

@@ -23,9 +23,9 @@ func (s site) layerOf(t *testing.T, kind, name, content string) artifact.Layer {
 		"tar": artifact.CompressionNone, "gzip": artifact.CompressionGzip, "zstd": artifact.CompressionZstd,
 	}
 	if kind == "raw" {
-		return s.raw(t, name, content)
+		return s.Raw(t, name, content)
 	}
-	return s.tar(t, compressions[kind], archive(t, file(name, content)))
+	return s.Tar(t, compressions[kind], archive(t, file(name, content)))
 }
 
 func permutations(of []string) (all [][]string) {
@@ -91,7 +91,7 @@ func TestABlobCanBeATarAndAFile(t *testing.T) {
 				t.Run(mode.String()+"/"+strings.Join(order, ",")+"/"+c, func(t *testing.T) {
 					t.Parallel()
 					s := newSite(t)
-					asTar := s.tar(t, compression, archive(t, file("member", strings.Repeat("hello", 1000))))
+					asTar := s.Tar(t, compression, archive(t, file("member", strings.Repeat("hello", 1000))))
 					asFile := artifact.Layer{Descriptor: asTar.Descriptor, Format: artifact.FormatRaw, File: artifact.File{Path: "model.tar", Mode: 0o644, ModTime: mtime}}
 					var layers []artifact.Layer
 					for i, what := range order {
@@ -106,7 +106,7 @@ func TestABlobCanBeATarAndAFile(t *testing.T) {
 					if got := read(t, dir, "member"); got != strings.Repeat("hello", 1000) {
 						t.Errorf("the member holds %d other bytes", len(got))
 					}
-					blob := read(t, string(s.content), "blobs/sha256", asTar.Descriptor.Digest.Encoded())
+					blob := read(t, string(s.Content), "blobs/sha256", asTar.Descriptor.Digest.Encoded())
 					for i, what := range order {
 						if what == "file" && read(t, dir, "model.tar"+itoa(i)) != blob {
 							t.Error("the blob as a file holds something else")
@@ -124,8 +124,8 @@ func TestALayerCanReplaceAHardLinkedFile(t *testing.T) {
 			s := newSite(t)
 			linked := archive(t, file("first", "1"), tar.Header{Name: "second", Typeflag: tar.TypeLink, Linkname: "first"},
 				tar.Header{Name: "third", Typeflag: tar.TypeLink, Linkname: "second"})
-			dir := s.show(t, mode, s.tar(t, artifact.CompressionNone, linked), s.raw(t, "first", "raw"),
-				s.tar(t, artifact.CompressionGzip, archive(t, file("third", "tar"))))
+			dir := s.show(t, mode, s.Tar(t, artifact.CompressionNone, linked), s.Raw(t, "first", "raw"),
+				s.Tar(t, artifact.CompressionGzip, archive(t, file("third", "tar"))))
 			for name, want := range map[string]string{"first": "raw", "second": "1", "third": "tar"} {
 				if got := read(t, dir, name); got != want {
 					t.Errorf("%s holds %q, want %q", name, got, want)

@@ -5,7 +5,6 @@ package unpack
 
 import (
 	"archive/tar"
-	"bytes"
 	"errors"
 	"io/fs"
 	"os"
@@ -23,13 +22,13 @@ import (
 func TestRefusals(t *testing.T) {
 	plain := func(members ...tar.Header) func(*testing.T, site) []artifact.Layer {
 		return func(t *testing.T, s site) []artifact.Layer {
-			return []artifact.Layer{s.tar(t, artifact.CompressionNone, archive(t, members...))}
+			return []artifact.Layer{s.Tar(t, artifact.CompressionNone, archive(t, members...))}
 		}
 	}
 	// cut is a tar whose bytes change does something to.
 	cut := func(c artifact.Compression, change func([]byte) []byte) func(*testing.T, site) []artifact.Layer {
 		return func(t *testing.T, s site) []artifact.Layer {
-			l := s.tar(t, c, change(archive(t, file("f", strings.Repeat("x", 3000)))))
+			l := s.Tar(t, c, change(archive(t, file("f", strings.Repeat("x", 3000)))))
 			return []artifact.Layer{l}
 		}
 	}
@@ -60,13 +59,13 @@ func TestRefusals(t *testing.T) {
 		"file as directory":              {plain(file("a", ""), file("a/b", "")), "must be a directory"},
 		"directory as file":              {plain(file("a/b", ""), file("a", "")), "is a directory"},
 		"sparse giant": {func(t *testing.T, s site) []artifact.Layer {
-			return []artifact.Layer{s.tar(t, artifact.CompressionNone, sparse(t, 1<<60))}
+			return []artifact.Layer{s.Tar(t, artifact.CompressionNone, sparse(t, 1<<60))}
 		}, "no space"},
 		"more holes than disk": {func(t *testing.T, s site) []artifact.Layer {
-			tmpfs(t, s.root, "size=64m")
+			tmpfs(t, s.Root, "size=64m")
 			one := sparse(t, 30<<20)
 			one = one[:len(one)-1024] // without the mark
-			return []artifact.Layer{s.tar(t, artifact.CompressionNone, slices.Concat(one, one, one, make([]byte, 1024)))}
+			return []artifact.Layer{s.Tar(t, artifact.CompressionNone, slices.Concat(one, one, one, make([]byte, 1024)))}
 		}, "no space"},
 		"truncated in a file":           {cut(artifact.CompressionNone, func(b []byte) []byte { return b[:2000] }), "truncated"},
 		"truncated in the padding":      {cut(artifact.CompressionNone, func(b []byte) []byte { return b[:len(b)-1025] }), "truncated"},
@@ -83,57 +82,57 @@ func TestRefusals(t *testing.T) {
 		"not gzip":                      {broken(artifact.CompressionGzip, func([]byte) []byte { return []byte("plain text, no gzip") }), "says that it is gzip, and its bytes are not compressed"},
 		"not zstd":                      {broken(artifact.CompressionZstd, func([]byte) []byte { return []byte("plain text, no zstd") }), "says that it is zstd, and its bytes are not compressed"},
 		"wrong DiffID": {func(t *testing.T, s site) []artifact.Layer {
-			l := s.tar(t, artifact.CompressionGzip, archive(t, file("f", "x")))
+			l := s.Tar(t, artifact.CompressionGzip, archive(t, file("f", "x")))
 			l.DiffID = digest.FromString("another")
 			return []artifact.Layer{l}
 		}, "DiffID"},
 		"raw file where a tar has a directory": {func(t *testing.T, s site) []artifact.Layer {
-			return []artifact.Layer{s.tar(t, artifact.CompressionNone, archive(t, file("d/f", ""))), s.raw(t, "d", "x")}
+			return []artifact.Layer{s.Tar(t, artifact.CompressionNone, archive(t, file("d/f", ""))), s.Raw(t, "d", "x")}
 		}, "is a directory"},
 		"raw file below a file": {func(t *testing.T, s site) []artifact.Layer {
-			return []artifact.Layer{s.raw(t, "f", "x"), s.raw(t, "f/g", "x")}
+			return []artifact.Layer{s.Raw(t, "f", "x"), s.Raw(t, "f/g", "x")}
 		}, "must be a directory"},
 		"blob of another size": {func(t *testing.T, s site) []artifact.Layer {
-			l := s.raw(t, "f", "short")
+			l := s.Raw(t, "f", "short")
 			l.Descriptor.Size = 1 << 30
 			return []artifact.Layer{l}
 		}, "descriptor says"},
 		"blob said to be empty": {func(t *testing.T, s site) []artifact.Layer {
-			l := s.raw(t, "f", "not empty")
+			l := s.Raw(t, "f", "not empty")
 			l.Descriptor.Size = 0
 			return []artifact.Layer{l}
 		}, "0 bytes"},
 		"blob of another layer said to be empty": {func(t *testing.T, s site) []artifact.Layer {
-			a, b := s.raw(t, "a", "0123456789"), s.raw(t, "b", "0123456789")
+			a, b := s.Raw(t, "a", "0123456789"), s.Raw(t, "b", "0123456789")
 			b.Descriptor.Size = 0
 			return []artifact.Layer{a, b}
 		}, "0 bytes, but its digest"},
 		"another size for the same digest": {func(t *testing.T, s site) []artifact.Layer {
-			a, b := s.raw(t, "a", "0123456789"), s.raw(t, "b", "0123456789")
+			a, b := s.Raw(t, "a", "0123456789"), s.Raw(t, "b", "0123456789")
 			b.Descriptor.Size = 1 << 40
 			return []artifact.Layer{a, b}
 		}, "descriptor says"},
 		"truncated behind an extended header": {cutAfterPAX, "truncated"},
 		"padding without end": {func(t *testing.T, s site) []artifact.Layer {
-			return []artifact.Layer{s.tar(t, artifact.CompressionZstd, make([]byte, 2*alwaysAllowed))}
+			return []artifact.Layer{s.Tar(t, artifact.CompressionZstd, make([]byte, 2*alwaysAllowed))}
 		}, "max_expansion"},
 		"garbage behind long padding":          {cut(artifact.CompressionZstd, func(b []byte) []byte { return append(append(b, make([]byte, 3<<20)...), 'x') }), "garbage"},
 		"a directory by its name with content": {archived(slices.Concat(member512(tar.TypeReg, "d/", "x", nil), endMark)), "ends in a slash"},
-		"a sparse directory by its name":       {archived(slices.Concat(sparseForms["PAX 1.0"]("d/", 100, fragment{0, "x"}), endMark)), "ends in a slash"},
-		"a sparse label":                       {archived(slices.Concat(retyped(sparseForms["PAX 1.0"]("l", 100, fragment{0, "x"}), typeLabel), endMark)), "label of a volume cannot be sparse"},
+		"a sparse directory by its name":       {archived(slices.Concat(sparseForms["PAX 1.0"]("d/", 100, fragmentAt(0, "x")), endMark)), "ends in a slash"},
+		"a sparse label":                       {archived(slices.Concat(retyped(sparseForms["PAX 1.0"]("l", 100, fragmentAt(0, "x")), typeLabel), endMark)), "label of a volume cannot be sparse"},
 		"an extended header of Solaris":        {archived(slices.Concat(member512(typeSolaris, "p", record("path", "g"), nil), member512(tar.TypeReg, "f", "x", nil), endMark)), "Solaris"},
 		"no bytes of another DiffID": {func(t *testing.T, s site) []artifact.Layer {
-			l := s.tar(t, artifact.CompressionNone, nil)
+			l := s.Tar(t, artifact.CompressionNone, nil)
 			l.Compression, l.DiffID = artifact.CompressionGzip, digest.FromString("another")
 			return []artifact.Layer{l}
 		}, "DiffID"},
 		"compressed nothing of another DiffID": {func(t *testing.T, s site) []artifact.Layer {
-			l := s.tar(t, artifact.CompressionZstd, nil)
+			l := s.Tar(t, artifact.CompressionZstd, nil)
 			l.DiffID = digest.FromString("another")
 			return []artifact.Layer{l}
 		}, "DiffID"},
 		"an archive said to be empty": {func(t *testing.T, s site) []artifact.Layer {
-			l := s.tar(t, artifact.CompressionGzip, archive(t, file("f", "x")))
+			l := s.Tar(t, artifact.CompressionGzip, archive(t, file("f", "x")))
 			l.Descriptor.Size = 0
 			return []artifact.Layer{l}
 		}, "0 bytes"},
@@ -142,12 +141,12 @@ func TestRefusals(t *testing.T) {
 			h := file("f", "x")
 			h.Format = tar.FormatPAX
 			h.PAXRecords = map[string]string{"SCHILY.xattr.user.big": strings.Repeat("x", 1<<17)}
-			return []artifact.Layer{s.tar(t, artifact.CompressionNone, archive(t, h))}
+			return []artifact.Layer{s.Tar(t, artifact.CompressionNone, archive(t, h))}
 		}, "user.big"},
 		"symlink to too long a path": {plain(tar.Header{Name: "l", Typeflag: tar.TypeSymlink, Linkname: strings.Repeat("x", 4096)}), "4096 bytes"},
 		"missing blob": {func(t *testing.T, s site) []artifact.Layer {
-			l := s.raw(t, "f", "gone")
-			os.Remove(s.content.Path(l.Descriptor.Digest))
+			l := s.Raw(t, "f", "gone")
+			os.Remove(s.Content.Path(l.Descriptor.Digest))
 			return []artifact.Layer{l}
 		}, "pull"},
 	}
@@ -155,7 +154,7 @@ func TestRefusals(t *testing.T) {
 		for _, mode := range everyPair {
 			t.Run(name+"/"+mode.String(), func(t *testing.T) {
 				s := newSite(t)
-				good := s.tar(t, artifact.CompressionNone, archive(t, file("good", "x")))
+				good := s.Tar(t, artifact.CompressionNone, archive(t, file("good", "x")))
 				_, err := s.build(mode, append([]artifact.Layer{good}, c.layers(t, s)...)...)
 				if err == nil {
 					t.Fatal("it was built")
@@ -168,7 +167,7 @@ func TestRefusals(t *testing.T) {
 						t.Errorf("%q does not say %q", err, want)
 					}
 				}
-				if _, err := os.Stat(filepath.Join(s.root, "tree")); !errors.Is(err, fs.ErrNotExist) {
+				if _, err := os.Stat(filepath.Join(s.Root, "tree")); !errors.Is(err, fs.ErrNotExist) {
 					t.Errorf("something is left behind: %v", err)
 				}
 			})
@@ -179,7 +178,7 @@ func TestRefusals(t *testing.T) {
 // archived is the layer of an archive.
 func archived(archive []byte) func(*testing.T, site) []artifact.Layer {
 	return func(t *testing.T, s site) []artifact.Layer {
-		return []artifact.Layer{s.tar(t, artifact.CompressionNone, archive)}
+		return []artifact.Layer{s.Tar(t, artifact.CompressionNone, archive)}
 	}
 }
 
@@ -197,7 +196,7 @@ func cutAfterPAX(t *testing.T, s site) []artifact.Layer {
 	h := file("f", "x")
 	h.Format = tar.FormatPAX
 	h.PAXRecords = map[string]string{"SCHILY.xattr.user.note": "x"}
-	l := s.tar(t, artifact.CompressionGzip, archive(t, h)[:1024])
+	l := s.Tar(t, artifact.CompressionGzip, archive(t, h)[:1024])
 	l.DiffID = ""
 	return []artifact.Layer{l}
 }
@@ -205,52 +204,17 @@ func cutAfterPAX(t *testing.T, s site) []artifact.Layer {
 // broken is a compressed tar whose compressed bytes change does something to.
 func broken(c artifact.Compression, change func([]byte) []byte) func(*testing.T, site) []artifact.Layer {
 	return func(t *testing.T, s site) []artifact.Layer {
-		l := s.tar(t, c, archive(t, file("f", strings.Repeat("x", 3000))))
-		b, err := os.ReadFile(s.content.Path(l.Descriptor.Digest))
+		l := s.Tar(t, c, archive(t, file("f", strings.Repeat("x", 3000))))
+		b, err := os.ReadFile(s.Content.Path(l.Descriptor.Digest))
 		if err != nil {
 			t.Fatal(err)
 		}
-		l.Descriptor = s.blob(t, change(b))
+		l.Descriptor = s.Blob(t, change(b))
 		return []artifact.Layer{l}
 	}
 }
 
-// sparse is an archive of one PAX sparse file (GNU format 1.0) that is all hole.
-func sparse(t *testing.T, size int64) []byte {
-	t.Helper()
-	record := func(k, v string) string {
-		n := len(k) + len(v) + 3
-		for l := len(itoa(n)) + len(k) + len(v) + 3; l != n; l = len(itoa(n)) + len(k) + len(v) + 3 {
-			n = l
-		}
-		return itoa(n) + " " + k + "=" + v + "\n"
-	}
-	pax := record("GNU.sparse.major", "1") + record("GNU.sparse.minor", "0") +
-		record("GNU.sparse.name", "sparse") + record("GNU.sparse.realsize", itoa(int(size)))
-	m := "0\n"
-	var buf bytes.Buffer
-	write := func(flag byte, name, content string) {
-		// archive/tar refuses to write these records, so the header is of a
-		// plain writer with the type changed.
-		var one bytes.Buffer
-		w := tar.NewWriter(&one)
-		if err := w.WriteHeader(&tar.Header{Name: name, Size: int64(len(content)), Mode: 0o644, Typeflag: tar.TypeReg}); err != nil {
-			t.Fatal(err)
-		}
-		w.Write([]byte(content))
-		w.Flush()
-		b := one.Bytes()
-		b[156] = flag
-		copy(b[148:156], "        ")
-		sum := 0
-		for _, c := range b[:512] {
-			sum += int(c)
-		}
-		copy(b[148:156], []byte(octal6(sum)+"\x00 "))
-		buf.Write(b)
-	}
-	write(tar.TypeXHeader, "pax", pax)
-	write(tar.TypeReg, "sparse", m+strings.Repeat("\x00", 512-len(m)))
-	buf.Write(make([]byte, 1024))
-	return buf.Bytes()
+// sparse is an archive of one sparse file that is all hole.
+func sparse(_ *testing.T, size int64) []byte {
+	return slices.Concat(sparseForms["PAX 1.0"]("sparse", size), endMark)
 }

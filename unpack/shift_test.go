@@ -22,12 +22,12 @@ func TestOwnersAreShiftedForAUserNamespace(t *testing.T) {
 	for _, how := range []string{"from the first Tree", "from the artifact", "from the artifact, as an image"} {
 		t.Run(how, func(t *testing.T) {
 			s := newSite(t)
-			inside, outside := s.raw(t, "inside", "1"), s.raw(t, "outside", "2")
+			inside, outside := s.Raw(t, "inside", "1"), s.Raw(t, "outside", "2")
 			outside.File.UID, outside.File.GID = 70000, 70000
 			noted := file("tarred", "3")
 			noted.Format = tar.FormatPAX
 			noted.PAXRecords = map[string]string{"SCHILY.xattr.user.note": "kept"}
-			a := numbered(inside, outside, s.raw(t, "same", "1"), s.raw(t, "empty", ""), s.tar(t, artifact.CompressionGzip, archive(t, noted,
+			a := numbered(inside, outside, s.Raw(t, "same", "1"), s.Raw(t, "empty", ""), s.Tar(t, artifact.CompressionGzip, archive(t, noted,
 				tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "tarred"},
 				tar.Header{Name: "sym", Typeflag: tar.TypeSymlink, Linkname: "tarred", Uid: 1},
 				tar.Header{Name: "sticky/", Typeflag: tar.TypeDir, Mode: 0o1750, Gid: 2})))
@@ -39,15 +39,15 @@ func TestOwnersAreShiftedForAUserNamespace(t *testing.T) {
 				if how == "from the artifact, as an image" {
 					o.Modes = here(best)
 				}
-				tree, err = Build(context.Background(), filepath.Join(s.root, "tree"), a, o)
+				tree, err = Build(context.Background(), filepath.Join(s.Root, "tree"), a, o)
 			} else {
 				var plain *Tree
-				if plain, err = Build(context.Background(), filepath.Join(s.root, "plain"), a, o); err != nil {
+				if plain, err = Build(context.Background(), filepath.Join(s.Root, "plain"), a, o); err != nil {
 					t.Fatal(err)
 				}
 				o.Owners = owners
-				tree, err = plain.Shift(context.Background(), filepath.Join(s.root, "tree"), o)
-				if err := os.RemoveAll(filepath.Join(s.root, "plain")); err != nil { // not needed any more
+				tree, err = plain.Shift(context.Background(), filepath.Join(s.Root, "tree"), o)
+				if err := os.RemoveAll(filepath.Join(s.Root, "plain")); err != nil { // not needed any more
 					t.Fatal(err)
 				}
 			}
@@ -79,7 +79,7 @@ func TestAShiftCopiesNoContent(t *testing.T) {
 	big := make([]byte, 4<<20)
 	rand.NewChaCha8([32]byte{}).Read(big)
 	layers := []artifact.Layer{
-		s.raw(t, "raw", string(big)), s.tar(t, artifact.CompressionZstd, archive(t, file("tarred", string(big)))),
+		s.Raw(t, "raw", string(big)), s.Tar(t, artifact.CompressionZstd, archive(t, file("tarred", string(big)))),
 	}
 	plain, err := s.build(Modes{Overlay, Extract}, layers...)
 	if err != nil {
@@ -87,7 +87,7 @@ func TestAShiftCopiesNoContent(t *testing.T) {
 	}
 	o := s.options(plain.Modes)
 	o.Owners = IDMap{UID: "0:1:10", GID: "0:1:10"}
-	shifted, err := plain.Shift(context.Background(), filepath.Join(s.root, "shifted"), o)
+	shifted, err := plain.Shift(context.Background(), filepath.Join(s.Root, "shifted"), o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -105,11 +105,11 @@ func TestAShiftCopiesNoContent(t *testing.T) {
 		t.Errorf("the second image takes %d bytes", again.Size)
 	}
 	for _, modes := range []Modes{best, {Link, Extract}} {
-		linked, err := s.buildAs(modes.String(), modes, s.raw(t, "raw", "x"))
+		linked, err := s.buildAs(modes.String(), modes, s.Raw(t, "raw", "x"))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := linked.Shift(context.Background(), filepath.Join(s.root, "no"), o); !errdefs.IsFailedPrecondition(err) {
+		if _, err := linked.Shift(context.Background(), filepath.Join(s.Root, "no"), o); !errdefs.IsFailedPrecondition(err) {
 			t.Errorf("shifting a tree of the modes %s: %v", modes, err)
 		}
 	}

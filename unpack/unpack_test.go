@@ -5,7 +5,6 @@ package unpack
 
 import (
 	"archive/tar"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -22,127 +21,46 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
-	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/internal/unpacktest"
 )
 
+// The helpers that unpack/differ's tests use, too.
 var (
-	created = time.Date(2021, 3, 4, 5, 6, 7, 0, time.UTC)
-	mtime   = time.Date(2021, 1, 2, 3, 4, 5, 678901234, time.UTC)
+	created, mtime                 = unpacktest.Created, unpacktest.ModTime
+	archive, file, noted           = unpacktest.Archive, unpacktest.File, unpacktest.WithXattrs
+	record, member512, endMark     = unpacktest.Record, unpacktest.Member, unpacktest.EndMark
+	sparseForms, checksum          = unpacktest.SparseForms, unpacktest.Checksum
+	numbered, listing, read, inode = unpacktest.Numbered, unpacktest.List, unpacktest.Read, unpacktest.Inode
 )
 
-// site is a blob directory and a root for trees.
+type (
+	shown    = unpacktest.Entry
+	listed   = unpacktest.Listing
+	fragment = unpacktest.Fragment
+)
+
+func fragmentAt(offset int64, data string) fragment { return fragment{Offset: offset, Data: data} }
+
+// site is a directory of blobs and one for trees, of which the test t is about.
 type site struct {
-	t       *testing.T
-	content blobs.Dir
-	root    string
+	unpacktest.Site
+	t *testing.T
 }
 
 func newSite(t *testing.T) site {
 	t.Helper()
-	s := site{t: t, content: blobs.Dir(t.TempDir()), root: t.TempDir()}
-	if err := os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
-
-func (s site) blob(t *testing.T, data []byte) ocispec.Descriptor {
-	t.Helper()
-	d := ocispec.Descriptor{MediaType: "application/test", Digest: digest.FromBytes(data), Size: int64(len(data))}
-	if err := os.WriteFile(s.content.Path(d.Digest), data, 0o444); err != nil && !errors.Is(err, os.ErrPermission) {
-		t.Fatal(err)
-	}
-	return d
-}
-
-func (s site) raw(t *testing.T, path, data string) artifact.Layer {
-	return artifact.Layer{
-		Descriptor: s.blob(t, []byte(data)), Format: artifact.FormatRaw,
-		File: artifact.File{Path: path, Mode: 0o640, UID: 1234, GID: 5678, ModTime: mtime},
-	}
-}
-
-func (s site) tar(t *testing.T, c artifact.Compression, archive []byte) artifact.Layer {
-	t.Helper()
-	var buf bytes.Buffer
-	switch c {
-	case artifact.CompressionNone:
-		buf.Write(archive)
-	case artifact.CompressionGzip:
-		w := gzip.NewWriter(&buf)
-		w.Write(archive)
-		w.Close()
-	case artifact.CompressionZstd:
-		w, err := zstd.NewWriter(&buf)
-		if err != nil {
-			t.Fatal(err)
-		}
-		w.Write(archive)
-		w.Close()
-	}
-	return artifact.Layer{
-		Descriptor: s.blob(t, buf.Bytes()), Format: artifact.FormatTar, Compression: c,
-		DiffID: digest.FromBytes(archive),
-	}
-}
-
-func archive(t *testing.T, members ...tar.Header) []byte {
-	t.Helper()
-	var buf bytes.Buffer
-	w := tar.NewWriter(&buf)
-	for _, h := range members {
-		content := h.Linkname // a regular member's content stands here
-		if h.Typeflag == 0 {
-			h.Typeflag = tar.TypeReg
-		}
-		if h.Typeflag == tar.TypeReg {
-			h.Linkname, h.Size = "", int64(len(content))
-		}
-		if h.ModTime.IsZero() && h.Typeflag != tar.TypeXGlobalHeader { // which has none
-			h.ModTime = mtime
-			h.Format = tar.FormatPAX
-		}
-		if err := w.WriteHeader(&h); err != nil {
-			t.Fatal(err)
-		}
-		if h.Typeflag == tar.TypeReg {
-			if _, err := w.Write([]byte(content)); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return buf.Bytes()
-}
-
-func file(name, content string) tar.Header {
-	return tar.Header{Name: name, Linkname: content, Mode: 0o644}
-}
-
-func numbered(layers ...artifact.Layer) *artifact.Artifact {
-	for i := range layers {
-		layers[i].Index = i
-	}
-	return &artifact.Artifact{
-		Manifest: ocispec.Descriptor{Digest: digest.FromString("manifest")},
-		Created:  created, Layers: layers,
-	}
+	return site{unpacktest.NewSite(t), t}
 }
 
 func (s site) options(r Modes) Options {
 	s.t.Helper()
 	r = here(r)
 	requireModes(s.t, r.Raw, r.Tar)
-	return Options{Modes: r, Blobs: s.content, Shared: blobs.Dir(s.root), Budget: NewBudget(DefaultLimits)}
+	return Options{Modes: r, Blobs: s.Content, Shared: blobs.Dir(s.Root), Budget: NewBudget(DefaultLimits)}
 }
 
 func (s site) build(r Modes, layers ...artifact.Layer) (*Tree, error) {
@@ -150,7 +68,7 @@ func (s site) build(r Modes, layers ...artifact.Layer) (*Tree, error) {
 }
 
 func (s site) buildAs(name string, r Modes, layers ...artifact.Layer) (*Tree, error) {
-	return Build(context.Background(), filepath.Join(s.root, name), numbered(layers...), s.options(r))
+	return Build(context.Background(), filepath.Join(s.Root, name), numbered(layers...), s.options(r))
 }
 
 // show builds and mounts, and returns where.
@@ -177,15 +95,6 @@ func mountTree(t *testing.T, tree *Tree) string {
 	return target
 }
 
-func read(t *testing.T, elem ...string) string {
-	t.Helper()
-	b, err := os.ReadFile(filepath.Join(elem...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(b)
-}
-
 func wantAttrs(t *testing.T, path string, mode uint32, uid, gid uint32, mod time.Time) {
 	t.Helper()
 	var st unix.Stat_t
@@ -204,9 +113,9 @@ func TestRawLayersAreShownWithoutACopy(t *testing.T) {
 		t.Run(mode.String(), func(t *testing.T) {
 			s := newSite(t)
 			dir := s.show(t, mode,
-				s.raw(t, "a/b/weights with space é.bin", big),
-				s.raw(t, "again", big),
-				s.raw(t, "empty", ""),
+				s.Raw(t, "a/b/weights with space é.bin", big),
+				s.Raw(t, "again", big),
+				s.Raw(t, "empty", ""),
 			)
 			if got := read(t, dir, "a/b/weights with space é.bin"); got != big {
 				t.Error("wrong content")
@@ -226,7 +135,7 @@ func TestRawLayersAreShownWithoutACopy(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(dir, "again"), nil, 0o600); !errors.Is(err, unix.EROFS) {
 				t.Errorf("writing gives %v, want %v", err, unix.EROFS)
 			}
-			tree, err := Load(filepath.Join(s.root, "tree"))
+			tree, err := Load(filepath.Join(s.Root, "tree"))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -240,7 +149,7 @@ func TestRawLayersAreShownWithoutACopy(t *testing.T) {
 func TestMountsAreReadOnlyNosuidNodev(t *testing.T) {
 	for _, mode := range everyPair {
 		s := newSite(t)
-		dir := s.show(t, mode, s.raw(t, "f", "x"))
+		dir := s.show(t, mode, s.Raw(t, "f", "x"))
 		var st unix.Statfs_t
 		if err := unix.Statfs(dir, &st); err != nil {
 			t.Fatal(err)
@@ -263,7 +172,7 @@ func TestTarsAreExtracted(t *testing.T) {
 	for _, c := range []artifact.Compression{artifact.CompressionNone, artifact.CompressionGzip, artifact.CompressionZstd} {
 		t.Run("compression "+string(c), func(t *testing.T) {
 			s := newSite(t)
-			dir := s.show(t, best, s.tar(t, c, archive(t, members...)))
+			dir := s.show(t, best, s.Tar(t, c, archive(t, members...)))
 			if got := read(t, dir, "d/f"); got != "hello" {
 				t.Errorf("d/f holds %q", got)
 			}
@@ -284,8 +193,8 @@ func TestTarsAreExtracted(t *testing.T) {
 
 func TestProgressIsOfAllBytes(t *testing.T) {
 	s := newSite(t)
-	zstd := s.tar(t, artifact.CompressionZstd, archive(t, file("g", "tar")))
-	a := numbered(s.raw(t, "f", "raw"), zstd, s.tar(t, artifact.CompressionNone, archive(t, file("h", "tar"))), zstd)
+	zstd := s.Tar(t, artifact.CompressionZstd, archive(t, file("g", "tar")))
+	a := numbered(s.Raw(t, "f", "raw"), zstd, s.Tar(t, artifact.CompressionNone, archive(t, file("h", "tar"))), zstd)
 	var done atomic.Int64
 	var total int64
 	for _, l := range a.Layers {
@@ -293,7 +202,7 @@ func TestProgressIsOfAllBytes(t *testing.T) {
 	}
 	o := s.options(best)
 	o.Progress = func(n int64) { done.Add(n) }
-	if _, err := Build(context.Background(), filepath.Join(s.root, "tree"), a, o); err != nil {
+	if _, err := Build(context.Background(), filepath.Join(s.Root, "tree"), a, o); err != nil {
 		t.Fatal(err)
 	}
 	if done.Load() != total {
@@ -310,7 +219,7 @@ func TestOnlyUserXattrsAreKept(t *testing.T) {
 		"SCHILY.xattr.trusted.overlay.redirect": "/etc/shadow",
 		"SCHILY.xattr.security.capability":      "\x01\x00\x00\x02\xff\xff\xff\xff",
 	}
-	dir := s.show(t, best, s.tar(t, artifact.CompressionNone, archive(t, h)))
+	dir := s.show(t, best, s.Tar(t, artifact.CompressionNone, archive(t, h)))
 	buf := make([]byte, 4096)
 	n, err := unix.Listxattr(filepath.Join(dir, "f"), buf)
 	if err != nil {
@@ -324,12 +233,12 @@ func TestOnlyUserXattrsAreKept(t *testing.T) {
 func TestLaterLayersWin(t *testing.T) {
 	s := newSite(t)
 	dir := s.show(t, best,
-		s.raw(t, "raw then tar", "1"),
-		s.tar(t, artifact.CompressionNone, archive(t, file("raw then tar", "2"), file("tar then raw", "1"),
+		s.Raw(t, "raw then tar", "1"),
+		s.Tar(t, artifact.CompressionNone, archive(t, file("raw then tar", "2"), file("tar then raw", "1"),
 			file("twice in one tar", "1"), file("twice in one tar", "2"),
 			tar.Header{Name: "symlink then file", Typeflag: tar.TypeSymlink, Linkname: "raw then tar"})),
-		s.raw(t, "tar then raw", "2"),
-		s.raw(t, "symlink then file", "2"),
+		s.Raw(t, "tar then raw", "2"),
+		s.Raw(t, "symlink then file", "2"),
 	)
 	for _, name := range []string{"raw then tar", "tar then raw", "twice in one tar", "symlink then file"} {
 		if got := read(t, dir, name); got != "2" {
@@ -340,7 +249,7 @@ func TestLaterLayersWin(t *testing.T) {
 
 func TestSparseMembersAreServedSparse(t *testing.T) {
 	s := newSite(t)
-	tree, err := s.build(best, s.tar(t, artifact.CompressionNone, sparse(t, 64<<20)))
+	tree, err := s.build(best, s.Tar(t, artifact.CompressionNone, sparse(t, 64<<20)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -356,7 +265,7 @@ func TestContentIsTheSameAroundHoles(t *testing.T) {
 	s := newSite(t)
 	zeros := strings.Repeat("\x00", 256<<10)
 	want := zeros + "a" + zeros + zeros + zeros[1:] + "b" + zeros
-	dir := s.show(t, best, s.tar(t, artifact.CompressionZstd, archive(t, file("f", want))))
+	dir := s.show(t, best, s.Tar(t, artifact.CompressionZstd, archive(t, file("f", want))))
 	if got := read(t, dir, "f"); got != want {
 		t.Errorf("%d bytes differ from the %d of the member", len(got), len(want))
 	}
@@ -366,17 +275,17 @@ func TestNoTypeInAModeMakesAFileSetuid(t *testing.T) {
 	s := newSite(t)
 	h := file("su", "x")
 	h.Mode = 0o4755 | unix.S_IFDIR
-	dir := s.show(t, best, s.tar(t, artifact.CompressionNone, archive(t, h)))
+	dir := s.show(t, best, s.Tar(t, artifact.CompressionNone, archive(t, h)))
 	wantAttrs(t, filepath.Join(dir, "su"), 0o755, 0, 0, mtime)
 }
 
 func TestARootWithAnyCharacterIsMounted(t *testing.T) {
 	s := newSite(t)
-	s.root = filepath.Join(s.root, `a:b,c\d e`)
-	if err := os.MkdirAll(filepath.Join(s.root, "copies"), 0o755); err != nil {
+	s.Root = filepath.Join(s.Root, `a:b,c\d e`)
+	if err := os.MkdirAll(filepath.Join(s.Root, "copies"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if dir := s.show(t, best, s.raw(t, "f", "x")); read(t, dir, "f") != "x" {
+	if dir := s.show(t, best, s.Raw(t, "f", "x")); read(t, dir, "f") != "x" {
 		t.Error("wrong content")
 	}
 }
@@ -384,27 +293,20 @@ func TestARootWithAnyCharacterIsMounted(t *testing.T) {
 // tmpfs mounts one of size bytes.
 func tmpfs(t *testing.T, dir, options string) {
 	t.Helper()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := mount.UnmountAll(dir, 0); err != nil {
-			t.Error(err)
-		}
-	})
+	unpacktest.Mount(t, mount.Mount{Type: "tmpfs", Source: "tmpfs", Options: strings.Split(options, ",")}, dir)
 }
 
 func TestBlobsOfAnotherFileSystemAreCopiedOnce(t *testing.T) {
 	for _, mode := range []Modes{best, {Overlay, Extract}, {Link, EROFS}} {
 		t.Run(mode.String(), func(t *testing.T) {
 			s := newSite(t)
-			tmpfs(t, string(s.content), "size=64m")
-			if err := os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755); err != nil {
+			tmpfs(t, string(s.Content), "size=64m")
+			if err := os.MkdirAll(filepath.Join(string(s.Content), "blobs/sha256"), 0o755); err != nil {
 				t.Fatal(err)
 			}
 			data := strings.Repeat("bytes", 1<<20)
 			a := []artifact.Layer{ // the first one is not seen, and retained all the same
-				s.raw(t, "g", "hidden"), s.raw(t, "f", data), s.tar(t, artifact.CompressionNone, archive(t, file("g", data))),
+				s.Raw(t, "g", "hidden"), s.Raw(t, "f", data), s.Tar(t, artifact.CompressionNone, archive(t, file("g", data))),
 			}
 			tree, err := s.build(mode, a...)
 			if err != nil {
@@ -430,7 +332,7 @@ func TestBlobsOfAnotherFileSystemAreCopiedOnce(t *testing.T) {
 			}
 			var first, second unix.Stat_t
 			for dir, st := range map[string]*unix.Stat_t{"tree": &first, "second": &second} {
-				if err := unix.Stat(filepath.Join(s.root, dir, dataDir, "0"), st); err != nil {
+				if err := unix.Stat(filepath.Join(s.Root, dir, dataDir, "0"), st); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -468,12 +370,12 @@ func diskUsage(t *testing.T, tree *Tree) (size int64) {
 
 func TestACorruptBlobIsNotCopied(t *testing.T) {
 	s := newSite(t)
-	tmpfs(t, string(s.content), "size=1m") // or it might be a reflink, of which no byte passes by
-	if err := os.MkdirAll(filepath.Join(string(s.content), "blobs/sha256"), 0o755); err != nil {
+	tmpfs(t, string(s.Content), "size=1m") // or it might be a reflink, of which no byte passes by
+	if err := os.MkdirAll(filepath.Join(string(s.Content), "blobs/sha256"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	l := s.raw(t, "f", "bytes")
-	p := s.content.Path(l.Descriptor.Digest)
+	l := s.Raw(t, "f", "bytes")
+	p := s.Content.Path(l.Descriptor.Digest)
 	os.Remove(p)
 	if err := os.WriteFile(p, []byte("bitez"), 0o444); err != nil {
 		t.Fatal(err)
@@ -485,8 +387,8 @@ func TestACorruptBlobIsNotCopied(t *testing.T) {
 
 func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
 	s := newSite(t)
-	tmpfs(t, s.root, "size=2m")
-	if err := os.Mkdir(filepath.Join(s.root, "copies"), 0o755); err != nil {
+	tmpfs(t, s.Root, "size=2m")
+	if err := os.Mkdir(filepath.Join(s.Root, "copies"), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	data := make([]byte, 900<<10) // each is too small to be refused beforehand
@@ -495,11 +397,11 @@ func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
 	for _, name := range []string{"a", "b", "c"} {
 		members = append(members, file(name, string(data)))
 	}
-	_, err := s.build(best, s.tar(t, artifact.CompressionGzip, archive(t, members...)))
+	_, err := s.build(best, s.Tar(t, artifact.CompressionGzip, archive(t, members...)))
 	if !errdefs.IsResourceExhausted(err) || !strings.Contains(err.Error(), "free space") {
 		t.Errorf("%v does not say that the disk is full", err)
 	}
-	if left, _ := os.ReadDir(s.root); len(left) != 1 {
+	if left, _ := os.ReadDir(s.Root); len(left) != 1 {
 		t.Errorf("left behind: %v", left)
 	}
 }
@@ -517,7 +419,7 @@ func TestABuildEndsWithItsContext(t *testing.T) {
 	s := newSite(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	_, err := Build(ctx, filepath.Join(s.root, "tree"), numbered(s.tar(t, artifact.CompressionGzip, archive(t, file("f", "x")))),
+	_, err := Build(ctx, filepath.Join(s.Root, "tree"), numbered(s.Tar(t, artifact.CompressionGzip, archive(t, file("f", "x")))),
 		s.options(best))
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("%v, want %v", err, context.Canceled)
@@ -566,11 +468,11 @@ func TestATarThatIsAlsoAnOverriddenFileBehindManyLayers(t *testing.T) {
 	requireModes(t, Overlay)
 	s := newSite(t)
 	empty := archive(t)
-	layers := []artifact.Layer{s.tar(t, artifact.CompressionNone, empty)}
+	layers := []artifact.Layer{s.Tar(t, artifact.CompressionNone, empty)}
 	for i := range 3000 {
-		layers = append(layers, s.raw(t, itoa(i), itoa(i)))
+		layers = append(layers, s.Raw(t, itoa(i), itoa(i)))
 	}
-	layers = append(layers, s.raw(t, "same", string(empty)), s.tar(t, artifact.CompressionNone, archive(t, file("same", "another"))))
+	layers = append(layers, s.Raw(t, "same", string(empty)), s.Tar(t, artifact.CompressionNone, archive(t, file("same", "another"))))
 	dir := s.show(t, best, layers...)
 	for name, want := range map[string]string{"0": "0", "2999": "2999", "same": "another"} {
 		if got := read(t, dir, name); got != want {

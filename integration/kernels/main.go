@@ -60,6 +60,7 @@ var suites = []suite{
 		"TestAComparisonWithManyLayersCanBeEnded", "TestATarMayExpandOnlySoFar", "TestTheReserveOfTheDiskIsKept", "TestLayersAreDecompressedTogetherWithinAnyBudget", "TestACancelledBuildEndsWhileItDecompresses",
 		"TestLinksToALargeMemberCountLikeIt", "TestHeadersThatPlanNothingCount", "TestTargetsAndAttributesCountAsNames", "TestTwentyThousandRawFilesAreShown", "TestTenThousandNamesInADirectoryAreShown", "Fuzz.*",
 	}},
+	{pkg: "unpack/differ"},
 	{pkg: "view", modes: map[string][]string{"overlay": {
 		"TestAnObserverIsToldHowBytesCame", "TestAnObserverIsToldWhatASweepFrees", "TestEachUserNamespaceHasItsTree", "TestAShiftedTreeGoesWithItsLastPod",
 		"TestAChangeOfTheModeWhileAPodRuns", "TestAFlatTarGoesWithTheLastTreeThatLinksToIt",

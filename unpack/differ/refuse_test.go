@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package unpack
+package differ
 
 import (
 	"archive/tar"
@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/internal/unpacktest"
 )
 
 func TestALayerThatBreaksARuleLeavesNothing(t *testing.T) {
@@ -37,7 +38,7 @@ func TestALayerThatBreaksARuleLeavesNothing(t *testing.T) {
 			for _, ours := range []bool{true, false} {
 				s := newSite(t)
 				c := newChain(t, s, ours)
-				l := s.tar(t, artifact.CompressionGzip, archive(t, members...))
+				l := s.Tar(t, artifact.CompressionGzip, archive(t, members...))
 				_, err := c.add(t, l)
 				if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "layer 0 (") || strings.Count(err.Error(), "layer 0 (") != 1 {
 					t.Errorf("%v, want one about the layer", err)
@@ -67,8 +68,8 @@ func TestLayersMustFitThoseBelow(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t)
-			lower := s.tar(t, artifact.CompressionNone, archive(t, headers[0]))
-			upper := s.tar(t, artifact.CompressionNone, archive(t, headers[1]))
+			lower := s.Tar(t, artifact.CompressionNone, archive(t, headers[0]))
+			upper := s.Tar(t, artifact.CompressionNone, archive(t, headers[1]))
 			c := newChain(t, s, false)
 			c.mustAdd(t, lower)
 			if _, err := c.add(t, upper); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "layer 1 (") {
@@ -79,7 +80,7 @@ func TestLayersMustFitThoseBelow(t *testing.T) {
 			}
 			c = newChain(t, s, true)
 			c.mustAdd(t, lower, upper)
-			if _, err := c.show(t); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "layer 1 (") {
+			if _, err := c.mountRetained(t); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "layer 1 (") {
 				t.Errorf("in ours: %v", err)
 			}
 		})
@@ -89,7 +90,7 @@ func TestLayersMustFitThoseBelow(t *testing.T) {
 func TestWhatOverlayfsHidesIsNotThere(t *testing.T) {
 	s := newSite(t)
 	c := newChain(t, s, false)
-	c.mustAdd(t, s.tar(t, artifact.CompressionNone, archive(t,
+	c.mustAdd(t, s.Tar(t, artifact.CompressionNone, archive(t,
 		tar.Header{Name: "a", Typeflag: tar.TypeSymlink, Linkname: "/etc"}, tar.Header{Name: "b", Typeflag: tar.TypeSymlink, Linkname: "/etc"})))
 	// As a layer of an image does it.
 	c.prepare(t)
@@ -100,7 +101,7 @@ func TestWhatOverlayfsHidesIsNotThere(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(c.fs[0], "b"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	c.mustAdd(t, s.tar(t, artifact.CompressionNone, archive(t, file("a/passwd", "x"), file("b/passwd", "y"))))
+	c.mustAdd(t, s.Tar(t, artifact.CompressionNone, archive(t, file("a/passwd", "x"), file("b/passwd", "y"))))
 	dir := c.overlay(t)
 	if a, b := read(t, dir, "a/passwd"), read(t, dir, "b/passwd"); a != "x" || b != "y" {
 		t.Errorf("%q and %q", a, b)
@@ -113,7 +114,7 @@ func TestWhatOverlayfsHidesIsNotThere(t *testing.T) {
 func TestNoAttributeIsAnOrderToOverlayfs(t *testing.T) {
 	s := newSite(t)
 	c := newChain(t, s, false)
-	l := s.tar(t, artifact.CompressionNone, archive(t, noted(file("f", "x"), map[string]string{"user.overlay.whiteout": "y"})))
+	l := s.Tar(t, artifact.CompressionNone, archive(t, unpacktest.WithXattrs(file("f", "x"), map[string]string{"user.overlay.whiteout": "y"})))
 	mounts := c.prepare(t)
 	mounts[0] = mount.Mount{Type: "overlay", Options: []string{"upperdir=" + c.fs[0], "userxattr"}}
 	if _, err := c.Apply(context.Background(), descriptor(l), mounts); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "user.overlay.whiteout") {
@@ -123,7 +124,7 @@ func TestNoAttributeIsAnOrderToOverlayfs(t *testing.T) {
 
 func TestApplySaysWhatIsWrong(t *testing.T) {
 	s := newSite(t)
-	l := s.raw(t, "f", "bytes")
+	l := s.Raw(t, "f", "bytes")
 	good := t.TempDir()
 	bind := []mount.Mount{{Type: "bind", Source: good, Options: []string{"rw", "rbind"}}}
 	changed := func(change func(*ocispec.Descriptor)) ocispec.Descriptor {
@@ -138,9 +139,9 @@ func TestApplySaysWhatIsWrong(t *testing.T) {
 		kind   func(error) bool
 		want   string
 	}{
-		"no mounts":        {descriptor(l), nil, errdefs.IsNotImplemented, "bind or an overlay"},
-		"two mounts":       {descriptor(l), append(bind, bind...), errdefs.IsNotImplemented, "bind or an overlay"},
-		"read-only":        {descriptor(l), []mount.Mount{{Type: "bind", Source: good, Options: []string{"ro"}}}, errdefs.IsNotImplemented, "bind or an overlay"},
+		"no mounts":        {descriptor(l), nil, errdefs.IsNotImplemented, "one writable bind or overlay mount"},
+		"two mounts":       {descriptor(l), append(bind, bind...), errdefs.IsNotImplemented, "one writable bind or overlay mount"},
+		"read-only":        {descriptor(l), []mount.Mount{{Type: "bind", Source: good, Options: []string{"ro"}}}, errdefs.IsNotImplemented, "one writable bind or overlay mount"},
 		"another kind":     {descriptor(l), []mount.Mount{{Type: "erofs", Source: good}}, errdefs.IsNotImplemented, "erofs"},
 		"a relative path":  {descriptor(l), []mount.Mount{{Type: "bind", Source: "fs"}}, errdefs.IsNotImplemented, "fs"},
 		"no upperdir":      {descriptor(l), []mount.Mount{{Type: "overlay", Options: []string{"lowerdir=" + good}}}, errdefs.IsNotImplemented, "overlay"},

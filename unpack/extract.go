@@ -21,16 +21,42 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
-// extract makes the files of l in p, and returns the descriptor of its content.
-func (a *Applier) extract(ctx context.Context, l artifact.Layer, p place, o Options, sync bool) (content ocispec.Descriptor, err error) {
-	dir, done, err := a.Scratch()
-	if err != nil {
-		return content, err
-	}
-	defer done()
-	o.Modes = Modes{Raw: Copy, Tar: Extract}
-	layers := []artifact.Layer{l}
-	cs := newContents(dir, layers, o)
+// Target is where ExtractLayer extracts a layer.
+type Target struct {
+	// Upper is the existing directory that gets the files.
+	Upper string
+	// Lower are the directories below Upper in an overlay, the uppermost first, as far
+	// as they are known.
+	Lower []string
+	// UserXattr says that the overlay is mounted with the option userxattr: overlayfs
+	// then obeys attributes that every user may set (user.overlay.*).
+	UserXattr bool
+	// Sync asks for the file system of Upper to be synced to the disk at the end.
+	Sync bool
+}
+
+// ExtractLayer extracts one layer into a directory, for containerd: a raw layer becomes
+// a reflink of its blob, else a hard link to it (with the blob's mode, owner and time),
+// else a copy; a tar becomes its members. It returns digest and size of the layer's
+// content. scratch is an empty directory on the file system of o.Shared.
+//
+// containerd names snapshots by contents alone, so an image that has a layer with the
+// same content gets the same snapshot. A layer that containerd would extract in another
+// way is therefore refused, and so is one that does not fit the directories below, by the
+// rule for the layers of an artifact. These are errdefs.ErrInvalidArgument; other errors
+// are those of Build. o.Modes and o.Owners are ignored. A call that failed or was killed
+// can be repeated.
+func ExtractLayer(ctx context.Context, l artifact.Layer, into Target, scratch string, o Options) (content ocispec.Descriptor, err error) {
+	o.Modes, o.Owners = Modes{Raw: Copy, Tar: Extract}, IDMap{}
+	err = guard(func() error {
+		content, err = extractLayer(ctx, l, into, newContents(scratch, []artifact.Layer{l}, o))
+		return err
+	})
+	return content, outOfSpace(err)
+}
+
+func extractLayer(ctx context.Context, said artifact.Layer, into Target, cs *contents) (content ocispec.Descriptor, err error) {
+	layers := []artifact.Layer{said}
 	if err := cs.retainArchives(ctx, layers); err != nil {
 		return content, err
 	}
@@ -39,7 +65,6 @@ func (a *Applier) extract(ctx context.Context, l artifact.Layer, p place, o Opti
 		return content, err
 	}
 	defer release()
-	said := l
 	l, c, err := cs.found(said)
 	if err == nil {
 		err = planned.asOfAnImage(ctx, l, c, cs)
@@ -47,12 +72,12 @@ func (a *Applier) extract(ctx context.Context, l artifact.Layer, p place, o Opti
 	if err != nil {
 		return content, said.Wrap(err)
 	}
-	root, err := os.OpenRoot(p.upper)
+	root, err := os.OpenRoot(into.Upper)
 	if err != nil {
 		return content, err
 	}
 	defer root.Close()
-	if err := planned.fit(ctx, p); err != nil {
+	if err := planned.fit(ctx, into); err != nil {
 		return content, err
 	}
 	if err := planned.clear(ctx, root); err != nil {
@@ -63,8 +88,8 @@ func (a *Applier) extract(ctx context.Context, l artifact.Layer, p place, o Opti
 	if err := w.write(ctx); err != nil {
 		return content, err
 	}
-	if sync {
-		if err := syncFS(p.upper); err != nil {
+	if into.Sync {
+		if err := syncFS(into.Upper); err != nil {
 			return content, err
 		}
 	}
@@ -83,21 +108,21 @@ func (a *Applier) extract(ctx context.Context, l artifact.Layer, p place, o Opti
 // fit checks the plan against what is in a place already, by the rule for the
 // layers of an artifact: a file and a directory do not replace each other. A
 // directory that the plan does not describe stays as it is there.
-func (p *plan) fit(ctx context.Context, in place) error {
+func (p *plan) fit(ctx context.Context, in Target) error {
 	var roots []*os.Root
 	defer func() {
 		for _, root := range roots {
 			root.Close()
 		}
 	}()
-	for _, dir := range append([]string{in.upper}, in.lower...) {
+	for _, dir := range append([]string{in.Upper}, in.Lower...) {
 		root, err := os.OpenRoot(dir)
 		if err != nil {
 			return err
 		}
 		roots = append(roots, root)
 	}
-	if root := p.nodes["."]; root.implied && len(in.lower) > 0 {
+	if root := p.nodes["."]; root.implied && len(in.Lower) > 0 {
 		if err := root.adopt(roots[1], "."); err != nil {
 			return err
 		}
@@ -123,9 +148,9 @@ func (p *plan) fit(ctx context.Context, in place) error {
 	return nil
 }
 
-func (n *node) fitXattrs(in place) error {
+func (n *node) fitXattrs(in Target) error {
 	for attr := range n.xattrs {
-		if in.userxattr && strings.HasPrefix(attr, "user.overlay.") {
+		if in.UserXattr && strings.HasPrefix(attr, "user.overlay.") {
 			return fmt.Errorf("extended attribute %.255q would be an order to overlayfs: %w", attr, errdefs.ErrInvalidArgument)
 		}
 	}

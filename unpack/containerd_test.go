@@ -13,13 +13,40 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	containerdarchive "github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/internal/unpacktest"
 )
+
+var epoch = time.Unix(0, 0)
+
+// extract extracts a layer, as a manifest lists it, into an empty directory.
+func (s site) extract(t *testing.T, l artifact.Layer) (dir string, err error) {
+	t.Helper()
+	dir = t.TempDir()
+	_, err = s.extractInto(t, l, Target{Upper: dir}, s.options(Modes{}))
+	return dir, err
+}
+
+func (s site) extractInto(t *testing.T, l artifact.Layer, into Target, o Options) (ocispec.Descriptor, error) {
+	t.Helper()
+	listed, err := artifact.NewLayer(unpacktest.Descriptor(l))
+	if err != nil {
+		t.Fatal(err)
+	}
+	scratch, err := os.MkdirTemp(s.Root, "scratch-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(scratch)
+	return ExtractLayer(t.Context(), listed, into, scratch, o)
+}
 
 // What an image with the same layer would have otherwise is refused in the snapshots
 // of others, and kept in ours.
@@ -60,19 +87,20 @@ func TestNoLayerIsTakenForThatOfAnImage(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t)
-			l := s.tar(t, artifact.CompressionNone, test.content)
+			l := s.Tar(t, artifact.CompressionNone, test.content)
 			if test.raw {
-				l = s.raw(t, "etc/ld.so.preload", string(test.content))
+				l = s.Raw(t, "etc/ld.so.preload", string(test.content))
 			}
-			c := newChain(t, s, false)
-			_, err := c.add(t, l)
+			dir, err := s.extract(t, l)
 			if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), test.want) || strings.Count(err.Error(), "layer 0 (") != 1 {
 				t.Errorf("%v, want one about the layer that says %q", err, test.want)
 			}
-			if files, err := os.ReadDir(c.fs[0]); err != nil || len(files) > 0 {
+			if files, err := os.ReadDir(dir); err != nil || len(files) > 0 {
 				t.Errorf("it has made %v, %v", files, err)
 			}
-			newChain(t, s, true).mustAdd(t, l)
+			if _, err := Retain(t.Context(), blobs.Dir(t.TempDir()), []artifact.Layer{l}, s.options(Modes{})); err != nil {
+				t.Errorf("it cannot be retained: %v", err)
+			}
 		})
 	}
 }
@@ -93,9 +121,11 @@ func TestFilesAreThoseOfAnImage(t *testing.T) {
 		dir("dir/late/", 0o1700),
 	)
 	s := newSite(t)
-	c := newChain(t, s, false)
-	c.mustAdd(t, s.tar(t, artifact.CompressionGzip, text))
-	wantAsInAnImage(t, c.fs[0], text, true)
+	files, err := s.extract(t, s.Tar(t, artifact.CompressionGzip, text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantAsInAnImage(t, files, text, true)
 }
 
 // wantAsInAnImage compares the files in dir with those that containerd makes of a
@@ -113,14 +143,14 @@ func wantAsInAnImage(t *testing.T, dir string, layer []byte, unpacked bool) {
 		got := listing(t, dir)
 		delete(got, ".")
 		for name, e := range got {
-			if e.kind == "directory" && !unpacked { // it is of now, if no layer describes it
-				e.at(epoch)
+			if e.Kind == "directory" && !unpacked { // it is of now, if no layer describes it
+				e.At(epoch)
 				got[name] = e
 			}
 		}
 		return got
 	}
-	if diff := files(dir).diff(files(image)); diff != "" {
+	if diff := files(dir).Diff(files(image)); diff != "" {
 		t.Errorf("the files are not those of an image:\n%s", diff)
 	}
 }
@@ -157,58 +187,18 @@ func TestFilesOfAnyTarAreThoseOfAnImage(t *testing.T) {
 			members = append(members, h)
 		}
 		text := archive(t, members...)
-		c := newChain(t, s, false)
-		if _, err := c.add(t, s.tar(t, artifact.CompressionNone, text)); err != nil {
+		files, err := s.extract(t, s.Tar(t, artifact.CompressionNone, text))
+		if err != nil {
 			continue
 		}
 		accepted++
-		wantAsInAnImage(t, c.fs[0], text, false)
+		wantAsInAnImage(t, files, text, false)
 		if t.Failed() {
 			t.Fatalf("they were of %+v", members)
 		}
 	}
 	if accepted < 50 {
 		t.Errorf("only %d have been unpacked", accepted)
-	}
-}
-
-// A Tree whose config names the DiffID by another algorithm has decompressed the blob
-// before.
-func TestTheDiffIDIsCanonical(t *testing.T) {
-	s := newSite(t)
-	text := archive(t, file("a", "a"))
-	l := s.tar(t, artifact.CompressionGzip, text)
-	other := l
-	other.DiffID = digest.SHA512.FromBytes(text)
-	if _, err := s.buildAs("other", best, other); err != nil {
-		t.Fatal(err)
-	}
-	for _, ours := range []bool{true, false} {
-		c := newChain(t, s, ours)
-		c.mustAdd(t, l)
-		if !ours {
-			continue
-		}
-		dir, err := c.show(t)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got := read(t, dir, "a"); got != "a" {
-			t.Errorf("it reads %q", got)
-		}
-	}
-}
-
-func TestNoLayerHasTheSnapshotOfAnotherChain(t *testing.T) {
-	s := newSite(t)
-	victim := digest.FromString("a chain").String() + " " + digest.FromString("a DiffID").String()
-	for _, ours := range []bool{true, false} {
-		c := newChain(t, s, ours)
-		if _, err := c.add(t, s.raw(t, "f", victim)); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "the chain ID of other layers") {
-			t.Errorf("ours %v: %v", ours, err)
-		}
-		c = newChain(t, s, ours)
-		c.mustAdd(t, s.raw(t, "f", strings.ToUpper(victim)))
 	}
 }
 
@@ -221,7 +211,7 @@ func TestAComparisonWithManyLayersCanBeEnded(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer root.Close()
-	for what, err := range map[string]error{"fit": p.fit(ctx, place{upper: root.Name()}), "clear": p.clear(ctx, root)} {
+	for what, err := range map[string]error{"fit": p.fit(ctx, Target{Upper: root.Name()}), "clear": p.clear(ctx, root)} {
 		if !errors.Is(err, context.Canceled) {
 			t.Errorf("%s: %v", what, err)
 		}

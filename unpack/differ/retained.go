@@ -1,0 +1,206 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package differ
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/atomicfile"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// Retained are the layers that a snapshot retains as long as it exists, independently of
+// the runtime's blobs. A tree can be built again, these cannot, so they are synced to the
+// disk. The directory of the snapshot holds
+//
+//	layer/                         complete as soon as it exists
+//	    blobs/<algorithm>/<hex>    the contents, never compressed; hard links to the
+//	                               runtime's blobs where possible
+//	    layers.json                this struct
+//	layer-new/                     work in progress, or what a killed process left
+//	promise                        the digest of a manifest whose layers are to be
+//	                               retained when they are needed, see Promise
+type Retained struct {
+	// Format is the version of the layout of the directory.
+	Format int `json:"format"`
+	unpack.Retained
+}
+
+const (
+	retainedDir    = "layer"
+	newRetainedDir = "layer-new"
+	retainedFile   = "layers.json"
+	promiseFile    = "promise"
+	// retainedFormat is the format that this version writes and reads.
+	retainedFormat = 1
+)
+
+// RetainedDir returns where the snapshot in dir retains layers, if it does.
+func RetainedDir(dir string) string { return filepath.Join(dir, retainedDir) }
+
+// retain retains layers in the snapshot in dir. The caller holds the lock on dir.
+func retain(ctx context.Context, dir string, layers []artifact.Layer, o unpack.Options) (*Retained, error) {
+	tmp := filepath.Join(dir, newRetainedDir)
+	if err := os.RemoveAll(tmp); err != nil { // left by a killed process
+		return nil, err
+	}
+	defer os.RemoveAll(tmp)
+	if err := os.Mkdir(tmp, 0o700); err != nil {
+		return nil, unpack.OutOfSpace(err, "the snapshotter's root")
+	}
+	retained, err := unpack.Retain(ctx, blobs.Dir(tmp), layers, o)
+	if err != nil {
+		return nil, err
+	}
+	r := &Retained{Format: retainedFormat, Retained: *retained}
+	err = r.save(filepath.Join(tmp, retainedFile))
+	if err == nil {
+		err = publish(tmp, RetainedDir(dir))
+	}
+	return r, unpack.OutOfSpace(err, "the snapshotter's root")
+}
+
+func (r *Retained) save(path string) error {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, b, 0o600)
+}
+
+// publish syncs tmp to the disk and renames it to dir, in exchange for a directory that
+// may be there.
+func publish(tmp, dir string) error {
+	err := filepath.WalkDir(tmp, func(path string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		return syncFile(path)
+	})
+	if err != nil {
+		return err
+	}
+	err = os.Rename(tmp, dir)
+	if errors.Is(err, unix.EEXIST) || errors.Is(err, unix.ENOTEMPTY) {
+		err = unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, dir, unix.RENAME_EXCHANGE)
+	}
+	if err != nil {
+		return err
+	}
+	// The directory of the snapshot is new, too.
+	return errors.Join(syncFile(filepath.Dir(dir)), syncFile(filepath.Dir(filepath.Dir(dir))))
+}
+
+func syncFile(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// LoadRetained reads what the snapshot in dir retains, and its ID, which differs for
+// different layers. A snapshot that retains nothing is os.ErrNotExist, one written by a
+// version of this package with another format errdefs.ErrFailedPrecondition.
+func LoadRetained(dir string) (*Retained, digest.Digest, error) {
+	file := filepath.Join(RetainedDir(dir), retainedFile)
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, "", err
+	}
+	r := &Retained{}
+	if err := json.Unmarshal(b, r); err != nil {
+		return nil, "", fmt.Errorf("%s: %w", file, err)
+	}
+	if r.Format != retainedFormat {
+		return nil, "", fmt.Errorf("%s was written by another version of the snapshotter; delete the image and pull it again: %w", file, errdefs.ErrFailedPrecondition)
+	}
+	return r, digest.FromBytes(b), nil
+}
+
+// Chain returns all layers that the snapshots in dirs retain, the lowest snapshot first,
+// as an artifact whose manifest has the digest id.
+func Chain(id digest.Digest, dirs []string) (*artifact.Artifact, error) {
+	a := &artifact.Artifact{Manifest: ocispec.Descriptor{Digest: id}, Created: time.Unix(0, 0).UTC()}
+	for _, dir := range dirs {
+		r, _, err := LoadRetained(dir)
+		if err != nil {
+			return nil, err
+		}
+		for _, l := range r.Layers {
+			l.Index = len(a.Layers)
+			a.Layers = append(a.Layers, l)
+		}
+	}
+	return a, nil
+}
+
+// LinkRetained links the contents that the snapshots in dirs retain into the directory
+// into.
+func LinkRetained(into blobs.Dir, dirs []string) error {
+	for _, dir := range dirs {
+		r, _, err := LoadRetained(dir)
+		if err != nil {
+			return err
+		}
+		for _, l := range r.Layers {
+			if l.Descriptor.Size == 0 || l.Format == artifact.FormatEmpty { // Retain needs no blob
+				continue
+			}
+			target := into.Path(l.Descriptor.Digest)
+			if err := os.MkdirAll(filepath.Dir(target), 0o700); err != nil {
+				return err
+			}
+			content := blobs.Dir(RetainedDir(dir)).Path(l.Descriptor.Digest)
+			if err := os.Link(content, target); err != nil && !errors.Is(err, os.ErrExist) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Promise records that the snapshot in dir is to retain the layers of an artifact.
+// Retaining takes time, so the next Apply on top of the snapshot does it. The record is
+// replaced atomically, since another Apply may read it at the same time.
+func Promise(dir string, manifest digest.Digest) error {
+	f, err := atomicfile.New(filepath.Join(dir, promiseFile), 0o600)
+	if err != nil {
+		return err
+	}
+	if _, err := f.Write([]byte(manifest)); err != nil {
+		return errors.Join(err, f.Cancel())
+	}
+	return f.Close()
+}
+
+// promised returns the manifest that Promise has recorded, "" if there is none.
+func promised(dir string) (digest.Digest, error) {
+	b, err := os.ReadFile(filepath.Join(dir, promiseFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	manifest, err := digest.Parse(string(b))
+	if err != nil {
+		return "", fmt.Errorf("%s holds %.100q, which is not a digest; delete the image and pull it again: %w", filepath.Join(dir, promiseFile), b, err)
+	}
+	return manifest, nil
+}

@@ -164,8 +164,8 @@ bench-peers: build tools
 # exceeded", and no input. So it is a number of tries.
 FUZZTIME ?= 20000x
 FUZZ     := artifact:FuzzRead artifact:FuzzUnambiguous artifact:FuzzFileMetadata artifact:FuzzCleanPath \
-            unpack:FuzzIndex unpack:FuzzInflate unpack:FuzzIDMap internal/blobdir:FuzzPath \
-            view:FuzzName view:FuzzArrival snapshot:FuzzKey client:FuzzDocument plugin/nri:FuzzResolve
+            unpack:FuzzIndex unpack:FuzzInflate unpack:FuzzIDMap blobs:FuzzPath \
+            store:FuzzName store:FuzzArrival snapshot:FuzzKey client:FuzzDocument nri:FuzzResolve
 fuzz:
 	@set -e; for f in $(FUZZ); do \
 		echo "==> $$f for $(FUZZTIME)"; \

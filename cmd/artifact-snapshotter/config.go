@@ -14,7 +14,8 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/urfave/cli/v3"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
 const (
@@ -42,7 +43,7 @@ func configCommand() *cli.Command {
 				Description: "Examples:\n\n" +
 					"  artifact-snapshotter config default > /etc/artifact-snapshotter/config.toml",
 				Action: func(_ context.Context, command *cli.Command) error {
-					_, err := fmt.Fprint(command.Root().Writer, plugin.DefaultFile)
+					_, err := fmt.Fprint(command.Root().Writer, daemon.DefaultFile)
 					return err
 				},
 			},
@@ -89,7 +90,7 @@ func configContainerd(_ context.Context, command *cli.Command) error {
 		return err
 	}
 	w := command.Root().Writer
-	if err := writeContainerdConfig(w, cfg, handler, plugin.MapsOwners()); err != nil || !command.Bool("native-unpack") {
+	if err := writeContainerdConfig(w, cfg, handler, snapshot.MapsOwners()); err != nil || !command.Bool("native-unpack") {
 		return err
 	}
 	return writeNativeConfig(w)
@@ -98,7 +99,7 @@ func configContainerd(_ context.Context, command *cli.Command) error {
 // writeContainerdConfig writes what containerd's configuration needs if the
 // snapshotter is that of a runtime handler, or of the whole node if handler is "".
 // mapsOwners says whether the kernel can do that for user namespaces.
-func writeContainerdConfig(w io.Writer, cfg plugin.Config, handler string, mapsOwners bool) error {
+func writeContainerdConfig(w io.Writer, cfg daemon.Config, handler string, mapsOwners bool) error {
 	return containerdTemplate.Execute(w, map[string]any{
 		"Address":      cfg.SocketAddress(),
 		"Root":         cfg.Root,

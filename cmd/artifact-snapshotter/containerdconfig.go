@@ -17,7 +17,7 @@ import (
 	"github.com/containerd/platforms"
 	containerdplugin "github.com/containerd/plugin"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
 // The plugins of containerd whose configuration counts, and the CRI plugin that
@@ -50,7 +50,7 @@ type runtimeConfig struct {
 	}
 	// overlayfs are the options of containerd's own snapshotter.
 	overlayfs struct {
-		plugin.Overlayfs
+		snapshot.Overlayfs
 		Root string `toml:"root_path"`
 	}
 	// entries are those of Unpack as they were written; nil if Unpack is containerd's

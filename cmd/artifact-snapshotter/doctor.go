@@ -22,7 +22,7 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
@@ -55,7 +55,7 @@ func doctorCommand() *cli.Command {
 // patient is what doctor looks at: the daemon's configuration, and the containerd
 // that it names.
 type patient struct {
-	plugin.Config
+	daemon.Config
 	configFile       string         // the daemon's own configuration file
 	containerdConfig string         // containerd's
 	containerd       *client.Client // nil if it does not answer,
@@ -219,7 +219,7 @@ type modeFacts struct {
 }
 
 // checkModes tries all modes; option and configured are what the configuration says.
-func checkModes(ctx context.Context, cfg plugin.Config, option, configured string, all []unpack.Mode) finding {
+func checkModes(ctx context.Context, cfg daemon.Config, option, configured string, all []unpack.Mode) finding {
 	root, err := unpack.Locate(cfg.Root)
 	if err != nil {
 		return failed(err)

@@ -16,7 +16,7 @@ import (
 	containerdplugin "github.com/containerd/plugin"
 	"github.com/pelletier/go-toml/v2"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
 // compiledIn is the address of a plugin that is part of containerd.
@@ -101,7 +101,7 @@ func checkContainerdConfig(ctx context.Context, p patient) finding {
 }
 
 func newConfigExam(p patient) *configExam {
-	return &configExam{patient: p, mapsOwners: plugin.MapsOwners(), facts: configFacts{
+	return &configExam{patient: p, mapsOwners: snapshot.MapsOwners(), facts: configFacts{
 		File: p.containerdConfig, Handlers: []string{}, OtherHandlers: map[string]string{}, Unpack: []string{}, UnpackLate: []string{},
 		Capabilities: []string{},
 	}}
@@ -256,7 +256,7 @@ func (e *configExam) examineSnapshotter() {
 func (e *configExam) examineCapabilities(told []string) {
 	e.facts.Capabilities = append(e.facts.Capabilities, told...)
 	e.Facts = e.facts
-	maps, copies := slices.Contains(told, plugin.RemapIDs), !slices.Contains(told, plugin.OnlyRemapIDs)
+	maps, copies := slices.Contains(told, snapshot.RemapIDs), !slices.Contains(told, snapshot.OnlyRemapIDs)
 	switch {
 	case e.mapsOwners && !maps && copies:
 		e.addProxy(proxyName, "the root filesystems of pods with a user namespace are not copied")
@@ -264,7 +264,7 @@ func (e *configExam) examineCapabilities(told []string) {
 		e.addProxy(proxyName, "pods with a user namespace start")
 	case e.mapsOwners:
 	case maps:
-		e.problem(fmt.Sprintf("containerd is told that owners are mapped for user namespaces (%s), which this kernel cannot (Linux can since 5.19): pods with hostUsers: false do not start", plugin.RemapIDs))
+		e.problem(fmt.Sprintf("containerd is told that owners are mapped for user namespaces (%s), which this kernel cannot (Linux can since 5.19): pods with hostUsers: false do not start", snapshot.RemapIDs))
 		e.addProxy(proxyName, "containerd does for them what slow_chown says")
 	case copies && !e.Overlayfs.SlowChown:
 		e.addProxy(proxyName, "containerd refuses pods with a user namespace and does not copy their root filesystems, as slow_chown = false says")

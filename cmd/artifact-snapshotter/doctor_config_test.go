@@ -17,7 +17,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
 // configured is what doctor says of containerd's configuration file at path, and
@@ -192,7 +193,7 @@ func TestDoctorSaysWhatAnOldKernelCannotDo(t *testing.T) {
 		"something, for it may be slow": {`"rebase"`, true, "", "", `[]`},
 	} {
 		t.Run(name, func(t *testing.T) {
-			cfg := plugin.Default()
+			cfg := daemon.Default()
 			cfg.Overlayfs.SlowChown = test.slowChown
 			var text strings.Builder
 			if err := writeContainerdConfig(&text, cfg, "", false); err != nil {
@@ -225,7 +226,7 @@ func TestDoctorSaysWhatAnOldKernelCannotDo(t *testing.T) {
 // The options of containerd's own overlayfs are not lost without a word.
 func TestDoctorComparesTheOptionsOfOverlayfs(t *testing.T) {
 	const theirs = "\n[plugins.'io.containerd.snapshotter.v1.overlayfs']\n  root_path = '/data'\n  mount_options = ['volatile', 'metacopy=off']\n  upperdir_label = true\n  sync_remove = true\n  slow_chown = true\n"
-	want := plugin.Overlayfs{MountOptions: []string{"volatile", "metacopy=off"}, UpperdirLabel: true, SyncRemove: true, SlowChown: true}
+	want := snapshot.Overlayfs{MountOptions: []string{"volatile", "metacopy=off"}, UpperdirLabel: true, SyncRemove: true, SlowChown: true}
 	for name, text := range map[string]string{
 		"for the node":                       strings.Join(printed(t), ""),
 		"for a handler":                      strings.Join(printed(t, "--snapshotter-scope", "runtime-handler"), ""),
@@ -233,7 +234,7 @@ func TestDoctorComparesTheOptionsOfOverlayfs(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := writeFile(t, "version = 3\n"+text+theirs)
-			ask := func(cfg plugin.Config) []advice {
+			ask := func(cfg daemon.Config) []advice {
 				t.Helper()
 				e := newConfigExam(patient{Config: cfg, configFile: "/our/file.toml", containerdConfig: path, unanswered: errors.New("not asked")})
 				if err := e.examineFiles(t.Context(), false); err != nil {
@@ -241,7 +242,7 @@ func TestDoctorComparesTheOptionsOfOverlayfs(t *testing.T) {
 				}
 				return slices.DeleteFunc(e.Advice, func(a advice) bool { return !strings.Contains(a.Gain, "overlayfs") })
 			}
-			cfg := plugin.Default()
+			cfg := daemon.Default()
 			cfg.Address = "/run/a.sock"
 			cfg.Overlayfs.SlowChown = true
 			got := ask(cfg)
@@ -254,7 +255,7 @@ func TestDoctorComparesTheOptionsOfOverlayfs(t *testing.T) {
 			if len(got) != 1 || !strings.Contains(got[0].Do, "/our/file.toml") {
 				t.Fatalf("it says %+v", got)
 			}
-			cfg, err := plugin.Load(writeFile(t, got[0].Lines))
+			cfg, err := daemon.Load(writeFile(t, got[0].Lines))
 			if err != nil || !cfg.Overlayfs.Equal(want) {
 				t.Errorf("the lines say %+v, want %+v: %v", cfg.Overlayfs, want, err)
 			}

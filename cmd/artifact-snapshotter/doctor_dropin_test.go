@@ -13,7 +13,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
 )
 
 // toWrite are the places of lines in what doctor says to do.
@@ -176,7 +176,7 @@ func TestDoctorsLinesFitTheFilesOfNodes(t *testing.T) {
 			if todo[0] == "migrate" {
 				todo = todo[1:]
 				// containerd 2.3 and later need no migration.
-				later := newConfigExam(patient{Config: plugin.Default(), containerdConfig: path, unanswered: errors.New("not asked")})
+				later := newConfigExam(patient{Config: daemon.Default(), containerdConfig: path, unanswered: errors.New("not asked")})
 				if err := later.examineFiles(t.Context(), false); err != nil {
 					t.Fatal(err)
 				}

@@ -11,7 +11,7 @@ import (
 	"os"
 	"strings"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
@@ -41,7 +41,7 @@ func checkNRI(ctx context.Context, p patient) finding {
 	_, serr := os.Stat(p.NRI.Socket)
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	err := plugin.HealthOf(ctx, p.SocketAddress(), plugin.HealthNRI)
+	err := daemon.HealthOf(ctx, p.SocketAddress(), daemon.HealthNRI)
 	switch {
 	case errors.Is(serr, fs.ErrNotExist):
 		fmt.Fprintf(&text, "there is no socket %s\n", p.NRI.Socket)

@@ -11,7 +11,7 @@ import (
 
 	"github.com/urfave/cli/v3"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
 )
 
 func healthCommand() *cli.Command {
@@ -49,9 +49,9 @@ func health(ctx context.Context, command *cli.Command) error {
 	defer cancel()
 	service := ""
 	if command.Bool("nri") {
-		service = plugin.HealthNRI
+		service = daemon.HealthNRI
 	}
-	if err := plugin.HealthOf(ctx, address, service); err != nil {
+	if err := daemon.HealthOf(ctx, address, service); err != nil {
 		return err
 	}
 	_, err := fmt.Fprintln(command.Root().Writer, "ok")

@@ -13,7 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/pelletier/go-toml/v2"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
 // What install writes into the daemon's file, which may be an administrator's, begins with
@@ -26,7 +26,7 @@ const (
 )
 
 // overlayfsTable is the table of the daemon's file that says o.
-func overlayfsTable(o plugin.Overlayfs) (string, error) {
+func overlayfsTable(o snapshot.Overlayfs) (string, error) {
 	if o.MountOptions == nil {
 		o.MountOptions = []string{}
 	}
@@ -39,7 +39,7 @@ func (n *installation) daemonFile() string { return cmp.Or(n.configFile, default
 
 // configChange is what becomes of the daemon's file: containerd's options of overlayfs are
 // taken over, unless the file says something of them. n.cfg has them then, too.
-func (n *installation) configChange(theirs plugin.Overlayfs) (change, error) {
+func (n *installation) configChange(theirs snapshot.Overlayfs) (change, error) {
 	config, err := changed(n.daemonFile(), nil, 0o644)
 	if err != nil {
 		return config, err
@@ -63,7 +63,7 @@ func (n *installation) configChange(theirs plugin.Overlayfs) (change, error) {
 		return config, nil
 	}
 	n.cfg.Overlayfs = theirs
-	if theirs.Equal(plugin.Overlayfs{}) {
+	if theirs.Equal(snapshot.Overlayfs{}) {
 		if string(text) != writtenBy { // nothing else was in it
 			config.after = text
 		}
@@ -92,7 +92,7 @@ func withoutTakenOver(text []byte) []byte {
 // written fewer keys.
 func isTakenOver(text []byte) bool {
 	var said struct {
-		Overlayfs plugin.Overlayfs `toml:"overlayfs"`
+		Overlayfs snapshot.Overlayfs `toml:"overlayfs"`
 	}
 	if toml.Unmarshal(text, &said) != nil {
 		return false
@@ -108,7 +108,7 @@ func isTakenOver(text []byte) bool {
 
 // adviseOverlayfs says what to write if containerd's own overlayfs has options that the
 // daemon will not have.
-func (r *installRun) adviseOverlayfs(theirs plugin.Overlayfs) error {
+func (r *installRun) adviseOverlayfs(theirs snapshot.Overlayfs) error {
 	both := r.cfg.Overlayfs.With(theirs)
 	if both.Equal(r.cfg.Overlayfs) {
 		return nil

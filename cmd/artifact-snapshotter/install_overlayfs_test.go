@@ -9,13 +9,14 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
 // What install has written is kept up to date and taken away. As soon as there is anything
 // else between its lines, all of it is an administrator's.
 func TestOnlyWhatInstallHasWrittenIsTakenBack(t *testing.T) {
-	volatile, index := plugin.Overlayfs{MountOptions: []string{"volatile"}}, plugin.Overlayfs{MountOptions: []string{"index=off"}}
+	volatile, index := snapshot.Overlayfs{MountOptions: []string{"volatile"}}, snapshot.Overlayfs{MountOptions: []string{"index=off"}}
 	table, err := overlayfsTable(volatile)
 	if err != nil {
 		t.Fatal(err)
@@ -43,7 +44,7 @@ func TestOnlyWhatInstallHasWrittenIsTakenBack(t *testing.T) {
 			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			run := &installRun{installation: installation{configFile: path, cfg: plugin.Default(), binary: "/nowhere"}}
+			run := &installRun{installation: installation{configFile: path, cfg: daemon.Default(), binary: "/nowhere"}}
 			without := string(withoutTakenOver([]byte(text)))
 			if kept := without == text; kept != test.kept {
 				t.Errorf("kept: %t, want %t:\n%s", kept, test.kept, without)
@@ -78,7 +79,7 @@ func TestOnlyWhatInstallHasWrittenIsTakenBack(t *testing.T) {
 }
 
 func TestAnEmptyFileIsEmptyAgain(t *testing.T) {
-	table, err := overlayfsTable(plugin.Overlayfs{SyncRemove: true})
+	table, err := overlayfsTable(snapshot.Overlayfs{SyncRemove: true})
 	if err != nil {
 		t.Fatal(err)
 	}

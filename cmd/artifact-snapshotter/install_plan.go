@@ -22,8 +22,9 @@ import (
 	"github.com/pelletier/go-toml/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
 	"github.com/artifact-snapshotter/artifact-snapshotter/deploy"
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
 const (
@@ -49,7 +50,7 @@ var containerdFiles = []string{
 
 // installation is what is installed, and where.
 type installation struct {
-	cfg plugin.Config
+	cfg daemon.Config
 	// configFile is the daemon's, "" if it is the default one, and configText what is
 	// to be there, nil if that is none of ours.
 	configFile string
@@ -100,7 +101,7 @@ var plainPath = regexp.MustCompile(`^/[\w/.@+,:-]*$`)
 
 // serviceChanges are the files of the service. Options of containerd's own overlayfs are
 // taken over.
-func (n *installation) serviceChanges(theirs plugin.Overlayfs) (changes []change, err error) {
+func (n *installation) serviceChanges(theirs snapshot.Overlayfs) (changes []change, err error) {
 	for _, path := range []string{n.binary, n.configFile} {
 		if path != "" && !plainPath.MatchString(path) {
 			return nil, fmt.Errorf("the path %q cannot stand in a unit of systemd: use letters, digits and /._@+,:- alone: %w", path, errdefs.ErrInvalidArgument)
@@ -347,7 +348,7 @@ func (d *dropIn) scoped() (images, runtimes []map[string]any) {
 // dropIn is the text of the file that containerd imports.
 func (n *installation) dropIn(read *runtimeConfig, d dropIn) ([]byte, error) {
 	var text strings.Builder
-	if err := writeContainerdConfig(&text, n.cfg, "", plugin.MapsOwners()); err != nil {
+	if err := writeContainerdConfig(&text, n.cfg, "", snapshot.MapsOwners()); err != nil {
 		return nil, err
 	}
 	var printed map[string]any

@@ -20,7 +20,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 	"golang.org/x/sys/unix"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
 )
 
 // binary is the real program, built once for all tests.
@@ -93,7 +93,7 @@ func TestVersion(t *testing.T) {
 }
 
 func TestConfigDefault(t *testing.T) {
-	if got := output(t, "config", "default"); got != plugin.DefaultFile {
+	if got := output(t, "config", "default"); got != daemon.DefaultFile {
 		t.Errorf("got %q", got)
 	}
 }

@@ -11,7 +11,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/urfave/cli/v3"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
+	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
 )
 
 const defaultConfigFile = "/etc/artifact-snapshotter/config.toml"
@@ -39,10 +39,10 @@ func daemonFlags() []cli.Flag {
 }
 
 // daemonConfig is the daemon's configuration with those flags.
-func daemonConfig(command *cli.Command) (plugin.Config, error) {
+func daemonConfig(command *cli.Command) (daemon.Config, error) {
 	cfg, err := loadConfig(command)
 	if err != nil {
-		return plugin.Config{}, err
+		return daemon.Config{}, err
 	}
 	for flag, value := range map[string]*string{
 		"root":               &cfg.Root,
@@ -90,14 +90,14 @@ func serve(ctx context.Context, command *cli.Command) error {
 	if err := forbid(cfg.Network()); err != nil {
 		log.G(ctx).WithError(err).Warn("The daemon may make system calls that it does not need")
 	}
-	return plugin.Serve(ctx, cfg, buildVersion())
+	return daemon.Serve(ctx, cfg, buildVersion())
 }
 
 // loadConfig loads the file of --config. Without the flag it need not exist.
-func loadConfig(command *cli.Command) (plugin.Config, error) {
-	cfg, err := plugin.Load(command.String("config"))
+func loadConfig(command *cli.Command) (daemon.Config, error) {
+	cfg, err := daemon.Load(command.String("config"))
 	if errors.Is(err, fs.ErrNotExist) && !command.IsSet("config") {
-		return plugin.Default(), nil
+		return daemon.Default(), nil
 	}
 	return cfg, err
 }

@@ -80,8 +80,8 @@ func (s shelf) drop(a *Artifact) error {
 	return errors.Join(errs...)
 }
 
-// daemon is a daemon with modes of its own, over the blobs of all.
-type daemon struct {
+// process is a daemon with modes of its own, over the blobs of all.
+type process struct {
 	modes unpack.Modes
 	dir   string
 	cmd   *exec.Cmd
@@ -100,13 +100,13 @@ func alone(dir string, blobs shelf, early bool) string {
 
 // start starts a daemon with modes, and with more of a configuration, by a command that
 // becomes the one behind it.
-func start(t *testing.T, dir, more string, modes unpack.Modes, by ...string) (*daemon, error) {
+func start(t *testing.T, dir, more string, modes unpack.Modes, by ...string) (*process, error) {
 	t.Helper()
 	program, err := node.Program()
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := &daemon{modes: modes, dir: filepath.Join(dir, string(modes.Raw)+"+"+string(modes.Tar))}
+	d := &process{modes: modes, dir: filepath.Join(dir, string(modes.Raw)+"+"+string(modes.Tar))}
 	if err := os.MkdirAll(d.dir, 0o711); err != nil {
 		t.Fatal(err)
 	}
@@ -151,7 +151,7 @@ func start(t *testing.T, dir, more string, modes unpack.Modes, by ...string) (*d
 	return d, nil
 }
 
-func (d *daemon) socket() string { return filepath.Join(d.dir, "s") }
+func (d *process) socket() string { return filepath.Join(d.dir, "s") }
 
 func tail(file string) string {
 	text, err := os.ReadFile(file)
@@ -161,7 +161,7 @@ func tail(file string) string {
 	return string(text[max(0, len(text)-3000):])
 }
 
-func (d *daemon) stop(t *testing.T) {
+func (d *process) stop(t *testing.T) {
 	t.Helper()
 	if d.conn != nil {
 		d.conn.Close()
@@ -182,19 +182,19 @@ func (d *daemon) stop(t *testing.T) {
 	}
 }
 
-func (d *daemon) pid() int { return d.cmd.Process.Pid }
+func (d *process) pid() int { return d.cmd.Process.Pid }
 
-func (d *daemon) snapshotter() snapshots.Snapshotter {
+func (d *process) snapshotter() snapshots.Snapshotter {
 	return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(d.conn), "artifact")
 }
 
-func (d *daemon) applier() diff.Applier {
+func (d *process) applier() diff.Applier {
 	return diffproxy.NewDiffApplier(diffapi.NewDiffClient(d.conn)).(diff.Applier)
 }
 
 // peak is the most memory, in bytes, that the daemon has had resident since the last
 // call.
-func (d *daemon) peak(t *testing.T) int64 {
+func (d *process) peak(t *testing.T) int64 {
 	t.Helper()
 	proc := fmt.Sprintf("/proc/%d/", d.pid())
 	text, err := os.ReadFile(proc + "status")
@@ -225,7 +225,7 @@ func again(f func() error) error {
 
 // treeDoor shows an artifact as `artifact-snapshotter mount` does, and as an image
 // volume is shown but for the key.
-type treeDoor struct{ *daemon }
+type treeDoor struct{ *process }
 
 func (d treeDoor) Way() Way { return Way(string(d.modes.Raw) + "+" + string(d.modes.Tar)) }
 
@@ -273,7 +273,7 @@ func bound(kind, source string, options []string) (string, error) {
 // layersDoor unpacks layer by layer, as containerd's own unpacker does (core/unpack),
 // into the snapshots of a snapshotter.
 type layersDoor struct {
-	*daemon
+	*process
 	way Way
 	to  snapshots.Snapshotter
 	dir string // for a mount
@@ -360,7 +360,7 @@ func (d layersDoor) Show(ctx context.Context, a *Artifact) (_ string, _ func() e
 }
 
 // doors are all ways that this kernel has, each with the daemon behind it.
-func doors(t *testing.T, dir string, blobs shelf, ways []Way) (doors []Door, daemons []*daemon) {
+func doors(t *testing.T, dir string, blobs shelf, ways []Way) (doors []Door, daemons []*process) {
 	t.Helper()
 	for _, way := range ways {
 		rawMode, tarMode, _ := strings.Cut(string(way), "+")
@@ -393,13 +393,13 @@ func doors(t *testing.T, dir string, blobs shelf, ways []Way) (doors []Door, dae
 	doors = append(doors, layersDoor{first, Layers, first.snapshotter(), ""}, layersDoor{first, Files, others, shown})
 	for _, way := range []Way{NRIOfContainerd, NRIOfCRIO} {
 		d := startNRI(t, dir, blobs, way)
-		daemons, doors = append(daemons, d.daemon), append(doors, d)
+		daemons, doors = append(daemons, d.process), append(doors, d)
 	}
 	return doors, daemons
 }
 
 // cleanup asks a daemon to remove what nobody uses.
-func cleanup(t *testing.T, d *daemon) error {
+func cleanup(t *testing.T, d *process) error {
 	t.Helper()
 	c, ok := d.snapshotter().(snapshots.Cleaner)
 	if !ok {

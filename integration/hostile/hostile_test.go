@@ -207,7 +207,7 @@ func TestEveryArtifactGetsItsVerdict(t *testing.T) {
 
 // wantNothingLeft checks that the daemons have no Trees, no mounts and no contents when
 // nothing is shown and all blobs are gone.
-func wantNothingLeft(t *testing.T, daemons []*daemon) {
+func wantNothingLeft(t *testing.T, daemons []*process) {
 	t.Helper()
 	for _, d := range daemons {
 		if left := left(t, d); left != "" {
@@ -217,7 +217,7 @@ func wantNothingLeft(t *testing.T, daemons []*daemon) {
 }
 
 // left is what a daemon has not removed after a while, of what it must.
-func left(t *testing.T, d *daemon) string {
+func left(t *testing.T, d *process) string {
 	t.Helper()
 	var left []string
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {

@@ -25,8 +25,8 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
-	"github.com/artifact-snapshotter/artifact-snapshotter/plugin"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
@@ -34,7 +34,7 @@ import (
 // it creates a container. The mounts of that are those that the runtime makes of an image
 // volume.
 type nriDoor struct {
-	*daemon
+	*process
 	way     Way
 	runtime *adaptation.Adaptation
 	// mounts are the runtime's mounts of an artifact, and what it says of them.
@@ -89,10 +89,10 @@ func startNRI(t *testing.T, dir string, blobs shelf, way Way) nriDoor {
 	}
 	t.Cleanup(door.runtime.Stop) // when the plugin has gone
 	config += fmt.Sprintf("[nri]\nenabled = true\nsocket = %q\n", socket)
-	if door.daemon, err = start(t, dir, config, unpack.Modes{Raw: unpack.Overlay, Tar: unpack.EROFS}); err != nil {
+	if door.process, err = start(t, dir, config, unpack.Modes{Raw: unpack.Overlay, Tar: unpack.EROFS}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the runtime has the plugin", func() error { return plugin.HealthOf(t.Context(), door.socket(), plugin.HealthNRI) })
+	eventually(t, "the runtime has the plugin", func() error { return daemon.HealthOf(t.Context(), door.socket(), daemon.HealthNRI) })
 	return door
 }
 

@@ -13,9 +13,17 @@ import (
 	"strings"
 	"testing"
 
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/proxy"
+	"github.com/containerd/containerd/v2/pkg/dialer"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/opencontainers/go-digest"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdtest"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
 // buildContainerd compiles containerd with this package, as somebody outside of
@@ -68,17 +76,17 @@ func TestCompiledIn(t *testing.T) {
 	containerd := buildContainerd(t)
 
 	t.Run("with containerd's directories", func(t *testing.T) {
-		n := newNode(t, "")
-		n.start(t, containerd)
+		n := containerdtest.New(t, "")
+		n.Start(t, containerd)
 		details := listed(t, n, "--detailed")
-		root := filepath.Join(n.dir, "root", "io.containerd.snapshotter.v1.artifact")
-		for _, want := range []string{"artifact", "linux/", root, RemapIDs} {
+		root := filepath.Join(n.Dir, "root", "io.containerd.snapshotter.v1.artifact")
+		for _, want := range []string{"artifact", "linux/", root, snapshot.RemapIDs} {
 			if !strings.Contains(details, want) {
 				t.Errorf("the plugin does not say %q:\n%s", want, details)
 			}
 		}
 		wantOK(t, n)
-		if output, err := n.ctr(t, "snapshots", "--snapshotter", "artifact", "prepare", "key"); err != nil {
+		if output, err := n.Ctr(t, "snapshots", "--snapshotter", "artifact", "prepare", "key"); err != nil {
 			t.Errorf("prepare a snapshot: %v\n%s", err, output)
 		}
 		for _, entry := range []string{"lock", "overlayfs"} {
@@ -87,30 +95,30 @@ func TestCompiledIn(t *testing.T) {
 			}
 		}
 		// It found containerd's own content store and address, too.
-		wantView(t, n, filepath.Join(n.dir, "state", "io.containerd.snapshotter.v1.artifact", "mounts"))
-		eventually(t, "the empty blob is planted", func() error {
-			_, err := contentStore(t, n.address).Info(namespaces.WithNamespace(t.Context(), "k8s.io"), emptyBlob)
+		wantView(t, n, filepath.Join(n.Dir, "state", "io.containerd.snapshotter.v1.artifact", "mounts"))
+		containerdtest.Eventually(t, "the empty blob is planted", func() error {
+			_, err := n.ContentStore(t).Info(namespaces.WithNamespace(t.Context(), "k8s.io"), digest.FromBytes(nil))
 			return err
 		})
-		n.stop()
+		n.Stop()
 	})
 
 	t.Run("with directories of its own", func(t *testing.T) {
 		dir := t.TempDir()
-		n := newNode(t, fmt.Sprintf("[plugins.'io.containerd.snapshotter.v1.artifact']\n  root = %q\n  namespaces = ['other']\n  [plugins.'io.containerd.snapshotter.v1.artifact'.overlayfs]\n    mount_options = ['volatile']\n", dir+"/r"))
-		n.start(t, containerd)
+		n := containerdtest.New(t, fmt.Sprintf("[plugins.'io.containerd.snapshotter.v1.artifact']\n  root = %q\n  namespaces = ['other']\n  [plugins.'io.containerd.snapshotter.v1.artifact'.overlayfs]\n    mount_options = ['volatile']\n", dir+"/r"))
+		n.Start(t, containerd)
 		wantOK(t, n)
 		if _, err := os.Stat(filepath.Join(dir, "r", "lock")); err != nil {
 			t.Error(err)
 		}
-		eventually(t, "the empty blob is planted", func() error {
-			_, err := contentStore(t, n.address).Info(namespaces.WithNamespace(t.Context(), "other"), emptyBlob)
+		containerdtest.Eventually(t, "the empty blob is planted", func() error {
+			_, err := n.ContentStore(t).Info(namespaces.WithNamespace(t.Context(), "other"), digest.FromBytes(nil))
 			return err
 		})
 		var mounts string
 		for _, args := range [][]string{{"prepare", "a"}, {"commit", "layer", "a"}, {"prepare", "b", "layer"}, {"mounts", dir, "b"}} {
 			var err error
-			if mounts, err = n.ctr(t, append([]string{"snapshots", "--snapshotter", "artifact"}, args...)...); err != nil {
+			if mounts, err = n.Ctr(t, append([]string{"snapshots", "--snapshotter", "artifact"}, args...)...); err != nil {
 				t.Fatalf("ctr snapshots %q: %v\n%s", args, err, mounts)
 			}
 		}
@@ -120,66 +128,92 @@ func TestCompiledIn(t *testing.T) {
 	})
 
 	t.Run("containerd's own unpacker unpacks with the differ", func(t *testing.T) {
-		n := newNode(t, nativeUnpack)
-		n.start(t, containerd)
-		if output, err := n.ctr(t, "plugins", "ls", "type==io.containerd.differ.v1,id==artifact"); err != nil || !strings.Contains(output, " ok") {
+		n := containerdtest.New(t, nativeUnpack)
+		n.Start(t, containerd)
+		if output, err := n.Ctr(t, "plugins", "ls", "type==io.containerd.differ.v1,id==artifact"); err != nil || !strings.Contains(output, " ok") {
 			t.Errorf("the differ is not there: %v\n%s", err, output)
 		}
 		weights := []byte("weights")
-		reference, _ := serveArtifact(t, weights)
-		if output, err := n.ctr(t, "images", "pull", "--plain-http", "--snapshotter", "artifact", "--platform", "linux(+modelpack)", reference); err != nil {
-			t.Fatalf("pull: %v\n%s\n%s", err, output, n.log())
+		reference, _ := containerdtest.ServeArtifact(t, weights)
+		if output, err := n.Ctr(t, "images", "pull", "--plain-http", "--snapshotter", "artifact", "--platform", "linux(+modelpack)", reference); err != nil {
+			t.Fatalf("pull: %v\n%s\n%s", err, output, n.Log())
 		}
 		// The chain ID of one layer is its DiffID.
 		chain := digest.FromBytes(weights).String()
 		ctx := namespaces.WithNamespace(t.Context(), "default")
 		// Else containerd's garbage collector takes it.
 		keep := snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "test"})
-		if _, err := dial(t, n.address).View(ctx, "view", chain, keep); err != nil {
+		if _, err := dial(t, n.Address).View(ctx, "view", chain, keep); err != nil {
 			t.Fatal(err)
 		}
-		wantShown(t, n, "view", filepath.Join(n.dir, "state", "io.containerd.snapshotter.v1.artifact", "mounts"), weights)
+		wantShown(t, n, "view", filepath.Join(n.Dir, "state", "io.containerd.snapshotter.v1.artifact", "mounts"), weights)
 	})
 
-	t.Run("what is the daemon's alone is refused", func(t *testing.T) {
-		n := newNode(t, "[plugins.'io.containerd.snapshotter.v1.artifact']\n  address = '/run/a.sock'\n")
-		n.start(t, containerd)
-		if details := listed(t, n, "--detailed"); !strings.Contains(details, "address, log_level, metrics_address and nri") {
+	t.Run("containerd says which keys it ignores", func(t *testing.T) {
+		n := containerdtest.New(t, "[plugins.'io.containerd.snapshotter.v1.artifact']\n  metrics_address = '127.0.0.1:9477'\n")
+		n.Start(t, containerd)
+		wantOK(t, n)
+		if !regexp.MustCompile(`level=warning msg="Ignoring unknown key in TOML for plugin".* key=metrics_address`).MatchString(n.Log()) {
+			t.Errorf("nothing is logged about a key of the daemon's:\n%s", n.Log())
+		}
+	})
+
+	t.Run("the root of a daemon with NRI is refused", func(t *testing.T) {
+		root := t.TempDir()
+		if err := os.Mkdir(filepath.Join(root, "nri"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(root, "nri", "container.json"), []byte("{}"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		n := containerdtest.New(t, fmt.Sprintf("[plugins.'io.containerd.snapshotter.v1.artifact']\n  root = %q\n", root))
+		n.Start(t, containerd)
+		if details := listed(t, n, "--detailed"); !strings.Contains(details, filepath.Join(root, "nri")+" records containers") {
 			t.Errorf("the plugin does not say what is wrong:\n%s", details)
 		}
 	})
 }
 
-// listed returns what `ctr plugins ls` says of the snapshotter.
-func listed(t *testing.T, n *node, args ...string) string {
+func dial(t *testing.T, address string) snapshots.Snapshotter {
 	t.Helper()
-	output, err := n.ctr(t, append(append([]string{"plugins", "ls"}, args...), "type==io.containerd.snapshotter.v1,id==artifact")...)
+	conn, err := grpc.NewClient(dialer.DialAddress(address), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "artifact")
+}
+
+// listed returns what `ctr plugins ls` says of the snapshotter.
+func listed(t *testing.T, n *containerdtest.Containerd, args ...string) string {
+	t.Helper()
+	output, err := n.Ctr(t, append(append([]string{"plugins", "ls"}, args...), "type==io.containerd.snapshotter.v1,id==artifact")...)
 	if err != nil {
 		t.Fatalf("list plugins: %v\n%s", err, output)
 	}
 	return output
 }
 
-func wantOK(t *testing.T, n *node) {
+func wantOK(t *testing.T, n *containerdtest.Containerd) {
 	t.Helper()
 	list := listed(t, n)
 	if !regexp.MustCompile(`(?m)^io\.containerd\.snapshotter\.v1 +artifact +linux/\S+ +ok *$`).MatchString(list) {
-		t.Errorf("the plugin is not ok:\n%s\n%s", list, n.log())
+		t.Errorf("the plugin is not ok:\n%s\n%s", list, n.Log())
 	}
 }
 
 // wantView pulls an artifact and has the snapshotter show it like an image
 // volume, below the directory mounts.
-func wantView(t *testing.T, n *node, mounts string) {
+func wantView(t *testing.T, n *containerdtest.Containerd, mounts string) {
 	t.Helper()
 	weights := []byte("weights")
-	reference, manifest := serveArtifact(t, weights)
+	reference, manifest := containerdtest.ServeArtifact(t, weights)
 	key := "/image-volumes/sandbox/" + manifest.Encoded()
 	for _, args := range [][]string{
 		{"content", "fetch", "--plain-http", reference},
 		{"snapshots", "--snapshotter", "artifact", "prepare", key},
 	} {
-		if output, err := n.ctr(t, args...); err != nil {
+		if output, err := n.Ctr(t, args...); err != nil {
 			t.Fatalf("ctr %s: %v\n%s", strings.Join(args, " "), err, output)
 		}
 	}
@@ -188,7 +222,7 @@ func wantView(t *testing.T, n *node, mounts string) {
 
 // wantShown checks that the one view shows the artifact of one file, removes it, and
 // waits until it is unmounted.
-func wantShown(t *testing.T, n *node, key, mounts string, weights []byte) {
+func wantShown(t *testing.T, n *containerdtest.Containerd, key, mounts string, weights []byte) {
 	t.Helper()
 	// A raw layer without a path has its digest for a name.
 	files, err := filepath.Glob(filepath.Join(mounts, "*", digest.FromBytes(weights).Encoded()))
@@ -198,10 +232,10 @@ func wantShown(t *testing.T, n *node, key, mounts string, weights []byte) {
 	if got, err := os.ReadFile(files[0]); err != nil || !bytes.Equal(got, weights) {
 		t.Errorf("the view reads %q, %v; want %q", got, err, weights)
 	}
-	if output, err := n.ctr(t, "snapshots", "--snapshotter", "artifact", "rm", key); err != nil {
+	if output, err := n.Ctr(t, "snapshots", "--snapshotter", "artifact", "rm", key); err != nil {
 		t.Fatalf("remove the view: %v\n%s", err, output)
 	}
-	eventually(t, "the view is unmounted", func() error {
+	containerdtest.Eventually(t, "the view is unmounted", func() error {
 		left, err := os.ReadDir(mounts)
 		if err == nil && len(left) > 0 {
 			err = fmt.Errorf("%s is left", left[0].Name())

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package plugin
+package daemon
 
 import (
 	"context"
@@ -23,6 +23,9 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdtest"
+	"github.com/artifact-snapshotter/artifact-snapshotter/service"
 )
 
 // testConfig is a configuration below a directory of the test's own, without a
@@ -66,7 +69,7 @@ func serve(t *testing.T, cfg Config) (stop func() error) {
 			t.Errorf("Serve: %v", err)
 		}
 	})
-	eventually(t, "the server answers", func() error {
+	containerdtest.Eventually(t, "the server answers", func() error {
 		conn, err := net.Dial("unix", cfg.SocketAddress())
 		if err != nil {
 			return err
@@ -102,8 +105,8 @@ func TestServe(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := info.Mode().Perm(); got != dirMode {
-			t.Errorf("%s is %v, want %v", dir, got, fs.FileMode(dirMode))
+		if got := info.Mode().Perm(); got != service.DirMode {
+			t.Errorf("%s is %v, want %v", dir, got, fs.FileMode(service.DirMode))
 		}
 	}
 

@@ -1,15 +1,13 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package plugin
+package daemon
 
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/http"
-	"net/netip"
 	"strings"
 	"time"
 
@@ -17,29 +15,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-const (
-	// gatherTimeout bounds what is read for one request of the metrics.
-	gatherTimeout = 10 * time.Second
-	// unixScheme is how metrics_address names a Unix socket.
-	unixScheme = "unix://"
-)
-
-// validateMetrics checks metrics_address. What a metric says is not for everybody
-// who can reach the node, and there is neither TLS nor a password: so it is a socket
-// that only root can connect to, or a port that only the node itself can.
-func validateMetrics(address string) error {
-	if address == "" {
-		return nil
-	}
-	if path, ok := strings.CutPrefix(address, unixScheme); ok {
-		return validateSocket("metrics_address", path)
-	}
-	port, err := netip.ParseAddrPort(address)
-	if err != nil || !port.Addr().IsLoopback() || port.Port() == 0 {
-		return fmt.Errorf("metrics_address %q is neither unix:///path nor a port of a loopback address, such as 127.0.0.1:9477 or [::1]:9477", address)
-	}
-	return nil
-}
+// gatherTimeout bounds the time to collect the metrics for one request.
+const gatherTimeout = 10 * time.Second
 
 // metricsRetry is how long to wait for an address that something else has.
 const metricsRetry = 10 * time.Second

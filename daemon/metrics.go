@@ -1,21 +1,21 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package plugin
+package daemon
 
 import (
 	"context"
 	"errors"
-	"fmt"
 	"runtime"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/mount"
-	"github.com/containerd/containerd/v2/core/snapshots"
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
+	"google.golang.org/grpc"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
@@ -213,14 +213,6 @@ func (m *metrics) watch(views *store.Store, watcher *images.Watcher) {
 	}
 }
 
-// prepared counts a request for a snapshot that failed. That a snapshot is there already is
-// an answer that containerd asks to hear.
-func (m *metrics) prepared(err error) {
-	if err != nil && !errdefs.IsAlreadyExists(err) {
-		m.failures.WithLabelValues(kindOf(err)).Inc()
-	}
-}
-
 // answered counts the answer to a request for the image volume of an artifact.
 func (m *metrics) answered(took time.Duration, err error) {
 	if err != nil {
@@ -230,26 +222,19 @@ func (m *metrics) answered(took time.Duration, err error) {
 	m.volumes.Observe(took.Seconds())
 }
 
-// measured is a Snapshotter whose answers are counted.
-type measured struct {
-	snapshots.Snapshotter
-	*metrics
+// count is a grpc.UnaryServerInterceptor that counts failed requests for a snapshot. An
+// errdefs.ErrAlreadyExists is not a failure: it is how a snapshotter tells containerd that it
+// has the layers already.
+func (m *metrics) count(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	response, err := handler(ctx, request)
+	switch request.(type) {
+	case *snapshotsapi.PrepareSnapshotRequest, *snapshotsapi.ViewSnapshotRequest:
+		if err := errgrpc.ToNative(err); err != nil && !errdefs.IsAlreadyExists(err) {
+			m.failures.WithLabelValues(kindOf(err)).Inc()
+		}
+	}
+	return response, err
 }
-
-func (s measured) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
-	mounts, err := s.Snapshotter.Prepare(ctx, key, parent, opts...)
-	s.prepared(err)
-	return mounts, err
-}
-
-func (s measured) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
-	mounts, err := s.Snapshotter.View(ctx, key, parent, opts...)
-	s.prepared(err)
-	return mounts, err
-}
-
-// Cleanup implements snapshots.Cleaner, which embedding a Snapshotter hides.
-func (s measured) Cleanup(ctx context.Context) error { return cleanup(ctx, s.Snapshotter) }
 
 // gauges are read when somebody asks for them.
 type gauges struct {
@@ -309,13 +294,4 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	set(mountsGauge, int64(stats.Mounts))
 	set(referencesGauge, int64(stats.Views))
 	set(sizeGauge, stats.Size)
-}
-
-// cleanup is the Cleanup of a snapshotter that has one.
-func cleanup(ctx context.Context, s snapshots.Snapshotter) error {
-	cleaner, ok := s.(snapshots.Cleaner)
-	if !ok {
-		return fmt.Errorf("snapshotter %T has no Cleanup: %w", s, errdefs.ErrNotImplemented)
-	}
-	return cleaner.Cleanup(ctx)
 }

@@ -1,7 +1,13 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package plugin
+// Package daemon is the process of its own beside containerd or CRI-O. It reads its
+// configuration from a TOML file, serves the snapshotter and the differ of package service as
+// proxy plugins of a containerd, runs the NRI plugin on the same store, and exports health,
+// metrics and traces.
+//
+// Flags are parsed by cmd/artifact-snapshotter.
+package daemon
 
 import (
 	"context"
@@ -26,19 +32,22 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/nri"
+	"github.com/artifact-snapshotter/artifact-snapshotter/service"
 )
 
 // stopTimeout is how long a server that is to stop waits for the calls that
 // are under way.
 const stopTimeout = 10 * time.Second
 
-// Serve opens the snapshotter and serves it and its differ, as proxy plugins of a
-// containerd, until ctx ends; then it lets the calls under way finish, for a
-// bounded time, and returns nil. Running pods go on reading.
+// Serve opens the service and serves its snapshotter and its differ, as proxy plugins of a
+// containerd, until ctx ends. Then it lets running calls finish, for a bounded time, and
+// returns nil. Mounts stay, so that running pods can read on.
 //
-// systemd is told when the server is ready and when it stops (sd_notify(3)), and so is
-// who asks the health service of gRPC. Metrics and traces are exported if cfg and the
-// environment say where to; version is the program's in them.
+// systemd is told when the server is ready and when it stops (sd_notify(3)), and so are
+// clients of the gRPC health service. Metrics and traces are exported if cfg and the
+// environment say where to; version is the program's version in them.
 func Serve(ctx context.Context, cfg Config, version string) (err error) {
 	if err := cfg.Validate(); err != nil {
 		return err
@@ -55,11 +64,11 @@ func Serve(ctx context.Context, cfg Config, version string) (err error) {
 		connected = func(yes bool) { healthy.SetServingStatus(HealthNRI, servingIf(yes)) }
 		connected(false)
 	}
-	snapshotter, err := open(ctx, cfg, metrics, connected)
+	s, err := open(ctx, cfg, metrics, connected)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, snapshotter.Close()) }()
+	defer func() { err = errors.Join(err, s.Close()) }()
 	if cfg.MetricsAddress != "" {
 		defer metrics.serve(ctx, cfg.MetricsAddress, metricsRetry)()
 	}
@@ -70,11 +79,12 @@ func Serve(ctx context.Context, cfg Config, version string) (err error) {
 		return err
 	}
 	server := grpc.NewServer(append(traced,
+		grpc.UnaryInterceptor(metrics.count),
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
 		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize))...)
-	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(measured{snapshotter, metrics}))
-	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(snapshotter.Applier, nil))
-	grpc_health_v1.RegisterHealthServer(server, healthy) // it serves: the snapshotter is open
+	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(s))
+	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(s, nil))
+	grpc_health_v1.RegisterHealthServer(server, healthy) // its status is SERVING: the service is open
 
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
@@ -95,6 +105,45 @@ func Serve(ctx context.Context, cfg Config, version string) (err error) {
 	return nil
 }
 
+// open opens the service and starts its background work, and the NRI plugin if it is
+// enabled. connected is told when a runtime accepts the NRI plugin and when it is lost.
+func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ *service.Service, err error) {
+	cfg = cfg.Discover(ctx)
+	s, err := service.Open(ctx, cfg.Config, m.observer())
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	m.watch(s.Store(), s.Watcher())
+	if !cfg.NRI.Enabled {
+		if err := nri.Keep(ctx, cfg.Root, s.Store()); err != nil {
+			return nil, err
+		}
+		s.Start(ctx, false)
+		return s, nil
+	}
+	plugin, err := nri.New(ctx, nri.Config{
+		Socket: cfg.NRI.Socket, Index: cfg.NRI.Index, Name: cfg.NRI.Name,
+		Root:              cfg.Root,
+		Views:             s.Store(),
+		Blobs:             cfg.Blobs(),
+		Layouts:           cfg.Blobs()[1:],
+		ContainerdAddress: cfg.ContainerdAddress,
+		Passthrough:       cfg.NRI.OnError == onErrorPassthrough,
+		Observer:          nri.Observer{Connected: connected},
+	})
+	if err != nil {
+		return nil, err
+	}
+	// A node that needs NRI may have no containerd.
+	s.Start(ctx, true, plugin.Run)
+	return s, nil
+}
+
 func notify(ctx context.Context, state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
 		log.G(ctx).WithError(err).Warnf("Cannot tell systemd %s", state)
@@ -105,7 +154,7 @@ func notify(ctx context.Context, state string) {
 // that nobody serves on any more is replaced; one where a server answers is
 // errdefs.ErrFailedPrecondition.
 func listen(ctx context.Context, address string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(address), dirMode); err != nil {
+	if err := os.MkdirAll(filepath.Dir(address), service.DirMode); err != nil {
 		return nil, fmt.Errorf("create directory of the socket: %w", err)
 	}
 	if err := removeStale(address); err != nil {

@@ -31,6 +31,11 @@ const (
 
 	// maxIndexDepth is the number of indexes that may lead to a manifest.
 	maxIndexDepth = 3
+
+	// maxIdentifiedManifest and maxIdentifiedIndex, in bytes, bound what Identify reads. An
+	// index takes up to 30 times its size in memory, a manifest once.
+	maxIdentifiedManifest = 64 << 20
+	maxIdentifiedIndex    = 8 << 20
 )
 
 // document has the fields of manifests and indexes that matter here, see
@@ -171,7 +176,7 @@ func readBlob(ctx context.Context, blobs content.Provider, desc ocispec.Descript
 	defer ra.Close()
 
 	if ra.Size() > limit {
-		return nil, fmt.Errorf("%s %s has %d bytes, over the limit of %d: %w", what, desc.Digest, ra.Size(), limit, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("%s %s has %d bytes, over the limit of %d: %w", what, desc.Digest, ra.Size(), limit, ErrTooLarge)
 	}
 	b := make([]byte, ra.Size())
 	if _, err := io.ReadFull(content.NewReader(ra), b); err != nil {

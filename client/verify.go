@@ -5,7 +5,6 @@ package client
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -107,7 +106,7 @@ func checks(ctx context.Context, store content.Provider, target ocispec.Descript
 			kind = KindIndex
 		case coreimages.IsManifestType(desc.MediaType):
 			kind = KindManifest
-			layers = layersOf(ctx, store, desc)
+			layers = artifact.Layers(ctx, store, desc) // if its config cannot be read
 		}
 		all = append(all, Checked{Kind: kind, Descriptor: desc})
 	}
@@ -133,22 +132,6 @@ func checks(ctx context.Context, store content.Provider, target ocispec.Descript
 		seen[key{l.Descriptor.Digest, k.DiffID}] = true
 	}
 	return all, err
-}
-
-// layersOf lists the layers of a manifest whose config cannot be read; none if the
-// manifest cannot be read either.
-func layersOf(ctx context.Context, store content.Provider, desc ocispec.Descriptor) (layers []artifact.Layer) {
-	raw, err := content.ReadBlob(ctx, store, desc)
-	var manifest ocispec.Manifest
-	if err != nil || desc.Digest.Algorithm().FromBytes(raw) != desc.Digest || json.Unmarshal(raw, &manifest) != nil {
-		return nil
-	}
-	for _, d := range manifest.Layers {
-		if l, err := artifact.NewLayer(d); err == nil {
-			layers = append(layers, l)
-		}
-	}
-	return layers
 }
 
 // recorder remembers what is read.

@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/nri/pkg/api"
 	"github.com/pelletier/go-toml/v2"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/tomlfile"
 	"github.com/artifact-snapshotter/artifact-snapshotter/service"
 )
 
@@ -83,26 +84,9 @@ func Load(path string) (Config, error) {
 		return Config{}, fmt.Errorf("read configuration: %w", err)
 	}
 	if err := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(&cfg); err != nil {
-		return Config{}, fmt.Errorf("configuration file %s: %w", path, readable(err))
+		return Config{}, fmt.Errorf("configuration file %s: %w", path, tomlfile.OneLine(err))
 	}
 	return cfg, nil
-}
-
-// readable turns go-toml's errors into one line with key and line number.
-func readable(err error) error {
-	if strict, ok := errors.AsType[*toml.StrictMissingError](err); ok {
-		var keys []string
-		for _, missing := range strict.Errors {
-			line, _ := missing.Position()
-			keys = append(keys, fmt.Sprintf("%s (line %d)", strings.Join(missing.Key(), "."), line))
-		}
-		return fmt.Errorf("unknown key: %s", strings.Join(keys, ", "))
-	}
-	if decode, ok := errors.AsType[*toml.DecodeError](err); ok {
-		line, _ := decode.Position()
-		return fmt.Errorf("line %d: %w", line, err)
-	}
-	return err
 }
 
 // Network reports whether a daemon with this configuration and environment needs other than

@@ -7,25 +7,37 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 
 	"github.com/containerd/log"
-	"github.com/pelletier/go-toml/v2"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/tomlfile"
 )
 
-// crioStorage is where CRI-O's storage is if no file says so (containers-storage.conf(5)).
+// crioStorage is the default directory of CRI-O's storage (containers-storage.conf(5)).
 const crioStorage = "/var/lib/containers/storage"
 
-// crioStores are the artifact stores of a CRI-O whose configuration is below dir, which
-// is "/": the one in its storage, and the additional ones. There are none without a
-// configuration of CRI-O.
+// Discover sets BlobRoots to CRI-O's artifact stores if NRI is enabled and BlobRoots is empty.
+// If CRI-O's configuration cannot be read, that is logged and BlobRoots stays empty.
+func (c Config) Discover(ctx context.Context) Config {
+	if !c.NRI.Enabled || len(c.BlobRoots) > 0 {
+		return c
+	}
+	stores, err := crioStores("/")
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("Cannot find CRI-O's artifact stores in its configuration: set blob_roots")
+	}
+	c.BlobRoots = stores
+	return c
+}
+
+// crioStores returns the artifact stores of the CRI-O whose configuration is below dir: the
+// one in its storage, and the additional ones. Without a configuration of CRI-O there are
+// none. Except in tests, dir is "/".
 //
-// CRI-O reads crio.conf and then what is in crio.conf.d, by name; the last one wins
-// (crio.conf(5), crio.conf.d(5)). What they do not say of the storage is in storage.conf,
-// the administrator's or else the distribution's.
+// CRI-O reads crio.conf and then the files in crio.conf.d in the order of their names; the
+// last value of a key wins (crio.conf(5), crio.conf.d(5)).
 func crioStores(dir string) ([]string, error) {
 	files := []string{filepath.Join(dir, "etc/crio/crio.conf")}
 	err := filepath.WalkDir(filepath.Join(dir, "etc/crio/crio.conf.d"), func(path string, e fs.DirEntry, err error) error {
@@ -37,7 +49,7 @@ func crioStores(dir string) ([]string, error) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	root, additional, there := "", []string(nil), false
+	root, additional, installed := "", []string(nil), false
 	for _, file := range files {
 		var config struct {
 			CRIO struct {
@@ -47,17 +59,17 @@ func crioStores(dir string) ([]string, error) {
 				} `toml:"runtime"`
 			} `toml:"crio"`
 		}
-		read, err := readTOML(file, &config)
+		exists, err := tomlfile.Read(file, &config)
 		if err != nil {
 			return nil, err
 		}
-		there = there || read
+		installed = installed || exists
 		root = cmp.Or(config.CRIO.Root, root)
 		if config.CRIO.Runtime.Additional != nil {
 			additional = config.CRIO.Runtime.Additional
 		}
 	}
-	if !there {
+	if !installed {
 		return nil, nil
 	}
 	if root == "" {
@@ -72,7 +84,8 @@ func crioStores(dir string) ([]string, error) {
 	return stores, nil
 }
 
-// graphRoot is where storage.conf puts the storage.
+// graphRoot returns the storage directory of storage.conf: the administrator's file or, if
+// there is none, the distribution's.
 func graphRoot(dir string) (string, error) {
 	for _, file := range []string{"etc/containers/storage.conf", "usr/share/containers/storage.conf"} {
 		var config struct {
@@ -80,38 +93,9 @@ func graphRoot(dir string) (string, error) {
 				GraphRoot string `toml:"graphroot"`
 			} `toml:"storage"`
 		}
-		if read, err := readTOML(filepath.Join(dir, file), &config); read || err != nil {
+		if exists, err := tomlfile.Read(filepath.Join(dir, file), &config); exists || err != nil {
 			return cmp.Or(config.Storage.GraphRoot, crioStorage), err
 		}
 	}
 	return crioStorage, nil
-}
-
-// readTOML reads what is known of a file into v; false if there is none.
-func readTOML(name string, v any) (bool, error) {
-	text, err := os.ReadFile(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	if err := toml.Unmarshal(text, v); err != nil {
-		return false, fmt.Errorf("%s: %w", name, readable(err))
-	}
-	return true, nil
-}
-
-// Discover completes the configuration of a plugin of NRI with CRI-O's artifact stores, if
-// it names none. What cannot be read is not found.
-func (c Config) Discover(ctx context.Context) Config {
-	if !c.NRI.Enabled || len(c.BlobRoots) > 0 {
-		return c
-	}
-	stores, err := crioStores("/")
-	if err != nil {
-		log.G(ctx).WithError(err).Warn("Cannot tell from CRI-O's configuration where its artifacts are: set blob_roots")
-	}
-	c.BlobRoots = stores
-	return c
 }

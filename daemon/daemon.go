@@ -37,8 +37,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/service"
 )
 
-// stopTimeout is how long a server that is to stop waits for the calls that
-// are under way.
+// stopTimeout bounds the wait for running calls when the daemon stops.
 const stopTimeout = 10 * time.Second
 
 // Serve opens the service and serves its snapshotter and its differ, as proxy plugins of a
@@ -150,8 +149,8 @@ func notify(ctx context.Context, state string) {
 	}
 }
 
-// listen listens on a Unix socket that only its owner may connect to. A socket
-// that nobody serves on any more is replaced; one where a server answers is
+// listen listens on a Unix socket that only its owner can connect to. It replaces a socket
+// that no process listens on any more; one on which a server answers is
 // errdefs.ErrFailedPrecondition.
 func listen(ctx context.Context, address string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(address), service.DirMode); err != nil {
@@ -161,8 +160,8 @@ func listen(ctx context.Context, address string) (net.Listener, error) {
 		return nil, err
 	}
 	config := net.ListenConfig{
-		// bind(2) gives the socket file the mode of the socket itself: set
-		// here, it never has another one.
+		// bind(2) creates the file with the mode of the socket, so the file never has
+		// another mode.
 		Control: func(_, _ string, conn syscall.RawConn) error {
 			var chmod error
 			err := conn.Control(func(fd uintptr) { chmod = unix.Fchmod(int(fd), 0o600) })
@@ -172,7 +171,7 @@ func listen(ctx context.Context, address string) (net.Listener, error) {
 	return config.Listen(ctx, "unix", address)
 }
 
-// removeStale removes the socket at address if no server answers on it.
+// removeStale removes the socket at address unless a server answers on it.
 func removeStale(address string) error {
 	info, err := os.Lstat(address)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -182,7 +181,7 @@ func removeStale(address string) error {
 		return err
 	}
 	if info.Mode().Type() != fs.ModeSocket {
-		return fmt.Errorf("%s is in the way of the socket: it is a file of another kind: %w",
+		return fmt.Errorf("cannot create the socket %s: the path is another kind of file: %w",
 			address, errdefs.ErrFailedPrecondition)
 	}
 	conn, err := net.Dial("unix", address)
@@ -191,7 +190,7 @@ func removeStale(address string) error {
 			address, errdefs.ErrFailedPrecondition), conn.Close())
 	}
 	if !errors.Is(err, syscall.ECONNREFUSED) {
-		return fmt.Errorf("look for a server on the socket: %w", err)
+		return fmt.Errorf("connect to the existing socket %s: %w", address, err)
 	}
 	return os.Remove(address)
 }

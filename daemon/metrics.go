@@ -22,16 +22,20 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// The values of the label begun: what a build of a Tree began with.
+// prefix is the prefix of the names of all metrics.
+const prefix = "artifact_snapshotter"
+
+// The values of the label trigger: what started the build of a tree.
 const (
-	begunByPull = "pull"
-	begunByPod  = "pod"
+	triggerPull = "pull"
+	triggerPod  = "pod"
 )
 
-// kinds are the values of the label kind, with the errdefs kind that each stands for;
-// an error of none of them is kindOther. That a snapshot is there already is no
-// failure but an answer. What the caller gave up, or what took too long for it, is one
-// kind: it depends on who was quicker.
+var triggers = []string{triggerPull, triggerPod}
+
+// kinds are the values of the label kind, each with the kind of errdefs that it stands for;
+// kindOther is an error of another kind. A request that the caller canceled and one that
+// exceeded its deadline have one value, since it depends on timing which of them it is.
 var kinds = []struct {
 	name string
 	is   func(error) bool
@@ -60,31 +64,30 @@ func kindOf(err error) string {
 
 // The values of the label reason.
 const (
-	reasonInvalid    = "invalid_artifact" // it breaks a rule, and will do so the next time
+	reasonInvalid    = "invalid_artifact" // a rule is violated; further tries will fail, too
 	reasonMissing    = "blob_missing"
-	reasonConflict   = "conflict"       // with another image that has its config
-	reasonUnknown    = "images_unknown" // containerd does not tell which images it has
-	reasonUnfinished = "unfinished"     // it takes longer than a request may wait
+	reasonConflict   = "conflict"       // another image has the same config
+	reasonUnknown    = "images_unknown" // containerd's images are not known
+	reasonUnfinished = "unfinished"     // the build takes longer than a request may wait
 	reasonDiskFull   = "disk_full"
 	reasonOther      = "other"
 )
 
-// reasons are all values of the label reason.
 var reasons = []string{
 	reasonInvalid, reasonMissing, reasonConflict, reasonUnknown, reasonUnfinished, reasonDiskFull, reasonOther,
 }
 
-// reasonOf is why an image volume was refused: one of few words, whatever is in the
-// error, which may have been written by the artifact.
+// reasonOf returns why an image volume was refused. It is one of reasons whatever the error
+// says, since an artifact may have chosen the words of the error.
 func reasonOf(err error) string {
 	_, unfinished := errors.AsType[*store.UnfinishedError](err)
-	_, unsure := errors.AsType[*store.CheckError](err)
+	_, images := errors.AsType[*store.CheckError](err)
 	switch {
 	case unfinished:
 		return reasonUnfinished
-	case unsure && errdefs.IsFailedPrecondition(err):
+	case images && errdefs.IsFailedPrecondition(err):
 		return reasonConflict
-	case unsure:
+	case images:
 		return reasonUnknown
 	case errdefs.IsInvalidArgument(err), errdefs.IsNotImplemented(err):
 		return reasonInvalid
@@ -97,67 +100,58 @@ func reasonOf(err error) string {
 	}
 }
 
-// metrics count what the snapshotter does. Every series is there from the beginning,
-// so that a query for one finds 0 and not nothing. docs/operations.md says what each
-// means.
+// metrics counts what the daemon does. Every series exists from the beginning, so that a
+// query finds 0 instead of nothing. docs/operations.md explains each metric.
 type metrics struct {
 	registry *prometheus.Registry
 
-	bytes    map[unpack.Retention]prometheus.Counter
-	builds   *prometheus.HistogramVec
-	unbuilt  *prometheus.CounterVec
-	volumes  prometheus.Histogram
-	refusals *prometheus.CounterVec
-	failures *prometheus.CounterVec
-	sweeps   prometheus.Histogram
-	unswept  prometheus.Counter
-	removed  prometheus.Counter
-	freed    prometheus.Counter
-}
-
-// prefix is that of all names of ours.
-const prefix = "artifact_snapshotter"
-
-func counter(name, help string) prometheus.CounterOpts {
-	return prometheus.CounterOpts{Namespace: prefix, Name: name, Help: help}
+	bytes         map[unpack.Retention]prometheus.Counter
+	builds        *prometheus.HistogramVec
+	buildFailures *prometheus.CounterVec
+	volumes       prometheus.Histogram
+	refusals      *prometheus.CounterVec
+	failures      *prometheus.CounterVec
+	collections   prometheus.Histogram
+	gcFailures    prometheus.Counter
+	removed       prometheus.Counter
+	freed         prometheus.Counter
 }
 
 func newMetrics(version string) *metrics {
+	counter := func(name, help string) prometheus.CounterOpts {
+		return prometheus.CounterOpts{Namespace: prefix, Name: name, Help: help}
+	}
+	histogram := func(name, help string, buckets ...float64) prometheus.HistogramOpts {
+		return prometheus.HistogramOpts{Namespace: prefix, Name: name, Help: help, Buckets: buckets}
+	}
 	bytes := prometheus.NewCounterVec(counter("content_bytes_total",
-		"Bytes of the contents of artifacts that were linked, reflinked, copied or decompressed."), []string{"by"})
+		"Bytes of artifact contents by how they were obtained: link, reflink, copy or decompress."), []string{"method"})
 	m := &metrics{
 		registry: prometheus.NewRegistry(),
 		bytes:    map[unpack.Retention]prometheus.Counter{},
-		builds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Namespace: prefix, Name: "tree_build_duration_seconds",
-			Help:    "Time that it took to build the tree of an artifact; one that was begun by a pull waits for that.",
-			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300, 1800},
-		}, []string{"raw", "tar", "begun"}),
-		unbuilt: prometheus.NewCounterVec(counter("tree_build_failures_total",
-			"Builds of trees that failed, those of pulls that were given up included."), []string{"begun"}),
-		volumes: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Namespace: prefix, Name: "image_volume_duration_seconds",
-			Help:    "Time that it took to answer a request for an image volume that was shown.",
-			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 20},
-		}),
+		builds: prometheus.NewHistogramVec(histogram("tree_build_duration_seconds",
+			"Duration of the builds of trees. A build that a pull triggered waits for the pull.",
+			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300, 1800), []string{"raw", "tar", "trigger"}),
+		buildFailures: prometheus.NewCounterVec(counter("tree_build_failures_total",
+			"Failed builds of trees, including those of aborted pulls."), []string{"trigger"}),
+		volumes: prometheus.NewHistogram(histogram("image_volume_duration_seconds",
+			"Duration of the requests that mounted an image volume.",
+			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 20)),
 		refusals: prometheus.NewCounterVec(counter("image_volume_refusals_total",
-			"Requests for an image volume that were refused, each try of kubelet's, by reason."), []string{"reason"}),
+			"Refused requests for an image volume by reason. Every retry of kubelet counts."), []string{"reason"}),
 		failures: prometheus.NewCounterVec(counter("prepare_failures_total",
-			"Requests for a snapshot of any image that failed, by the kind of the error."), []string{"kind"}),
-		sweeps: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Namespace: prefix, Name: "gc_duration_seconds",
-			Help:    "Time that the sweeps of what nobody uses took.",
-			Buckets: []float64{.001, .01, .1, 1, 10, 60},
-		}),
-		unswept: prometheus.NewCounter(counter("gc_failures_total", "Sweeps that could not remove all that nobody uses.")),
-		removed: prometheus.NewCounter(counter("removed_trees_total", "Trees that sweeps have removed.")),
-		freed:   prometheus.NewCounter(counter("freed_bytes_total", "Bytes of the disk that sweeps have freed.")),
+			"Failed requests for a snapshot, of ordinary images, too, by the kind of the error."), []string{"kind"}),
+		collections: prometheus.NewHistogram(histogram("gc_duration_seconds",
+			"Duration of the garbage collections.", .001, .01, .1, 1, 10, 60)),
+		gcFailures: prometheus.NewCounter(counter("gc_failures_total", "Garbage collections that could not remove everything that is unused.")),
+		removed:    prometheus.NewCounter(counter("gc_removed_trees_total", "Trees that garbage collections removed.")),
+		freed:      prometheus.NewCounter(counter("gc_freed_bytes_total", "Bytes of disk space that garbage collections freed.")),
 	}
-	for _, how := range unpack.Retentions {
-		m.bytes[how] = bytes.WithLabelValues(string(how))
+	for _, method := range unpack.Retentions {
+		m.bytes[method] = bytes.WithLabelValues(string(method))
 	}
-	for _, begun := range []string{begunByPull, begunByPod} {
-		m.unbuilt.WithLabelValues(begun)
+	for _, trigger := range triggers {
+		m.buildFailures.WithLabelValues(trigger)
 	}
 	for _, reason := range reasons {
 		m.refusals.WithLabelValues(reason)
@@ -167,59 +161,47 @@ func newMetrics(version string) *metrics {
 	}
 	m.failures.WithLabelValues(kindOther)
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
-		Namespace: prefix, Name: "build_info", Help: "The version of the daemon; always 1.",
+		Namespace: prefix, Name: "build_info", Help: "The daemon's version; the value is always 1.",
 		ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()},
 	})
 	info.Set(1)
-	m.registry.MustRegister(bytes, m.builds, m.unbuilt, m.volumes, m.refusals, m.failures,
-		m.sweeps, m.unswept, m.removed, m.freed, info,
+	m.registry.MustRegister(bytes, m.builds, m.buildFailures, m.volumes, m.refusals, m.failures,
+		m.collections, m.gcFailures, m.removed, m.freed, info,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
-// observer counts what a store does.
+// observer returns an Observer that counts what a store does.
 func (m *metrics) observer() store.Observer {
 	return store.Observer{
-		Answered: m.answered,
-		Counted:  func(how unpack.Retention, n int64) { m.bytes[how].Add(float64(n)) },
-		Built: func(b store.Build) {
-			begun := begunByPod
-			if b.OnPull {
-				begun = begunByPull
-			}
-			if b.Err != nil {
-				m.unbuilt.WithLabelValues(begun).Inc()
+		Answered: func(took time.Duration, err error) {
+			if err != nil {
+				m.refusals.WithLabelValues(reasonOf(err)).Inc()
 				return
 			}
-			m.builds.WithLabelValues(string(b.Modes.Raw), string(b.Modes.Tar), begun).Observe(b.Duration.Seconds())
+			m.volumes.Observe(took.Seconds())
 		},
-		Collected: func(s store.Collection) {
-			m.sweeps.Observe(s.Duration.Seconds())
-			m.removed.Add(float64(s.Trees))
-			m.freed.Add(float64(s.Freed))
-			if s.Err != nil {
-				m.unswept.Inc()
+		Counted: func(method unpack.Retention, n int64) { m.bytes[method].Add(float64(n)) },
+		Built: func(b store.Build) {
+			trigger := triggerPod
+			if b.OnPull {
+				trigger = triggerPull
+			}
+			if b.Err != nil {
+				m.buildFailures.WithLabelValues(trigger).Inc()
+				return
+			}
+			m.builds.WithLabelValues(string(b.Modes.Raw), string(b.Modes.Tar), trigger).Observe(b.Duration.Seconds())
+		},
+		Collected: func(c store.Collection) {
+			m.collections.Observe(c.Duration.Seconds())
+			m.removed.Add(float64(c.Trees))
+			m.freed.Add(float64(c.Freed))
+			if c.Err != nil {
+				m.gcFailures.Inc()
 			}
 		},
 	}
-}
-
-// watch exports what the store and the watcher have, when somebody asks.
-func (m *metrics) watch(views *store.Store, watcher *images.Watcher) {
-	m.registry.MustRegister(&gauges{views, watcher})
-	modes := views.Modes()
-	for _, begun := range []string{begunByPull, begunByPod} {
-		m.builds.WithLabelValues(string(modes.Raw), string(modes.Tar), begun)
-	}
-}
-
-// answered counts the answer to a request for the image volume of an artifact.
-func (m *metrics) answered(took time.Duration, err error) {
-	if err != nil {
-		m.refusals.WithLabelValues(reasonOf(err)).Inc()
-		return
-	}
-	m.volumes.Observe(took.Seconds())
 }
 
 // count is a grpc.UnaryServerInterceptor that counts failed requests for a snapshot. An
@@ -236,9 +218,18 @@ func (m *metrics) count(ctx context.Context, request any, _ *grpc.UnaryServerInf
 	return response, err
 }
 
-// gauges are read when somebody asks for them.
+// watch exports the state of the store and the watcher, which is read for every scrape.
+func (m *metrics) watch(s *store.Store, watcher *images.Watcher) {
+	m.registry.MustRegister(&gauges{s, watcher})
+	modes := s.Modes()
+	for _, trigger := range triggers {
+		m.builds.WithLabelValues(string(modes.Raw), string(modes.Tar), trigger)
+	}
+}
+
+// gauges implements prometheus.Collector.
 type gauges struct {
-	views   *store.Store
+	store   *store.Store
 	watcher *images.Watcher
 }
 
@@ -247,13 +238,13 @@ func gauge(name, help string, labels ...string) *prometheus.Desc {
 }
 
 var (
-	connectedGauge  = gauge("containerd_connected", "Whether the images of containerd are known: 1, or 0, and then volumes of artifacts are refused.")
-	artifactsGauge  = gauge("artifacts", "Artifacts among the images of containerd, in all namespaces.")
+	connectedGauge  = gauge("containerd_connected", "Whether containerd's images are known: 1, or 0, and then image volumes of artifacts are refused.")
+	artifactsGauge  = gauge("artifacts", "Artifacts among containerd's images, in all namespaces.")
 	conflictsGauge  = gauge("image_conflicts", "Artifacts that are refused because they share their config with another image.")
-	treesGauge      = gauge("trees", "Trees on the node: artifacts that are laid out, and those of pods with a user namespace again.", "raw", "tar")
+	treesGauge      = gauge("trees", "Trees on the node: one for each prepared artifact, and another one for each user namespace that uses it.", "raw", "tar")
 	mountsGauge     = gauge("mounts", "Trees that are mounted.")
-	referencesGauge = gauge("references", "Mounts of artifacts that somebody holds: one for each artifact and sandbox, and those of tools.")
-	sizeGauge       = gauge("tree_disk_bytes", "What the trees add to the disk: metadata, decompressed and copied contents.")
+	referencesGauge = gauge("references", "References to trees: one for each artifact and pod, and those of tools.")
+	sizeGauge       = gauge("tree_disk_bytes", "Disk usage of the trees: metadata, and decompressed and copied contents.")
 )
 
 // Describe implements prometheus.Collector.
@@ -263,8 +254,7 @@ func (g *gauges) Describe(ch chan<- *prometheus.Desc) {
 	}
 }
 
-// Collect implements prometheus.Collector. What cannot be read is left out, with the
-// reason in the log.
+// Collect implements prometheus.Collector. It leaves out what cannot be read, and logs why.
 func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	set := func(d *prometheus.Desc, n int64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(n), labels...)
@@ -274,7 +264,7 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	if known.Connected {
 		connected = 1
 	}
-	if g.watcher.Running() { // else there is no containerd, which is no failure
+	if g.watcher.Running() { // otherwise the node has no containerd, which is no failure
 		set(connectedGauge, connected)
 	}
 	set(artifactsGauge, int64(known.Artifacts))
@@ -282,12 +272,12 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 
 	ctx, cancel := context.WithTimeout(context.Background(), gatherTimeout)
 	defer cancel()
-	stats, err := g.views.Stats(ctx)
+	stats, err := g.store.Stats(ctx)
 	if err != nil {
 		log.L.WithError(err).Warn("Cannot count the trees for the metrics")
 		return
 	}
-	stats.Trees[g.views.Modes()] += 0 // there is a series before there is a tree
+	stats.Trees[g.store.Modes()] += 0 // so that the series exists before the first tree
 	for modes, n := range stats.Trees {
 		set(treesGauge, int64(n), string(modes.Raw), string(modes.Tar))
 	}

@@ -5,7 +5,6 @@ package daemon
 
 import (
 	"context"
-	"errors"
 	"net"
 	"net/http"
 	"strings"
@@ -13,17 +12,21 @@ import (
 
 	"github.com/containerd/log"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/retry"
 )
 
-// gatherTimeout bounds the time to collect the metrics for one request.
-const gatherTimeout = 10 * time.Second
+const (
+	// gatherTimeout bounds the time to collect the metrics for one request.
+	gatherTimeout = 10 * time.Second
+	// metricsRetry is the wait before the next try to listen on a metrics_address that
+	// another process uses.
+	metricsRetry = 10 * time.Second
+)
 
-// metricsRetry is how long to wait for an address that something else has.
-const metricsRetry = 10 * time.Second
-
-// serve serves /metrics on the address until it is told to stop. That the address cannot
-// be had is no reason to leave pods without their volumes: it is tried again.
-func (m *metrics) serve(ctx context.Context, address string, retry time.Duration) (stop func()) {
+// serve serves /metrics on the address until stop is called. If it cannot listen on the
+// address, it tries again: that is no reason to leave pods without their volumes.
+func (m *metrics) serve(ctx context.Context, address string, again time.Duration) (stop func()) {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.InstrumentMetricHandler(m.registry, promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{
 		ErrorHandling:       promhttp.ContinueOnError,
@@ -39,29 +42,24 @@ func (m *metrics) serve(ctx context.Context, address string, retry time.Duration
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	listener, err := listenMetrics(ctx, address) // before the daemon says that it is ready
+	ctx, cancel := context.WithCancel(log.WithLogger(ctx, log.G(ctx).WithField("address", address)))
+	// The first try is before the daemon says that it is ready; its error comes again below.
+	listener, _ := listenMetrics(ctx, address)
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		logger := log.G(ctx).WithField("address", address)
-		for failures := 0; ; failures++ {
-			if err == nil {
-				logger.Info("Serving metrics")
-				if err = server.Serve(listener); errors.Is(err, http.ErrServerClosed) {
-					return
+		policy := retry.Policy{Min: again, Max: again, WarnAfter: 1}
+		policy.Run(ctx, "Cannot serve metrics; still trying", func() (_ time.Duration, err error) {
+			if listener == nil {
+				if listener, err = listenMetrics(ctx, address); err != nil {
+					return 0, err
 				}
 			}
-			if failures == 0 {
-				logger.WithError(err).Error("No metrics; trying again")
-			}
-			select {
-			case <-ctx.Done():
-				return
-			case <-time.After(retry):
-			}
-			listener, err = listenMetrics(ctx, address)
-		}
+			log.G(ctx).Info("Serving metrics")
+			err = server.Serve(listener)
+			listener = nil
+			return 0, err
+		})
 	}()
 	return func() {
 		cancel()

@@ -25,20 +25,19 @@ import (
 	"google.golang.org/grpc"
 )
 
-// flushTimeout bounds how long the end of the daemon waits for a receiver of spans.
+// flushTimeout bounds the time to export the last spans before the daemon ends.
 const flushTimeout = 2 * time.Second
 
-// tracing is whether the environment names a receiver of spans, and does not forbid them.
+// tracing reports whether the environment enables tracing and names a receiver of spans.
 func tracing() bool {
 	disabled, _ := strconv.ParseBool(os.Getenv("OTEL_SDK_DISABLED"))
 	return !disabled && os.Getenv("OTEL_TRACES_EXPORTER") != "none" &&
 		os.Getenv("OTEL_EXPORTER_OTLP_ENDPOINT")+os.Getenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") != ""
 }
 
-// startTracing sends the spans of traces that containerd has begun to the receiver
-// that the environment names, by the variables of OpenTelemetry that containerd, too,
-// is configured with (pkg/tracing/plugin there). Without a receiver it does nothing,
-// and options is empty.
+// startTracing exports spans to the receiver in the environment, which has the variables of
+// OpenTelemetry that containerd is configured with, too (its pkg/tracing/plugin). By default
+// only traces that containerd started are exported. Without a receiver there are no options.
 func startTracing(ctx context.Context, version string) (options []grpc.ServerOption, stop func(), err error) {
 	stop = func() {}
 	if !tracing() {
@@ -48,7 +47,7 @@ func startTracing(ctx context.Context, version string) (options []grpc.ServerOpt
 	if err != nil {
 		return nil, stop, fmt.Errorf("tracing: %w", err)
 	}
-	// What the environment says of the service beats what is said here.
+	// WithFromEnv comes last, so that the environment overrides name and version.
 	service, err := resource.New(ctx, resource.WithAttributes(semconv.ServiceName("artifact-snapshotter"), semconv.ServiceVersion(version)),
 		resource.WithTelemetrySDK(), resource.WithFromEnv())
 	if err != nil && !errors.Is(err, resource.ErrPartialResource) {
@@ -56,28 +55,28 @@ func startTracing(ctx context.Context, version string) (options []grpc.ServerOpt
 	}
 	with := []trace.TracerProviderOption{trace.WithBatcher(exporter), trace.WithResource(service)}
 	if os.Getenv("OTEL_TRACES_SAMPLER") == "" {
-		// Who has not begun a trace gets none: containerd asks a lot, and the sweep
-		// is of no interest.
+		// Most calls and all garbage collections belong to no trace of containerd. To
+		// start traces for them would flood the receiver.
 		with = append(with, trace.WithSampler(trace.ParentBased(trace.NeverSample())))
 	}
 	provider := trace.NewTracerProvider(with...)
 	otel.SetTracerProvider(provider)
 	otel.SetTextMapPropagator(propagation.NewCompositeTextMapPropagator(propagation.TraceContext{}, propagation.Baggage{}))
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) {
-		log.G(ctx).WithError(err).Warn("Cannot send spans")
+		log.G(ctx).WithError(err).Warn("Cannot export spans")
 	}))
-	log.G(ctx).Info("Sending the spans of containerd's traces")
+	log.G(ctx).Info("Exporting the spans of containerd's traces")
 	stop = func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushTimeout)
 		defer cancel()
 		if err := provider.Shutdown(ctx); err != nil {
-			log.G(ctx).WithError(err).Warn("Cannot send the last spans")
+			log.G(ctx).WithError(err).Warn("Cannot export the last spans")
 		}
 	}
 	return []grpc.ServerOption{grpc.StatsHandler(otelgrpc.NewServerHandler())}, stop, nil
 }
 
-// newExporter makes an exporter for the protocol that the environment names.
+// newExporter returns an exporter for the protocol that the environment names.
 func newExporter(ctx context.Context) (*otlptrace.Exporter, error) {
 	protocol := os.Getenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
 	if protocol == "" {

@@ -236,7 +236,7 @@ func (p pair) prove(t *testing.T, everyMode bool) outcome {
 	counted := series(t, socket)
 	wantAll(run(volumes, false), false)
 	for _, how := range layout.Retentions {
-		key := fmt.Sprintf("content_bytes_total{by=%q}", how)
+		key := fmt.Sprintf("content_bytes_total{method=%q}", how)
 		o.counted[string(how)] = counted[key]
 		if now := series(t, socket)[key]; now != counted[key] {
 			t.Errorf("another pod has made %s %f, which was %f", key, now, counted[key])

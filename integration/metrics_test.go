@@ -121,19 +121,19 @@ func TestMetricsCountWhatTheDaemonDoes(t *testing.T) {
 	src := writeModel(t)
 	const (
 		modes   = `raw="overlay",tar="erofs"`
-		byPod   = `tree_build_duration_seconds{begun="pod",` + modes + `}`
-		byPull  = `tree_build_duration_seconds{begun="pull",` + modes + `}`
+		byPod   = `tree_build_duration_seconds{trigger="pod",` + modes + `}`
+		byPull  = `tree_build_duration_seconds{trigger="pull",` + modes + `}`
 		trees   = `trees{` + modes + `}`
-		linked  = `content_bytes_total{by="link"}`
-		copied  = `content_bytes_total{by="copy"}`
-		inflate = `content_bytes_total{by="decompress"}`
+		linked  = `content_bytes_total{method="link"}`
+		copied  = `content_bytes_total{method="copy"}`
+		inflate = `content_bytes_total{method="decompress"}`
 	)
 	if fi, err := os.Stat(socket); err != nil || fi.Mode() != fs.ModeSocket|0o600 {
 		t.Errorf("the socket of the metrics is %v (%v), want one for its owner only", fi.Mode(), err)
 	}
 	wantSeries(t, socket, map[string]float64{
 		"containerd_connected": 1, "artifacts": 0, "image_conflicts": 0, "references": 0, "mounts": 0, "tree_disk_bytes": 0, trees: 0,
-		byPod: 0, byPull: 0, linked: 0, copied: 0, inflate: 0, "removed_trees_total": 0, "image_volume_duration_seconds": 0,
+		byPod: 0, byPull: 0, linked: 0, copied: 0, inflate: 0, "gc_removed_trees_total": 0, "image_volume_duration_seconds": 0,
 	})
 
 	ref := pulled(t, n, src, pack.Raw)
@@ -173,10 +173,10 @@ func TestMetricsCountWhatTheDaemonDoes(t *testing.T) {
 		_, err = n.Crictl("rmi", ref)
 		check(t, err)
 	}
-	wantSeries(t, socket, map[string]float64{"artifacts": 0, trees: 0, "removed_trees_total": 2, "tree_disk_bytes": 0, "gc_failures_total": 0})
+	wantSeries(t, socket, map[string]float64{"artifacts": 0, trees: 0, "gc_removed_trees_total": 2, "tree_disk_bytes": 0, "gc_failures_total": 0})
 	// The collector has taken the names of the blobs, so these were the last ones.
-	if got := series(t, socket); got["freed_bytes_total"] < float64(bytes) || got["gc_duration_seconds"] < 2 {
-		t.Errorf("freed %v bytes of %v in %v sweeps", got["freed_bytes_total"], bytes, got["gc_duration_seconds"])
+	if got := series(t, socket); got["gc_freed_bytes_total"] < float64(bytes) || got["gc_duration_seconds"] < 2 {
+		t.Errorf("freed %v bytes of %v in %v sweeps", got["gc_freed_bytes_total"], bytes, got["gc_duration_seconds"])
 	}
 }
 

@@ -111,15 +111,15 @@ func TestDoctorHasNothingToSayOnAGoodNode(t *testing.T) {
 			if s := f["snapshotter"].(map[string]any); s["configured"] != socket || s["loaded"] != socket {
 				t.Errorf("the snapshotter is %v", s)
 			}
-			want := "every pod of the node has the snapshotter"
+			want := "all pods of the node use the snapshotter"
 			if scope {
-				want = "pods of these runtime handlers have the snapshotter: artifact; all others have overlayfs"
+				want = "pods of these runtime handlers use the snapshotter: artifact; all others use overlayfs"
 			}
 			if !strings.Contains(text, want+"\n") {
 				t.Errorf("no %q in\n%s", want, text)
 			}
-			if planted := found["empty_blob"].Facts["planted"].([]any); len(planted) != 1 || planted[0] != "k8s.io" {
-				t.Errorf("the empty blob is in %v", planted)
+			if present := found["empty_blob"].Facts["present"].([]any); len(present) != 1 || present[0] != "k8s.io" {
+				t.Errorf("the empty blob is in %v", present)
 			}
 
 			// It leaves nothing.
@@ -138,7 +138,7 @@ func TestDoctorsLinesMakeAContainerdWork(t *testing.T) {
 	n := node.ForTest(t, node.Options{Stock: true})
 	found, _ := doctor(t, n)
 	config := found["containerd_config"]
-	for _, want := range []string{"does not have the snapshotter", "no pod has the snapshotter"} {
+	for _, want := range []string{"does not have the snapshotter", "no pod uses the snapshotter"} {
 		if !strings.Contains(config.Problem, want) {
 			t.Errorf("the problem is %q, want %q", config.Problem, want)
 		}
@@ -191,14 +191,14 @@ func TestDoctorFindsWhatIsWrongOnANode(t *testing.T) {
 	// A daemon that listens elsewhere.
 	elsewhere := filepath.Join(other, "a.sock")
 	found, _ = doctor(t, n, "--address", elsewhere)
-	if d := found["containerd_config"]; !strings.Contains(d.Problem, "containerd looks for the daemon at "+filepath.Join(n.Dir, "daemon.sock")) {
+	if d := found["containerd_config"]; !strings.Contains(d.Problem, "containerd expects the daemon at "+filepath.Join(n.Dir, "daemon.sock")) {
 		t.Errorf("with another address: %+v", d)
 	}
 	if d := found["socket"]; d.Problem != "" || !strings.Contains(d.Unknown, elsewhere) {
 		t.Errorf("with another address: %+v", d)
 	}
 	found, _ = doctor(t, n, "--address", n.Address)
-	if d := found["socket"]; !strings.Contains(d.Problem, "it is no snapshotter") {
+	if d := found["socket"]; !strings.Contains(d.Problem, "it is not a snapshotter") {
 		t.Errorf("with an address where something else answers: %+v", d)
 	}
 

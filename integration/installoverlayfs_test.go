@@ -36,7 +36,7 @@ func TestInstallTakesOverTheOptionsOfOverlayfs(t *testing.T) {
 		file string // the daemon's; "" is none
 		want string // what install makes of it
 	}{
-		"none": {"", "# Written by `artifact-snapshotter install`, which undoes edits; `artifact-snapshotter uninstall` takes it away.\n"},
+		"none": {"", "# Written by `artifact-snapshotter install`, which undoes edits; `artifact-snapshotter uninstall` removes it.\n"},
 		"an administrator's, without a last newline": {"log_level = 'debug'\n[nri]\nenabled = false", "log_level = 'debug'\n[nri]\nenabled = false"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -91,7 +91,7 @@ func TestInstallTakesOverTheOptionsOfOverlayfs(t *testing.T) {
 		check(t, os.MkdirAll(filepath.Dir(ours), 0o755))
 		writeFile(t, ours, "[overlayfs]\nmount_options = ['redirect_dir=on']\n", 0o644)
 		preview := run(t, n, program, "install", "--dry-run")
-		if strings.Contains(preview, "+++ /etc/artifact-snapshotter/config.toml") || !strings.Contains(preview, "options that the daemon has not: write this into /etc/artifact-snapshotter/config.toml") ||
+		if strings.Contains(preview, "+++ /etc/artifact-snapshotter/config.toml") || !strings.Contains(preview, "unless that is intended, write this into /etc/artifact-snapshotter/config.toml") ||
 			!strings.Contains(preview, "    mount_options = ['redirect_dir=on', 'volatile']\n") {
 			t.Errorf("the dry run says\n%s", preview)
 		}

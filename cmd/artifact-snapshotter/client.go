@@ -14,6 +14,12 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 )
 
+// The values of --output.
+const (
+	outputText = "text"
+	outputJSON = "json"
+)
+
 // clientFlags are the flags of all commands that talk to containerd, --output and
 // --config among them. They are those of ctr, with its environment variables.
 func clientFlags() []cli.Flag {

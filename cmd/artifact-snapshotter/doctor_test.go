@@ -20,6 +20,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/doctor"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
@@ -33,22 +34,22 @@ type report struct {
 	Raw     modeReport `json:"raw_layers"`
 	Tar     modeReport `json:"tar_layers"`
 	Content struct {
-		Problem string         `json:"problem"`
-		Facts   unpack.Sharing `json:"facts"`
-		Advice  []advice       `json:"advice"`
+		Problem string          `json:"problem"`
+		Facts   unpack.Sharing  `json:"facts"`
+		Advice  []doctor.Advice `json:"advice"`
 	} `json:"content_root"`
-	Containerd       section[containerdFacts] `json:"containerd"`
-	Socket           section[socketFacts]     `json:"socket"`
-	ContainerdConfig section[configFacts]     `json:"containerd_config"`
-	EmptyBlob        section[blobFacts]       `json:"empty_blob"`
-	SharedConfigs    section[[]sharedFacts]   `json:"shared_configs"`
+	Containerd       section[doctor.ContainerdFacts] `json:"containerd"`
+	Socket           section[doctor.SocketFacts]     `json:"socket"`
+	ContainerdConfig section[doctor.ConfigFacts]     `json:"containerd_config"`
+	EmptyBlob        section[doctor.BlobFacts]       `json:"empty_blob"`
+	SharedConfigs    section[[]doctor.SharedFacts]   `json:"shared_configs"`
 }
 
 type section[T any] struct {
-	Problem string   `json:"problem"`
-	Unknown string   `json:"unknown"`
-	Facts   T        `json:"facts"`
-	Advice  []advice `json:"advice"`
+	Problem string          `json:"problem"`
+	Unknown string          `json:"unknown"`
+	Facts   T               `json:"facts"`
+	Advice  []doctor.Advice `json:"advice"`
 }
 
 // nowhere are flags that keep doctor from a containerd or a daemon of the machine.
@@ -59,9 +60,9 @@ func nowhere(t *testing.T) []string {
 }
 
 type modeReport struct {
-	Problem string    `json:"problem"`
-	Facts   modeFacts `json:"facts"`
-	Advice  []advice  `json:"advice"`
+	Problem string           `json:"problem"`
+	Facts   doctor.ModeFacts `json:"facts"`
+	Advice  []doctor.Advice  `json:"advice"`
 }
 
 // examine runs doctor twice, for people and for programs, who must read the
@@ -145,9 +146,9 @@ func names(t *testing.T, dir string) (names []string) {
 }
 
 // wantAdvice checks that there is one piece of advice that has both words.
-func wantAdvice(t *testing.T, all []advice, do, gain string) {
+func wantAdvice(t *testing.T, all []doctor.Advice, do, gain string) {
 	t.Helper()
-	if n := len(slices.DeleteFunc(slices.Clone(all), func(a advice) bool {
+	if n := len(slices.DeleteFunc(slices.Clone(all), func(a doctor.Advice) bool {
 		return !strings.Contains(a.Do, do) || !strings.Contains(a.Gain, gain)
 	})); n != 1 {
 		t.Errorf("%d of %+v are %q with the gain %q, want 1", n, all, do, gain)
@@ -245,13 +246,37 @@ func TestDoctorWithoutContainerdAndDaemon(t *testing.T) {
 		"containerd": got.Containerd.Unknown, "socket": got.Socket.Unknown, "containerd config": got.ContainerdConfig.Unknown,
 		"empty blob": got.EmptyBlob.Unknown, "shared configs": got.SharedConfigs.Unknown,
 	} {
-		if want := fmt.Sprintf("%s: not looked at\nunknown: %s\n", check, unknown); unknown == "" || !strings.Contains(text, want) {
+		if want := fmt.Sprintf("%s: not examined\nunknown: %s\n", check, unknown); unknown == "" || !strings.Contains(text, want) {
 			t.Errorf("no %q in:\n%s", want, text)
 		}
 	}
 	wantAdvice(t, got.Containerd.Advice, "containerd_address", "empty blob")
 	wantAdvice(t, got.Socket.Advice, "start the daemon", "start")
-	wantAdvice(t, got.ContainerdConfig.Advice, "--containerd-config", "checked")
+	wantAdvice(t, got.ContainerdConfig.Advice, "--containerd-config", "checks it")
+}
+
+// The lines to write are indented below the advice.
+func TestDoctorPrintsTheLinesToWrite(t *testing.T) {
+	args := append(nowhere(t), "--config", writeFile(t, ""), "--root", t.TempDir(), "--content-root", t.TempDir(), "--containerd-config", writeFile(t, "version = 3\n"))
+	text, stderr, exit := run(t, append([]string{"doctor"}, args...)...)
+	if exit != 1 {
+		t.Errorf("exit code %d", exit)
+	}
+	wantErrorLine(t, stderr, "containerd config")
+	printed, _, _ := run(t, append([]string{"doctor", "--output", "json"}, args...)...)
+	var got report
+	if err := json.Unmarshal([]byte(printed), &got); err != nil {
+		t.Fatal(err)
+	}
+	if len(got.ContainerdConfig.Advice) != 2 || !strings.Contains(text, "\nproblem: "+got.ContainerdConfig.Problem+"\n") {
+		t.Errorf("%+v, and the text says\n%s", got.ContainerdConfig, text)
+	}
+	for _, a := range got.ContainerdConfig.Advice {
+		lines := strings.ReplaceAll(strings.TrimSpace(a.Lines), "\n", "\n    ")
+		if want := fmt.Sprintf("\nadvice: %s: %s\n    %s\n", a.Do, a.Gain, strings.ReplaceAll(lines, "\n    \n", "\n\n")); a.Lines == "" || !strings.Contains(text, want) {
+			t.Errorf("no %q in\n%s", want, text)
+		}
+	}
 }
 
 func TestDoctorBeforeTheRootIsThere(t *testing.T) {
@@ -262,7 +287,7 @@ func TestDoctorBeforeTheRootIsThere(t *testing.T) {
 	if exit != 0 || got.Raw.Facts.Root.Existing != disk || got.Content.Facts.Retention != unpack.Linked {
 		t.Errorf("exit code %d, %+v, %+v", exit, got.Raw, got.Content)
 	}
-	if want := fmt.Sprintf("tried in %s, for %s/a/root is not there yet", disk, disk); !strings.Contains(text, want) {
+	if want := fmt.Sprintf("tried in %s, since %s/a/root does not exist yet", disk, disk); !strings.Contains(text, want) {
 		t.Errorf("no %q in:\n%s", want, text)
 	}
 	if after := names(t, disk); !slices.Equal(after, before) {
@@ -306,7 +331,7 @@ func TestDoctorSaysWhatAnotherRootWouldGain(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 	wantAdvice(t, got.Tar.Advice, "move root to ext4", "no loop devices")
-	wantAdvice(t, got.Content.Advice, "move root to the filesystem of content_root", "no second copy")
+	wantAdvice(t, got.Content.Advice, "move root to the filesystem of content_root", "need no second copy")
 	if line := row(text, "erofs"); !strings.Contains(line, "tmpfs") || !strings.Contains(line, unix.ENOTBLK.Error()) {
 		t.Errorf("%q does not say why", line)
 	}
@@ -325,7 +350,7 @@ func TestDoctorTellsMountsFromFilesystems(t *testing.T) {
 	if s := got.Content.Facts; exit != 0 || s.Apart != unpack.MountBoundary || s.Retention != unpack.Copied {
 		t.Errorf("exit code %d, %+v", exit, s)
 	}
-	wantAdvice(t, got.Content.Advice, "on one mount", "no second copy")
+	wantAdvice(t, got.Content.Advice, "on one mount", "need no second copy")
 }
 
 // ramfs has no extended attributes, which overlayfs needs.
@@ -388,43 +413,6 @@ func TestServeRefusesWhatDoctorRefuses(t *testing.T) {
 		if !strings.Contains(stderr, want) || !strings.Contains(got.Raw.Problem, want) {
 			t.Errorf("serve says %q, doctor %q, want %q", stderr, got.Raw.Problem, want)
 		}
-	}
-}
-
-func TestOnlyABetterModeIsAdvised(t *testing.T) {
-	const works, fails = true, false
-	trial := func(r unpack.Mode, works bool, remedy string) unpack.Trial {
-		return unpack.Trial{Mode: r, Works: works, Remedy: remedy}
-	}
-	auto := `set tar_mode to "auto"`
-	for name, test := range map[string]struct {
-		taken, forced unpack.Mode
-		trials        []unpack.Trial
-		want          []string // what to do
-	}{
-		"the best is taken":   {unpack.EROFS, "", []unpack.Trial{trial(unpack.EROFS, works, ""), trial(unpack.EROFSLoop, fails, "a")}, nil},
-		"one in the middle":   {unpack.EROFSLoop, "", []unpack.Trial{trial(unpack.EROFS, fails, "a"), trial(unpack.EROFSLoop, works, ""), trial(unpack.EROFSBuffered, fails, "b")}, []string{"a"}},
-		"the same twice":      {unpack.Extract, "", []unpack.Trial{trial(unpack.EROFS, fails, "a"), trial(unpack.EROFSLoop, fails, "a"), trial(unpack.Extract, works, "")}, []string{"a"}},
-		"two remedies":        {unpack.Extract, "", []unpack.Trial{trial(unpack.EROFS, fails, "a"), trial(unpack.EROFSLoop, fails, "b"), trial(unpack.Extract, works, "")}, []string{"a", "b"}},
-		"no remedy":           {unpack.EROFSLoop, "", []unpack.Trial{trial(unpack.EROFS, fails, ""), trial(unpack.EROFSLoop, works, "")}, nil},
-		"nothing works":       {"", "", []unpack.Trial{trial(unpack.EROFS, fails, "a"), trial(unpack.Extract, fails, "b")}, []string{"a", "b"}},
-		"the best is forced":  {unpack.EROFS, unpack.EROFS, []unpack.Trial{trial(unpack.EROFS, works, ""), trial(unpack.Extract, works, "")}, nil},
-		"a worse is forced":   {unpack.Extract, unpack.Extract, []unpack.Trial{trial(unpack.EROFS, works, ""), trial(unpack.EROFSLoop, fails, "a"), trial(unpack.Extract, works, "")}, []string{auto}},
-		"a broken is forced":  {"", unpack.EROFSLoop, []unpack.Trial{trial(unpack.EROFS, works, ""), trial(unpack.EROFSLoop, fails, "a"), trial(unpack.EROFSBuffered, fails, "b")}, []string{auto, "a"}},
-		"all broken, one set": {"", unpack.Extract, []unpack.Trial{trial(unpack.EROFS, fails, "a"), trial(unpack.Extract, fails, "")}, []string{"a"}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			var got []string
-			for _, a := range modeAdvice(unpack.Comparison{Taken: test.taken, Trials: test.trials}, "tar_mode", test.forced) {
-				got = append(got, a.Do)
-				if a.Gain == "" {
-					t.Errorf("%q gains nothing", a.Do)
-				}
-			}
-			if !slices.Equal(got, test.want) {
-				t.Errorf("%q, want %q", got, test.want)
-			}
-		})
 	}
 }
 

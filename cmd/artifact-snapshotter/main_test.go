@@ -17,23 +17,16 @@ import (
 	"testing"
 	"time"
 
-	"github.com/pelletier/go-toml/v2"
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdtest"
 )
 
 // binary is the real program, built once for all tests.
 var binary string
 
 func TestMain(m *testing.M) {
-	if network, ok := os.LookupEnv(forbidden); ok {
-		if err := tryTheForbidden(network == "network"); err != nil {
-			fmt.Println(err)
-			os.Exit(1)
-		}
-		return
-	}
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", name)
 		if err != nil {
@@ -197,36 +190,6 @@ func wantErrorLine(t *testing.T, stderr string, words ...string) {
 	}
 }
 
-// containerdConfig is what containerd's `config dump` says of us.
-type containerdConfig struct {
-	ProxyPlugins map[string]struct {
-		Type         string            `toml:"type"`
-		Address      string            `toml:"address"`
-		Capabilities []string          `toml:"capabilities"`
-		Exports      map[string]string `toml:"exports"`
-	} `toml:"proxy_plugins"`
-	Plugins struct {
-		Images struct {
-			Snapshotter string `toml:"snapshotter"`
-		} `toml:"io.containerd.cri.v1.images"`
-		Runtime struct {
-			Containerd struct {
-				Default  string `toml:"default_runtime_name"`
-				Runtimes map[string]struct {
-					Type        string `toml:"runtime_type"`
-					Snapshotter string `toml:"snapshotter"`
-					Options     struct {
-						SystemdCgroup bool
-					} `toml:"options"`
-				} `toml:"runtimes"`
-			} `toml:"containerd"`
-		} `toml:"io.containerd.cri.v1.runtime"`
-		Transfer struct {
-			UnpackConfig []unpackEntry `toml:"unpack_config"`
-		} `toml:"io.containerd.transfer.v1.local"`
-	} `toml:"plugins"`
-}
-
 // The real containerd reads what we print, on its own and as an import, and
 // takes it for what we mean.
 func TestConfigContainerd(t *testing.T) {
@@ -260,7 +223,7 @@ func TestConfigContainerd(t *testing.T) {
 			alone := writeFile(t, output(t, append([]string{"config", "containerd"}, test.args...)...))
 			importing := writeFile(t, fmt.Sprintf("version = 3\nimports = [%q]\n", alone))
 			for _, path := range []string{alone, importing} {
-				got := dump(t, path)
+				got := containerdtest.Dump(t, path)
 				proxy := got.ProxyPlugins["artifact"]
 				if proxy.Type != "snapshot" || proxy.Address != test.address || proxy.Exports["root"] != test.root ||
 					len(proxy.Capabilities) != 1 || proxy.Capabilities[0] != "remap-ids" {
@@ -296,7 +259,7 @@ func TestConfigContainerd(t *testing.T) {
 
 // containerd takes the first entry that matches, so those of artifacts come last.
 func TestConfigContainerdWithNativeUnpacking(t *testing.T) {
-	got := dump(t, writeFile(t, output(t, "config", "containerd", "--native-unpack")))
+	got := containerdtest.Dump(t, writeFile(t, output(t, "config", "containerd", "--native-unpack")))
 	if proxy := got.ProxyPlugins["artifact-diff"]; proxy.Type != "diff" || proxy.Address != got.ProxyPlugins["artifact"].Address {
 		t.Errorf("the proxy plugin of the differ is %+v", proxy)
 	}
@@ -314,26 +277,6 @@ func TestConfigContainerdWithNativeUnpacking(t *testing.T) {
 	if len(platforms) != 3 {
 		t.Errorf("the platforms are %v, and only the first of each is taken", platforms)
 	}
-}
-
-// dump has the real containerd read the configuration at path.
-func dump(t *testing.T, path string) (config containerdConfig) {
-	t.Helper()
-	containerd := filepath.Join("..", "..", "integration", "tools", "bin", "containerd")
-	if _, err := os.Stat(containerd); err != nil {
-		t.Fatalf("containerd is not built, run `make tools`: %v", err)
-	}
-	command := exec.Command(containerd, "--config", path, "config", "dump")
-	var stderr bytes.Buffer
-	command.Stderr = &stderr
-	text, err := command.Output()
-	if err != nil || strings.Contains(stderr.String(), "Ignoring") {
-		t.Fatalf("containerd does not accept it: %v\n%s", err, &stderr)
-	}
-	if err := toml.Unmarshal(text, &config); err != nil {
-		t.Fatal(err)
-	}
-	return config
 }
 
 // serve as an init system sees it: flags beat the file, and SIGTERM ends it

@@ -12,15 +12,15 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/confine"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/install"
 )
-
-const defaultConfigFile = "/etc/artifact-snapshotter/config.toml"
 
 func configFlag() cli.Flag {
 	return &cli.StringFlag{
 		Name:      "config",
 		Usage:     "configuration file; the default one may be absent",
-		Value:     defaultConfigFile,
+		Value:     install.ConfigFile,
 		TakesFile: true,
 	}
 }
@@ -84,10 +84,10 @@ func serve(ctx context.Context, command *cli.Command) error {
 	if err := errors.Join(log.SetFormat(log.TextFormat), log.SetLevel(cfg.LogLevel)); err != nil {
 		return err
 	}
-	if err := confine(); err != nil {
+	if err := confine.Capabilities(); err != nil {
 		log.G(ctx).WithError(err).Warn("The daemon keeps capabilities that it does not need")
 	}
-	if err := forbid(cfg.Network()); err != nil {
+	if err := confine.SystemCalls(cfg.Network()); err != nil {
 		log.G(ctx).WithError(err).Warn("The daemon may make system calls that it does not need")
 	}
 	return daemon.Serve(ctx, cfg, buildVersion())

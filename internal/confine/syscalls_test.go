@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package confine
 
 import (
 	"errors"
@@ -16,11 +16,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// forbidden makes this test binary forbid itself what the daemon does, and try it
-// ([TestMain]): "network" with a network.
+// forbidden is the environment variable that makes this test binary try the forbidden
+// calls, "network" with a network.
 const forbidden = "TEST_FORBIDDEN"
 
-// The filter is for good, so that it is in a process of its own.
+func TestMain(m *testing.M) {
+	if network, ok := os.LookupEnv(forbidden); ok {
+		if err := tryTheForbidden(network == "network"); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// The filter cannot be removed, so it is tried in a process of its own.
 func TestTheDaemonCannotDoWhatItNeverDoes(t *testing.T) {
 	for _, network := range []string{"", "network"} {
 		cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
@@ -31,9 +42,9 @@ func TestTheDaemonCannotDoWhatItNeverDoes(t *testing.T) {
 	}
 }
 
-// tryTheForbidden is an error that tells what is not as it should be, in this process.
+// tryTheForbidden confines this process and returns what is not refused as it should be.
 func tryTheForbidden(network bool) error {
-	// A thread that is there before must not be left out.
+	// The filter must reach a thread that exists before it.
 	try, answer := make(chan func() unix.Errno), make(chan unix.Errno)
 	ready := make(chan struct{})
 	go func() {
@@ -72,17 +83,17 @@ func tryTheForbidden(network bool) error {
 		}
 	}
 
-	// Otherwise it would be somebody else who refuses.
+	// Otherwise something else would refuse.
 	want("a socket of IPv4 before", socket(unix.AF_INET, unix.SOCK_STREAM), 0)
 	want("execve before", raw(unix.SYS_EXECVE, 0), unix.EFAULT)
-	if err := forbid(network); err != nil {
+	if err := SystemCalls(network); err != nil {
 		return err
 	}
 	for _, number := range never {
 		want(fmt.Sprintf("system call %d", number), raw(number, 0), unix.EPERM)
 	}
 	want("clone3", raw(unix.SYS_CLONE3, 0), unix.ENOSYS)
-	// Flags that the kernel refuses for being together: nothing is cloned if this fails.
+	// The kernel refuses this combination of flags, so nothing is cloned if the filter fails.
 	want("clone", raw(unix.SYS_CLONE, unix.CLONE_THREAD), unix.EINVAL)
 	want("clone with a new user namespace", raw(unix.SYS_CLONE, unix.CLONE_THREAD|unix.CLONE_NEWUSER), unix.EPERM)
 	if runtime.GOARCH == "amd64" {

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package confine
 
 import (
 	"fmt"
@@ -12,31 +12,31 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// never are the system calls that the daemon never makes, and that somebody who has
-// taken it over would: those that its capabilities allow, or that need none. The filter
-// of the systemd unit allows less, but a privileged container cannot have one. What
-// other capabilities are needed for is not here.
+// never are the system calls that the daemon never makes, but an attacker in it would:
+// those that its capabilities allow, or that need none. A privileged container cannot have
+// the stricter filter of the systemd unit. Calls that need other capabilities are not
+// listed.
 var never = []uint32{
 	// To run another program.
 	unix.SYS_EXECVE, unix.SYS_EXECVEAT,
-	// To look into other processes, and take what they have open.
+	// To read other processes, and take their open files.
 	unix.SYS_PTRACE, unix.SYS_PROCESS_VM_READV, unix.SYS_PROCESS_VM_WRITEV, unix.SYS_PIDFD_GETFD,
 	// To enter other namespaces.
 	unix.SYS_SETNS, unix.SYS_UNSHARE, unix.SYS_PIVOT_ROOT,
-	// Parts of the kernel that most of its holes are in.
+	// The parts of the kernel with most of its vulnerabilities.
 	unix.SYS_BPF, unix.SYS_PERF_EVENT_OPEN, unix.SYS_USERFAULTFD, unix.SYS_IO_URING_SETUP,
 	unix.SYS_KEYCTL, unix.SYS_ADD_KEY, unix.SYS_REQUEST_KEY,
-	// Some of what else CAP_SYS_ADMIN allows.
+	// Other things that CAP_SYS_ADMIN allows.
 	unix.SYS_FANOTIFY_INIT, unix.SYS_QUOTACTL, unix.SYS_QUOTACTL_FD, unix.SYS_SWAPON, unix.SYS_SWAPOFF,
 	unix.SYS_SETHOSTNAME, unix.SYS_SETDOMAINNAME, unix.SYS_SYSLOG,
 }
 
-// newNamespaces are the flags of clone(2) for them.
+// newNamespaces are the flags of clone(2) that make namespaces.
 const newNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
 	unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
 
-// Where the kernel has a system call in `struct seccomp_data`: its number, whose ABI
-// this is of, and the lower half of the first argument on a little-endian machine.
+// Offsets in `struct seccomp_data`: the number of the system call, its ABI, and the lower
+// half of the first argument on a little-endian machine.
 const (
 	callNumber = 0
 	callABI    = 4
@@ -49,11 +49,10 @@ var abis = map[string]uint32{
 	"arm64": unix.AUDIT_ARCH_AARCH64,
 }
 
-// forbid has the kernel refuse with EPERM what the daemon never does, in all threads and
-// for good: the calls of never, every call by the ABI of another architecture, whose
-// numbers mean something else, and sockets that are not Unix sockets, if network is
-// false, and neither IPv4 nor IPv6, if it is true.
-func forbid(network bool) error {
+// SystemCalls has the kernel refuse with EPERM, in all threads and for good: the calls that
+// the daemon never makes; all calls by the ABI of another architecture, whose numbers mean
+// other calls; and all sockets but Unix sockets and, with network, those of IPv4 and IPv6.
+func SystemCalls(network bool) error {
 	abi, ok := abis[runtime.GOARCH]
 	if !ok {
 		return fmt.Errorf("no filter of system calls for %s", runtime.GOARCH)
@@ -66,11 +65,11 @@ func forbid(network bool) error {
 		bpf.JumpIf{Cond: bpf.JumpEqual, Val: abi, SkipTrue: 1},
 		refuse(unix.EPERM),
 		bpf.LoadAbsolute{Off: callNumber, Size: 4},
-		// The x32 ABI, which is that of amd64 with this bit.
+		// The x32 ABI is that of amd64 with this bit.
 		bpf.JumpIf{Cond: bpf.JumpLessThan, Val: 1 << 30, SkipTrue: 1},
 		refuse(unix.EPERM),
-		// Its flags are in memory, where a filter cannot look. Who is told that there is
-		// no such call uses clone(2).
+		// Its flags are in memory, which a filter cannot read. Callers that get ENOSYS use
+		// clone(2).
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.SYS_CLONE3, SkipTrue: 1},
 		refuse(unix.ENOSYS),
 	}
@@ -102,7 +101,7 @@ func forbid(network bool) error {
 	}
 	//nolint:gosec // seccomp(2) takes a pointer to sock_filters, which RawInstruction has the layout of
 	program := unix.SockFprog{Len: uint16(len(raw)), Filter: (*unix.SockFilter)(unsafe.Pointer(&raw[0]))}
-	//nolint:gosec // and to this
+	//nolint:gosec // seccomp(2) takes a pointer
 	thread, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program)))
 	if errno != 0 {
 		return fmt.Errorf("install the filter of system calls: %w", errno)

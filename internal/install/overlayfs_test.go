@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package install
 
 import (
 	"os"
@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdconfig"
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
@@ -17,7 +18,7 @@ import (
 // else between its lines, all of it is an administrator's.
 func TestOnlyWhatInstallHasWrittenIsTakenBack(t *testing.T) {
 	volatile, index := snapshot.Overlayfs{MountOptions: []string{"volatile"}}, snapshot.Overlayfs{MountOptions: []string{"index=off"}}
-	table, err := overlayfsTable(volatile)
+	table, err := containerdconfig.OverlayfsTable(volatile)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -36,23 +37,23 @@ func TestOnlyWhatInstallHasWrittenIsTakenBack(t *testing.T) {
 		"a # that is part of an option": {strings.Replace(table, "volatile", "a#b", 1), false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			text := own + takenOverBegin + test.between + takenOverEnd + "[nri]\nindex = '10'\n"
+			text := own + adoptedBegin + test.between + adoptedEnd + "[nri]\nindex = '10'\n"
 			if test.between == table+"[nri]\nenabled = true\n" {
-				text = own + takenOverBegin + test.between + takenOverEnd
+				text = own + adoptedBegin + test.between + adoptedEnd
 			}
 			path := filepath.Join(t.TempDir(), "config.toml")
 			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			run := &installRun{installation: installation{configFile: path, cfg: daemon.Default(), binary: "/nowhere"}}
-			without := string(withoutTakenOver([]byte(text)))
+			r := &run{Options: Options{Daemon: daemon.Default(), Binary: "/nowhere"}, configFile: path}
+			without := string(withoutAdopted([]byte(text)))
 			if kept := without == text; kept != test.kept {
 				t.Errorf("kept: %t, want %t:\n%s", kept, test.kept, without)
 			}
 			if !test.kept && strings.Contains(without, "overlayfs") {
 				t.Errorf("left is\n%s", without)
 			}
-			config, err := run.configChange(index)
+			config, err := r.configChange(index)
 			switch {
 			case test.between == table+"[[\n":
 				if err == nil {
@@ -65,7 +66,7 @@ func TestOnlyWhatInstallHasWrittenIsTakenBack(t *testing.T) {
 			case !test.kept && (strings.Contains(string(config.after), "volatile") || !strings.Contains(string(config.after), "index=off")):
 				t.Errorf("it is now\n%s", config.after)
 			}
-			files, err := run.serviceFiles()
+			files, err := r.serviceFiles()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -79,11 +80,11 @@ func TestOnlyWhatInstallHasWrittenIsTakenBack(t *testing.T) {
 }
 
 func TestAnEmptyFileIsEmptyAgain(t *testing.T) {
-	table, err := overlayfsTable(snapshot.Overlayfs{SyncRemove: true})
+	table, err := containerdconfig.OverlayfsTable(snapshot.Overlayfs{SyncRemove: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if without := withoutTakenOver([]byte(takenOverBegin + table + takenOverEnd)); without == nil || len(without) > 0 {
+	if without := withoutAdopted([]byte(adoptedBegin + table + adoptedEnd)); without == nil || len(without) > 0 {
 		t.Errorf("it is %q, of which nil is no file", without)
 	}
 }

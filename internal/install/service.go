@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package install
 
 import (
 	"bytes"
@@ -17,17 +17,17 @@ import (
 	"github.com/coreos/go-systemd/v22/dbus"
 )
 
-// unitName is the daemon's unit.
+// unitName is the name of the daemon's unit.
 var unitName = filepath.Base(installedUnit)
 
-// restartTimeout is how long a service may take to be restarted, and containerd to
-// answer after that.
+// restartTimeout is how long a restart of a service may take, and how long containerd may
+// take to answer after it.
 const restartTimeout = 2 * time.Minute
 
 // hasSystemd is sd_booted(3).
 func hasSystemd() bool { return exists("/run/systemd/system") }
 
-// job does something with a unit, and waits until systemd has done it.
+// job has systemd do something with a unit, and waits for it.
 func job(ctx context.Context, do func(context.Context, string, string, chan<- string) (int, error), unit string) error {
 	ctx, cancel := context.WithTimeout(ctx, restartTimeout)
 	defer cancel()
@@ -38,20 +38,20 @@ func job(ctx context.Context, do func(context.Context, string, string, chan<- st
 	select {
 	case result := <-done:
 		if result != "done" {
-			return fmt.Errorf("systemd says %q of %s; see journalctl -u %[2]s: %w", result, unit, errdefs.ErrUnavailable)
+			return fmt.Errorf("the job of %[2]s ended with %[1]q; see journalctl -u %[2]s: %w", result, unit, errdefs.ErrUnavailable)
 		}
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("%s takes too long; see journalctl -u %[1]s: %w", unit, ctx.Err())
+		return fmt.Errorf("%s takes too long; see journalctl -u %[1]s: %[2]w", unit, ctx.Err())
 	}
 }
 
-// startService makes systemd read the unit and start it, again if the daemon was started
-// before its files were last changed: by this run, or by one that was killed.
-func (r *installRun) startService(ctx context.Context) error {
+// startService starts the daemon, or restarts it if it was started before its files were
+// last changed, by this run or by a killed one.
+func (r *run) startService(ctx context.Context) error {
 	conn, err := dbus.NewWithContext(ctx)
 	if err != nil {
-		return fmt.Errorf("systemd cannot be asked to start the daemon: %w", err)
+		return fmt.Errorf("cannot ask systemd to start the daemon: %w", err)
 	}
 	defer conn.Close()
 	if err := conn.ReloadContext(ctx); err != nil {
@@ -60,7 +60,7 @@ func (r *installRun) startService(ctx context.Context) error {
 	if _, links, err := conn.EnableUnitFilesContext(ctx, []string{unitName}, false, false); err != nil {
 		return fmt.Errorf("enable %s: %w", unitName, err)
 	} else if len(links) > 0 {
-		r.say("enabled " + unitName)
+		r.reportf("enabled %s", unitName)
 		if err := conn.ReloadContext(ctx); err != nil {
 			return err
 		}
@@ -71,12 +71,12 @@ func (r *installRun) startService(ctx context.Context) error {
 	if err := job(ctx, conn.RestartUnitContext, unitName); err != nil {
 		return err
 	}
-	r.say("started " + unitName)
+	r.reportf("started %s", unitName)
 	return nil
 }
 
-// serviceIsCurrent says whether the daemon runs, and has read its files as they are.
-func (r *installRun) serviceIsCurrent(ctx context.Context, conn *dbus.Conn) (bool, error) {
+// serviceIsCurrent reports whether the daemon runs and has read its files as they are.
+func (r *run) serviceIsCurrent(ctx context.Context, conn *dbus.Conn) (bool, error) {
 	state, err := conn.GetUnitPropertyContext(ctx, unitName, "ActiveState")
 	if err != nil {
 		return false, err
@@ -86,7 +86,7 @@ func (r *installRun) serviceIsCurrent(ctx context.Context, conn *dbus.Conn) (boo
 		return false, err
 	}
 	at, _ := started.Value.Value().(uint64)
-	for _, path := range []string{r.binary, installedUnit, r.daemonFile()} {
+	for _, path := range []string{r.Binary, installedUnit, r.daemonFile()} {
 		if fi, err := os.Stat(path); err == nil && fi.ModTime().After(time.UnixMicro(int64(at))) {
 			return false, nil
 		}
@@ -94,12 +94,12 @@ func (r *installRun) serviceIsCurrent(ctx context.Context, conn *dbus.Conn) (boo
 	return state.Value.Value() == "active", nil
 }
 
-// serviceFiles are what is to be removed with the service: what install has made, or has
-// written into the daemon's file, and this version's program.
-func (r *installRun) serviceFiles() (files []change, err error) {
+// serviceFiles are the changes that remove the service: of files that install has made or
+// written into, and of the program if it is of this version.
+func (r *run) serviceFiles() (files []change, err error) {
 	for path, is := range map[string]func([]byte) bool{
 		installedUnit: func([]byte) bool { return true },
-		r.binary:      func(program []byte) bool { return bytes.Equal(program, r.program) },
+		r.Binary:      func(program []byte) bool { return bytes.Equal(program, r.program) },
 	} {
 		file, err := changed(path, nil, 0)
 		if err != nil {
@@ -114,7 +114,7 @@ func (r *installRun) serviceFiles() (files []change, err error) {
 		return nil, err
 	}
 	if !ours(config.before) {
-		config.after = withoutTakenOver(config.before)
+		config.after = withoutAdopted(config.before)
 	}
 	if !config.none() {
 		files = append(files, config)
@@ -123,8 +123,8 @@ func (r *installRun) serviceFiles() (files []change, err error) {
 	return files, nil
 }
 
-// removeService stops the daemon and has systemd forget it.
-func (r *installRun) removeService(ctx context.Context) error {
+// removeService stops the daemon and removes its service.
+func (r *run) removeService(ctx context.Context) error {
 	files, err := r.serviceFiles()
 	if err != nil {
 		return err
@@ -132,7 +132,7 @@ func (r *installRun) removeService(ctx context.Context) error {
 	if exists(installedUnit) {
 		conn, err := dbus.NewWithContext(ctx)
 		if err != nil {
-			return fmt.Errorf("systemd cannot be asked to stop the daemon: %w", err)
+			return fmt.Errorf("cannot ask systemd to stop the daemon: %w", err)
 		}
 		defer conn.Close()
 		if err := job(ctx, conn.StopUnitContext, unitName); err != nil {
@@ -146,9 +146,9 @@ func (r *installRun) removeService(ctx context.Context) error {
 	if err := r.write(files); err != nil {
 		return err
 	}
-	_ = os.Remove(filepath.Dir(defaultConfigFile)) // if there is nothing in it
-	if r.did && exists(r.binary) {
-		r.say(r.binary + " stays: it is another version's program")
+	_ = os.Remove(filepath.Dir(ConfigFile)) // if it is empty
+	if r.did && exists(r.Binary) {
+		r.reportf("%s stays: it is another version of the program", r.Binary)
 	}
 	return nil
 }

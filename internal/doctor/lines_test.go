@@ -1,10 +1,9 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package doctor
 
 import (
-	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,14 +12,15 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdconfig"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdtest"
 )
 
 // toWrite are the places of lines in what doctor says to do.
 var toWrite = regexp.MustCompile(`^(write this into|add this at the top of|write this in place of the imports in) (\S+\.toml)`)
 
 // write does what doctor says.
-func write(t *testing.T, all []advice) {
+func write(t *testing.T, all []Advice) {
 	t.Helper()
 	for _, a := range all {
 		if a.Lines == "" {
@@ -58,12 +58,8 @@ func migrate(t *testing.T, do, path string) {
 	if said == nil {
 		t.Fatalf("no command in %q", do)
 	}
-	bin, err := filepath.Abs(filepath.Join("..", "..", "integration", "tools", "bin"))
-	if err != nil {
-		t.Fatal(err)
-	}
 	command := exec.Command("sh", "-c", said[1])
-	command.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"))
+	command.Env = append(os.Environ(), "PATH="+filepath.Dir(containerdtest.Tool(t, "containerd"))+":"+os.Getenv("PATH"))
 	if out, err := command.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -82,7 +78,7 @@ func migrate(t *testing.T, do, path string) {
 }
 
 // wantTodo wants the advice to say what to do, in this order.
-func wantTodo(t *testing.T, all []advice, todo []string) {
+func wantTodo(t *testing.T, all []Advice, todo []string) {
 	t.Helper()
 	if len(all) != len(todo) {
 		t.Fatalf("%+v, want %q", all, todo)
@@ -96,19 +92,19 @@ func wantTodo(t *testing.T, all []advice, todo []string) {
 
 // wantNothingLeft does what doctor says of containerd's file at path, and wants it
 // to find nothing more, and containerd to see it the same way.
-func wantNothingLeft(t *testing.T, path string, all []advice) containerdConfig {
+func wantNothingLeft(t *testing.T, path string, all []Advice) containerdtest.Config {
 	t.Helper()
 	write(t, all)
-	again, _, exit := configured(t, path)
-	if exit != 0 || len(again.Advice) > 0 {
-		t.Errorf("with the lines: exit code %d, %+v", exit, again)
+	again, _ := configured(t, path)
+	if again.Problem != "" || len(again.Advice) > 0 {
+		t.Errorf("with the lines: %+v", again)
 	}
-	got := dump(t, path)
-	if proxy := got.ProxyPlugins["artifact"]; proxy.Type != "snapshot" || socketOf(proxy.Address) != "/run/a.sock" || !slices.Equal(proxy.Capabilities, []string{"remap-ids"}) {
+	got := containerdtest.Dump(t, path)
+	if proxy := got.ProxyPlugins["artifact"]; proxy.Type != "snapshot" || containerdconfig.Socket(proxy.Address) != "/run/a.sock" || !slices.Equal(proxy.Capabilities, []string{"remap-ids"}) {
 		t.Errorf("containerd has the proxy plugin %+v", proxy)
 	}
 	for _, want := range []string{"overlayfs", "artifact"} {
-		if !slices.ContainsFunc(got.Plugins.Transfer.UnpackConfig, func(u unpackEntry) bool { return u.Snapshotter == want }) {
+		if !slices.Contains(got.Unpacks(), want) {
 			t.Errorf("containerd has the unpack_config %+v", got.Plugins.Transfer.UnpackConfig)
 		}
 	}
@@ -130,7 +126,7 @@ const kubeadm = `version = 2
 
 // What doctor says makes containerd see the snapshotter, whatever its file is like.
 func TestDoctorsLinesFitTheFilesOfNodes(t *testing.T) {
-	out, err := exec.Command(filepath.Join("..", "..", "integration", "tools", "bin", "containerd"), "config", "default").Output()
+	out, err := exec.Command(containerdtest.Tool(t, "containerd"), "config", "default").Output()
 	if err != nil {
 		t.Fatalf("containerd is not built, run `make tools`: %v", err)
 	}
@@ -140,7 +136,7 @@ func TestDoctorsLinesFitTheFilesOfNodes(t *testing.T) {
 		t.Fatalf("no %q in\n%s", imports, byDefault)
 	}
 	const relative = "imports = ['conf.d/*.toml']\n"
-	snippet := "version = 3\n" + strings.Join(printed(t), "")
+	snippet := "version = 3\n" + strings.Join(needed(t, ""), "")
 	for name, test := range map[string]struct {
 		main   string
 		dropIn string // "" for none
@@ -153,12 +149,12 @@ func TestDoctorsLinesFitTheFilesOfNodes(t *testing.T) {
 		"its default, nothing imported":        {strings.Replace(byDefault, imports, "imports = []\n", 1), "", []string{"write this into", "write this in place of the imports"}, 2},
 		"an empty one":                         {"", "", []string{"write this into", "add this at the top of"}, 2},
 		"the install steps without the import": {"version = 3\n", snippet, []string{"add this at the top of"}, 2},
-		"the same for one handler":             {"version = 3\n", "version = 3\n" + strings.Join(printed(t, "--snapshotter-scope", "runtime-handler"), ""), []string{"add this at the top of"}, 2},
+		"the same for one handler":             {"version = 3\n", "version = 3\n" + strings.Join(needed(t, "artifact"), ""), []string{"add this at the top of"}, 2},
 		"an earlier address":                   {relative, strings.ReplaceAll(snippet, "/run/a.sock", "/run/b.sock"), []string{"write this into"}, 2},
 		"a file of version 2":                  {kubeadm, "", []string{"migrate", "write this into", "add this at the top of"}, 2},
 		"a file of version 2 with imports":     {relative + kubeadm, "", []string{"migrate", "write this into"}, 2},
 		"a file of version 2, in part": {
-			relative + kubeadm, "version = 3\n" + strings.Join(without(printed(t), "cri.v1.images"), ""), []string{"migrate", "write this into"}, 2,
+			relative + kubeadm, "version = 3\n" + strings.Join(without(needed(t, ""), "cri.v1.images"), ""), []string{"migrate", "write this into"}, 2,
 		},
 		"another snapshotter": {
 			"version = 3\n[plugins.'io.containerd.cri.v1.images']\n  snapshotter = 'nydus'\n  discard_unpacked_layers = false\n" +
@@ -169,28 +165,28 @@ func TestDoctorsLinesFitTheFilesOfNodes(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			path := writeFile(t, test.main)
 			if test.dropIn != "" {
-				write(t, []advice{{Do: "write this into " + filepath.Join(filepath.Dir(path), "conf.d", "artifact-snapshotter.toml"), Lines: test.dropIn}})
+				write(t, []Advice{{Do: "write this into " + filepath.Join(filepath.Dir(path), "conf.d", "artifact-snapshotter.toml"), Lines: test.dropIn}})
 			}
-			got, _, exit := configured(t, path)
+			got, _ := configured(t, path)
 			todo := test.todo
 			if todo[0] == "migrate" {
 				todo = todo[1:]
 				// containerd 2.3 and later need no migration.
-				later := newConfigExam(patient{Config: daemon.Default(), containerdConfig: path, unanswered: errors.New("not asked")})
-				if err := later.examineFiles(t.Context(), false); err != nil {
+				later := newConfigCheck(unasked(t, path))
+				if err := later.checkFiles(t.Context(), false); err != nil {
 					t.Fatal(err)
 				}
 				wantTodo(t, later.Advice, todo)
 				// For all others it is the only advice, and then come the same ones.
-				if exit != 1 || len(got.Advice) != 1 {
-					t.Fatalf("exit code %d, %+v", exit, got)
+				if got.Problem == "" || len(got.Advice) != 1 {
+					t.Fatalf("%+v", got)
 				}
 				migrate(t, got.Advice[0].Do, path)
-				got, _, exit = configured(t, path)
+				got, _ = configured(t, path)
 				todo = []string{"write this into"} // migrated, it has imports
 			}
-			if exit != 1 {
-				t.Errorf("exit code %d", exit)
+			if got.Problem == "" {
+				t.Errorf("%+v", got)
 			}
 			wantTodo(t, got.Advice, todo)
 			after := wantNothingLeft(t, path, got.Advice)
@@ -215,13 +211,13 @@ func TestDoctorsLinesFitTheFilesOfNodes(t *testing.T) {
 func TestDoctorSaysThatAnotherFileOverrules(t *testing.T) {
 	path := writeFile(t, "version = 3\nimports = ['conf.d/*.toml']\n")
 	dir := filepath.Join(filepath.Dir(path), "conf.d")
-	write(t, []advice{
-		{Do: "write this into " + filepath.Join(dir, "artifact-snapshotter.toml"), Lines: "version = 3\n" + strings.Join(printed(t), "")},
+	write(t, []Advice{
+		{Do: "write this into " + filepath.Join(dir, "artifact-snapshotter.toml"), Lines: "version = 3\n" + strings.Join(needed(t, ""), "")},
 		{Do: "write this into " + filepath.Join(dir, "later.toml"), Lines: "version = 3\n[plugins.'io.containerd.cri.v1.images']\n  snapshotter = 'native'\n"},
 	})
-	got, _, exit := configured(t, path)
-	if exit != 1 || len(got.Advice) != 1 {
-		t.Errorf("exit code %d, %+v", exit, got)
+	got, _ := configured(t, path)
+	if got.Problem == "" || len(got.Advice) != 1 {
+		t.Errorf("%+v", got)
 	}
-	wantAdvice(t, got.Advice, "imported after "+dir+"/artifact-snapshotter.toml says otherwise", "pods see artifacts")
+	wantAdvice(t, got.Advice, "imported after "+dir+"/artifact-snapshotter.toml that says something else", "pods see artifacts")
 }

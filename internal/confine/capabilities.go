@@ -1,7 +1,9 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+// Package confine takes from this process what the daemon never needs: capabilities and
+// system calls, in all threads and for good.
+package confine
 
 import (
 	"errors"
@@ -13,23 +15,25 @@ import (
 )
 
 // needed are the capabilities that the daemon needs: to mount, and to give files the
-// owners and modes that the artifact says. The systemd unit has the same list.
+// owners and modes of the artifact. The systemd unit has the same list.
 const needed = 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_FOWNER | 1<<unix.CAP_FSETID
 
-// confine takes all other capabilities from this process, for good, and the way to new
-// ones by a program that is setuid. A container must be privileged for its mounts to
-// reach the host, and Kubernetes gives a privileged one all there are. It is an error
-// in a program with cgo, where not all threads can be reached.
-func confine() error {
+// Capabilities drops all capabilities but those that the daemon needs, and keeps the process
+// from gaining others by a setuid program. A container must be privileged so that its
+// mounts reach the host, and Kubernetes gives a privileged one all capabilities. In a
+// program with cgo it is an error: not all threads can be reached.
+//
+// github.com/moby/sys/capability changes the calling thread alone.
+func Capabilities() error {
 	for c := uintptr(0); ; c++ {
 		if c < 64 && needed&(uint64(1)<<c) != 0 {
 			continue
 		}
 		err := allThreads(unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, c, 0)
-		if errors.Is(err, unix.EINVAL) { // there are no more
+		if errors.Is(err, unix.EINVAL) { // there are no more capabilities
 			break
 		}
-		if errors.Is(err, unix.EPERM) { // it has been confined by somebody else
+		if errors.Is(err, unix.EPERM) { // somebody else has dropped CAP_SETPCAP
 			break
 		}
 		if err != nil {

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package install
 
 import (
 	"bytes"
@@ -15,30 +15,31 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/pmezard/go-difflib/difflib"
 	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/tomlfile"
 )
 
-// change is what becomes of a file.
+// change is a change of one file.
 type change struct {
 	path string
-	// before and after are its contents, nil if it is not there.
+	// before and after are its contents, nil if it does not exist.
 	before, after []byte
-	// owner and mode are those of the file that is there, or is to be.
 	owner
-	// note stands for the lines that need not be shown.
+	// note replaces the lines in a diff.
 	note string
-	// folder is the directory of the file if that is not there either, and base the
-	// nearest one above it that is.
+	// folder is the directory of the file if it does not exist, and base the nearest
+	// existing one above it.
 	folder, base string
 }
 
-// owner is whose a file is, and who may read it.
+// owner is the owner of a file, with its mode.
 type owner struct {
 	uid, gid uint32
 	mode     fs.FileMode
 }
 
-// changed is the change of the file at path from what is there. A new file is root's
-// and has the mode.
+// changed is the change of the file at path to after. A new file belongs to root and has
+// the mode.
 func changed(path string, after []byte, mode fs.FileMode) (change, error) {
 	c := change{path: path, after: after, owner: owner{mode: mode}}
 	var st unix.Stat_t
@@ -53,7 +54,7 @@ func changed(path string, after []byte, mode fs.FileMode) (change, error) {
 		return c, &fs.PathError{Op: "stat", Path: path, Err: err}
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return c, notRegular(path)
+		return c, tomlfile.NotRegular(path)
 	}
 	c.owner = owner{st.Uid, st.Gid, fs.FileMode(st.Mode & 0o777)}
 	c.before, err = os.ReadFile(path)
@@ -63,17 +64,12 @@ func changed(path string, after []byte, mode fs.FileMode) (change, error) {
 	return c, err
 }
 
-// notRegular is the error of something that is no file. To read a FIFO could last for
-// ever.
-func notRegular(path string) error {
-	return fmt.Errorf("%s is not a regular file: %w", path, errdefs.ErrInvalidArgument)
-}
-
+// none reports whether nothing changes.
 func (c change) none() bool {
 	return (c.before == nil) == (c.after == nil) && bytes.Equal(c.before, c.after)
 }
 
-// String says it for a person.
+// String describes the change for a person.
 func (c change) String() string {
 	switch {
 	case c.before == nil:
@@ -84,7 +80,7 @@ func (c change) String() string {
 	return "changed " + c.path
 }
 
-// diff shows the change as `diff -u` does.
+// diff is the change as `diff -u` prints it.
 func (c change) diff() (string, error) {
 	from, to := c.path, c.path
 	if c.before == nil {
@@ -94,42 +90,52 @@ func (c change) diff() (string, error) {
 		to = os.DevNull
 	}
 	if c.note != "" {
-		return fmt.Sprintf("--- %s\n+++ %s\n(%s)\n", from, to, c.note), nil
+		return fmt.Sprintf("--- %s\n+++ %s\n(%s)", from, to, c.note), nil
 	}
-	return difflib.GetUnifiedDiffString(difflib.UnifiedDiff{
+	text, err := difflib.GetUnifiedDiffString(difflib.UnifiedDiff{
 		A: lines(c.before), B: lines(c.after),
 		FromFile: from, ToFile: to, Context: 3,
 	})
+	return strings.TrimSuffix(text, "\n"), err
 }
 
-// lines are those of a text, each with its newline.
+// lines splits a text into lines, each with its newline.
 func lines(text []byte) []string {
 	split := strings.SplitAfter(string(text), "\n")
 	if last := len(split) - 1; split[last] == "" {
 		return split[:last]
 	}
-	split[len(split)-1] += "\n\\ No newline at end of file\n" // as diff has it
+	split[len(split)-1] += "\n\\ No newline at end of file\n" // as diff writes it
 	return split
 }
 
-// writable returns an error if the change cannot be made, without making it.
+// writable returns an error if the change cannot be made. It does not make it.
 func (c change) writable() error {
 	if c.before == nil && exists(c.path) {
-		return fmt.Errorf("%s is a link to nothing: remove it, or make the file: %w", c.path, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("%s is a dangling link: remove it, or create its target: %w", c.path, errdefs.ErrFailedPrecondition)
 	}
-	what := c.path
-	err := unix.Access(what, unix.W_OK) // also of a file that may not be changed (chattr +i)
+	path := c.path
+	err := unix.Access(path, unix.W_OK) // fails for an immutable file (chattr +i), too
 	if c.before == nil || err == nil {
-		what = nearest(filepath.Dir(c.path)) // what is below will be made
-		err = unix.Access(what, unix.W_OK)
+		path = nearest(filepath.Dir(c.path)) // directories below it will be made
+		err = unix.Access(path, unix.W_OK)
 	}
 	switch {
 	case err == nil:
 		return nil
 	case errors.Is(err, unix.EROFS):
-		return fmt.Errorf("%s is on a filesystem that is read-only, so %s cannot be written: make it writable (mount -o remount,rw), or choose another place: %w", what, c.path, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("%s is on a read-only filesystem, so %s cannot be written: make it writable (mount -o remount,rw), or choose another place: %w", path, c.path, errdefs.ErrFailedPrecondition)
 	}
-	return fmt.Errorf("%s may not be written to (%v), so %s cannot be changed: check its permissions and attributes (lsattr): %w", what, err, c.path, errdefs.ErrFailedPrecondition)
+	return fmt.Errorf("%s is not writable (%v), so %s cannot be changed: check its permissions and attributes (lsattr): %w", path, err, c.path, errdefs.ErrFailedPrecondition)
+}
+
+func writable(changes []change) error {
+	for _, c := range changes {
+		if err := c.writable(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func exists(path string) bool {
@@ -137,7 +143,7 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// nearest is the directory, or the first one above it that is there.
+// nearest is the directory, or the first existing one above it.
 func nearest(dir string) string {
 	for !exists(dir) {
 		dir = filepath.Dir(dir)
@@ -145,19 +151,20 @@ func nearest(dir string) string {
 	return dir
 }
 
-// tempName is how the files are called that become others by renaming, so that no
-// import of *.toml has them.
+// tempName is the name of temporary files and directories. No import of *.toml matches it,
+// and the next run recognizes what a killed one has left, for which the random names of
+// containerd's pkg/atomicfile would not do.
 const tempName = ".artifact-snapshotter-*.tmp"
 
-// apply makes the change: at any instant the file is the old one or the new one, also
-// after the power has failed. A link stays, and what it points to is changed.
+// apply makes the change. At any instant, even after a power failure, the file is the old
+// one or the new one. If it is a link, its target changes.
 func (c change) apply() (err error) {
 	now, err := changed(c.path, c.before, 0)
 	if err != nil {
 		return err
 	}
 	if !now.none() {
-		return fmt.Errorf("it has been changed meanwhile by somebody else: try again: %w", errdefs.ErrAborted)
+		return fmt.Errorf("it has changed in the meantime: try again: %w", errdefs.ErrAborted)
 	}
 	path := c.path
 	if real, err := filepath.EvalSymlinks(path); err == nil {
@@ -170,7 +177,7 @@ func (c change) apply() (err error) {
 		return syncDir(filepath.Dir(c.path))
 	}
 	base := nearest(filepath.Dir(path))
-	left, _ := filepath.Glob(filepath.Join(base, tempName)) // by a process that was killed
+	left, _ := filepath.Glob(filepath.Join(base, tempName)) // by a killed process
 	for _, path := range left {
 		_ = os.RemoveAll(path)
 	}
@@ -199,9 +206,9 @@ func (c change) apply() (err error) {
 	return syncDir(base)
 }
 
-// create makes the file that is to be at path when temp has been renamed to the other
-// path. base is the nearest directory that is there: a folder that is missing comes
-// together with the file in it, which says whose it is.
+// create makes a temporary file that is at path as soon as temp is renamed to to. base is
+// the nearest existing directory: a missing folder appears together with the file in it,
+// which says who made the folder.
 func create(base, path string) (temp string, f *os.File, to string, err error) {
 	if base == filepath.Dir(path) {
 		if f, err = os.CreateTemp(base, tempName); err != nil {
@@ -235,18 +242,18 @@ func syncDir(dir string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// applyAll makes the changes in order, or none.
+// applyAll makes all changes in order, or none.
 func applyAll(changes []change) error {
 	for i, c := range changes {
 		if err := c.apply(); err != nil {
-			return takeBack(changes[:i], fmt.Errorf("%s could not be written: %w", c.path, err))
+			return undo(changes[:i], fmt.Errorf("cannot write %s: %w", c.path, err))
 		}
 	}
 	return nil
 }
 
-// takeBack undoes changes for that reason, the last first.
-func takeBack(changes []change, why error) error {
+// undo undoes changes, the last one first, and adds to why how that went.
+func undo(changes []change, why error) error {
 	var failed []string
 	for i := len(changes) - 1; i >= 0; i-- {
 		c := changes[i]
@@ -259,14 +266,14 @@ func takeBack(changes []change, why error) error {
 		}
 	}
 	if failed != nil {
-		return fmt.Errorf("%w; and it could not be taken back: %s", why, strings.Join(failed, ", "))
+		return fmt.Errorf("%w; and this could not be undone: %s", why, strings.Join(failed, ", "))
 	}
 	return fmt.Errorf("%w; the files are as they were", why)
 }
 
-// lockFor keeps other installations from the files of a directory, which may not be
-// there yet, until the file is closed.
-func lockFor(dir string) (*os.File, error) {
+// lockDir locks a directory, or the nearest existing one above it, against other
+// installations until the file is closed.
+func lockDir(dir string) (*os.File, error) {
 	dir = nearest(dir)
 	f, err := os.Open(dir)
 	if err != nil {
@@ -274,7 +281,7 @@ func lockFor(dir string) (*os.File, error) {
 	}
 	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	if errors.Is(err, unix.EWOULDBLOCK) {
-		err = fmt.Errorf("another `%s install` or `uninstall` is at work in %s: wait for it: %w", name, dir, errdefs.ErrUnavailable)
+		err = fmt.Errorf("another `%s install` or `uninstall` is running in %s: wait for it: %w", program, dir, errdefs.ErrUnavailable)
 	}
 	if err != nil {
 		return nil, errors.Join(err, f.Close())

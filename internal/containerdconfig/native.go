@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package containerdconfig
 
 import (
 	_ "embed"
@@ -57,8 +57,9 @@ var modelPackTypes = []string{
 	modelspec.MediaTypeModelDatasetRaw, modelspec.MediaTypeModelDataset, modelspec.MediaTypeModelDatasetGzip, modelspec.MediaTypeModelDatasetZstd,
 }
 
-// writeNativeConfig writes what makes containerd's own unpacker unpack artifacts.
-func writeNativeConfig(w io.Writer) error {
+// WriteNative writes the tables that make containerd's own unpacker unpack artifacts, too. They
+// belong after those of [Needs.Write]. It needs containerd 2.3.
+func WriteNative(w io.Writer) error {
 	return nativeTemplate.Execute(w, []nativeFormat{
 		{withFeature("docker-model"), "application/vnd.docker.ai.model.config.v0.1+json", dockerTypes},
 		{withFeature("docker-model-v0.2"), "application/vnd.docker.ai.model.config.v0.2+json", dockerTypes},

@@ -1,0 +1,64 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package doctor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// withoutContainerd reports whether the only runtime of the node is CRI-O. A node without
+// a store of CRI-O has a containerd on another socket.
+func withoutContainerd(n Node) bool {
+	_, err := os.Stat(n.ContainerdAddress)
+	return n.NRI.Enabled && len(n.BlobRoots) > 0 && errors.Is(err, fs.ErrNotExist)
+}
+
+// NRIFacts are the facts about NRI.
+type NRIFacts struct {
+	Socket    string         `json:"socket"`
+	Connected bool           `json:"connected"`
+	BlobRoots []unpack.Place `json:"blob_roots,omitempty"`
+}
+
+// checkNRI asks the daemon whether a runtime has connected to its plugin, and looks for
+// the directories from which CRI-O mounts artifacts.
+func checkNRI(ctx context.Context, n Node) (found Finding) {
+	facts := NRIFacts{Socket: n.NRI.Socket}
+	_, missing := os.Stat(n.NRI.Socket)
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	err := daemon.HealthOf(ctx, n.SocketAddress(), daemon.HealthNRI)
+	switch {
+	case errors.Is(missing, fs.ErrNotExist):
+		found.sayf("there is no socket %s", n.NRI.Socket)
+		found.advise("start the runtime with NRI enabled, or set nri.socket to its NRI socket", "the plugin can connect")
+	case err != nil:
+		found.Unknown = err.Error()
+		found.sayf("the plugin is not known to be connected to a runtime")
+		found.advise("start the daemon with --nri, and read its log", "the plugin connects to the runtime")
+	default:
+		facts.Connected = true
+		found.sayf("the plugin is connected to the runtime at %s", n.NRI.Socket)
+	}
+	for _, dir := range n.BlobRoots {
+		place, err := unpack.Locate(dir)
+		if err != nil {
+			return failed(err)
+		}
+		facts.BlobRoots = append(facts.BlobRoots, place)
+		found.sayf("CRI-O's artifacts are in %s", pathOf(place))
+		if root, err := unpack.Locate(n.Root); err == nil && root.Device != place.Device {
+			found.advise(fmt.Sprintf("move root to the filesystem of %s (%s, mounted at %s)", dir, place.Device, place.Mount), "models need no second copy on disk")
+		}
+	}
+	found.Facts = facts
+	return found
+}

@@ -1,0 +1,249 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package install
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdconfig"
+)
+
+// unmountTimeout is how long the daemon may take to unmount what containerd has deleted.
+const unmountTimeout = 10 * time.Second
+
+func (r *run) uninstall(ctx context.Context) error {
+	c, err := r.connect(ctx)
+	if err != nil {
+		return unchanged(err)
+	}
+	if c != nil {
+		defer func() { _ = c.Close() }()
+		using, err := c.Using(ctx)
+		if err == nil {
+			err = r.checkMain(c)
+		}
+		if err != nil {
+			return unchanged(err)
+		}
+		if len(using) > 0 {
+			return r.retire(ctx, c, using)
+		}
+	}
+	changes, folders, err := r.removal(ctx)
+	if err != nil {
+		return unchanged(err)
+	}
+	changes = slices.DeleteFunc(changes, change.none)
+	if err := writable(changes); err != nil {
+		return unchanged(err)
+	}
+	if c == nil && (len(changes) > 0 || r.Service && exists(installedUnit)) && r.hasSnapshots() {
+		return unchanged(fmt.Errorf("no containerd answers on %s, so containers may still use the snapshotter: start containerd, and uninstall again; if it cannot start because of %s.toml, remove that from its imports by hand: %w",
+			r.Daemon.ContainerdAddress, program, errdefs.ErrUnavailable))
+	}
+	if r.DryRun {
+		for _, folder := range folders {
+			r.reportf("would remove %s, if it is empty then", folder)
+		}
+		return r.previewRemoval(ctx, c, changes)
+	}
+	if c != nil {
+		if err := r.forget(ctx, c); err != nil {
+			return unchanged(err)
+		}
+	}
+	if err := r.write(changes); err != nil {
+		return err
+	}
+	for _, folder := range folders {
+		if unix.Rmdir(folder) != nil { // it is not empty
+			break
+		}
+		r.reportf("removed %s", folder)
+	}
+	if err := r.finish(ctx, c, len(changes) > 0, ""); err != nil {
+		return err
+	}
+	if left, err := r.stillLoaded(ctx); err != nil || left {
+		if left {
+			r.reportf("uninstall again after containerd has been restarted, to remove the rest")
+		}
+		return err
+	}
+	if r.Service {
+		if err := r.removeService(ctx); err != nil {
+			return err
+		}
+	}
+	if r.did && exists(r.Daemon.Root) {
+		r.reportf("%s stays: remove it with rm -rf", r.Daemon.Root)
+	}
+	return nil
+}
+
+// hasSnapshots reports whether the daemon has snapshots of images or containers.
+func (r *run) hasSnapshots() bool {
+	snapshots, _ := os.ReadDir(filepath.Join(r.Daemon.Root, "overlayfs", "snapshots"))
+	return len(snapshots) > 0
+}
+
+// forget removes containerd's records of our snapshots while it has the snapshotter.
+// After another installation it would take them for unpacked images. The daemon then
+// unmounts them.
+func (r *run) forget(ctx context.Context, c *running) error {
+	loaded, err := c.loaded(ctx)
+	if err != nil || loaded != r.Daemon.SocketAddress() {
+		return err
+	}
+	removed, err := c.RemoveSnapshots(ctx)
+	if removed > 0 {
+		r.reportf("removed snapshots of images from containerd: %d", removed)
+	}
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(r.Daemon.State, "mounts")
+	for deadline := time.Now().Add(unmountTimeout); ; time.Sleep(100 * time.Millisecond) {
+		left, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+		if err != nil || len(left) == 0 || ctx.Err() != nil {
+			return errors.Join(err, ctx.Err())
+		}
+		if time.Now().After(deadline) {
+			r.reportf("%d mounts are left in %s: umount %[2]s/*", len(left), dir)
+			return nil
+		}
+	}
+}
+
+// stillLoaded reports whether the running containerd has the snapshotter and so needs the
+// daemon.
+func (r *run) stillLoaded(ctx context.Context) (bool, error) {
+	c, err := r.connect(ctx)
+	if err != nil || c == nil {
+		return false, err
+	}
+	defer func() { _ = c.Close() }()
+	loaded, err := c.loaded(ctx)
+	return loaded == r.Daemon.SocketAddress(), err
+}
+
+func (r *run) previewRemoval(ctx context.Context, c *running, changes []change) error {
+	if err := r.preview(ctx, c, changes, len(changes) > 0, ""); err != nil || !r.Service {
+		return err
+	}
+	files, err := r.serviceFiles()
+	if err != nil {
+		return err
+	}
+	for _, file := range files {
+		verb := "change"
+		if file.after == nil {
+			verb = "remove"
+		}
+		r.reportf("would %s %s", verb, file.path)
+	}
+	return nil
+}
+
+// retire is what uninstall can do while containers use the snapshotter: new ones get the
+// snapshotter that the node had before. Its error says what is left to do.
+func (r *run) retire(ctx context.Context, c *running, using []string) error {
+	changes, err := r.retirement()
+	if err != nil {
+		return unchanged(err)
+	}
+	changes = slices.DeleteFunc(changes, change.none)
+	if r.DryRun {
+		err = r.preview(ctx, c, changes, len(changes) > 0, r.Daemon.SocketAddress())
+	} else if err = r.write(changes); err == nil {
+		err = r.finish(ctx, c, len(changes) > 0, r.Daemon.SocketAddress())
+	}
+	if err != nil {
+		return err
+	}
+	state := "nothing was changed"
+	if r.did && !r.DryRun {
+		state = "new containers will use another snapshotter"
+	}
+	return fmt.Errorf("%s, but %d containers use this one and could not be removed without it: drain the node, remove what is left (crictl rmp --force), and uninstall again: %s: %w",
+		state, len(using), strings.Join(using[:min(len(using), 3)], ", "), errdefs.ErrFailedPrecondition)
+}
+
+// retirement takes the snapshotter from new containers, if it is that of the node.
+// Containers of a runtime handler keep it.
+func (r *run) retirement() ([]change, error) {
+	d, err := containerdconfig.FindDropIn(r.main)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read containerd's configuration: %w", err)
+	}
+	if node, _ := d.Scope(); !node {
+		return nil, nil
+	}
+	drop, err := changed(d.Path, nil, 0o644)
+	if err != nil || !ours(drop.before) {
+		return nil, err
+	}
+	d.RemoveScope()
+	if drop.after, err = dropInText(d, folderOf(drop)); err != nil {
+		return nil, err
+	}
+	return []change{drop}, drop.writable()
+}
+
+// removal returns the changes of containerd's files in an order in which containerd can
+// always start, and the folders that install has made, which go if they are empty then.
+func (r *run) removal(ctx context.Context) (changes []change, folders []string, err error) {
+	now, err := r.look(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer now.close()
+	main := now.main
+	drop, err := changed(now.drop.Path, nil, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	_, theirs := now.read.Proxies[containerdconfig.Snapshotter]
+	if theirs || drop.before != nil && !ours(drop.before) {
+		where := r.main
+		if !theirs {
+			where = drop.path
+		}
+		return nil, nil, fmt.Errorf("%s, or a file that it imports, names the snapshotter and was not written by install: remove that by hand: %w", where, errdefs.ErrFailedPrecondition)
+	}
+	if made := folderOf(drop); drop.before != nil && made != "" {
+		for dir := filepath.Dir(drop.path); strings.HasPrefix(dir+"/", made+"/"); dir = filepath.Dir(dir) {
+			folders = append(folders, dir)
+		}
+	}
+	backup, err := changed(r.main+backupSuffix, nil, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	backup.note = "the copy of " + r.main
+	switch {
+	case main.before == nil || bytes.Equal(main.before, mainText(drop.path)):
+	case backup.before == nil: // we have not added the import
+		main.after = main.before
+	default:
+		if edited, err := containerdconfig.AddImport(backup.before, drop.path); err == nil && bytes.Equal(main.before, edited) {
+			main.after = backup.before
+		} else if main.after, err = containerdconfig.RemoveImport(main.before, drop.path); err != nil {
+			return nil, nil, fmt.Errorf("%s: %w; remove %q from its imports by hand", r.main, err, drop.path)
+		}
+	}
+	return []change{main, drop, backup}, folders, nil
+}

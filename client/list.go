@@ -113,7 +113,7 @@ type uses struct {
 func newUses(all []images.Image) uses {
 	u := uses{map[digest.Digest]*Use{}, map[string][]digest.Digest{}, map[string][]digest.Digest{}, map[string]digest.Digest{}}
 	for _, image := range all {
-		manifest := image.Artifact.Manifest.Digest
+		manifest := image.Manifest
 		u.targets[image.Target.Digest.Encoded()] = append(u.targets[image.Target.Digest.Encoded()], manifest)
 		chain := image.ChainID().String()
 		u.chains[chain] = append(u.chains[chain], manifest)

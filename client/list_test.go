@@ -23,7 +23,7 @@ func TestContainersUseTheirImages(t *testing.T) {
 	image := func(name, manifest string) (i images.Image) {
 		i.Name = name
 		i.Target.Digest = digest.FromString(manifest)
-		i.Artifact = &artifact.Artifact{Manifest: i.Target}
+		i.Manifest = i.Target.Digest
 		return i
 	}
 	u := newUses([]images.Image{image("r/a:v1", "a"), image("r/a:v2", "a"), image("r/b:v1", "b")})
@@ -40,15 +40,16 @@ func TestContainersUseTheirImages(t *testing.T) {
 func TestUsesAreFound(t *testing.T) {
 	image := func(name string, index bool) (i images.Image) {
 		layer := artifact.Layer{Descriptor: ocispec.Descriptor{Digest: digest.FromString(name)}}
-		i.Artifact = &artifact.Artifact{Manifest: ocispec.Descriptor{Digest: digest.FromString("manifest of " + name)}, Layers: []artifact.Layer{layer}}
-		i.Target = i.Artifact.Manifest
+		i.Manifest = digest.FromString("manifest of " + name)
+		i.Artifact = &artifact.Artifact{Layers: []artifact.Layer{layer}}
+		i.Target.Digest = i.Manifest
 		if index {
 			i.Target.Digest = digest.FromString("index of " + name)
 		}
 		return i
 	}
 	a, b := image("a", false), image("b", true)
-	manifest := func(i images.Image) digest.Digest { return i.Artifact.Manifest.Digest }
+	manifest := func(i images.Image) digest.Digest { return i.Manifest }
 	label := func(i images.Image) map[string]string {
 		return map[string]string{snapshot.LabelArtifact: manifest(i).String()}
 	}

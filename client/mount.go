@@ -83,7 +83,7 @@ func (c *Client) mount(ctx context.Context, image images.Image, target string) (
 	if err != nil {
 		return err
 	}
-	if old != nil && old.Manifest != image.Artifact.Manifest.Digest {
+	if old != nil && old.Manifest != image.Manifest {
 		return fmt.Errorf("%s is still the target of artifact %s, whose mount has gone; unmount it first: %w", target, old.Manifest, errdefs.ErrFailedPrecondition)
 	}
 	ctx = c.Context(ctx)
@@ -137,7 +137,7 @@ func (c *Client) view(ctx context.Context, key string, image images.Image) (moun
 		return nil, err
 	}
 	info, err := service.Stat(ctx, key)
-	if err == nil && info.Labels[snapshot.LabelArtifact] != image.Artifact.Manifest.Digest.String() {
+	if err == nil && info.Labels[snapshot.LabelArtifact] != image.Manifest.String() {
 		err = c.foreign()
 	}
 	if err != nil {

@@ -48,7 +48,7 @@ func (c *Client) Unused(ctx context.Context) ([]Unused, error) {
 	byManifest := map[digest.Digest]*Unused{}
 	kept := map[digest.Digest]bool{}
 	for _, image := range all {
-		manifest := image.Artifact.Manifest.Digest
+		manifest := image.Manifest
 		if image.Labels[labelPinned] == pinned || uses[manifest] != nil && uses[manifest].InUse() {
 			kept[manifest] = true
 		}

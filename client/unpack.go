@@ -88,7 +88,7 @@ func (c *Client) Unpack(ctx context.Context, image images.Image) (string, error)
 // or "" if there is none, or none that lives as long as the image.
 func (c *Client) Unpacked(ctx context.Context, image images.Image) (string, error) {
 	ctx = c.Context(ctx)
-	manifest := image.Artifact.Manifest.Digest
+	manifest := image.Manifest
 	info, err := c.ContentStore().Info(ctx, manifest)
 	if err != nil {
 		return "", fmt.Errorf("manifest of %q: %w", image.Name, err)
@@ -167,7 +167,7 @@ func (c *Client) attempt(ctx context.Context, image images.Image, name string) (
 	}()
 	ctx = leases.WithLease(ctx, lease.ID)
 
-	manifest := image.Artifact.Manifest.Digest
+	manifest := image.Manifest
 	key := snapshot.UnpackKey(lease.ID, manifest)
 	snapshotter := c.SnapshotService(c.Snapshotter)
 	_, err = snapshotter.Prepare(ctx, key, "", snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: name}))

@@ -9,42 +9,34 @@ import (
 	"slices"
 
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-
-	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
-// catalog is the images of one namespace. A question about one image takes no longer
-// when there are others. The zero value and nil have no images, and put wants the
-// former. An image that is in it is never changed, only replaced, so that what was
-// found can be looked at later.
+// catalog has the images of one namespace, indexed so that a question about one image
+// does not depend on the number of images. An image in the catalog is never changed, only
+// replaced, so that a caller may use what it has found without a lock. A nil catalog is
+// empty.
 type catalog struct {
 	byName map[string]*Image
-	// byDigest are, by each digest, the images of which it is that of the target, the
-	// manifest or the config.
+	// byDigest has, for each digest, the images of which it is the target, the manifest
+	// or the config.
 	byDigest map[digest.Digest][]*Image
-	// unread are, by name, those that are to be read again.
-	unread map[string]*Image
+	// undecided has those whose config is to be looked for again, by name.
+	undecided map[string]*Image
 }
 
-// put adds an image, or replaces that of the same name.
+func newCatalog() *catalog {
+	return &catalog{map[string]*Image{}, map[digest.Digest][]*Image{}, map[string]*Image{}}
+}
+
+// put adds an image, or replaces the one with the same name.
 func (c *catalog) put(i Image) {
-	c.set(i)
-	c.adopt(i.Target.Digest)
-}
-
-// set is put without a look at other names of the image.
-func (c *catalog) set(i Image) {
 	c.remove(i.Name)
-	if c.byName == nil {
-		*c = catalog{map[string]*Image{}, map[digest.Digest][]*Image{}, map[string]*Image{}}
-	}
 	c.byName[i.Name] = &i
 	for d := range i.digests() {
 		c.byDigest[d] = append(c.byDigest[d], &i)
 	}
-	if i.unread != nil {
-		c.unread[i.Name] = &i
+	if i.undecided != nil {
+		c.undecided[i.Name] = &i
 	}
 }
 
@@ -54,7 +46,7 @@ func (c *catalog) remove(name string) {
 	}
 	old := c.byName[name]
 	delete(c.byName, name)
-	delete(c.unread, name)
+	delete(c.undecided, name)
 	for d := range old.digests() {
 		c.byDigest[d] = slices.DeleteFunc(c.byDigest[d], func(i *Image) bool { return i == old })
 		if len(c.byDigest[d]) == 0 {
@@ -63,29 +55,9 @@ func (c *catalog) remove(name string) {
 	}
 }
 
-// adopt finds out what an image is that could not be read, by an image ID of CRI that
-// is a name for the same target: CRI makes them in each pull, before it knows another
-// name (internal/cri/server/images/image_pull.go of containerd).
-func (c *catalog) adopt(target digest.Digest) {
-	same := c.withTarget(target)
-	id := slices.IndexFunc(same, func(i *Image) bool { return digest.Digest(i.Name).Validate() == nil })
-	if id < 0 {
-		return
-	}
-	for _, i := range same {
-		if i.Artifact != nil || i.unread == nil {
-			continue
-		}
-		known := *i
-		known.unread = nil
-		known.Artifact = &artifact.Artifact{Manifest: ocispec.Descriptor{Digest: target}, Config: digest.Digest(same[id].Name)}
-		c.set(known)
-	}
-}
-
-// with are the images that have the digest, and for which is true.
+// with returns the images that have the digest and satisfy is.
 func (c *catalog) with(d digest.Digest, is func(*Image) bool) (found []*Image) {
-	if c == nil {
+	if c == nil || d == "" {
 		return nil
 	}
 	for _, i := range c.byDigest[d] {
@@ -96,26 +68,23 @@ func (c *catalog) with(d digest.Digest, is func(*Image) bool) (found []*Image) {
 	return found
 }
 
-// withTarget are the images with that target.
 func (c *catalog) withTarget(target digest.Digest) []*Image {
 	return c.with(target, func(i *Image) bool { return i.Target.Digest == target })
 }
 
-// withManifest are the images that stand for the manifest.
 func (c *catalog) withManifest(manifest digest.Digest) []*Image {
-	return c.with(manifest, func(i *Image) bool { return i.Artifact != nil && i.Artifact.Manifest.Digest == manifest })
+	return c.with(manifest, func(i *Image) bool { return i.Manifest == manifest })
 }
 
-// withConfig are the images that have the config.
 func (c *catalog) withConfig(config digest.Digest) []*Image {
-	return c.with(config, func(i *Image) bool { return i.Artifact != nil && i.Artifact.Config == config })
+	return c.with(config, func(i *Image) bool { return i.Config == config })
 }
 
-// find returns an image with that target or manifest, by a name for people if there is
-// one; nil if there is no image.
+// find returns an image with that target or manifest, if possible one whose name is not an
+// image ID. It returns nil if there is none.
 func (c *catalog) find(target digest.Digest) *Image {
 	found := append(c.withTarget(target), c.withManifest(target)...)
-	if named := slices.IndexFunc(found, func(i *Image) bool { return i.Artifact != nil && !i.IsID() }); named >= 0 {
+	if named := slices.IndexFunc(found, func(i *Image) bool { return i.Config != "" && !i.IsID() }); named >= 0 {
 		return found[named]
 	}
 	if len(found) == 0 {
@@ -124,15 +93,15 @@ func (c *catalog) find(target digest.Digest) *Image {
 	return found[0]
 }
 
-// again are the images that are to be read again.
-func (c *catalog) again() []*Image {
+// toReadAgain returns the images whose config is to be looked for again.
+func (c *catalog) toReadAgain() []*Image {
 	if c == nil {
 		return nil
 	}
-	return slices.Collect(maps.Values(c.unread))
+	return slices.Collect(maps.Values(c.undecided))
 }
 
-// all are all images.
+// all returns all images.
 func (c *catalog) all() []*Image {
 	if c == nil {
 		return nil
@@ -140,11 +109,11 @@ func (c *catalog) all() []*Image {
 	return slices.Collect(maps.Values(c.byName))
 }
 
-// digests are those of the image, each once.
+// digests returns the digests of the image, each once.
 func (i *Image) digests() iter.Seq[digest.Digest] {
 	all := map[digest.Digest]bool{i.Target.Digest: true}
-	if i.Artifact != nil {
-		all[i.Artifact.Manifest.Digest], all[i.Artifact.Config] = true, true
+	if i.Config != "" {
+		all[i.Manifest], all[i.Config] = true, true
 	}
 	return maps.Keys(all)
 }

@@ -14,14 +14,15 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
-// crowd is a Watcher that knows one artifact and so many others, each by the three
-// names that CRI gives it; config is that of the artifact with the number, 0 the one.
+// crowd returns a Watcher that knows one artifact and a number of others, each by the three
+// names that CRI gives it. config returns the config of an artifact; the one is number 0.
 func crowd(others int, config func(int) string) (w *Watcher, one digest.Digest) {
 	w = NewWatcher("", "")
-	known := &catalog{}
+	known := newCatalog()
 	for i := range others + 1 {
 		manifest := fmt.Sprint("manifest ", i)
 		for _, name := range []string{
@@ -40,8 +41,8 @@ func ownConfig(i int) string { return fmt.Sprint("config ", i) }
 
 func sharedConfig(int) string { return "shared" }
 
-// What a request for an image volume takes depends on its artifact alone.
-func TestAnImageIsJudgedWithoutAnyLookAtTheOthers(t *testing.T) {
+// The cost of a request for an image volume depends on its artifact alone.
+func TestTheCostOfACheckDoesNotDependOnOtherImages(t *testing.T) {
 	judge := func(others int) float64 {
 		w, one := crowd(others, ownConfig)
 		return testing.AllocsPerRun(100, func() {
@@ -52,19 +53,18 @@ func TestAnImageIsJudgedWithoutAnyLookAtTheOthers(t *testing.T) {
 				t.Errorf("it is called %q", name)
 			}
 			if _, ok := w.same("k8s.io", one); !ok {
-				t.Error("it would be read again")
+				t.Error("its config would be looked for again")
 			}
 		})
 	}
 	if alone, among := judge(0), judge(2000); among > alone {
-		t.Errorf("it takes %v allocations alone, and %v among 2,000 others", alone, among)
+		t.Errorf("a check takes %v allocations alone, and %v among 2,000 others", alone, among)
 	}
 }
 
-// What is found depends on what is there and not on how it came there.
-func TestACatalogForgetsWhatIsReplacedAndRemoved(t *testing.T) {
+func TestACatalogForgetsImagesThatAreReplacedOrRemoved(t *testing.T) {
 	one, other := digest.FromString("one"), digest.FromString("other")
-	c := &catalog{}
+	c := newCatalog()
 	c.put(*sampleImage("tag:v1", "one", "config"))
 	c.put(*sampleImage("tag:v2", "one", "config"))
 	c.put(*sampleImage("tag:v1", "other", "config"))
@@ -79,8 +79,8 @@ func TestACatalogForgetsWhatIsReplacedAndRemoved(t *testing.T) {
 	}
 	c.remove("tag:v1")
 	c.remove("tag:v2")
-	if len(c.byName)+len(c.byDigest)+len(c.unread) > 0 || c.find(one) != nil {
-		t.Errorf("left is %v", c)
+	if len(c.byName)+len(c.byDigest)+len(c.undecided) > 0 || c.find(one) != nil {
+		t.Errorf("the catalog still has %v", c)
 	}
 }
 
@@ -93,26 +93,6 @@ func TestStatsCountEachArtifactOnce(t *testing.T) {
 		if got, want := w.Stats(), (WatcherStats{Connected: true, Artifacts: 11, Conflicts: tt.conflicts}); got != want {
 			t.Errorf("got %+v, want %+v", got, want)
 		}
-	}
-}
-
-// A manifest that is too large to read may have hundreds of tags, whose images come before
-// CRI's ID in a list.
-func TestAllNamesOfAnImageAreAdoptedAtOnce(t *testing.T) {
-	const names = 100
-	target, config := digest.FromString("too large"), digest.FromString("config")
-	allocated := testing.AllocsPerRun(1, func() {
-		known := &catalog{}
-		for n := range names {
-			known.put(Image{Image: imageRecord(fmt.Sprintf("registry.example.com/large:%d", n), target), unread: errUndecided})
-		}
-		known.put(Image{Image: imageRecord(config.String(), target), unread: errUndecided})
-		if got := len(known.withConfig(config)); got != names+1 || len(known.again()) > 0 {
-			t.Errorf("%d names have the config, want %d; %d are to be read again", got, names+1, len(known.again()))
-		}
-	})
-	if allocated > 100*names {
-		t.Errorf("%.0f allocations for %d names", allocated, names)
 	}
 }
 
@@ -157,8 +137,8 @@ func (c counting) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (conten
 	return c.Provider.ReaderAt(ctx, desc)
 }
 
-// CRI gives an image three names, and what is read of it may be a lot.
-func TestEachImageIsReadOnce(t *testing.T) {
+// CRI gives an image three names, and reading it may be expensive.
+func TestASurveyReadsEachImageOnce(t *testing.T) {
 	w, targets := newTestWatcher(t, "one", "two")
 	var all []images.Image
 	for name, target := range targets {
@@ -168,13 +148,16 @@ func TestEachImageIsReadOnce(t *testing.T) {
 	}
 	near, far := counting{w.blobs, map[digest.Digest]int{}}, counting{w.blobs, map[digest.Digest]int{}}
 	layers := 0
-	known := readAll(t.Context(), nearby{near, far}, all, map[digest.Digest]Image{}, func(i *Image) { layers += len(i.Artifact.Layers) })
-	if len(known.byName) != 6 || layers != 2 {
-		t.Errorf("known are %d names and %d layers, want 6 and 2", len(known.byName), layers)
+	s, err := survey(t.Context(), nearby{near, far}, all, func(a *artifact.Artifact) { layers += len(a.Layers) })
+	if err != nil {
+		t.Fatal(err)
 	}
-	for _, i := range known.byName {
-		if i.Artifact == nil || len(i.Artifact.Layers) > 0 {
-			t.Errorf("of %q is kept %+v", i.Name, i.Artifact)
+	if len(s.Artifacts) != 6 || layers != 2 {
+		t.Errorf("there are %d names and %d layers, want 6 and 2", len(s.Artifacts), layers)
+	}
+	for _, i := range s.Artifacts {
+		if i.Artifact != nil || i.ChainID() == "" || i.Config != ocispec.DescriptorEmptyJSON.Digest {
+			t.Errorf("the survey has %+v", i)
 		}
 	}
 	for blob, times := range near.opened {
@@ -183,11 +166,11 @@ func TestEachImageIsReadOnce(t *testing.T) {
 		}
 	}
 	if len(near.opened) < 2 || len(far.opened) > 0 {
-		t.Errorf("opened are %v, and of what is far %v", near.opened, far.opened)
+		t.Errorf("near blobs are opened %v, far ones %v", near.opened, far.opened)
 	}
-	// What is not near is far.
+
 	near.Provider = blobs.Dir(t.TempDir())
-	if i := readAny(t.Context(), nearby{near, far}, all[0]); !i.isArtifact() || len(far.opened) == 0 {
-		t.Errorf("got %+v", i)
+	if s, err := survey(t.Context(), nearby{near, far}, all[:1], nil); err != nil || len(s.Artifacts) != 1 || len(far.opened) == 0 {
+		t.Errorf("blobs that are not near: %+v, %v", s, err)
 	}
 }

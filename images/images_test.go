@@ -8,8 +8,6 @@ import (
 	"testing"
 
 	"github.com/opencontainers/go-digest"
-
-	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
 func TestNamedLeavesOutWhatIsForPrograms(t *testing.T) {
@@ -17,7 +15,7 @@ func TestNamedLeavesOutWhatIsForPrograms(t *testing.T) {
 	target, second := digest.FromString("target"), digest.FromString("second target")
 	image := func(name string, target, config digest.Digest) (i Image) {
 		i.Name, i.Target.Digest = name, target
-		i.Artifact = &artifact.Artifact{Config: config}
+		i.Config = config
 		return i
 	}
 	all := []Image{

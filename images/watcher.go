@@ -5,15 +5,12 @@ package images
 
 import (
 	"context"
-	"crypto/rand"
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
 
-	eventstypes "github.com/containerd/containerd/api/events"
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/containerd/v2/core/images"
@@ -24,37 +21,33 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
-// helloTopic is the topic of events that come back to their publisher.
-const helloTopic = "/artifact-snapshotter/hello/"
-
-// Watcher knows containerd's images, of all namespaces, from its events, and which
-// of them are artifacts. It can be asked for conflicts inside of a snapshotter call:
-// Check does not call containerd.
+// Watcher knows containerd's images of all namespaces from containerd's events. Its
+// answers ([Watcher.Check], [Watcher.Name], [Watcher.Stats]) need no call to containerd.
 type Watcher struct {
 	address string
 	blobs   blobs.Dir
 
-	checkWait, lateWait time.Duration // the constants, but for tests
+	checkWait, lateWait time.Duration // the constants, except in tests
 
 	mu      sync.Mutex
-	changed chan struct{} // closed when something below changes
-	// known are the images by namespace, nil until they have been listed.
+	changed chan struct{} // closed when a field below changes
+	// known has the images by namespace. It is nil until they have been listed, and
+	// while containerd is not connected.
 	known   map[string]*catalog
 	running bool
-	// broken is why known is nil, and lost since when.
+	// broken is why known is nil, and lost since when it is.
 	broken error
 	lost   time.Time
-	// asked, said and seen are numbers of hello events: of the last one that a Check
-	// waits for, that has been published, and that has come back. A list of the
-	// images is as good as one.
+	// asked, said and seen are numbers of hello events, see stream: of the last one that
+	// a Check waits for, of the last one that was published, and of the last one that
+	// came back. A list of the images counts as a hello event that came back.
 	asked, said, seen int
 }
 
-// NewWatcher returns a Watcher of the containerd with that socket and directory of
+// NewWatcher returns a Watcher of the containerd with that socket and that directory of
 // blobs.
 func NewWatcher(address string, blobs blobs.Dir) *Watcher {
 	return &Watcher{
@@ -89,14 +82,14 @@ func (w *Watcher) Run(ctx context.Context) {
 	})
 }
 
-// Running tells whether Run has been called.
+// Running reports whether Run has been called.
 func (w *Watcher) Running() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.running
 }
 
-// watch watches until the connection fails. It reports whether there was a list.
+// watch watches until the connection fails, and reports whether it listed the images.
 func (w *Watcher) watch(ctx context.Context) (listed bool, err error) {
 	c, err := Connect(ctx, w.address)
 	if err != nil {
@@ -105,18 +98,16 @@ func (w *Watcher) watch(ctx context.Context) (listed bool, err error) {
 	defer func() { _ = c.Close() }()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	topic := helloTopic + rand.Text()
-	envelopes, failed := c.Subscribe(ctx, `topic~="^/images/"`, fmt.Sprintf("topic==%q", topic))
-	s := stream{envelopes: envelopes, failed: failed, topic: topic, publish: c.EventService().Publish}
+	s := subscribe(ctx, c)
 	handle := func(e *events.Envelope) error { return w.handle(ctx, c.ImageService(), e) }
 
-	// The list is asked for when the subscription is there: what is not in it comes
-	// as an event. Of the subscription nothing tells but an event.
+	// The images are listed once the subscription works, so that a change that is not in
+	// the list comes as an event.
 	early, err := s.begin(ctx)
 	if err != nil {
 		return false, err
 	}
-	number := w.say()
+	number := w.publishing()
 	known, err := w.list(ctx, c)
 	if err != nil {
 		return false, err
@@ -131,9 +122,8 @@ func (w *Watcher) watch(ctx context.Context) (listed bool, err error) {
 	return true, w.follow(ctx, s, handle)
 }
 
-// follow deals with the events of the stream, in order, and publishes the hello
-// events that Checks wait for: one at a time, so that a stream that is slow does not
-// fill up with them.
+// follow handles the events of the stream in order, and publishes the hello events that
+// Checks wait for: one at a time, so that they do not fill up a slow stream.
 func (w *Watcher) follow(ctx context.Context, s stream, handle func(*events.Envelope) error) error {
 	var overdue <-chan time.Time
 	for {
@@ -155,7 +145,7 @@ func (w *Watcher) follow(ctx context.Context, s stream, handle func(*events.Enve
 			}
 		case err := <-s.failed:
 			return ended(err)
-		case <-overdue: // a new list takes less time
+		case <-overdue: // connecting and listing again takes less time
 			return fmt.Errorf("no event has come for %v: %w", helloWait, errdefs.ErrUnavailable)
 		case <-ctx.Done():
 			return ctx.Err()
@@ -163,8 +153,8 @@ func (w *Watcher) follow(ctx context.Context, s stream, handle func(*events.Enve
 	}
 }
 
-// due returns the number of the hello event that is to be published now, or 0, and
-// what tells of a change.
+// due returns the number of the hello event to publish now, or 0, and a channel that is
+// closed when this may change.
 func (w *Watcher) due() (<-chan struct{}, int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -175,7 +165,7 @@ func (w *Watcher) due() (<-chan struct{}, int) {
 	return w.changed, w.said
 }
 
-// ask returns the number of a hello event that is published later than now.
+// ask returns the number of a hello event that will be published after this call.
 func (w *Watcher) ask() (number int) {
 	w.set(func() {
 		w.asked = w.said + 1
@@ -184,88 +174,21 @@ func (w *Watcher) ask() (number int) {
 	return number
 }
 
-// say returns the number of what answers all who have asked until now.
-func (w *Watcher) say() int {
+// publishing returns the number of an event that answers everybody who has asked so far.
+func (w *Watcher) publishing() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.said = w.asked
 	return w.said
 }
 
-// set changes what is guarded by mu, and tells those who wait for a change.
+// set changes fields that mu guards, and wakes those who wait for a change.
 func (w *Watcher) set(change func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	change()
 	close(w.changed)
 	w.changed = make(chan struct{})
-}
-
-// stream is a subscription to the events of images, and to those of a topic that
-// nobody else has. containerd keeps the order of events (core/events/exchange), and
-// publishes the one of an image before its client hears that the image is there
-// (core/metadata/images.go).
-type stream struct {
-	envelopes <-chan *events.Envelope
-	failed    <-chan error
-	topic     string
-	publish   func(ctx context.Context, topic string, event events.Event) error
-}
-
-// begin publishes an event until one arrives, and returns the others before it.
-func (s stream) begin(ctx context.Context) (early []*events.Envelope, err error) {
-	for {
-		if err := s.hello(ctx, 0); err != nil {
-			return nil, err
-		}
-		again := time.After(helloAgain)
-		for waiting := true; waiting; {
-			select {
-			case e := <-s.envelopes:
-				if e.Topic == s.topic {
-					return early, nil
-				}
-				early = append(early, e)
-			case <-again:
-				waiting = false
-			case err := <-s.failed:
-				return nil, ended(err)
-			case <-ctx.Done():
-				return nil, ctx.Err()
-			}
-		}
-	}
-}
-
-// hello publishes the event with that number.
-func (s stream) hello(ctx context.Context, number int) error {
-	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, "artifact-snapshotter"), callTimeout)
-	defer cancel()
-	if err := s.publish(ctx, s.topic, &eventstypes.NamespaceUpdate{Name: strconv.Itoa(number)}); err != nil {
-		return fmt.Errorf("publish an event: %w", err)
-	}
-	return nil
-}
-
-// number returns the number of the event if it is one of hello's.
-func (s stream) number(e *events.Envelope) (number int, ok bool) {
-	if e.Topic != s.topic {
-		return 0, false
-	}
-	var said eventstypes.NamespaceUpdate
-	if err := typeurl.UnmarshalTo(e.Event, &said); err != nil {
-		return 0, false
-	}
-	number, err := strconv.Atoi(said.Name)
-	return number, err == nil
-}
-
-// ended is the error for a stream that has ended with err.
-func ended(err error) error {
-	if err == nil {
-		err = errdefs.ErrUnavailable
-	}
-	return fmt.Errorf("the stream of events has ended: %w", err)
 }
 
 // list returns all images of all namespaces.
@@ -275,36 +198,39 @@ func (w *Watcher) list(ctx context.Context, c *containerd.Client) (map[string]*c
 		return nil, fmt.Errorf("list containerd's namespaces: %w", err)
 	}
 	known := map[string]*catalog{}
-	read := map[digest.Digest]Image{}
+	read := map[digest.Digest]Image{} // by target, since CRI gives an image several names
 	for _, namespace := range all {
-		there, err := c.ImageService().List(namespaces.WithNamespace(ctx, namespace))
+		records, err := c.ImageService().List(namespaces.WithNamespace(ctx, namespace))
 		if err != nil {
 			return nil, fmt.Errorf("list the images of namespace %s: %w", namespace, err)
 		}
-		known[namespace] = readAll(ctx, w.blobs, there, read, nil)
+		known[namespace] = newCatalog()
+		for _, record := range records {
+			image, ok := read[record.Target.Digest]
+			if !ok {
+				image = w.identify(ctx, record)
+				read[record.Target.Digest] = image
+			}
+			image.Name = record.Name
+			known[namespace].put(image)
+		}
 	}
-	// What was cut off is no list.
-	return known, ctx.Err()
+	return known, ctx.Err() // an incomplete list is no list
 }
 
-// brief is what is to be known of an image: the layers of all may be a lot.
-func (i Image) brief() Image {
-	known := i
-	known.Image = images.Image{Name: i.Name, Target: ocispec.Descriptor{MediaType: i.Target.MediaType, Digest: i.Target.Digest}}
-	if i.Artifact != nil {
-		known.Artifact = &artifact.Artifact{Manifest: ocispec.Descriptor{Digest: i.Artifact.Manifest.Digest}, Config: i.Artifact.Config}
-	}
-	return known
+// identify returns what the Watcher remembers of an image.
+func (w *Watcher) identify(ctx context.Context, i images.Image) Image {
+	return identify(ctx, w.blobs, images.Image{Name: i.Name, Target: ocispec.Descriptor{MediaType: i.Target.MediaType, Digest: i.Target.Digest}})
 }
 
-// handle deals with an event. It has only the name of the image.
+// handle handles an event. An event has only the name of its image.
 func (w *Watcher) handle(ctx context.Context, store images.Store, e *events.Envelope) error {
 	if e.Event == nil || !strings.HasPrefix(e.Topic, "/images/") {
 		return nil
 	}
 	v, err := typeurl.UnmarshalAny(e.Event)
 	if err != nil {
-		return nil // an event that is none of containerd's
+		return nil // it is not containerd's event
 	}
 	named, ok := v.(interface{ GetName() string })
 	if !ok {
@@ -313,7 +239,7 @@ func (w *Watcher) handle(ctx context.Context, store images.Store, e *events.Enve
 	name := named.GetName()
 	call, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, e.Namespace), callTimeout)
 	defer cancel()
-	image, err := store.Get(call, name)
+	record, err := store.Get(call, name)
 	if errdefs.IsNotFound(err) {
 		w.set(func() { w.known[e.Namespace].remove(name) })
 		return nil
@@ -321,35 +247,46 @@ func (w *Watcher) handle(ctx context.Context, store images.Store, e *events.Enve
 	if err != nil {
 		return fmt.Errorf("image %q: %w", name, err)
 	}
-	known, ok := w.same(e.Namespace, image.Target.Digest)
+	image, ok := w.same(e.Namespace, record.Target.Digest)
 	if !ok {
-		known = readAny(ctx, w.blobs, image)
+		image = w.identify(ctx, record)
 	}
-	known.Name = name
-	first := false // of the names of the artifact
+	image.Name = name
+	first := false // of the names of its manifest
 	w.set(func() {
-		if w.known[e.Namespace] == nil {
-			w.known[e.Namespace] = &catalog{}
-		}
 		there := w.known[e.Namespace]
-		first = known.Artifact != nil && !slices.ContainsFunc(there.withManifest(known.Artifact.Manifest.Digest), func(i *Image) bool { return !i.IsID() })
-		there.put(known.brief())
+		if there == nil {
+			there = newCatalog()
+			w.known[e.Namespace] = there
+		}
+		first = !image.IsID() && !slices.ContainsFunc(there.withManifest(image.Manifest), func(i *Image) bool { return !i.IsID() })
+		there.put(image)
 	})
-	if first && !known.IsID() {
-		w.warn(ctx, e.Namespace, known)
+	if first {
+		w.warn(ctx, e.Namespace, image)
 	}
 	return nil
 }
 
-// same returns an image of the namespace with that target, if one is known that
-// would not be another one if it was read again.
+// same returns an image of the namespace with that target whose config is known.
 func (w *Watcher) same(namespace string, target digest.Digest) (Image, bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, i := range w.known[namespace].withTarget(target) {
-		if i.Artifact != nil && i.unread == nil {
+		if i.Config != "" {
 			return *i, true
 		}
 	}
 	return Image{}, false
+}
+
+// warn logs that a new image is in conflict with others.
+func (w *Watcher) warn(ctx context.Context, namespace string, image Image) {
+	w.mu.Lock()
+	same := w.known[namespace].withConfig(image.Config)
+	w.mu.Unlock()
+	if err := refuse(image, same); err != nil {
+		log.G(ctx).WithError(err).WithField("namespace", namespace).WithField("image", image.Name).
+			Warn("An image is in conflict with others: image volumes of them are refused")
+	}
 }

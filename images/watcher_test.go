@@ -21,20 +21,17 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// sampleImage is an artifact with the manifest and the config that the words stand for.
+// sampleImage returns an artifact with the digests of those words.
 func sampleImage(name, manifest, config string) *Image {
 	dgst := digest.FromString(manifest)
 	return &Image{
-		Image: images.Image{Name: name, Target: ocispec.Descriptor{Digest: dgst}},
-		Artifact: &artifact.Artifact{
-			Manifest: ocispec.Descriptor{Digest: dgst},
-			Config:   digest.FromString(config),
-		},
+		Image:    images.Image{Name: name, Target: ocispec.Descriptor{Digest: dgst}},
+		Manifest: dgst,
+		Config:   digest.FromString(config),
 	}
 }
 
@@ -43,7 +40,7 @@ func TestConflictsAreImagesOfOneConfigWithAnotherManifest(t *testing.T) {
 	two, own := sampleImage("two:v1", "two", "shared"), sampleImage("own:v1", "own", "own")
 	id := sampleImage(digest.FromString("shared").String(), "three", "shared")
 	image, same := sampleImage("image:v1", "image", "shared"), sampleImage("same:v1", "same", "shared")
-	image.ordinary, same.ordinary = true, true
+	image.container, same.container = true, true
 	refused := sampleImage("refused:v1", "image", "shared") // by an index that lies of its size, say
 	for _, tt := range []struct {
 		name string
@@ -67,9 +64,9 @@ func TestConflictsAreImagesOfOneConfigWithAnotherManifest(t *testing.T) {
 				all[digest.FromString(manifest)] = names
 			}
 			for _, i := range tt.all {
-				want := strings.Fields(all[i.Artifact.Manifest.Digest])
+				want := strings.Fields(all[i.Manifest])
 				for limit := range 3 {
-					some, more := sharing[i.Artifact.Config].With(*i, limit)
+					some, more := sharing[i.Config].With(*i, limit)
 					var names []string
 					for _, other := range some {
 						names = append(names, other.Name)
@@ -91,7 +88,7 @@ func TestAConflictNamesFewArtifactsOnce(t *testing.T) {
 		t.Errorf("the error is of another kind: %v", err)
 	}
 	for _, want := range []string{
-		`: "esc\x1b[2J" (` + short(digest.FromString("three")) + `), "one:v1" (` + short(digest.FromString("one")) + `), "two:v1" (` + short(digest.FromString("two")) + "); ",
+		`: "esc\x1b[2J" (` + Short(digest.FromString("three")) + `), "one:v1" (` + Short(digest.FromString("one")) + `), "two:v1" (` + Short(digest.FromString("two")) + "); ",
 		"crictl rmi " + digest.FromString("shared").Encoded()[:12],
 	} {
 		if !strings.Contains(err.Error(), want) {
@@ -177,9 +174,9 @@ func (w *Watcher) know(ctx context.Context, targets map[string]digest.Digest, im
 	for _, i := range images {
 		namespace, name, _ := strings.Cut(i, "/")
 		if known[namespace] == nil {
-			known[namespace] = &catalog{}
+			known[namespace] = newCatalog()
 		}
-		known[namespace].put(readAny(ctx, w.blobs, imageRecord(name, targets[name])).brief())
+		known[namespace].put(w.identify(ctx, imageRecord(name, targets[name])))
 	}
 	w.set(func() { w.known = known })
 }
@@ -297,7 +294,7 @@ func TestOneEventAnswersAllWhoAskedBeforeIt(t *testing.T) {
 	due(2)
 	asked(3)
 	// The second is lost with its stream; then there is a list.
-	if got := w.say(); got != 3 {
+	if got := w.publishing(); got != 3 {
 		t.Errorf("the list answers %d, want 3", got)
 	}
 	asked(4)

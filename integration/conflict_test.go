@@ -138,7 +138,7 @@ func TestArtifactsWithOneConfigAreNotMixedUp(t *testing.T) {
 		for config, sharing := range conflicts {
 			for _, i := range sharing.Images {
 				others, more := sharing.With(*i, 1)
-				if config != i.Artifact.Config || i.IsID() || more > 0 || len(others) != 1 || others[0].Artifact.Manifest.Digest == i.Artifact.Manifest.Digest {
+				if config != i.Config || i.IsID() || more > 0 || len(others) != 1 || others[0].Manifest == i.Manifest {
 					t.Errorf("%q is in conflict with %v and %d more", i.Name, others, more)
 				}
 			}

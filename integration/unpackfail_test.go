@@ -45,7 +45,7 @@ func TestUnpackMayBeKilledAtAnyMoment(t *testing.T) {
 	killed, left := 0, 0
 	for round := range 60 {
 		// As it was before the first time.
-		_, err := c.ContentStore().Update(ctx, content.Info{Digest: image.Artifact.Manifest.Digest, Labels: map[string]string{label: ""}}, "labels."+label)
+		_, err := c.ContentStore().Update(ctx, content.Info{Digest: image.Manifest, Labels: map[string]string{label: ""}}, "labels."+label)
 		check(t, err)
 		collect(t, c)
 		if there := snapshotsOf(t, n); len(there) > 0 {

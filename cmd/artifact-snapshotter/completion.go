@@ -104,11 +104,14 @@ func printCandidates(command *cli.Command, candidates []string) {
 // the first argument.
 func completeReference(ctx context.Context, command *cli.Command) {
 	completeFirst(ctx, command, func(ctx context.Context, c *client.Client) (names []string, err error) {
-		all, err := c.Brief(ctx)
-		for _, image := range images.Named(all) {
+		all, err := c.Survey(ctx, nil, nil)
+		if err != nil {
+			return nil, err
+		}
+		for _, image := range images.Named(all.Artifacts) {
 			names = append(names, image.Name)
 		}
-		return names, err
+		return names, nil
 	})
 }
 

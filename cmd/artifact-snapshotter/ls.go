@@ -168,18 +168,17 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) 
 
 // describe is what there is to say about an image, but for its layers.
 func describe(image images.Image, uses map[digest.Digest]*client.Use, conflicts map[digest.Digest]*images.Sharing) listed {
-	a := image.Artifact
 	l := listed{
 		Reference:  image.Name,
 		Digest:     image.Target.Digest,
-		Manifest:   a.Manifest.Digest,
-		Config:     a.Config,
+		Manifest:   image.Manifest,
+		Config:     image.Config,
 		Snapshots:  []string{},
 		Pods:       []pod{},
 		Mounts:     []string{},
 		Containers: []string{},
 	}
-	if use := uses[a.Manifest.Digest]; use != nil {
+	if use := uses[image.Manifest]; use != nil {
 		l.Snapshots = append(l.Snapshots, use.Snapshots...)
 		l.Mounts = append(l.Mounts, use.Targets...)
 		l.Containers = append(l.Containers, use.Containers...)
@@ -195,7 +194,7 @@ func describe(image images.Image, uses map[digest.Digest]*client.Use, conflicts 
 // with, and how many more there are.
 func conflictNames(conflicts map[digest.Digest]*images.Sharing, image images.Image) (names []string, more int) {
 	names = []string{}
-	others, more := conflicts[image.Artifact.Config].With(image, maxConflicts)
+	others, more := conflicts[image.Config].With(image, maxConflicts)
 	for _, other := range others {
 		names = append(names, other.Name)
 	}
@@ -232,8 +231,7 @@ func listMounts(ctx context.Context, command *cli.Command, c *client.Client) err
 	}
 	references := map[digest.Digest][]string{}
 	for _, image := range images.Named(all.Artifacts) {
-		manifest := image.Artifact.Manifest.Digest
-		references[manifest] = append(references[manifest], image.Name)
+		references[image.Manifest] = append(references[image.Manifest], image.Name)
 	}
 	list := []mountInfo{}
 	for _, m := range mounts {

@@ -44,7 +44,7 @@ func mountCommand() *cli.Command {
 			return printJSON(command.Root().Writer, mountInfo{
 				Target:     target,
 				References: []string{image.Name},
-				Manifest:   image.Artifact.Manifest.Digest,
+				Manifest:   image.Manifest,
 				Mounted:    true,
 			})
 		},

@@ -96,7 +96,7 @@ func pull(ctx context.Context, command *cli.Command) error {
 	if err != nil {
 		return err
 	}
-	p := pulled{image.Name, image.Target.Digest, image.Artifact.Manifest.Digest, client.Size(image.Artifact), snapshot}
+	p := pulled{image.Name, image.Target.Digest, image.Manifest, client.Size(image.Artifact), snapshot}
 	if json {
 		return printJSON(command.Root().Writer, p)
 	}

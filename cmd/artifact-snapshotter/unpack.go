@@ -55,7 +55,7 @@ func unpackImage(ctx context.Context, command *cli.Command) error {
 		return err
 	}
 	if asJSON {
-		return printJSON(command.Root().Writer, unpacked{image.Name, image.Artifact.Manifest.Digest, snapshot})
+		return printJSON(command.Root().Writer, unpacked{image.Name, image.Manifest, snapshot})
 	}
 	_, err = fmt.Fprintln(command.Root().Writer, snapshot)
 	return err

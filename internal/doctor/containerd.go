@@ -311,7 +311,7 @@ func sharedIn(ctx context.Context, c *client.Client) ([]SharedFacts, error) {
 		shared := SharedFacts{Namespace: c.Namespace, Config: config}
 		for _, i := range conflicts[config].Images {
 			if others, _ := conflicts[config].With(*i, 1); len(others) > 0 { // else the others have no name any more
-				shared.Images = append(shared.Images, ImageFacts{i.Name, i.Artifact.Manifest.Digest})
+				shared.Images = append(shared.Images, ImageFacts{i.Name, i.Manifest})
 			}
 		}
 		if len(shared.Images) > 0 {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -19,18 +20,19 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// refusedArtifact has the empty config and a name that no file may have.
+// refusedArtifact has the empty config and a file name that is refused.
 func refusedArtifact() *pack.Artifact {
 	return &pack.Artifact{ArtifactType: pack.GenericType, ConfigType: ocispec.MediaTypeEmptyJSON, Layers: []pack.Layer{{
 		MediaType: "text/plain", Data: []byte("x"), Annotations: map[string]string{ocispec.AnnotationTitle: "/etc/passwd"},
 	}}}
 }
 
-// writeBlob writes a blob, and returns its descriptor without a media type.
+// writeBlob writes a blob and returns its descriptor without a media type.
 func writeBlob(t *testing.T, blobs blobs.Dir, data string) ocispec.Descriptor {
 	t.Helper()
 	desc := ocispec.Descriptor{Digest: digest.FromString(data), Size: int64(len(data))}
@@ -40,8 +42,8 @@ func writeBlob(t *testing.T, blobs blobs.Dir, data string) ocispec.Descriptor {
 	return desc
 }
 
-// sameConfig are targets whose config is the empty one to CRI, though no artifact
-// can be made of them.
+// sameConfig returns targets for which CRI finds the empty config, although package
+// artifact refuses them.
 func sameConfig(t *testing.T, blobs blobs.Dir) map[string]ocispec.Descriptor {
 	t.Helper()
 	refused, err := refusedArtifact().WriteTo(string(blobs))
@@ -68,18 +70,18 @@ func sameConfig(t *testing.T, blobs blobs.Dir) map[string]ocispec.Descriptor {
 	return targets
 }
 
-func TestWhatIsRefusedHasAConfig(t *testing.T) {
+func TestAnArtifactThatIsRefusedMayBeInConflict(t *testing.T) {
 	w, targets := newTestWatcher(t, "one")
 	s, _ := fakeStream(1)
 	following(t, w, s, noImages)
 	for name, target := range sameConfig(t, w.blobs) {
 		t.Run(name, func(t *testing.T) {
-			image := readAny(t.Context(), w.blobs, images.Image{Name: "refused:v1", Target: target})
-			if image.Artifact == nil || image.Artifact.Config != ocispec.DescriptorEmptyJSON.Digest || image.isArtifact() || image.ordinary {
+			image := w.identify(t.Context(), images.Image{Name: "refused:v1", Target: target})
+			if _, err := artifact.Read(t.Context(), w.blobs, target); err == nil || image.Config != ocispec.DescriptorEmptyJSON.Digest || image.container {
 				t.Fatalf("got %+v", image)
 			}
 			w.know(t.Context(), targets, "k8s.io/one")
-			w.set(func() { w.known["k8s.io"].put(image.brief()) })
+			w.set(func() { w.known["k8s.io"].put(image) })
 			for _, of := range []digest.Digest{targets["one"], target.Digest} {
 				if err := w.Check(t.Context(), "k8s.io", of); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), `"refused:v1"`) {
 					t.Errorf("got %v, want that it is refused with the name of the other", err)
@@ -97,7 +99,7 @@ func TestWhatIsRefusedHasAConfig(t *testing.T) {
 	}
 }
 
-func TestWhatCRICannotKnowHasNoConfig(t *testing.T) {
+func TestAManifestThatCRICannotReadHasNoConfig(t *testing.T) {
 	w, _ := newTestWatcher(t, "one")
 	for name, manifest := range map[string]string{
 		"no JSON":            "x",
@@ -106,17 +108,16 @@ func TestWhatCRICannotKnowHasNoConfig(t *testing.T) {
 		"no manifest for us": `{"manifests": []}`,
 	} {
 		t.Run(name, func(t *testing.T) {
-			image := readAny(t.Context(), w.blobs, images.Image{Name: "odd:v1", Target: writeBlob(t, w.blobs, manifest)})
-			if image.Artifact != nil || image.unread != nil || image.IsID() {
+			image := w.identify(t.Context(), images.Image{Name: "odd:v1", Target: writeBlob(t, w.blobs, manifest)})
+			if image.Config != "" || image.undecided != nil || image.IsID() {
 				t.Errorf("got %+v", image)
 			}
 		})
 	}
 }
 
-// Others must not be able to keep an artifact from being judged, or all others from
-// being shown.
-func TestALargeManifestHasAConfig(t *testing.T) {
+// Large manifests must neither hide a conflict nor make other volumes unavailable.
+func TestTheConfigOfALargeManifestIsFound(t *testing.T) {
 	w, targets := newTestWatcher(t, "one")
 	s, _ := fakeStream(1)
 	following(t, w, s, noImages)
@@ -130,18 +131,18 @@ func TestALargeManifestHasAConfig(t *testing.T) {
 		mediaType, text string
 		refused         bool
 	}{
-		"bytes":       {ocispec.MediaTypeImageManifest, fmt.Sprintf(`{%s, "layers": [], "x": %q}`, config, strings.Repeat("x", 9<<20)), true},
+		"bytes":       {ocispec.MediaTypeImageManifest, fmt.Sprintf(`{%s, "layers": [], "x": "%s"}`, config, strings.Repeat("x", 9<<20)), true},
 		"layers":      {ocispec.MediaTypeImageManifest, fmt.Sprintf(`{%s, "layers": [{}%s]}`, config, strings.Repeat(",{}", 1<<20)), true},
 		"other nodes": {ocispec.MediaTypeImageIndex, fmt.Sprintf(`{"manifests": [%s%s]}`, good, strings.Repeat(`,{"platform":{"os":"a","architecture":"b"}}`, 1000)), false},
-		"more bytes":  {ocispec.MediaTypeImageManifest, fmt.Sprintf(`{%s, "layers": [], "x": %q}`, config, strings.Repeat("x", 9<<20)), true},
+		"more bytes":  {ocispec.MediaTypeImageManifest, fmt.Sprintf(`{%s, "layers": [], "x": "%s"}`, config, strings.Repeat("x", 9<<20)), true},
 		"entries":     {ocispec.MediaTypeImageIndex, fmt.Sprintf(`{"manifests": [{}%s]}`, strings.Repeat(",{}", 1<<17)), false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			target := writeBlob(t, w.blobs, tt.text)
 			target.MediaType = tt.mediaType
-			image := readAny(t.Context(), w.blobs, images.Image{Name: "large:v1", Target: target})
+			image := w.identify(t.Context(), images.Image{Name: "large:v1", Target: target})
 			w.know(t.Context(), targets, "k8s.io/one")
-			w.set(func() { w.known["k8s.io"].put(image.brief()) })
+			w.set(func() { w.known["k8s.io"].put(image) })
 			if err := w.Check(t.Context(), "k8s.io", targets["one"]); errdefs.IsFailedPrecondition(err) != tt.refused || !tt.refused && err != nil {
 				t.Errorf("got %v, want refused: %v", err, tt.refused)
 			}
@@ -149,75 +150,51 @@ func TestALargeManifestHasAConfig(t *testing.T) {
 	}
 }
 
-// What is too large to read is what CRI's name for it says, even when CRI has given
-// the name to another image since.
-func TestWhatIsNotReadIsKnownByItsImageID(t *testing.T) {
+// The runtime may mount an image whose config we cannot find in place of any other. So
+// nothing is mounted until it is removed, and the error names it.
+func TestAnImageWithAnUnknownConfigMakesVolumesUnavailable(t *testing.T) {
 	w, targets := newTestWatcher(t, "one")
 	s, _ := fakeStream(1)
 	following(t, w, s, noImages)
 	config := fmt.Sprintf(`"config": {"digest": %q}`, ocispec.DescriptorEmptyJSON.Digest)
-	for name, text := range map[string]string{
-		"too large":       fmt.Sprintf(`{%s, "x": %q}`, config, strings.Repeat("x", maxDocument)),
-		"manifests twice": fmt.Sprintf(`{%s, "manifests": [{}], "Manifests": [], "x": %q}`, config, strings.Repeat("x", maxTwice)),
+	for mediaType, text := range map[string]string{
+		ocispec.MediaTypeImageManifest: fmt.Sprintf(`{%s, "x": "%s"}`, config, strings.Repeat("x", maxManifest)),
+		ocispec.MediaTypeImageIndex:    fmt.Sprintf(`{"manifests": [{"digest": %q}], "x": "%s"}`, targets["one"], strings.Repeat("x", maxIndex)),
+		"":                             fmt.Sprintf(`{%s, "x": "%s"}`, config, strings.Repeat("x", maxIndex)),
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(mediaType, func(t *testing.T) {
 			target := writeBlob(t, w.blobs, text)
-			target.MediaType = ocispec.MediaTypeImageManifest
-			record := func(name string) {
-				w.set(func() {
-					w.known["k8s.io"].put(readAny(t.Context(), w.blobs, images.Image{Name: name, Target: target}).brief())
-				})
-			}
+			target.MediaType = mediaType
 			w.know(t.Context(), targets, "k8s.io/one")
-			record("odd:v1")
-			for _, of := range []digest.Digest{target.Digest, targets["one"]} {
-				if err := w.Check(t.Context(), "k8s.io", of); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), `"odd:v1"`) {
-					t.Errorf("got %v, want that it is not known", err)
-				}
-			}
-			id := ocispec.DescriptorEmptyJSON.Digest.String()
-			record(id)
 			w.set(func() {
-				w.known["k8s.io"].put(readAny(t.Context(), w.blobs, imageRecord(id, targets["one"])).brief())
+				w.known["k8s.io"].put(w.identify(t.Context(), images.Image{Name: "odd:v1", Target: target}))
 			})
 			for _, of := range []digest.Digest{target.Digest, targets["one"]} {
-				if err := w.Check(t.Context(), "k8s.io", of); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), `"odd:v1"`) {
-					t.Errorf("got %v, want that it is refused", err)
+				if err := w.Check(t.Context(), "k8s.io", of); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), `"odd:v1"`) || !strings.Contains(err.Error(), "over the limit") {
+					t.Errorf("got %v, want that it is unknown, and why", err)
 				}
 			}
-			// Another ID is another config.
-			w.know(t.Context(), targets, "k8s.io/one")
-			record("odd:v1")
-			record(digest.FromString("other").String())
+			w.set(func() { w.known["k8s.io"].remove("odd:v1") })
 			if err := w.Check(t.Context(), "k8s.io", targets["one"]); err != nil {
-				t.Errorf("got %v, want that it is shown", err)
+				t.Errorf("without it: %v", err)
 			}
 		})
 	}
 }
 
-// What cannot be read for want of files, say, is read again.
-func TestWhatCannotBeReadIsReadAgain(t *testing.T) {
+// A shortage of files, for example, says nothing about the image.
+func TestAnImageThatCouldNotBeReadIsReadAgain(t *testing.T) {
 	w, targets := newTestWatcher(t, "one", "two")
 	s, _ := fakeStream(1)
 	following(t, w, s, noImages)
-	two := w.blobs.Path(targets["two"])
-	if err := os.Rename(two, two+".aside"); err != nil {
-		t.Fatal(err)
+	unread := func() {
+		w.know(t.Context(), targets, "k8s.io/one")
+		w.set(func() {
+			w.known["k8s.io"].put(Image{Image: imageRecord("two", targets["two"]), undecided: syscall.EMFILE})
+		})
 	}
-	w.know(t.Context(), targets, "k8s.io/one")
-	w.set(func() {
-		w.known["k8s.io"].put(Image{Image: imageRecord("two", targets["two"]), refused: syscall.EMFILE, unread: syscall.EMFILE})
-	})
-	if err := w.Check(t.Context(), "k8s.io", targets["one"]); err != nil {
-		t.Errorf("two is not there any more: %v", err)
-	}
-	if err := os.Rename(two+".aside", two); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.Check(t.Context(), "k8s.io", targets["one"]); !errdefs.IsFailedPrecondition(err) {
-		t.Errorf("got %v, want that it is refused", err)
-	}
+
+	unread()
 	blobs := w.blobs
 	w.blobs = "/dev/null" // ENOTDIR
 	err := w.Check(t.Context(), "k8s.io", targets["one"])
@@ -225,10 +202,41 @@ func TestWhatCannotBeReadIsReadAgain(t *testing.T) {
 	if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), `image "two"`) {
 		t.Errorf("got %v, want that it is unavailable because of two", err)
 	}
+	for range 2 { // the second time it is known
+		if err := w.Check(t.Context(), "k8s.io", targets["one"]); !errdefs.IsFailedPrecondition(err) {
+			t.Errorf("got %v, want that it is refused", err)
+		}
+	}
+
+	unread()
+	if err := os.Remove(w.blobs.Path(targets["two"])); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Check(t.Context(), "k8s.io", targets["one"]); err != nil {
+		t.Errorf("the manifest of two is missing, so CRI cannot find its config either: %v", err)
+	}
 }
 
-// It is containerd's code that decides what CRI finds.
-func TestTheConfigIsThatWhichCRIFinds(t *testing.T) {
+// An image may be replaced or removed while its config is looked for.
+func TestAnImageThatIsReadAgainDoesNotComeBack(t *testing.T) {
+	w, targets := newTestWatcher(t, "one", "two")
+	w.know(t.Context(), targets, "k8s.io/one")
+	known := w.known["k8s.io"]
+	known.put(Image{Image: imageRecord("two", targets["two"]), undecided: syscall.EMFILE})
+	w.blobs = "/dev/null"
+	if undecided := w.readAgain(t.Context(), known); undecided == nil || undecided.Name != "two" {
+		t.Errorf("undecided is %v, want two", undecided)
+	}
+	again := known.toReadAgain()
+	known.remove("two")
+	w.replace(known, again[0], *sampleImage("two", "two", "shared"))
+	if known.byName["two"] != nil {
+		t.Error("an image that has been removed is there again")
+	}
+}
+
+// containerd's code decides what CRI finds.
+func TestTheConfigIsTheOneThatCRIFinds(t *testing.T) {
 	blobs := blobs.Dir(t.TempDir())
 	here := platforms.DefaultSpec()
 	worse := ocispec.Platform{OS: here.OS, Architecture: "386"} // amd64 runs it, too
@@ -252,13 +260,13 @@ func TestTheConfigIsThatWhichCRIFinds(t *testing.T) {
 		}
 		want, wantErr := images.Manifest(t.Context(), blobs, target, platforms.Default())
 		_, got, err := configOf(t.Context(), blobs, target)
-		if got != want.Config.Digest || (err == nil) != (wantErr == nil) {
-			t.Errorf("of %q: got %s, %v, want %s, %v", of, got, err, want.Config.Digest, wantErr)
+		if got.Digest != want.Config.Digest || (err == nil) != (wantErr == nil) {
+			t.Errorf("of %q: got %s, %v, want %s, %v", of, got.Digest, err, want.Config.Digest, wantErr)
 		}
 	}
 }
 
-func TestListsOfManifestsAreMerged(t *testing.T) {
+func TestListsOfManifestsAreMergedAsCRIDoes(t *testing.T) {
 	w, targets := newTestWatcher(t, "one")
 	here, err := json.Marshal(platforms.DefaultSpec())
 	if err != nil {
@@ -276,8 +284,36 @@ func TestListsOfManifestsAreMerged(t *testing.T) {
 		target.MediaType = ocispec.MediaTypeImageIndex
 		want, wantErr := images.Manifest(t.Context(), w.blobs, target, platforms.Default())
 		_, got, err := configOf(t.Context(), w.blobs, target)
-		if got != want.Config.Digest || (err == nil) != (wantErr == nil) {
-			t.Errorf("%s: got %s, %v, want %s, %v", text, got, err, want.Config.Digest, wantErr)
+		if got.Digest != want.Config.Digest || (err == nil) != (wantErr == nil) {
+			t.Errorf("%s: got %s, %v, want %s, %v", text, got.Digest, err, want.Config.Digest, wantErr)
 		}
 	}
+}
+
+// FuzzConfig compares the config of an image with the one that containerd's code finds.
+func FuzzConfig(f *testing.F) {
+	d := digest.FromString("x").String()
+	for _, text := range []string{
+		`{}`, `null`, `{"config":{"digest":"` + d + `"}}`, `{"manifests":[]}`, `{"manifests":null}`,
+		`{"config":{"digest":"x"},"Config":{"digest":"` + d + `"}}`, `{"config":[]}`, `{"config":null,"layers":[{}]}`,
+		`{"manifests":[{}],"config":{"digest":"` + d + `"}}`,
+	} {
+		f.Add([]byte(text))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		dir := t.TempDir()
+		if err := os.MkdirAll(filepath.Join(dir, "blobs", "sha256"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		target := writeBlob(t, blobs.Dir(dir), string(text))
+		for _, target.MediaType = range []string{ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex} {
+			want, err := images.Manifest(t.Context(), blobs.Dir(dir), target, platforms.Default())
+			if err != nil || want.Config.Digest.Validate() != nil {
+				continue
+			}
+			if _, got, err := configOf(t.Context(), blobs.Dir(dir), target); err != nil || got.Digest != want.Config.Digest {
+				t.Errorf("%q: got %s, %v, want %s", text, got.Digest, err, want.Config.Digest)
+			}
+		}
+	})
 }

@@ -57,7 +57,7 @@ var imageConfigs = map[string]bool{
 
 // IsImageConfig reports whether a config of that media type makes a manifest a
 // container image and no artifact.
-func IsImageConfig(mediaType string) bool { return imageConfigs[mediaType] }
+func IsImageConfig(mediaType string) bool { return imageConfigs[bareType(mediaType)] }
 
 // Annotation keys of models packed before ModelPack moved to the CNCF.
 const (

@@ -99,6 +99,20 @@ func TestIdentifyNeedsNoMediaTypeAndNoSize(t *testing.T) {
 	}
 }
 
+// containerd does not notice that a manifest on the disk has changed, so CRI knows the image
+// by what the manifest says now.
+func TestIdentifyReadsAManifestThatIsCorrupt(t *testing.T) {
+	b := blobs{}
+	config := ocispec.DescriptorEmptyJSON.Digest
+	m := b.addJSON(t, ocispec.MediaTypeImageManifest, ocispec.Manifest{Config: ocispec.DescriptorEmptyJSON})
+	b[m.Digest] = fmt.Appendf(nil, `{"config": {"mediaType": "Application/vnd.oci.image.config.v1+JSON; a=b", "digest": %q}, "changed": 1}`, config)
+	_, got, err := Identify(t.Context(), b, m)
+	if err != nil || got.Digest != config || !IsImageConfig(got.MediaType) {
+		t.Errorf("got %+v, %v", got, err)
+	}
+	wantConfigOfCRI(t, b, m, true)
+}
+
 func TestIdentifyIsBounded(t *testing.T) {
 	b := blobs{}
 	config := fmt.Sprintf(`"config": {"digest": %q}`, ocispec.DescriptorEmptyJSON.Digest)

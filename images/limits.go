@@ -52,14 +52,3 @@ const (
 	// before it has its label.
 	emptyBlobAttempts = 3
 )
-
-const (
-	// maxManifest and maxIndex, in bytes, bound what is read to find the config by which
-	// CRI identifies an image. A larger image has an unknown config, and then every
-	// volume of an artifact in its namespace is refused. An index takes up to 30 times its
-	// size in memory, a manifest once. containerd fetches little more than 4 MiB for a
-	// reference (core/remotes/docker/resolver.go, MaxManifestSize), but does not limit
-	// what an index lists.
-	maxManifest = 64 << 20
-	maxIndex    = 8 << 20
-)

@@ -19,15 +19,6 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-const (
-	// collectEvery is how long something unused can stay when no event tells of
-	// it: there is no watch, or something could not be removed.
-	collectEvery = time.Minute
-	// settle is how long the sweep waits for more events after one. A garbage
-	// collection deletes blobs by the hundred.
-	settle = 200 * time.Millisecond
-)
-
 // Run sweeps until ctx ends: when Wake asks for it, when the runtime deletes a
 // blob, and every minute. containerd tells a snapshotter to clean up only after
 // a garbage collection that removed one of its snapshots, and deleting the
@@ -128,7 +119,9 @@ func (s *Store) collect(ctx context.Context) (trash []string, removed int, err e
 		}
 		if uerr := s.unmount(name); uerr != nil {
 			err = errors.Join(err, uerr)
-			used[name] = true // its Tree is still mounted
+			used[name] = true // its tree is still mounted
+		} else if e := s.entries[name]; e != nil {
+			e.enter(unknown)
 		}
 	}
 	trees, lerr := list(s.trees)
@@ -138,22 +131,26 @@ func (s *Store) collect(ctx context.Context) (trash []string, removed int, err e
 			aerr := s.moveToTrash(filepath.Join(s.trees, name))
 			if aerr == nil {
 				removed++
-				delete(s.sources, name)
 				log.G(ctx).WithFields(log.Fields{"artifact": m, "tree": name}).Info("removed a tree whose pod is gone, or whose artifact the runtime has deleted")
 			}
 			err = errors.Join(err, aerr)
 		}
 	}
-	for name, f := range s.failed {
-		// Who pulls it again is not to be told of this.
-		if s.now().Sub(f.at) >= keepFailure || s.deleted(manifest(name)) {
-			delete(s.failed, name)
+	trees, lerr = list(s.trees)
+	there := map[string]bool{}
+	for _, name := range trees {
+		there[name] = true
+		if manifest(name) == "" && !s.reserved[name] {
+			trash = append(trash, name)
 		}
 	}
-	trees, lerr = list(s.trees)
-	for _, name := range trees {
-		if manifest(name) == "" && !s.building[name] {
-			trash = append(trash, name)
+	for name, e := range s.entries {
+		// Whoever pulls the artifact again is not to be told of an old failure.
+		if f := e.failure; f != nil && (s.now().Sub(f.at) >= tellFailure || s.deleted(e.id.Manifest)) {
+			e.failure = nil
+		}
+		if e.held == 0 && e.failure == nil && !there[name] {
+			delete(s.entries, name)
 		}
 	}
 	return trash, removed, errors.Join(err, lerr)
@@ -191,16 +188,15 @@ func (s *Store) useless(name string, m digest.Digest) bool {
 	if isShifted(name) || s.deleted(m) {
 		return true
 	}
-	t := s.sources[name]
-	if t == nil {
+	e := s.entry(ID{Manifest: m})
+	if e.source == nil {
 		read, err := unpack.Load(filepath.Join(s.trees, name))
 		if err != nil {
 			return true // of another version of this program
 		}
-		t = &unpack.Tree{Manifest: read.Manifest, Source: read.Source} // the rest may be a lot
-		s.sources[name] = t
+		e.source = &unpack.Tree{Manifest: read.Manifest, Source: read.Source} // the rest may be large
 	}
-	return t.Stale(s.content)
+	return e.source.Stale(s.content)
 }
 
 // used is the names of all Trees that somebody shows or is about to, and of those that
@@ -215,8 +211,10 @@ func (s *Store) used(ctx context.Context) (used, kept map[string]bool, err error
 	used, kept = map[string]bool{}, map[string]bool{}
 	s.mu.Lock()
 	s.taken = map[string]bool{}
-	for name := range s.held {
-		s.taken[name] = true
+	for name, e := range s.entries {
+		if e.held > 0 {
+			s.taken[name] = true
+		}
 	}
 	users, keepers := s.references, s.retained
 	s.mu.Unlock()

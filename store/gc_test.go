@@ -36,15 +36,14 @@ func TestNothingGoesWhenAUserCannotTell(t *testing.T) {
 func TestAFailureIsForgottenWithItsArtifact(t *testing.T) {
 	s := newSite(t)
 	d := s.pack("bytes")
-	name := ID{Manifest: d.Digest}.name()
-	s.failed[name] = &failure{err: errors.New("a build that nobody has waited for"), at: s.now()}
+	s.failUnseen(d)
 	s.collect()
-	if s.failed[name] == nil {
+	if s.entry(ID{Manifest: d.Digest}).failure == nil {
 		t.Error("whoever asks next is not told")
 	}
 	s.forget(d)
 	s.collect()
-	if s.failed[name] != nil {
+	if s.entry(ID{Manifest: d.Digest}).failure != nil {
 		t.Error("whoever pulls it again is told")
 	}
 }

@@ -32,6 +32,9 @@ func (id ID) name() string {
 	return name
 }
 
+// plain is the ID of the same artifact for pods without a user namespace.
+func (id ID) plain() ID { return ID{Manifest: id.Manifest} }
+
 // shifted reports whether the owners are of a user namespace. kubelet gives each
 // pod a range of its own, so that no other pod will ask for the same Tree.
 func (id ID) shifted() bool { return id.Owners != (unpack.IDMap{}) }

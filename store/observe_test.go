@@ -141,13 +141,10 @@ func TestWhoCannotWaitIsToldSo(t *testing.T) {
 	d := s.pack("bytes")
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	// Blocked, so that it cannot end before the request does.
-	done := make(chan struct{})
-	build := s.builds.DoChan(ID{Manifest: d.Digest}.name(), func() (any, error) { <-done; return nil, nil })
+	open := s.openGated() // so that it cannot end before the request does
 	_, err := s.Acquire(ctx, d, unpack.IDMap{})
 	if _, ok := errors.AsType[*UnfinishedError](err); !ok || !errors.Is(err, context.Canceled) {
 		t.Errorf("%v", err)
 	}
-	close(done)
-	<-build
+	open()
 }

@@ -18,7 +18,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -32,48 +31,44 @@ import (
 // artifacts: the manifest is the first of their blobs to arrive in the runtime's
 // directory, and a build can begin with it and wait for the others.
 
-const (
-	// maxManifest is the largest file that is looked at for a manifest: what the
-	// OCI distribution specification asks registries to take.
-	maxManifest = 4 << 20
-	// maxOnPull is about how many bytes of memory builds that wait for blobs may take:
-	// stalledAfter each, and perManifestByte for each byte of the manifest, of which the
-	// layers that are read from it take 2.5 to 3.3. What looks like a manifest may be a
-	// file of an artifact, whose blobs never come.
-	maxOnPull       = 64 << 20
-	stalledAfter    = 256 << 10
-	perManifestByte = 4
-	// patience is how long a build waits without progress. containerd gives up a pull
-	// after the same time (image_pull_progress_timeout in docs/cri/config.md).
-	patience = 5 * time.Minute
-	// alive is how long after its last progress a build is not ended to make room for
-	// others.
-	alive = 30 * time.Second
-	// lookAgain is how often a build that waits for a blob looks by itself whether
-	// it has arrived, and whether the manifest is still there: a pull that is given
-	// up leaves it to the runtime's garbage collection.
-	lookAgain = time.Minute
-)
+// pull is the pull of an artifact whose tree is in the state pulling.
+type pull struct {
+	manifest, config digest.Digest
+	size             int64         // about how much memory the build takes, in bytes
+	stopped          chan struct{} // closed when the build is not to wait any more
+	once             sync.Once
 
-// early is a build that began with the arrival of its manifest.
-type early struct {
-	manifest digest.Digest
-	size     int64         // about what it takes of memory
-	hurry    chan struct{} // closed when a pod asks, or nothing arrives any more: then all is there, or never will be
-	once     sync.Once
-
-	// Guarded by Store.mu: the encoded digests of the layers, when the build began, and
-	// when a layer last arrived or grew; zero if none has.
+	// Guarded by Store.mu: the encoded digests of the layers once the build waits for them;
+	// when the build began, and when a layer last arrived or grew, zero if none has.
 	blobs        map[string]bool
 	begun, moved time.Time
 }
 
 // stop ends the waiting for blobs, not the build.
-func (e *early) stop() { e.once.Do(func() { close(e.hurry) }) }
+func (p *pull) stop() { p.once.Do(func() { close(p.stopped) }) }
+
+// expedite makes a build not wait any more: what is not there now counts as missing. The
+// caller holds s.mu.
+func (s *Store) expedite(e *entry) {
+	if e.pull != nil {
+		e.pull.stop()
+		e.enter(building)
+	}
+}
+
+// pulls are the trees in the state pulling. The caller holds s.mu.
+func (s *Store) pulls() (waiting []*entry) {
+	for _, e := range s.entries {
+		if e.pull != nil {
+			waiting = append(waiting, e)
+		}
+	}
+	return waiting
+}
 
 // arrived is told of a new blob.
 func (s *Store) arrived(ctx context.Context, path string) {
-	if s.early == nil {
+	if !s.onPull {
 		return
 	}
 	blob := filepath.Base(path)
@@ -81,23 +76,23 @@ func (s *Store) arrived(ctx context.Context, path string) {
 	s.moved(blob)
 	s.mu.Unlock()
 	s.arrivals.tell(blob)
-	s.unpackEarly(ctx, path)
+	s.buildOnPull(ctx, path)
 }
 
 // moved notes progress of a blob. The caller holds s.mu.
 func (s *Store) moved(blob string) {
-	for _, e := range s.early {
-		if e.blobs[blob] {
-			e.moved = s.now()
+	for _, e := range s.pulls() {
+		if e.pull.blobs[blob] {
+			e.pull.moved = s.now()
 		}
 	}
 }
 
-// lookForProgress notes which blobs the runtime is receiving, and ends the waiting of builds
-// for which nothing has arrived within patience.
+// lookForProgress notes which blobs the runtime is receiving, and expedites builds for which
+// nothing has arrived within patience.
 func (s *Store) lookForProgress() {
 	s.mu.Lock()
-	waiting := len(s.early)
+	waiting := len(s.pulls())
 	s.mu.Unlock()
 	if waiting == 0 {
 		return
@@ -111,113 +106,75 @@ func (s *Store) lookForProgress() {
 		}
 	}
 	s.received = receiving
-	for _, e := range s.early {
-		last := e.begun
-		if e.moved.After(last) {
-			last = e.moved
+	for _, e := range s.pulls() {
+		last := e.pull.begun
+		if e.pull.moved.After(last) {
+			last = e.pull.moved
 		}
 		if s.now().Sub(last) >= patience {
-			e.stop()
+			s.expedite(e)
 		}
 	}
 }
 
-// makeRoom reports whether e may wait, too. If there is no room it ends the waiting of
-// builds for which nothing arrives, those first that have waited longest. The caller holds
-// s.mu.
-func (s *Store) makeRoom(e *early) bool {
-	total := e.size
-	for _, other := range s.early {
-		total += other.size
+// makeRoom reports whether a build of that size may wait, too. If there is no room it
+// expedites builds for which nothing arrives, those first that have waited longest. The
+// caller holds s.mu.
+func (s *Store) makeRoom(size int64) bool {
+	waiting := s.pulls()
+	slices.SortFunc(waiting, func(a, b *entry) int {
+		return cmp.Or(a.pull.moved.Compare(b.pull.moved), a.pull.begun.Compare(b.pull.begun))
+	})
+	for _, e := range waiting {
+		size += e.pull.size
 	}
-	for total > maxOnPull {
-		var name string
-		var longest *early
-		for n, other := range s.early {
-			if longest == nil || cmp.Or(other.moved.Compare(longest.moved), other.begun.Compare(longest.begun)) < 0 {
-				name, longest = n, other
-			}
+	for _, e := range waiting {
+		if size <= maxOnPull || s.now().Sub(e.pull.moved) < alive {
+			break
 		}
-		if longest == nil || s.now().Sub(longest.moved) < alive {
-			return false
-		}
-		longest.stop()
-		delete(s.early, name)
-		total -= longest.size
+		size -= e.pull.size
+		s.expedite(e)
 	}
-	return true
+	return size <= maxOnPull
 }
 
-// unpackEarly begins to build the Tree of the artifact whose manifest has arrived
-// as the file path, if it is one that takes time: one with compressed layers. What
-// fails is left to the pod that asks, which gets the reason.
-func (s *Store) unpackEarly(ctx context.Context, path string) {
+// buildOnPull begins to build the tree of the artifact whose manifest has arrived as the file
+// path, if that takes time: if it has compressed layers. If this fails, the next pod that
+// asks gets the reason.
+func (s *Store) buildOnPull(ctx context.Context, path string) {
 	config, desc, ok := readManifest(path)
 	named := func(d blobs.Dir) bool { return d.Path(desc.Digest) == path }
 	if !ok || !slices.ContainsFunc(s.content.All(), named) {
 		return
 	}
-	e := &early{manifest: desc.Digest, size: stalledAfter + perManifestByte*desc.Size, hurry: make(chan struct{}), begun: s.now()}
-	id := ID{Manifest: desc.Digest}
-	name := id.name()
+	from := &source{read: func(ctx context.Context) (*artifact.Artifact, error) { return artifact.Read(ctx, s.content, desc) }}
+	p := &pull{manifest: desc.Digest, config: config, size: stalledAfter + perManifestByte*desc.Size, stopped: make(chan struct{}), begun: s.now()}
 	s.lookForProgress()
 	s.mu.Lock()
-	_, known := s.early[name]
-	begin := !known && s.makeRoom(e)
-	if begin {
-		s.early[name] = e
+	defer s.mu.Unlock()
+	if e := s.entry(ID{Manifest: desc.Digest}); e.work == nil && s.makeRoom(p.size) {
+		_, _ = s.begin(s.following(ctx), e, from, false, p) // else the store is closing
 	}
-	s.mu.Unlock()
-	if !begin {
-		return
-	}
-	done := func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.early[name] == e {
-			delete(s.early, name)
-		}
-	}
-	if !s.begin() {
-		done()
-		return
-	}
-	go func() {
-		defer s.running.Done()
-		defer done()
-		if err := s.buildOnPull(s.closing, id, desc, config, e); err != nil {
-			log.G(ctx).WithError(err).WithField("artifact", desc.Digest).Debug("not unpacked while it was pulled")
-		}
-	}()
 }
 
-func (s *Store) buildOnPull(ctx context.Context, id ID, desc ocispec.Descriptor, config digest.Digest, e *early) error {
-	if err := s.await(ctx, e, config); err != nil {
-		return err
+// isWorthIt waits for the config of an artifact that is being pulled, and reports whether its
+// tree is to be built now: its layers are compressed, so that the build takes time, or a
+// request waits for it.
+func (s *Store) isWorthIt(ctx context.Context, w *work, from *source, p *pull) (bool, error) {
+	if err := s.await(ctx, p, p.config); err != nil {
+		return false, err
 	}
-	a, err := artifact.Read(ctx, s.content, desc)
+	a, err := from.get(ctx)
 	if err != nil {
-		return err
-	}
-	if !slices.ContainsFunc(a.Layers, func(l artifact.Layer) bool { return l.Compression != artifact.CompressionNone }) {
-		return nil // a matter of milliseconds
+		return false, err
 	}
 	s.mu.Lock()
-	e.blobs = map[string]bool{}
+	defer s.mu.Unlock()
+	p.blobs = map[string]bool{}
 	for _, l := range a.Layers {
-		e.blobs[l.Descriptor.Digest.Encoded()] = true
+		p.blobs[l.Descriptor.Digest.Encoded()] = true
 	}
-	s.mu.Unlock()
-	log.G(ctx).WithField("artifact", id.Manifest).Debug("unpacking while it is pulled")
-	defer s.hold(id.name())(false)
-	_, err, _ = s.builds.Do(id.name(), func() (any, error) {
-		if t, mounted, err := s.load(id); t != nil || mounted || err != nil {
-			return nil, err
-		}
-		_, b, err := s.build(ctx, id, &source{Artifact: a}, func(ctx context.Context, blob digest.Digest) error { return s.await(ctx, e, blob) })
-		return b, err
-	})
-	return err
+	return w.mount || slices.ContainsFunc(a.Layers, func(l artifact.Layer) bool { return l.Compression != artifact.CompressionNone }), nil
 }
 
 // readManifest reads the file path if it looks like the manifest of something
@@ -254,8 +211,8 @@ func readManifest(path string) (config digest.Digest, desc ocispec.Descriptor, o
 	return m.Config.Digest, ocispec.Descriptor{Digest: digest.FromBytes(b), Size: int64(len(b))}, true
 }
 
-// await waits until the runtime has the blob, or waiting has ended.
-func (s *Store) await(ctx context.Context, e *early, blob digest.Digest) error {
+// await waits until the runtime has the blob, or the build is not to wait any more.
+func (s *Store) await(ctx context.Context, p *pull, blob digest.Digest) error {
 	again := time.NewTicker(lookAgain)
 	defer again.Stop()
 	for {
@@ -263,26 +220,16 @@ func (s *Store) await(ctx context.Context, e *early, blob digest.Digest) error {
 		if _, err := os.Lstat(s.content.Path(blob)); err == nil {
 			return nil
 		}
-		if s.deleted(e.manifest) {
-			return fmt.Errorf("the pull of %s has been given up: %w", e.manifest, errdefs.ErrNotFound)
+		if s.deleted(p.manifest) {
+			return fmt.Errorf("the pull of %s has been given up: %w", p.manifest, errdefs.ErrNotFound)
 		}
 		select {
 		case <-arrived:
-		case <-e.hurry:
+		case <-p.stopped:
 			return nil
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-again.C:
 		}
-	}
-}
-
-// hurry ends the waiting of a build that began early.
-func (s *Store) expedite(name string) {
-	s.mu.Lock()
-	e := s.early[name]
-	s.mu.Unlock()
-	if e != nil {
-		e.stop()
 	}
 }

@@ -151,11 +151,7 @@ func TestAPodDoesNotWaitForWhatWillNotArrive(t *testing.T) {
 			s.arrive(hex, b)
 		}
 	}
-	eventually(t, "the build has begun", func() bool {
-		s.Store.mu.Lock()
-		defer s.Store.mu.Unlock()
-		return s.early[ID{Manifest: d.Digest}.name()] != nil
-	})
+	eventually(t, "the build has begun", func() bool { state, _ := s.stateOf(d); return state == pulling })
 	if _, err := s.Acquire(context.Background(), d, unpack.IDMap{}); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), layer) {
 		t.Errorf("%v, want that %s is missing", err, layer)
 	}
@@ -169,15 +165,9 @@ func TestAPullThatIsGivenUpLeavesNothing(t *testing.T) {
 	d, blobs := s.gzipped(1)
 	manifest := d.Digest.Encoded()
 	s.arrive(manifest, blobs[manifest])
-	name := ID{Manifest: d.Digest}.name()
-	waiting := func() bool {
-		s.Store.mu.Lock()
-		defer s.Store.mu.Unlock()
-		return s.early[name] != nil
-	}
-	eventually(t, "the build has begun", waiting)
+	eventually(t, "the build has begun", func() bool { state, _ := s.stateOf(d); return state == pulling })
 	s.forget(d)
-	eventually(t, "the build has ended", func() bool { return !waiting() })
+	eventually(t, "the build has ended", func() bool { state, works := s.stateOf(d); return state == unknown && !works })
 	s.wantState(ID{Manifest: d.Digest}, false, false)
 }
 
@@ -214,26 +204,23 @@ func (s *site) beginOnPull(n int) (d ocispec.Descriptor, rest map[string][]byte)
 	eventually(s.t, "the build waits for layers", func() bool {
 		s.Store.mu.Lock()
 		defer s.Store.mu.Unlock()
-		e := s.early[ID{Manifest: d.Digest}.name()]
-		return e != nil && e.blobs != nil
+		p := s.entry(ID{Manifest: d.Digest}).pull
+		return p != nil && p.blobs != nil
 	})
 	return d, rest
 }
 
-// waits reports whether the early build of d waits for blobs.
+// waits reports whether the build of d waits for blobs.
 func (s *site) waits(d ocispec.Descriptor) bool {
+	state, works := s.stateOf(d)
+	return state == pulling && works
+}
+
+// waiting returns how many builds wait for blobs, and how many directories are written to.
+func (s *site) waiting() (builds, dirs int) {
 	s.Store.mu.Lock()
 	defer s.Store.mu.Unlock()
-	e := s.early[ID{Manifest: d.Digest}.name()]
-	if e == nil {
-		return false
-	}
-	select {
-	case <-e.hurry:
-		return false
-	default:
-		return true
-	}
+	return len(s.pulls()), len(s.reserved)
 }
 
 // ingest is what containerd receives a blob with, and what it calls that.
@@ -286,9 +273,8 @@ func TestAnEarlyBuildEndsWhenNothingArrives(t *testing.T) {
 		}
 	}
 	eventually(t, "the build that waited in vain has ended", func() bool {
-		s.Store.mu.Lock()
-		defer s.Store.mu.Unlock()
-		return len(s.early) == 1 && len(s.building) == 1
+		builds, dirs := s.waiting()
+		return builds == 1 && dirs == 1
 	})
 	// One layer is there, which counts, and the other one does not follow.
 	store, ref := s.ingest(blobs[0])
@@ -306,9 +292,8 @@ func TestAnEarlyBuildEndsWhenNothingArrives(t *testing.T) {
 	clock.pass(time.Second)
 	s.lookForProgress()
 	eventually(t, "nothing waits", func() bool {
-		s.Store.mu.Lock()
-		defer s.Store.mu.Unlock()
-		return len(s.early)+len(s.building)+len(s.held) == 0
+		builds, dirs := s.waiting()
+		return builds+dirs+s.held() == 0
 	})
 	for _, d := range []ocispec.Descriptor{dead, slow} {
 		s.wantState(ID{Manifest: d.Digest}, false, false)
@@ -332,10 +317,7 @@ func TestNoNumberOfBuildsThatWaitInVainKeepsOthersFromIt(t *testing.T) {
 	const room = maxOnPull / stalledAfter
 	for i := range room + 20 {
 		s.beginOnPull(1 + i)
-		s.Store.mu.Lock()
-		n := len(s.early)
-		s.Store.mu.Unlock()
-		if n > room {
+		if n, _ := s.waiting(); n > room {
 			t.Fatalf("%d builds wait, want %d at most", n, room)
 		}
 	}
@@ -369,12 +351,12 @@ func TestAWaitingBuildIsCountedWithTheMemoryThatItTakes(t *testing.T) {
 	s.arrive(d.Digest.Encoded(), manifest)
 	s.arrived(context.Background(), s.content.Path(d.Digest))
 	s.Store.mu.Lock()
-	e := s.early[ID{Manifest: d.Digest}.name()]
+	p := s.entry(ID{Manifest: d.Digest}).pull
 	s.Store.mu.Unlock()
-	if e == nil {
+	if p == nil {
 		t.Fatal("nothing waits")
 	}
-	e.stop()
+	p.stop()
 	s.Close() // nothing else takes memory meanwhile
 	used := func() int64 {
 		var m runtime.MemStats
@@ -391,8 +373,8 @@ func TestAWaitingBuildIsCountedWithTheMemoryThatItTakes(t *testing.T) {
 	for _, l := range a.Layers {
 		blobs[l.Descriptor.Digest.Encoded()] = true
 	}
-	if took := used() - before; took > e.size {
-		t.Errorf("%d bytes of memory for a manifest of %d, want %d at most", took, d.Size, e.size)
+	if took := used() - before; took > p.size {
+		t.Errorf("%d bytes of memory for a manifest of %d, want %d at most", took, d.Size, p.size)
 	}
 	runtime.KeepAlive(a)
 	runtime.KeepAlive(blobs)

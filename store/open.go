@@ -17,7 +17,6 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
@@ -43,15 +42,10 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		maxWait:  MaxWait,
 		now:      time.Now,
 		wake:     make(chan struct{}, 1),
-		held:     map[string]int{},
-		sources:  map[string]*unpack.Tree{},
-		building: map[string]bool{},
-		progress: map[digest.Digest]*progress{},
-		failed:   map[string]*failure{},
+		onPull:   c.DecompressOnPull,
+		entries:  map[string]*entry{},
+		reserved: map[string]bool{},
 		opened:   time.Now(),
-	}
-	if c.DecompressOnPull {
-		s.early = map[string]*early{}
 	}
 	s.closing, s.close = context.WithCancel(context.WithoutCancel(ctx))
 	// Everything above what is mounted into a pod with a user namespace must
@@ -82,7 +76,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 func removeProbes(ctx context.Context, root string) {
 	dirs, err := filepath.Glob(filepath.Join(root, unpack.ProbeDirs))
 	for _, dir := range dirs {
-		if fi, lerr := os.Lstat(dir); lerr == nil && time.Since(fi.ModTime()) > time.Minute {
+		if fi, lerr := os.Lstat(dir); lerr == nil && time.Since(fi.ModTime()) > probeAge {
 			err = errors.Join(err, mount.UnmountRecursive(dir, unix.MNT_DETACH), os.RemoveAll(dir))
 		}
 	}

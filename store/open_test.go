@@ -132,12 +132,10 @@ func TestATreeOfAnotherVersionIsNotReplacedWhileItIsMounted(t *testing.T) {
 	shifted := unpack.IDMap{UID: "0:200000:65536", GID: "0:200000:65536"}
 	for name, again := range map[string]func(t *testing.T, s *site, d ocispec.Descriptor){
 		"a pull": func(t *testing.T, s *site, d ocispec.Descriptor) {
-			a, err := s.read(context.Background(), d)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := s.buildOnPull(context.Background(), ID{Manifest: d.Digest}, d, a.Config, &early{manifest: d.Digest, hurry: make(chan struct{})}); err != nil {
-				t.Error(err)
+			s.arrived(context.Background(), s.content.Path(d.Digest))
+			s.running.Wait()
+			if state, _ := s.stateOf(d); state != mounted {
+				t.Errorf("the state is %d, want that it is mounted", state)
 			}
 		},
 		"another pod": func(t *testing.T, s *site, d ocispec.Descriptor) {
@@ -163,7 +161,7 @@ func TestATreeOfAnotherVersionIsNotReplacedWhileItIsMounted(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, _, err := s.build(context.Background(), id, &source{Artifact: a}, nil); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "delete them and try again") {
+			if _, _, err := s.build(context.Background(), &entry{id: id}, &source{artifact: a}, nil); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "delete them and try again") {
 				t.Errorf("%v, want what is in the way", err)
 			}
 		},

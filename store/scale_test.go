@@ -29,8 +29,8 @@ func TestWhatIsAcquiredWhileASweepAsksStays(t *testing.T) {
 	for _, v := range kept {
 		s.wantState(v.ID, true, true)
 	}
-	if s.taken != nil || len(s.held) > 0 {
-		t.Errorf("after the sweep, %v are taken and %v held", s.taken, s.held)
+	if s.taken != nil || s.held() > 0 {
+		t.Errorf("after garbage collection, %v are taken and %d held", s.taken, s.held())
 	}
 }
 
@@ -60,8 +60,8 @@ func TestASweepReadsATreeOnce(t *testing.T) {
 	s.forget(d)
 	s.collect()
 	s.wantState(v.ID, false, false)
-	if len(s.sources) > 0 {
-		t.Errorf("of no Tree is known %v", s.sources)
+	if len(s.entries) > 0 {
+		t.Errorf("of no tree is known %v", s.entries)
 	}
 	s.pack("bytes")
 	again := s.acquire(d)

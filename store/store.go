@@ -22,7 +22,6 @@
 package store
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -37,20 +36,13 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sync/singleflight"
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/differ"
 )
-
-// MaxWait is how long a request may wait in all: until containerd's images are known, and
-// for a build. containerd holds a lock during a request to the snapshotter: its garbage
-// collector waits for the lock, and every other request waits for the collector
-// (core/metadata/snapshot.go). A request for a large compressed artifact must not stop
-// the node's other pods; kubelet asks again.
-const MaxWait = 20 * time.Second
 
 // Config says where the store keeps what.
 type Config struct {
@@ -88,52 +80,51 @@ type Store struct {
 	shared        blobs.Dir
 	modes         unpack.Modes
 	directIO      bool
+	onPull        bool
 	budget        *unpack.Budget
 	images        Images
 	observer      Observer
 
-	builds  singleflight.Group
 	maxWait time.Duration
 	now     func() time.Time
-	// closing ends the builds, which outlive the requests that began them.
+	opened  time.Time
+	// closing ends the work, which outlives the requests that began it.
 	closing context.Context
 	close   context.CancelFunc
 	running sync.WaitGroup
-	wake    chan struct{} // asks Run for a sweep
-
+	wake    chan struct{} // asks Run for a garbage collection
 	// seen are the directories of blobs that have been there.
-	seen sync.Map
+	seen     sync.Map
+	arrivals arrivals
 
-	// sweeping is held by a sweep while it asks Users. mu makes "nobody shows it, so it
-	// goes" one step against Acquire.
+	// collecting is held while garbage collection asks the References. mu makes "nobody
+	// uses it, so it goes" one step against a new claim.
 	collecting sync.Mutex
 	mu         sync.Mutex
 	references []References
 	retained   []References
-	held       map[string]int // views by Tree name that no Users lists yet
-	// taken are the names that have been held at any time since a sweep began to ask
-	// Users; nil while no sweep is asking.
+	// entries are what is known of trees, by their names. A tree that is in none is in the
+	// state unknown.
+	entries map[string]*entry
+	// taken are the names that have been claimed at any time since a garbage collection began
+	// to ask the References; nil while none is asking.
 	taken map[string]bool
-	// sources are the Manifest and the Source of Trees that a sweep has read, by name,
-	// until another Tree is published by that name.
-	sources map[string]*unpack.Tree
-	// building are the names in trees that builds write to, progress is how far
-	// they are, and failed how those ended that nobody had waited for, by the
-	// name of the Tree to be.
-	building map[string]bool
-	progress map[digest.Digest]*progress
-	failed   map[string]*failure
-	// early are the builds that began with their manifest's arrival, by the name
-	// of the Tree to be; nil if none may. received is what the runtime had of the
-	// blobs that it was receiving.
-	early    map[string]*early
+	// reserved are the directories in trees that something writes to.
+	reserved map[string]bool
+	// received is how much the runtime had of the blobs that it was receiving, in bytes.
 	received map[string]int64
-	opened   time.Time
-	arrivals arrivals
 }
 
 // Modes are how the store lays out layers.
 func (s *Store) Modes() unpack.Modes { return s.modes }
+
+// AddRetained keeps the trees that r lists from being removed, even when nobody uses them: a
+// mount that was made from a view may outlive the view. They are unmounted all the same.
+func (s *Store) AddRetained(r References) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.retained = append(s.retained, r)
+}
 
 // AddReferences makes the sweep ask u who shows what. All doors must be added before
 // Run.
@@ -181,31 +172,37 @@ func (v *Reference) Listed() { v.release(true) }
 // containerd says of an image volume.
 func (s *Store) Find(hex string) (ocispec.Descriptor, error) { return s.content.Find(hex) }
 
-// Acquire mounts the artifact whose manifest or index is target. The Tree is
-// built by the first who asks, once for all who ask meanwhile. When ctx ends,
-// or the build takes longer than a request should, the build goes on for the
-// next one; the latter is errdefs.ErrUnavailable. An image that is no artifact
-// is artifact.ErrNotArtifact.
+// Acquire mounts the artifact whose manifest or index is target. The tree is built and
+// mounted for the first request, once for all that ask meanwhile. If ctx ends, or the build
+// takes longer than a request may wait, the error is an *UnfinishedError and the build goes
+// on for the next request. An image that is no artifact is artifact.ErrNotArtifact.
+//
+// If the tree is mounted already, no manifest is read.
 func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners unpack.IDMap) (*Reference, error) {
 	id := ID{Manifest: target.Digest, Owners: owners}
-	release := s.hold(id.name())
-	// The common case needs no JSON: the Tree is there, under the digest that
-	// was asked for.
-	var from *source
+	from := &source{read: func(ctx context.Context) (*artifact.Artifact, error) { return s.read(ctx, target) }}
 	if !s.has(id) {
-		a, err := s.read(ctx, target)
+		a, err := from.get(ctx)
 		if err != nil {
-			release(false)
 			return nil, err
 		}
-		from = &source{Artifact: a}
-		if a.Manifest.Digest != target.Digest { // of an index, this platform's
-			release(true) // there was nothing
-			id.Manifest = a.Manifest.Digest
-			release = s.hold(id.name())
-		}
+		id.Manifest = a.Manifest.Digest // of an index, the manifest for this platform
 	}
-	return s.acquire(ctx, id, from, release)
+	return s.acquire(ctx, id, from)
+}
+
+// AcquireLayers is Acquire for the layers that the snapshots in dirs retain
+// (differ.Retained), the lowest first. chain identifies them: it must be no other chain, and
+// no manifest. It is the Manifest of the Reference's ID.
+func (s *Store) AcquireLayers(ctx context.Context, chain digest.Digest, dirs []string, owners unpack.IDMap) (*Reference, error) {
+	read := func(context.Context) (*artifact.Artifact, error) { return differ.Chain(chain, dirs) }
+	return s.acquire(ctx, ID{Manifest: chain, Owners: owners}, &source{read: read, retained: dirs})
+}
+
+// Applier returns a differ that unpacks layers within the limits of the store, and retains
+// them in the snapshots of the snapshotter whose directory of snapshots is dir.
+func (s *Store) Applier(dir string) *differ.Applier {
+	return &differ.Applier{Snapshots: dir, Options: s.options(ID{}), Scratch: s.scratch}
 }
 
 // read reads the artifact whose manifest or index is target.
@@ -215,79 +212,9 @@ func (s *Store) read(ctx context.Context, target ocispec.Descriptor) (a *artifac
 	return artifact.Read(ctx, s.content, target)
 }
 
-// acquire mounts the Tree of id, which is taken hold of, and builds it before if
-// it is not there. What it is built from may be nil if it was.
-func (s *Store) acquire(ctx context.Context, id ID, from *source, release func(listed bool)) (_ *Reference, err error) {
-	ctx, end := span(ctx, "tree.wait", id.Manifest)
-	defer func() { end(err) }()
-	s.expedite(ID{Manifest: id.Manifest}.name())
-	wait := s.maxWait
-	if deadline, ok := ctx.Deadline(); ok {
-		// So that the answer, which says how far the build is, still gets there.
-		wait = min(wait, time.Until(deadline)*9/10)
-	}
-	timeout := time.After(wait)
-	var built *Build
-	for {
-		build := s.builds.DoChan(id.name(), func() (any, error) { return s.serve(s.following(ctx), id, from) })
-		var err error
-		select {
-		case r := <-build:
-			if err = r.Err; err != nil {
-				s.forgetFailure(id.name()) // this is it
-				break
-			}
-			if b, ok := r.Val.(*Build); ok && b != nil { // an early one
-				built = b
-			}
-			tree, _ := r.Val.(served)
-			built = cmp.Or(built, tree.built)
-			// We may have joined a build that was about to end, and whose mount was
-			// swept before we held the name: try again.
-			mounted, merr := s.mounted(id.name())
-			if err = merr; err != nil {
-				break
-			}
-			if !mounted {
-				continue
-			}
-			return &Reference{ID: id, Path: s.mountpoint(id.name()), Modes: tree.modes, Built: built, release: release}, nil
-		case <-ctx.Done():
-			err = s.unfinished(id, ctx.Err())
-		case <-timeout:
-			err = s.unfinished(id, errdefs.ErrUnavailable)
-		}
-		release(false)
-		return nil, err
-	}
-}
-
-// hold excludes name from the sweep until the returned function is called. The argument of
-// that says whether a Users lists the name by then.
-func (s *Store) hold(name string) func(listed bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.held[name]++
-	if s.taken != nil {
-		s.taken[name] = true
-	}
-	return func(listed bool) {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.held[name]--; s.held[name] > 0 {
-			return
-		}
-		delete(s.held, name)
-		if !listed {
-			s.Wake() // nobody may show it: the caller failed, or gave up
-		}
-	}
-}
-
-func (s *Store) has(id ID) bool { return s.hasName(id.name()) }
-
-func (s *Store) hasName(name string) bool {
-	_, err := unpack.Load(filepath.Join(s.trees, name))
+// has reports whether the tree is built; it may be of another version of this program.
+func (s *Store) has(id ID) bool {
+	_, err := os.Lstat(s.path(id))
 	return err == nil
 }
 

@@ -111,6 +111,48 @@ func (s *site) wantState(id ID, tree, mounted bool) {
 	}
 }
 
+// held returns how many claims there are on trees.
+func (s *site) held() (n int) {
+	s.Store.mu.Lock()
+	defer s.Store.mu.Unlock()
+	for _, e := range s.entries {
+		n += e.held
+	}
+	return n
+}
+
+// stateOf returns the state of the tree of d, and whether work on it is under way.
+func (s *site) stateOf(d ocispec.Descriptor) (_ state, works bool) {
+	s.Store.mu.Lock()
+	defer s.Store.mu.Unlock()
+	e := s.entry(ID{Manifest: d.Digest})
+	return e.state, e.work != nil
+}
+
+// openGated opens the store again so that every build waits at its end, whether it fails or
+// not, until the returned function is called.
+func (s *site) openGated() (open func()) {
+	s.t.Helper()
+	s.Close()
+	gate := make(chan struct{})
+	s.config.Observer.Built = func(Build) { <-gate }
+	s.open()
+	open = sync.OnceFunc(func() { close(gate) })
+	s.t.Cleanup(open)
+	return open
+}
+
+// soon asks for d as a request that cannot wait.
+func (s *site) soon(d ocispec.Descriptor) error {
+	s.maxWait = time.Millisecond
+	v, err := s.Acquire(context.Background(), d, unpack.IDMap{})
+	s.maxWait = time.Minute
+	if err == nil {
+		v.Release()
+	}
+	return err
+}
+
 func (s *site) forget(d ocispec.Descriptor) {
 	s.t.Helper()
 	if err := os.Remove(s.content.Path(d.Digest)); err != nil {
@@ -202,36 +244,51 @@ func TestABuildOutlivesTheRequestThatBeganIt(t *testing.T) {
 	}
 	id := ID{Manifest: d.Digest}
 	eventually(t, "the tree is built", func() bool { return s.has(id) })
-	eventually(t, "nothing holds it", func() bool {
-		s.Store.mu.Lock()
-		defer s.Store.mu.Unlock()
-		return len(s.held) == 0
-	})
+	eventually(t, "nothing holds it", func() bool { return s.held() == 0 })
 	s.collect()
 	s.wantState(id, true, false)
 }
 
 func TestARequestDoesNotWaitForALongBuild(t *testing.T) {
 	s := newSite(t)
-	s.maxWait = time.Millisecond
-	d := s.pack("bytes")
-	done := make(chan struct{})
-	build := s.builds.DoChan(ID{Manifest: d.Digest}.name(), func() (any, error) { <-done; return nil, nil })
-	far := &progress{total: 8 << 30}
-	far.done.Store(2 << 30)
-	s.progress[d.Digest] = far
-	_, err := s.Acquire(context.Background(), d, unpack.IDMap{})
-	if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "still being unpacked (25 % of 8192.0 MiB)") {
-		t.Errorf("%v, want unavailable, and how far it is", err)
+	s.Close()
+	gate := make(chan struct{})
+	const large = 3 << 20
+	s.config.Observer.Counted = func(_ unpack.Retention, n int64) {
+		if n == large {
+			<-gate
+		}
 	}
-	s.maxWait = time.Minute
+	s.open()
+	open := sync.OnceFunc(func() { close(gate) })
+	t.Cleanup(open)
+	a := pack.Artifact{}
+	for i, size := range []int{1 << 20, large} {
+		member := pack.Member{Data: make([]byte, size-3*512)} // beside a header and two blocks at the end
+		member.Name, member.Mode = fmt.Sprint("weights", i), 0o644
+		archive, err := pack.TarOf(member)
+		if err != nil || len(archive) != size {
+			t.Fatal(len(archive), err)
+		}
+		a.Layers = append(a.Layers, pack.Layer{MediaType: "application/vnd.cncf.model.weight.v1.tar", Data: archive})
+	}
+	d, err := a.WriteTo(s.config.Content.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the request is told how far the build is", func() bool {
+		err := s.soon(d)
+		if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "still being unpacked") {
+			t.Fatalf("%v, want unavailable", err)
+		}
+		return strings.Contains(err.Error(), "still being unpacked (25 % of 4.0 MiB)")
+	})
 	soon, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
 	defer cancel()
 	if _, err := s.Acquire(soon, d, unpack.IDMap{}); !errdefs.IsUnavailable(err) {
 		t.Errorf("%v, want the answer before the deadline", err)
 	}
-	close(done)
-	<-build
+	open()
 	s.acquire(d).Release()
 }
 
@@ -330,36 +387,39 @@ func TestTreesForManyUserNamespacesAreMadeAtOnce(t *testing.T) {
 	wg.Wait()
 }
 
-// failUnseen builds an artifact whose layer is missing for nobody, and returns what puts the
-// layer back.
+// failUnseen lets the build of an artifact whose layer is missing fail after the only request
+// for it has given up, and returns what puts the layer back. Builds do not wait after that.
 func (s *site) failUnseen(d ocispec.Descriptor) (cure func()) {
 	s.t.Helper()
+	open := s.openGated()
 	a, err := artifact.Read(context.Background(), s.content, d)
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	layer := s.content.Path(a.Layers[0].Descriptor.Digest)
-	aside := filepath.Join(s.t.TempDir(), "layer")
-	if err := os.Rename(layer, aside); err != nil {
+	elsewhere := filepath.Join(s.t.TempDir(), "layer")
+	if err := os.Rename(layer, elsewhere); err != nil {
 		s.t.Fatal(err)
 	}
-	if _, err := s.serve(s.closing, ID{Manifest: d.Digest}, &source{Artifact: a}); !errdefs.IsNotFound(err) {
+	if err := s.soon(d); !errdefs.IsUnavailable(err) {
 		s.t.Fatal(err)
 	}
+	open()
+	eventually(s.t, "the build has failed", func() bool { state, works := s.stateOf(d); return state == failed && !works })
 	return func() {
-		if err := os.Rename(aside, layer); err != nil {
+		if err := os.Rename(elsewhere, layer); err != nil {
 			s.t.Fatal(err)
 		}
 	}
 }
 
-func TestACuredFailureIsNotTold(t *testing.T) {
+func TestAFailureIsForgottenWhenTheNextTrySucceeds(t *testing.T) {
 	s := newSite(t)
 	d := s.pack("bytes")
 	s.failUnseen(d)()
 	s.acquire(d).Release()
-	if len(s.failed) > 0 {
-		t.Errorf("kept: %v", s.failed)
+	if f := s.entry(ID{Manifest: d.Digest}).failure; f != nil {
+		t.Errorf("kept: %v", f)
 	}
 }
 
@@ -367,43 +427,54 @@ func TestACuredFailureIsNotTold(t *testing.T) {
 // too long to wait for.
 func TestTheReasonOfAFailureReachesWhoeverAsksNext(t *testing.T) {
 	s := newSite(t)
-	now := time.Now()
-	s.now = func() time.Time { return now }
 	d := s.pack("bytes")
 	cure := s.failUnseen(d)
-	name := ID{Manifest: d.Digest}.name()
-	slow := func() (answer error) { // another try, which does not end
-		done := make(chan struct{})
-		build := s.builds.DoChan(name, func() (any, error) { <-done; return nil, nil })
-		s.maxWait = time.Millisecond
-		_, answer = s.Acquire(context.Background(), d, unpack.IDMap{})
-		s.maxWait = time.Minute
-		close(done)
-		<-build
-		return answer
-	}
-	if err := slow(); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), "its blob is not in") {
+	clock := &clock{}
+	s.now = clock.now
+	gate := make(chan struct{})
+	s.observer.Built = func(Build) { <-gate } // another try, which does not end
+	if err := s.soon(d); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), "its blob is not in") {
 		t.Errorf("%v, want the reason", err)
 	}
 	// Another pod may have waited for it, too.
-	if err := slow(); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "after a try that failed (artifact "+d.Digest.String()) {
+	if err := s.soon(d); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "after a try that failed (artifact "+d.Digest.String()) {
 		t.Errorf("%v, want that it goes on, and the reason", err)
 	}
-	now = now.Add(keepFailure)
-	if err := slow(); !errdefs.IsUnavailable(err) || strings.Contains(err.Error(), "failed") {
+	clock.pass(tellFailure)
+	if err := s.soon(d); !errdefs.IsUnavailable(err) || strings.Contains(err.Error(), "failed") {
 		t.Errorf("%v, want nothing of a failure of long ago", err)
 	}
+	close(gate)
+	eventually(t, "this try has failed, too", func() bool { _, works := s.stateOf(d); return !works })
+	clock.pass(tellFailure)
 	s.collect()
-	if len(s.failed) > 0 {
-		t.Errorf("kept: %v", s.failed)
+	if f := s.entry(ID{Manifest: d.Digest}).failure; f != nil {
+		t.Errorf("kept: %v", f)
 	}
 	cure()
 	s.acquire(d).Release()
 }
 
+func TestWhoeverWaitsForAFailureIsToldOnce(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	cure := s.failUnseen(d)
+	if _, err := s.Acquire(context.Background(), d, unpack.IDMap{}); !errdefs.IsNotFound(err) {
+		t.Errorf("%v, want the reason", err)
+	}
+	cure()
+	gate := make(chan struct{})
+	s.observer.Built = func(Build) { <-gate }
+	if err := s.soon(d); !errdefs.IsUnavailable(err) || strings.Contains(err.Error(), "failed") {
+		t.Errorf("%v, want that it goes on, and no old reason", err)
+	}
+	close(gate)
+	s.acquire(d).Release()
+}
+
 func TestAPanicIsAnError(t *testing.T) {
 	s := newSite(t)
-	_, err := s.serve(s.closing, ID{Manifest: s.pack("bytes").Digest}, &source{Artifact: &artifact.Artifact{Layers: []artifact.Layer{{
+	_, err := s.Store.acquire(context.Background(), ID{Manifest: s.pack("bytes").Digest}, &source{artifact: &artifact.Artifact{Layers: []artifact.Layer{{
 		// No manifest is read into this: it has no digest.
 		Format: artifact.FormatRaw, File: artifact.File{Path: "f"},
 	}}}})

@@ -135,8 +135,8 @@ func TestAnImageVolumeIsMountedRefusedOrTheRuntimes(t *testing.T) {
 		if ref != nil {
 			ref.Release()
 		}
-		if len(s.held) > 0 {
-			t.Errorf("%s: held: %v", tt.name, s.held)
+		if n := s.held(); n > 0 {
+			t.Errorf("%s: held: %d", tt.name, n)
 		}
 	}
 }

@@ -78,10 +78,6 @@ type watcher struct {
 // seen is how a directory was found when it was last looked into, and when that was.
 type seen struct{ changed, looked time.Time }
 
-// coarse is longer than the times of files are behind the clock: the kernel takes them from
-// its last tick.
-const coarse = time.Second
-
 // watch tells, until ctx ends, that blobs have been deleted. containerd makes
 // the directories when it needs them, so they are looked for every second.
 func (s *Store) watch(ctx context.Context) <-chan struct{} {
@@ -97,7 +93,7 @@ func (w *watcher) run(ctx context.Context) {
 			_ = w.inotify.Close()
 		}
 	}()
-	look := time.NewTicker(time.Second)
+	look := time.NewTicker(lookEvery)
 	defer look.Stop()
 	w.look(ctx)
 	for {
@@ -264,9 +260,6 @@ func (s *Store) blobDirs() (dirs []string) {
 // refDigest is how the name of what containerd receives ends (core/remotes/handlers.go,
 // MakeRefKey).
 var refDigest = regexp.MustCompile(`[@-]sha(?:256|384|512):([0-9a-f]{64,128})$`)
-
-// maxRef is the longest name that is read.
-const maxRef = 4 << 10
 
 // receiving is how much containerd has of each blob that it is receiving, by the encoded
 // digest (plugins/content/local/store.go, ingestPaths).

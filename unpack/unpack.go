@@ -356,6 +356,15 @@ func Load(dir string) (*Tree, error) {
 	return t, nil
 }
 
+// Rename moves the tree's directory.
+func (t *Tree) Rename(dir string) error {
+	if err := os.Rename(t.dir, dir); err != nil {
+		return err
+	}
+	t.dir = dir
+	return nil
+}
+
 func (t *Tree) save() error {
 	b, err := json.Marshal(t)
 	if err != nil {

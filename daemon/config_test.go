@@ -15,7 +15,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-func TestLoad(t *testing.T) {
+func TestLoadFillsInTheDefaults(t *testing.T) {
 	changed := Default()
 	changed.State = "/run/other"
 	changed.Namespaces = []string{"a", "b"}
@@ -27,11 +27,11 @@ func TestLoad(t *testing.T) {
 		file string
 		want Config
 	}{
-		"the default file says the defaults": {DefaultFile, Default()},
-		"an empty file":                      {"", Default()},
-		"a table leaves its other keys":      {"[nri]\nenabled = true\n", plugged},
-		"a key replaces its default":         {"state = '/run/other'\nnamespaces = ['a', 'b']", changed},
-		"an empty list is empty":             {"namespaces = []", none},
+		"the default file":            {DefaultFile, Default()},
+		"an empty file":               {"", Default()},
+		"a key of a table":            {"[nri]\nenabled = true\n", plugged},
+		"keys replace their defaults": {"state = '/run/other'\nnamespaces = ['a', 'b']", changed},
+		"an empty list":               {"namespaces = []", none},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := Load(write(t, test.file))
@@ -60,7 +60,7 @@ func TestDefaultFileHasEveryKeyWithItsDefault(t *testing.T) {
 	}
 }
 
-func TestLoadRefuses(t *testing.T) {
+func TestLoadRefusesWhatItCannotRead(t *testing.T) {
 	for name, test := range map[string]struct {
 		file string
 		want []string
@@ -70,7 +70,7 @@ func TestLoadRefuses(t *testing.T) {
 			[]string{"rooot (line 2)", "other", "line 4"},
 		},
 		"a wrong type":      {"root = '/r'\nstate = 7\n", []string{"line 2", "State", "string"}},
-		"what is not TOML":  {"root = '/r'\nstate\n", []string{"line 2"}},
+		"invalid TOML":      {"root = '/r'\nstate\n", []string{"line 2"}},
 		"a key given twice": {"root = '/r'\nroot = '/s'\n", []string{"line 2", "root"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -102,7 +102,7 @@ func TestValidateNamesEverythingThatIsWrong(t *testing.T) {
 		"a relative NRI socket":    {func(c *Config) { c.NRI.Socket = "nri.sock" }, []string{"nri.socket", "absolute"}},
 		"a short NRI index":        {func(c *Config) { c.NRI.Index = "5" }, []string{"nri.index", "two digits"}},
 		"an NRI name with a space": {func(c *Config) { c.NRI.Name = "a b" }, []string{"nri.name"}},
-		"an unknown way out":       {func(c *Config) { c.NRI.OnError = "ignore" }, []string{"nri.on_error", `"fail"`, `"passthrough"`}},
+		"an unknown on_error":      {func(c *Config) { c.NRI.OnError = "ignore" }, []string{"nri.on_error", `"fail"`, `"passthrough"`}},
 		"an unknown log level":     {func(c *Config) { c.LogLevel = "loud" }, []string{`"loud"`, "debug"}},
 		"a long address":           {func(c *Config) { c.Address = long }, []string{long, "108", "107"}},
 		"a long state, no address": {func(c *Config) { c.State = long }, []string{long + "/artifact-snapshotter.sock", "107"}},
@@ -128,7 +128,7 @@ func write(t *testing.T, text string) string {
 	return path
 }
 
-// wantError fails the test unless err says all of the words.
+// wantError fails the test unless the error has all of the words.
 func wantError(t *testing.T, err error, words ...string) {
 	t.Helper()
 	if err == nil {

@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-func TestCRIOsStoresAreFoundInItsConfiguration(t *testing.T) {
+func TestArtifactStoresAreFoundInTheConfigurationOfCRIO(t *testing.T) {
 	main := map[string]string{"etc/crio/crio.conf": "[crio]\n[crio.runtime]\nlog_level = 'info'\n"}
 	with := func(more map[string]string) map[string]string {
 		all := maps.Clone(main)
@@ -22,16 +22,16 @@ func TestCRIOsStoresAreFoundInItsConfiguration(t *testing.T) {
 		files map[string]string
 		want  []string
 	}{
-		"no CRI-O":         {map[string]string{"etc/containers/storage.conf": "[storage]\ngraphroot = '/data'\n"}, nil},
-		"its defaults":     {main, []string{"/var/lib/containers/storage/artifacts"}},
-		"only a drop-in":   {map[string]string{"etc/crio/crio.conf.d/10-crio.conf": "[crio.image]\n"}, []string{"/var/lib/containers/storage/artifacts"}},
-		"the storage's":    {with(map[string]string{"etc/containers/storage.conf": "[storage]\ndriver = 'overlay'\ngraphroot = '/data'\n"}), []string{"/data/artifacts"}},
-		"without a root":   {with(map[string]string{"etc/containers/storage.conf": "[storage]\ndriver = 'overlay'\n"}), []string{"/var/lib/containers/storage/artifacts"}},
-		"the distribution": {with(map[string]string{"usr/share/containers/storage.conf": "[storage]\ngraphroot = '/dist'\n"}), []string{"/dist/artifacts"}},
-		"CRI-O's beats it": {with(map[string]string{
+		"no CRI-O":                        {map[string]string{"etc/containers/storage.conf": "[storage]\ngraphroot = '/data'\n"}, nil},
+		"its defaults":                    {main, []string{"/var/lib/containers/storage/artifacts"}},
+		"only a drop-in":                  {map[string]string{"etc/crio/crio.conf.d/10-crio.conf": "[crio.image]\n"}, []string{"/var/lib/containers/storage/artifacts"}},
+		"storage.conf":                    {with(map[string]string{"etc/containers/storage.conf": "[storage]\ndriver = 'overlay'\ngraphroot = '/data'\n"}), []string{"/data/artifacts"}},
+		"storage.conf without graphroot":  {with(map[string]string{"etc/containers/storage.conf": "[storage]\ndriver = 'overlay'\n"}), []string{"/var/lib/containers/storage/artifacts"}},
+		"the distribution's storage.conf": {with(map[string]string{"usr/share/containers/storage.conf": "[storage]\ngraphroot = '/dist'\n"}), []string{"/dist/artifacts"}},
+		"crio.conf before storage.conf": {with(map[string]string{
 			"etc/crio/crio.conf.d/20.conf": "[crio]\nroot = '/crio'\n", "etc/containers/storage.conf": "[storage]\ngraphroot = '/data'\n",
 		}), []string{"/crio/artifacts"}},
-		"the last one wins": {with(map[string]string{
+		"the last value": {with(map[string]string{
 			"etc/crio/crio.conf.d/10.conf": "[crio]\nroot = '/first'\n[crio.runtime]\nadditional_artifact_stores = ['/x']\n",
 			"etc/crio/crio.conf.d/20.conf": "[crio]\nroot = '/last'\n[crio.runtime]\nadditional_artifact_stores = ['/a', '/b']\n",
 			"etc/crio/crio.conf.d/30.conf": "[crio]\nroot = ''\n[crio.runtime]\n",
@@ -67,7 +67,7 @@ func writeFiles(t *testing.T, files map[string]string) (dir string) {
 	return dir
 }
 
-func TestStoresThatAreConfiguredAreNotLookedFor(t *testing.T) {
+func TestConfiguredBlobRootsAreNotReplaced(t *testing.T) {
 	c := Default()
 	c.BlobRoots = []string{"/mine"}
 	c.NRI.Enabled = true

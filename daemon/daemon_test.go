@@ -28,8 +28,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/service"
 )
 
-// testConfig is a configuration below a directory of the test's own, without a
-// containerd.
+// testConfig returns a configuration below a temporary directory. No containerd listens on
+// its address.
 func testConfig(t *testing.T) Config {
 	t.Helper()
 	dir := t.TempDir()
@@ -44,7 +44,7 @@ func testConfig(t *testing.T) Config {
 	return cfg
 }
 
-// serve runs Serve until stop is called, which returns what Serve returned.
+// serve runs Serve until stop is called, and stop returns what Serve returned.
 func serve(t *testing.T, cfg Config) (stop func() error) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -89,7 +89,7 @@ func dial(t *testing.T, address string) snapshots.Snapshotter {
 	return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "artifact")
 }
 
-func TestServe(t *testing.T) {
+func TestServeCreatesServesAndCleansUp(t *testing.T) {
 	cfg := testConfig(t)
 	stop := serve(t, cfg)
 
@@ -117,7 +117,7 @@ func TestServe(t *testing.T) {
 		t.Fatalf("Prepare: %v, %v; want one mount", mounts, err)
 	}
 	if _, err := snapshotter.Stat(ctx, "none"); !errdefs.IsNotFound(err) {
-		t.Errorf("Stat of what is not there: %v, want errdefs.ErrNotFound", err)
+		t.Errorf("Stat of a missing snapshot: %v, want errdefs.ErrNotFound", err)
 	}
 	if err := snapshotter.Remove(ctx, "key"); err != nil {
 		t.Errorf("Remove: %v", err)
@@ -132,13 +132,13 @@ func TestServe(t *testing.T) {
 	if _, err := os.Lstat(cfg.SocketAddress()); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("after the end the socket is still there: %v", err)
 	}
-	// The root is free again.
+	// The lock of the root has been released.
 	if err := serve(t, cfg)(); err != nil {
 		t.Errorf("Serve again: %v", err)
 	}
 }
 
-func TestServeTellsSystemd(t *testing.T) {
+func TestSystemdIsToldWhenTheDaemonIsReadyAndStops(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "notify.sock")
 	socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
 	if err != nil {
@@ -165,7 +165,7 @@ func TestServeTellsSystemd(t *testing.T) {
 	want("STOPPING=1")
 }
 
-func TestOneServerForOneRoot(t *testing.T) {
+func TestASecondDaemonOnTheRootIsRefused(t *testing.T) {
 	cfg := testConfig(t)
 	serve(t, cfg)
 	second := cfg
@@ -176,7 +176,7 @@ func TestOneServerForOneRoot(t *testing.T) {
 	}
 }
 
-func TestOneServerForOneAddress(t *testing.T) {
+func TestASecondDaemonOnTheAddressIsRefused(t *testing.T) {
 	cfg := testConfig(t)
 	serve(t, cfg)
 	second := testConfig(t)
@@ -191,12 +191,12 @@ func TestOneServerForOneAddress(t *testing.T) {
 	}
 }
 
-func TestStaleSocketIsReplaced(t *testing.T) {
+func TestTheSocketOfAKilledDaemonIsReplaced(t *testing.T) {
 	cfg := testConfig(t)
 	if err := os.MkdirAll(cfg.State, 0o711); err != nil {
 		t.Fatal(err)
 	}
-	// A bound socket of which nobody listens is what a killed server leaves.
+	// A killed server leaves a bound socket on which no process listens.
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -208,7 +208,7 @@ func TestStaleSocketIsReplaced(t *testing.T) {
 	serve(t, cfg)
 }
 
-func TestOtherFileIsNotReplaced(t *testing.T) {
+func TestAFileAtTheAddressIsNotReplaced(t *testing.T) {
 	cfg := testConfig(t)
 	cfg.Address = filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(cfg.Address, []byte("precious"), 0o600); err != nil {
@@ -222,11 +222,11 @@ func TestOtherFileIsNotReplaced(t *testing.T) {
 	}
 }
 
-func TestServeRefusesBadConfig(t *testing.T) {
+func TestAnInvalidConfigurationCreatesNothing(t *testing.T) {
 	cfg := testConfig(t)
 	cfg.RawMode = "stairs"
 	wantError(t, Serve(t.Context(), cfg, "v0"), "stairs")
 	if _, err := os.Stat(cfg.Root); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("a root was made for a configuration that is refused: %v", err)
+		t.Errorf("the root was created: %v", err)
 	}
 }

@@ -20,8 +20,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 )
 
-// The daemon is also a proxy plugin of the type diff.
-func TestServeUnpacks(t *testing.T) {
+func TestTheDaemonIsAProxyPluginOfTypeDiff(t *testing.T) {
 	cfg := testConfig(t)
 	serve(t, cfg)
 	conn, err := grpc.NewClient(dialer.DialAddress(cfg.SocketAddress()), grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -55,7 +54,7 @@ func TestServeUnpacks(t *testing.T) {
 	}
 	desc.Digest = digest.FromString("none")
 	if _, err := applier.Apply(t.Context(), desc, mounts); !errdefs.IsNotFound(err) {
-		t.Errorf("Apply of what is not there: %v, want errdefs.ErrNotFound", err)
+		t.Errorf("Apply of a missing blob: %v, want errdefs.ErrNotFound", err)
 	}
 	if _, err := comparer.Compare(t.Context(), mounts, mounts); !errdefs.IsNotImplemented(err) {
 		t.Errorf("Compare: %v, want errdefs.ErrNotImplemented", err)

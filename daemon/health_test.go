@@ -16,7 +16,7 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 )
 
-func TestHealth(t *testing.T) {
+func TestHealthFollowsTheDaemon(t *testing.T) {
 	cfg := testConfig(t)
 	ask := func() error {
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
@@ -24,14 +24,14 @@ func TestHealth(t *testing.T) {
 		return Health(ctx, cfg.SocketAddress())
 	}
 	if err := ask(); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), cfg.SocketAddress()) {
-		t.Errorf("before there is a daemon: %v", err)
+		t.Errorf("before the daemon runs: %v", err)
 	}
 	stop := serve(t, cfg)
 	if err := ask(); err != nil {
-		t.Errorf("of a daemon that serves: %v", err)
+		t.Errorf("while the daemon serves: %v", err)
 	}
 
-	// Who watches is told when the daemon is about to stop, which waits for him.
+	// A client that watches the health is told before the daemon stops.
 	conn, err := grpc.NewClient(dialer.DialAddress(cfg.SocketAddress()), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
@@ -60,6 +60,6 @@ func TestHealth(t *testing.T) {
 		t.Error(err)
 	}
 	if err := ask(); !errdefs.IsUnavailable(err) {
-		t.Errorf("after the end: %v", err)
+		t.Errorf("after the daemon stopped: %v", err)
 	}
 }

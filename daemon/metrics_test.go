@@ -20,7 +20,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 )
 
-func TestMetricsAreForTheNodeOnly(t *testing.T) {
+func TestMetricsAddressesAreLocal(t *testing.T) {
 	for address, ok := range map[string]bool{
 		"":                                      true,
 		"unix:///run/metrics.sock":              true,
@@ -32,7 +32,7 @@ func TestMetricsAreForTheNodeOnly(t *testing.T) {
 		"[::]:9477":                             false,
 		":9477":                                 false,
 		"10.0.0.1:9477":                         false,
-		"localhost:9477":                        false, // a name may be anybody's
+		"localhost:9477":                        false, // a name may resolve to any address
 		"node.example.com:9477":                 false,
 		"127.0.0.1":                             false,
 		"127.0.0.1:0":                           false,
@@ -87,7 +87,7 @@ func TestMetricsAreServedOnAPortAndOnASocket(t *testing.T) {
 	for _, c := range []struct{ configured, network, address string }{
 		{port, "tcp", port},
 		{"unix://" + socket, "unix", socket},
-		{"unix://" + socket, "unix", socket}, // where there was one before
+		{"unix://" + socket, "unix", socket}, // the socket exists from the case before
 	} {
 		cfg := testConfig(t)
 		cfg.MetricsAddress = c.configured
@@ -105,13 +105,13 @@ func TestMetricsAreServedOnAPortAndOnASocket(t *testing.T) {
 			t.Error(err)
 		}
 		if _, err := net.Dial(c.network, c.address); err == nil {
-			t.Errorf("%s: somebody answers after the end", c.configured)
+			t.Errorf("%s: a server answers after the daemon stopped", c.configured)
 		}
 	}
 }
 
-// What the labels say is chosen here, and nothing else.
-func TestErrorsHaveFewReasons(t *testing.T) {
+// An artifact must not choose the values of labels.
+func TestErrorsMapToAFixedSetOfReasonsAndKinds(t *testing.T) {
 	for reason, err := range map[string]error{
 		reasonInvalid:  fmt.Errorf("layer 1: %w", errdefs.ErrInvalidArgument),
 		reasonMissing:  fmt.Errorf("its blob: %w", errdefs.ErrNotFound),
@@ -125,7 +125,7 @@ func TestErrorsHaveFewReasons(t *testing.T) {
 		}
 	}
 	if got := reasonOf(fmt.Errorf("image volume: %w", &store.UnfinishedError{})); got != reasonUnfinished {
-		t.Errorf("what is not finished: %q", got)
+		t.Errorf("an unfinished build: %q", got)
 	}
 	for kind, err := range map[string]error{
 		"invalid_argument": fmt.Errorf("layer 1: %w", errdefs.ErrInvalidArgument),

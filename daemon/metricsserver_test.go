@@ -13,8 +13,7 @@ import (
 	"time"
 )
 
-// Somebody else on the port takes the metrics, and nothing else.
-func TestMetricsWaitForTheirAddress(t *testing.T) {
+func TestMetricsAreServedOnceTheirAddressIsFree(t *testing.T) {
 	other, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -14,8 +14,8 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// A node of CRI-O's: no containerd, and a runtime that is not there yet.
-func TestNothingIsSaidOfAContainerdThatIsNotThere(t *testing.T) {
+// On a node with CRI-O there is no containerd, and the runtime may start later.
+func TestWithNRIAMissingContainerdIsNotReported(t *testing.T) {
 	cfg := testConfig(t)
 	if err := os.RemoveAll(cfg.ContentRoot); err != nil {
 		t.Fatal(err)
@@ -30,7 +30,7 @@ func TestNothingIsSaidOfAContainerdThatIsNotThere(t *testing.T) {
 	}
 	defer s.Close()
 	if isExported(t, m, "containerd_connected") {
-		t.Error("the metrics say that containerd is not connected")
+		t.Error("the metrics report a containerd")
 	}
 	l, err := net.Listen("unix", cfg.ContainerdAddress)
 	if err != nil {
@@ -39,7 +39,7 @@ func TestNothingIsSaidOfAContainerdThatIsNotThere(t *testing.T) {
 	defer l.Close()
 	for deadline := time.Now().Add(20 * time.Second); !isExported(t, m, "containerd_connected"); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatal("a containerd that has come is not watched")
+			t.Fatal("a containerd that started later is not watched")
 		}
 	}
 }
@@ -58,7 +58,7 @@ func isExported(t *testing.T, m *metrics, name string) bool {
 	return false
 }
 
-func TestHealthSaysWhetherARuntimeHasThePlugin(t *testing.T) {
+func TestHealthSaysWhetherARuntimeAcceptedThePlugin(t *testing.T) {
 	for enabled, is := range map[bool]func(error) bool{true: errdefs.IsUnavailable, false: errdefs.IsNotFound} {
 		cfg := testConfig(t)
 		cfg.NRI.Enabled = enabled
@@ -78,8 +78,8 @@ func TestHealthSaysWhetherARuntimeHasThePlugin(t *testing.T) {
 	}
 }
 
-// Without the plugin its records still count.
-func TestRecordsOfThePluginAreKeptWithoutIt(t *testing.T) {
+// Containers that were created while NRI was enabled still need their volumes.
+func TestRecordsOfNRIAreReadWhenItIsDisabled(t *testing.T) {
 	cfg := testConfig(t)
 	records := filepath.Join(cfg.Root, "nri")
 	if err := os.MkdirAll(records, 0o700); err != nil {

@@ -22,7 +22,7 @@ const otlpEndpoint, otlpTracesEndpoint = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EX
 
 func TestTracingIsOffUnlessTheEnvironmentNamesAReceiver(t *testing.T) {
 	for name, env := range map[string]map[string]string{
-		"nothing is said":      {},
+		"nothing is set":       {},
 		"it is disabled":       {otlpEndpoint: "http://127.0.0.1:1", "OTEL_SDK_DISABLED": "true"},
 		"there is no exporter": {otlpTracesEndpoint: "http://127.0.0.1:1", "OTEL_TRACES_EXPORTER": "none"},
 	} {
@@ -35,7 +35,7 @@ func TestTracingIsOffUnlessTheEnvironmentNamesAReceiver(t *testing.T) {
 			stop()
 		})
 	}
-	t.Run("of an unknown protocol", func(t *testing.T) {
+	t.Run("an unknown protocol", func(t *testing.T) {
 		set(t, map[string]string{otlpEndpoint: "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"})
 		_, stop, err := startTracing(t.Context(), "v0")
 		wantError(t, err, "OTEL_EXPORTER_OTLP_PROTOCOL", "http/json", "http/protobuf and grpc")
@@ -43,7 +43,7 @@ func TestTracingIsOffUnlessTheEnvironmentNamesAReceiver(t *testing.T) {
 	})
 }
 
-// set sets the variables that startTracing looks at to those of env alone.
+// set sets the variables that startTracing reads to those of env, and unsets the others.
 func set(t *testing.T, env map[string]string) {
 	t.Helper()
 	for _, name := range []string{
@@ -52,13 +52,13 @@ func set(t *testing.T, env map[string]string) {
 	} {
 		t.Setenv(name, env[name])
 	}
-	t.Cleanup(func() { // startTracing sets them for the process
+	t.Cleanup(func() { // startTracing sets them globally
 		otel.SetTracerProvider(noop.NewTracerProvider())
 		otel.SetTextMapPropagator(propagation.NewCompositeTextMapPropagator())
 	})
 }
 
-// traces receives spans by OTLP over gRPC; integration has a receiver over HTTP.
+// traces receives spans with OTLP over gRPC; package integration has a receiver over HTTP.
 type traces struct {
 	collector.UnimplementedTraceServiceServer
 	mu    sync.Mutex
@@ -78,7 +78,7 @@ func (r *traces) Export(_ context.Context, sent *collector.ExportTraceServiceReq
 	return &collector.ExportTraceServiceResponse{}, nil
 }
 
-func TestSpansOfBegunTracesAreSentByGRPC(t *testing.T) {
+func TestOnlySpansOfExistingTracesAreExported(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -92,15 +92,15 @@ func TestSpansOfBegunTracesAreSentByGRPC(t *testing.T) {
 	if err != nil || len(options) != 1 {
 		t.Fatalf("%v, %v", options, err)
 	}
-	begun := trace.ContextWithRemoteSpanContext(t.Context(), trace.NewSpanContext(trace.SpanContextConfig{
+	traced := trace.ContextWithRemoteSpanContext(t.Context(), trace.NewSpanContext(trace.SpanContextConfig{
 		TraceID: trace.TraceID{1}, SpanID: trace.SpanID{2}, TraceFlags: trace.FlagsSampled, Remote: true,
 	}))
-	for name, ctx := range map[string]context.Context{"of a trace": begun, "of none": t.Context()} {
+	for name, ctx := range map[string]context.Context{"in a trace": traced, "without a trace": t.Context()} {
 		_, span := otel.Tracer("test").Start(ctx, name)
 		span.End()
 	}
 	stop()
-	if want := []string{"of a trace"}; !slices.Equal(receiver.names, want) {
-		t.Errorf("%q was sent, want %q", receiver.names, want)
+	if want := []string{"in a trace"}; !slices.Equal(receiver.names, want) {
+		t.Errorf("%q were exported, want %q", receiver.names, want)
 	}
 }

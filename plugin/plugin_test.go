@@ -26,8 +26,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
-// buildContainerd compiles containerd with this package, as somebody outside of
-// this module would, and returns its path.
+// buildContainerd compiles containerd with this package from another module, and returns the
+// path of the binary.
 func buildContainerd(t *testing.T) string {
 	t.Helper()
 	const module = "github.com/artifact-snapshotter/artifact-snapshotter"
@@ -57,8 +57,7 @@ func buildContainerd(t *testing.T) string {
 	return filepath.Join(dir, "containerd")
 }
 
-// nativeUnpack makes containerd's own unpacker unpack with the differ that is
-// compiled in.
+// nativeUnpack configures containerd's own unpacker to use the compiled-in differ.
 const nativeUnpack = `
 [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
   platform = "linux"
@@ -72,10 +71,10 @@ const nativeUnpack = `
   layer_types = ["application/vnd.cncf.model.weight.v1.raw"]
 `
 
-func TestCompiledIn(t *testing.T) {
+func TestAContainerdWithThePlugin(t *testing.T) {
 	containerd := buildContainerd(t)
 
-	t.Run("with containerd's directories", func(t *testing.T) {
+	t.Run("mounts artifacts, with containerd's directories", func(t *testing.T) {
 		n := containerdtest.New(t, "")
 		n.Start(t, containerd)
 		details := listed(t, n, "--detailed")
@@ -94,16 +93,16 @@ func TestCompiledIn(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		// It found containerd's own content store and address, too.
-		wantView(t, n, filepath.Join(n.Dir, "state", "io.containerd.snapshotter.v1.artifact", "mounts"))
-		containerdtest.Eventually(t, "the empty blob is planted", func() error {
+		// It has found containerd's content store and address.
+		wantVolume(t, n, filepath.Join(n.Dir, "state", "io.containerd.snapshotter.v1.artifact", "mounts"))
+		containerdtest.Eventually(t, "the empty blob is pre-created", func() error {
 			_, err := n.ContentStore(t).Info(namespaces.WithNamespace(t.Context(), "k8s.io"), digest.FromBytes(nil))
 			return err
 		})
 		n.Stop()
 	})
 
-	t.Run("with directories of its own", func(t *testing.T) {
+	t.Run("uses the configuration of its table", func(t *testing.T) {
 		dir := t.TempDir()
 		n := containerdtest.New(t, fmt.Sprintf("[plugins.'io.containerd.snapshotter.v1.artifact']\n  root = %q\n  namespaces = ['other']\n  [plugins.'io.containerd.snapshotter.v1.artifact'.overlayfs]\n    mount_options = ['volatile']\n", dir+"/r"))
 		n.Start(t, containerd)
@@ -111,7 +110,7 @@ func TestCompiledIn(t *testing.T) {
 		if _, err := os.Stat(filepath.Join(dir, "r", "lock")); err != nil {
 			t.Error(err)
 		}
-		containerdtest.Eventually(t, "the empty blob is planted", func() error {
+		containerdtest.Eventually(t, "the empty blob is pre-created", func() error {
 			_, err := n.ContentStore(t).Info(namespaces.WithNamespace(t.Context(), "other"), digest.FromBytes(nil))
 			return err
 		})
@@ -127,11 +126,11 @@ func TestCompiledIn(t *testing.T) {
 		}
 	})
 
-	t.Run("containerd's own unpacker unpacks with the differ", func(t *testing.T) {
+	t.Run("unpacks artifacts with containerd's own unpacker and the differ", func(t *testing.T) {
 		n := containerdtest.New(t, nativeUnpack)
 		n.Start(t, containerd)
 		if output, err := n.Ctr(t, "plugins", "ls", "type==io.containerd.differ.v1,id==artifact"); err != nil || !strings.Contains(output, " ok") {
-			t.Errorf("the differ is not there: %v\n%s", err, output)
+			t.Errorf("the differ is missing: %v\n%s", err, output)
 		}
 		weights := []byte("weights")
 		reference, _ := containerdtest.ServeArtifact(t, weights)
@@ -141,15 +140,15 @@ func TestCompiledIn(t *testing.T) {
 		// The chain ID of one layer is its DiffID.
 		chain := digest.FromBytes(weights).String()
 		ctx := namespaces.WithNamespace(t.Context(), "default")
-		// Else containerd's garbage collector takes it.
+		// Without the label containerd's garbage collector removes it.
 		keep := snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "test"})
 		if _, err := dial(t, n.Address).View(ctx, "view", chain, keep); err != nil {
 			t.Fatal(err)
 		}
-		wantShown(t, n, "view", filepath.Join(n.Dir, "state", "io.containerd.snapshotter.v1.artifact", "mounts"), weights)
+		wantMounted(t, n, "view", filepath.Join(n.Dir, "state", "io.containerd.snapshotter.v1.artifact", "mounts"), weights)
 	})
 
-	t.Run("containerd says which keys it ignores", func(t *testing.T) {
+	t.Run("logs the keys that it ignores", func(t *testing.T) {
 		n := containerdtest.New(t, "[plugins.'io.containerd.snapshotter.v1.artifact']\n  metrics_address = '127.0.0.1:9477'\n")
 		n.Start(t, containerd)
 		wantOK(t, n)
@@ -158,7 +157,7 @@ func TestCompiledIn(t *testing.T) {
 		}
 	})
 
-	t.Run("the root of a daemon with NRI is refused", func(t *testing.T) {
+	t.Run("refuses the root of a daemon with NRI", func(t *testing.T) {
 		root := t.TempDir()
 		if err := os.Mkdir(filepath.Join(root, "nri"), 0o700); err != nil {
 			t.Fatal(err)
@@ -184,7 +183,7 @@ func dial(t *testing.T, address string) snapshots.Snapshotter {
 	return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "artifact")
 }
 
-// listed returns what `ctr plugins ls` says of the snapshotter.
+// listed returns what `ctr plugins ls` prints about the snapshotter.
 func listed(t *testing.T, n *containerdtest.Containerd, args ...string) string {
 	t.Helper()
 	output, err := n.Ctr(t, append(append([]string{"plugins", "ls"}, args...), "type==io.containerd.snapshotter.v1,id==artifact")...)
@@ -202,9 +201,9 @@ func wantOK(t *testing.T, n *containerdtest.Containerd) {
 	}
 }
 
-// wantView pulls an artifact and has the snapshotter show it like an image
+// wantVolume pulls an artifact and checks that the snapshotter mounts it, like an image
 // volume, below the directory mounts.
-func wantView(t *testing.T, n *containerdtest.Containerd, mounts string) {
+func wantVolume(t *testing.T, n *containerdtest.Containerd, mounts string) {
 	t.Helper()
 	weights := []byte("weights")
 	reference, manifest := containerdtest.ServeArtifact(t, weights)
@@ -217,25 +216,25 @@ func wantView(t *testing.T, n *containerdtest.Containerd, mounts string) {
 			t.Fatalf("ctr %s: %v\n%s", strings.Join(args, " "), err, output)
 		}
 	}
-	wantShown(t, n, key, mounts, weights)
+	wantMounted(t, n, key, mounts, weights)
 }
 
-// wantShown checks that the one view shows the artifact of one file, removes it, and
-// waits until it is unmounted.
-func wantShown(t *testing.T, n *containerdtest.Containerd, key, mounts string, weights []byte) {
+// wantMounted checks that the only mount has the artifact's file, removes the snapshot, and
+// waits until the artifact is unmounted.
+func wantMounted(t *testing.T, n *containerdtest.Containerd, key, mounts string, weights []byte) {
 	t.Helper()
-	// A raw layer without a path has its digest for a name.
+	// The file of a raw layer without a path is named after the digest.
 	files, err := filepath.Glob(filepath.Join(mounts, "*", digest.FromBytes(weights).Encoded()))
 	if err != nil || len(files) != 1 {
-		t.Fatalf("the view has the files %q, %v; want one", files, err)
+		t.Fatalf("the mount has the files %q, %v; want one", files, err)
 	}
 	if got, err := os.ReadFile(files[0]); err != nil || !bytes.Equal(got, weights) {
-		t.Errorf("the view reads %q, %v; want %q", got, err, weights)
+		t.Errorf("the file reads %q, %v; want %q", got, err, weights)
 	}
 	if output, err := n.Ctr(t, "snapshots", "--snapshotter", "artifact", "rm", key); err != nil {
-		t.Fatalf("remove the view: %v\n%s", err, output)
+		t.Fatalf("remove the snapshot: %v\n%s", err, output)
 	}
-	containerdtest.Eventually(t, "the view is unmounted", func() error {
+	containerdtest.Eventually(t, "the artifact is unmounted", func() error {
 		left, err := os.ReadDir(mounts)
 		if err == nil && len(left) > 0 {
 			err = fmt.Errorf("%s is left", left[0].Name())

@@ -1,13 +1,13 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Command image makes the container image: the static binary and nothing else, one
-// image for each architecture below an index, as an OCI image layout that
-// `crane push --index` takes. The same binaries give the same digest.
+// Command image creates the container image as an OCI image layout for `crane push --index`:
+// an index with one image for each architecture, which has the static binary and nothing
+// else. The same binaries give the same digest.
 //
 //	image -out DIR -version VERSION amd64=PATH arm64=PATH
 //
-// Times in it are SOURCE_DATE_EPOCH's, seconds since 1970 (0 if it is not set).
+// All times in it are SOURCE_DATE_EPOCH, in seconds since 1970 (0 if it is not set).
 package main
 
 import (
@@ -31,7 +31,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// The binary is where `artifact-snapshotter` alone, as in a probe, is found.
+// The binary is in PATH, so that a probe can run `artifact-snapshotter`.
 const (
 	directory = "/usr/local/bin"
 	binary    = directory + "/artifact-snapshotter"

@@ -21,7 +21,7 @@ import (
 // anything is in the cluster.
 func TestValuesRefused(t *testing.T) {
 	for _, test := range []struct{ name, values, want string }{
-		{"no image", "scope: runtime-handler", "image.repository is needed: push the image of `make image`"},
+		{"no image", "scope: runtime-handler", "image.repository is required: push the image of `make image`"},
 		{"a pod for the node", "scope: node", "scope: node needs daemon: systemd: after a reboot the daemon's own pod could not start"},
 		{"nothing in common", "root: /data/models", "root (/data/models) and containerd.root (/var/lib/containerd) have no directory in common but /"},
 		{"half a name in common", "root: /var2/lib/containerd", "have no directory in common but /"},

@@ -32,9 +32,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 
 {{/*
-The directory that has both the daemon's root and containerd's. It is one mount in the
-daemon's container, for a hard link from one mount to another is refused (EXDEV), even if
-both are of one filesystem.
+The common parent directory of the daemon's root and containerd's. It is one mount in the
+daemon's container, because link(2) refuses hard links between two mounts (EXDEV), even of
+the same file system.
 */}}
 {{- define "hostRoot" -}}
 {{- $other := splitList "/" .Values.containerd.root -}}
@@ -50,10 +50,10 @@ both are of one filesystem.
 {{- join "/" $common -}}
 {{- end -}}
 
-{{/* Fails with the reason where values do not fit each other. */}}
+{{/* Fails with the reason if values contradict each other. */}}
 {{- define "check" -}}
 {{- if not .Values.image.repository -}}
-{{- fail "image.repository is needed: push the image of `make image` to a registry of yours and name it here" -}}
+{{- fail "image.repository is required: push the image of `make image` to your registry and set it" -}}
 {{- end -}}
 {{- if and (eq .Values.scope "node") (eq .Values.daemon "pod") -}}
 {{- fail "scope: node needs daemon: systemd: after a reboot the daemon's own pod could not start without the snapshotter that it provides" -}}
@@ -74,7 +74,7 @@ both are of one filesystem.
 {{- end -}}
 {{- end -}}
 
-{{/* Flags of install and uninstall alike. */}}
+{{/* Flags of both install and uninstall. */}}
 {{- define "installFlags" -}}
 - --host=/host
 - --config=/etc/artifact-snapshotter/config.toml
@@ -99,8 +99,8 @@ terminationMessagePolicy: FallbackToLogsOnError
 {{- end -}}
 
 {{/*
-Root of the host's files, but not privileged: it changes its root directory to the host's,
-writes files there that are root's, and talks to systemd and containerd over their sockets.
+It runs as the host's root user, but is not privileged: it changes its root directory to the
+host's, writes files of root there, and talks to systemd and containerd over their sockets.
 */}}
 {{- define "installer" -}}
 {{ include "container" . }}
@@ -110,7 +110,7 @@ securityContext:
   capabilities:
     drop: [ALL]
     add: [CHOWN, DAC_OVERRIDE, FOWNER, SYS_CHROOT]
-  # The usual profiles let no container talk to the host's systemd.
+  # The default profiles do not let a container talk to the host's systemd.
   appArmorProfile:
     type: Unconfined
   seLinuxOptions:
@@ -119,14 +119,14 @@ volumeMounts:
   - name: config
     mountPath: /etc/artifact-snapshotter
     readOnly: true
-  # With None it would keep a copy of every mount of the host, which could then not
-  # detach its volumes.
+  # With None the container would hold a copy of every mount of the host, and the host
+  # could not detach volumes.
   - name: host
     mountPath: /host
     mountPropagation: HostToContainer
 {{- end -}}
 
-{{/* The container that serves, without its name and probes. */}}
+{{/* The daemon's container, without its name and probes. */}}
 {{- define "daemon" -}}
 {{ include "container" . }}
 args: [serve]
@@ -135,10 +135,10 @@ env:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 securityContext:
-  # Kubernetes lets no other container make mounts that the host sees.
+  # Only privileged containers can make mounts that the host sees.
   privileged: true
   readOnlyRootFilesystem: true
-# Not /dev/termination-log, which would be a file in the host's /dev.
+# The default, /dev/termination-log, would be a file in the host's /dev.
 terminationMessagePath: /termination-log
 resources:
   {{- toYaml .Values.resources | nindent 2 }}
@@ -146,19 +146,19 @@ volumeMounts:
   - name: config
     mountPath: /etc/artifact-snapshotter
     readOnly: true
-  # All paths are those of the host, since containerd is told them.
+  # All paths are the same as on the host, because the daemon passes them to containerd.
   - name: root
     mountPath: {{ include "hostRoot" . }}
     mountPropagation: HostToContainer
   - name: state
     mountPath: {{ .Values.state }}
     mountPropagation: Bidirectional
-  # The directory and not the socket: containerd makes a new one when it starts.
+  # The directory instead of the socket, which containerd creates anew when it starts.
   - name: containerd
     mountPath: {{ dir .Values.containerd.socket }}
     mountPropagation: HostToContainer
     readOnly: true
-  # For loop devices that are made later; a container's own /dev does not show them.
+  # A container's own /dev does not have loop devices that are created later.
   - name: dev
     mountPath: /dev
     mountPropagation: HostToContainer

@@ -268,7 +268,7 @@ func read(ctx context.Context, blobs content.Provider, desc ocispec.Descriptor, 
 
 // chainIDPreimage matches the texts that the names of snapshots are digests of: a chain
 // ID is the digest of the chain ID below, a space and a DiffID (OCI image-spec,
-// config.md, "Layer ChainID"); see also [Artifact.CollisionFreeName].
+// config.md, "Layer ChainID"); see also [Artifact.SnapshotName].
 var chainIDPreimage = regexp.MustCompile(`^(artifact )?(sha256|sha384|sha512):[0-9a-f]{64,128} (sha256|sha384|sha512):[0-9a-f]{64,128}$`)
 
 // IsChainIDPreimage reports whether the layer's bytes are the preimage of a chain ID, so
@@ -284,10 +284,10 @@ func IsChainIDPreimage(ctx context.Context, l Layer, blobs content.Provider) (bo
 	return chainIDPreimage.Match(content), err
 }
 
-// CollisionFreeName returns a name for the artifact's snapshot that no chain of layers
-// has as its chain ID, see [IsChainIDPreimage]. It is for artifacts whose ChainID is, or
-// may be, that of something else.
-func (a *Artifact) CollisionFreeName() digest.Digest {
+// SnapshotName returns the name of the artifact's own snapshot. It is not the ChainID, which
+// an image with the same layers has, and so has another artifact with the same bytes under
+// other file names. No chain of layers has this name, see [IsChainIDPreimage].
+func (a *Artifact) SnapshotName() digest.Digest {
 	return digest.FromString("artifact " + a.ChainID().String() + " " + a.Manifest.Digest.String())
 }
 

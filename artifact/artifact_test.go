@@ -454,7 +454,7 @@ func TestNoArtifactHasTheChainIDOfAnImage(t *testing.T) {
 		if got != want || err != nil {
 			t.Errorf("%q is the preimage of a chain ID: %v, %v", content, got, err)
 		}
-		if named := desc.Digest == identity.ChainID(chain) || desc.Digest == other.CollisionFreeName(); named && !got {
+		if named := desc.Digest == identity.ChainID(chain) || desc.Digest == other.SnapshotName(); named && !got {
 			t.Errorf("%q is what a name is the digest of", content)
 		}
 	}

@@ -1,13 +1,13 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package client does what is done through containerd's API: it finds the
-// artifacts among containerd's images, and makes and removes their snapshots. The
-// node tool uses it, and the daemon in the background.
+// Package client does what the node tool does through containerd's API: it pulls, mounts,
+// unpacks, verifies, lists and removes artifacts. Package images finds the artifacts among
+// containerd's images.
 //
-// It must not be used inside of a snapshotter call, where a call back to
-// containerd can deadlock against its garbage collector. Package snapshot is what
-// containerd calls; this package calls containerd.
+// It must not be used inside a snapshotter call, where a call to containerd can deadlock
+// with containerd's garbage collection. Package snapshot is what containerd calls; this
+// package calls containerd.
 package client
 
 import (
@@ -18,19 +18,20 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/images"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/retry"
 )
 
 // Client talks to one containerd about one namespace and one snapshotter.
 type Client struct {
 	images.Reader
-	// Snapshotter is containerd's name for the snapshotter.
+	// Snapshotter is containerd's name of the snapshotter.
 	Snapshotter string
-	// Waiting, if not nil, is called with the reason while [Client.Unpack] waits.
+	// Waiting, if not nil, is called with the reason before a method waits to try again.
 	Waiting func(why error)
 }
 
-// Connect connects to the containerd whose Unix socket is address, see
-// [images.Connect]. The caller calls Close.
+// Connect connects to the containerd whose Unix socket is address, see [images.Connect].
+// The caller calls Close.
 func Connect(ctx context.Context, address, namespace, snapshotter string) (*Client, error) {
 	c, err := images.Connect(ctx, address)
 	if err != nil {
@@ -39,16 +40,15 @@ func Connect(ctx context.Context, address, namespace, snapshotter string) (*Clie
 	return &Client{Reader: images.Reader{Client: c, Namespace: namespace}, Snapshotter: snapshotter}, nil
 }
 
-// In returns a client for another namespace that shares the connection: only one of the
-// two is to be closed.
+// In returns a client for another namespace, which shares the connection: close only one of
+// the two.
 func (c *Client) In(namespace string) *Client {
 	other := *c
 	other.Namespace = namespace
 	return &other
 }
 
-// explain turns an error of a snapshotter's method into what a person can do about
-// it.
+// explain adds to an error of a snapshotter's method what to do about it.
 func (c *Client) explain(err error) error {
 	switch {
 	case err == nil:
@@ -56,14 +56,42 @@ func (c *Client) explain(err error) error {
 	case strings.Contains(err.Error(), "snapshotter not loaded"): // containerd's plugins/services/snapshots
 		return fmt.Errorf("containerd has no snapshotter %q; add to its configuration what `artifact-snapshotter config containerd` prints, and restart it: %w", c.Snapshotter, errdefs.ErrFailedPrecondition)
 	case isUnreachable(err):
-		return fmt.Errorf("containerd does not reach the daemon, check that `artifact-snapshotter serve` runs and that its address is that of [proxy_plugins.%s] in containerd's configuration: %w", c.Snapshotter, err)
+		return fmt.Errorf("containerd cannot reach the daemon; check that `artifact-snapshotter serve` runs and that its address is the one of [proxy_plugins.%s] in containerd's configuration: %w", c.Snapshotter, err)
 	}
 	return err
 }
 
-// isUnreachable reports whether err is gRPC's for a server that there is none of,
-// and not the answer of one. What is walked through loses its kind on the way
-// (containerd's plugins/services/snapshots/service.go, List).
+// isUnreachable reports whether err is gRPC's error for a server that cannot be reached, as
+// opposed to an answer. Its kind is lost when snapshots are listed (containerd's
+// plugins/services/snapshots/service.go, List).
 func isUnreachable(err error) bool {
 	return err != nil && strings.Contains(err.Error(), "connection error: desc = ")
+}
+
+// foreign is the error for a snapshotter that has made an ordinary snapshot in place of an
+// artifact's.
+func (c *Client) foreign() error {
+	return fmt.Errorf("the snapshotter %q is not artifact-snapshotter, or the daemon is older than this program and must be restarted: %w", c.Snapshotter, errdefs.ErrInvalidArgument)
+}
+
+// patiently calls attempt until it returns something other than errdefs.ErrUnavailable, the
+// daemon has been out of reach too often, or ctx ends.
+func (c *Client) patiently(ctx context.Context, attempt func() error) error {
+	for unreachable := 0; ; {
+		err := attempt()
+		if !errdefs.IsUnavailable(err) {
+			return err
+		}
+		if !isUnreachable(err) {
+			unreachable = 0
+		} else if unreachable++; unreachable > maxUnreachable {
+			return err
+		}
+		if c.Waiting != nil {
+			c.Waiting(err)
+		}
+		if ended := retry.Sleep(ctx, retryWait); ended != nil {
+			return fmt.Errorf("%w, while waiting: %v", ended, err)
+		}
+	}
 }

@@ -23,34 +23,36 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// Pod is a pod that has an artifact as an image volume.
+// Pod is a pod with an artifact as an image volume.
 type Pod struct {
-	// Namespace and Name are Kubernetes'; empty if the sandbox does not tell.
+	// Namespace and Name are those of Kubernetes. They are empty if the labels of the
+	// sandbox do not have them.
 	Namespace, Name string
-	// Sandbox is the ID of its sandbox.
+	// Sandbox is the ID of the pod's sandbox.
 	Sandbox string
 }
 
-// Use is who uses an artifact on this node.
+// Use says who uses an artifact on this node.
 type Use struct {
 	Pods []Pod
-	// Targets are those of [Client.Mount], mounted or not.
+	// Targets are the targets of [Client.Mount], mounted or not.
 	Targets []string
-	// Views are the keys of all other snapshots that show the artifact.
+	// Views are the keys of all other active snapshots and views of the artifact.
 	Views []string
-	// Containers are the IDs of those whose image it is.
+	// Containers are the IDs of the containers whose image is the artifact.
 	Containers []string
-	// Snapshots are the committed ones, which make no use of it by themselves.
+	// Snapshots are the names of the committed snapshots, which by themselves do not mean
+	// that the artifact is in use.
 	Snapshots []string
 }
 
-// InUse reports whether anybody uses the artifact.
+// InUse reports whether the artifact is in use.
 func (u Use) InUse() bool { return len(u.Pods)+len(u.Targets)+len(u.Views)+len(u.Containers) > 0 }
 
-// Uses returns who uses which of the artifacts, by their manifests; an artifact that
-// is neither in use nor unpacked is not in it. All images of the namespace must be
-// given. Every snapshotter counts, for an artifact may be shown by another one, too,
-// and one that cannot be asked is an error.
+// Uses returns, by manifest, who uses the artifacts. An artifact that is neither in use nor
+// unpacked is not in the result. The caller passes all artifacts of the namespace. Uses asks
+// every snapshotter, since any of them may have mounted an artifact; if one does not answer,
+// that is an error.
 func (c *Client) Uses(ctx context.Context, all []images.Image) (map[digest.Digest]*Use, error) {
 	ctx = c.Context(ctx)
 	u := newUses(all)
@@ -74,7 +76,7 @@ func (c *Client) Uses(ctx context.Context, all []images.Image) (map[digest.Diges
 			return nil, c.explain(err)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("list the snapshots of snapshotter %q, which may show artifacts: %w", name, err)
+			return nil, fmt.Errorf("list the snapshots of snapshotter %q, which may have mounted artifacts: %w", name, err)
 		}
 	}
 	running, err := c.ContainerService().List(ctx)
@@ -88,7 +90,7 @@ func (c *Client) Uses(ctx context.Context, all []images.Image) (map[digest.Diges
 	}
 	for _, use := range u.byManifest {
 		for i, pod := range use.Pods {
-			// A sandbox that has just gone, or is not a container, is its ID.
+			// A sandbox that has just been removed, or is no container, has no labels.
 			l := labels[pod.Sandbox]
 			use.Pods[i].Namespace, use.Pods[i].Name = l["io.kubernetes.pod.namespace"], l["io.kubernetes.pod.name"]
 		}
@@ -100,13 +102,13 @@ func (c *Client) Uses(ctx context.Context, all []images.Image) (map[digest.Diges
 	return u.byManifest, nil
 }
 
-// uses makes uses of snapshots.
+// uses collects who uses artifacts.
 type uses struct {
 	byManifest map[digest.Digest]*Use
-	// targets and chains lead from the encoded digests of images, and from the
-	// chain IDs of layers, to the manifests that they may be of.
+	// targets and chains have the manifests by the encoded digests of images, and by the
+	// chain IDs of layers.
 	targets, chains map[string][]digest.Digest
-	// names are those of the images.
+	// names has the manifests by the names of images.
 	names map[string]digest.Digest
 }
 
@@ -122,7 +124,7 @@ func newUses(all []images.Image) uses {
 	return u
 }
 
-// add counts a snapshot, which is of the client's own snapshotter or not.
+// add records a snapshot. ours is set if it is one of the client's snapshotter.
 func (u uses) add(i snapshots.Info, ours bool) {
 	volume, sub, ok := store.ParseVolume(i.Name)
 	isVolume := ok && sub == ""
@@ -131,7 +133,7 @@ func (u uses) add(i snapshots.Info, ours bool) {
 	case label != "":
 		of = []digest.Digest{digest.Digest(label)}
 	case i.Kind == snapshots.KindCommitted:
-		of = u.chains[i.Name] // containerd's own unpacker has made it
+		of = u.chains[i.Name] // by containerd's own unpacker
 	case isVolume:
 		of = u.targets[volume.Hex]
 	default:
@@ -145,7 +147,7 @@ func (u uses) add(i snapshots.Info, ours bool) {
 			if ours {
 				use.Snapshots = append(use.Snapshots, i.Name)
 			}
-		case isVolume: // each container of a pod has one
+		case isVolume: // every container of a pod has one
 			if pod := (Pod{Sandbox: volume.Sandbox}); !slices.Contains(use.Pods, pod) {
 				use.Pods = append(use.Pods, pod)
 			}
@@ -157,8 +159,8 @@ func (u uses) add(i snapshots.Info, ours bool) {
 	}
 }
 
-// addContainer counts a container whose image is an artifact, though it may have a
-// root filesystem from elsewhere, or none.
+// addContainer records a container whose image is an artifact, whatever its root file system
+// is.
 func (u uses) addContainer(container containers.Container) {
 	if manifest, ok := u.names[container.Image]; ok {
 		use := u.of(manifest)
@@ -166,7 +168,7 @@ func (u uses) addContainer(container containers.Container) {
 	}
 }
 
-// of is the use of an artifact.
+// of returns the use of an artifact.
 func (u uses) of(manifest digest.Digest) *Use {
 	if u.byManifest[manifest] == nil {
 		u.byManifest[manifest] = &Use{}
@@ -174,8 +176,8 @@ func (u uses) of(manifest digest.Digest) *Use {
 	return u.byManifest[manifest]
 }
 
-// Chain returns the name of the snapshot that containerd's own unpacker has made of
-// the artifact's layers (docs/native-unpack.md), or "" if there is none.
+// Chain returns the name of the snapshot that containerd's own unpacker has made of the
+// artifact's layers (docs/native-unpack.md), or "" if there is none.
 func (c *Client) Chain(ctx context.Context, image images.Image) (string, error) {
 	name := image.Artifact.ChainID().String()
 	there, err := c.SnapshotService(c.Snapshotter).Stat(c.Context(ctx), name)
@@ -188,7 +190,8 @@ func (c *Client) Chain(ctx context.Context, image images.Image) (string, error) 
 	return name, nil
 }
 
-// Size is the bytes of the blobs of an artifact's layers, each blob once.
+// Size returns the size of an artifact's layers in bytes. Layers with the same blob count
+// once.
 func Size(a *artifact.Artifact) (size int64) {
 	for _, blob := range blobsOf(a) {
 		size += blob
@@ -196,7 +199,7 @@ func Size(a *artifact.Artifact) (size int64) {
 	return size
 }
 
-// blobs are the blobs of the layers, with their sizes.
+// blobsOf returns the sizes of the layers' blobs.
 func blobsOf(a *artifact.Artifact) map[digest.Digest]int64 {
 	sizes := map[digest.Digest]int64{}
 	for _, l := range a.Layers {
@@ -205,18 +208,17 @@ func blobsOf(a *artifact.Artifact) map[digest.Digest]int64 {
 	return sizes
 }
 
-// Layout is how the daemon has laid an artifact out.
+// Layout says how the daemon has laid out an artifact.
 type Layout struct {
-	// Raw and Tar are the modes that its raw and its tar layers have, empty if it
-	// has none of the kind.
+	// Raw and Tar are the modes of its raw and its tar layers. A mode is empty if the
+	// artifact has no such layer.
 	Raw, Tar unpack.Mode
-	// Shared is how many bytes of its blobs are containerd's very files, which
-	// no copy was made of.
+	// Shared is how many bytes of its blobs are in containerd's own files, without a copy.
 	Shared int64
 }
 
-// LayoutOf looks into the root of the daemon for the artifact's Tree. One that is
-// not there, since nobody has asked for it since the last reboot, is
+// LayoutOf looks for the artifact's tree in the root of the daemon. If there is none,
+// because nobody has asked for the artifact since the last reboot, the error is
 // fs.ErrNotExist.
 func LayoutOf(ctx context.Context, a *artifact.Artifact, root string, content blobs.Source) (Layout, error) {
 	tree, err := unpack.Load(store.TreeDir(root, a.Manifest.Digest))
@@ -225,7 +227,7 @@ func LayoutOf(ctx context.Context, a *artifact.Artifact, root string, content bl
 	}
 	var l Layout
 	for _, layer := range a.Layers {
-		if layer.Format == artifact.FormatTarOrRaw { // of the others the manifest says enough
+		if layer.Format == artifact.FormatTarOrRaw { // otherwise the manifest says it
 			layer, _ = unpack.Settle(ctx, layer, content)
 		}
 		switch layer.Format {

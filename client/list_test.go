@@ -18,7 +18,6 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
-// A container names its image, whatever its root filesystem is.
 func TestContainersUseTheirImages(t *testing.T) {
 	image := func(name, manifest string) (i images.Image) {
 		i.Name = name
@@ -36,7 +35,6 @@ func TestContainersUseTheirImages(t *testing.T) {
 	}
 }
 
-// What is used in any way is found, and what only looks like it is not.
 func TestUsesAreFound(t *testing.T) {
 	image := func(name string, index bool) (i images.Image) {
 		layer := artifact.Layer{Descriptor: ocispec.Descriptor{Digest: digest.FromString(name)}}

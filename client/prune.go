@@ -8,7 +8,6 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"time"
 
 	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
@@ -19,23 +18,21 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 )
 
-// The label of images that no garbage collection of Kubernetes takes
+// The label of images that Kubernetes' garbage collection does not remove
 // (internal/cri/labels of containerd).
 const (
 	labelPinned = "io.cri-containerd.pinned"
 	pinned      = "pinned"
 )
 
-// Unused is an artifact that nobody uses, with all names that it has in the
-// namespace.
+// Unused is an artifact that is not in use, with all its names in the namespace.
 type Unused struct {
 	Artifact *artifact.Artifact
 	Images   []images.Image
 }
 
-// Unused lists the artifacts of the namespace that no pod, no [Client.Mount] and no
-// other view shows, that are no container's image, and none of whose names is pinned,
-// by their first names.
+// Unused returns the artifacts of the namespace that are not in use, see [Use.InUse], and
+// have no pinned name. They are in the order of their first names.
 func (c *Client) Unused(ctx context.Context) ([]Unused, error) {
 	all, err := c.Images(ctx)
 	if err != nil {
@@ -46,11 +43,11 @@ func (c *Client) Unused(ctx context.Context) ([]Unused, error) {
 		return nil, err
 	}
 	byManifest := map[digest.Digest]*Unused{}
-	kept := map[digest.Digest]bool{}
+	needed := map[digest.Digest]bool{}
 	for _, image := range all {
 		manifest := image.Manifest
 		if image.Labels[labelPinned] == pinned || uses[manifest] != nil && uses[manifest].InUse() {
-			kept[manifest] = true
+			needed[manifest] = true
 		}
 		if byManifest[manifest] == nil {
 			byManifest[manifest] = &Unused{Artifact: image.Artifact}
@@ -59,7 +56,7 @@ func (c *Client) Unused(ctx context.Context) ([]Unused, error) {
 	}
 	var unused []Unused
 	for manifest, u := range byManifest {
-		if !kept[manifest] {
+		if !needed[manifest] {
 			unused = append(unused, *u)
 		}
 	}
@@ -67,11 +64,11 @@ func (c *Client) Unused(ctx context.Context) ([]Unused, error) {
 	return unused, nil
 }
 
-// Remove removes the names of the artifacts, and waits for containerd's garbage
-// collector, which takes what no other image, lease or snapshot needs. It returns
-// how many bytes of the layers have gone from the namespace, and how many are kept. A
-// name that somebody has given to something else meanwhile stays.
-func (c *Client) Remove(ctx context.Context, unused []Unused) (freed, kept int64, err error) {
+// Remove removes the names of the artifacts, and waits until containerd's garbage collection
+// has removed what no other image, lease or snapshot refers to. It returns how many bytes of
+// the layers the namespace does not have any more, and how many it retains. It does not
+// remove a name that refers to something else by now.
+func (c *Client) Remove(ctx context.Context, unused []Unused) (freed, retained int64, err error) {
 	ctx = c.Context(ctx)
 	service := c.ImageService()
 	sizes := map[digest.Digest]int64{}
@@ -89,30 +86,31 @@ func (c *Client) Remove(ctx context.Context, unused []Unused) (freed, kept int64
 		}
 	}
 	if err := c.collect(ctx); err != nil {
-		return 0, 0, fmt.Errorf("%d images have been removed, and their content goes later: %w", deleted, err)
+		return 0, 0, fmt.Errorf("%d images have been removed; their content will be removed later: %w", deleted, err)
 	}
 	for blob, size := range sizes {
 		switch _, err := c.ContentStore().Info(ctx, blob); {
 		case errdefs.IsNotFound(err):
 			freed += size
 		case err == nil:
-			kept += size
+			retained += size
 		default:
-			return freed, kept, fmt.Errorf("%d images have been removed; what was freed is not known: blob %s: %w", deleted, blob, err)
+			return freed, retained, fmt.Errorf("%d images have been removed; how much this has freed is unknown: blob %s: %w", deleted, blob, err)
 		}
 	}
-	return freed, kept, nil
+	return freed, retained, nil
 }
 
-// collect runs containerd's garbage collector: deleting a lease waits for it.
+// collect runs containerd's garbage collection. The synchronous deletion of a lease waits for
+// it.
 func (c *Client) collect(ctx context.Context) error {
 	service := c.LeasesService()
-	lease, err := service.Create(ctx, leases.WithRandomID(), leases.WithExpiration(time.Minute))
+	lease, err := service.Create(ctx, leases.WithRandomID(), leases.WithExpiration(collectLease))
 	if err == nil {
 		err = service.Delete(ctx, lease, leases.SynchronousDelete)
 	}
 	if err != nil {
-		return fmt.Errorf("run containerd's garbage collector: %w", err)
+		return fmt.Errorf("run containerd's garbage collection: %w", err)
 	}
 	return nil
 }

@@ -6,13 +6,11 @@ package client
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"slices"
 	"sync"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	coreimages "github.com/containerd/containerd/v2/core/images"
@@ -35,17 +33,17 @@ import (
 
 // Registry says how to reach a registry.
 type Registry struct {
-	// HostsDir is the directory with <host>/hosts.toml (docs/hosts.md of
-	// containerd); it need not be there.
+	// HostsDir is the directory with <host>/hosts.toml (docs/hosts.md of containerd). It
+	// need not exist.
 	HostsDir string
-	// PlainHTTP is for hosts without a hosts.toml.
+	// PlainHTTP selects HTTP for hosts without a hosts.toml.
 	PlainHTTP bool
-	// User and Password are empty for none.
+	// User and Password are empty for anonymous access.
 	User, Password string
 }
 
-// login is who may have the password: the hosts of the registry, as it has them
-// itself or as its hosts.toml has them, but nobody whom one of them redirects to.
+// login gives the password to the hosts of the registry, its own or those of its hosts.toml,
+// and to no host that one of them redirects to.
 type login struct {
 	Registry
 	hosts []docker.RegistryHost
@@ -68,31 +66,28 @@ func (l login) GetCredentials(_ context.Context, _, host string) (registry.Crede
 	return registry.Credentials{Host: host}, nil
 }
 
-// Fetched is a layer that [Client.Pull] is fetching, or has.
+// Fetched is the progress of a layer during [Client.Pull].
 type Fetched struct {
 	artifact.Layer
-	// Bytes are those that containerd has, of Descriptor.Size.
+	// Bytes is how many bytes containerd has, of Descriptor.Size.
 	Bytes int64
-	// Done is set when it has all, and Present, too, if it had them before.
+	// Done is set when containerd has all bytes. Present is set, too, if it had them before
+	// the pull.
 	Done, Present bool
 }
 
-// pullTime is how long what an unfinished pull has got is kept if this process is
-// killed, for the next one.
-const pullTime = 24 * time.Hour
-
-// Pull has containerd pull an artifact with its transfer service, without
-// unpacking it. Progress, if it is not nil, is called in turn: first with all layers
-// of the manifest, then with those that have got further.
+// Pull has containerd pull an artifact with its transfer service, without unpacking it.
+// Progress, which may be nil, is called sequentially: first with all layers of the manifest,
+// then with those that have progressed.
 //
-// The manifest is read first, and nothing is pulled of an ordinary image,
-// errdefs.ErrInvalidArgument, nor of an artifact that would be refused, nor if
-// the snapshotter does not answer.
+// Pull reads the manifest first. It pulls nothing if the manifest is a container image's,
+// which is errdefs.ErrInvalidArgument, if the artifact is one that is refused, or if the
+// snapshotter does not answer.
 func (c *Client) Pull(ctx context.Context, ref string, r Registry, progress func([]Fetched)) (images.Image, error) {
 	if err := validReference(ref); err != nil {
 		return images.Image{}, err
 	}
-	// What could not be unpacked is not pulled.
+	// There is no use in pulling what cannot be unpacked.
 	if err := c.reach(ctx); err != nil {
 		return images.Image{}, err
 	}
@@ -111,42 +106,44 @@ func (c *Client) Pull(ctx context.Context, ref string, r Registry, progress func
 	if err != nil {
 		return images.Image{}, err
 	}
-	a, seen, err := preview(ctx, from)
+	a, platform, err := preview(ctx, from)
 	switch {
 	case errors.Is(err, artifact.ErrNotArtifact):
-		return images.Image{}, fmt.Errorf("%q is an ordinary image, not an artifact; pull it with ctr or crictl: %w", ref, errdefs.ErrInvalidArgument)
+		return images.Image{}, fmt.Errorf("%q is a container image, not an artifact; pull it with ctr or crictl: %w", ref, errdefs.ErrInvalidArgument)
 	case errdefs.IsNotFound(err):
-		return images.Image{}, fmt.Errorf("pull %s: the registry does not have it, or shows it only to some users (-u): %w", ref, err)
+		return images.Image{}, fmt.Errorf("pull %s: the registry does not have it, or only some users may pull it (-u): %w", ref, err)
 	case err != nil:
 		return images.Image{}, fmt.Errorf("pull %s: %w", ref, err)
 	}
 	ctx = c.Context(ctx)
-	ctx, done, err := c.WithLease(ctx, leases.WithRandomID(), leases.WithExpiration(pullTime))
+	ctx, done, err := c.WithLease(ctx, leases.WithRandomID(), leases.WithExpiration(pullLease))
 	if err != nil {
 		return images.Image{}, err
 	}
-	defer func() { _ = done(context.WithoutCancel(ctx)) }() // else it expires
-	if err := c.ensureEmptyBlobs(ctx, seen.named); err != nil {
-		return images.Image{}, err
+	defer func() { _ = done(context.WithoutCancel(ctx)) }() // on failure the lease expires
+	for _, algorithm := range emptyBlobs(a) {
+		if _, err := images.EnsureEmptyBlob(ctx, c.ContentStore(), algorithm); err != nil {
+			return images.Image{}, err
+		}
 	}
-	store := image.NewStore(ref, image.WithPlatforms(seen.platform))
+	store := image.NewStore(ref, image.WithPlatforms(platform))
 	t := newTracker(a, progress)
 	if err := c.Transfer(ctx, from, store, transfer.WithProgress(t.update)); err != nil {
 		return images.Image{}, fmt.Errorf("pull %s: %w", ref, err)
 	}
-	// The last events may come after the answer, or not at all.
+	// The last events may come after the answer, or never.
 	t.finish()
 	return c.Image(ctx, ref)
 }
 
-// reach asks the snapshotter for anything.
+// reach returns an error if the snapshotter does not answer.
 func (c *Client) reach(ctx context.Context) error {
 	walk := func(context.Context, snapshots.Info) error { return nil }
 	return c.explain(c.SnapshotService(c.Snapshotter).Walk(c.Context(ctx), walk))
 }
 
-// validReference refuses what containerd's resolver takes for something else, or
-// refuses without saying how to put it right.
+// validReference refuses references that containerd's resolver misunderstands, or refuses
+// without saying how to correct them.
 func validReference(ref string) error {
 	spec, err := reference.Parse(ref)
 	if err == nil && spec.Object == "" {
@@ -158,47 +155,33 @@ func validReference(ref string) error {
 	return nil
 }
 
-// seen is what preview has seen of an artifact.
-type seen struct {
-	// platform is that of its manifest, in an index that has only this one, say.
-	platform ocispec.Platform
-	// named is all that containerd may fetch with it.
-	named []ocispec.Descriptor
-}
-
-// preview reads the artifact in the registry, without its layers.
-func preview(ctx context.Context, from *registry.OCIRegistry) (*artifact.Artifact, seen, error) {
-	s := seen{platform: platforms.DefaultSpec()}
+// preview reads the artifact in the registry, without its layers. The platform is the one to
+// pull: that of the manifest if an index has it for another platform only.
+func preview(ctx context.Context, from *registry.OCIRegistry) (a *artifact.Artifact, platform ocispec.Platform, err error) {
+	platform = platforms.DefaultSpec()
 	name, target, err := from.Resolve(ctx)
 	if err != nil {
-		return nil, s, err
+		return nil, platform, err
 	}
 	fetcher, err := from.Fetcher(ctx, name)
 	if err != nil {
-		return nil, s, err
+		return nil, platform, err
 	}
-	r := &remote{Fetcher: fetcher}
-	read := &recorder{Provider: r}
-	a, err := artifact.Read(ctx, read, target)
+	read := &recorder{Provider: remote{fetcher}}
+	a, err = artifact.Read(ctx, read, target)
 	for _, desc := range read.descs {
 		if desc.Platform != nil {
-			s.platform = *desc.Platform
+			platform = *desc.Platform
 		}
 	}
-	s.named = r.named
-	return a, s, err
+	return a, platform, err
 }
 
-// remote reads manifests and configs of a registry, and remembers what they name.
-type remote struct {
-	transfer.Fetcher
-	named []ocispec.Descriptor
-}
+// remote provides the manifests and configs of a registry.
+type remote struct{ transfer.Fetcher }
 
-// maxRemote is more than package artifact reads of a manifest or config.
-const maxRemote = 16 << 20
-
-func (r *remote) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+// ReaderAt implements content.Provider.
+func (r remote) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
 	in, err := r.Fetch(ctx, desc)
 	if err != nil {
 		return nil, err
@@ -208,14 +191,6 @@ func (r *remote) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content
 	if err != nil {
 		return nil, err
 	}
-	var names struct { // what is none of these is for artifact.Read to refuse
-		Config    ocispec.Descriptor   `json:"config"`
-		Layers    []ocispec.Descriptor `json:"layers"`
-		Manifests []ocispec.Descriptor `json:"manifests"`
-	}
-	if json.Unmarshal(text, &names) == nil {
-		r.named = slices.Concat(r.named, []ocispec.Descriptor{names.Config}, names.Layers, names.Manifests)
-	}
 	return inMemory{bytes.NewReader(text)}, nil
 }
 
@@ -223,27 +198,27 @@ type inMemory struct{ *bytes.Reader }
 
 func (inMemory) Close() error { return nil }
 
-// ensureEmptyBlobs pre-creates the empty blob for each algorithm by which one of those
-// that are named is empty, as an empty file or config is.
-func (c *Client) ensureEmptyBlobs(ctx context.Context, named []ocispec.Descriptor) error {
-	for _, n := range named {
-		d := n.Digest
-		if n.Size != 0 || d.Validate() != nil || d != d.Algorithm().FromBytes(nil) {
-			continue
-		}
-		if _, err := images.EnsureEmptyBlob(ctx, c.ContentStore(), d.Algorithm()); err != nil {
-			return err
+// emptyBlobs returns the algorithms of the digests by which the artifact names the empty
+// blob, as its config or as a layer.
+func emptyBlobs(a *artifact.Artifact) (algorithms []digest.Algorithm) {
+	blobs := []digest.Digest{a.Config}
+	for _, l := range a.Layers {
+		blobs = append(blobs, l.Descriptor.Digest)
+	}
+	for _, d := range blobs {
+		if d == d.Algorithm().FromBytes(nil) && !slices.Contains(algorithms, d.Algorithm()) {
+			algorithms = append(algorithms, d.Algorithm())
 		}
 	}
-	return nil
+	return algorithms
 }
 
-// tracker makes layers of the transfer service's events.
+// tracker follows the layers by the events of the transfer service.
 type tracker struct {
 	report func([]Fetched)
 	mu     sync.Mutex // events come on a goroutine of their own
 	layers []Fetched
-	with   map[digest.Digest][]int // those that have the blob
+	with   map[digest.Digest][]int // indexes of the layers with that blob
 	ended  bool
 }
 
@@ -278,8 +253,7 @@ func (t *tracker) update(p transfer.Progress) {
 	})
 }
 
-// set changes the layers, and reports those that differ then. It is called with mu
-// held.
+// set changes the layers, and reports those that have changed. The caller holds mu.
 func (t *tracker) set(layers []int, change func(*Fetched)) {
 	var changed []Fetched
 	for _, i := range layers {
@@ -297,7 +271,7 @@ func (t *tracker) set(layers []int, change func(*Fetched)) {
 	}
 }
 
-// finish says that all layers are there, and ends the reports.
+// finish reports that all layers are done, and ends the reports.
 func (t *tracker) finish() {
 	t.mu.Lock()
 	defer t.mu.Unlock()

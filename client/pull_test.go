@@ -4,13 +4,10 @@
 package client
 
 import (
-	"context"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/transfer"
@@ -20,7 +17,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
-func TestReferencesAreFull(t *testing.T) {
+func TestOnlyFullReferencesAreValid(t *testing.T) {
 	d := digest.FromString("x").String()
 	for ref, ok := range map[string]bool{
 		"registry.example.com/models/llama:v1":  true,
@@ -34,12 +31,12 @@ func TestReferencesAreFull(t *testing.T) {
 		"registry.example.com/models/\x1b[2J:v": false,
 	} {
 		if err := validReference(ref); (err == nil) != ok {
-			t.Errorf("%q: %v, want that it is full: %v", ref, err, ok)
+			t.Errorf("%q: %v, want that it is valid: %v", ref, err, ok)
 		}
 	}
 }
 
-func TestThePasswordIsForTheRegistry(t *testing.T) {
+func TestOnlyTheRegistryGetsThePassword(t *testing.T) {
 	dir := t.TempDir()
 	must(t, os.Mkdir(filepath.Join(dir, "mirrored.example.com"), 0o755))
 	must(t, os.WriteFile(filepath.Join(dir, "mirrored.example.com", "hosts.toml"), []byte("server = 'https://real.example.com'\n[host.'http://mirror.example.com:5000']\n"), 0o600))
@@ -67,7 +64,7 @@ func TestThePasswordIsForTheRegistry(t *testing.T) {
 	}
 }
 
-// Layers with one blob get further together, and nothing goes back.
+// Layers with the same blob progress together, and progress is never undone.
 func TestTrackerFollowsTheEvents(t *testing.T) {
 	one := ocispec.Descriptor{Digest: digest.FromString("one"), Size: 100}
 	two := ocispec.Descriptor{Digest: digest.FromString("two"), Size: 10}
@@ -105,31 +102,21 @@ func TestTrackerFollowsTheEvents(t *testing.T) {
 	}
 }
 
-// fetched is what a registry has.
-type fetched string
-
-func (f fetched) Fetch(context.Context, ocispec.Descriptor) (io.ReadCloser, error) {
-	return io.NopCloser(strings.NewReader(string(f))), nil
-}
-
-// Whatever containerd fetches may be empty, and then has to be planted.
-func TestAllThatAnArtifactNamesIsSeen(t *testing.T) {
-	one := `{"mediaType":"x","digest":"` + digest.FromString("").String() + `","size":0}`
-	for what, text := range map[string]string{
-		"a config": `{"config":` + one + `,"layers":[]}`,
-		"a layer":  `{"config":{},"layers":[{},` + one + `]}`,
-		"a member": `{"manifests":[{},` + one + `]}`,
-	} {
-		r := &remote{Fetcher: fetched(text)}
-		if _, err := r.ReaderAt(t.Context(), ocispec.Descriptor{}); err != nil {
-			t.Fatal(err)
-		}
-		if !slices.ContainsFunc(r.named, func(d ocispec.Descriptor) bool { return d.Digest == digest.FromString("") && d.Size == 0 }) {
-			t.Errorf("%s: %v", what, r.named)
-		}
+func TestTheEmptyBlobIsCreatedForEveryAlgorithmThatNamesIt(t *testing.T) {
+	some, sha256, sha512 := digest.FromString("x"), digest.FromString(""), digest.SHA512.FromString("")
+	layer := func(d digest.Digest) artifact.Layer {
+		return artifact.Layer{Descriptor: ocispec.Descriptor{Digest: d}}
 	}
-	r := &remote{Fetcher: fetched("a config that is no JSON")}
-	if _, err := r.ReaderAt(t.Context(), ocispec.Descriptor{}); err != nil || len(r.named) > 0 {
-		t.Errorf("%v, %v", r.named, err)
+	for what, c := range map[string]struct {
+		artifact artifact.Artifact
+		want     []digest.Algorithm
+	}{
+		"none":           {artifact.Artifact{Config: some, Layers: []artifact.Layer{layer(some)}}, nil},
+		"a config":       {artifact.Artifact{Config: sha256, Layers: []artifact.Layer{layer(some)}}, []digest.Algorithm{digest.SHA256}},
+		"several layers": {artifact.Artifact{Config: some, Layers: []artifact.Layer{layer(sha512), layer(sha256), layer(sha512)}}, []digest.Algorithm{digest.SHA512, digest.SHA256}},
+	} {
+		if got := emptyBlobs(&c.artifact); !slices.Equal(got, c.want) {
+			t.Errorf("%s: got %q, want %q", what, got, c.want)
+		}
 	}
 }

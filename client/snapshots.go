@@ -11,7 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// Using are the containers of all namespaces that have the snapshotter, as
+// Using returns the containers of all namespaces that use the snapshotter, each as
 // NAMESPACE/ID.
 func (c *Client) Using(ctx context.Context) (containers []string, err error) {
 	namespaces, err := c.NamespaceService().List(ctx)
@@ -33,9 +33,9 @@ func (c *Client) Using(ctx context.Context) (containers []string, err error) {
 	return containers, nil
 }
 
-// RemoveSnapshots makes containerd forget all snapshots of the snapshotter, in all
-// namespaces, and says how many there were. containerd would take them for unpacked
-// images when it has a snapshotter of that name once more. Nobody may use them.
+// RemoveSnapshots removes all snapshots of the snapshotter in all namespaces, and returns
+// their number. Otherwise a new snapshotter of the same name would seem to have unpacked
+// images. The caller checks that no container uses them.
 func (c *Client) RemoveSnapshots(ctx context.Context) (removed int, err error) {
 	namespaces, err := c.NamespaceService().List(ctx)
 	if err != nil {
@@ -52,7 +52,7 @@ func (c *Client) RemoveSnapshots(ctx context.Context) (removed int, err error) {
 	return removed, c.collect(c.Context(ctx))
 }
 
-// removeAll removes snapshots, those without children first.
+// removeAll removes snapshots, children before their parents.
 func removeAll(ctx context.Context, service snapshots.Snapshotter) (removed int, err error) {
 	for {
 		parents := map[string]bool{}

@@ -33,24 +33,25 @@ type Checked struct {
 	Descriptor ocispec.Descriptor
 	// Layer is set for KindLayer.
 	Layer artifact.Layer
-	// DiffID is the claimed digest of what the blob holds, if that is not the blob itself.
+	// DiffID is the digest that the decompressed content should have. It is empty if the
+	// blob is not decompressed.
 	DiffID digest.Digest
-	// Err is what is wrong with it, or nil.
+	// Err is what is wrong with the blob, or nil.
 	Err error
 
-	said    artifact.Layer // as the manifest has it
-	refused error          // why no volume has the layer
+	said    artifact.Layer // the layer according to the manifest
+	refused error          // why the layer cannot be mounted
 }
 
-// Verify reads all blobs of an image, which is found as by [images.Reader.Image], through
-// containerd, and compares them with their digests and sizes, and what compressed
-// layers hold with the DiffIDs of the config. Every blob is reported, good or bad,
-// when it has been read. The error is that there is no such artifact, or why it is
-// refused although its blobs are as they should be.
+// Verify reads all blobs of an image through containerd. It compares them with their digests
+// and sizes, and the content of compressed layers with the DiffIDs of the config. ref is as
+// for [images.Reader.Image]. Verify reports every blob, good or bad, once it has read it. It
+// returns an error if there is no such artifact, or if the artifact is refused although its
+// blobs are intact.
 func (c *Client) Verify(ctx context.Context, ref string, limits unpack.Limits, report func(Checked)) error {
 	ctx = c.Context(ctx)
 	found, err := c.ImageService().Get(ctx, ref)
-	if err != nil { // it may be a digest; the error is better, too
+	if err != nil { // ref may be a digest; besides, this error says more
 		image, err := c.Image(ctx, ref)
 		if err != nil {
 			return err
@@ -60,16 +61,16 @@ func (c *Client) Verify(ctx context.Context, ref string, limits unpack.Limits, r
 	store := c.ContentStore()
 	all, refused := checks(ctx, store, found.Target)
 	if errors.Is(refused, artifact.ErrNotArtifact) {
-		return fmt.Errorf("%q is an ordinary image, not an artifact: %w", ref, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("%q is a container image, not an artifact: %w", ref, errdefs.ErrInvalidArgument)
 	}
 	bad, err := verifyAll(ctx, store, all, unpack.NewBudget(limits), report)
-	if err != nil || bad { // which is why it is refused
+	if err != nil || bad { // a bad blob has been reported, and explains the refusal
 		return err
 	}
 	return refused
 }
 
-// verifyAll is Verify of the blobs.
+// verifyAll checks and reports the blobs.
 func verifyAll(ctx context.Context, store content.Provider, all []Checked, budget *unpack.Budget, report func(Checked)) (bad bool, err error) {
 	done := map[way]reading{}
 	for _, check := range all {
@@ -78,7 +79,7 @@ func verifyAll(ctx context.Context, store content.Provider, all []Checked, budge
 			how.compression, how.diffID = check.Layer.Compression, check.DiffID.Algorithm()
 		}
 		found, ok := done[how]
-		if !ok { // many layers may have one blob
+		if !ok { // many layers may have the same blob
 			found = check.read(ctx, store, budget)
 			done[how] = found
 		}
@@ -92,8 +93,7 @@ func verifyAll(ctx context.Context, store content.Provider, all []Checked, budge
 	return bad, nil
 }
 
-// checks lists the blobs of target as far as they are known, each once, and says
-// why target is no artifact that could be shown.
+// checks returns the known blobs of target, each once, and why target cannot be mounted.
 func checks(ctx context.Context, store content.Provider, target ocispec.Descriptor) ([]Checked, error) {
 	read := &recorder{Provider: store}
 	a, err := artifact.Read(ctx, read, target)
@@ -116,12 +116,12 @@ func checks(ctx context.Context, store content.Provider, target ocispec.Descript
 	type key struct{ blob, diffID digest.Digest }
 	seen := map[key]bool{}
 	for _, l := range layers {
-		if l.Format == artifact.FormatEmpty { // its blob need not be there
+		if l.Format == artifact.FormatEmpty { // its blob need not exist
 			continue
 		}
 		k := Checked{Kind: KindLayer, Descriptor: l.Descriptor, said: l}
 		if k.Layer, k.refused = unpack.Settle(ctx, l, store); !errdefs.IsInvalidArgument(k.refused) {
-			k.refused = nil // of a blob that is missing, say, compare tells
+			k.refused = nil // compare reports a blob that is missing, for example
 		}
 		if k.refused == nil && k.Layer.Format == artifact.FormatTar && l.DiffID != l.Descriptor.Digest {
 			k.DiffID = l.DiffID
@@ -134,7 +134,7 @@ func checks(ctx context.Context, store content.Provider, target ocispec.Descript
 	return all, err
 }
 
-// recorder remembers what is read.
+// recorder records the descriptors of what is read.
 type recorder struct {
 	content.Provider
 	descs []ocispec.Descriptor
@@ -145,19 +145,20 @@ func (r *recorder) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (conte
 	return r.Provider.ReaderAt(ctx, desc)
 }
 
-// way is a blob, how it is decompressed, and the algorithm of the digest of that.
+// way is a way to read a blob: the compression, and the algorithm of the DiffID.
 type way struct {
 	blob        digest.Digest
 	compression artifact.Compression
 	diffID      digest.Algorithm
 }
 
-// reading is what a blob was found to be.
+// reading is the result of reading a blob.
 type reading struct {
-	size   counter // what containerd says was so when it was stored
+	size   int64 // as read; containerd reports the size that it stored
 	digest digest.Digest
-	err    error // if it could not be read
-	// diffID is the digest of what is in it, or notDecompressed why there is none.
+	err    error // why the blob could not be read
+	// diffID is the digest of the decompressed content, or notDecompressed the reason why
+	// there is none.
 	diffID          digest.Digest
 	notDecompressed error
 }
@@ -170,24 +171,26 @@ func (k Checked) read(ctx context.Context, store content.Provider, budget *unpac
 	}
 	defer blob.Close()
 	sum := k.Descriptor.Digest.Algorithm().Digester()
-	in := io.TeeReader(content.NewReader(blob), io.MultiWriter(sum.Hash(), &r.size))
+	section := io.NewSectionReader(blob, 0, blob.Size())
+	in := io.TeeReader(section, sum.Hash())
 	if k.DiffID != "" {
-		k.Layer.Descriptor.Size = blob.Size() // of which it may be a multiple, whatever others say
+		k.Layer.Descriptor.Size = blob.Size() // the limit of the content is a multiple of the real size
 		r.diffID, r.notDecompressed = unpack.DiffID(ctx, k.Layer, in, budget)
 	}
 	_, r.err = io.Copy(io.Discard, in)
+	r.size, _ = section.Seek(0, io.SeekCurrent)
 	r.digest = sum.Digest()
 	return r
 }
 
-// compare says what is wrong with what was read.
+// compare returns what is wrong with the blob.
 func (k Checked) compare(r reading) error {
 	switch desc := k.Descriptor; {
 	case r.err != nil:
 		return r.err
-	case int64(r.size) != desc.Size:
+	case r.size != desc.Size:
 		return fmt.Errorf("it has %d bytes, its descriptor says %d: %w", r.size, desc.Size, errdefs.ErrDataLoss)
-	case r.digest != desc.Digest: // which is why it cannot be decompressed, too
+	case r.digest != desc.Digest: // it may also be why the blob cannot be decompressed
 		return fmt.Errorf("it has the digest %s: %w", r.digest, errdefs.ErrDataLoss)
 	case k.refused != nil:
 		return k.refused
@@ -199,12 +202,4 @@ func (k Checked) compare(r reading) error {
 		return fmt.Errorf("%s: %w", k.said.WrongDiffID(k.Layer.Compression, r.diffID), errdefs.ErrDataLoss)
 	}
 	return nil
-}
-
-// counter counts what is written to it.
-type counter int64
-
-func (c *counter) Write(p []byte) (int, error) {
-	*c += counter(len(p))
-	return len(p), nil
 }

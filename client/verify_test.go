@@ -18,7 +18,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// opened counts how often blobs are opened.
+// opened provides one blob, and counts how often it is opened.
 type opened struct {
 	blob  []byte
 	times int
@@ -29,7 +29,7 @@ func (o *opened) ReaderAt(context.Context, ocispec.Descriptor) (content.ReaderAt
 	return inMemory{bytes.NewReader(o.blob)}, nil
 }
 
-// A manifest may have one blob for all of its thousands of layers.
+// A manifest may have the same blob for thousands of layers.
 func TestVerifyReadsABlobOnce(t *testing.T) {
 	var text bytes.Buffer
 	w := gzip.NewWriter(&text)
@@ -71,7 +71,7 @@ func TestVerifyReadsABlobOnce(t *testing.T) {
 		i++
 	})
 	if must(t, err); !bad {
-		t.Error("nothing is bad")
+		t.Error("no blob is bad")
 	}
 	if i != len(cases) || store.times != 2 { // as it is, and decompressed
 		t.Errorf("%d blobs are reported, the blob was opened %d times, want %d and 2", i, store.times, len(cases))

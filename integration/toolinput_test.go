@@ -78,10 +78,10 @@ func TestTheToolRefusesBadInput(t *testing.T) {
 		"a target that is a mount point":  {[]string{"mount", ref, other}, []string{other, "mount point"}},
 		"a target in no directory":        {[]string{"mount", ref, filepath.Join(dir, "a", "b")}, []string{filepath.Join(dir, "a", "b")}},
 		"an empty target":                 {[]string{"mount", ref, ""}, []string{"empty"}},
-		"mount of an ordinary image":      {[]string{"mount", n.GuestImage, free}, []string{n.GuestImage, "ordinary image"}},
-		"inspect of an ordinary image":    {[]string{"inspect", n.GuestImage}, []string{n.GuestImage, "ordinary image"}},
-		"verify of an ordinary image":     {[]string{"verify", n.GuestImage}, []string{n.GuestImage, "ordinary image"}},
-		"pull of an ordinary image":       {[]string{"pull", n.Registry + "/test/other:latest"}, []string{"/test/other:latest", "ordinary image"}},
+		"mount of a container image":      {[]string{"mount", n.GuestImage, free}, []string{n.GuestImage, "container image"}},
+		"inspect of a container image":    {[]string{"inspect", n.GuestImage}, []string{n.GuestImage, "container image"}},
+		"verify of a container image":     {[]string{"verify", n.GuestImage}, []string{n.GuestImage, "container image"}},
+		"pull of a container image":       {[]string{"pull", n.Registry + "/test/other:latest"}, []string{"/test/other:latest", "container image"}},
 		"pull of a hostile artifact":      {[]string{"pull", n.Registry + "/test/hostile:latest"}, []string{"layer 1", "../../etc/passwd"}},
 		"pull of what is not there":       {[]string{"pull", unknown}, []string{unknown, "the registry does not have it", "not found"}},
 		"pull from nowhere":               {[]string{"pull", "127.0.0.1:1/models/tiny:v1"}, []string{"127.0.0.1:1", "connection refused"}},
@@ -375,11 +375,11 @@ func TestTheToolSaysWhatDoesNotRun(t *testing.T) {
 	if i := toolJSON[jsonInspected](t, n, "inspect", ref); i.Image == nil || i.Image.Reference != ref || i.Image.Snapshot != "" || len(i.Layers) != 8 {
 		t.Errorf("inspect says %+v", i)
 	}
-	if text := tool(t, n, "inspect", ref); !strings.Contains(text, "unpacked or not: containerd does not reach the daemon") || !strings.Contains(text, "model-00001.safetensors") {
+	if text := tool(t, n, "inspect", ref); !strings.Contains(text, "unpacked or not: containerd cannot reach the daemon") || !strings.Contains(text, "model-00001.safetensors") {
 		t.Errorf("inspect says\n%s", text)
 	}
 	for _, args := range [][]string{{"ls"}, {"mount", ref, target}, {"unmount", target}, {"prune"}, {"pull", ref}} {
-		wantRefusal(t, n, []string{"containerd does not reach the daemon", "artifact-snapshotter serve"}, args...)
+		wantRefusal(t, n, []string{"containerd cannot reach the daemon", "artifact-snapshotter serve"}, args...)
 	}
 	check(t, n.StartDaemon())
 	check(t, n.StopContainerd())

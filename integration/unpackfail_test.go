@@ -191,7 +191,7 @@ func TestUnpackSaysWhatIsWrong(t *testing.T) {
 		{"no containerd", n, []string{"--address", none, good}, []string{"containerd does not answer on " + none, "no such file or directory"}},
 		{"no such snapshotter", stock, []string{onStock}, []string{`containerd has no snapshotter "artifact"`, "`artifact-snapshotter config containerd`"}},
 		{"another snapshotter", n, []string{"--snapshotter", "overlayfs", good}, []string{`the snapshotter "overlayfs" is not artifact-snapshotter`}},
-		{"an ordinary image", n, []string{n.GuestImage}, []string{n.GuestImage, "is an ordinary image, not an artifact"}},
+		{"a container image", n, []string{n.GuestImage}, []string{n.GuestImage, "is a container image, not an artifact"}},
 		{"an artifact that is refused", n, []string{bad}, []string{"layer 0", `path "../../etc/passwd" contains ".."`}},
 		{"no argument", n, nil, []string{"unpack takes REF|DIGEST"}},
 		{"an unknown output", n, []string{"--output", "yaml", good}, []string{`--output "yaml" is neither text nor json`}},

@@ -16,8 +16,7 @@ func unpackCommand() *cli.Command {
 		Name:      "unpack",
 		Usage:     "make the snapshot of an artifact that containerd has, and print its name",
 		ArgsUsage: "REF|DIGEST",
-		Description: "The snapshot has the chain ID of the artifact's layers for a name, or, if something else has\n" +
-			"that, another one. containerd deletes it with the image. To see what is in it:\n\n" +
+		Description: "containerd deletes the snapshot together with the image. To see what is in it:\n\n" +
 			"  ctr snapshots --snapshotter artifact view KEY $(artifact-snapshotter unpack REF)\n\n" +
 			"Examples:\n\n" +
 			"  artifact-snapshotter unpack registry.example.com/models/llama:v1\n" +

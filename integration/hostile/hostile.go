@@ -204,7 +204,7 @@ var number = regexp.MustCompile(`^layer \d+ `)
 func is(err, kind error) bool {
 	switch {
 	case kind == artifact.ErrNotArtifact: //nolint:errorlint // it is a verdict, and not wrapped
-		return strings.Contains(err.Error(), "is an ordinary image") || strings.Contains(err.Error(), artifact.ErrNotArtifact.Error())
+		return strings.Contains(err.Error(), "is a container image") || strings.Contains(err.Error(), artifact.ErrNotArtifact.Error())
 	case errdefs.IsInvalidArgument(kind):
 		return errdefs.IsInvalidArgument(err)
 	case errdefs.IsNotFound(kind):

@@ -282,6 +282,6 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 		set(treesGauge, int64(n), string(modes.Raw), string(modes.Tar))
 	}
 	set(mountsGauge, int64(stats.Mounts))
-	set(referencesGauge, int64(stats.Views))
+	set(referencesGauge, int64(stats.References))
 	set(sizeGauge, stats.Size)
 }

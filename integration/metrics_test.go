@@ -313,14 +313,14 @@ func TestTheLogTellsOfEachImageVolume(t *testing.T) {
 	log := daemonLog(t, n)
 	of := "artifact=\"" + artifact.String() + "\""
 	wantLine(t, log, 1, "level=info", "built the tree of an artifact", of, "sandbox="+pod.ID, "on_pull=false", "raw=overlay", "tar=erofs", "linked=", "duration=")
-	wantLine(t, log, 1, "level=info", "mounted an image volume", of, "sandbox="+pod.ID, "namespace=k8s.io", `image="`+ref+`"`, "linked=", "raw=overlay", "duration=")
+	wantLine(t, log, 1, "level=info", `msg="mounted an image volume"`, of, "sandbox="+pod.ID, "namespace=k8s.io", `image="`+ref+`"`, "linked=", "raw=overlay", "duration=")
 	// Its tree was there, so nothing was linked for it.
-	wantLine(t, log, 1, "level=info", "mounted an image volume", of, "sandbox="+next.ID, `image="`+ref+`"`, "raw=overlay", "duration=")
-	wantLine(t, log, 0, "mounted an image volume", "sandbox="+next.ID, "linked=")
+	wantLine(t, log, 1, "level=info", `msg="mounted an image volume"`, of, "sandbox="+next.ID, `image="`+ref+`"`, "raw=overlay", "duration=")
+	wantLine(t, log, 0, `msg="mounted an image volume"`, "sandbox="+next.ID, "linked=")
 	wantLine(t, log, 1, "level=info", "built the tree of an artifact", "on_pull=true", "decompressed=")
 	wantLine(t, log, 1, "level=info", "unmounted an image volume", of, "sandbox="+pod.ID)
 	wantLine(t, log, 1, "level=info", "unmounted an image volume", of, "sandbox="+next.ID)
-	wantLine(t, log, 4, "level=info", "mounted an image volume")
+	wantLine(t, log, 4, "level=info", `msg="mounted an image volume"`)
 	wantLine(t, log, 4, "level=info", "unmounted an image volume")
 	wantLine(t, log, 1, "level=info", "removed a tree", of)
 	if layers := strings.Count(log, "decompressed a layer"); layers == 0 {

@@ -359,7 +359,7 @@ func TestAFilesystemWithoutExtendedAttributes(t *testing.T) {
 		root := mounted(t, "ramfs", "")
 		n := node.ForTest(t, node.Options{DaemonRoot: root})
 		log := strings.ReplaceAll(daemonLog(t, n), `\`, "") // quotes are quoted, once or twice
-		for _, want := range []string{"level=warning", "raw=link", "in a lesser way than could be", `mode "overlay" does not work in ` + root} {
+		for _, want := range []string{"level=warning", "raw=link", "layers are laid out by a fallback mode", `mode "overlay" does not work in ` + root} {
 			if !strings.Contains(log, want) {
 				t.Errorf("the daemon's log does not say %q: %s", want, log)
 			}

@@ -278,7 +278,7 @@ func (p *Plugin) mounted(pod *api.PodSandbox, c *api.Container, of reference) (i
 	}
 	for _, m := range c.GetMounts() {
 		for _, o := range owners {
-			if id, ok := p.Views.Shown(m.GetSource(), o); ok {
+			if id, ok := p.Views.MountedAt(m.GetSource(), o); ok {
 				if !slices.Contains(ids, id) {
 					ids = append(ids, id)
 				}

@@ -171,11 +171,11 @@ func TestWhatAPathShowsIsToldByItsOwners(t *testing.T) {
 			v.Path: true, filepath.Join(v.Path, "sub/path"): true,
 			v.Path + "x": false, filepath.Dir(v.Path): false, "/": false, "": false, "relative": false,
 		} {
-			if id, ok := s.Shown(path, o); ok != want || ok && id != v.ID {
+			if id, ok := s.MountedAt(path, o); ok != want || ok && id != v.ID {
 				t.Errorf("%s shows %v, %v; want %v", path, id, ok, want)
 			}
 		}
-		if _, ok := s.Shown(v.Path, unpack.IDMap{UID: "0:1:2"}); ok != (o == unpack.IDMap{}) {
+		if _, ok := s.MountedAt(v.Path, unpack.IDMap{UID: "0:1:2"}); ok != (o == unpack.IDMap{}) {
 			t.Errorf("for other owners %v is shown: %v", o, ok)
 		}
 		v.Release()

@@ -19,10 +19,10 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// Run sweeps until ctx ends: when Wake asks for it, when the runtime deletes a
-// blob, and every minute. containerd tells a snapshotter to clean up only after
-// a garbage collection that removed one of its snapshots, and deleting the
-// image of an artifact removes none.
+// Run collects garbage until ctx ends: when Wake asks for it, when the runtime deletes a blob,
+// and every minute. containerd tells a snapshotter to clean up only after a garbage
+// collection that removed one of its snapshots, and deleting the image of an artifact removes
+// none.
 func (s *Store) Run(ctx context.Context) {
 	deleted := s.watch(ctx)
 	tick := time.NewTicker(collectEvery)
@@ -46,7 +46,7 @@ func (s *Store) Run(ctx context.Context) {
 	}
 }
 
-// Wake asks Run for a sweep soon. It does not wait.
+// Wake asks Run to collect garbage soon. It does not wait.
 func (s *Store) Wake() {
 	select {
 	case s.wake <- struct{}{}:
@@ -54,7 +54,7 @@ func (s *Store) Wake() {
 	}
 }
 
-// look takes note of the directories of blobs that are there.
+// look notes which directories of blobs are there.
 func (s *Store) look() {
 	for _, dir := range s.blobDirs() {
 		if _, err := os.Stat(dir); err == nil {
@@ -63,10 +63,10 @@ func (s *Store) look() {
 	}
 }
 
-// CollectGarbage unmounts every Tree that nobody shows, and removes those of them whose
-// manifest the runtime has deleted or whose owners are shifted, whatever was set
-// aside, and what no Tree shares any more. It asks all Users; if one
-// cannot tell, nothing is removed.
+// CollectGarbage unmounts every tree that nothing uses, and removes those of them whose
+// manifest the runtime has deleted or whose owners are shifted. It also removes the trash, and
+// shared contents that no tree links to. It asks all References; if one fails, nothing is
+// removed.
 func (s *Store) CollectGarbage(ctx context.Context) error {
 	began := time.Now()
 	done := &Collection{}
@@ -78,11 +78,11 @@ func (s *Store) CollectGarbage(ctx context.Context) error {
 	return done.Err
 }
 
-// collectAll is Sweep, and counts in done what it removes.
+// collectAll collects garbage, and counts in done what it removes.
 func (s *Store) collectAll(ctx context.Context, done *Collection) error {
 	trash, trees, err := s.collect(ctx)
 	done.Trees = trees
-	// Deleting a large Tree takes time that no pod should wait for.
+	// Removing a large tree takes time. Pods do not wait for it: s.mu is not held.
 	for _, name := range trash {
 		dir := filepath.Join(s.trees, name)
 		bytes := freed(dir)
@@ -100,10 +100,10 @@ func (s *Store) collectAll(ctx context.Context, done *Collection) error {
 	return err
 }
 
-// collect unmounts and sets aside, and returns the names of what to delete, and how
-// many Trees were set aside.
+// collect unmounts trees and moves them to the trash. It returns the names of what to remove
+// from the disk, and how many trees were moved.
 func (s *Store) collect(ctx context.Context) (trash []string, removed int, err error) {
-	used, kept, err := s.used(ctx)
+	used, retained, err := s.used(ctx)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -127,7 +127,7 @@ func (s *Store) collect(ctx context.Context) (trash []string, removed int, err e
 	trees, lerr := list(s.trees)
 	err = errors.Join(err, lerr)
 	for _, name := range trees {
-		if m := manifest(name); m != "" && !used[name] && !kept[name] && s.useless(name, m) {
+		if m := manifest(name); m != "" && !used[name] && !retained[name] && s.useless(name, m) {
 			aerr := s.moveToTrash(filepath.Join(s.trees, name))
 			if aerr == nil {
 				removed++
@@ -156,10 +156,10 @@ func (s *Store) collect(ctx context.Context) (trash []string, removed int, err e
 	return trash, removed, errors.Join(err, lerr)
 }
 
-// deleted reports whether the runtime has deleted the blob, and no other runtime has
-// it. Where a directory of blobs cannot be read, has been there and is not, as that of a
-// disk that was unmounted, or none is there, nobody can tell. One that never was there
-// beside others is of a runtime that is not on this node.
+// deleted reports whether the runtime has deleted the blob, and no other runtime has it. It
+// cannot tell, and returns false, if a directory of blobs cannot be read, if one has
+// disappeared, as on a disk that was unmounted, or if there is none. A directory that has
+// never been there belongs to a runtime that is not on this node.
 func (s *Store) deleted(m digest.Digest) bool {
 	there := false
 	for _, content := range s.content.All() {
@@ -180,10 +180,9 @@ func (s *Store) deleted(m digest.Digest) bool {
 	return there
 }
 
-// useless reports whether a Tree that nobody shows is of no use to the next pod
-// either: no other pod has its owners, or the runtime has deleted the manifest m.
-// Where it has also pulled it again, the Tree would be a second copy on the disk
-// for as long as the image is there.
+// useless reports whether a tree that nothing uses is of no use to the next pod either: no
+// other pod has its owners, or the runtime has deleted the manifest m. If the runtime has
+// pulled it again since, the tree would be a second copy of it on the disk.
 func (s *Store) useless(name string, m digest.Digest) bool {
 	if isShifted(name) || s.deleted(m) {
 		return true
@@ -192,23 +191,23 @@ func (s *Store) useless(name string, m digest.Digest) bool {
 	if e.source == nil {
 		read, err := unpack.Load(filepath.Join(s.trees, name))
 		if err != nil {
-			return true // of another version of this program
+			return true // another version of this program built it
 		}
 		e.source = &unpack.Tree{Manifest: read.Manifest, Source: read.Source} // the rest may be large
 	}
 	return e.source.Stale(s.content)
 }
 
-// used is the names of all Trees that somebody shows or is about to, and of those that
-// are kept. It returns with s.mu held if there is no error.
+// used returns the names of all trees that are in use or claimed, and of those that are
+// retained. If there is no error, it returns with s.mu held.
 //
-// Those who show artifacts are asked without it, for there may be many, and pods wait
-// for it. Nobody is missed: a claim ends only after its user is listed, and the names
-// of all claims that were there meanwhile are in s.taken.
-func (s *Store) used(ctx context.Context) (used, kept map[string]bool, err error) {
+// The References are asked without s.mu, because they may list many trees, and pods wait for
+// it. No use is missed: a claim ends only after the ID is listed, and s.taken has the names of
+// all claims meanwhile.
+func (s *Store) used(ctx context.Context) (used, retained map[string]bool, err error) {
 	s.collecting.Lock()
 	defer s.collecting.Unlock()
-	used, kept = map[string]bool{}, map[string]bool{}
+	used, retained = map[string]bool{}, map[string]bool{}
 	s.mu.Lock()
 	s.taken = map[string]bool{}
 	for name, e := range s.entries {
@@ -216,16 +215,16 @@ func (s *Store) used(ctx context.Context) (used, kept map[string]bool, err error
 			s.taken[name] = true
 		}
 	}
-	users, keepers := s.references, s.retained
+	references, retainers := s.references, s.retained
 	s.mu.Unlock()
 	for _, asked := range []struct {
-		users []References
-		names map[string]bool
-	}{{users, used}, {keepers, kept}} {
-		for _, list := range asked.users {
+		references []References
+		names      map[string]bool
+	}{{references, used}, {retainers, retained}} {
+		for _, list := range asked.references {
 			ids, lerr := list(ctx)
 			if lerr != nil {
-				err = fmt.Errorf("cannot tell which artifacts are in use: %w", lerr)
+				err = fmt.Errorf("cannot tell which trees are in use: %w", lerr)
 			}
 			for _, id := range ids {
 				asked.names[id.name()] = true
@@ -239,15 +238,15 @@ func (s *Store) used(ctx context.Context) (used, kept map[string]bool, err error
 		s.mu.Unlock()
 		return nil, nil, err
 	}
-	return used, kept, nil
+	return used, retained, nil
 }
 
-// sharedDir is where the shared contents are.
+// sharedDir is the directory of the contents that trees share.
 func (s *Store) sharedDir() string { return filepath.Join(string(s.shared), "blobs") }
 
-// collectShared removes the contents that no Tree links to, and then the symlinks
-// to those that are gone. A build that is about to link to one finds it gone and
-// makes it again. It returns how many bytes of the disk that has freed.
+// collectShared removes the contents that no tree links to, and then the symlinks to them. A
+// build that is about to link to one makes it again. It returns how many bytes of the disk
+// this freed.
 func (s *Store) collectShared() (bytes int64, err error) {
 	algorithms, err := list(s.sharedDir())
 	if err != nil {
@@ -264,7 +263,7 @@ func (s *Store) collectShared() (bytes int64, err error) {
 			p := filepath.Join(dir, name)
 			fi, err := os.Lstat(p)
 			switch {
-			case errors.Is(err, os.ErrNotExist): // another sweep was quicker
+			case errors.Is(err, os.ErrNotExist): // another garbage collection was quicker
 			case err != nil:
 				return bytes, fmt.Errorf("cannot clean up: %w", err)
 			case fi.Mode().Type() == os.ModeSymlink:

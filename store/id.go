@@ -14,15 +14,17 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// ID is what a Tree shows: an artifact, to pods whose user namespace maps its
-// owners.
+// ID identifies a tree.
 type ID struct {
+	// Manifest is the digest of the artifact's manifest, or for Store.AcquireLayers the ID of
+	// the chain.
 	Manifest digest.Digest
-	Owners   unpack.IDMap
+	// Owners is the user namespace of the pods that use the tree; the zero value is none.
+	Owners unpack.IDMap
 }
 
-// name is the ID as a file name: <algorithm>-<hex>, and behind another "-" a
-// short hash of the owners' map if there is one.
+// name returns the ID as a file name: <algorithm>-<hex>, followed by "-" and a short hash of
+// the owners' map if there is one.
 func (id ID) name() string {
 	name := id.Manifest.Algorithm().String() + "-" + id.Manifest.Encoded()
 	if id.shifted() {
@@ -32,17 +34,17 @@ func (id ID) name() string {
 	return name
 }
 
-// plain is the ID of the same artifact for pods without a user namespace.
+// plain returns the ID of the same artifact for pods without a user namespace.
 func (id ID) plain() ID { return ID{Manifest: id.Manifest} }
 
-// shifted reports whether the owners are of a user namespace. kubelet gives each
-// pod a range of its own, so that no other pod will ask for the same Tree.
+// shifted reports whether the owners are those of a user namespace. kubelet gives each pod a
+// range of its own, so no other pod will ask for the same tree.
 func (id ID) shifted() bool { return id.Owners != (unpack.IDMap{}) }
 
-// isShifted reports it of a name.
+// isShifted reports whether the name is that of a shifted ID.
 func isShifted(name string) bool { return strings.Count(name, "-") > 1 }
 
-// manifest is the digest in a name, or "" if it is not one.
+// manifest returns the digest in the name of a tree, or "" if it is not such a name.
 func manifest(name string) digest.Digest {
 	algorithm, rest, _ := strings.Cut(name, "-")
 	encoded, _, _ := strings.Cut(rest, "-")
@@ -53,8 +55,8 @@ func manifest(name string) digest.Digest {
 	return d
 }
 
-// TreeDir is where a store in root keeps the Tree of an artifact for pods without
-// a user namespace, if it is there.
+// TreeDir returns where a store in root keeps the tree of an artifact for pods without a user
+// namespace. The tree may not be there.
 func TreeDir(root string, manifest digest.Digest) string {
 	return filepath.Join(root, "trees", ID{Manifest: manifest}.name())
 }

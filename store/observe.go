@@ -25,10 +25,10 @@ import (
 // Observer is told of what a Store does, by several goroutines at once. A function
 // that is nil is not called, and none may call the Store.
 type Observer struct {
-	// Counted is told of every n bytes of contents that Trees and snapshots have
-	// come by, also of those that are refused in the end.
+	// Counted is told of every n bytes of contents that trees and snapshots retain, including
+	// those of builds that fail later.
 	Counted func(how unpack.Retention, n int64)
-	// Built is told of every build of a Tree that has ended.
+	// Built is told of every build of a tree that has ended.
 	Built func(Build)
 	// Answered is told of every request for the image volume of an artifact: how long the
 	// answer took, and why the volume is refused.
@@ -37,40 +37,40 @@ type Observer struct {
 	Collected func(Collection)
 }
 
-// Build is how the build of a Tree has ended.
+// Build is how the build of a tree ended.
 type Build struct {
-	// Modes are those that the Tree was to be laid out by.
+	// Modes are how the tree was to be laid out.
 	Modes unpack.Modes
-	// OnPull tells that it began while the runtime pulled the artifact, so that
-	// Duration is mostly the pull's.
+	// OnPull says that it began while the runtime pulled the artifact. Duration is mostly
+	// that of the pull then.
 	OnPull   bool
 	Duration time.Duration
-	// Bytes is how many it has come by, in each way; nil if the Tree was made of
+	// Bytes is how many bytes were retained in each way; nil if the tree was made from
 	// another one.
 	Bytes map[unpack.Retention]int64
-	// Err is why there is no Tree; nil if there is.
+	// Err is why the build failed; nil if there is a tree.
 	Err error
 }
 
 // Collection is what a garbage collection did.
 type Collection struct {
-	// Trees is how many it has removed, and Freed the bytes of the disk that were
-	// nobody else's.
-	Trees    int
+	// Trees is how many trees it removed.
+	Trees int
+	// Freed is how many bytes of the disk it freed.
 	Freed    int64
 	Duration time.Duration
 	Err      error
 }
 
-// Stats is what a Store has.
+// Stats counts what a Store has.
 type Stats struct {
-	// Trees is how many there are, by the modes they were made with; Mounts how many
-	// of them are mounted.
-	Trees  map[unpack.Modes]int
+	// Trees is how many trees there are, by their modes.
+	Trees map[unpack.Modes]int
+	// Mounts is how many of them are mounted.
 	Mounts int
-	// Views is how many views of them their Users list.
-	Views int
-	// Size is what the Trees and what they share add to the disk, in bytes.
+	// References is how many entries the References list.
+	References int
+	// Size is what the trees, and what they share, add to the disk, in bytes.
 	Size int64
 }
 
@@ -85,7 +85,7 @@ func (s *Store) Stats(ctx context.Context) (Stats, error) {
 		if manifest(name) == "" {
 			continue
 		}
-		if t, err := unpack.Load(filepath.Join(s.trees, name)); err == nil { // else it is about to go
+		if t, err := unpack.Load(filepath.Join(s.trees, name)); err == nil { // otherwise it is about to be removed
 			stats.Trees[t.Modes]++
 			stats.Size += t.Size
 		}
@@ -96,19 +96,19 @@ func (s *Store) Stats(ctx context.Context) (Stats, error) {
 	}
 	stats.Mounts = len(mounts)
 	s.mu.Lock()
-	users := s.references
+	references := s.references
 	s.mu.Unlock()
-	for _, list := range users {
+	for _, list := range references {
 		ids, err := list(ctx)
 		if err != nil {
 			return stats, err
 		}
-		stats.Views += len(ids)
+		stats.References += len(ids)
 	}
 	return stats, nil
 }
 
-// counts are the bytes that a build comes by, of which all its goroutines tell.
+// counts are the bytes that a build retains. All its goroutines add to them.
 type counts map[unpack.Retention]*atomic.Int64
 
 func newCounts() counts {
@@ -127,7 +127,7 @@ func (c counts) bytes() map[unpack.Retention]int64 {
 	return bytes
 }
 
-// Fields are what the log says of how b came by its bytes.
+// Fields returns how many bytes b retained in each way, for the log.
 func (b Build) Fields() log.Fields {
 	f := log.Fields{}
 	for key, how := range map[string]unpack.Retention{
@@ -140,26 +140,26 @@ func (b Build) Fields() log.Fields {
 	return f
 }
 
-// observe tells of a build of id that has ended.
+// observe logs and counts a build of id that has ended.
 func (s *Store) observe(ctx context.Context, id ID, b Build) {
 	if s.observer.Built != nil {
 		s.observer.Built(b)
 	}
 	if b.Err != nil {
-		return // whoever wants the Tree says so
+		return // the request that needs the tree logs it
 	}
 	f := b.Fields()
 	maps.Copy(f, log.Fields{"artifact": id.Manifest, "duration": b.Duration, "on_pull": b.OnPull, "raw": b.Modes.Raw, "tar": b.Modes.Tar})
 	log.G(ctx).WithFields(f).Info("built the tree of an artifact")
 }
 
-// following is the store's own context, in which builds outlive the requests that
-// began them, with the log fields and the trace of the request ctx.
+// following returns the store's own context, in which builds outlive the requests that began
+// them, with the log fields and the trace of the request's context.
 func (s *Store) following(ctx context.Context) context.Context {
 	return log.WithLogger(trace.ContextWithSpan(s.closing, trace.SpanFromContext(ctx)), log.G(ctx))
 }
 
-// span begins a span of a trace, if there is one, and returns what ends it.
+// span begins a span if there is a trace, and returns the function that ends it.
 func span(ctx context.Context, name string, artifact digest.Digest) (context.Context, func(error)) {
 	ctx, span := tracing.StartSpan(ctx, name, tracing.WithAttribute("artifact", artifact.String()))
 	return ctx, func(err error) {
@@ -168,8 +168,8 @@ func span(ctx context.Context, name string, artifact digest.Digest) (context.Con
 	}
 }
 
-// freed is how many bytes of the disk go with all below dir: those of files that
-// have no name elsewhere.
+// freed returns how many bytes of the disk are freed if dir is removed: those of files that
+// have no other name.
 func freed(dir string) (bytes int64) {
 	err := filepath.WalkDir(dir, func(p string, _ fs.DirEntry, err error) error {
 		var st unix.Stat_t
@@ -179,7 +179,7 @@ func freed(dir string) (bytes int64) {
 		return nil
 	})
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		log.L.WithError(err).Debug("cannot tell how much is freed")
+		log.L.WithError(err).Debug("cannot tell how much disk space is freed")
 	}
 	return bytes
 }

@@ -76,11 +76,11 @@ func TestAnObserverIsToldHowBytesCame(t *testing.T) {
 		}
 		stats, err := s.Stats(context.Background())
 		// A tree of links is directories, and those of a tmpfs take no space.
-		if err != nil || stats.Trees[s.Modes()] != 1 || stats.Mounts != 1 || stats.Views != 0 || stats.Size == 0 && mode != unpack.Link {
+		if err != nil || stats.Trees[s.Modes()] != 1 || stats.Mounts != 1 || stats.References != 0 || stats.Size == 0 && mode != unpack.Link {
 			t.Errorf("%s: %+v (%v)", mode, stats, err)
 		}
 		s.show(first.ID, first.ID)
-		if stats, err := s.Stats(context.Background()); err != nil || stats.Views != 2 {
+		if stats, err := s.Stats(context.Background()); err != nil || stats.References != 2 {
 			t.Errorf("%s: %+v (%v)", mode, stats, err)
 		}
 		first.Release()

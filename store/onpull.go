@@ -26,10 +26,10 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
-// A compressed layer takes time to unpack, which containerd spends on the layers
-// of images while it fetches the next ones. The store does the same for
-// artifacts: the manifest is the first of their blobs to arrive in the runtime's
-// directory, and a build can begin with it and wait for the others.
+// Decompressing a layer takes time. containerd decompresses the layers of images while it
+// fetches the next ones, and the store does the same for artifacts. The manifest is the first
+// of an artifact's blobs to arrive in the runtime's directory: a build begins with it, and
+// waits for the other blobs.
 
 // pull is the pull of an artifact whose tree is in the state pulling.
 type pull struct {
@@ -177,8 +177,8 @@ func (s *Store) isWorthIt(ctx context.Context, w *work, from *source, p *pull) (
 	return w.mount || slices.ContainsFunc(a.Layers, func(l artifact.Layer) bool { return l.Compression != artifact.CompressionNone }), nil
 }
 
-// readManifest reads the file path if it looks like the manifest of something
-// that is not an image, and returns the digest of its config.
+// readManifest reads the file path if it looks like a manifest that is not an image's, and
+// returns the digest of its config.
 func readManifest(path string) (config digest.Digest, desc ocispec.Descriptor, ok bool) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -197,7 +197,7 @@ func readManifest(path string) (config digest.Digest, desc ocispec.Descriptor, o
 	if err != nil || !bytes.Contains(b, []byte(`"schemaVersion"`)) {
 		return "", desc, false
 	}
-	var m struct { // no more than is needed: a manifest is a lot larger in memory
+	var m struct { // no more than is needed: a whole manifest takes much more memory
 		MediaType string `json:"mediaType"`
 		Config    struct {
 			MediaType string        `json:"mediaType"`
@@ -207,7 +207,7 @@ func readManifest(path string) (config digest.Digest, desc ocispec.Descriptor, o
 	if json.Unmarshal(b, &m) != nil || m.MediaType != "" && !images.IsManifestType(m.MediaType) || m.Config.Digest.Validate() != nil || artifact.IsImageConfig(m.Config.MediaType) {
 		return "", desc, false
 	}
-	// The digest of the file's name is checked by whoever reads it to build.
+	// The build checks the digest in the file's name.
 	return m.Config.Digest, ocispec.Descriptor{Digest: digest.FromBytes(b), Size: int64(len(b))}, true
 }
 

@@ -23,11 +23,10 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// Open opens the store in c.Root and puts right what a crash or a reboot left.
-// Trees of an earlier boot go, with what they share, since they were never synced
-// to the disk; so do mounts of Trees that are no more. Mounts that are still there
-// are kept; the first sweep takes those that nobody shows, and whatever is to be
-// removed. A mode that does not work here is an error.
+// Open opens the store in c.Root, and repairs what a crash or a reboot left. Trees of an
+// earlier boot are removed, with what they share, because they were never synced to the disk;
+// so are mounts whose trees are gone. Other mounts stay, and the first garbage collection
+// unmounts those that nothing uses. A configured mode that does not work here is an error.
 func Open(ctx context.Context, c Config) (*Store, error) {
 	s := &Store{
 		trees:    filepath.Join(c.Root, "trees"),
@@ -48,8 +47,8 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		opened:   time.Now(),
 	}
 	s.closing, s.close = context.WithCancel(context.WithoutCancel(ctx))
-	// Everything above what is mounted into a pod with a user namespace must
-	// be searchable by its users; what is behind a mount need not be.
+	// The users of a pod with a user namespace must be able to search every directory above
+	// what is mounted into the pod, but not what is behind a mount.
 	for _, d := range []struct {
 		path string
 		mode os.FileMode
@@ -61,8 +60,8 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	removeProbes(ctx, c.Root)
 	err := s.start(ctx, filepath.Join(c.Root, "boot"))
 	if errdefs.IsResourceExhausted(err) || errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		// What fills the disk may be what the sweep would remove.
-		log.G(ctx).WithError(err).Warn("the disk is full; removing what was set aside and trying again")
+		// Garbage collection, which would free space, has not begun.
+		log.G(ctx).WithError(err).Warn("the disk is full; emptying the trash and trying again")
 		err = errors.Join(s.emptyTrash(), s.start(ctx, filepath.Join(c.Root, "boot")))
 	}
 	if err != nil {
@@ -71,8 +70,8 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	return s, nil
 }
 
-// removeProbes removes what is left in root of trying modes, but for what may be
-// of a process that is trying now.
+// removeProbes removes what probes of modes have left in root, unless another process may
+// be probing now.
 func removeProbes(ctx context.Context, root string) {
 	dirs, err := filepath.Glob(filepath.Join(root, unpack.ProbeDirs))
 	for _, dir := range dirs {
@@ -81,13 +80,12 @@ func removeProbes(ctx context.Context, root string) {
 		}
 	}
 	if err != nil {
-		log.G(ctx).WithError(err).Warn("cannot remove what is left of trying modes")
+		log.G(ctx).WithError(err).Warn("cannot remove what a probe of modes has left")
 	}
 }
 
 func (s *Store) start(ctx context.Context, marker string) error {
-	// A crash in the middle of mounting a Tree, or of a probe, leaves a mount in
-	// its directory.
+	// A crash while a tree is mounted, or during a probe, leaves a mount in its directory.
 	if err := mount.UnmountRecursive(s.trees, unix.MNT_DETACH); err != nil {
 		return err
 	}
@@ -97,7 +95,7 @@ func (s *Store) start(ctx context.Context, marker string) error {
 	return s.recover(ctx, marker)
 }
 
-// emptyTrash removes all that is in trees and not a Tree, while nothing builds.
+// emptyTrash removes everything in trees that is not a tree, while nothing is built.
 func (s *Store) emptyTrash() error {
 	names, err := list(s.trees)
 	if err != nil {
@@ -111,8 +109,8 @@ func (s *Store) emptyTrash() error {
 	return err
 }
 
-// MakeDir makes dir, with that mode whatever the umask, unless it is there: a pod with a
-// user namespace has to get through to its volumes.
+// MakeDir makes dir with that mode, whatever the umask, unless it is there: a pod with a user
+// namespace must be able to reach its volumes.
 func MakeDir(dir string, mode os.FileMode) error {
 	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
 		return err
@@ -134,7 +132,7 @@ func (s *Store) chooseModes(ctx context.Context) error {
 	}
 	logger := log.G(ctx).WithFields(log.Fields{"raw": modes.Raw, "tar": modes.Tar})
 	if why != nil {
-		logger.WithError(why).Warn("layers are laid out in a lesser way than could be; `artifact-snapshotter doctor` says more")
+		logger.WithError(why).Warn("layers are laid out by a fallback mode; `artifact-snapshotter doctor` says more")
 	} else {
 		logger.Info("layers are laid out")
 	}
@@ -142,12 +140,12 @@ func (s *Store) chooseModes(ctx context.Context) error {
 	return nil
 }
 
-// recover sets aside what cannot be used after a crash, a reboot or a change of
-// the mode. marker is a file that holds the boot of the last time.
+// recover moves to the trash what cannot be used after a crash, a reboot or a change of the
+// modes. marker is the file with the boot ID of the last start.
 func (s *Store) recover(ctx context.Context, marker string) error {
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
-		return fmt.Errorf("cannot tell whether the node was booted since the last start: %w", err)
+		return fmt.Errorf("cannot tell whether the node was rebooted since the last start: %w", err)
 	}
 	last, err := os.ReadFile(marker)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -160,21 +158,21 @@ func (s *Store) recover(ctx context.Context, marker string) error {
 	}
 	for _, name := range names {
 		if manifest(name) == "" {
-			continue // the sweep's
+			continue // trash
 		}
 		if !rebooted {
 			if t, err := unpack.Load(filepath.Join(s.trees, name)); err == nil && t.Modes == s.modes {
 				continue
 			}
 			mounted, err := s.mounted(name)
-			if err != nil { // pods may show it, and others need the daemon
+			if err != nil { // pods may use it, and others need the daemon
 				log.G(ctx).WithError(err).WithField("tree", name).Warn("keeping a tree that cannot be used")
 			}
 			if mounted || err != nil {
 				continue
 			}
 		}
-		log.G(ctx).WithField("tree", name).Info("removing a tree of an earlier boot or of another mode")
+		log.G(ctx).WithField("tree", name).Info("removing a tree of an earlier boot or of other modes")
 		err := s.unmount(name)
 		if err == nil {
 			err = s.moveToTrash(filepath.Join(s.trees, name))
@@ -191,8 +189,8 @@ func (s *Store) recover(ctx context.Context, marker string) error {
 	if err := MakeDir(s.sharedDir(), 0o700); err != nil {
 		return err
 	}
-	// A mount without its Tree shows an empty directory: somebody has removed
-	// the root, or given the daemon another one.
+	// A mount without its tree is an empty directory: somebody has removed the root, or
+	// configured another one.
 	mounts, err := list(s.mounts)
 	if err != nil {
 		return err
@@ -210,11 +208,11 @@ func (s *Store) recover(ctx context.Context, marker string) error {
 	return os.WriteFile(marker, boot, 0o600)
 }
 
-// moveToTrash renames p to what the next sweep removes: at once, where removing it
-// takes time, or space that a full disk does not have.
+// moveToTrash renames p, so that the next garbage collection removes it. Removing it takes
+// time, and space that a full disk may not have; renaming does not.
 func (s *Store) moveToTrash(p string) error {
 	return os.Rename(p, filepath.Join(s.trees, newTrashName()))
 }
 
-// aside is a new name in trees that is not one of a Tree.
+// newTrashName returns a new name in trees that is not the name of a tree.
 func newTrashName() string { return "new-" + strings.ToLower(rand.Text()) }

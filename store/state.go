@@ -19,7 +19,7 @@ import (
 )
 
 // state is how far a tree is. docs/design.md ("The states of a tree") has a diagram. Only
-// Store.enter changes it.
+// entry.enter changes it.
 type state int
 
 const (
@@ -33,10 +33,11 @@ const (
 	building
 	// built is a tree that is not mounted.
 	built
-	// mounted is a tree that was mounted when anybody last looked.
+	// mounted is a tree that this process has found or made mounted. The kernel is asked
+	// whether it still is.
 	mounted
-	// failed means that the last work on the tree failed, and that the next request is told
-	// why if it cannot wait for another try.
+	// failed means that the last work failed for a request. The next request begins another
+	// try; if it cannot wait for that, it is told of this failure.
 	failed
 )
 

@@ -1,24 +1,26 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package view holds the Trees of a node's artifacts: one Tree and one shared
-// mount for each artifact, however many pods show it, and the sweep that
-// removes what nobody shows.
+// Package store keeps the trees of a node's artifacts: for each artifact one tree (package
+// unpack) and one shared mount, however many pods use it. Garbage collection removes what
+// nothing uses.
 //
-// The store keeps no list of users. Those who show artifacts know them already
-// (the snapshotter in its database) and are asked, so that there is nothing to
-// disagree about after a crash. Trees, copies and mounts are what lies in its
-// directories:
+// Front ends ask for image volumes with [Store.MountVolume], and for other mounts with
+// [Store.Acquire]. The store keeps no list of who uses a tree: the front ends have one on
+// disk, and are asked for it (References), so that nothing can disagree after a crash. What
+// trees and mounts there are is read from the directories of the store:
 //
-//	<root>/trees/<name>      a Tree (package unpack)
-//	<root>/trees/new-*       one being built, or to be removed (and probe-*)
-//	<root>/blobs/<algorithm> what Trees share: flat tars, and blobs that could
+//	<root>/trees/<name>      a tree
+//	<root>/trees/new-*       a tree that is being built, or trash; probe-* is of a probe
+//	<root>/blobs/<algorithm> what trees share: decompressed archives, and blobs that could
 //	                         not be linked from the runtime's
-//	<root>/boot              the boot of the kernel that the above are of
-//	<state>/mounts/<name>    the shared mount of a Tree that somebody shows
+//	<root>/boot              the boot ID of the kernel when the trees were built
+//	<state>/mounts/<name>    the shared mount of a tree
 //
-// The store never calls containerd: it is used inside of snapshotter calls,
-// where a call back can deadlock against containerd's garbage collector.
+// What is known of one tree beside that, and the work on it, is a state machine (state.go).
+//
+// The store never calls containerd. It works inside calls of containerd to the snapshotter,
+// and a call back would deadlock with containerd's garbage collector.
 package store
 
 import (
@@ -44,23 +46,23 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/differ"
 )
 
-// Config says where the store keeps what.
+// Config says where the store keeps its files, and how.
 type Config struct {
-	// Root is the directory for Trees. On the file system of Content no byte
-	// is copied; on another one each blob is copied once.
+	// Root is the directory for trees. If it is on the file system of Content, no byte is
+	// copied; otherwise each blob is copied once.
 	Root string
 	// State is the directory for mounts. It does not have to survive a reboot.
 	State string
-	// Content is where the runtime keeps its blobs, or each of the runtimes.
+	// Content is where the runtime, or each runtime of the node, keeps its blobs.
 	Content blobs.Source
-	// Modes are how layers are laid out; "" takes the best that works here.
+	// Modes are how layers are laid out; "" is the best mode that works on this node.
 	Modes unpack.Modes
-	// DirectIO takes only modes whose files can be read with O_DIRECT.
+	// DirectIO allows only modes whose files can be read with O_DIRECT.
 	DirectIO bool
-	// Limits are what building Trees may take of the node.
+	// Limits bound the memory and the threads that building trees uses.
 	Limits unpack.Limits
-	// Early lets Run build the Trees of artifacts with compressed layers while
-	// the runtime pulls them.
+	// DecompressOnPull lets Run build the trees of artifacts with compressed layers while the
+	// runtime pulls them.
 	DecompressOnPull bool
 	// Images are those of the runtime whose volumes front ends ask for; nil if nothing is
 	// known of them, and then volumes are mounted without a check.
@@ -69,8 +71,8 @@ type Config struct {
 	Observer Observer
 }
 
-// References lists the artifacts that somebody shows at this moment. It must not
-// call the store.
+// References lists the trees that a front end uses at this moment. It must not call the
+// store.
 type References func(context.Context) ([]ID, error)
 
 // Store is safe for concurrent use.
@@ -115,7 +117,7 @@ type Store struct {
 	received map[string]int64
 }
 
-// Modes are how the store lays out layers.
+// Modes returns how the store lays out layers.
 func (s *Store) Modes() unpack.Modes { return s.modes }
 
 // AddRetained keeps the trees that r lists from being removed, even when nobody uses them: a
@@ -126,7 +128,7 @@ func (s *Store) AddRetained(r References) {
 	s.retained = append(s.retained, r)
 }
 
-// AddReferences makes the sweep ask u who shows what. All doors must be added before
+// AddReferences keeps the trees that r lists mounted. Every front end must be added before
 // Run.
 func (s *Store) AddReferences(r References) {
 	s.mu.Lock()
@@ -134,8 +136,7 @@ func (s *Store) AddReferences(r References) {
 	s.references = append(s.references, r)
 }
 
-// Close ends the builds that are under way and leaves every mount to the pods
-// that show it.
+// Close cancels the builds that are under way. Mounts stay for the pods that use them.
 func (s *Store) Close() error {
 	s.mu.Lock()
 	s.close()
@@ -144,32 +145,28 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// Reference is an artifact that is mounted. It stays until Release, and after that
-// for as long as some Users lists its ID.
+// Reference is a claim on a tree that is mounted. The mount stays until the claim ends, and
+// after that as long as a References lists the ID.
 type Reference struct {
-	// ID is what Users must list.
+	// ID is what the References of a front end must list.
 	ID ID
-	// Path is the shared, read-only mount. Bind it where it is wanted.
+	// Path is the shared, read-only mount, to be bind-mounted where it is needed.
 	Path string
-	// Modes are those that the Tree was laid out by; "" if another version of this
-	// program has done it.
+	// Modes are how the tree was laid out; "" if another version of this program built it.
 	Modes unpack.Modes
-	// Built is the build that the caller has waited for; nil if the Tree was there.
+	// Built is the build that the caller waited for; nil if the tree was there.
 	Built *Build
 
 	release func(listed bool)
 }
 
-// Release ends the caller's claim. Call it once; if the ID is to stay shown, after it is
-// listed.
-func (v *Reference) Release() { v.release(false) }
+// Release ends the claim, and asks for a garbage collection. Call it, or Listed, once.
+func (r *Reference) Release() { r.release(false) }
 
-// Listed is Release for a caller whose Users list the ID, so that there is nothing to
-// sweep.
-func (v *Reference) Listed() { v.release(true) }
+// Listed ends the claim of a caller whose References lists the ID by now.
+func (r *Reference) Listed() { r.release(true) }
 
-// Find is the descriptor of the blob whose encoded digest is hex, all that
-// containerd says of an image volume.
+// Find returns the descriptor of the blob whose encoded digest is hex.
 func (s *Store) Find(hex string) (ocispec.Descriptor, error) { return s.content.Find(hex) }
 
 // Acquire mounts the artifact whose manifest or index is target. The tree is built and
@@ -218,7 +215,7 @@ func (s *Store) has(id ID) bool {
 	return err == nil
 }
 
-// Tree is the Tree of id, if it is built.
+// Tree returns the tree of id; errdefs.ErrNotFound if it is not built.
 func (s *Store) Tree(id ID) (*unpack.Tree, error) {
 	t, err := unpack.Load(filepath.Join(s.trees, id.name()))
 	if errors.Is(err, os.ErrNotExist) {
@@ -227,9 +224,9 @@ func (s *Store) Tree(id ID) (*unpack.Tree, error) {
 	return t, err
 }
 
-// Shown is the ID of the Tree whose shared mount the path is, or is in, if a View for
-// these owners, or for none, can have had it.
-func (s *Store) Shown(path string, owners unpack.IDMap) (ID, bool) {
+// MountedAt returns the ID of the tree whose shared mount the path is, or is in, if the tree
+// is one for these owners or for none.
+func (s *Store) MountedAt(path string, owners unpack.IDMap) (ID, bool) {
 	rel, err := filepath.Rel(s.mounts, path)
 	if err != nil {
 		return ID{}, false
@@ -246,8 +243,7 @@ func (s *Store) Shown(path string, owners unpack.IDMap) (ID, bool) {
 
 func (s *Store) mountpoint(name string) string { return filepath.Join(s.mounts, name) }
 
-// mounted is whether a Tree of that name is mounted. An error is that nobody can tell:
-// pods may show it.
+// mounted reports whether a tree of that name is mounted. On an error pods may use it.
 func (s *Store) mounted(name string) (bool, error) {
 	ok, err := mountinfo.Mounted(s.mountpoint(name))
 	if errors.Is(err, os.ErrNotExist) {
@@ -259,15 +255,15 @@ func (s *Store) mounted(name string) (bool, error) {
 	return ok, nil
 }
 
-// unmount takes the shared mount away. Pods that still show it (there are none
-// but those whose containerd has forgotten them) have binds of their own.
+// unmount removes the shared mount. Pods that still use it, which only exist if containerd
+// has forgotten them, have bind mounts of their own.
 func (s *Store) unmount(name string) error {
 	target := s.mountpoint(name)
 	_, seen := os.Lstat(target)
 	if errors.Is(seen, os.ErrNotExist) {
 		return nil
 	}
-	// What a dead disk shows cannot be looked at, but can be unmounted.
+	// A mount from a broken disk cannot be looked at, but can be unmounted.
 	if err := mount.UnmountAll(target, unix.MNT_DETACH); err != nil {
 		if seen != nil {
 			err = seen

@@ -30,7 +30,7 @@ type arrivals struct {
 	waiting map[string]chan struct{} // by the name of the file, whatever directory it comes to
 }
 
-// of returns a channel that is closed when the file has arrived, or may have been missed.
+// of returns a channel that is closed when the file has arrived, or may have arrived unseen.
 func (a *arrivals) of(name string) <-chan struct{} {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -43,7 +43,7 @@ func (a *arrivals) of(name string) <-chan struct{} {
 	return a.waiting[name]
 }
 
-// tell tells those who wait for the file.
+// tell wakes those who wait for the file.
 func (a *arrivals) tell(name string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -53,7 +53,7 @@ func (a *arrivals) tell(name string) {
 	}
 }
 
-// tellAll tells everybody who waits to look again.
+// tellAll wakes everybody who waits, to look again.
 func (a *arrivals) tellAll() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -63,23 +63,24 @@ func (a *arrivals) tellAll() {
 	clear(a.waiting)
 }
 
-// watcher tells of blobs that appear and disappear: by inotify, and where the kernel has
-// no more of that, by looking once a second.
+// watcher tells of blobs that appear and disappear: by inotify, or if its limits are reached,
+// by looking into the directories once a second.
 type watcher struct {
 	*Store
 	deleted chan<- struct{}
 	inotify *fsnotify.Watcher // nil if there is none
-	// seen are the directories without a watch, as they were found; trouble is why they
-	// have none.
+	// seen are the directories without a watch, as they were found. trouble is why they have
+	// none.
 	seen    map[string]seen
 	trouble string
 }
 
-// seen is how a directory was found when it was last looked into, and when that was.
+// seen is the modification time of a directory when it was last looked into, and when that
+// was.
 type seen struct{ changed, looked time.Time }
 
-// watch tells, until ctx ends, that blobs have been deleted. containerd makes
-// the directories when it needs them, so they are looked for every second.
+// watch returns a channel that tells, until ctx ends, that blobs have been deleted. containerd
+// makes the directories when it needs them, so they are looked for every second.
 func (s *Store) watch(ctx context.Context) <-chan struct{} {
 	deleted := make(chan struct{}, 1)
 	w := &watcher{Store: s, deleted: deleted, seen: map[string]seen{}}
@@ -115,14 +116,14 @@ func (w *watcher) run(ctx context.Context) {
 			if e.Has(fsnotify.Remove) || e.Has(fsnotify.Rename) {
 				w.missed()
 			}
-		case <-overflow: //nolint:errcheck // something may have been missed
+		case <-overflow: //nolint:errcheck // events may have been lost
 			w.missed()
 		}
 	}
 }
 
-// missed says that blobs may have gone, or have come unseen: one that has gone may be a
-// manifest whose layers are waited for.
+// missed is called when blobs may have been deleted, or may have arrived unseen. A deleted one
+// may be a manifest whose layers a build waits for.
 func (w *watcher) missed() {
 	w.arrivals.tellAll()
 	select {
@@ -131,8 +132,8 @@ func (w *watcher) missed() {
 	}
 }
 
-// look watches the directories of blobs that are there and not yet watched, and looks
-// into those that cannot be.
+// look watches the directories of blobs that are there and not yet watched, and looks into
+// those that cannot be watched.
 func (w *watcher) look(ctx context.Context) {
 	var trouble error
 	for _, dir := range w.blobDirs() {
@@ -151,7 +152,7 @@ func (w *watcher) look(ctx context.Context) {
 		switch err = w.add(dir); {
 		case err == nil:
 			delete(w.seen, dir)
-			w.Wake() // for what went before
+			w.Wake() // for what was deleted before
 			w.arrivedSince(ctx, dir, before.looked)
 		case there && before.changed.Equal(now.changed) && now.changed.Before(now.looked):
 			trouble = err
@@ -183,7 +184,7 @@ func (w *watcher) add(dir string) (err error) {
 }
 
 // outOfInotify says what to do if a limit of inotify is reached (inotify_add_watch(2),
-// inotify_init(2)): they are of all processes of a user.
+// inotify_init(2)). The limits are for all processes of a user together.
 func outOfInotify(err error) error {
 	var name string
 	switch {
@@ -195,11 +196,11 @@ func outOfInotify(err error) error {
 		return err
 	}
 	value, _ := os.ReadFile(filepath.Join("/proc/sys/fs/inotify", name))
-	return fmt.Errorf("raise the kernel parameter fs.inotify.%s, now %s, which the processes of this user have used up: %w", name, bytes.TrimSpace(value), err)
+	return fmt.Errorf("raise the kernel parameter fs.inotify.%s, now %s: the processes of this user have reached it: %w", name, bytes.TrimSpace(value), err)
 }
 
-// CanWatch tries whether inotify would tell a daemon that starts now of new and deleted
-// blobs. The error says what to do.
+// CanWatch checks that a daemon that starts now could watch the directories of blobs by
+// inotify. The error says what to do.
 func CanWatch(blobs blobs.Source) error {
 	inotify, err := fsnotify.NewWatcher()
 	if err != nil {
@@ -214,12 +215,12 @@ func CanWatch(blobs blobs.Source) error {
 	return nil
 }
 
-// arrivedSince looks for what has arrived in dir. What came before the store was opened
-// is unpacked when a pod asks.
+// arrivedSince looks for blobs that have arrived in dir since then. Artifacts that arrived
+// before the store was opened are unpacked when a pod asks.
 func (s *Store) arrivedSince(ctx context.Context, dir string, since time.Time) {
 	d, err := os.Open(dir)
 	if err != nil {
-		return // it has just gone
+		return // it has just been removed
 	}
 	defer d.Close()
 	if fi, err := d.Stat(); err != nil || !fi.ModTime().After(since) {
@@ -238,7 +239,8 @@ func (s *Store) arrivedSince(ctx context.Context, dir string, since time.Time) {
 	}
 }
 
-// renamed is when a file came to where it is, at the latest: a blob is written elsewhere.
+// renamed returns a time at or after which the file was not renamed any more: a blob is written
+// elsewhere, and renamed into its place.
 func renamed(fi os.FileInfo) time.Time {
 	st, ok := fi.Sys().(*syscall.Stat_t)
 	if !ok {
@@ -247,7 +249,7 @@ func renamed(fi os.FileInfo) time.Time {
 	return time.Unix(st.Ctim.Unix())
 }
 
-// blobDirs are all directories in which there may be blobs.
+// blobDirs returns all directories in which there may be blobs.
 func (s *Store) blobDirs() (dirs []string) {
 	for _, content := range s.content.All() {
 		for _, algorithm := range []string{"sha256", "sha384", "sha512"} {
@@ -257,12 +259,12 @@ func (s *Store) blobDirs() (dirs []string) {
 	return dirs
 }
 
-// refDigest is how the name of what containerd receives ends (core/remotes/handlers.go,
-// MakeRefKey).
+// refDigest matches the end of the name that containerd gives to a blob that it receives
+// (core/remotes/handlers.go, MakeRefKey).
 var refDigest = regexp.MustCompile(`[@-]sha(?:256|384|512):([0-9a-f]{64,128})$`)
 
-// receiving is how much containerd has of each blob that it is receiving, by the encoded
-// digest (plugins/content/local/store.go, ingestPaths).
+// receiving returns how many bytes containerd has of each blob that it is receiving, by the
+// encoded digest (plugins/content/local/store.go, ingestPaths).
 func (s *Store) receiving() map[string]int64 {
 	sizes := map[string]int64{}
 	for _, content := range s.content.All() {

@@ -26,13 +26,14 @@ var parts = []struct {
 }{
 	{"prepare", measurePrepare},
 	{"pods", measurePods},
+	{"mmap", measureMmap},
 	{"kubelet", measureKubelet},
 	{"create", measureCreate},
 	{"many", measureMany},
 }
 
 func run(ctx context.Context) {
-	only := flag.String("run", "", "measure only the parts with these names, separated by commas: prepare, pods, kubelet, create, many")
+	only := flag.String("run", "", "measure only the parts with these names, separated by commas: prepare, pods, mmap, kubelet, create, many")
 	crowd := flag.Int("crowd", 0, "be one of the nodes of many, with so many artifacts")
 	flag.Parse()
 	if *crowd > 0 {

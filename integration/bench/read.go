@@ -32,7 +32,7 @@ func measurePods(ctx context.Context, r *report) {
 	measure.Progress("starting a node for pods, and packing, pushing and pulling a model of 1 GiB")
 	n := measure.Must(node.Start(ctx, node.Options{}))
 	defer measure.Tidy(n.Stop)
-	ref, blob := pullModel(ctx, n)
+	ref, blob := pullModel(ctx, n, measure.GiB)
 	var running []*node.Pod
 	for range pods {
 		running = append(running, measure.Must(n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})))
@@ -46,15 +46,16 @@ func measurePods(ctx context.Context, r *report) {
 	measureCache(r, running, blob)
 }
 
-// pullModel returns the model's reference and the blob of its weights.
-func pullModel(ctx context.Context, n *node.Node) (ref, blob string) {
+// pullModel pulls a model whose weights have so many bytes, and returns its reference and
+// the blob of the weights.
+func pullModel(ctx context.Context, n *node.Node, size int64) (ref, blob string) {
 	dir := filepath.Join(n.Dir, "model")
 	measure.Check(os.Mkdir(dir, 0o755))
 	measure.Check(os.WriteFile(filepath.Join(dir, "config.json"), []byte("{}"), 0o600))
 	f := measure.Must(os.Create(filepath.Join(dir, weights)))
 	defer f.Close()
 	sum := digest.Canonical.Digester()
-	measure.Must(io.CopyN(io.MultiWriter(f, sum.Hash()), rand.NewChaCha8([32]byte{}), measure.GiB))
+	measure.Must(io.CopyN(io.MultiWriter(f, sum.Hash()), rand.NewChaCha8([32]byte{}), size))
 	model := measure.Must(pack.Model(dir, pack.Options{}))
 	measure.Must(model.Push(ctx, n.Registry, "models/bench", "latest"))
 	ref = n.Registry + "/models/bench:latest"

@@ -81,7 +81,7 @@ func compareMaps(ctx context.Context, r *report, state, blob, volume string, use
 				faults[i] = append(faults[i], measure.Faults(func() {
 					took[i] = append(took[i], measure.Seconds(func() {
 						measure.Map([]string{maps[i].path}, maps[i].aligned, func(texts [][]byte) {
-							if uintptr(unsafe.Pointer(&texts[0][0]))%measure.HugePage == 0 { //nolint:gosec // only to look at the address
+							if uintptr(unsafe.Pointer(&texts[0][0]))%measure.HugePage == 0 {
 								aligned[i]++
 							}
 							use.read(texts[0])

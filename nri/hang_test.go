@@ -30,8 +30,7 @@ const failedToHandle = "plugin 50-test failed to handle CreateContainer request"
 // which is shown.
 func (s *site) created(connected chan bool) (*runtime, []*api.Mount) {
 	s.t.Helper()
-	s.crio.index(s.model(s.crio.dir))
-	mounts := []*api.Mount{s.crio.mountOf("/model/config.json", "c"), s.crio.mountOf("/model/dir/weights", "w")}
+	mounts := s.crioModel()
 	r := s.startRuntime()
 	s.t.Cleanup(r.end)
 	r.await(connected, true)

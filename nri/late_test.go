@@ -5,8 +5,6 @@ package nri
 
 import (
 	"context"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -14,38 +12,39 @@ import (
 	"github.com/containerd/log"
 	"github.com/containerd/nri/pkg/api"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sys/unix"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
+
+// stalled is a disk that does not answer until it is closed.
+type stalled struct {
+	blobs.Dir
+	closed chan struct{}
+}
+
+func (s stalled) Find(hex string) (ocispec.Descriptor, error) {
+	<-s.closed
+	return s.Dir.Find(hex)
+}
 
 // A runtime goes on without a plugin that is late, and the container has the wrong files.
 func TestAnAnswerIsNotLate(t *testing.T) {
 	site := newSite(t)
-	store := string(site.crio.dir)
-	index := filepath.Join(store, ocispec.ImageIndexFile)
-	if err := os.MkdirAll(store, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mkfifo(index, 0o600); err != nil { // whoever reads it waits
-		t.Fatal(err)
-	}
+	mounts := site.crioModel()
+	disk := stalled{site.crio.dir, make(chan struct{})}
+	defer close(disk.closed)
+	site.Blobs = disk
 	s := &session{Plugin: site.Plugin, runtime: crio, logger: log.L}
 	ctx, cancel := context.WithTimeout(t.Context(), 400*time.Millisecond)
 	defer cancel()
-	_, _, err := s.CreateContainer(ctx, &api.PodSandbox{Id: "sandbox"}, &api.Container{Id: "container", Mounts: []*api.Mount{{
-		Type: "bind", Source: store + "/blobs/sha256/" + strings.Repeat("0", 64), Destination: "/model/file",
-	}}})
+	_, _, err := s.CreateContainer(ctx, &api.PodSandbox{Id: "sandbox"}, &api.Container{
+		Id: "container", Mounts: mounts, Annotations: site.annotations,
+	})
 	if err == nil || !strings.Contains(err.Error(), "test: this node is too busy") {
 		t.Errorf("got %v, want that the node is too busy", err)
 	}
 	if ctx.Err() != nil {
 		t.Error("the answer is late")
-	}
-	w, err := os.OpenFile(index, os.O_WRONLY, 0) // lets the reader go
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
 	}
 }
 

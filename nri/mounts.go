@@ -5,14 +5,12 @@ package nri
 
 import (
 	"context"
-	"fmt"
 	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 
-	"github.com/containerd/errdefs"
 	"github.com/containerd/nri/pkg/api"
 	"github.com/opencontainers/go-digest"
 
@@ -62,7 +60,7 @@ func (p *Plugin) find(ctx context.Context, runtime string, pod *api.PodSandbox, 
 		}
 	}
 	if len(binds) > 0 {
-		volumes = append(volumes, p.groups(ctx, c, binds)...)
+		volumes = append(volumes, p.crioVolumes(ctx, pod, c, binds)...)
 	}
 	return volumes
 }
@@ -111,55 +109,6 @@ func sameDir(a, b blobs.Dir) bool {
 	pa, aerr := filepath.EvalSymlinks(string(a))
 	pb, berr := filepath.EvalSymlinks(string(b))
 	return aerr == nil && berr == nil && pa == pb
-}
-
-// refused are the binds of an artifact, or of several, as one volume that is not to be
-// shown because of err.
-func refused(binds []bind, err error) []volume {
-	return []volume{{Volume: store.Volume{Refused: err}, destination: binds[0].destination}}
-}
-
-// groups are the volumes of the artifacts whose blobs CRI-O has mounted, one by one.
-func (p *Plugin) groups(ctx context.Context, c *api.Container, binds []bind) []volume {
-	if binds = p.ofArtifacts(ctx, c.GetAnnotations()[volumesAnnotation], binds); len(binds) == 0 {
-		return nil
-	}
-	for _, b := range binds {
-		if !b.known {
-			return refused(binds, fmt.Errorf("CRI-O mounts it from %s, which is not in blob_roots of the snapshotter's configuration: %w", b.source, errdefs.ErrFailedPrecondition))
-		}
-	}
-	if err := distinct(c.GetMounts(), binds); err != nil {
-		return refused(binds, err)
-	}
-	candidates, err := p.candidates(ctx, c.GetAnnotations(), binds)
-	if err != nil {
-		return refused(binds, err)
-	}
-	groups, err := resolve(ctx, binds, candidates)
-	if err != nil {
-		return refused(binds, err)
-	}
-	var volumes []volume
-	for _, g := range groups {
-		volumes = append(volumes, g.volume(binds, c.GetMounts()))
-	}
-	return volumes
-}
-
-// distinct refuses two mounts at one place: NRI cannot remove both (RemoveMount of
-// runtime-tools removes the first), and the other one would hide the volume's file.
-func distinct(mounts []*api.Mount, binds []bind) error {
-	count := map[string]int{}
-	for _, m := range mounts {
-		count[path.Clean(m.GetDestination())]++
-	}
-	for _, b := range binds {
-		if at := path.Clean(b.destination); count[at] > 1 {
-			return fmt.Errorf("CRI-O has %d mounts at %s, which NRI cannot take away: give each layer a name of its own: %w", count[at], at, errdefs.ErrInvalidArgument)
-		}
-	}
-	return nil
 }
 
 // options of the runtime's mount that ours has, too, are all but these.

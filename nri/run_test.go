@@ -24,6 +24,7 @@ import (
 type runtime struct {
 	*adaptation.Adaptation
 	t          *testing.T
+	site       *site
 	containers []*api.Container // that it has
 
 	// The plugin's connection goes by way of the test: in the same process nothing
@@ -105,7 +106,7 @@ func (r *runtime) hangUp() {
 
 func (s *site) startRuntime(containers ...*api.Container) *runtime {
 	s.t.Helper()
-	r := &runtime{t: s.t, containers: containers}
+	r := &runtime{t: s.t, site: s, containers: containers}
 	var pods []*api.PodSandbox
 	if len(containers) > 0 {
 		pods = []*api.PodSandbox{{Id: sandbox}}
@@ -133,7 +134,7 @@ func (s *site) startRuntime(containers ...*api.Container) *runtime {
 
 func (r *runtime) create(id string, mounts ...*api.Mount) (*api.ContainerAdjustment, error) {
 	answer, err := r.CreateContainer(r.t.Context(), &adaptation.CreateContainerRequest{
-		Pod: &api.PodSandbox{Id: sandbox}, Container: &api.Container{Id: id, PodSandboxId: sandbox, Mounts: mounts},
+		Pod: &api.PodSandbox{Id: sandbox}, Container: &api.Container{Id: id, PodSandboxId: sandbox, Mounts: mounts, Annotations: r.site.annotations},
 	})
 	return answer.GetAdjust(), err
 }
@@ -166,10 +167,8 @@ func (r *runtime) await(connected chan bool, want bool) {
 
 func TestThePluginComesBackWhenTheRuntimeIsRestarted(t *testing.T) {
 	s := newSite(t)
-	d := s.model(s.crio.dir)
-	s.crio.index(d)
 	connected := s.run() // the runtime is not there yet
-	mounts := []*api.Mount{s.crio.mountOf("/model/config.json", "c"), s.crio.mountOf("/model/dir/weights", "w")}
+	mounts := s.crioModel()
 	var kept []*api.Container
 	for range 3 {
 		r := s.startRuntime(kept...)
@@ -209,8 +208,7 @@ func TestThePluginComesBackWhenTheRuntimeIsRestarted(t *testing.T) {
 // without a plugin that did not wait for that.
 func TestARuntimeMayBeLongInTellingWhatItHas(t *testing.T) {
 	s := newSite(t)
-	d := s.model(s.crio.dir)
-	s.crio.index(d)
+	mounts := s.crioModel()
 	s.registerTimeout = 500 * time.Millisecond
 	s.Socket = filepath.Join(s.root, "nri.sock")
 	r := s.startRuntime()
@@ -222,7 +220,7 @@ func TestARuntimeMayBeLongInTellingWhatItHas(t *testing.T) {
 	created := make(chan *api.ContainerAdjustment, 1)
 	go func() {
 		defer r.BlockPluginSync().Unblock() // as containerd does, behind the plugin that waits
-		got, err := r.create("queued", s.crio.mountOf("/model/config.json", "c"), s.crio.mountOf("/model/dir/weights", "w"))
+		got, err := r.create("queued", mounts...)
 		if err != nil {
 			t.Error(err)
 		}
@@ -245,7 +243,7 @@ func TestTheReasonReachesTheRuntime(t *testing.T) {
 	mounts := []*api.Mount{s.crio.mountOf("/model/file", "f")}
 	eventually(t, "the container is refused", func() bool {
 		_, err := r.create("refused", mounts...)
-		if err != nil && !strings.Contains(err.Error(), "test: image volume /model/file: no artifact in CRI-O's store has exactly the layers") {
+		if err != nil && !strings.Contains(err.Error(), "test: image volume /model/file: CRI-O mounts a layer at /model/file, but does not say") {
 			t.Fatal(err)
 		}
 		return err != nil

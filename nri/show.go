@@ -182,8 +182,12 @@ func (p *Plugin) synchronize(ctx context.Context, runtime string, pods []*api.Po
 	for _, c := range containers {
 		listed[c.GetId()] = true
 		of, recorded := p.references.get(c.GetId())
-		ids := p.mounted(sandboxes[c.GetPodSandboxId()], c, of)
-		raw := p.raw(ctx, c)
+		pod := sandboxes[c.GetPodSandboxId()]
+		if pod == nil {
+			pod = &api.PodSandbox{Id: c.GetPodSandboxId()}
+		}
+		ids := p.mounted(pod, c, of)
+		raw := p.raw(ctx, pod, c)
 		p.missed(ctx, c, raw)
 		switch {
 		case len(ids) == 0:
@@ -208,24 +212,22 @@ func (p *Plugin) synchronize(ctx context.Context, runtime string, pods []*api.Po
 }
 
 // raw are the runtime's own mounts of artifacts in a container.
-func (p *Plugin) raw(ctx context.Context, c *api.Container) (mounts []rawMount) {
-	var binds []bind
-	for _, m := range c.GetMounts() {
-		if !isBind(m) {
-			continue
+func (p *Plugin) raw(ctx context.Context, pod *api.PodSandbox, c *api.Container) (mounts []rawMount) {
+	for _, v := range p.find(ctx, "", pod, c) {
+		if v.Namespace == "" || p.isArtifact(ctx, v.Hex) {
+			mounts = append(mounts, rawMount{v.destination, v.source})
 		}
-		if v, ok := inContainerd(m, c.GetPodSandboxId()); ok {
-			if p.isArtifact(ctx, v.Hex) {
-				mounts = append(mounts, rawMount{v.destination, v.source})
-			}
-		} else if b, ok := p.inCRIO(m, ""); ok {
-			binds = append(binds, b)
-		}
-	}
-	for _, b := range p.ofArtifacts(ctx, c.GetAnnotations()[volumesAnnotation], binds) {
-		mounts = append(mounts, rawMount{path: b.destination})
 	}
 	return mounts
+}
+
+// isArtifact reports whether the manifest or index is that of an artifact, or cannot be read.
+func (p *Plugin) isArtifact(ctx context.Context, hex string) bool {
+	desc, err := p.Blobs.Find(hex)
+	if err == nil {
+		_, err = artifact.Read(ctx, p.Blobs, desc)
+	}
+	return !errors.Is(err, artifact.ErrNotArtifact)
 }
 
 // rawMount is a mount of the runtime's own: containerd's directory, or a blob ("").

@@ -37,6 +37,8 @@ type site struct {
 	conflict error  // of containerd's images
 	named    func() // called when they are asked for a name
 	answers  []error
+	// annotations are those of all containers, as CRI-O writes them.
+	annotations map[string]string
 }
 
 func newSite(t *testing.T) *site {
@@ -89,7 +91,7 @@ func volumeOf(at string, d ocispec.Descriptor) *api.Mount {
 }
 
 func (s *site) ask(container string, mounts ...*api.Mount) (*api.ContainerAdjustment, error) {
-	return s.create(s.t.Context(), "containerd", &api.PodSandbox{Id: sandbox}, &api.Container{Id: container, Mounts: mounts})
+	return s.create(s.t.Context(), "containerd", &api.PodSandbox{Id: sandbox}, &api.Container{Id: container, Mounts: mounts, Annotations: s.annotations})
 }
 
 // sync is what containerd says when it has taken the plugin.
@@ -130,6 +132,13 @@ func (s *site) model(dir blobs.Dir) ocispec.Descriptor {
 		s.t.Fatal(err)
 	}
 	return d
+}
+
+// crioModel puts a model into CRI-O's store, and returns CRI-O's mounts of it at /model.
+func (s *site) crioModel() []*api.Mount {
+	s.t.Helper()
+	s.annotations = s.crio.annotate(listing{"/model", s.model(s.crio.dir), []string{"c", "w"}})
+	return []*api.Mount{s.crio.mountOf("/model/config.json", "c"), s.crio.mountOf("/model/dir/weights", "w")}
 }
 
 func TestAnImageVolumeOfContainerdIsReplaced(t *testing.T) {
@@ -194,10 +203,8 @@ func TestASubPathIsADirectoryOfTheArtifact(t *testing.T) {
 
 func TestMountsOfCRIOAreReplaced(t *testing.T) {
 	s := newSite(t)
-	d := s.model(s.crio.dir)
-	s.crio.index(d)
 	s.conflict = errors.New("of containerd's images") // which is not asked
-	got, err := s.ask("one", s.crio.mountOf("/model/config.json", "c"), s.crio.mountOf("/model/dir/weights", "w"))
+	got, err := s.ask("one", s.crioModel()...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -448,7 +455,7 @@ func TestContainersWithoutThePluginAreWarnedOf(t *testing.T) {
 		s.Passthrough = tt.pass
 		s.synchronize(t.Context(), "containerd", nil, []*api.Container{{
 			Id: "one", PodSandboxId: sandbox, Mounts: []*api.Mount{tt.mount},
-			Annotations: s.crio.annotate(said{"/model", crio, []string{"c"}}),
+			Annotations: s.crio.annotate(listing{"/model", crio, []string{"c"}}),
 		}})
 		if got := strings.Contains(text.String(), "without the plugin"); got != tt.want {
 			t.Errorf("%s: warned: %v: %s", name, got, text.String())

@@ -231,7 +231,7 @@ func (d nriDoor) Rule(v Verdict, a *Artifact) Verdict {
 		seen[name] = true
 	}
 	if seen[volume] && v.Refused == nil {
-		return Verdict{Refused: errdefs.ErrNotFound, Says: []string{"no artifact in CRI-O's store has exactly the layers"}}
+		return refused("something else is mounted at")
 	}
 	return v
 }

@@ -26,9 +26,8 @@ import (
 
 var emptyBlob = digest.FromBytes(nil)
 
-// The reason for planting: with the empty blob containerd pulls an artifact
-// that has an empty file, without it does not.
-func TestThePreCreatedEmptyBlobMakesAPullWork(t *testing.T) {
+// This is the reason to pre-create the empty blob.
+func TestContainerdPullsAnEmptyFileOnlyIfTheEmptyBlobExists(t *testing.T) {
 	n := containerdtest.New(t, "")
 	n.Start(t, containerdtest.Tool(t, "containerd"))
 	reference, _ := containerdtest.ServeArtifact(t, []byte("weights"), nil)
@@ -49,7 +48,7 @@ func TestThePreCreatedEmptyBlobMakesAPullWork(t *testing.T) {
 	}
 }
 
-func TestADamagedEmptyBlobIsReplaced(t *testing.T) {
+func TestAnEmptyBlobWithoutItsLabelIsRepaired(t *testing.T) {
 	n := containerdtest.New(t, "")
 	n.Start(t, containerdtest.Tool(t, "containerd"))
 	store := n.ContentStore(t)
@@ -96,7 +95,7 @@ func TestADamagedEmptyBlobIsReplaced(t *testing.T) {
 }
 
 // The daemon may start before containerd, and somebody may remove the blob.
-func TestTheEmptyBlobComesBack(t *testing.T) {
+func TestTheEmptyBlobIsCreatedAgain(t *testing.T) {
 	var logged buffer
 	log.L.Logger.SetOutput(&logged)
 	t.Cleanup(func() { log.L.Logger.SetOutput(os.Stderr) })
@@ -113,7 +112,7 @@ func TestTheEmptyBlobComesBack(t *testing.T) {
 	n.Start(t, containerdtest.Tool(t, "containerd"))
 	store := n.ContentStore(t)
 	inNamespace := namespaces.WithNamespace(t.Context(), "k8s.io")
-	containerdtest.Eventually(t, "the blob is planted", func() error {
+	containerdtest.Eventually(t, "the blob is created", func() error {
 		_, err := store.Info(inNamespace, emptyBlob)
 		return err
 	})
@@ -122,25 +121,25 @@ func TestTheEmptyBlobComesBack(t *testing.T) {
 	if err := store.Delete(inNamespace, emptyBlob); err != nil && !errdefs.IsNotFound(err) {
 		t.Fatal(err)
 	}
-	containerdtest.Eventually(t, "the blob is planted again", func() error {
+	containerdtest.Eventually(t, "the blob is created again", func() error {
 		_, err := store.Info(inNamespace, emptyBlob)
 		return err
 	})
-	containerdtest.Eventually(t, "that is logged, too", func() error { return logged.has("level=info", 2) })
+	containerdtest.Eventually(t, "this is logged, too", func() error { return logged.has("level=info", 2) })
 	if err := logged.has("level=warning", 1); err != nil {
-		t.Errorf("only the first failure is for everyone to read: %v", err)
+		t.Errorf("only one failure is a warning: %v", err)
 	}
 }
 
 func wantEmptyBlob(t *testing.T, n *containerdtest.Containerd, in, want []string) {
 	t.Helper()
-	planted, err := ensureEmptyBlobs(t.Context(), n.Address, in)
-	if err != nil || !reflect.DeepEqual(planted, want) {
-		t.Fatalf("plant in %q: %q, %v; want %q", in, planted, err, want)
+	created, err := ensureEmptyBlobs(t.Context(), n.Address, in)
+	if err != nil || !reflect.DeepEqual(created, want) {
+		t.Fatalf("create in %q: %q, %v; want %q", in, created, err, want)
 	}
 }
 
-// buffer is a bytes.Buffer that may be read while it is written.
+// buffer is a bytes.Buffer that may be read while it is being written.
 type buffer struct {
 	mu   sync.Mutex
 	text bytes.Buffer
@@ -160,4 +159,42 @@ func (b *buffer) has(word string, n int) error {
 		return fmt.Errorf("%q occurs %d times, want %d, in:\n%s", word, got, n, b.text.String())
 	}
 	return nil
+}
+
+// A pull has a lease, which retains the blob as long as the image needs it.
+func TestAPullLeavesNoEmptyBlobBehind(t *testing.T) {
+	n := containerdtest.New(t, "")
+	n.Start(t, containerdtest.Tool(t, "containerd"))
+	c, err := Connect(t.Context(), n.Address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	ctx := namespaces.WithNamespace(t.Context(), "default")
+	leased, done, err := c.WithLease(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sha512 := digest.SHA512.FromBytes(nil)
+	for _, want := range []bool{true, false} {
+		if changed, err := EnsureEmptyBlob(leased, c.ContentStore(), digest.SHA512); err != nil || changed != want {
+			t.Errorf("changed %t, %v, want %t", changed, err, want)
+		}
+	}
+	collect := func() {
+		if output, err := n.Ctr(t, "--namespace", "default", "content", "prune", "references"); err != nil {
+			t.Fatalf("collect garbage: %v\n%s", err, output)
+		}
+	}
+	collect()
+	if info, err := c.ContentStore().Info(ctx, sha512); err != nil || len(info.Labels) > 0 {
+		t.Errorf("with the lease: %+v, %v", info, err)
+	}
+	if err := done(ctx); err != nil {
+		t.Fatal(err)
+	}
+	collect()
+	if _, err := c.ContentStore().Info(ctx, sha512); !errdefs.IsNotFound(err) {
+		t.Errorf("without the lease: %v, want that it is not found", err)
+	}
 }

@@ -86,7 +86,7 @@ func TestAnArtifactThatIsRefusedMayBeInConflict(t *testing.T) {
 			}
 			w.set(func() { w.known["k8s.io"].remove("refused:v1") })
 			if err := w.Check(t.Context(), "k8s.io", target.Digest); !errdefs.IsFailedPrecondition(err) {
-				t.Errorf("got %v, want that it is refused, though it is not known", err)
+				t.Errorf("got %v, want that it is refused although it is not known", err)
 			}
 			w.know(t.Context(), targets)
 			if err := w.Check(t.Context(), "k8s.io", target.Digest); err != nil {

@@ -10,7 +10,7 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-func TestNamedLeavesOutWhatIsForPrograms(t *testing.T) {
+func TestNamedPrefersNamesForPeople(t *testing.T) {
 	config, other := digest.FromString("config"), digest.FromString("other config")
 	target, second := digest.FromString("target"), digest.FromString("second target")
 	image := func(name string, target, config digest.Digest) (i Image) {
@@ -35,6 +35,6 @@ func TestNamedLeavesOutWhatIsForPrograms(t *testing.T) {
 		t.Errorf("got %q, want %q", got, want)
 	}
 	if got := Named(all[6:]); len(got) != 1 {
-		t.Errorf("an artifact with nothing but an ID has the names %v", got)
+		t.Errorf("an artifact that has only an ID has the names %v", got)
 	}
 }

@@ -200,7 +200,7 @@ func TestUnpackSaysWhatIsWrong(t *testing.T) {
 	}
 	t.Run("no daemon", func(t *testing.T) {
 		check(t, n.StopDaemon())
-		wantUnpackFails(t, n, []string{good}, "waiting: containerd does not reach the daemon", "artifact-snapshotter: unpack", "`artifact-snapshotter serve`")
+		wantUnpackFails(t, n, []string{good}, "waiting: containerd cannot reach the daemon", "artifact-snapshotter: unpack", "`artifact-snapshotter serve`")
 		check(t, n.StartDaemon())
 		waitForDaemon(t, n)
 		unpack(t, n, good)

@@ -6,10 +6,10 @@
 package crash
 
 import (
-	"bytes"
-	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -20,15 +20,13 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
-	"github.com/hanwen/go-fuse/v2/fs"
-	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 )
 
-// A disk is an emulated one that remembers every write and every flush of its cache in
-// their order, as dm-log-writes does where the kernel has it: a loop device over a
-// file of a FUSE file system that this process serves. What the disk holds after its
-// power has been cut at any moment can be told afterwards, as often as one likes.
+// A disk is emulated, and every write to it and every flush of its cache is recorded in
+// order: it is a loop device over the file that the program in recorder serves. From the
+// record, the contents of the disk after a power cut at any moment can be reproduced, as often
+// as needed.
 
 const (
 	diskSize = 96 << 20
@@ -38,36 +36,28 @@ const (
 )
 
 type disk struct {
-	fs.Inode
-	dir     string // of its files
-	base    string // what it held in the beginning
-	mounted string // where its file system is
-	server  *fuse.Server
+	dir      string // of its files
+	base     string // the contents at the beginning
+	mounted  string // where its file system is mounted
+	files    string // where the recorder's is
+	recorder *exec.Cmd
 
-	mu      sync.Mutex
-	current *os.File
-	log     []write
+	mu     sync.Mutex
+	record *os.File
+	log    []write // what has been read from record
 }
 
-// write is one in the log; one without data is a flush.
+// write is an entry of the log; one without data is a flush.
 type write struct {
 	off  int64
 	data []byte
 }
 
-var (
-	_ fs.NodeGetattrer = &disk{}
-	_ fs.NodeOpener    = &disk{}
-	_ fs.NodeReader    = &disk{}
-	_ fs.NodeWriter    = &disk{}
-	_ fs.NodeFsyncer   = &disk{}
-)
-
-// newDisk makes a disk with an empty ext4, mounted below dir.
+// newDisk creates a disk with an empty ext4, mounted below dir.
 func newDisk(dir string) (_ *disk, err error) {
-	d := &disk{dir: dir, base: filepath.Join(dir, "base"), mounted: filepath.Join(dir, "disk")}
-	current, files := filepath.Join(dir, "current"), filepath.Join(dir, "fuse")
-	if err := errors.Join(os.MkdirAll(d.mounted, 0o755), os.Mkdir(files, 0o755)); err != nil {
+	d := &disk{dir: dir, base: filepath.Join(dir, "base"), mounted: filepath.Join(dir, "disk"), files: filepath.Join(dir, "fuse")}
+	current, record, program := filepath.Join(dir, "current"), filepath.Join(dir, "record"), filepath.Join(dir, "recorder")
+	if err := errors.Join(os.MkdirAll(d.mounted, 0o755), os.Mkdir(d.files, 0o755)); err != nil {
 		return nil, err
 	}
 	if err := makeFS(d.base); err != nil {
@@ -76,22 +66,28 @@ func newDisk(dir string) (_ *disk, err error) {
 	if err := copySparse(current, d.base); err != nil {
 		return nil, err
 	}
-	if d.current, err = os.OpenFile(current, os.O_RDWR, 0); err != nil {
+	if d.record, err = os.Create(record); err != nil {
 		return nil, err
 	}
-	root := &fs.Inode{}
-	d.server, err = fs.Mount(files, root, &fs.Options{
-		OnAdd: func(ctx context.Context) {
-			root.AddChild("disk", root.NewPersistentInode(ctx, d, fs.StableAttr{Mode: syscall.S_IFREG}), false)
-		},
-		MountOptions: fuse.MountOptions{DirectMountStrict: true, FsName: "disk", MaxWrite: 1 << 20},
-	})
+	if out, err := exec.Command("go", "build", "-C", "recorder", "-o", program).CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build the recorder: %w\n%s", err, out)
+	}
+	d.recorder = exec.Command(program, current, d.files, record)
+	d.recorder.Stderr = os.Stderr
+	d.recorder.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	serving, err := d.recorder.StdoutPipe()
 	if err != nil {
 		return nil, err
 	}
-	// A transaction is committed each second, when nobody asks for it: things change
-	// on the disk while the daemon works.
-	return d, mountFS(filepath.Join(files, "disk"), d.mounted, "commit=1")
+	if err := d.recorder.Start(); err != nil {
+		return nil, err
+	}
+	if _, err := serving.Read(make([]byte, 1)); err != nil {
+		return nil, errors.Join(fmt.Errorf("the recorder does not serve: %w", err), d.recorder.Wait())
+	}
+	// ext4 commits a transaction every second, so that the disk changes while the daemon
+	// works, also when nobody syncs.
+	return d, mountFS(filepath.Join(d.files, "disk"), d.mounted, "commit=1")
 }
 
 func makeFS(image string) error {
@@ -118,20 +114,42 @@ func mountFS(image, target, options string) error {
 	return unix.Mount(loop.Name(), target, "ext4", 0, options)
 }
 
-// position is how much there is in the log.
-func (d *disk) position() int {
+// position returns the number of entries in the log.
+func (d *disk) position() (int, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return len(d.log)
+	for {
+		// Each entry is recorded before it is acknowledged. If the end of the record is
+		// incomplete, the entry is being written now.
+		var header [16]byte
+		start, err := d.record.Seek(0, io.SeekCurrent)
+		if err != nil {
+			return 0, err
+		}
+		if _, err = io.ReadFull(d.record, header[:]); err == nil {
+			w := write{off: int64(binary.BigEndian.Uint64(header[:]))}
+			if n := binary.BigEndian.Uint64(header[8:]); n > 0 {
+				w.data = make([]byte, n)
+				_, err = io.ReadFull(d.record, w.data)
+			}
+			if err == nil {
+				d.log = append(d.log, w)
+				continue
+			}
+		}
+		if !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+			return 0, err
+		}
+		_, err = d.record.Seek(start, io.SeekStart)
+		return len(d.log), err
+	}
 }
 
-// close ends the disk, with what is mounted.
+// close unmounts the disk, ends its recorder and reads the rest of the log.
 func (d *disk) close() error {
-	errs := []error{unmountFS(d.mounted)}
-	if d.server != nil {
-		errs = append(errs, d.server.Unmount())
-	}
-	return errors.Join(append(errs, d.current.Close())...)
+	errs := []error{unmountFS(d.mounted), unmountFS(d.files), d.recorder.Wait()}
+	_, err := d.position()
+	return errors.Join(append(errs, err, d.record.Close())...)
 }
 
 // unmountFS unmounts a file system whose users are about to go.
@@ -199,43 +217,6 @@ func copySparse(target, source string) error {
 	return nil
 }
 
-// Getattr implements fs.NodeGetattrer.
-func (*disk) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
-	out.Mode, out.Size = 0o600, diskSize
-	return 0
-}
-
-// Open implements fs.NodeOpener.
-func (*disk) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) { return nil, 0, 0 }
-
-// Read implements fs.NodeReader.
-func (d *disk) Read(_ context.Context, _ fs.FileHandle, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
-	n, err := d.current.ReadAt(dest, off)
-	if n == 0 && err != nil && off < diskSize {
-		return nil, syscall.EIO
-	}
-	return fuse.ReadResultData(dest[:n]), 0
-}
-
-// Write implements fs.NodeWriter.
-func (d *disk) Write(_ context.Context, _ fs.FileHandle, data []byte, off int64) (uint32, syscall.Errno) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.log = append(d.log, write{off, bytes.Clone(data)})
-	if _, err := d.current.WriteAt(data, off); err != nil {
-		return 0, syscall.EIO
-	}
-	return uint32(len(data)), 0
-}
-
-// Fsync implements fs.NodeFsyncer: the disk is told to flush its cache.
-func (d *disk) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.log = append(d.log, write{})
-	return 0
-}
-
 // A disk that forgets must be told from one that does not, or nothing below proves
 // anything.
 func TestADiskForgetsWhatWasNotFlushed(t *testing.T) {
@@ -245,11 +226,13 @@ func TestADiskForgetsWhatWasNotFlushed(t *testing.T) {
 	defer func() { check(t, d.close()) }()
 	name := filepath.Join(d.mounted, "file")
 	check(t, os.WriteFile(name, []byte("not synced"), 0o644))
-	before := d.position()
+	before, err := d.position()
+	check(t, err)
 	f, err := os.OpenFile(name, os.O_WRONLY, 0)
 	check(t, err)
 	check(t, errors.Join(f.Sync(), f.Close()))
-	synced := d.position()
+	synced, err := d.position()
+	check(t, err)
 	for _, c := range []struct {
 		cut
 		want string

@@ -126,14 +126,17 @@ func (c campaign) live(d *disk, m *models) (moments []moment, err error) {
 		return nil, err
 	}
 	h.synced = true
+	var unread error
 	h.noted = func() {
-		moments = append(moments, moment{d.position(), maps.Clone(h.must), maps.Clone(h.may)})
+		position, err := d.position()
+		unread = errors.Join(unread, err)
+		moments = append(moments, moment{position, maps.Clone(h.must), maps.Clone(h.may)})
 	}
 	h.note()
 	writing := writeBack(h.root)
 	defer func() {
 		writing()
-		err = errors.Join(err, h.clear())
+		err = errors.Join(err, unread, h.clear())
 	}()
 	if err := h.start(false, false, nil, false); err != nil {
 		return nil, err

@@ -12,9 +12,14 @@ const (
 	// unpackLease keeps the snapshot of an attempt to unpack. An attempt takes less: the
 	// daemon answers after 20 seconds (MaxWait in package store).
 	unpackLease = 5 * time.Minute
+	// viewLease keeps the view of a mount until the mount is made.
+	viewLease = 5 * time.Minute
 	// collectLease is for a lease whose only purpose is to be deleted.
 	collectLease = time.Minute
 )
+
+// viewTimeout bounds how long View goes on after the caller has given up.
+const viewTimeout = 5 * time.Second
 
 const (
 	// leaseTimeout bounds the deletion of a lease: a containerd that hangs must not delay

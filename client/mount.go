@@ -12,8 +12,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	coreimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -47,6 +49,7 @@ type Mounted struct {
 	Mounted bool
 
 	key    string
+	pinned bool          // whether it has images.LabelGCRoot
 	target digest.Digest // of the image
 	image  string        // the name that it had
 }
@@ -83,11 +86,14 @@ func (c *Client) mount(ctx context.Context, image images.Image, target string) (
 	if err != nil {
 		return err
 	}
+	ctx = c.Context(ctx)
+	service := c.SnapshotService(c.Snapshotter)
+	if old != nil && !old.pinned { // of a Mount that has not ended: view removes it
+		old = nil
+	}
 	if old != nil && old.Manifest != image.Manifest {
 		return fmt.Errorf("%s is still the target of artifact %s, whose mount has gone; unmount it first: %w", target, old.Manifest, errdefs.ErrFailedPrecondition)
 	}
-	ctx = c.Context(ctx)
-	service := c.SnapshotService(c.Snapshotter)
 	var mounts []mount.Mount
 	if old != nil {
 		err = c.patiently(ctx, func() (err error) {
@@ -115,23 +121,51 @@ func (c *Client) mount(ctx context.Context, image images.Image, target string) (
 	return nil
 }
 
-// view makes the view with that key, of which it has to be proved that it is one of the
-// artifact: any other snapshotter makes an empty one.
+// view makes the view with that key, once the artifact is unpacked.
 func (c *Client) view(ctx context.Context, key string, image images.Image) (mounts []mount.Mount, err error) {
-	service := c.SnapshotService(c.Snapshotter)
-	labels := map[string]string{
-		images.LabelGCRoot:   images.GCRootTime(),
-		labelContent:         image.Target.Digest.String(),
-		labelImage:           image.Name,
-		snapshot.LabelTarget: image.Target.Digest.String(),
-	}
 	attempt := func() (err error) {
-		mounts, err = service.View(ctx, key, "", snapshots.WithLabels(labels))
+		mounts, err = c.viewOnce(ctx, key, image)
 		return err
 	}
 	// A daemon that is not there is no reason to wait, unless it was there.
 	if err = attempt(); err != nil && !isUnreachable(err) {
 		err = c.patiently(ctx, attempt)
+	}
+	return mounts, err
+}
+
+// viewOnce makes one attempt. containerd may record a view after its client has gone, and
+// nobody would remove it if it had images.LabelGCRoot. So a lease keeps the view at first. It
+// gets the label when it has proved to be one of the artifact: any other snapshotter makes
+// an empty one.
+func (c *Client) viewOnce(ctx context.Context, key string, image images.Image) (mounts []mount.Mount, err error) {
+	lease, err := c.LeasesService().Create(ctx, leases.WithRandomID(), leases.WithExpiration(viewLease))
+	if err != nil {
+		return nil, fmt.Errorf("create a lease: %w", err)
+	}
+	outliving, cancel := outlive(ctx, viewTimeout)
+	defer cancel()
+	defer func() { _ = c.LeasesService().Delete(outliving, lease) }() // else it expires
+
+	// View is not cancelled at once: containerd might not learn of a view that the daemon has
+	// recorded, and would have it removed only with the next snapshot of this snapshotter
+	// (core/metadata/db.go, dirtySS). The daemon answers after about a second at most
+	// (unpackWait in package snapshot).
+	service := c.SnapshotService(c.Snapshotter)
+	view := func() (err error) {
+		mounts, err = service.View(leases.WithLease(outliving, lease.ID), key, "", snapshots.WithLabels(map[string]string{
+			labelContent:         image.Target.Digest.String(),
+			labelImage:           image.Name,
+			snapshot.LabelTarget: image.Target.Digest.String(),
+		}))
+		return err
+	}
+	// Whoever holds the target is the only one who makes a view for it, so one that is there is
+	// of an attempt that had no answer, as when containerd was restarted.
+	if err = view(); errdefs.IsAlreadyExists(err) {
+		if err = service.Remove(outliving, key); err == nil || errdefs.IsNotFound(err) {
+			err = view()
+		}
 	}
 	if err != nil {
 		return nil, err
@@ -140,10 +174,21 @@ func (c *Client) view(ctx context.Context, key string, image images.Image) (moun
 	if err == nil && info.Labels[snapshot.LabelArtifact] != image.Manifest.String() {
 		err = c.foreign()
 	}
+	if err == nil {
+		root := map[string]string{images.LabelGCRoot: images.GCRootTime()}
+		_, err = service.Update(ctx, snapshots.Info{Name: key, Labels: root}, "labels."+images.LabelGCRoot)
+	}
 	if err != nil {
 		return nil, c.withoutView(ctx, key, err)
 	}
 	return mounts, nil
+}
+
+// outlive returns a context that ends at most so long after ctx.
+func outlive(ctx context.Context, by time.Duration) (context.Context, context.CancelFunc) {
+	outliving, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(by, cancel) })
+	return outliving, func() { stop(); cancel() }
 }
 
 // withoutView removes a view because of err. What has ended ctx is no reason to leave it.
@@ -226,6 +271,7 @@ func (c *Client) notMounted(ctx context.Context, target string) error {
 // targets.
 func (c *Client) Mounts(ctx context.Context) ([]Mounted, error) {
 	all, err := c.views(ctx)
+	all = slices.DeleteFunc(all, func(m Mounted) bool { return !m.pinned }) // of a Mount that has not ended
 	if err != nil || len(all) == 0 {
 		return nil, err
 	}
@@ -269,6 +315,7 @@ func mountedAs(path string, i snapshots.Info) Mounted {
 		Target:   path,
 		Manifest: digest.Digest(i.Labels[snapshot.LabelArtifact]),
 		key:      i.Name,
+		pinned:   i.Labels[images.LabelGCRoot] != "",
 		target:   digest.Digest(i.Labels[labelContent]),
 		image:    i.Labels[labelImage],
 	}

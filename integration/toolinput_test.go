@@ -5,7 +5,9 @@ package integration
 
 import (
 	"bytes"
+	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -13,14 +15,18 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
@@ -174,9 +180,29 @@ func TestAMountThatWasCutOffIsRepaired(t *testing.T) {
 	tool(t, n, "unmount", target)
 	cutOff(target)
 	tool(t, n, "unmount", target)
-	if mounts := toolJSON[[]jsonMount](t, n, "ls", "--mounts"); len(mounts) != 0 {
-		t.Errorf("ls --mounts lists %+v, want nothing", mounts)
+	wantNone := func() {
+		t.Helper()
+		if mounts := toolJSON[[]jsonMount](t, n, "ls", "--mounts"); len(mounts) != 0 {
+			t.Errorf("ls --mounts lists %+v, want nothing", mounts)
+		}
 	}
+	wantNone()
+	// A kill before the first step has ended: the view is not kept, and in nobody's way.
+	for _, command := range []string{"mount", "unmount"} {
+		ctx, done, err := c.WithLease(c.Context(t.Context()))
+		check(t, err)
+		_, err = c.SnapshotService("artifact").View(ctx, snapshot.MountKey(target), "", snapshots.WithLabels(map[string]string{
+			snapshot.LabelTarget: image.Target.Digest.String(),
+		}))
+		check(t, err)
+		wantNone()
+		if command == "mount" {
+			tool(t, n, "mount", n.Registry+"/models/another:v1", target)
+		}
+		tool(t, n, "unmount", target)
+		check(t, done(ctx))
+	}
+	wantRefusal(t, n, []string{"no artifact is mounted at " + target}, "unmount", target)
 }
 
 // A tool that may not mount leaves neither its view nor its directory.
@@ -197,6 +223,110 @@ func TestAMountThatFailsLeavesNothing(t *testing.T) {
 	if after := state(t, n, dir); after != before {
 		t.Errorf("something has changed, from\n%s\nto\n%s", before, after)
 	}
+}
+
+// A client that goes away at any moment of a mount leaves nothing: what containerd and the
+// daemon still do for it pins no view, and containerd's garbage collector takes it.
+func TestAMountThatIsGivenUpLeavesNothing(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	ref := pulled(t, n, writeModel(t), pack.Raw)
+	c := connect(t, n)
+	image, err := c.Image(t.Context(), ref)
+	check(t, err)
+	// Writers of containerd's database wait for each other and readers do not, so a view may
+	// be recorded long after its client has gone and unmounted.
+	collecting, stop := context.WithCancel(t.Context())
+	var collectors errgroup.Group
+	for range 16 {
+		collectors.Go(func() error {
+			for collecting.Err() == nil {
+				if err := collectGarbage(t.Context(), c); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	defer func() { stop(); check(t, collectors.Wait()) }()
+	wantNoViews := func(t *testing.T) {
+		t.Helper()
+		eventually(t, func() string {
+			check(t, collectGarbage(t.Context(), c))
+			var known []string
+			check(t, c.SnapshotService("artifact").Walk(c.Context(t.Context()), func(_ context.Context, i snapshots.Info) error {
+				known = append(known, i.Name)
+				return nil
+			}))
+			keys := daemonKeys(t, n)
+			if !slices.ContainsFunc(slices.Concat(known, keys), func(key string) bool { return strings.Contains(key, "artifact-mount/") }) {
+				return ""
+			}
+			return fmt.Sprintf("views are left: containerd has %q, the daemon %q", known, keys)
+		})
+		if t.Failed() {
+			t.FailNow()
+		}
+	}
+	// It gives up after longer and longer times, and unmounts. No target is used twice: the
+	// next mount at it would take over what this one has left.
+	giveUp := func(t *testing.T, times int, mount func(ctx context.Context, target string) error, then func()) {
+		t.Helper()
+		dir := t.TempDir()
+		took, made := time.Duration(0), 0
+		for i := -1; i < times; i++ {
+			target := filepath.Join(dir, strconv.Itoa(i))
+			t.Cleanup(func() { _ = unix.Unmount(target, unix.UMOUNT_NOFOLLOW) }) // if the test has failed
+			ctx, cancel := context.WithCancel(t.Context())
+			if i >= 0 {
+				ctx, cancel = context.WithTimeout(t.Context(), took*time.Duration(2*i)/time.Duration(times))
+			}
+			began := time.Now()
+			err := mount(ctx, target)
+			if i < 0 {
+				check(t, err)
+				took = time.Since(began)
+			} else if err == nil {
+				made++
+			}
+			cancel()
+			if _, err := c.Unmount(t.Context(), target); err != nil && !errdefs.IsNotFound(err) {
+				t.Fatal(err)
+			}
+			then()
+		}
+		t.Logf("of %d mounts in up to %v, %d have been made", times, 2*took, made)
+		if made == times {
+			t.Error("no mount has been given up")
+		}
+	}
+	t.Run("cancelled", func(t *testing.T) {
+		giveUp(t, 60, func(ctx context.Context, target string) error {
+			_, err := c.Mount(ctx, image, target)
+			return err
+		}, func() { wantNoViews(t) })
+	})
+	t.Run("killed", func(t *testing.T) {
+		mount := func(ctx context.Context, target string) error {
+			cmd, err := n.ArtifactCommand("mount", ref, target)
+			if err != nil {
+				return err
+			}
+			if err := cmd.Start(); err != nil {
+				return err
+			}
+			defer context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() })()
+			return cmd.Wait()
+		}
+		giveUp(t, 60, mount, func() {})
+		// The lease of a tool that was killed goes with time. What the daemon alone has goes when
+		// containerd next removes a snapshot (core/metadata/db.go, dirtySS).
+		(&soak{n: n, c: c}).giveUpLeases(t)
+		target := toolTarget(t)
+		check(t, mount(t.Context(), target))
+		_, err := c.Unmount(t.Context(), target)
+		check(t, err)
+		wantNoViews(t)
+	})
 }
 
 func TestVerifyFindsWhatIsWrong(t *testing.T) {

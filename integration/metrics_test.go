@@ -121,8 +121,8 @@ func TestMetricsCountWhatTheDaemonDoes(t *testing.T) {
 	src := writeModel(t)
 	const (
 		modes   = `raw="overlay",tar="erofs"`
-		byPod   = `tree_build_duration_seconds{trigger="pod",` + modes + `}`
-		byPull  = `tree_build_duration_seconds{trigger="pull",` + modes + `}`
+		byPod   = `tree_build_duration_seconds{` + modes + `,trigger="pod"}`
+		byPull  = `tree_build_duration_seconds{` + modes + `,trigger="pull"}`
 		trees   = `trees{` + modes + `}`
 		linked  = `content_bytes_total{method="link"}`
 		copied  = `content_bytes_total{method="copy"}`

@@ -23,30 +23,31 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/differ"
 )
 
-// LabelLayers is on every committed snapshot that keeps layers of an artifact
-// instead of having files (differ.Retained), and on every view of one: the ID of the
-// chain of layers. Like LabelArtifact it cannot come from an image.
+// LabelLayers is the label with the ID of a chain of layers. Every committed snapshot that
+// retains layers of an artifact instead of having files (differ.Retained), and every view of
+// one, has it. Like LabelArtifact it cannot come from an image.
 const LabelLayers = "artifact-snapshotter/layers"
 
-// Applier is the differ by which containerd's own unpacker unpacks artifacts into
-// the snapshots of New(root, views, …), and into those of other snapshotters.
-func Applier(root string, views *store.Store) diff.Applier {
-	return views.Applier(snapshotsDir(filepath.Join(root, "overlayfs")))
+// Applier returns the differ with which containerd's own unpacker unpacks artifacts into the
+// snapshots of New(root, trees, …), and into those of other snapshotters.
+func Applier(root string, trees *store.Store) diff.Applier {
+	return trees.Applier(snapshotsDir(filepath.Join(root, "overlayfs")))
 }
 
-// snapshotsDir is where the overlayfs snapshotter in root has its snapshots, by
-// their IDs.
+// snapshotsDir is the directory of the snapshots of the overlayfs snapshotter in root, which
+// are named by their IDs.
 func snapshotsDir(root string) string { return filepath.Join(root, "snapshots") }
 
-// subject is what a committed snapshot shows.
+// subject is what a snapshot is of.
 type subject struct {
-	// artifact is the manifest of one; layers is the ID of a chain.
+	// artifact is the digest of a manifest, layers the ID of a chain of retained layers. Both
+	// are "" for an ordinary snapshot.
 	artifact, layers digest.Digest
-	// id is the snapshot's in the database.
+	// id is the ID of the snapshot in the database.
 	id string
 }
 
-// ordinary reports whether it is what overlayfs serves.
+// ordinary reports whether overlayfs alone serves the snapshot.
 func (s subject) ordinary() bool { return s.artifact == "" && s.layers == "" }
 
 func (s subject) String() string {
@@ -56,12 +57,12 @@ func (s subject) String() string {
 	return fmt.Sprintf("the layers of an artifact (%s)", s.layers)
 }
 
-// subjectIn is what the labels of a snapshot say; the ID is not in them.
+// subjectIn returns what the labels of a snapshot say, which is all but the ID.
 func subjectIn(labels map[string]string) subject {
 	return subject{artifact: digest.Digest(labels[LabelArtifact]), layers: digest.Digest(labels[LabelLayers])}
 }
 
-// subjectOf is what the snapshot name shows; name may be "".
+// subjectOf returns what the snapshot is of. The name may be "".
 func (s *snapshotter) subjectOf(ctx context.Context, name string) (of subject, err error) {
 	if name == "" {
 		return of, nil
@@ -77,8 +78,8 @@ func (s *snapshotter) subjectOf(ctx context.Context, name string) (of subject, e
 
 func (s *snapshotter) dir(id string) string { return filepath.Join(snapshotsDir(s.root), id) }
 
-// chain is the directories of the committed snapshot name and of all below it, the
-// lowest first.
+// chain returns the directories of the committed snapshot and of all below it, the lowest
+// first.
 func (s *snapshotter) chain(ctx context.Context, name string) (dirs []string, err error) {
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		for name != "" {
@@ -94,8 +95,8 @@ func (s *snapshotter) chain(ctx context.Context, name string) (dirs []string, er
 	return dirs, err
 }
 
-// wanted is what a view is to show: a manifest or an index; or, if layers is set,
-// all that the snapshot parent and those below it keep, which has that ID.
+// wanted is what a view is to be of: a manifest or an index; or, if layers is set, the chain of
+// layers with that ID, which the snapshot parent and those below it retain.
 type wanted struct {
 	ocispec.Descriptor
 	layers digest.Digest
@@ -104,16 +105,16 @@ type wanted struct {
 
 func (s *snapshotter) acquire(ctx context.Context, want wanted, owners unpack.IDMap) (*store.Reference, error) {
 	if want.layers == "" {
-		return s.views.Acquire(ctx, want.Descriptor, owners)
+		return s.trees.Acquire(ctx, want.Descriptor, owners)
 	}
 	dirs, err := s.chain(ctx, want.parent)
 	if err != nil {
 		return nil, err
 	}
-	return s.views.AcquireLayers(ctx, want.layers, dirs, owners)
+	return s.trees.AcquireLayers(ctx, want.layers, dirs, owners)
 }
 
-// label marks a snapshot as a view that is v.
+// label returns the label for the view of the tree.
 func (want wanted) label(v *store.Reference) snapshots.Opt {
 	if want.layers == "" {
 		return withLabel(v.ID.Manifest)
@@ -125,8 +126,8 @@ func withLayers(id digest.Digest) snapshots.Opt {
 	return snapshots.WithLabels(map[string]string{LabelLayers: id.String()})
 }
 
-// extend prepares the snapshot of an artifact for layers on top of it, for which
-// overlayfs and the Applier look at its directory. It has none before.
+// extend prepares the snapshot of an artifact for layers on top of it: it makes the directory,
+// which overlayfs and the Applier look into.
 func (s *snapshotter) extend(of subject) error {
 	if of.artifact == "" {
 		return nil
@@ -138,8 +139,8 @@ func (s *snapshotter) extend(of subject) error {
 	return differ.Promise(dir, of.artifact)
 }
 
-// layersOf is the ID of the layers that the active snapshot key keeps together with
-// those of its parent; "" if it keeps none.
+// layersOf returns the ID of the layers that the active snapshot retains together with those of
+// its parent; "" if it retains none.
 func (s *snapshotter) layersOf(ctx context.Context, key string, below subject) (digest.Digest, error) {
 	active, err := s.subjectOf(ctx, key)
 	if err != nil {
@@ -152,12 +153,12 @@ func (s *snapshotter) layersOf(ctx context.Context, key string, below subject) (
 	if err != nil {
 		return "", err
 	}
-	// No manifest has such a digest: this is no JSON.
+	// No manifest has this digest, because the text is not JSON.
 	return digest.FromString(fmt.Sprintf("layers %s%s %s", below.artifact, below.layers, own)), nil
 }
 
-// committing checks what may be committed on top of parent, and returns an option
-// with the label that belongs on it.
+// committing checks that the snapshot may be committed on top of parent, and returns the label
+// that it needs.
 func (s *snapshotter) committing(ctx context.Context, key, parent string) (snapshots.Opt, error) {
 	below, err := s.subjectOf(ctx, parent)
 	if err != nil {
@@ -170,14 +171,15 @@ func (s *snapshotter) committing(ctx context.Context, key, parent string) (snaps
 	case layers == "" && below.ordinary():
 		return func(*snapshots.Info) error { return nil }, nil
 	case layers == "":
-		return nil, fmt.Errorf("snapshot %q is on top of %s, which the layers of an image cannot be; delete the image of the artifact and pull again: %w", key, below, errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("snapshot %q is on top of %s, where layers of an image cannot be; delete the image of the artifact and pull again: %w", key, below, errdefs.ErrFailedPrecondition)
 	case parent != "" && below.ordinary():
-		return nil, fmt.Errorf("snapshot %q keeps layers of an artifact, which cannot be on top of those of an image; delete that image and pull again: %w", key, errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("snapshot %q retains layers of an artifact, which cannot be on top of those of an image; delete that image and pull again: %w", key, errdefs.ErrFailedPrecondition)
 	}
 	return withLayers(layers), nil
 }
 
-// retainedUsage is what the committed snapshot key keeps adds to the disk.
+// retainedUsage returns what the committed snapshot and the layers that it retains add to the
+// disk.
 func (s *snapshotter) retainedUsage(ctx context.Context, key string) (usage snapshots.Usage, err error) {
 	of, err := s.subjectOf(ctx, key)
 	if err != nil {
@@ -186,9 +188,9 @@ func (s *snapshotter) retainedUsage(ctx context.Context, key string) (usage snap
 	if usage, err = s.Snapshotter.Usage(ctx, key); err != nil {
 		return usage, err
 	}
-	kept, _, err := differ.LoadRetained(s.dir(of.id))
+	retained, _, err := differ.LoadRetained(s.dir(of.id))
 	if err != nil {
 		return usage, err
 	}
-	return snapshots.Usage{Size: usage.Size + kept.Size, Inodes: usage.Inodes + kept.Inodes}, nil
+	return snapshots.Usage{Size: usage.Size + retained.Size, Inodes: usage.Inodes + retained.Inodes}, nil
 }

@@ -35,8 +35,8 @@ func (n *node) layer(t *testing.T, name, data string) ocispec.Descriptor {
 	return ocispec.Descriptor{MediaType: l.MediaType, Digest: digest.FromString(data), Size: int64(len(data)), Annotations: l.Annotations}
 }
 
-// extract unpacks a layer on top of parent, in the way of containerd's unpacker, and
-// returns the name of what it commits.
+// extract unpacks a layer on top of parent as containerd's unpacker does, and returns the name
+// of the committed snapshot.
 func (n *node) extract(t *testing.T, name, parent string, layer ocispec.Descriptor) string {
 	t.Helper()
 	key := behind("extract-1-x " + name)
@@ -53,7 +53,7 @@ func (n *node) extract(t *testing.T, name, parent string, layer ocispec.Descript
 	return behind(name)
 }
 
-// files are those of a view, with what they hold.
+// files returns the files of a view, with their contents.
 func files(t *testing.T, mounts []mount.Mount) map[string]string {
 	t.Helper()
 	all := map[string]string{}
@@ -85,14 +85,14 @@ func wantFiles(t *testing.T, got map[string]string, names ...string) {
 	}
 }
 
-// chained is two layers on top of each other.
+// chained makes two layers on top of each other.
 func (n *node) chained(t *testing.T) (lower, upper string) {
 	t.Helper()
 	lower = n.extract(t, "first", "", n.layer(t, "a", "bytes of a"))
 	return lower, n.extract(t, "second", lower, n.layer(t, "b", "bytes of b"))
 }
 
-func TestAChainOfLayersIsShown(t *testing.T) {
+func TestAViewOfAChainHasTheFilesOfItsLayers(t *testing.T) {
 	n := newNode(t)
 	lower, upper := n.chained(t)
 	for name, want := range map[string][]string{lower: {"a"}, upper: {"a", "b"}} {
@@ -147,7 +147,7 @@ func TestAViewOfAChainNeedsNoBlobAndOutlivesAReboot(t *testing.T) {
 	if err := mount.UnmountRecursive(n.state, unix.MNT_DETACH); err != nil {
 		t.Fatal(err)
 	}
-	for _, gone := range []string{n.content, filepath.Join(n.root, "boot")} { // as of another boot
+	for _, gone := range []string{n.content, filepath.Join(n.root, "boot")} { // as after a reboot
 		if err := os.RemoveAll(gone); err != nil {
 			t.Fatal(err)
 		}
@@ -166,7 +166,7 @@ func TestAChainGoesWithItsSnapshots(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Whoever has made a mount of it may know nothing of the view.
+	// Whoever uses a mount that was made from the view may not know of its removal.
 	target := t.TempDir()
 	if err := mount.All(mounts, target); err != nil {
 		t.Fatal(err)
@@ -201,7 +201,7 @@ func TestNothingElseGoesOnTopOfAChain(t *testing.T) {
 	if _, err := n.Prepare(ctx, "container", upper); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "make a view") {
 		t.Errorf("a container: %v", err)
 	}
-	// What the differ of images unpacks.
+	// The differ of images unpacks this.
 	key := behind("extract-1-x image")
 	if _, err := n.Prepare(ctx, key, upper); err != nil {
 		t.Fatal(err)
@@ -209,7 +209,7 @@ func TestNothingElseGoesOnTopOfAChain(t *testing.T) {
 	if err := n.Commit(ctx, "image", key); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "delete the image") {
 		t.Errorf("a layer of an image: %v", err)
 	}
-	// Where layers are unpacked in parallel, the parent is named only then.
+	// If layers are unpacked in parallel, the parent is named only in Commit.
 	key = behind("extract-1-x parallel")
 	if _, err := n.Prepare(ctx, key, ""); err != nil {
 		t.Fatal(err)
@@ -220,7 +220,7 @@ func TestNothingElseGoesOnTopOfAChain(t *testing.T) {
 	if _, err := n.View(ctx, "view", upper); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.Commit(ctx, "image", "view"); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), `"view" shows the layers of an artifact`) {
+	if err := n.Commit(ctx, "image", "view"); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), `"view" is a view of the layers of an artifact`) {
 		t.Errorf("a view: %v", err)
 	}
 }
@@ -244,7 +244,7 @@ func TestLayersOnTopOfOrdinaryOnesAreOrdinary(t *testing.T) {
 	wantFiles(t, files(t, mounts), "a")
 }
 
-func TestKeptLayersAreNotCommittedOnTopOfOrdinaryOnes(t *testing.T) {
+func TestRetainedLayersAreNotCommittedOnTopOfOrdinaryOnes(t *testing.T) {
 	n := newNode(t)
 	if _, err := n.Prepare(ctx, "extract-1-x image", ""); err != nil {
 		t.Fatal(err)
@@ -265,7 +265,7 @@ func TestKeptLayersAreNotCommittedOnTopOfOrdinaryOnes(t *testing.T) {
 	}
 }
 
-func TestLayersOnTopOfAnArtifactAreShownWithIt(t *testing.T) {
+func TestAViewHasTheArtifactAndTheLayersOnTopOfIt(t *testing.T) {
 	n := newNode(t)
 	a := pack.Artifact{Layers: []pack.Layer{{
 		MediaType: modelspec.MediaTypeModelWeightRaw, Data: []byte("bytes of a"),
@@ -277,7 +277,7 @@ func TestLayersOnTopOfAnArtifactAreShownWithIt(t *testing.T) {
 	}
 	record := n.unpacked(t, d, "sha256:chain")
 	upper := n.extract(t, "upper", record, n.layer(t, "b", "bytes of b"))
-	// Its layers are kept, and the artifact may go.
+	// Its layers are retained, so the artifact may be deleted.
 	if err := os.RemoveAll(n.content); err != nil {
 		t.Fatal(err)
 	}
@@ -337,14 +337,14 @@ func TestNoLabelMakesLayersOfAnOrdinarySnapshot(t *testing.T) {
 	}
 }
 
-// containerd finds a snapshot by the name that it was committed as, and not all that
-// have one name show the same.
+// containerd finds a snapshot by the name that it was committed as. Snapshots with the same name
+// may have different contents.
 func TestANameIsOfOneArtifact(t *testing.T) {
 	n := newNode(t)
 	d := n.pack(t)
 	n.extract(t, "sha256:chain", "", n.layer(t, "a", "bytes of a"))
 	err := n.unpack(d, "sha256:chain")
-	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "sha256:chain already shows") {
+	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "sha256:chain is already that of") {
 		t.Errorf("of other layers: %v", err)
 	}
 	if _, err := n.Prepare(ctx, "extract-1-x image", "", as("sha256:image")); err != nil {

@@ -20,9 +20,9 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// explaining is a snapshotter whose errors say what a person can do about the disk that
-// the database and the directories of snapshots are on. Those of bbolt and overlayfs have
-// neither a kind of errdefs nor, where the database cannot be synced, a path.
+// explaining is a snapshotter whose errors say what to do about the disk with the database and
+// the directories of snapshots. The errors of bbolt and overlayfs have no kind of errdefs, and
+// no path if the database cannot be synced.
 type explaining struct{ *snapshotter }
 
 func (s explaining) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
@@ -71,7 +71,7 @@ func (s explaining) explain(err error) error {
 		return unpack.OutOfSpace(err, s.root)
 	case errors.As(err, &path), errors.As(err, &link), !strings.Contains(err.Error(), "commit failed: "):
 		return err
-	default: // of fdatasync(2), by bbolt
+	default: // fdatasync(2) failed in bbolt
 		return fmt.Errorf("%w: %s", err, filepath.Join(s.root, "metadata.db"))
 	}
 }

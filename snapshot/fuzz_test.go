@@ -10,9 +10,9 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// FuzzKey reads keys of snapshots, parts of which images choose: that of an extraction
-// ends in what the config says. What begins as the key of an extraction never asks for
-// an artifact, and no key asks for two things.
+// FuzzKey parses keys of snapshots. Images choose parts of them: the key of an extraction ends
+// in a digest from the config. A key that begins like that of an extraction never asks for an
+// artifact, and no key asks for two things.
 func FuzzKey(f *testing.F) {
 	hex := digest.FromString("x").Encoded()
 	volume := "/run/containerd/io.containerd.grpc.v1.cri/image-volumes/sandbox/" + hex

@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// As containerd's own overlayfs, but for "only-remap-ids" beside "remap-ids", which says
-// nothing more (resolveSnapshotOptions in client/snapshotter_opts_unix.go).
+// This is as in containerd's own overlayfs, without "only-remap-ids" beside "remap-ids", which
+// would mean nothing (resolveSnapshotOptions in client/snapshotter_opts_unix.go).
 func TestContainerdIsToldWhatTheKernelCanDo(t *testing.T) {
 	for _, test := range []struct {
 		mapsOwners, slowChown bool

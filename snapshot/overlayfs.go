@@ -11,11 +11,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// chowned takes the ID map from the snapshot of a container if the layers below it have
-// the owners of the user namespace already. containerd copies the layers and changes their
-// owners where the snapshotter is not known to map them (resolveSnapshotOptions in
-// client/snapshotter_opts_unix.go), and hands on the map all the same: the kernel would
-// map them twice.
+// chowned removes the ID map from the snapshot of a container if the layers below it already
+// have the owners of the user namespace. If the snapshotter is not known to map owners,
+// containerd copies the layers and changes their owners (resolveSnapshotOptions in
+// client/snapshotter_opts_unix.go), but passes on the map all the same. The kernel would map
+// the owners twice.
 func (s *snapshotter) chowned(parent subject, opts []snapshots.Opt) ([]snapshots.Opt, error) {
 	base, err := apply(opts)
 	if err != nil {
@@ -49,10 +49,10 @@ func (s *snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 	}, filters...)
 }
 
-// withoutUpperdir takes the label of overlay.WithUpperdirLabel from what shows an artifact,
+// withoutUpperdir removes the label of overlay.WithUpperdirLabel from a snapshot of an artifact,
 // which has no such directory.
 func withoutUpperdir(i snapshots.Info) snapshots.Info {
-	if _, ok := shown(i); ok {
+	if _, ok := treeOf(i); ok {
 		delete(i.Labels, "containerd.io/snapshot/overlay.upperdir")
 	}
 	return i

@@ -91,8 +91,8 @@ func TestDirectoriesAreRemovedAtOnceIfAsked(t *testing.T) {
 	}
 }
 
-// The kernel maps the owners of layers for a user namespace, unless containerd has changed
-// them already, in a copy of the layers.
+// The kernel maps the owners of layers for a user namespace, unless containerd has already
+// changed them in a copy of the layers.
 func TestTheOwnersOfLayersAreMappedOnce(t *testing.T) {
 	const base = 200000
 	ids := snapshots.WithLabels(map[string]string{
@@ -123,7 +123,7 @@ func TestTheOwnersOfLayersAreMappedOnce(t *testing.T) {
 			if how == "View" {
 				continue
 			}
-			// What a container writes is owned by its root, whoever has changed the layers.
+			// The container's root owns what the container writes, whoever has changed the layers.
 			upper := mounts[0].Source
 			for _, option := range mounts[0].Options {
 				if dir, ok := strings.CutPrefix(option, "upperdir="); ok {

@@ -23,16 +23,16 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 )
 
-// behind is a key as containerd hands it on.
+// behind returns the key as containerd passes it on.
 func behind(key string) string { return "k8s.io/8/" + key }
 
-// as asks for the name of the committed snapshot, as containerd does.
+// as sets the name of the committed snapshot, as containerd does.
 func as(ref string) snapshots.Opt {
 	return snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: ref})
 }
 
-// unpack asks for the committed snapshot of d as containerd does, until the artifact has
-// been laid out: who asks is not kept waiting for longer than unpackWait.
+// unpack asks for the committed snapshot of d as containerd does, again while the artifact is
+// still being laid out: a call waits for unpackWait only.
 func (n *node) unpack(d ocispec.Descriptor, ref string) error {
 	for {
 		_, err := n.Prepare(ctx, behind(UnpackKey("caller", d.Digest)), "", as(ref))
@@ -42,8 +42,7 @@ func (n *node) unpack(d ocispec.Descriptor, ref string) error {
 	}
 }
 
-// unpacked makes the committed snapshot of d and returns its name, which it finds
-// as containerd does.
+// unpacked makes the committed snapshot of d, and returns its name as containerd finds it.
 func (n *node) unpacked(t *testing.T, d ocispec.Descriptor, ref string) (name string) {
 	t.Helper()
 	if err := n.unpack(d, ref); !errdefs.IsAlreadyExists(err) {
@@ -60,7 +59,7 @@ func (n *node) unpacked(t *testing.T, d ocispec.Descriptor, ref string) (name st
 	return name
 }
 
-// read is the file weights of what is mounted.
+// read returns the content of the file weights in the mounts.
 func read(t *testing.T, mounts []mount.Mount) string {
 	t.Helper()
 	target := t.TempDir()
@@ -78,7 +77,7 @@ func TestAnArtifactIsACommittedSnapshot(t *testing.T) {
 	n := newNode(t)
 	d := n.pack(t)
 	name := n.unpacked(t, d, "sha256:chain")
-	for range 2 { // a view of it, and one that is made when it is there already
+	for range 2 { // the first time, and when it is there already
 		if again := n.unpacked(t, d, "sha256:chain"); again != name {
 			t.Errorf("unpacked again it is %s, and was %s", again, name)
 		}
@@ -90,7 +89,7 @@ func TestAnArtifactIsACommittedSnapshot(t *testing.T) {
 	if err != nil || info.Kind != snapshots.KindCommitted || info.Parent != "" || info.Labels[LabelArtifact] != d.Digest.String() {
 		t.Errorf("%+v, %v", info, err)
 	}
-	n.cleanup(t) // nobody shows it: it is not mounted
+	n.cleanup(t) // nothing uses it: it is unmounted
 	if left, err := os.ReadDir(filepath.Join(n.state, "mounts")); err != nil || len(left) > 0 {
 		t.Errorf("mounted: %v, %v", left, err)
 	}
@@ -123,11 +122,11 @@ func TestAnArtifactIsACommittedSnapshot(t *testing.T) {
 	}
 }
 
-func TestAMountShowsAnArtifact(t *testing.T) {
+func TestAViewOfMountKeyHasTheFilesOfTheArtifact(t *testing.T) {
 	n := newNode(t)
 	d := n.pack(t)
 	key := MountKey("/mnt/a model")
-	mounts, err := n.View(ctx, behind(key), "", showing(d.Digest))
+	mounts, err := n.View(ctx, behind(key), "", targeting(d.Digest))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -146,8 +145,8 @@ func TestAMountShowsAnArtifact(t *testing.T) {
 	}
 }
 
-// showing is what a view of MountKey is to show.
-func showing(target digest.Digest) snapshots.Opt {
+// targeting sets the artifact of a view of MountKey.
+func targeting(target digest.Digest) snapshots.Opt {
 	return snapshots.WithLabels(map[string]string{LabelTarget: target.String()})
 }
 
@@ -163,7 +162,7 @@ func TestOneNameIsOneArtifact(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = n.unpack(d, "sha256:chain")
-	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "sha256:chain already shows artifact") {
+	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "sha256:chain is already that of artifact") {
 		t.Errorf("%v", err)
 	}
 	n.unpacked(t, d, "sha256:other")
@@ -183,14 +182,14 @@ func TestNothingGoesOnTopOfAnArtifact(t *testing.T) {
 	}
 }
 
-// Images choose chain IDs, which keys of extraction end in.
+// Images choose chain IDs, and the keys of extractions end in chain IDs.
 func TestNoImageAsksForAnArtifact(t *testing.T) {
 	n := newNode(t)
 	d := n.pack(t)
 	for _, asking := range []string{UnpackKey("x", d.Digest), MountKey("/x"), "/image-volumes/x/" + d.Digest.Encoded(), "/" + key("x", d)} {
 		extract := "k8s.io/9/extract-1-abcd " + asking
 		for kind, create := range map[string]func(context.Context, string, string, ...snapshots.Opt) ([]mount.Mount, error){"prepare": n.Prepare, "view": n.View} {
-			mounts, err := create(ctx, extract+kind, "", as(asking), showing(d.Digest))
+			mounts, err := create(ctx, extract+kind, "", as(asking), targeting(d.Digest))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -224,9 +223,9 @@ func TestWhatCannotBeUnpackedLeavesNothing(t *testing.T) {
 		says string
 	}{
 		{"an image", func() ([]mount.Mount, error) { return n.Prepare(ctx, UnpackKey("x", ordinary.Digest), "", as("ref")) }, errdefs.IsInvalidArgument, "ordinary image"},
-		{"the mount of an image", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x"), "", showing(ordinary.Digest)) }, errdefs.IsInvalidArgument, "ordinary image"},
+		{"the mount of an image", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x"), "", targeting(ordinary.Digest)) }, errdefs.IsInvalidArgument, "ordinary image"},
 		{"what is not there", func() ([]mount.Mount, error) { return n.Prepare(ctx, UnpackKey("x", missing), "", as("ref")) }, errdefs.IsNotFound, n.content},
-		{"the mount of what is not there", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x"), "", showing(missing)) }, errdefs.IsNotFound, n.content},
+		{"the mount of what is not there", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x"), "", targeting(missing)) }, errdefs.IsNotFound, n.content},
 		{"the mount of nothing", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x"), "") }, errdefs.IsInvalidArgument, LabelTarget},
 		{"no name", func() ([]mount.Mount, error) { return n.Prepare(ctx, UnpackKey("x", unnamed.Digest), "") }, errdefs.IsInvalidArgument, snapshots.LabelSnapshotRef},
 	} {
@@ -242,7 +241,7 @@ func TestWhatCannotBeUnpackedLeavesNothing(t *testing.T) {
 	}
 }
 
-// guard is Images that know no names.
+// guard is a store.Images that knows no names.
 type guard func(namespace string, target digest.Digest) error
 
 func (g guard) Check(_ context.Context, namespace string, target digest.Digest) error {
@@ -251,7 +250,7 @@ func (g guard) Check(_ context.Context, namespace string, target digest.Digest) 
 
 func (guard) Name(string, digest.Digest) string { return "" }
 
-func TestAGuardKeepsVolumesFromBeingShown(t *testing.T) {
+func TestAVolumeThatImagesObjectToIsRefused(t *testing.T) {
 	n := newNode(t)
 	d := n.pack(t)
 	var asked []string

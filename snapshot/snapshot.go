@@ -1,13 +1,13 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package snapshot serves artifacts to containerd: a complete Snapshotter in
-// which the image volume of an artifact is a read-only view of the artifact's
-// files, and everything else is containerd's own overlayfs snapshotter.
+// Package snapshot is the front end for containerd: a complete Snapshotter. The image volume
+// of an artifact is a read-only view of its tree in package store; every other snapshot is
+// one of containerd's own overlayfs snapshotter.
 //
-// Both kinds of snapshot are records of one database, overlayfs's own. A view
-// is a record with a label that names its artifact; keys, labels, kinds, Walk
-// and its filters are the same for both because they are the same code.
+// Both kinds of snapshot are records in one database, overlayfs's own. A view is a record with
+// a label that names its artifact. Keys, labels, kinds, Walk and its filters work the same for
+// both, because the same code does them.
 package snapshot
 
 import (
@@ -37,24 +37,24 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// LabelArtifact is on every view, and on every committed snapshot, of an artifact:
-// the digest of the artifact's manifest. It does not begin with
-// "containerd.io/snapshot/", the prefix of the labels that containerd hands on to a
-// snapshotter (snapshots.FilterInheritedLabels), some of which come from the
-// annotations of a pulled image; so no image can claim to be a view.
+// LabelArtifact is the label with the digest of the artifact's manifest. Every view and every
+// committed snapshot of an artifact has it. It does not begin with "containerd.io/snapshot/",
+// the prefix of the labels that containerd passes to a snapshotter
+// (snapshots.FilterInheritedLabels). Some of those come from the annotations of an image that
+// is pulled, so an image could otherwise claim to be a view.
 const LabelArtifact = "artifact-snapshotter/artifact"
 
 const digestHex = `([0-9a-f]{64}|[0-9a-f]{96}|[0-9a-f]{128})`
 
-// The keys that ask for an artifact, as a proxy snapshotter sees them: behind the
-// namespace and a number (core/metadata/snapshot.go, createKey). Keys of
-// extraction end in what an image's config says, so only the beginning tells who
-// asks.
+// The keys that ask for an artifact, beside those of image volumes (store.ParseVolume). A proxy
+// snapshotter sees them behind the namespace and a number (core/metadata/snapshot.go,
+// createKey). The key of an extraction ends in a digest from the image's config, so only its
+// beginning can be trusted.
 var (
-	// unpackKey and mountKey are those of UnpackKey and MountKey.
+	// unpackKey and mountKey match the keys of UnpackKey and MountKey.
 	unpackKey = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + unpackPrefix + `[^/]+/` + digestHex + `$`)
 	mountKey  = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + mountPrefix + `[^/]+(?:/` + digestHex + `)?$`)
-	// extraction is the key with which containerd unpacks a layer
+	// extraction matches the key with which containerd unpacks a layer
 	// (snapshots.UnpackKeyFormat).
 	extraction = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + snapshots.UnpackKeyPrefix + `-`)
 )
@@ -64,33 +64,33 @@ const (
 	mountPrefix  = "artifact-mount/"
 )
 
-// UnpackKey is a key, different for each caller, that makes Prepare unpack the
-// artifact whose manifest or index is target, in the way of the remote
-// snapshotters: the label containerd.io/snapshot.ref is the name of the committed
-// snapshot, and success is errdefs.ErrAlreadyExists. If a snapshot of that name
-// shows another artifact it is errdefs.ErrFailedPrecondition, and if unpacking
-// takes longer than a call should, errdefs.ErrUnavailable: then try again.
+// UnpackKey returns a key, different for each caller, that makes Prepare unpack the artifact
+// whose manifest or index is target, as remote snapshotters do: the label
+// containerd.io/snapshot.ref is the name of the committed snapshot, and success is
+// errdefs.ErrAlreadyExists. If a snapshot of that name has other content, the error is
+// errdefs.ErrFailedPrecondition. If unpacking takes longer than a call should, it is
+// errdefs.ErrUnavailable, and the caller is to try again.
 func UnpackKey(caller string, target digest.Digest) string {
 	return unpackPrefix + url.PathEscape(caller) + "/" + target.Encoded()
 }
 
-// LabelTarget is on the views of MountKey: the digest of the manifest or index that
-// they show. containerd hands it on because of its prefix. Images can have it, too, but
-// no such key.
+// LabelTarget is the label of the views of MountKey with the digest of the artifact's manifest
+// or index. containerd passes it on because of its prefix. Images can have the label, too, but
+// not the key.
 const LabelTarget = "containerd.io/snapshot/artifact-target"
 
-// MountKey is the key of the view that shows at the path the artifact that LabelTarget
-// names. What is at a path is found without a look at what is elsewhere.
+// MountKey returns the key of the view that is mounted at the path. The view is of the
+// artifact that LabelTarget names.
 func MountKey(path string) string { return mountPrefix + url.PathEscape(path) }
 
-// OldMountKey is the key that a view for the artifact whose manifest or index is target
-// had before there was LabelTarget.
+// OldMountKey returns the key that a view of the artifact whose manifest or index is target had
+// before there was LabelTarget.
 func OldMountKey(path string, target digest.Digest) string {
 	return MountKey(path) + "/" + target.Encoded()
 }
 
-// ParseMountKey returns the path of MountKey and of OldMountKey, for a key as
-// containerd's clients see it; false if it is neither.
+// ParseMountKey returns the path in a key of MountKey or of OldMountKey, as containerd's
+// clients see it; false if it is neither.
 func ParseMountKey(key string) (path string, ok bool) {
 	if !mountKey.MatchString(key) || !strings.HasPrefix(key, mountPrefix) {
 		return "", false
@@ -99,23 +99,24 @@ func ParseMountKey(key string) (path string, ok bool) {
 	return path, err == nil
 }
 
-// unpackWait is how long a call waits for UnpackKey and MountKey: who asks can ask again.
+// unpackWait is how long a call with UnpackKey or MountKey waits for a tree. The caller asks
+// again. Image volumes wait up to store.MaxWait.
 const unpackWait = time.Second
 
 type snapshotter struct {
-	snapshots.Snapshotter        // overlayfs, for all that is no view
-	root                  string // overlayfs's
+	snapshots.Snapshotter        // overlayfs, for every snapshot that is not a view
+	root                  string // of overlayfs
 	ms                    *storage.MetaStore
-	views                 *store.Store
+	trees                 *store.Store
 }
 
-// New returns a Snapshotter that keeps ordinary snapshots in root/overlayfs, with the
-// options, and its views in the store, and tells the store which artifacts they show.
-// Close closes neither the store nor any view.
-func New(root string, views *store.Store, options ...overlay.Opt) (snapshots.Snapshotter, error) {
+// New returns a Snapshotter that keeps ordinary snapshots in root/overlayfs, with the options,
+// and the trees of its views in the store. It tells the store which trees its views use, so it
+// must be called before Store.Run. Close does not close the store, and keeps all mounts.
+func New(root string, trees *store.Store, options ...overlay.Opt) (snapshots.Snapshotter, error) {
 	root = filepath.Join(root, "overlayfs")
-	// overlayfs itself would make it 0700, and a pod with a user namespace
-	// could not reach its root file system.
+	// overlayfs itself would make it 0700, and a pod with a user namespace could not reach its
+	// root file system.
 	if err := os.MkdirAll(root, 0o711); err != nil {
 		return nil, err
 	}
@@ -123,8 +124,8 @@ func New(root string, views *store.Store, options ...overlay.Opt) (snapshots.Sna
 	if err != nil {
 		return nil, err
 	}
-	// Whether the kernel can map the owners of layers is for whoever tells containerd that it
-	// can; an ID map is only kept on a snapshot that needs it, see chowned.
+	// The capability that containerd is told of decides whether it asks for ID maps
+	// (Capabilities). A snapshot that needs none loses it, see chowned.
 	o, err := overlay.NewSnapshotter(root, append(options, overlay.WithMetaStore(ms), overlay.WithRemapIDs)...)
 	if err != nil {
 		return nil, errors.Join(err, ms.Close())
@@ -132,19 +133,19 @@ func New(root string, views *store.Store, options ...overlay.Opt) (snapshots.Sna
 	if err := moveToTrash(root, ms); err != nil {
 		return nil, errors.Join(err, o.Close())
 	}
-	s := &snapshotter{Snapshotter: o, root: root, ms: ms, views: views}
-	views.AddReferences(func(ctx context.Context) ([]store.ID, error) {
+	s := &snapshotter{Snapshotter: o, root: root, ms: ms, trees: trees}
+	trees.AddReferences(func(ctx context.Context) ([]store.ID, error) {
 		return s.list(ctx, func(i snapshots.Info) bool { return i.Kind != snapshots.KindCommitted })
 	})
-	views.AddRetained(func(ctx context.Context) ([]store.ID, error) {
+	trees.AddRetained(func(ctx context.Context) ([]store.ID, error) {
 		return s.list(ctx, func(i snapshots.Info) bool { return i.Labels[LabelLayers] != "" })
 	})
 	return explaining{s}, nil
 }
 
-// moveToTrash renames the directories of snapshots that no record names, which a crash
-// leaves, to what the next Cleanup removes. overlayfs would number the next snapshot
-// like the first of them, and fail, and views are numbered like it, too.
+// moveToTrash renames the directories of snapshots that have no record, as a crash leaves them,
+// so that the next Cleanup removes them. Otherwise overlayfs would give the number of one of
+// them to the next snapshot, and fail; views have numbers from the same sequence.
 func moveToTrash(root string, ms *storage.MetaStore) error {
 	var recorded map[string]string
 	err := ms.WithTransaction(context.Background(), false, func(ctx context.Context) (err error) {
@@ -170,8 +171,8 @@ func moveToTrash(root string, ms *storage.MetaStore) error {
 	return nil
 }
 
-// Prepare makes a view if key is the image volume of an artifact, and unpacks an
-// artifact for UnpackKey; else it makes an ordinary active snapshot.
+// Prepare makes a view if key is that of the image volume of an artifact, unpacks an artifact
+// for UnpackKey, and makes an ordinary active snapshot otherwise.
 func (s *snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
 	if m := unpackKey.FindStringSubmatch(key); m != nil && parent == "" {
 		return nil, s.unpack(ctx, key, m[1], opts)
@@ -185,7 +186,7 @@ func (s *snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	case err != nil:
 		return nil, err
 	case !of.ordinary() && !extraction.MatchString(key):
-		return nil, fmt.Errorf("snapshot %q shows %s, which cannot be written to or be the root of a container; make a view of it, or if an image has this snapshot, delete the image of the artifact (artifact-snapshotter ls) and pull that image again: %w", parent, of, errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("snapshot %q is %s, which cannot be written to or be the root of a container; make a view of it, or if an image has this snapshot, delete the image of the artifact (artifact-snapshotter ls) and pull that image again: %w", parent, of, errdefs.ErrFailedPrecondition)
 	}
 	if err := s.extend(of); err != nil {
 		return nil, err
@@ -196,8 +197,8 @@ func (s *snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	return s.Snapshotter.Prepare(ctx, key, parent, append(opts, withoutLabel)...)
 }
 
-// View makes a view for MountKey and of a snapshot that is an artifact, else an
-// ordinary snapshot that is read-only.
+// View makes a view for MountKey and of a snapshot that is an artifact, and an ordinary
+// read-only snapshot otherwise.
 func (s *snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
 	mounts, err := s.createView(ctx, snapshots.KindView, key, parent, opts)
 	if !errors.Is(err, artifact.ErrNotArtifact) {
@@ -213,8 +214,8 @@ func (s *snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 	return s.Snapshotter.View(ctx, key, parent, append(opts, withoutLabel)...)
 }
 
-// createView returns artifact.ErrNotArtifact for what overlayfs serves. The claim of the
-// store's Reference ends: the record of the view protects it from garbage collection.
+// createView makes a view and its record. It returns artifact.ErrNotArtifact for a snapshot that
+// overlayfs is to make. The claim on the tree ends, because the record protects the tree now.
 func (s *snapshotter) createView(ctx context.Context, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) ([]mount.Mount, error) {
 	base, err := apply(opts)
 	if err != nil {
@@ -230,7 +231,7 @@ func (s *snapshotter) createView(ctx context.Context, kind snapshots.Kind, key, 
 		if parent != "" && of.ordinary() {
 			volume.Unpacked = store.IsUnpacked
 		}
-		ref, err = s.views.MountVolume(ctx, volume, func(ctx context.Context, ref *store.Reference) error {
+		ref, err = s.trees.MountVolume(ctx, volume, func(ctx context.Context, ref *store.Reference) error {
 			return s.record(ctx, kind, key, parent, opts, withLabel(ref.ID.Manifest))
 		})
 		if err != nil {
@@ -253,7 +254,7 @@ func (s *snapshotter) createView(ctx context.Context, kind snapshots.Kind, key, 
 	return bind(ref), nil
 }
 
-// record creates the record of a view, with the label that names what it is of.
+// record creates the record of a view. The label names its artifact or layers.
 func (s *snapshotter) record(ctx context.Context, kind snapshots.Kind, key, parent string, opts []snapshots.Opt, label snapshots.Opt) error {
 	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
 		_, err := storage.CreateSnapshot(ctx, kind, key, parent, append(opts, withoutLabel, label)...)
@@ -265,7 +266,7 @@ func (s *snapshotter) record(ctx context.Context, kind snapshots.Kind, key, pare
 	return nil
 }
 
-// wanted is what a new snapshot that is no image volume is to show.
+// wanted returns what a view that is not an image volume is to be of.
 func (s *snapshotter) wanted(kind snapshots.Kind, key, parent string, of subject, base snapshots.Info) (want wanted, err error) {
 	mounted := mountKey.FindStringSubmatch(key)
 	switch {
@@ -282,13 +283,13 @@ func (s *snapshotter) wanted(kind snapshots.Kind, key, parent string, of subject
 		}
 		hex = target.Encoded()
 	}
-	want.Descriptor, err = s.views.Find(hex)
+	want.Descriptor, err = s.trees.Find(hex)
 	return want, err
 }
 
-// unpack makes the committed snapshot of an artifact; see UnpackKey. The snapshot
-// is a record: its Tree lives as long as the manifest, and is made again for a
-// view if a reboot has taken it.
+// unpack makes the committed snapshot of an artifact; see UnpackKey. The snapshot is only a
+// record: its tree lives as long as the manifest, and is built again for a view if a reboot has
+// removed it.
 func (s *snapshotter) unpack(ctx context.Context, key, hex string, opts []snapshots.Opt) error {
 	base, err := apply(opts)
 	if err != nil {
@@ -298,7 +299,7 @@ func (s *snapshotter) unpack(ctx context.Context, key, hex string, opts []snapsh
 	if ref == "" {
 		return fmt.Errorf("snapshot %q: the label %s must name the snapshot to be: %w", key, snapshots.LabelSnapshotRef, errdefs.ErrInvalidArgument)
 	}
-	target, err := s.views.Find(hex)
+	target, err := s.trees.Find(hex)
 	if err != nil {
 		return err
 	}
@@ -324,7 +325,7 @@ func (s *snapshotter) unpack(ctx context.Context, key, hex string, opts []snapsh
 	return fmt.Errorf("snapshot %s: %w", ref, errdefs.ErrAlreadyExists)
 }
 
-// acquireFor is acquire for the snapshot key: whoever asks for MountKey asks again.
+// acquireFor is acquire for the snapshot key. The caller of MountKey asks again.
 func (s *snapshotter) acquireFor(ctx context.Context, key string, want wanted, owners unpack.IDMap) (*store.Reference, error) {
 	if mountKey.MatchString(key) {
 		return s.acquireSoon(ctx, want, owners)
@@ -332,8 +333,8 @@ func (s *snapshotter) acquireFor(ctx context.Context, key string, want wanted, o
 	return s.acquire(ctx, want, owners)
 }
 
-// acquireSoon is acquire for a caller that asks again: containerd holds a lock meanwhile
-// (see Rules in docs/design.md), for which other pods wait.
+// acquireSoon is acquire for a caller that asks again. It does not wait long, because
+// containerd holds a lock meanwhile (see Rules in docs/design.md) that other pods wait for.
 func (s *snapshotter) acquireSoon(ctx context.Context, want wanted, owners unpack.IDMap) (*store.Reference, error) {
 	building, cancel := context.WithTimeout(ctx, unpackWait)
 	defer cancel()
@@ -344,7 +345,7 @@ func (s *snapshotter) acquireSoon(ctx context.Context, want wanted, owners unpac
 	return v, err
 }
 
-// ordinary returns err as an error of who asked for an artifact by a key of ours.
+// ordinary returns the error for a caller that asked for an artifact by a key of ours.
 func ordinary(target ocispec.Descriptor, err error) error {
 	if errors.Is(err, artifact.ErrNotArtifact) {
 		return fmt.Errorf("%s is an ordinary image: %w", target.Digest, errdefs.ErrInvalidArgument)
@@ -352,8 +353,8 @@ func ordinary(target ocispec.Descriptor, err error) error {
 	return err
 }
 
-// committed reports whether a snapshot shows the manifest that was committed as ref
-// on top of nothing. One that shows anything else, in whatever namespace, is
+// committed reports whether a snapshot of the manifest is committed as ref, without a parent.
+// If one with other content is, in whatever namespace, the error is
 // errdefs.ErrFailedPrecondition: containerd takes the first one that it finds
 // (core/metadata/snapshot.go, createSnapshot).
 func committed(ctx context.Context, ref string, manifest digest.Digest) (there bool, err error) {
@@ -366,10 +367,10 @@ func committed(ctx context.Context, ref string, manifest digest.Digest) (there b
 			return nil
 		}
 		what := "the layer of an image"
-		if id, ok := shown(i); ok {
+		if id, ok := treeOf(i); ok {
 			what = "artifact " + id.Manifest.String()
 		}
-		return fmt.Errorf("snapshot %s already shows %s, which has the same content: %w", ref, what, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("snapshot %s is already that of %s, which has the same content: %w", ref, what, errdefs.ErrFailedPrecondition)
 	})
 	if errdefs.IsNotFound(err) { // no snapshot has ever been made
 		err = nil
@@ -385,7 +386,7 @@ func parseVolume(key string) *store.Volume {
 	return nil
 }
 
-// apply is what opts say.
+// apply returns what the options set.
 func apply(opts []snapshots.Opt) (base snapshots.Info, err error) {
 	for _, opt := range opts {
 		if err := opt(&base); err != nil {
@@ -399,8 +400,8 @@ func bind(v *store.Reference) []mount.Mount {
 	return []mount.Mount{{Type: "bind", Source: v.Path, Options: []string{"bind", "ro", "nosuid", "nodev"}}}
 }
 
-// withLabel marks a snapshot as one of an artifact, withoutLabel one that is none,
-// whatever the caller says.
+// withLabel marks a snapshot as one of an artifact. withoutLabel removes our labels, which a
+// caller may have set.
 func withLabel(manifest digest.Digest) snapshots.Opt {
 	return snapshots.WithLabels(map[string]string{LabelArtifact: manifest.String()})
 }
@@ -411,14 +412,14 @@ func withoutLabel(i *snapshots.Info) error {
 	return nil
 }
 
-// owners is the user namespace for which CRI asks for the snapshot.
+// owners returns the user namespace that the snapshot is for.
 func owners(i snapshots.Info) unpack.IDMap {
 	return unpack.IDMap{UID: i.Labels[snapshots.LabelSnapshotUIDMapping], GID: i.Labels[snapshots.LabelSnapshotGIDMapping]}
 }
 
-// shown is what i shows, a view or a committed snapshot of an artifact or of layers
-// of one; false if it is neither.
-func shown(i snapshots.Info) (store.ID, bool) {
+// treeOf returns the tree of a view or of a committed snapshot; false if the snapshot is an
+// ordinary one.
+func treeOf(i snapshots.Info) (store.ID, bool) {
 	label, ok := i.Labels[LabelArtifact]
 	if !ok {
 		label, ok = i.Labels[LabelLayers]
@@ -426,12 +427,11 @@ func shown(i snapshots.Info) (store.ID, bool) {
 	return store.ID{Manifest: digest.Digest(label), Owners: owners(i)}, ok
 }
 
-// list is what those of the views and of the committed snapshots show that are
-// wanted.
+// list returns the trees of those views and committed snapshots for which wanted returns true.
 func (s *snapshotter) list(ctx context.Context, wanted func(snapshots.Info) bool) (ids []store.ID, err error) {
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		return storage.WalkInfo(ctx, func(_ context.Context, i snapshots.Info) error {
-			if id, ok := shown(i); ok && wanted(i) {
+			if id, ok := treeOf(i); ok && wanted(i) {
 				ids = append(ids, id)
 			}
 			return nil
@@ -443,13 +443,13 @@ func (s *snapshotter) list(ctx context.Context, wanted func(snapshots.Info) bool
 	return ids, err
 }
 
-// Mounts mounts the artifact of a view again if a reboot has taken the mount.
+// Mounts mounts the tree of a view again if a reboot has removed the mount.
 func (s *snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
 	info, err := s.Stat(ctx, key)
 	if err != nil {
 		return nil, err
 	}
-	id, ok := shown(info)
+	id, ok := treeOf(info)
 	if !ok {
 		return s.Snapshotter.Mounts(ctx, key)
 	}
@@ -462,11 +462,11 @@ func (s *snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	if err != nil {
 		err = fmt.Errorf("snapshot %q: %w", key, err)
 		if volume != nil {
-			s.views.LogRefused(ctx, volume, err)
+			s.trees.LogRefused(ctx, volume, err)
 		}
 		return nil, err
 	}
-	if _, err := s.Stat(ctx, key); err != nil { // it has gone meanwhile
+	if _, err := s.Stat(ctx, key); err != nil { // it has been removed meanwhile
 		v.Release()
 		return nil, err
 	}
@@ -474,24 +474,24 @@ func (s *snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	return bind(v), nil
 }
 
-// Usage of a view is what its Tree adds to the disk, copies of blobs included: the
-// blobs themselves are the content store's, and counted there.
+// Usage of a view is what its tree adds to the disk, including copies of blobs. The blobs
+// themselves are counted by the content store.
 func (s *snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
 	info, err := s.Stat(ctx, key)
 	if err != nil {
 		return snapshots.Usage{}, err
 	}
-	id, ok := shown(info)
+	id, ok := treeOf(info)
 	switch {
 	case !ok:
 		return s.Snapshotter.Usage(ctx, key)
 	case info.Kind == snapshots.KindCommitted && info.Labels[LabelLayers] != "":
 		return s.retainedUsage(ctx, key)
 	}
-	tree, err := s.views.Tree(id)
+	tree, err := s.trees.Tree(id)
 	if errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) {
-		// Gone with a reboot, and not asked for since; or made by another version of
-		// this program, which may have counted otherwise.
+		// A reboot has removed it, and nobody has asked since; or another version of this
+		// program built it, which may have counted differently.
 		return snapshots.Usage{}, nil
 	}
 	if err != nil {
@@ -500,8 +500,8 @@ func (s *snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 	return snapshots.Usage{Size: tree.Size, Inodes: tree.Inodes}, nil
 }
 
-// Update keeps the labels of a view that say what it shows, and keeps ours from
-// everything else.
+// Update does not change the labels that name the artifact of a view, and does not let others
+// set them.
 func (s *snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (snapshots.Info, error) {
 	old, err := s.Stat(ctx, info.Name)
 	if err != nil {
@@ -510,7 +510,7 @@ func (s *snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 	info.Labels = maps.Clone(info.Labels)
 	delete(info.Labels, LabelArtifact)
 	delete(info.Labels, LabelLayers)
-	if _, ok := shown(old); ok {
+	if _, ok := treeOf(old); ok {
 		if info.Labels == nil {
 			info.Labels = map[string]string{}
 		}
@@ -525,15 +525,14 @@ func (s *snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 	return withoutUpperdir(updated), err
 }
 
-// Commit refuses a view: there is nothing to commit in what nobody can write. It
-// labels a snapshot that keeps layers.
+// Commit refuses a view, which is read-only. It labels a snapshot that retains layers.
 func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
 	info, err := s.Stat(ctx, key)
 	if err != nil {
 		return err
 	}
 	if of := subjectIn(info.Labels); !of.ordinary() {
-		return fmt.Errorf("snapshot %q shows %s and cannot be committed: %w", key, of, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("snapshot %q is a view of %s and cannot be committed: %w", key, of, errdefs.ErrFailedPrecondition)
 	}
 	base, err := apply(opts)
 	if err != nil {
@@ -546,17 +545,17 @@ func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	return s.Snapshotter.Commit(ctx, name, key, append(opts, withoutLabel, label)...)
 }
 
-// Remove removes the record. The store unmounts what no other view needs soon.
+// Remove removes the record. The store soon unmounts the tree if no other view uses it.
 func (s *snapshotter) Remove(ctx context.Context, key string) error {
 	info, statErr := s.Stat(ctx, key)
 	if err := s.Snapshotter.Remove(ctx, key); err != nil {
 		return err
 	}
-	s.views.Wake()
+	s.trees.Wake()
 	if statErr != nil {
 		return nil
 	}
-	if id, ok := shown(info); ok && info.Kind != snapshots.KindCommitted {
+	if id, ok := treeOf(info); ok && info.Kind != snapshots.KindCommitted {
 		if volume := parseVolume(key); volume != nil {
 			volume.LogUnmounted(ctx, id.Manifest)
 		}
@@ -564,7 +563,7 @@ func (s *snapshotter) Remove(ctx context.Context, key string) error {
 	return nil
 }
 
-// Cleanup removes what nothing uses from the disk, of both kinds.
+// Cleanup removes from the disk what no snapshot of either kind uses.
 func (s *snapshotter) Cleanup(ctx context.Context) error {
-	return errors.Join(s.Snapshotter.(snapshots.Cleaner).Cleanup(ctx), s.views.CollectGarbage(ctx))
+	return errors.Join(s.Snapshotter.(snapshots.Cleaner).Cleanup(ctx), s.trees.CollectGarbage(ctx))
 }

@@ -28,7 +28,7 @@ import (
 
 var ctx = context.Background()
 
-// node is a snapshotter over a content store in temporary directories.
+// node is a snapshotter and a content store in temporary directories.
 type node struct {
 	snapshots.Snapshotter
 	content, root, state string
@@ -92,7 +92,7 @@ func (n *node) pack(t *testing.T) ocispec.Descriptor {
 	return d
 }
 
-// key is containerd's for an image volume of the pod.
+// key returns containerd's key for an image volume of the pod.
 func key(pod string, d ocispec.Descriptor) string {
 	return "k8s.io/7//run/containerd/io.containerd.grpc.v1.cri/image-volumes/" + pod + "/" + d.Digest.Encoded()
 }
@@ -168,7 +168,7 @@ func TestAnImageVolumeOfAnArtifactIsAView(t *testing.T) {
 	}
 }
 
-func TestWalkShowsBothKinds(t *testing.T) {
+func TestWalkListsBothKinds(t *testing.T) {
 	n := newNode(t)
 	d := n.pack(t)
 	if _, err := n.Prepare(ctx, key("pod", d), ""); err != nil {
@@ -250,7 +250,7 @@ func TestViewsSurviveARestartAndARebootOfTheNode(t *testing.T) {
 	}
 }
 
-func TestLabelsOfAViewChangeButForWhatItShows(t *testing.T) {
+func TestUpdateDoesNotChangeTheArtifactOfAView(t *testing.T) {
 	n := newNode(t)
 	d := n.pack(t)
 	mapping := map[string]string{snapshots.LabelSnapshotUIDMapping: "0:1000:10", snapshots.LabelSnapshotGIDMapping: "0:1000:10"}
@@ -349,7 +349,7 @@ func TestARefusedVolumeLeavesNoSnapshot(t *testing.T) {
 
 const ocispecHex = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
 
-// A crash between the two leaves the directory of a snapshot without its record.
+// A crash after overlayfs made the directory of a snapshot leaves it without a record.
 func TestADirectoryWithoutARecordIsNotInTheWayOfTheNextSnapshot(t *testing.T) {
 	n := newNode(t)
 	dir := filepath.Join(n.root, "overlayfs", "snapshots")
@@ -369,7 +369,7 @@ func TestADirectoryWithoutARecordIsNotInTheWayOfTheNextSnapshot(t *testing.T) {
 	}
 }
 
-// containerd asks every few seconds, and logs each error.
+// containerd asks for the usage every few seconds, and logs each error.
 func TestWhatAnotherVersionHasMadeHasNoUsageAndNoError(t *testing.T) {
 	n := newNode(t)
 	d := n.pack(t)

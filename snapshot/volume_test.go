@@ -25,14 +25,14 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// imagesThat are containerd's images, which answer with what the function returns.
+// imagesThat is a store.Images whose Check returns what the function returns.
 type imagesThat func() error
 
 func (f imagesThat) Check(context.Context, string, digest.Digest) error { return f() }
 func (imagesThat) Name(string, digest.Digest) string                    { return "" }
 
-// Which images containerd has is not asked for the volume of an image with layers, and
-// its manifest is not looked for.
+// For the volume of an image with layers, containerd's images need not be known, and its
+// manifest need not be found.
 func TestAnImageVolumeOfAnImageNeedsNothingOfContainerd(t *testing.T) {
 	unknown := fmt.Errorf("it is not known which images there are: %w", errdefs.ErrUnavailable)
 	n := newNode(t)
@@ -73,8 +73,8 @@ func TestAnImageVolumeOfAnImageNeedsNothingOfContainerd(t *testing.T) {
 	}
 }
 
-// containerd's lock is held while its images are waited for, and while a Tree is.
-func TestAVolumeWaitsForAllThereIsForOneBudget(t *testing.T) {
+// containerd holds a lock while its images are waited for, and while a tree is.
+func TestAVolumeHasOneBudgetForAllItWaitsFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newNode(t)
 		n.close(t)
@@ -95,17 +95,17 @@ func TestAVolumeWaitsForAllThereIsForOneBudget(t *testing.T) {
 	})
 }
 
-// Whoever asks for a view of MountKey asks again, and containerd's lock is held meanwhile.
-func TestTheViewOfAMountIsNotWaitedForLong(t *testing.T) {
+// The caller of MountKey asks again. containerd holds a lock meanwhile.
+func TestAViewOfMountKeyIsNotWaitedForLong(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newNode(t)
 		d := n.pack(t)
 		key := MountKey("/mnt/model")
-		if _, err := n.View(ctx, key, "", showing(d.Digest)); err != nil {
+		if _, err := n.View(ctx, key, "", targeting(d.Digest)); err != nil {
 			t.Fatal(err)
 		}
 		n.close(t)
-		// As after a reboot, the record is all that is left.
+		// As after a reboot, only the record is left.
 		if err := errors.Join(mount.UnmountRecursive(n.state, unix.MNT_DETACH), os.RemoveAll(filepath.Join(n.root, "trees"))); err != nil {
 			t.Fatal(err)
 		}
@@ -114,7 +114,7 @@ func TestTheViewOfAMountIsNotWaitedForLong(t *testing.T) {
 		n.open(t)
 		for how, ask := range map[string]func() error{
 			"Mounts": func() error { _, err := n.Mounts(ctx, key); return err },
-			"View":   func() error { _, err := n.View(ctx, MountKey("/mnt/another"), "", showing(d.Digest)); return err },
+			"View":   func() error { _, err := n.View(ctx, MountKey("/mnt/another"), "", targeting(d.Digest)); return err },
 		} {
 			began := time.Now()
 			if err := ask(); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "still being unpacked") {

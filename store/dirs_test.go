@@ -16,7 +16,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// newDirs is a site whose blobs are in two directories, beside one that is not there.
+// newDirs returns a site with two directories of blobs, and a third that does not exist.
 func newDirs(t *testing.T) (s *site, first, second blobs.Dir) {
 	t.Helper()
 	s = newSite(t)
@@ -27,7 +27,7 @@ func newDirs(t *testing.T) (s *site, first, second blobs.Dir) {
 	return s, first, second
 }
 
-// model is an artifact of one file.
+// model returns an artifact of one file.
 func model(content string) pack.Artifact {
 	return pack.Artifact{Layers: []pack.Layer{{
 		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte(content),
@@ -54,7 +54,7 @@ func TestAnArtifactIsFoundInAnyDirectory(t *testing.T) {
 	}
 }
 
-func TestATreeGoesWhenNoDirectoryHasItsManifest(t *testing.T) {
+func TestATreeIsRemovedWhenNoDirectoryHasItsManifest(t *testing.T) {
 	s, first, second := newDirs(t)
 	a := model("bytes")
 	d, err := a.WriteTo(string(first))
@@ -80,7 +80,7 @@ func TestATreeGoesWhenNoDirectoryHasItsManifest(t *testing.T) {
 	s.wantState(v.ID, false, false)
 }
 
-func TestNothingGoesWhenADirectoryIsUnreadable(t *testing.T) {
+func TestNothingIsRemovedIfADirectoryIsUnreadable(t *testing.T) {
 	s, first, second := newDirs(t)
 	a := model("bytes")
 	d, err := a.WriteTo(string(first))
@@ -99,8 +99,8 @@ func TestNothingGoesWhenADirectoryIsUnreadable(t *testing.T) {
 	s.wantState(v.ID, true, false)
 }
 
-// A disk that is not mounted any more has deleted nothing.
-func TestNothingGoesWithADirectory(t *testing.T) {
+// If the disk with the blobs is unmounted, the runtime has deleted nothing.
+func TestNothingIsRemovedWhenADirectoryDisappears(t *testing.T) {
 	s, first, second := newDirs(t)
 	for _, dir := range []blobs.Dir{first, second} {
 		if err := os.MkdirAll(filepath.Join(string(dir), "blobs/sha256"), 0o755); err != nil {
@@ -158,7 +158,7 @@ func TestCompressedLayersAreUnpackedInWhateverDirectoryTheyArrive(t *testing.T) 
 	eventually(t, "the tree is built", func() bool { return s.has(ID{Manifest: d.Digest}) })
 }
 
-func TestWhatAPathShowsIsToldByItsOwners(t *testing.T) {
+func TestThePathOfAMountTellsItsTree(t *testing.T) {
 	s := newSite(t)
 	d := s.pack("bytes")
 	owners := unpack.IDMap{UID: "0:200000:65536", GID: "0:200000:65536"}

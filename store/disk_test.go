@@ -19,7 +19,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// newDisk is a site whose root is on a disk of 2 MiB; fill takes what is left of it.
+// newDisk returns a site whose root is on a disk of 2 MiB. fill fills the disk.
 func newDisk(t *testing.T) (s *site, fill func(name string)) {
 	t.Helper()
 	s = newSite(t)
@@ -48,10 +48,11 @@ func TestAFullDiskIsSweptAtTheStart(t *testing.T) {
 	fill("trees/new-1/file")
 	s.open()
 	s.acquire(s.pack("x")).Release()
-	s.collect() // what is mounted keeps files of the root open
+	s.collect() // mounts keep files of the root open
 }
 
-// One text is one event in Kubernetes, and a build has a directory of its own each time.
+// Kubernetes counts errors with the same text as one event, and each build has another
+// directory.
 func TestAFullDiskIsSaidTheSameEachTime(t *testing.T) {
 	s, fill := newDisk(t)
 	s.config.Content = blobs.Dir(filepath.Join(s.config.Root, "content")) // so that no blob is copied

@@ -15,8 +15,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// FuzzName makes names of Trees from what the labels of a snapshot say: each is the
-// name of one file, tells its manifest, and is nobody else's.
+// FuzzName makes names of trees from the labels of a snapshot: each is the name of one file,
+// contains the manifest's digest, and belongs to one ID.
 func FuzzName(f *testing.F) {
 	for _, list := range []string{"", "0:1:2", "../../x", "/", "\x00", strings.Repeat("0:1:2,", 1000)} {
 		f.Add("x", list, list)
@@ -35,7 +35,7 @@ func FuzzName(f *testing.F) {
 	})
 }
 
-// FuzzArrival looks at any file that arrives in the content store.
+// FuzzArrival reads any file that arrives in the content store.
 func FuzzArrival(f *testing.F) {
 	d := digest.FromString("x").String()
 	for _, text := range []string{

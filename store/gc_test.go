@@ -20,7 +20,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-func TestNothingGoesWhenAUserCannotTell(t *testing.T) {
+func TestNothingIsRemovedIfReferencesCannotBeListed(t *testing.T) {
 	s := newSite(t)
 	d := s.pack("bytes")
 	v := s.acquire(d)
@@ -48,7 +48,7 @@ func TestAFailureIsForgottenWithItsArtifact(t *testing.T) {
 	}
 }
 
-func TestNothingGoesWhenTheContentRootIsUnreadable(t *testing.T) {
+func TestNothingIsRemovedIfTheContentRootIsUnreadable(t *testing.T) {
 	s := newSite(t)
 	v := s.acquire(s.pack("bytes"))
 	v.Release()
@@ -69,7 +69,7 @@ func TestAnUnusedTreeIsNoSecondCopy(t *testing.T) {
 	s := newSite(t)
 	d := s.pack("bytes")
 	v := s.acquire(d)
-	s.show(v.ID)
+	s.uses(v.ID)
 	v.Release()
 	for _, blob := range s.blobs() { // the runtime deletes the image and pulls it again
 		if err := os.Remove(blob); err != nil {
@@ -79,7 +79,7 @@ func TestAnUnusedTreeIsNoSecondCopy(t *testing.T) {
 	s.pack("bytes")
 	s.collect()
 	s.wantState(v.ID, true, true) // a pod reads it
-	s.show()
+	s.uses()
 	s.collect()
 	s.wantState(v.ID, false, false)
 }
@@ -93,7 +93,7 @@ func (s *site) blobs() []string {
 	return blobs
 }
 
-func TestSweepsDoNotDisturbEachOther(t *testing.T) {
+func TestGarbageCollectionsDoNotDisturbEachOther(t *testing.T) {
 	s := newSite(t)
 	for i := range 200 {
 		content := filepath.Join(s.sharedDir(), "sha256", fmt.Sprint(i))
@@ -115,7 +115,7 @@ func TestSweepsDoNotDisturbEachOther(t *testing.T) {
 	wg.Wait()
 }
 
-func TestRunSweepsWhenTheRuntimeDeletesAManifest(t *testing.T) {
+func TestRunCollectsGarbageWhenTheRuntimeDeletesAManifest(t *testing.T) {
 	s := newSite(t)
 	d := s.pack("bytes")
 	v := s.acquire(d)
@@ -124,8 +124,8 @@ func TestRunSweepsWhenTheRuntimeDeletesAManifest(t *testing.T) {
 	done := make(chan struct{})
 	go func() { defer close(done); s.Run(ctx) }()
 	eventually(t, "the unused mount is gone", func() bool { mounted, err := s.mounted(v.ID.name()); return !mounted && err == nil })
-	// The watch is in place before the first sweep or soon after; a deletion
-	// that it misses is found by the next.
+	// The watch begins before the first garbage collection or soon after. The next one finds
+	// a deletion that the watch misses.
 	eventually(t, "the tree is gone", func() bool {
 		other := s.pack(fmt.Sprint(time.Now().UnixNano()))
 		s.forget(other)
@@ -136,7 +136,7 @@ func TestRunSweepsWhenTheRuntimeDeletesAManifest(t *testing.T) {
 	<-done
 }
 
-func TestCopiesGoWithTheLastTreeThatLinksToThem(t *testing.T) {
+func TestCopiesAreRemovedWithTheLastTreeThatLinksToThem(t *testing.T) {
 	s := newSite(t)
 	if err := unix.Mount("tmpfs", s.config.Content.String(), "tmpfs", 0, "size=16m"); err != nil {
 		t.Fatal(err)
@@ -168,7 +168,7 @@ func (s *site) sharedNames() []string {
 	return names
 }
 
-func TestAFlatTarGoesWithTheLastTreeThatLinksToIt(t *testing.T) {
+func TestADecompressedTarIsRemovedWithTheLastTreeThatLinksToIt(t *testing.T) {
 	s := newSite(t)
 	member := pack.Member{Data: []byte("bytes")}
 	member.Name, member.Mode = "weights", 0o644

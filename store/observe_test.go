@@ -16,7 +16,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// told is what an Observer was told.
+// told records what an Observer is told.
 type told struct {
 	mu          sync.Mutex
 	bytes       map[unpack.Retention]int64
@@ -63,7 +63,7 @@ func TestAnObserverIsToldHowBytesCame(t *testing.T) {
 		first := s.acquire(d)
 		second := s.acquire(d)
 		if o.bytes[unpack.Reflinked] > 0 && how == unpack.Copied {
-			how = unpack.Reflinked // the file system of the test can
+			how = unpack.Reflinked // the file system of the test supports it
 		}
 		if first.Built == nil || first.Built.Bytes[how] != int64(len(content)) || first.Built.Modes.Raw != mode || second.Built != nil {
 			t.Errorf("%s: the first who asked was told of %+v, the second of %+v", mode, first.Built, second.Built)
@@ -75,11 +75,11 @@ func TestAnObserverIsToldHowBytesCame(t *testing.T) {
 			t.Errorf("%s: %+v", mode, o.builds)
 		}
 		stats, err := s.Stats(context.Background())
-		// A tree of links is directories, and those of a tmpfs take no space.
+		// A tree of links has only directories, which take no space on a tmpfs.
 		if err != nil || stats.Trees[s.Modes()] != 1 || stats.Mounts != 1 || stats.References != 0 || stats.Size == 0 && mode != unpack.Link {
 			t.Errorf("%s: %+v (%v)", mode, stats, err)
 		}
-		s.show(first.ID, first.ID)
+		s.uses(first.ID, first.ID)
 		if stats, err := s.Stats(context.Background()); err != nil || stats.References != 2 {
 			t.Errorf("%s: %+v (%v)", mode, stats, err)
 		}
@@ -88,7 +88,7 @@ func TestAnObserverIsToldHowBytesCame(t *testing.T) {
 	}
 }
 
-func TestAnObserverIsToldWhatASweepFrees(t *testing.T) {
+func TestAnObserverIsToldWhatGarbageCollectionFrees(t *testing.T) {
 	s, o := newObserved(t, unpack.Modes{})
 	s.collect()
 	content := strings.Repeat("x", 1<<20)
@@ -116,7 +116,7 @@ func TestAnObserverIsToldWhatASweepFrees(t *testing.T) {
 	s.references = append(s.references, func(context.Context) ([]ID, error) { return nil, errors.New("no list") })
 	s.mu.Unlock()
 	if err := s.CollectGarbage(context.Background()); err == nil || o.collections[len(o.collections)-1].Err == nil {
-		t.Errorf("a sweep that fails: %v, %+v", err, o.collections[len(o.collections)-1])
+		t.Errorf("a garbage collection that fails: %v, %+v", err, o.collections[len(o.collections)-1])
 	}
 }
 
@@ -136,7 +136,7 @@ func TestAnObserverIsToldOfFailures(t *testing.T) {
 	}
 }
 
-func TestWhoCannotWaitIsToldSo(t *testing.T) {
+func TestARequestThatCannotWaitIsToldSo(t *testing.T) {
 	s := newSite(t)
 	d := s.pack("bytes")
 	ctx, cancel := context.WithCancel(context.Background())

@@ -28,8 +28,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// gzipped makes an artifact of a raw file and a compressed tar. Nothing of it is
-// there but what it returns the paths of.
+// gzipped makes an artifact of a raw file and a compressed tar, and returns its blobs by their
+// encoded digests. None of them is in the content store.
 func (s *site) gzipped(n int) (target ocispec.Descriptor, blobs map[string][]byte) {
 	s.t.Helper()
 	member := pack.Member{Data: fmt.Appendf(nil, "tarred %d", n)}
@@ -86,7 +86,7 @@ func (s *site) arrive(hex string, b []byte) {
 	}
 }
 
-// run runs the store until the test ends, and returns when it sees what arrives.
+// run runs the store until the test ends. It returns when the store sees blobs that arrive.
 func (s *site) run() {
 	s.t.Helper()
 	s.Close()
@@ -110,7 +110,7 @@ func (s *site) run() {
 			}
 		}
 		if i == 20 {
-			s.t.Fatal("nothing is unpacked early")
+			s.t.Fatal("nothing is unpacked while it is pulled")
 		}
 	}
 }
@@ -171,14 +171,14 @@ func TestAPullThatIsGivenUpLeavesNothing(t *testing.T) {
 	s.wantState(ID{Manifest: d.Digest}, false, false)
 }
 
-// clock is a time that passes when the test says so.
+// clock is a clock that the test sets forward.
 type clock struct{ offset atomic.Int64 }
 
 func (c *clock) now() time.Time { return time.Now().Add(time.Duration(c.offset.Load())) }
 
 func (c *clock) pass(d time.Duration) { c.offset.Add(int64(d)) }
 
-// openOnPull opens a store that is told of what arrives by its test.
+// openOnPull opens a store that the test tells of blobs that arrive.
 func (s *site) openOnPull() *clock {
 	s.t.Helper()
 	s.Close()
@@ -189,8 +189,8 @@ func (s *site) openOnPull() *clock {
 	return c
 }
 
-// beginOnPull lets the manifest and the config of gzipped(n) arrive. When the build waits
-// for the layers it returns them.
+// beginOnPull lets the manifest and the config of gzipped(n) arrive. It returns the layers when
+// the build waits for them.
 func (s *site) beginOnPull(n int) (d ocispec.Descriptor, rest map[string][]byte) {
 	s.t.Helper()
 	d, rest = s.gzipped(n)
@@ -223,7 +223,8 @@ func (s *site) waiting() (builds, dirs int) {
 	return len(s.pulls()), len(s.reserved)
 }
 
-// ingest is what containerd receives a blob with, and what it calls that.
+// ingest returns the store with which containerd receives a blob, and the name that it gives to
+// the blob.
 func (s *site) ingest(hex string) (store content.Store, ref string) {
 	s.t.Helper()
 	store, err := local.NewStore(s.config.Content.String())
@@ -250,7 +251,7 @@ func (s *site) receive(hex string) {
 	}
 }
 
-func TestAnEarlyBuildEndsWhenNothingArrives(t *testing.T) {
+func TestABuildOnPullEndsWhenNothingArrives(t *testing.T) {
 	s := newSite(t)
 	clock := s.openOnPull()
 	dead, _ := s.beginOnPull(1)
@@ -259,7 +260,7 @@ func TestAnEarlyBuildEndsWhenNothingArrives(t *testing.T) {
 	for hex := range rest {
 		blobs = append(blobs, hex)
 	}
-	for range 3 { // hours, for a large blob over a slow line
+	for range 3 { // hours, as for a large blob over a slow connection
 		for range 60 {
 			clock.pass(time.Minute)
 			s.receive(blobs[0])
@@ -276,7 +277,7 @@ func TestAnEarlyBuildEndsWhenNothingArrives(t *testing.T) {
 		builds, dirs := s.waiting()
 		return builds == 1 && dirs == 1
 	})
-	// One layer is there, which counts, and the other one does not follow.
+	// One layer arrives, which is progress. The other one does not.
 	store, ref := s.ingest(blobs[0])
 	if err := store.Abort(context.Background(), ref); err != nil {
 		t.Fatal(err)
@@ -298,12 +299,12 @@ func TestAnEarlyBuildEndsWhenNothingArrives(t *testing.T) {
 	for _, d := range []ocispec.Descriptor{dead, slow} {
 		s.wantState(ID{Manifest: d.Digest}, false, false)
 	}
-	// A pod gets it all the same when it is there.
+	// When all blobs are there, a pod gets the artifact all the same.
 	s.arrive(blobs[1], rest[blobs[1]])
 	s.acquire(slow).Release()
 }
 
-// Whatever a node is full of, what really arrives is unpacked meanwhile.
+// An artifact that really arrives is unpacked, whatever else builds wait for.
 func TestNoNumberOfBuildsThatWaitInVainKeepsOthersFromIt(t *testing.T) {
 	s := newSite(t)
 	s.openOnPull()
@@ -336,8 +337,8 @@ func TestNoNumberOfBuildsThatWaitInVainKeepsOthersFromIt(t *testing.T) {
 	}
 }
 
-// What waits must not take more than it is counted with, which counts most where a manifest
-// names many layers.
+// A build that waits must not use more memory than it is counted with. A manifest with many
+// layers uses most.
 func TestAWaitingBuildIsCountedWithTheMemoryThatItTakes(t *testing.T) {
 	s := newSite(t)
 	s.openOnPull()
@@ -357,7 +358,7 @@ func TestAWaitingBuildIsCountedWithTheMemoryThatItTakes(t *testing.T) {
 		t.Fatal("nothing waits")
 	}
 	p.stop()
-	s.Close() // nothing else takes memory meanwhile
+	s.Close() // nothing else uses memory meanwhile
 	used := func() int64 {
 		var m runtime.MemStats
 		runtime.GC()

@@ -21,11 +21,11 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-func TestOpenKeepsWhatIsShownAndTheSweepTakesTheRest(t *testing.T) {
+func TestOpenKeepsMountsAndGarbageCollectionRemovesUnusedOnes(t *testing.T) {
 	s := newSite(t)
 	shown, unused := s.acquire(s.pack("1")), s.acquire(s.pack("2"))
-	s.show(shown.ID)
-	// What a crash in the middle of a build and a killed probe leave.
+	s.uses(shown.ID)
+	// What a crash during a build, and a killed probe, leave.
 	for _, dir := range []string{"new-1/fs", "probe-2/target"} {
 		if err := os.MkdirAll(filepath.Join(s.trees, dir), 0o700); err != nil {
 			t.Fatal(err)
@@ -47,7 +47,7 @@ func TestOpenKeepsWhatIsShownAndTheSweepTakesTheRest(t *testing.T) {
 func TestTreesAndCopiesDoNotOutliveABoot(t *testing.T) {
 	s := newSite(t)
 	v := s.acquire(s.pack("1"))
-	s.show(v.ID)
+	s.uses(v.ID)
 	s.Close()
 	if err := s.unmount(v.ID.name()); err != nil { // as a reboot does
 		t.Fatal(err)
@@ -74,13 +74,13 @@ func TestTreesAndCopiesDoNotOutliveABoot(t *testing.T) {
 	s.wantState(v.ID, true, true)
 }
 
-// The mounts are in another directory than the Trees, and can outlive them.
-func TestAMountWithoutItsTreeIsNotShown(t *testing.T) {
+// The mounts are in another directory than the trees, and can outlive them.
+func TestAMountWithoutItsTreeIsReplaced(t *testing.T) {
 	for _, how := range []string{"the daemon restarts", "the daemon goes on"} {
 		t.Run(how, func(t *testing.T) {
 			s := newSite(t)
 			v := s.acquire(s.pack("bytes"))
-			s.show(v.ID)
+			s.uses(v.ID)
 			if err := os.RemoveAll(filepath.Join(s.config.Root, "trees", v.ID.name())); err != nil {
 				t.Fatal(err)
 			}
@@ -96,12 +96,12 @@ func TestAMountWithoutItsTreeIsNotShown(t *testing.T) {
 	}
 }
 
-// An update of the daemon may change what a Tree is, while pods show old ones.
-func TestATreeOfAnotherVersionIsShownAsLongAsItIsMounted(t *testing.T) {
+// An update of the daemon may change the format of trees while pods use old ones.
+func TestATreeOfAnotherVersionIsUsedAsLongAsItIsMounted(t *testing.T) {
 	s := newSite(t)
 	d := s.pack("bytes")
 	v := s.acquire(d)
-	s.show(v.ID)
+	s.uses(v.ID)
 	v.Release()
 	s.Close()
 	tree := filepath.Join(s.trees, v.ID.name())
@@ -118,7 +118,7 @@ func TestATreeOfAnotherVersionIsShownAsLongAsItIsMounted(t *testing.T) {
 		t.Errorf("the tree was built again below a running pod: %s, %v", b, err)
 	}
 	second.Release()
-	s.show()
+	s.uses()
 	s.collect()
 	if _, err := os.Lstat(tree); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the tree has not gone with its last pod: %v", err)
@@ -127,7 +127,7 @@ func TestATreeOfAnotherVersionIsShownAsLongAsItIsMounted(t *testing.T) {
 	s.wantState(v.ID, true, true)
 }
 
-// Whatever would build the Tree again must leave it to the pods that show it.
+// Nothing that would build a tree again may touch one that pods use.
 func TestATreeOfAnotherVersionIsNotReplacedWhileItIsMounted(t *testing.T) {
 	shifted := unpack.IDMap{UID: "0:200000:65536", GID: "0:200000:65536"}
 	for name, again := range map[string]func(t *testing.T, s *site, d ocispec.Descriptor){
@@ -177,9 +177,9 @@ func TestATreeOfAnotherVersionIsNotReplacedWhileItIsMounted(t *testing.T) {
 					s.arrive(hex, b)
 				}
 				v := s.acquire(d)
-				s.show(v.ID)
+				s.uses(v.ID)
 				v.Release()
-				pod := filepath.Join(s.config.State, "pod") // which has a bind of its own
+				pod := filepath.Join(s.config.State, "pod") // with a bind mount of its own
 				if err := errors.Join(os.Mkdir(pod, 0o755), unix.Mount(v.Path, pod, "", unix.MS_BIND, "")); err != nil {
 					t.Fatal(err)
 				}
@@ -202,7 +202,7 @@ func TestATreeOfAnotherVersionIsNotReplacedWhileItIsMounted(t *testing.T) {
 						t.Errorf("the running pod: %q, %v; want %q", b, err, want)
 					}
 				}
-				s.show() // its last pod has gone
+				s.uses() // its last pod is gone
 				s.collect()
 				s.wantState(v.ID, false, false)
 				s.acquire(d).Release()
@@ -219,7 +219,7 @@ func TestAChangeOfTheModeWhileAPodRuns(t *testing.T) {
 	s.open()
 	d := s.pack("bytes")
 	v := s.acquire(d)
-	s.show(v.ID)
+	s.uses(v.ID)
 	s.Close()
 	s.config.Modes = unpack.Modes{Raw: unpack.Overlay, Tar: unpack.Extract}
 	s.open()

@@ -9,9 +9,9 @@ import (
 	"testing"
 )
 
-// Pods do not wait while a sweep asks who shows what, and what they acquire meanwhile
-// stays, though nobody has told the sweep of it.
-func TestWhatIsAcquiredWhileASweepAsksStays(t *testing.T) {
+// Pods do not wait while garbage collection asks the References. A tree that they acquire
+// meanwhile stays, although no list has it.
+func TestATreeAcquiredDuringGarbageCollectionStays(t *testing.T) {
 	s := newSite(t)
 	before, during, d := s.pack("before"), s.pack("during"), s.pack("old")
 	old := s.acquire(d)
@@ -19,7 +19,7 @@ func TestWhatIsAcquiredWhileASweepAsksStays(t *testing.T) {
 	kept := []*Reference{s.acquire(before)}
 	s.AddReferences(func(context.Context) ([]ID, error) {
 		v := s.acquire(during)
-		v.Release() // its Users have listed it when they were asked already
+		v.Release() // as if the References that were asked before list it now
 		kept[0].Release()
 		kept = append(kept, v)
 		return nil, nil
@@ -34,8 +34,8 @@ func TestWhatIsAcquiredWhileASweepAsksStays(t *testing.T) {
 	}
 }
 
-// A node may have thousands of Trees that nobody shows, and sweeps each minute.
-func TestASweepReadsATreeOnce(t *testing.T) {
+// A node may have thousands of trees that nothing uses, and collects garbage each minute.
+func TestGarbageCollectionReadsATreeOnce(t *testing.T) {
 	s := newSite(t)
 	d := s.pack("bytes")
 	v := s.acquire(d)
@@ -46,7 +46,7 @@ func TestASweepReadsATreeOnce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(meta, []byte("{}"), 0o600); err != nil { // what is read would go
+	if err := os.WriteFile(meta, []byte("{}"), 0o600); err != nil { // a tree with this file would be removed
 		t.Fatal(err)
 	}
 	s.collect()
@@ -56,7 +56,7 @@ func TestASweepReadsATreeOnce(t *testing.T) {
 	if err := os.WriteFile(meta, text, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// Another Tree of that name is another file to read.
+	// Another tree of that name has another file.
 	s.forget(d)
 	s.collect()
 	s.wantState(v.ID, false, false)
@@ -70,8 +70,8 @@ func TestASweepReadsATreeOnce(t *testing.T) {
 	s.wantState(again.ID, true, false)
 }
 
-// A pod that starts leaves nothing to sweep.
-func TestOnlyAClaimThatEndsUnlistedIsSwept(t *testing.T) {
+// A pod that starts leaves no garbage.
+func TestOnlyAClaimThatEndsUnlistedAsksForGarbageCollection(t *testing.T) {
 	s := newSite(t)
 	d := s.pack("bytes")
 	for name, tt := range map[string]struct {
@@ -80,10 +80,10 @@ func TestOnlyAClaimThatEndsUnlistedIsSwept(t *testing.T) {
 	}{"listed": {(*Reference).Listed, 0}, "given up": {(*Reference).Release, 1}} {
 		v := s.acquire(d)
 		if len(s.wake) > 0 {
-			t.Errorf("%s: a sweep is asked for while it is held", name)
+			t.Errorf("%s: a garbage collection is asked for while it is claimed", name)
 		}
 		if tt.end(v); len(s.wake) != tt.woken {
-			t.Errorf("%s: sweeps asked for: %d, want %d", name, len(s.wake), tt.woken)
+			t.Errorf("%s: garbage collections asked for: %d, want %d", name, len(s.wake), tt.woken)
 		}
 		s.collect()
 		select {

@@ -26,15 +26,15 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// site is a content store and a store over it, with a list of users.
+// site is a content store and a Store on it, with a References that lists used.
 type site struct {
 	*Store
 	t      *testing.T
 	config Config
 
-	mu    sync.Mutex
-	shown []ID
-	err   error
+	mu   sync.Mutex
+	used []ID
+	err  error
 }
 
 func newSite(t *testing.T) *site {
@@ -60,18 +60,18 @@ func (s *site) open() {
 	store.AddReferences(func(context.Context) ([]ID, error) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		return s.shown, s.err
+		return s.used, s.err
 	})
 	s.Store = store
 }
 
-func (s *site) show(ids ...ID) {
+func (s *site) uses(ids ...ID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.shown = ids
+	s.used = ids
 }
 
-// pack makes an artifact of one file.
+// pack makes an artifact with one file.
 func (s *site) pack(content string) ocispec.Descriptor {
 	s.t.Helper()
 	a := pack.Artifact{Layers: []pack.Layer{{
@@ -169,13 +169,13 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-func TestAViewLivesAsLongAsItsUsers(t *testing.T) {
+func TestAMountStaysAsLongAsItIsClaimedOrListed(t *testing.T) {
 	s := newSite(t)
 	d := s.pack("bytes")
 	v := s.acquire(d)
 	s.collect()
 	s.wantState(v.ID, true, true) // held
-	s.show(v.ID)
+	s.uses(v.ID)
 	v.Release()
 	s.collect()
 	s.wantState(v.ID, true, true) // listed
@@ -185,7 +185,7 @@ func TestAViewLivesAsLongAsItsUsers(t *testing.T) {
 	s.forget(d)
 	s.collect()
 	s.wantState(v.ID, true, true) // in use, so it does not matter that the runtime deleted it
-	s.show()
+	s.uses()
 	s.collect()
 	s.wantState(v.ID, false, false)
 	for _, dir := range []string{s.trees, s.sharedDir(), s.mounts} {
@@ -238,7 +238,7 @@ func TestABuildOutlivesTheRequestThatBeganIt(t *testing.T) {
 	cancel()
 	v, err := s.Acquire(ctx, d, unpack.IDMap{})
 	if err == nil {
-		v.Release() // it was quicker
+		v.Release() // the build was quicker
 	} else if !errors.Is(err, context.Canceled) {
 		t.Fatal(err)
 	}
@@ -303,7 +303,7 @@ func TestCloseEndsBuildsAndRefusesMore(t *testing.T) {
 	}
 }
 
-func TestAnImageIsNoView(t *testing.T) {
+func TestAnImageIsNotAnArtifact(t *testing.T) {
 	s := newSite(t)
 	image, err := pack.Image(ocispec.ImageConfig{}, false)
 	if err != nil {
@@ -340,7 +340,7 @@ func TestEachUserNamespaceHasItsTree(t *testing.T) {
 	}
 }
 
-func TestAShiftedTreeGoesWithItsLastPod(t *testing.T) {
+func TestAShiftedTreeIsRemovedWithItsLastPod(t *testing.T) {
 	s := newSite(t)
 	s.Close()
 	s.config.Modes.Tar = unpack.Extract
@@ -353,11 +353,11 @@ func TestAShiftedTreeGoesWithItsLastPod(t *testing.T) {
 	plain := ID{Manifest: d.Digest}
 	s.wantState(v.ID, true, true)
 	s.wantState(plain, true, false) // what it was made from
-	s.show(v.ID)
+	s.uses(v.ID)
 	v.Release()
 	s.collect()
 	s.wantState(v.ID, true, true)
-	s.show()
+	s.uses()
 	s.collect()
 	s.wantState(v.ID, false, false)
 	s.wantState(plain, true, false)
@@ -419,7 +419,7 @@ func TestAFailureIsForgottenWhenTheNextTrySucceeds(t *testing.T) {
 	s.failUnseen(d)()
 	s.acquire(d).Release()
 	if f := s.entry(ID{Manifest: d.Digest}).failure; f != nil {
-		t.Errorf("kept: %v", f)
+		t.Errorf("not forgotten: %v", f)
 	}
 }
 
@@ -449,7 +449,7 @@ func TestTheReasonOfAFailureReachesWhoeverAsksNext(t *testing.T) {
 	clock.pass(tellFailure)
 	s.collect()
 	if f := s.entry(ID{Manifest: d.Digest}).failure; f != nil {
-		t.Errorf("kept: %v", f)
+		t.Errorf("not forgotten: %v", f)
 	}
 	cure()
 	s.acquire(d).Release()

@@ -30,7 +30,7 @@ func TestThePathOfAnImageVolumeNamesItsSandboxAndItsImage(t *testing.T) {
 		dir + "pod/" + hex:               {Volume{Sandbox: "pod", Hex: hex}, ""},
 		"k8s.io/7/" + dir + "pod/" + hex: {Volume{Namespace: "k8s.io", Sandbox: "pod", Hex: hex}, ""},
 		dir + "pod/" + hex + "/a/b":      {Volume{Sandbox: "pod", Hex: hex}, "a/b"},
-		// The path below the volume is the pod's to choose.
+		// The pod chooses the path below the volume.
 		dir + "pod/" + hex + "/image-volumes/pod/" + other: {Volume{Sandbox: "pod", Hex: hex}, "image-volumes/pod/" + other},
 		"/image-volumes/pod/" + hex + hex:                  {Volume{Sandbox: "pod", Hex: hex + hex}, ""},
 		"image-volumes/pod/" + hex:                         {},
@@ -54,7 +54,7 @@ type knownImages struct{ conflict error }
 func (i *knownImages) Check(context.Context, string, digest.Digest) error { return i.conflict }
 func (*knownImages) Name(string, digest.Digest) string                    { return "" }
 
-// Whoever asks for an image volume gets the artifact, an error that says why not, or
+// The answer to a request for an image volume is the artifact, an error that says why not, or
 // artifact.ErrNotArtifact, which leaves the volume to the runtime.
 func TestAnImageVolumeIsMountedRefusedOrTheRuntimes(t *testing.T) {
 	s := newSite(t)

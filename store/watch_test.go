@@ -19,7 +19,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// logged is what a logger has written.
+// logged collects what a logger writes.
 type logged struct {
 	mu   sync.Mutex
 	text bytes.Buffer
@@ -37,8 +37,8 @@ func (l *logged) count(text string) int {
 	return strings.Count(l.text.String(), text)
 }
 
-// Below a user namespace the limits are those of the namespace as well
-// (kernel/ucount.c), so that no other process is in the way, nor misses any.
+// In a user namespace, the limits of the namespace apply as well (kernel/ucount.c), so other
+// processes do not disturb the test, and are not disturbed.
 func TestWithoutInotifyBlobsAreLookedFor(t *testing.T) {
 	const inNamespace = "ARTIFACT_SNAPSHOTTER_TEST_INOTIFY"
 	limit := os.Getenv(inNamespace)
@@ -69,7 +69,7 @@ func TestWithoutInotifyBlobsAreLookedFor(t *testing.T) {
 	s.config.DecompressOnPull, s.config.Modes = true, unpack.Modes{Raw: unpack.Copy, Tar: unpack.Extract} // without a mount
 	s.open()
 	var out logged
-	log.L.Logger.SetOutput(&out) // of this process, which has no other test
+	log.L.Logger.SetOutput(&out) // the process runs no other test
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() { s.Run(ctx) })

@@ -62,8 +62,8 @@ var suites = []suite{
 	}},
 	{pkg: "unpack/differ"},
 	{pkg: "view", modes: map[string][]string{"overlay": {
-		"TestAnObserverIsToldHowBytesCame", "TestAnObserverIsToldWhatASweepFrees", "TestEachUserNamespaceHasItsTree", "TestAShiftedTreeGoesWithItsLastPod",
-		"TestAChangeOfTheModeWhileAPodRuns", "TestAFlatTarGoesWithTheLastTreeThatLinksToIt",
+		"TestAnObserverIsToldHowBytesCame", "TestAnObserverIsToldWhatGarbageCollectionFrees", "TestEachUserNamespaceHasItsTree", "TestAShiftedTreeIsRemovedWithItsLastPod",
+		"TestAChangeOfTheModeWhileAPodRuns", "TestADecompressedTarIsRemovedWithTheLastTreeThatLinksToIt",
 	}}},
 	{pkg: "snapshot"},
 }

@@ -42,8 +42,8 @@ type (
 		Config    digest.Digest `json:"config"`
 		Size      int64         `json:"size"`
 		Layout    *struct {
-			Raw    string `json:"raw"`
-			Tar    string `json:"tar"`
+			Raw    string `json:"raw_mode"`
+			Tar    string `json:"tar_mode"`
 			Shared int64  `json:"shared"`
 		} `json:"layout"`
 		Snapshots []string `json:"snapshots"`

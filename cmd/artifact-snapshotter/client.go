@@ -9,9 +9,11 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/containerd/log"
 	"github.com/urfave/cli/v3"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdconfig"
 )
 
 // The values of --output.
@@ -20,16 +22,16 @@ const (
 	outputJSON = "json"
 )
 
-// clientFlags are the flags of all commands that talk to containerd, --output and
-// --config among them. They are those of ctr, with its environment variables.
+// clientFlags are the flags of the commands that talk to containerd. Those that ctr has,
+// too, have its environment variables.
 func clientFlags() []cli.Flag {
 	return []cli.Flag{
 		namespaceFlag(),
 		addressFlag(),
 		&cli.StringFlag{
 			Name:  "snapshotter",
-			Usage: "what containerd calls the snapshotter",
-			Value: "artifact",
+			Usage: "name of the snapshotter in containerd",
+			Value: containerdconfig.Snapshotter,
 		},
 		configFlag(),
 		outputFlag(),
@@ -56,7 +58,7 @@ func addressFlag() *cli.StringFlag {
 	}
 }
 
-// outputFlag is the form of what a command prints.
+// outputFlag selects what a command prints.
 func outputFlag() *cli.StringFlag {
 	return &cli.StringFlag{
 		Name:  "output",
@@ -75,11 +77,30 @@ func wantsJSON(command *cli.Command) (bool, error) {
 	}
 }
 
-// connect connects to the containerd that clientFlags name. The caller closes the
-// client.
+// clientAction is the action of a command that talks to the containerd of clientFlags.
+func clientAction(do func(ctx context.Context, command *cli.Command, c *client.Client, asJSON bool) error) cli.ActionFunc {
+	return func(ctx context.Context, command *cli.Command) error {
+		asJSON, err := wantsJSON(command)
+		if err != nil {
+			return err
+		}
+		// What containerd's packages log repeats their errors.
+		if err := log.SetLevel("fatal"); err != nil {
+			return err
+		}
+		c, err := connect(ctx, command)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = c.Close() }()
+		return do(ctx, command, c, asJSON)
+	}
+}
+
+// connect connects to the containerd of clientFlags. The caller closes the client.
 func connect(ctx context.Context, command *cli.Command) (*client.Client, error) {
 	if command.String("namespace") == "" {
-		return nil, errors.New("the namespace is empty: give containerd's with -n, k8s.io say, or unset CONTAINERD_NAMESPACE")
+		return nil, errors.New("the namespace is empty: name one of containerd's with -n, for example k8s.io, or unset CONTAINERD_NAMESPACE")
 	}
 	address := command.String("address")
 	if address == "" {
@@ -93,16 +114,16 @@ func connect(ctx context.Context, command *cli.Command) (*client.Client, error) 
 	if err != nil {
 		return nil, err
 	}
-	c.Waiting = hint(command.Root().ErrWriter)
+	c.Waiting = printWaiting(command.Root().ErrWriter)
 	return c, nil
 }
 
-// hint says why somebody waits, once for each reason.
-func hint(w io.Writer) func(why error) {
-	said := ""
+// printWaiting returns a function that prints why a command waits, if the reason is new.
+func printWaiting(w io.Writer) func(why error) {
+	last := ""
 	return func(why error) {
-		if line := oneLine(why); line != said {
-			said = line
+		if line := oneLine(why); line != last {
+			last = line
 			_, _ = fmt.Fprintf(w, "waiting: %s\n", line)
 		}
 	}

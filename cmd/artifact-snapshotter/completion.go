@@ -18,8 +18,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 )
 
-// scripts ask the program for candidates, one a line. Those of the library take
-// what is behind a colon for a description, and references have colons.
+// scripts ask the program for candidates, one per line. The scripts of the cli library take
+// what follows a colon for a description, but references have colons.
 //
 //go:embed completion
 var scripts embed.FS
@@ -27,7 +27,7 @@ var scripts embed.FS
 func completionCommand() *cli.Command {
 	command := &cli.Command{
 		Name:  "completion",
-		Usage: "print the script that completes commands, flags and references in a shell",
+		Usage: "print a script for a shell that completes commands, flags and references",
 		Description: "Examples:\n\n" +
 			"  source <(artifact-snapshotter completion bash)\n" +
 			"  source <(artifact-snapshotter completion zsh)\n" +
@@ -47,12 +47,12 @@ func completionCommand() *cli.Command {
 			},
 		})
 	}
-	completable(command) // the library adds it when the others have been made so
+	completable(command) // the library adds this command later than the others
 	return command
 }
 
-// completable gives all commands below root what the scripts ask for, unless they
-// have a completion of their own.
+// completable lets all commands from root on complete names, unless they have a completion
+// of their own.
 func completable(root *cli.Command) {
 	if root.ShellComplete == nil {
 		root.ShellComplete = func(_ context.Context, command *cli.Command) { completeNames(command) }
@@ -62,12 +62,12 @@ func completable(root *cli.Command) {
 	}
 }
 
-// completeNames prints the flags, if one has been begun, or else the commands. It
-// reports whether it was a flag. Nothing stands for a flag's value, which only the
-// shell may know.
+// completeNames prints the flags if the word begins with a dash, and the commands
+// otherwise. It reports which. It prints nothing for the value of a flag: the shell
+// completes that.
 func completeNames(command *cli.Command) (flag bool) {
 	var names []string
-	// The last argument is the mark of a request, the one before what was begun.
+	// The last argument is --generate-shell-completion, the one before it the word.
 	if n := len(os.Args); n > 2 && strings.HasPrefix(os.Args[n-2], "-") {
 		flag = true
 		for _, f := range command.Flags {
@@ -86,12 +86,12 @@ func completeNames(command *cli.Command) (flag bool) {
 	return flag
 }
 
-// plain is what no shell takes for anything but a word. An image may have any
-// name, and bash does not quote what it inserts.
+// plain matches what every shell reads as a word. An image may have any name, and bash
+// does not quote what it inserts.
 var plain = regexp.MustCompile(`^[A-Za-z0-9._:/@+-]+$`)
 
-// printCandidates prints those that are plain. Errors have no place to go, here and
-// below.
+// printCandidates prints the plain candidates. A completion has nobody to report errors
+// to, here and below.
 func printCandidates(command *cli.Command, candidates []string) {
 	for _, c := range candidates {
 		if plain.MatchString(c) {
@@ -100,8 +100,7 @@ func printCandidates(command *cli.Command, candidates []string) {
 	}
 }
 
-// completeReference prints the references of the artifacts in the namespace, for
-// the first argument.
+// completeReference completes the first argument with the references of artifacts.
 func completeReference(ctx context.Context, command *cli.Command) {
 	completeFirst(ctx, command, func(ctx context.Context, c *client.Client) (names []string, err error) {
 		all, err := c.Survey(ctx, nil, nil)
@@ -115,7 +114,7 @@ func completeReference(ctx context.Context, command *cli.Command) {
 	})
 }
 
-// completeTarget prints what unmount can unmount.
+// completeTarget completes the first argument with the targets of mounts.
 func completeTarget(ctx context.Context, command *cli.Command) {
 	completeFirst(ctx, command, func(ctx context.Context, c *client.Client) (targets []string, err error) {
 		mounts, err := c.Mounts(ctx)
@@ -126,12 +125,12 @@ func completeTarget(ctx context.Context, command *cli.Command) {
 	})
 }
 
-// completeFirst prints what is listed for the first argument.
+// completeFirst completes the first argument with what list returns.
 func completeFirst(ctx context.Context, command *cli.Command, list func(context.Context, *client.Client) ([]string, error)) {
 	if completeNames(command) || command.Args().Present() {
 		return
 	}
-	for _, f := range command.Flags { // the library has not looked into the environment yet
+	for _, f := range command.Flags { // the library has not read the environment yet
 		if f.PostParse() != nil {
 			return
 		}

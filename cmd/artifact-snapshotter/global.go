@@ -11,28 +11,28 @@ import (
 	"github.com/urfave/cli/v3"
 )
 
-// globalFlags are the flags of commands that may also stand before the command, as in
-// ctr and kubectl. A flag behind the command beats the one before it, and that one beats
-// the environment.
+// globalFlags are the flags that may stand before the command, too, as with ctr and kubectl.
+// A flag after the command takes precedence over one before it, and both over the
+// environment.
 func globalFlags() (flags []cli.Flag) {
 	for _, flag := range []*cli.StringFlag{namespaceFlag(), addressFlag(), outputFlag()} {
-		flag.Local = true                     // the library would give it to every command
-		flag.Sources = cli.ValueSourceChain{} // the command's own flag asks the environment
+		flag.Local = true                     // otherwise every command would have it
+		flag.Sources = cli.ValueSourceChain{} // the command's own flag reads the environment
 		flags = append(flags, flag)
 	}
 	return flags
 }
 
-// before is the value that a flag was given before the command.
+// before is the value of a flag before the command.
 type before struct{ *cli.StringFlag }
 
 func (b before) Lookup() (string, bool) { return b.Get().(string), b.IsSet() }
 func (b before) String() string         { return "--" + b.Name + " before the command" }
 func (b before) GoString() string       { return fmt.Sprintf("before{%q}", b.Name) }
 
-// inherit hands the global flags to command and to those below it, as far as they have the
-// same flags; a command without one refuses it. A flag that has only the long name in common
-// means something else: --address of serve is the socket of the daemon.
+// inherit passes the global flags on to the commands from command on that have the same
+// flag. Other commands refuse the flag. If only the long name is the same, the flag is
+// another one: --address of serve is the daemon's socket.
 func inherit(globals []cli.Flag, command *cli.Command) {
 	for _, sub := range command.Commands {
 		inherit(globals, sub)

@@ -17,15 +17,15 @@ import (
 func healthCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "health",
-		Usage: "say whether the daemon serves: exit status 0, or 1 and the reason",
-		Description: "For probes and scripts. `doctor` says more, of the node and of containerd.\n\n" +
+		Usage: "report whether the daemon serves: exit status 0, or 1 and the reason",
+		Description: "For probes and scripts. `doctor` says more about the node and containerd.\n\n" +
 			"Examples:\n\n" +
 			"  artifact-snapshotter health\n" +
 			"  artifact-snapshotter health --address /run/artifact-snapshotter/artifact-snapshotter.sock --timeout 1s",
 		Flags: []cli.Flag{
 			configFlag(),
 			&cli.StringFlag{Name: "address", Usage: "the daemon's Unix socket", DefaultText: "address of the configuration file"},
-			&cli.BoolFlag{Name: "nri", Usage: "ask whether a runtime has taken the daemon's plugin of NRI"},
+			&cli.BoolFlag{Name: "nri", Usage: "ask whether the daemon's NRI plugin is connected to a runtime"},
 			&cli.DurationFlag{Name: "timeout", Usage: "how long to wait for an answer", Value: 5 * time.Second},
 		},
 		Action: health,

@@ -29,10 +29,10 @@ import (
 func inspectCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "inspect",
-		Usage:     "print what an artifact has in it",
+		Usage:     "print the layers of an artifact",
 		ArgsUsage: "REF|DIGEST",
-		Description: "A digest, of a manifest or an index, is looked up in containerd's content store if no image of\n" +
-			"the namespace has it, or containerd does not run. It may be without its algorithm.\n\n" +
+		Description: "A digest is that of a manifest or an index, with or without its algorithm. If no image of the\n" +
+			"namespace has it, or containerd does not run, it is looked up in containerd's content store.\n\n" +
 			"Examples:\n\n" +
 			"  artifact-snapshotter inspect registry.example.com/models/llama:v1\n" +
 			"  artifact-snapshotter inspect -n k8s.io --output json sha256:2474bb13…",
@@ -57,9 +57,9 @@ type inspected struct {
 type inspectedImage struct {
 	Reference string        `json:"reference"`
 	Digest    digest.Digest `json:"digest"`
-	// Snapshot is empty if the artifact is not unpacked, or that is not known.
+	// Snapshot is empty if the artifact is not unpacked, or if that is unknown.
 	Snapshot string `json:"snapshot"`
-	// unknown is why it is not known.
+	// unknown says why Snapshot is unknown.
 	unknown error
 	// Conflicts are the first references of other artifacts with the same config.
 	Conflicts     []string `json:"conflicts"`
@@ -73,7 +73,7 @@ type inspectedLayer struct {
 	Format      artifact.Format      `json:"format"`
 	Compression artifact.Compression `json:"compression"`
 	DiffID      digest.Digest        `json:"diff_id,omitempty"`
-	// File is absent if the layer is an archive, or nothing.
+	// File is absent if the layer is an archive or empty.
 	File *inspectedFile `json:"file,omitempty"`
 }
 
@@ -106,7 +106,7 @@ func inspect(ctx context.Context, command *cli.Command) error {
 	return printArtifact(out, a)
 }
 
-// find finds the artifact of the argument, and its image if it has one.
+// find returns the artifact of the argument, and its image if it has one.
 func find(ctx context.Context, command *cli.Command) (*inspectedImage, *artifact.Artifact, error) {
 	ref := command.Args().First()
 	hex, isDigest, err := digestOf(ref)
@@ -137,8 +137,8 @@ func find(ctx context.Context, command *cli.Command) (*inspectedImage, *artifact
 	return nil, a, err
 }
 
-// digestOf is the hex of a digest, with or without its algorithm; false if ref is
-// none.
+// digestOf returns the hex of a digest, with or without its algorithm. It returns false if
+// ref is not a digest.
 func digestOf(ref string) (hex string, ok bool, err error) {
 	if algorithm, _, found := strings.Cut(ref, ":"); found && digest.Algorithm(algorithm).Available() {
 		d, err := digest.Parse(ref)
@@ -169,8 +169,7 @@ func findImage(ctx context.Context, c *client.Client, ref string) (*inspectedIma
 	return i, image.Artifact, nil
 }
 
-// settle makes the layers what their blobs are, as far as these are on the node and can be
-// shown.
+// settle settles the formats of the layers whose blobs are on the node and can be mounted.
 func settle(ctx context.Context, a *artifact.Artifact, blobs content.Provider) {
 	for i, l := range a.Layers {
 		if settled, err := unpack.Settle(ctx, l, blobs); err == nil {
@@ -179,7 +178,7 @@ func settle(ctx context.Context, a *artifact.Artifact, blobs content.Provider) {
 	}
 }
 
-// findBlob finds an artifact without containerd.
+// findBlob returns an artifact without asking containerd.
 func findBlob(ctx context.Context, blobs blobs.Source, hex string) (*artifact.Artifact, error) {
 	target, err := blobs.Find(hex)
 	if err != nil {
@@ -217,7 +216,7 @@ func inspectedOf(image *inspectedImage, a *artifact.Artifact) inspected {
 	return i
 }
 
-// isKnown reports whether an artifact names the time of its creation.
+// isKnown reports whether an artifact names its creation time.
 func isKnown(created time.Time) bool { return !created.Equal(time.Unix(0, 0)) }
 
 func printImage(w io.Writer, i *inspectedImage) error {
@@ -225,14 +224,14 @@ func printImage(w io.Writer, i *inspectedImage) error {
 	fmt.Fprintf(&text, "%s  %s\n", printable(i.Reference), i.Digest)
 	switch {
 	case i.unknown != nil:
-		fmt.Fprintf(&text, "unpacked or not: %s\n", oneLine(i.unknown))
+		fmt.Fprintf(&text, "unknown whether it is unpacked: %s\n", oneLine(i.unknown))
 	case i.Snapshot == "":
 		fmt.Fprintln(&text, "not unpacked")
 	default:
 		fmt.Fprintf(&text, "unpacked as snapshot %s\n", printable(i.Snapshot))
 	}
 	if len(i.Conflicts) > 0 {
-		fmt.Fprintf(&text, "has the same config as %s: CRI may mount one for the other\n", conflictList(i.Conflicts, i.moreConflicts))
+		fmt.Fprintf(&text, "has the same config as %s: CRI may mount one for another\n", conflictList(i.Conflicts, i.moreConflicts))
 	}
 	_, err := io.WriteString(w, text.String())
 	return err
@@ -250,8 +249,8 @@ func printArtifact(w io.Writer, a *artifact.Artifact) error {
 		path, mode, owner := "(unpacked at the root)", "-", "-"
 		switch layer.Format {
 		case artifact.FormatEmpty:
-			path = "(nothing)"
-		case artifact.FormatTarOrRaw: // its blob is not there
+			path = "(empty)"
+		case artifact.FormatTarOrRaw: // its blob is missing
 			path = printable(layer.File.Path) + " (or unpacked at the root, if it is an archive)"
 		case artifact.FormatRaw:
 			path = printable(layer.File.Path)
@@ -265,8 +264,8 @@ func printArtifact(w io.Writer, a *artifact.Artifact) error {
 	return printTable(w, text.String())
 }
 
-// printable quotes what could disturb the table or the terminal: the text is
-// that of whoever made the artifact.
+// printable quotes text that could disturb the table or the terminal: the author of the
+// artifact wrote it.
 func printable(text string) string {
 	if strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) {
 		return strconv.Quote(text)

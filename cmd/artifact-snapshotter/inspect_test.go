@@ -97,7 +97,7 @@ dir one/model.bin                                      1.5 KiB  -rwxr-x---  1000
 README.md                                              7.0 B    -rw-r--r--  0:0       application/vnd.cncf.model.doc.v1.raw      -
 hi.txt                                                 2.0 B    -rw-r--r--  0:0       application/vnd.oci.image.layer.v1.tar     -
 hi.txt (or unpacked at the root, if it is an archive)  7.0 B    -           -         application/vnd.oci.image.layer.v1.tar     -
-(nothing)                                              2.0 B    -           -         application/vnd.oci.empty.v1+json          -
+(empty)                                                2.0 B    -           -         application/vnd.oci.empty.v1+json          -
 (unpacked at the root)                                 3.0 MiB  -           -         application/vnd.cncf.model.dataset.v1.tar  gzip
 `
 	for name, argument := range map[string]string{
@@ -143,7 +143,7 @@ hi.txt (or unpacked at the root, if it is an archive)  7.0 B    -           -   
 	}
 }
 
-// Names are whatever the artifact's author wrote; the terminal gets none of it.
+// The author of an artifact chooses names, and must not control the terminal.
 func TestInspectQuotesControlCharacters(t *testing.T) {
 	var got bytes.Buffer
 	err := printArtifact(&got, &artifact.Artifact{

@@ -22,40 +22,32 @@ import (
 func lsCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "ls",
-		Usage: "list the artifacts of a namespace and who uses them",
-		Description: "SHARED is how much of an artifact is containerd's own files, without a copy, and MODE how its\n" +
-			"layers are laid out; both are \"-\" if it is not laid out, or the daemon's root cannot be read.\n" +
-			"Artifacts that share a config are one image to CRI: it may mount one for the other.\n\n" +
+		Usage: "list the artifacts of a namespace, and what uses them",
+		Description: "SHARED is how many bytes of an artifact are containerd's own files, without a copy, and MODE the\n" +
+			"modes of its layers. Both are \"-\" if the artifact is not unpacked, or the daemon's root is not\n" +
+			"readable. CRI takes artifacts with the same config for one image, and may mount one for another.\n\n" +
 			"Examples:\n\n" +
 			"  artifact-snapshotter ls -n k8s.io\n" +
 			"  artifact-snapshotter ls --mounts\n" +
 			"  artifact-snapshotter ls --output json",
 		Flags: append(clientFlags(), append(rootFlags(),
-			&cli.BoolFlag{Name: "mounts", Usage: "list what the command mount shows instead"},
+			&cli.BoolFlag{Name: "mounts", Usage: "list the mounts of the command mount instead"},
 		)...),
 		ArgValidator: arguments(),
-		Action: func(ctx context.Context, command *cli.Command) error {
-			if _, err := wantsJSON(command); err != nil {
-				return err
-			}
-			c, err := connect(ctx, command)
-			if err != nil {
-				return err
-			}
-			defer func() { _ = c.Close() }()
+		Action: clientAction(func(ctx context.Context, command *cli.Command, c *client.Client, asJSON bool) error {
 			if command.Bool("mounts") {
-				return listMounts(ctx, command, c)
+				return listMounts(ctx, command, c, asJSON)
 			}
-			return listArtifacts(ctx, command, c)
-		},
+			return listArtifacts(ctx, command, c, asJSON)
+		}),
 	}
 }
 
-// rootFlags say where the daemon keeps things.
+// rootFlags are the directories of the daemon and of containerd.
 func rootFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "root", Usage: "root of the daemon; beats the configuration file"},
-		&cli.StringFlag{Name: "content-root", Usage: "root of containerd's content store; beats the file, too"},
+		&cli.StringFlag{Name: "root", Usage: "root of the daemon; overrides the configuration file"},
+		&cli.StringFlag{Name: "content-root", Usage: "root of containerd's content store; overrides the file, too"},
 	}
 }
 
@@ -81,12 +73,12 @@ type listed struct {
 	Manifest  digest.Digest `json:"manifest"`
 	Config    digest.Digest `json:"config"`
 	Size      int64         `json:"size"`
-	// Layout is null if the artifact is not laid out.
+	// Layout is null if the artifact is not unpacked.
 	Layout    *layout  `json:"layout"`
 	Snapshots []string `json:"snapshots"`
 	Pods      []pod    `json:"pods"`
 	Mounts    []string `json:"mounts"`
-	// Containers are the IDs of those whose image it is.
+	// Containers are the IDs of the containers whose image it is.
 	Containers []string `json:"containers"`
 	// Conflicts are the first references of other artifacts with the same config.
 	Conflicts []string `json:"conflicts"`
@@ -94,13 +86,13 @@ type listed struct {
 	moreConflicts int
 }
 
-// maxConflicts is how many references of others an artifact is listed with: where all
-// have one config, all would be listed with all.
+// maxConflicts is the number of conflicting references listed for an artifact. If all
+// artifacts have one config, each conflicts with all others.
 const maxConflicts = 8
 
 type layout struct {
-	Raw    unpack.Mode `json:"raw,omitempty"`
-	Tar    unpack.Mode `json:"tar,omitempty"`
+	Raw    unpack.Mode `json:"raw_mode,omitempty"`
+	Tar    unpack.Mode `json:"tar_mode,omitempty"`
 	Shared int64       `json:"shared"`
 }
 
@@ -117,7 +109,7 @@ func (p pod) String() string {
 	return p.Namespace + "/" + p.Name
 }
 
-func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) error {
+func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client, asJSON bool) error {
 	root, content, err := roots(command)
 	if err != nil {
 		return err
@@ -142,7 +134,7 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) 
 		l.Size, l.Layout = sizes[l.Manifest], layouts[l.Manifest]
 		list = append(list, l)
 	}
-	if json, _ := wantsJSON(command); json {
+	if asJSON {
 		return printJSON(command.Root().Writer, list)
 	}
 	var text strings.Builder
@@ -166,7 +158,7 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client) 
 	return printTable(command.Root().Writer, text.String())
 }
 
-// describe is what there is to say about an image, but for its layers.
+// describe describes an image, except for its layers.
 func describe(image images.Image, uses map[digest.Digest]*client.Use, conflicts map[digest.Digest]*images.Sharing) listed {
 	l := listed{
 		Reference:  image.Name,
@@ -190,8 +182,8 @@ func describe(image images.Image, uses map[digest.Digest]*client.Use, conflicts 
 	return l
 }
 
-// conflictNames are the references of the first artifacts that the image is in conflict
-// with, and how many more there are.
+// conflictNames are the first references that conflict with the image, and the number of
+// the others.
 func conflictNames(conflicts map[digest.Digest]*images.Sharing, image images.Image) (names []string, more int) {
 	names = []string{}
 	others, more := conflicts[image.Config].With(image, maxConflicts)
@@ -216,7 +208,7 @@ type mountInfo struct {
 	Mounted    bool          `json:"mounted"`
 }
 
-func listMounts(ctx context.Context, command *cli.Command, c *client.Client) error {
+func listMounts(ctx context.Context, command *cli.Command, c *client.Client, asJSON bool) error {
 	mounts, err := c.Mounts(ctx)
 	if err != nil {
 		return err
@@ -237,7 +229,7 @@ func listMounts(ctx context.Context, command *cli.Command, c *client.Client) err
 	for _, m := range mounts {
 		list = append(list, mountInfo{m.Target, append([]string{}, references[m.Manifest]...), m.Manifest, m.Mounted})
 	}
-	if json, _ := wantsJSON(command); json {
+	if asJSON {
 		return printJSON(command.Root().Writer, list)
 	}
 	var text strings.Builder

@@ -23,7 +23,7 @@ func main() {
 	// A second signal ends the process at once.
 	context.AfterFunc(ctx, stop)
 	if err := command().Run(ctx, os.Args); err != nil {
-		// One line, whatever the error: it is read in logs and in events.
+		// All errors are one line: they are read in logs and events.
 		fmt.Fprintf(os.Stderr, "%s: %s\n", name, oneLine(err))
 		os.Exit(1)
 	}
@@ -33,7 +33,7 @@ func command() *cli.Command {
 	root := &cli.Command{
 		Name:            name,
 		Usage:           "mount OCI model artifacts into pods as read-only volumes, without copying a byte",
-		Description:     "--namespace, --address and --output may stand before or after a command that has them.",
+		Description:     "--namespace, --address and --output may precede or follow a command that has them.",
 		HideHelpCommand: true,
 		Flags:           globalFlags(),
 		Commands: []*cli.Command{
@@ -56,7 +56,7 @@ func command() *cli.Command {
 	return root
 }
 
-// quietly makes a usage error an error like any other, without the usage.
+// quietly makes the library return usage errors like others and not print the usage.
 func quietly(command *cli.Command) {
 	command.OnUsageError = func(_ context.Context, command *cli.Command, err error, _ bool) error {
 		return fmt.Errorf("%w (see %s --help)", err, command.FullName())
@@ -66,7 +66,7 @@ func quietly(command *cli.Command) {
 	}
 }
 
-// noArguments refuses the arguments of a command that takes none.
+// noArguments refuses arguments.
 func noArguments(_ context.Context, command *cli.Command) error {
 	if !command.Args().Present() {
 		return nil
@@ -74,5 +74,5 @@ func noArguments(_ context.Context, command *cli.Command) error {
 	if len(command.Commands) > 0 {
 		return fmt.Errorf("no such command: %s %s (see %[1]s --help)", command.FullName(), command.Args().First())
 	}
-	return fmt.Errorf("%s takes no argument, but was given %q", command.Name, command.Args().First())
+	return fmt.Errorf("%s takes no argument, but got %q", command.Name, command.Args().First())
 }

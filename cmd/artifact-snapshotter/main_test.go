@@ -105,7 +105,7 @@ func TestErrors(t *testing.T) {
 		"a flag without its value":      {[]string{"serve", "--root"}, []string{"root"}},
 		"an argument too many":          {[]string{"version", "now"}, []string{"version", `"now"`}},
 		"inspect without a digest":      {[]string{"inspect"}, []string{"REF|DIGEST"}},
-		"inspect of two digests":        {[]string{"inspect", "a", "b"}, []string{"REF|DIGEST", "was given 2"}},
+		"inspect of two digests":        {[]string{"inspect", "a", "b"}, []string{"REF|DIGEST", "got 2"}},
 		"a configuration not there":     {[]string{"serve", "--config", "/none.toml"}, []string{"/none.toml"}},
 		"unknown keys":                  {[]string{"serve", "--config", unknown}, []string{unknown, "rooot (line 1)", "other (line 2)"}},
 		"bad values":                    {[]string{"serve", "--config", bad}, []string{"root", "absolute", "stairs"}},

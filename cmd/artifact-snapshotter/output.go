@@ -24,7 +24,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
-// printTable prints lines whose columns have tabs between them.
+// printTable prints lines with tabs between their columns.
 func printTable(w io.Writer, text string) error {
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	if _, err := io.WriteString(table, text); err != nil {
@@ -33,7 +33,7 @@ func printTable(w io.Writer, text string) error {
 	return table.Flush()
 }
 
-// short is a digest as it stands in tables.
+// short abbreviates a digest for tables.
 func short(d digest.Digest) string {
 	if d.Validate() != nil {
 		return "-"
@@ -41,11 +41,11 @@ func short(d digest.Digest) string {
 	return d.Algorithm().String() + ":" + d.Encoded()[:12]
 }
 
-// orNone stands for what is empty in tables.
+// orNone replaces an empty cell of a table.
 func orNone(text string) string { return cmp.Or(text, "-") }
 
-// printJSON prints one value. What a terminal obeys is escaped, as in what is printed
-// as text; JSON itself leaves some of it as it is.
+// printJSON prints a value. It escapes what a terminal would interpret, some of which JSON
+// permits.
 func printJSON(w io.Writer, v any) error {
 	var text bytes.Buffer
 	encoder := json.NewEncoder(&text)
@@ -65,8 +65,8 @@ func printJSON(w io.Writer, v any) error {
 	return err
 }
 
-// escape replaces what a terminal might obey: all that is neither printable nor the
-// end of a line nor a tab.
+// escape replaces what a terminal might interpret: all runes but printable ones, newlines
+// and tabs.
 func escape(text string, with func(rune) string) string {
 	var escaped strings.Builder
 	for _, r := range text {
@@ -79,7 +79,7 @@ func escape(text string, with func(rune) string) string {
 	return escaped.String()
 }
 
-// harmless is a text as a terminal can show it.
+// harmless escapes text for a terminal.
 func harmless(text string) string {
 	return escape(text, func(r rune) string {
 		quoted := strconv.QuoteRune(r)
@@ -87,13 +87,13 @@ func harmless(text string) string {
 	})
 }
 
-// oneLine is an error as a terminal can show it: registries have a word in some.
+// oneLine is an error for a terminal. Registries write parts of some errors.
 func oneLine(err error) string { return harmless(strings.ReplaceAll(err.Error(), "\n", "; ")) }
 
-// maxListed is how many names stand in a table; JSON has all.
+// maxListed is the number of names in a cell of a table; JSON has all.
 const maxListed = 5
 
-// printableList joins what others have named.
+// printableList joins names that others have chosen.
 func printableList(names []string) string {
 	var quoted []string
 	for i, name := range names {
@@ -106,7 +106,7 @@ func printableList(names []string) string {
 	return strings.Join(quoted, ", ")
 }
 
-// arguments refuses another number of arguments than the names that are given.
+// arguments requires as many arguments as there are names.
 func arguments(names ...string) cli.ArgValidatorFunc {
 	return func(_ context.Context, command *cli.Command) error {
 		got := command.Args().Len()
@@ -117,18 +117,18 @@ func arguments(names ...string) cli.ArgValidatorFunc {
 		if len(names) > 0 {
 			want = strings.Join(names, " ")
 		}
-		return fmt.Errorf("%s takes %s, but was given %d (see %s --help)", command.Name, want, got, command.FullName())
+		return fmt.Errorf("%s takes %s, but got %d (see %s --help)", command.Name, want, got, command.FullName())
 	}
 }
 
-// packedAs is the path of a layer's file, or what an archive was packed from, as
-// the artifact has it.
+// packedAs is the path of a layer's file or, for an archive, of what it was packed from,
+// according to the artifact.
 func packedAs(l artifact.Layer) string {
 	d := l.Descriptor.Annotations
 	return cmp.Or(l.File.Path, d[modelspec.AnnotationFilepath], d["org.cnai.model.filepath"], d[ocispec.AnnotationTitle])
 }
 
-// layerName is packedAs for people, or the digest.
+// layerName is packedAs for a terminal, or else the digest.
 func layerName(l artifact.Layer) string {
 	if name := packedAs(l); name != "" {
 		return printable(fmt.Sprintf("%.255s", name))

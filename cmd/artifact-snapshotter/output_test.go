@@ -10,8 +10,8 @@ import (
 	"testing"
 )
 
-// What others have written reaches the terminal as text, and programs unchanged.
-func TestNothingThatATerminalObeysIsPrinted(t *testing.T) {
+// Names that others have chosen reach terminals escaped, and programs unchanged.
+func TestWhatATerminalInterpretsIsEscaped(t *testing.T) {
 	rude := "a\x1b[2J\u009b31m\u202e\U000e0001 \x00语"
 	if got, want := oneLine(errors.New("1\n2\t"+rude)), "1; 2\t"+`a\x1b[2J\u009b31m\u202e\U000e0001 \x00语`; got != want {
 		t.Errorf("got %q, want %q", got, want)

@@ -12,7 +12,7 @@ import (
 func pauseCommand() *cli.Command {
 	return &cli.Command{
 		Name:   "pause",
-		Usage:  "do nothing until a signal, as the pod of a DaemonSet has to when all is done",
+		Usage:  "wait for a signal, for the container of a DaemonSet whose work is done",
 		Hidden: true,
 		Action: func(ctx context.Context, _ *cli.Command) error {
 			<-ctx.Done()

@@ -20,21 +20,21 @@ func pruneCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "prune",
 		Usage: "delete the artifacts of a namespace that nothing uses",
-		Description: "An artifact stays if a pod has it as a volume, if `mount` shows it, also where the mount has\n" +
-			"gone with a reboot, if anything else has a view of it, if it is the image of a container, or if\n" +
-			"one of its names is pinned. Of the others all names are deleted, and with them the bytes.\n\n" +
+		Description: "An artifact is in use if a pod has it as a volume, if `mount` has mounted it (even if a reboot\n" +
+			"has undone the mount), if anything else has a View snapshot of it, if it is the image of a\n" +
+			"container, or if one of its names is pinned. All names of the others are deleted.\n\n" +
 			"Examples:\n\n" +
 			"  artifact-snapshotter prune -n k8s.io --dry-run\n" +
 			"  artifact-snapshotter prune -n k8s.io",
 		Flags: append(clientFlags(),
-			&cli.BoolFlag{Name: "dry-run", Usage: "only say what would be deleted"},
+			&cli.BoolFlag{Name: "dry-run", Usage: "only print what would be deleted"},
 		),
 		ArgValidator: arguments(),
-		Action:       prune,
+		Action:       clientAction(prune),
 	}
 }
 
-// prunedArtifact and prunedAll are what prune deletes, in JSON.
+// prunedArtifact is an artifact that prune deletes, in JSON, and prunedAll are all of them.
 type prunedArtifact struct {
 	References []string      `json:"references"`
 	Manifest   digest.Digest `json:"manifest"`
@@ -44,20 +44,11 @@ type prunedArtifact struct {
 type prunedAll struct {
 	DryRun    bool             `json:"dry_run"`
 	Artifacts []prunedArtifact `json:"artifacts"`
-	// Freed is what has gone from the namespace, 0 with --dry-run.
+	// Freed is the size of the blobs that have left the namespace; 0 with --dry-run.
 	Freed int64 `json:"freed"`
 }
 
-func prune(ctx context.Context, command *cli.Command) error {
-	json, err := wantsJSON(command)
-	if err != nil {
-		return err
-	}
-	c, err := connect(ctx, command)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = c.Close() }()
+func prune(ctx context.Context, command *cli.Command, c *client.Client, asJSON bool) error {
 	unused, err := c.Unused(ctx)
 	if err != nil {
 		return err
@@ -70,13 +61,13 @@ func prune(ctx context.Context, command *cli.Command) error {
 		}
 		all.Artifacts = append(all.Artifacts, p)
 	}
-	var kept int64
+	var left int64
 	if !all.DryRun {
-		if all.Freed, kept, err = c.Remove(ctx, unused); err != nil {
+		if all.Freed, left, err = c.Remove(ctx, unused); err != nil {
 			return err
 		}
 	}
-	if json {
+	if asJSON {
 		return printJSON(command.Root().Writer, all)
 	}
 	var text strings.Builder
@@ -89,10 +80,10 @@ func prune(ctx context.Context, command *cli.Command) error {
 	}
 	hint := fmt.Sprintf("%s freed", progress.Bytes(all.Freed))
 	switch {
-	case kept > 0:
-		hint += fmt.Sprintf("; other images still need %s, or a lease keeps it, as one does for 24 hours after a pull that was killed", progress.Bytes(kept))
+	case left > 0:
+		hint += fmt.Sprintf("; %s stays, since another image or a lease needs it (a killed pull leaves a lease of 24 hours)", progress.Bytes(left))
 	case all.DryRun:
-		hint = "nothing was deleted: that was a dry run"
+		hint = "nothing was deleted: this was a dry run"
 	}
 	_, err = fmt.Fprintln(command.Root().ErrWriter, hint)
 	return err

@@ -15,7 +15,6 @@ import (
 
 	"github.com/containerd/console"
 	"github.com/containerd/containerd/v2/pkg/progress"
-	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	"github.com/urfave/cli/v3"
 
@@ -25,10 +24,10 @@ import (
 func pullCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "pull",
-		Usage:     "have containerd pull an artifact, and unpack it",
+		Usage:     "pull an artifact into containerd, and unpack it",
 		ArgsUsage: "REF",
-		Description: "An ordinary image is refused, and so is an artifact that could not be shown; nothing is\n" +
-			"pulled of either.\n\n" +
+		Description: "An ordinary image is refused, and so is an artifact that cannot be mounted, before anything is\n" +
+			"pulled.\n\n" +
 			"Examples:\n\n" +
 			"  artifact-snapshotter pull registry.example.com/models/llama:v1\n" +
 			"  artifact-snapshotter pull -n k8s.io -u reader registry.example.com/models/llama:v1\n" +
@@ -37,21 +36,21 @@ func pullCommand() *cli.Command {
 			&cli.StringFlag{
 				Name:    "user",
 				Aliases: []string{"u"},
-				Usage:   "user[:password] for the registry; a password that is missing is asked for",
+				Usage:   "user[:password] for the registry; asks for the password if it is missing",
 			},
 			&cli.StringFlag{
 				Name:  "hosts-dir",
-				Usage: "directory with HOST/hosts.toml, as config_path of containerd's CRI plugin",
+				Usage: "directory with HOST/hosts.toml, like config_path of containerd's CRI plugin",
 				Value: "/etc/containerd/certs.d",
 			},
-			&cli.BoolFlag{Name: "plain-http", Usage: "use HTTP with hosts that have no hosts.toml"},
+			&cli.BoolFlag{Name: "plain-http", Usage: "use HTTP for hosts without a hosts.toml"},
 		),
 		ArgValidator: arguments("REF"),
-		Action:       pull,
+		Action:       clientAction(pull),
 	}
 }
 
-// pulled is what pull has pulled, in JSON.
+// pulled is the result of pull in JSON.
 type pulled struct {
 	Reference string        `json:"reference"`
 	Digest    digest.Digest `json:"digest"`
@@ -60,35 +59,19 @@ type pulled struct {
 	Snapshot  string        `json:"snapshot"`
 }
 
-func pull(ctx context.Context, command *cli.Command) error {
-	json, err := wantsJSON(command)
-	if err != nil {
-		return err
-	}
-	// What containerd's packages log beside their errors.
-	if err := log.SetLevel("fatal"); err != nil {
-		return err
-	}
-	c, err := connect(ctx, command)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = c.Close() }()
-	registry := client.Registry{
-		HostsDir:  command.String("hosts-dir"),
-		PlainHTTP: command.Bool("plain-http"),
-	}
+func pull(ctx context.Context, command *cli.Command, c *client.Client, asJSON bool) (err error) {
+	registry := client.Registry{HostsDir: command.String("hosts-dir"), PlainHTTP: command.Bool("plain-http")}
 	registry.User, registry.Password, _ = strings.Cut(command.String("user"), ":")
 	if registry.User != "" && registry.Password == "" {
 		if registry.Password, err = askPassword(ctx); err != nil {
 			return err
 		}
 	}
-	show := showLines(command.Root().ErrWriter)
+	progressed := printLines(command.Root().ErrWriter)
 	if isTerminal() {
-		show = showBars(os.Stderr)
+		progressed = drawBars(os.Stderr)
 	}
-	image, err := c.Pull(ctx, command.Args().First(), registry, show)
+	image, err := c.Pull(ctx, command.Args().First(), registry, progressed)
 	if err != nil {
 		return err
 	}
@@ -97,15 +80,15 @@ func pull(ctx context.Context, command *cli.Command) error {
 		return err
 	}
 	p := pulled{image.Name, image.Target.Digest, image.Manifest, client.Size(image.Artifact), snapshot}
-	if json {
+	if asJSON {
 		return printJSON(command.Root().Writer, p)
 	}
 	return printTable(command.Root().Writer, fmt.Sprintf("REFERENCE\tDIGEST\tSIZE\tSNAPSHOT\n%s\t%s\t%s\t%s\n",
 		printable(p.Reference), p.Digest, progress.Bytes(p.Size), p.Snapshot))
 }
 
-// isTerminal reports whether bars can be shown: they go to standard error, and
-// package progress asks standard input for the width.
+// isTerminal reports whether bars can be drawn: they go to standard error, and package
+// progress gets the width of standard input.
 func isTerminal() bool {
 	for _, f := range []*os.File{os.Stdin, os.Stderr} {
 		if _, err := console.ConsoleFromFile(f); err != nil {
@@ -115,12 +98,12 @@ func isTerminal() bool {
 	return true
 }
 
-// askPassword reads a password from the terminal, which does not show it. When ctx
-// ends, the terminal is as it was.
+// askPassword reads a password from the terminal without echo. It restores the terminal,
+// even when ctx ends.
 func askPassword(ctx context.Context) (string, error) {
 	c, err := console.ConsoleFromFile(os.Stdin)
 	if err != nil {
-		return "", errors.New("the password is missing: use -u USER:PASSWORD where there is no terminal to ask for it")
+		return "", errors.New("there is no terminal to ask for the password: use -u USER:PASSWORD")
 	}
 	if err := c.DisableEcho(); err != nil {
 		return "", fmt.Errorf("read the password: %w", err)
@@ -148,8 +131,8 @@ func askPassword(ctx context.Context) (string, error) {
 	return strings.TrimRight(line, "\r\n"), nil
 }
 
-// showLines says which layers are there, one line each.
-func showLines(w io.Writer) func([]client.Fetched) {
+// printLines prints a line for each layer that has arrived.
+func printLines(w io.Writer) func([]client.Fetched) {
 	return func(layers []client.Fetched) {
 		for _, l := range layers {
 			if !l.Done {
@@ -157,25 +140,24 @@ func showLines(w io.Writer) func([]client.Fetched) {
 			}
 			how := "pulled"
 			if l.Present {
-				how = "was there"
+				how = "already present"
 			}
 			_, _ = fmt.Fprintf(w, "%s: %s (%d bytes)\n", layerName(l.Layer), how, l.Descriptor.Size)
 		}
 	}
 }
 
-// redraw is how often the bars are drawn at most.
+// redraw is the least time between two drawings of the bars.
 const redraw = 100 * time.Millisecond
 
-// The widths of a line of bars, which is not broken on a terminal with 80 columns.
+// The widths of names and bars, for lines of at most 80 columns.
 const (
 	nameWidth = 28
 	barWidth  = 24
 )
 
-// showBars draws a bar for each layer, as many as there is room for, and one for
-// all of them.
-func showBars(f *os.File) func([]client.Fetched) {
+// drawBars draws a bar for each layer, as many as fit, and one for all layers.
+func drawBars(f *os.File) func([]client.Fetched) {
 	w := progress.NewWriter(f)
 	var layers []client.Fetched
 	var drawn time.Time
@@ -201,12 +183,11 @@ func showBars(f *os.File) func([]client.Fetched) {
 			}
 		}
 		_, _ = io.WriteString(w, bars(layers, max(rows-2, 1)))
-		_ = w.Flush() // a terminal that has gone is no reason to stop
+		_ = w.Flush() // the pull goes on without a terminal
 	}
 }
 
-// bars are at most room lines for layers, those that are on their way first, and
-// one for all.
+// bars are at most room lines for layers, those in transit first, and one for all layers.
 func bars(layers []client.Fetched, room int) string {
 	var text strings.Builder
 	var got, all int64
@@ -217,30 +198,30 @@ func bars(layers []client.Fetched, room int) string {
 			finished++
 		}
 	}
-	shown := layers
+	drawn := layers
 	if len(layers) > room {
-		shown = nil
+		drawn = nil
 		for _, wanted := range []func(client.Fetched) bool{
 			func(l client.Fetched) bool { return !l.Done && l.Bytes > 0 },
 			func(l client.Fetched) bool { return !l.Done && l.Bytes == 0 },
 			func(l client.Fetched) bool { return l.Done },
 		} {
 			for _, l := range layers {
-				if wanted(l) && len(shown) < room {
-					shown = append(shown, l)
+				if wanted(l) && len(drawn) < room {
+					drawn = append(drawn, l)
 				}
 			}
 		}
 	}
-	for _, l := range shown {
+	for _, l := range drawn {
 		bar(&text, layerName(l.Layer), l.Bytes, l.Descriptor.Size, l.Done)
 	}
 	bar(&text, fmt.Sprintf("%d of %d layers", finished, len(layers)), got, all, finished == len(layers))
 	return text.String()
 }
 
-// bar is one line. Package progress counts bytes to know where it is broken, so
-// that a name is cut and padded by bytes, too.
+// bar is one line. A name is cut and padded by bytes, since package progress takes bytes for
+// columns.
 func bar(w *strings.Builder, name string, got, all int64, done bool) {
 	if len(name) > nameWidth {
 		name = strings.ToValidUTF8(name[:nameWidth-3], "") + "..."

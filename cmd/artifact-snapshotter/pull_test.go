@@ -17,7 +17,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 )
 
-// fetched is a layer of 100 bytes.
+// fetched is a layer of 100 bytes, of which some have arrived.
 func fetched(index int, path string, bytes int64) client.Fetched {
 	return client.Fetched{
 		Layer: artifact.Layer{Index: index, Descriptor: ocispec.Descriptor{Size: 100}, File: artifact.File{Path: path}},
@@ -26,7 +26,7 @@ func fetched(index int, path string, bytes int64) client.Fetched {
 	}
 }
 
-// firstColumns are those of the lines.
+// firstColumns are the first columns of the lines.
 func firstColumns(t *testing.T, text string) (names []string) {
 	t.Helper()
 	for line := range strings.Lines(text) {
@@ -39,7 +39,7 @@ func firstColumns(t *testing.T, text string) (names []string) {
 	return names
 }
 
-func TestBarsShowWhatIsOnItsWayIfThereIsNotRoomForAll(t *testing.T) {
+func TestLayersInTransitGetTheBarsThatFit(t *testing.T) {
 	layers := []client.Fetched{fetched(0, "done", 100), fetched(1, "waiting", 0), fetched(2, "half", 50)}
 	for room, want := range map[int][]string{
 		3: {"done", "waiting", "half", "1 of 3 layers"},
@@ -47,13 +47,13 @@ func TestBarsShowWhatIsOnItsWayIfThereIsNotRoomForAll(t *testing.T) {
 		1: {"half", "1 of 3 layers"},
 	} {
 		if got := firstColumns(t, bars(layers, room)); !slices.Equal(got, want) {
-			t.Errorf("room for %d shows %q, want %q", room, got, want)
+			t.Errorf("with room for %d the bars are %q, want %q", room, got, want)
 		}
 	}
 }
 
-// A terminal obeys what a name says, and breaks lines that are too long.
-func TestBarsShowNamesAsTheyMayBeShown(t *testing.T) {
+// A terminal interprets control characters in names, and breaks lines that are too long.
+func TestNamesOfBarsAreEscapedAndCut(t *testing.T) {
 	for path, want := range map[string]string{
 		"a\x1b[2Jb":                   `"a\x1b[2Jb"`,
 		strings.Repeat("x", 200):      strings.Repeat("x", 25) + "...",
@@ -62,36 +62,36 @@ func TestBarsShowNamesAsTheyMayBeShown(t *testing.T) {
 	} {
 		got := firstColumns(t, bars([]client.Fetched{fetched(0, path, 10)}, 9))[0]
 		if got != want {
-			t.Errorf("%q is shown as %q, want %q", path, got, want)
+			t.Errorf("%q becomes %q, want %q", path, got, want)
 		}
 	}
 }
 
-func TestLinesAreOneForEachLayer(t *testing.T) {
+func TestEachLayerThatArrivesIsOneLine(t *testing.T) {
 	var out bytes.Buffer
-	show := showLines(&out)
-	show([]client.Fetched{fetched(0, "a", 50), fetched(1, "b", 100)})
+	progressed := printLines(&out)
+	progressed([]client.Fetched{fetched(0, "a", 50), fetched(1, "b", 100)})
 	there := fetched(0, "a", 100)
 	there.Present = true
-	show([]client.Fetched{there})
-	if want := fmt.Sprintln("b: pulled (100 bytes)\na: was there (100 bytes)"); out.String() != want {
+	progressed([]client.Fetched{there})
+	if want := fmt.Sprintln("b: pulled (100 bytes)\na: already present (100 bytes)"); out.String() != want {
 		t.Errorf("got %q, want %q", out.String(), want)
 	}
 }
 
-// Why somebody waits is said once, and cannot disturb the terminal.
-func TestHintsAreOneForEachReason(t *testing.T) {
+// Each reason to wait is printed once, escaped for the terminal.
+func TestEachReasonToWaitIsPrintedOnce(t *testing.T) {
 	var out bytes.Buffer
-	say := hint(&out)
+	waiting := printWaiting(&out)
 	for _, why := range []string{"a\x1b[2J\u009b", "a\x1b[2J\u009b", "line 1\nline 2"} {
-		say(errors.New(why))
+		waiting(errors.New(why))
 	}
 	if want := "waiting: a\\x1b[2J\\u009b\nwaiting: line 1; line 2\n"; out.String() != want {
 		t.Errorf("got %q, want %q", out.String(), want)
 	}
 }
 
-// An archive has no path of its own; what it was packed from may be named.
+// An archive has no path, but may name that from which it was packed.
 func TestLayerName(t *testing.T) {
 	for want, annotations := range map[string]map[string]string{
 		"tokenizer/vocab.json": {"org.cncf.model.filepath": "tokenizer/vocab.json"},

@@ -19,26 +19,26 @@ import (
 func configFlag() cli.Flag {
 	return &cli.StringFlag{
 		Name:      "config",
-		Usage:     "configuration file; the default one may be absent",
+		Usage:     "configuration file; the default one need not exist",
 		Value:     install.ConfigFile,
 		TakesFile: true,
 	}
 }
 
-// daemonFlags are the configuration file and the flags that beat it.
+// daemonFlags are --config and the flags that override the file.
 func daemonFlags() []cli.Flag {
 	return []cli.Flag{
 		configFlag(),
-		&cli.StringFlag{Name: "root", Usage: "directory for what outlives a reboot; beats the file, as all the following flags"},
+		&cli.StringFlag{Name: "root", Usage: "directory for what survives a reboot; overrides the file, as do all following flags"},
 		&cli.StringFlag{Name: "state", Usage: "directory for mounts and the socket"},
 		&cli.StringFlag{Name: "address", Usage: "Unix socket to serve on"},
 		&cli.StringFlag{Name: "content-root", Usage: "root of containerd's content store"},
 		&cli.StringFlag{Name: "containerd-address", Usage: "containerd's own Unix socket"},
-		&cli.BoolFlag{Name: "nri", Usage: "show artifacts by NRI, too: for CRI-O, and for a containerd with another snapshotter"},
+		&cli.BoolFlag{Name: "nri", Usage: "mount artifacts through NRI, too: for CRI-O, and for a containerd with another snapshotter"},
 	}
 }
 
-// daemonConfig is the daemon's configuration with those flags.
+// daemonConfig is the daemon's configuration with daemonFlags.
 func daemonConfig(command *cli.Command) (daemon.Config, error) {
 	cfg, err := loadConfig(command)
 	if err != nil {
@@ -85,15 +85,15 @@ func serve(ctx context.Context, command *cli.Command) error {
 		return err
 	}
 	if err := confine.Capabilities(); err != nil {
-		log.G(ctx).WithError(err).Warn("The daemon keeps capabilities that it does not need")
+		log.G(ctx).WithError(err).Warn("Cannot drop capabilities that the daemon does not need")
 	}
 	if err := confine.SystemCalls(cfg.Network()); err != nil {
-		log.G(ctx).WithError(err).Warn("The daemon may make system calls that it does not need")
+		log.G(ctx).WithError(err).Warn("Cannot forbid system calls that the daemon does not need")
 	}
 	return daemon.Serve(ctx, cfg, buildVersion())
 }
 
-// loadConfig loads the file of --config. Without the flag it need not exist.
+// loadConfig loads the file of --config. The default file need not exist.
 func loadConfig(command *cli.Command) (daemon.Config, error) {
 	cfg, err := daemon.Load(command.String("config"))
 	if errors.Is(err, fs.ErrNotExist) && !command.IsSet("config") {

@@ -9,14 +9,16 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"github.com/urfave/cli/v3"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 )
 
 func unpackCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "unpack",
-		Usage:     "make the snapshot of an artifact that containerd has, and print its name",
+		Usage:     "create the snapshot of an artifact that containerd has, and print its name",
 		ArgsUsage: "REF|DIGEST",
-		Description: "containerd deletes the snapshot together with the image. To see what is in it:\n\n" +
+		Description: "containerd deletes the snapshot together with the image. To see its files:\n\n" +
 			"  ctr snapshots --snapshotter artifact view KEY $(artifact-snapshotter unpack REF)\n\n" +
 			"Examples:\n\n" +
 			"  artifact-snapshotter unpack registry.example.com/models/llama:v1\n" +
@@ -24,7 +26,7 @@ func unpackCommand() *cli.Command {
 		Flags:         clientFlags(),
 		ArgValidator:  arguments("REF|DIGEST"),
 		ShellComplete: completeReference,
-		Action:        unpackImage,
+		Action:        clientAction(unpackImage),
 	}
 }
 
@@ -35,16 +37,7 @@ type unpacked struct {
 	Snapshot  string        `json:"snapshot"`
 }
 
-func unpackImage(ctx context.Context, command *cli.Command) error {
-	asJSON, err := wantsJSON(command)
-	if err != nil {
-		return err
-	}
-	c, err := connect(ctx, command)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = c.Close() }()
+func unpackImage(ctx context.Context, command *cli.Command, c *client.Client, asJSON bool) error {
 	image, err := c.Image(ctx, command.Args().First())
 	if err != nil {
 		return err

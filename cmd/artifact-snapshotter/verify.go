@@ -23,21 +23,22 @@ import (
 func verifyCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "verify",
-		Usage:     "read every blob of an artifact and compare it with its digest",
+		Usage:     "read all blobs of an artifact and compare them with their digests",
 		ArgsUsage: "REF",
-		Description: "Compressed layers are decompressed, too, and compared with the DiffIDs of the config. Pods see the\n" +
-			"same files, but for what the daemon has decompressed. The exit code is 1 if anything is wrong.\n\n" +
+		Description: "Compressed layers are decompressed, too, and compared with the DiffIDs of the config. Pods read\n" +
+			"the same files, except for layers that the daemon has decompressed. The exit code is 1 if\n" +
+			"anything differs.\n\n" +
 			"Examples:\n\n" +
 			"  artifact-snapshotter verify registry.example.com/models/llama:v1\n" +
 			"  artifact-snapshotter verify -n k8s.io --output json sha256:2474bb13…",
 		Flags:         clientFlags(),
 		ArgValidator:  arguments("REF"),
 		ShellComplete: completeReference,
-		Action:        verify,
+		Action:        clientAction(verify),
 	}
 }
 
-// verified is what verify has read, in JSON.
+// verified is the result of verify in JSON.
 type verified struct {
 	Reference string         `json:"reference"`
 	OK        bool           `json:"ok"`
@@ -48,35 +49,25 @@ type verifiedBlob struct {
 	Kind   string        `json:"kind"`
 	Digest digest.Digest `json:"digest"`
 	Size   int64         `json:"size"`
-	// Path is what the layer was packed from, if it says so.
+	// Path is that from which the layer was packed, if known.
 	Path   string        `json:"path,omitempty"`
 	DiffID digest.Digest `json:"diff_id,omitempty"`
-	// Problem is what is wrong, absent if nothing is.
+	// Problem says how the blob differs; absent if it does not.
 	Problem string `json:"problem,omitempty"`
 }
 
-func verify(ctx context.Context, command *cli.Command) error {
-	json, err := wantsJSON(command)
-	if err != nil {
-		return err
-	}
+func verify(ctx context.Context, command *cli.Command, c *client.Client, asJSON bool) error {
 	cfg, err := loadConfig(command)
 	if err != nil {
 		return err
 	}
-	c, err := connect(ctx, command)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = c.Close() }()
-	// What is read for hours is printed line by line, and has columns of a fixed
-	// width, but for the last two.
+	// It may take hours, so it prints line by line, in columns of fixed widths.
 	const line = "%-8s  %-19s  %10s  %-6s  %s"
 	out := command.Root().Writer
 	v := verified{Reference: command.Args().First(), Blobs: []verifiedBlob{}}
 	bad, advice := 0, map[string]bool{}
 	printLine := func(columns ...any) {
-		if !json {
+		if !asJSON {
 			_, _ = fmt.Fprintln(out, strings.TrimRight(fmt.Sprintf(line, columns...), " "))
 		}
 	}
@@ -85,7 +76,7 @@ func verify(ctx context.Context, command *cli.Command) error {
 		result := "ok"
 		if k.Err != nil {
 			bad++
-			missing := ocispec.Descriptor{} // what is there and bad has been fetched
+			missing := ocispec.Descriptor{} // a bad blob is not missing
 			if errdefs.IsNotFound(k.Err) {
 				missing = k.Descriptor
 			}
@@ -103,13 +94,13 @@ func verify(ctx context.Context, command *cli.Command) error {
 		return err
 	}
 	v.OK = bad == 0
-	if json {
+	if asJSON {
 		if err := printJSON(out, v); err != nil {
 			return err
 		}
 	}
 	if bad > 0 {
-		return fmt.Errorf("%d of %d blobs of %q are not what they should be; %s", bad, len(v.Blobs), v.Reference, strings.Join(slices.Sorted(maps.Keys(advice)), "; "))
+		return fmt.Errorf("%d of %d blobs of %q are missing or corrupt; %s", bad, len(v.Blobs), v.Reference, strings.Join(slices.Sorted(maps.Keys(advice)), "; "))
 	}
 	return nil
 }

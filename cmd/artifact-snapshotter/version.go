@@ -13,7 +13,7 @@ import (
 )
 
 // version is set by the release build: -ldflags "-X main.version=v1.2.3".
-// Otherwise it is that of the module, as `go install` knows it.
+// Otherwise it is that of the module, which `go install` sets.
 var version string
 
 func versionCommand() *cli.Command {

@@ -489,7 +489,7 @@ func TestPruneTakesAllNamesAndLeavesWhatIsPinnedOrRuns(t *testing.T) {
 	check(t, err)
 	_, progress, err := n.Artifact("prune")
 	check(t, err)
-	if !strings.HasPrefix(progress, "0.0 B freed; ") || !strings.Contains(progress, "a lease keeps it") {
+	if !strings.HasPrefix(progress, "0.0 B freed; ") || !strings.Contains(progress, "a lease needs it") {
 		t.Errorf("prune says %q", progress)
 	}
 }

@@ -186,7 +186,7 @@ func findBlob(ctx context.Context, blobs blobs.Source, hex string) (*artifact.Ar
 	}
 	found, err := artifact.Read(ctx, blobs, target)
 	if errors.Is(err, artifact.ErrNotArtifact) {
-		return nil, fmt.Errorf("%s is an ordinary image, not an artifact", target.Digest)
+		return nil, fmt.Errorf("%s is a container image, not an artifact", target.Digest)
 	}
 	if err == nil {
 		settle(ctx, found, blobs)

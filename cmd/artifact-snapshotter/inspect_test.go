@@ -127,7 +127,7 @@ hi.txt (or unpacked at the root, if it is an archive)  7.0 B    -           -   
 		argument string
 		want     []string
 	}{
-		"image":          {image.Digest.String(), []string{image.Digest.String(), "an ordinary image"}},
+		"image":          {image.Digest.String(), []string{image.Digest.String(), "a container image"}},
 		"missing":        {missing.String(), []string{missing.Encoded(), "content root"}},
 		"no digest":      {"model:v1", []string{"containerd does not answer on " + none}},
 		"no hex":         {"../../etc/passwd", []string{"containerd does not answer on " + none}},

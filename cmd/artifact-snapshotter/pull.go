@@ -26,7 +26,7 @@ func pullCommand() *cli.Command {
 		Name:      "pull",
 		Usage:     "pull an artifact into containerd, and unpack it",
 		ArgsUsage: "REF",
-		Description: "An ordinary image is refused, and so is an artifact that cannot be mounted, before anything is\n" +
+		Description: "A container image is refused, and so is an artifact that cannot be mounted, before anything is\n" +
 			"pulled.\n\n" +
 			"Examples:\n\n" +
 			"  artifact-snapshotter pull registry.example.com/models/llama:v1\n" +

@@ -210,7 +210,7 @@ func (c *Config) ServesPods() bool {
 
 // Unpacks returns the snapshotters for which containerd pulls images of this platform,
 // sorted. For those in late the entry that it takes is for artifacts alone (config_type),
-// so that it unpacks an ordinary image only when it creates a container. The first entry
+// so that it unpacks a container image only when it creates a container. The first entry
 // that matches counts (getSupportedPlatform in core/transfer/local/pull.go).
 func (c *Config) Unpacks() (snapshotters, late []string) {
 	snapshotters, late = []string{}, []string{}

@@ -33,7 +33,7 @@ type ConfigFacts struct {
 	// OtherHandlers are the runtime handlers that name another snapshotter.
 	OtherHandlers map[string]string `json:"other_handlers"`
 	// Unpack are the snapshotters for which containerd pulls images. For those in
-	// UnpackLate it unpacks an ordinary image only when it creates a container.
+	// UnpackLate it unpacks a container image only when it creates a container.
 	Unpack     []string `json:"unpack_config"`
 	UnpackLate []string `json:"unpack_at_creation"`
 	// Capabilities are those that the configuration gives the snapshotter.
@@ -71,7 +71,7 @@ func (e *configCheck) describe() {
 	}
 	e.sayf("images can be pulled for: %s", list(f.Unpack))
 	if len(f.UnpackLate) > 0 {
-		e.sayf("ordinary images are unpacked for their first container, not when they are pulled, for: %s", list(f.UnpackLate))
+		e.sayf("container images are unpacked for their first container, not when they are pulled, for: %s", list(f.UnpackLate))
 	}
 }
 

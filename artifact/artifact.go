@@ -231,7 +231,7 @@ func read(ctx context.Context, blobs content.Provider, desc ocispec.Descriptor, 
 	if imageConfigs[configType] {
 		return nil, fmt.Errorf("config type %s: %w", configType, ErrNotArtifact)
 	}
-	if err := checkUnambiguous(doc.text); err != nil {
+	if err := checkUnambiguous[document](doc.text); err != nil {
 		return nil, fmt.Errorf("malformed JSON: %v: %w", err, errdefs.ErrInvalidArgument)
 	}
 	if len(doc.Layers) == 0 {

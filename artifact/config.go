@@ -32,19 +32,14 @@ var unixEpoch = time.Unix(0, 0).UTC()
 // rootfs are those of an OCI image config, which other packers and early
 // versions of ModelPack use.
 func parseConfig(mediaType string, raw []byte) (config, error) {
-	var top *struct {
-		Descriptor json.RawMessage `json:"descriptor"`
-		Created    json.RawMessage `json:"created"`
-		ModelFS    json.RawMessage `json:"modelfs"`
-		RootFS     json.RawMessage `json:"rootfs"`
-	}
+	var top *sections
 	cfg := config{created: unixEpoch}
 	err := json.Unmarshal(raw, &top)
 	if err == nil && top == nil {
 		err = errors.New("null")
 	}
 	if err == nil {
-		err = checkUnambiguous(raw)
+		err = checkUnambiguous[sections](raw)
 	}
 	if err == nil {
 		descriptor := section[struct {
@@ -79,6 +74,14 @@ func parseConfig(mediaType string, raw []byte) (config, error) {
 	return cfg, nil
 }
 
+// sections are the parts of a config that are read one by one.
+type sections struct {
+	Descriptor json.RawMessage `json:"descriptor"`
+	Created    json.RawMessage `json:"created"`
+	ModelFS    json.RawMessage `json:"modelfs"`
+	RootFS     json.RawMessage `json:"rootfs"`
+}
+
 // section returns what raw holds, or the zero T if it is absent or malformed.
 // The first malformed section is noted in err.
 func section[T any](name string, raw json.RawMessage, err *error) T {
@@ -86,7 +89,11 @@ func section[T any](name string, raw json.RawMessage, err *error) T {
 	if len(raw) == 0 {
 		return zero
 	}
-	if e := json.Unmarshal(raw, &v); e != nil {
+	e := json.Unmarshal(raw, &v)
+	if e == nil {
+		e = checkUnambiguous[T](raw)
+	}
+	if e != nil {
 		if *err == nil {
 			*err = fmt.Errorf("%s: %w", name, e)
 		}

@@ -55,7 +55,7 @@ func parseFileMetadata(value string, meta *modelspec.FileMetadata) error {
 	if err := json.Unmarshal([]byte(value), &meta); err != nil {
 		return fmt.Errorf("malformed file metadata: %.300v: %w", err, errdefs.ErrInvalidArgument)
 	}
-	if err := checkUnambiguous([]byte(value)); err != nil {
+	if err := checkUnambiguous[modelspec.FileMetadata]([]byte(value)); err != nil {
 		return fmt.Errorf("malformed file metadata: %v: %w", err, errdefs.ErrInvalidArgument)
 	}
 	var why string

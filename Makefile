@@ -156,7 +156,7 @@ bench-nri: build tools
 
 # Some hours, and 42 GiB in TMPDIR.
 bench-peers: build tools
-	@echo "==> comparing with the alternatives (docs/peers.md says how)"
+	@echo "==> comparing with the alternatives (docs/benchmarks.md says how)"
 	go run ./integration/peers -out docs/peers
 
 # Every parser of what an artifact says; FUZZTIME=10m for a thorough search. With a time,

@@ -17,7 +17,7 @@ import (
 )
 
 // supportTable is where the table of TestSupportTable stands.
-const supportTable = "../docs/cri-o.md"
+const supportTable = "../docs/nri.md"
 
 // ways are those in which a node can have volumes of artifacts: the columns of the
 // table.
@@ -31,7 +31,7 @@ var ways = []struct {
 	{"CRI-O, NRI plugin", node.Options{CRIO: true}},
 }
 
-// The table of docs/cri-o.md is what is measured here, whatever it is: of CRI-O as it
+// The table of docs/nri.md is what is measured here, whatever it is: of CRI-O as it
 // comes, too, of which nothing is required.
 func TestSupportTable(t *testing.T) {
 	rows, whole := []string{"| a volume of | ", "|---|"}, true

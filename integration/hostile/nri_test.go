@@ -209,7 +209,7 @@ func (d nriDoor) Skip(_ Case, a *Artifact) (why string) {
 // messageLengthMax).
 const maxMessage = 4 << 20
 
-// Rule is docs/nri.md#limits and docs/cri-o.md: what CRI-O mounts has to fit into a message;
+// Rule is docs/nri.md#limits and docs/nri.md: what CRI-O mounts has to fit into a message;
 // of two mounts at one place NRI can take away only one, and
 // a layer whose name is the volume's own path is mounted over the volume. What is no
 // artifact is left to the runtime before that, and what the manifest says comes after the

@@ -85,7 +85,7 @@ demo: build tools
 # Nothing here builds CRI-O: that its tests are skipped must not go unnoticed.
 tell_crio = @for p in crio pinns conmon; do \
 	PATH="$${ARTIFACT_SNAPSHOTTER_CRIO:-$(TOOLS)}:$(TOOLS):$$PATH" command -v $$p >/dev/null || \
-	echo "==> NOT TESTED: CRI-O, for there is no $$p; docs/development.md says how to get it"; done
+	echo "==> NOT TESTED: CRI-O, for there is no $$p; CONTRIBUTING.md says how to get it"; done
 
 test: build tools kubelet test-deploy
 	@echo "==> running all tests, those on real nodes included"

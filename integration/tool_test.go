@@ -26,7 +26,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// The JSON of the tool, as docs/tool.md has it.
+// The JSON of the tool, as docs/cli.md has it.
 type (
 	jsonPulled struct {
 		Reference string        `json:"reference"`

@@ -16,7 +16,7 @@ import (
 )
 
 // ErrNoCRIO is what a node with Options.CRIO needs and the machine does not have.
-var ErrNoCRIO = errors.New("CRI-O was not found: docs/development.md says how to get crio, pinns and conmon; " +
+var ErrNoCRIO = errors.New("CRI-O was not found: CONTRIBUTING.md says how to get crio, pinns and conmon; " +
 	"put them into PATH or the tools' directory, or set ARTIFACT_SNAPSHOTTER_CRIO to the directory that has them")
 
 // crioConfig keeps all that CRI-O writes below the node's directory.

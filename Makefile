@@ -181,7 +181,7 @@ lint: packages
 	@set -e; for module in $(MODULES); do \
 		echo "==> linting the module in $$module"; \
 		(cd $$module && CGO_ENABLED=0 go vet ./... && \
-		CGO_ENABLED=0 go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT) run ./...); \
+		CGO_ENABLED=0 go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT) run --allow-serial-runners ./...); \
 	done
 
 clean:

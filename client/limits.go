@@ -12,7 +12,7 @@ const (
 	// unpackLease keeps the snapshot of an attempt to unpack. An attempt takes less: the
 	// daemon answers after 20 seconds (MaxWait in package store).
 	unpackLease = 5 * time.Minute
-	// viewLease keeps the view of a mount until the mount is made.
+	// viewLease keeps the view of a mount until the view has images.LabelGCRoot.
 	viewLease = 5 * time.Minute
 	// collectLease is for a lease whose only purpose is to be deleted.
 	collectLease = time.Minute

@@ -64,7 +64,6 @@ func TestUsesAreFound(t *testing.T) {
 		"a pod":                         {snapshots.Info{Name: volume("pod", a), Labels: label(a), Kind: snapshots.KindActive}, true, a, Use{Pods: []Pod{{Sandbox: "pod"}}}, true},
 		"a pod with an index":           {snapshots.Info{Name: volume("pod", b), Labels: label(b), Kind: snapshots.KindActive}, true, b, Use{Pods: []Pod{{Sandbox: "pod"}}}, true},
 		"a pod by another snapshotter":  {snapshots.Info{Name: volume("pod", b), Kind: snapshots.KindActive, Parent: "something"}, false, b, Use{Pods: []Pod{{Sandbox: "pod"}}}, true},
-		"an old mount":                  {snapshots.Info{Name: snapshot.OldMountKey("/mnt/a", a.Target.Digest), Labels: label(a), Kind: snapshots.KindView}, true, a, Use{Targets: []string{"/mnt/a"}}, true},
 		"a mount":                       {snapshots.Info{Name: snapshot.MountKey("/mnt/a"), Labels: label(a), Kind: snapshots.KindView}, true, a, Use{Targets: []string{"/mnt/a"}}, true},
 		"a view":                        {snapshots.Info{Name: "mine", Labels: label(a), Kind: snapshots.KindView, Parent: "any"}, true, a, Use{Views: []string{"mine"}}, true},
 		"a view of unpacked layers":     {snapshots.Info{Name: "mine", Kind: snapshots.KindView, Parent: a.Artifact.ChainID().String()}, false, a, Use{Views: []string{"mine"}}, true},

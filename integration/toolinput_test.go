@@ -500,6 +500,8 @@ func TestTheToolSaysWhatDoesNotRun(t *testing.T) {
 	ref := pulled(t, n, writeModel(t), pack.Raw)
 	target := filepath.Join(t.TempDir(), "target")
 	snapshot := strings.TrimSpace(tool(t, n, "unpack", ref))
+	mounted := toolTarget(t)
+	tool(t, n, "mount", ref, mounted)
 	check(t, n.StopDaemon())
 	// It says what it can.
 	if i := toolJSON[jsonInspected](t, n, "inspect", ref); i.Image == nil || i.Image.Reference != ref || i.Image.Snapshot != "" || len(i.Layers) != 8 {
@@ -508,10 +510,13 @@ func TestTheToolSaysWhatDoesNotRun(t *testing.T) {
 	if text := tool(t, n, "inspect", ref); !strings.Contains(text, "unknown whether it is unpacked: containerd cannot reach the daemon") || !strings.Contains(text, "model-00001.safetensors") {
 		t.Errorf("inspect says\n%s", text)
 	}
-	for _, args := range [][]string{{"ls"}, {"mount", ref, target}, {"unmount", target}, {"prune"}, {"pull", ref}} {
+	for _, args := range [][]string{{"ls"}, {"mount", ref, target}, {"unmount", mounted}, {"prune"}, {"pull", ref}} {
 		wantRefusal(t, n, []string{"containerd cannot reach the daemon", "artifact-snapshotter serve"}, args...)
 	}
+	wantRefusal(t, n, []string{"no artifact is mounted at " + target}, "unmount", target) // containerd itself knows
 	check(t, n.StartDaemon())
+	waitForDaemon(t, n)
+	tool(t, n, "unmount", mounted)
 	check(t, n.StopContainerd())
 	for _, args := range [][]string{{"ls"}, {"mount", ref, target}, {"unmount", target}, {"prune"}, {"pull", ref}, {"verify", ref}, {"inspect", ref}} {
 		wantRefusal(t, n, []string{"containerd does not answer on " + n.Address}, args...)

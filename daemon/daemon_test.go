@@ -165,17 +165,6 @@ func TestSystemdIsToldWhenTheDaemonIsReadyAndStops(t *testing.T) {
 	want("STOPPING=1")
 }
 
-func TestASecondDaemonOnTheRootIsRefused(t *testing.T) {
-	cfg := testConfig(t)
-	serve(t, cfg)
-	second := cfg
-	second.State += "2"
-	err := Serve(t.Context(), second, "v0")
-	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), cfg.Root) {
-		t.Errorf("a second server on one root: %v, want errdefs.ErrFailedPrecondition with the root", err)
-	}
-}
-
 func TestASecondDaemonOnTheAddressIsRefused(t *testing.T) {
 	cfg := testConfig(t)
 	serve(t, cfg)

@@ -20,7 +20,6 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/diff"
-	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
@@ -42,16 +41,9 @@ const (
 	socketInterval = 200 * time.Millisecond
 )
 
-// snapshotter is what package snapshot returns. With Cleanup in the interface, embedding
-// promotes it, and no wrapper has to forward it.
-type snapshotter interface {
-	snapshots.Snapshotter
-	snapshots.Cleaner
-}
-
 // Service is a Snapshotter and a diff.Applier with everything that they need on a node.
 type Service struct {
-	snapshotter
+	snapshot.Snapshotter
 	diff.Applier
 
 	config     Config
@@ -109,12 +101,11 @@ func Open(ctx context.Context, cfg Config, observer store.Observer) (_ *Service,
 		return nil, err
 	}
 	s.closers = append(s.closers, s.store.Close)
-	opened, err := snapshot.New(cfg.Root, s.store, cfg.Overlayfs.Options()...)
+	s.Snapshotter, err = snapshot.New(cfg.Root, s.store, cfg.Overlayfs.Options()...)
 	if err != nil {
 		return nil, fmt.Errorf("open the snapshots in %s: %w", cfg.Root, err)
 	}
-	s.closers = append(s.closers, opened.Close)
-	s.snapshotter = opened.(snapshotter)
+	s.closers = append(s.closers, s.Snapshotter.Close)
 	s.Applier = snapshot.Applier(cfg.Root, s.store)
 	return s, nil
 }

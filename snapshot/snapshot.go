@@ -110,10 +110,16 @@ type snapshotter struct {
 	trees                 *store.Store
 }
 
+// Snapshotter has Cleanup in its interface, so that embedding one promotes it.
+type Snapshotter interface {
+	snapshots.Snapshotter
+	snapshots.Cleaner
+}
+
 // New returns a Snapshotter that keeps ordinary snapshots in root/overlayfs, with the options,
 // and the trees of its views in the store. It tells the store which trees its views use, so it
 // must be called before Store.Run. Close does not close the store, and keeps all mounts.
-func New(root string, trees *store.Store, options ...overlay.Opt) (snapshots.Snapshotter, error) {
+func New(root string, trees *store.Store, options ...overlay.Opt) (Snapshotter, error) {
 	root = filepath.Join(root, "overlayfs")
 	// overlayfs itself would make it 0700, and a pod with a user namespace could not reach its
 	// root file system.

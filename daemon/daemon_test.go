@@ -14,15 +14,10 @@ import (
 	"testing"
 	"time"
 
-	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/proxy"
-	"github.com/containerd/containerd/v2/pkg/dialer"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdtest"
 	"github.com/artifact-snapshotter/artifact-snapshotter/service"
@@ -79,16 +74,6 @@ func serve(t *testing.T, cfg Config) (stop func() error) {
 	return stop
 }
 
-func dial(t *testing.T, address string) snapshots.Snapshotter {
-	t.Helper()
-	conn, err := grpc.NewClient(dialer.DialAddress(address), grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "artifact")
-}
-
 func TestServeCreatesServesAndCleansUp(t *testing.T) {
 	cfg := testConfig(t)
 	stop := serve(t, cfg)
@@ -111,7 +96,7 @@ func TestServeCreatesServesAndCleansUp(t *testing.T) {
 	}
 
 	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
-	snapshotter := dial(t, cfg.SocketAddress())
+	snapshotter := containerdtest.DialSnapshotter(t, cfg.SocketAddress())
 	mounts, err := snapshotter.Prepare(ctx, "key", "")
 	if err != nil || len(mounts) != 1 {
 		t.Fatalf("Prepare: %v, %v; want one mount", mounts, err)
@@ -175,7 +160,7 @@ func TestASecondDaemonOnTheAddressIsRefused(t *testing.T) {
 		t.Errorf("a second server on one address: %v, want errdefs.ErrFailedPrecondition with the address", err)
 	}
 	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
-	if _, err := dial(t, cfg.SocketAddress()).Prepare(ctx, "key", ""); err != nil {
+	if _, err := containerdtest.DialSnapshotter(t, cfg.SocketAddress()).Prepare(ctx, "key", ""); err != nil {
 		t.Errorf("the first server does not answer any more: %v", err)
 	}
 }

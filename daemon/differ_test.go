@@ -12,22 +12,17 @@ import (
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/diff/proxy"
 	"github.com/containerd/containerd/v2/core/mount"
-	"github.com/containerd/containerd/v2/pkg/dialer"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdtest"
 )
 
 func TestTheDaemonIsAProxyPluginOfTypeDiff(t *testing.T) {
 	cfg := testConfig(t)
 	serve(t, cfg)
-	conn, err := grpc.NewClient(dialer.DialAddress(cfg.SocketAddress()), grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
+	conn := containerdtest.Dial(t, cfg.SocketAddress())
 	remote := proxy.NewDiffApplier(diffapi.NewDiffClient(conn))
 	applier, isApplier := remote.(diff.Applier)
 	comparer, isComparer := remote.(diff.Comparer)

@@ -9,11 +9,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/containerd/containerd/v2/pkg/dialer"
 	"github.com/containerd/errdefs"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdtest"
 )
 
 func TestHealthFollowsTheDaemon(t *testing.T) {
@@ -32,11 +31,7 @@ func TestHealthFollowsTheDaemon(t *testing.T) {
 	}
 
 	// A client that watches the health is told before the daemon stops.
-	conn, err := grpc.NewClient(dialer.DialAddress(cfg.SocketAddress()), grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
+	conn := containerdtest.Dial(t, cfg.SocketAddress())
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	watch, err := grpc_health_v1.NewHealthClient(conn).Watch(ctx, &grpc_health_v1.HealthCheckRequest{})

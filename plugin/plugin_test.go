@@ -13,14 +13,9 @@ import (
 	"strings"
 	"testing"
 
-	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/proxy"
-	"github.com/containerd/containerd/v2/pkg/dialer"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/opencontainers/go-digest"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdtest"
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
@@ -142,7 +137,7 @@ func TestAContainerdWithThePlugin(t *testing.T) {
 		ctx := namespaces.WithNamespace(t.Context(), "default")
 		// Without the label containerd's garbage collector removes it.
 		keep := snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "test"})
-		if _, err := dial(t, n.Address).View(ctx, "view", chain, keep); err != nil {
+		if _, err := containerdtest.DialSnapshotter(t, n.Address).View(ctx, "view", chain, keep); err != nil {
 			t.Fatal(err)
 		}
 		wantMounted(t, n, "view", filepath.Join(n.Dir, "state", "io.containerd.snapshotter.v1.artifact", "mounts"), weights)
@@ -171,16 +166,6 @@ func TestAContainerdWithThePlugin(t *testing.T) {
 			t.Errorf("the plugin does not say what is wrong:\n%s", details)
 		}
 	})
-}
-
-func dial(t *testing.T, address string) snapshots.Snapshotter {
-	t.Helper()
-	conn, err := grpc.NewClient(dialer.DialAddress(address), grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "artifact")
 }
 
 // listed returns what `ctr plugins ls` prints about the snapshotter.

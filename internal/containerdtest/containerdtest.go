@@ -20,8 +20,11 @@ import (
 	"testing"
 	"time"
 
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/content/proxy"
+	contentproxy "github.com/containerd/containerd/v2/core/content/proxy"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/proxy"
 	"github.com/containerd/containerd/v2/pkg/dialer"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -164,12 +167,25 @@ func Eventually(t *testing.T, what string, holds func() error) {
 // ContentStore returns the content store of containerd.
 func (c *Containerd) ContentStore(t *testing.T) content.Store {
 	t.Helper()
-	conn, err := grpc.NewClient(dialer.DialAddress(c.Address), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	return contentproxy.NewContentStore(Dial(t, c.Address))
+}
+
+// DialSnapshotter returns the snapshotter "artifact" that is served on a Unix socket, by
+// containerd or by the daemon.
+func DialSnapshotter(t *testing.T, address string) snapshots.Snapshotter {
+	t.Helper()
+	return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(Dial(t, address)), "artifact")
+}
+
+// Dial connects to a Unix socket until the end of the test.
+func Dial(t *testing.T, address string) *grpc.ClientConn {
+	t.Helper()
+	conn, err := grpc.NewClient(dialer.DialAddress(address), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { conn.Close() })
-	return proxy.NewContentStore(conn)
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
 }
 
 // ServeArtifact serves an artifact with the given raw layers from a read-only registry and

@@ -119,7 +119,7 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 	}()
 	m.watch(s.Store(), s.Watcher())
 	if !cfg.NRI.Enabled {
-		if err := nri.Keep(ctx, cfg.Root, s.Store()); err != nil {
+		if err := nri.ProtectRecorded(ctx, cfg.Root, s.Store()); err != nil {
 			return nil, err
 		}
 		s.Start(ctx, false)
@@ -128,7 +128,7 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 	plugin, err := nri.New(ctx, nri.Config{
 		Socket: cfg.NRI.Socket, Index: cfg.NRI.Index, Name: cfg.NRI.Name,
 		Root:              cfg.Root,
-		Views:             s.Store(),
+		Store:             s.Store(),
 		Blobs:             cfg.Blobs(),
 		Layouts:           cfg.Blobs()[1:],
 		ContainerdAddress: cfg.ContainerdAddress,

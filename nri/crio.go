@@ -19,7 +19,6 @@ import (
 	modelspec "github.com/modelpack/model-spec/specs-go/v1"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
@@ -188,7 +187,7 @@ func (p *Plugin) matchVolume(ctx context.Context, v crioVolume, count int, at ma
 		if ctx.Err() != nil {
 			return volume{}, nil, errBusy
 		}
-		if len(name) >= unix.PathMax {
+		if len(name) > maxNameBytes {
 			return volume{}, nil, fmt.Errorf("layer %s has a name of %d bytes, which no path may have: %w", l.Descriptor.Digest, len(name), errdefs.ErrInvalidArgument)
 		}
 		for sub, rest := range subPaths(name) {

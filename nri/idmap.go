@@ -14,24 +14,26 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/nri/pkg/api"
+	"github.com/moby/sys/user"
+	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// userNamespaceOf matches the path of a process' user namespace.
-var userNamespaceOf = regexp.MustCompile(`^/proc/([1-9][0-9]*)/ns/user$`)
+// processUserNamespace matches the path of the user namespace of a process.
+var processUserNamespace = regexp.MustCompile(`^/proc/([1-9][0-9]*)/ns/user$`)
 
-// owners is the user namespace of a container, by which its owners are mapped. NRI says
-// that there is one and may say where, but not its map. It is that of the sandbox's
-// process. CRI-O may have ended that (drop_infra_ctr); then it is in the configuration of
-// the sandbox that CRI-O has saved.
+// owners returns the ID map of a container's user namespace; the zero value if the container is
+// in that of the node. NRI says that there is a user namespace, and may say where, but not its
+// map. The sandbox's process has it. CRI-O may have ended that process (drop_infra_ctr); then
+// the map is in the sandbox's configuration, which CRI-O has saved.
 func (p *Plugin) owners(pod *api.PodSandbox, c *api.Container) (unpack.IDMap, error) {
 	namespace, ok := userNamespace(c)
 	if !ok {
 		return unpack.IDMap{}, nil
 	}
 	pid := ""
-	if m := userNamespaceOf.FindStringSubmatch(namespace); m != nil {
+	if m := processUserNamespace.FindStringSubmatch(namespace); m != nil {
 		pid = m[1]
 	} else if pod.GetPid() > 0 {
 		pid = fmt.Sprint(pod.GetPid())
@@ -39,7 +41,7 @@ func (p *Plugin) owners(pod *api.PodSandbox, c *api.Container) (unpack.IDMap, er
 	err := fmt.Errorf("the sandbox has no process: %w", errdefs.ErrNotFound)
 	if pid != "" {
 		var m unpack.IDMap
-		if m, err = mapOf("/proc/"+pid, namespace); err == nil {
+		if m, err = processMap("/proc/"+pid, namespace); err == nil {
 			return m, nil
 		}
 	}
@@ -53,8 +55,8 @@ func (p *Plugin) owners(pod *api.PodSandbox, c *api.Container) (unpack.IDMap, er
 	return unpack.IDMap{}, fmt.Errorf("the pod has a user namespace, whose map cannot be read: %w", err)
 }
 
-// userNamespace is the path of the container's user namespace, if it says one; false if
-// it has none of its own.
+// userNamespace returns the path of the container's user namespace, which may be "". ok is false
+// if the container has none of its own.
 func userNamespace(c *api.Container) (path string, ok bool) {
 	for _, n := range c.GetLinux().GetNamespaces() {
 		if n.GetType() == "user" {
@@ -64,10 +66,10 @@ func userNamespace(c *api.Container) (path string, ok bool) {
 	return "", false
 }
 
-// mapOf is the map of the process whose directory in /proc is given, which must be in
-// that user namespace, if it is known. To look at a namespace takes CAP_SYS_PTRACE, which
-// the daemon need not have; to read a map does not.
-func mapOf(process, namespace string) (m unpack.IDMap, err error) {
+// processMap reads the map of the process with that directory in /proc. If the path of the
+// namespace is known, the process must be in that namespace. Comparing namespaces needs
+// CAP_SYS_PTRACE, which the daemon may not have; reading a map does not.
+func processMap(process, namespace string) (m unpack.IDMap, err error) {
 	if own := filepath.Join(process, "ns/user"); namespace != "" && namespace != own {
 		is, err := os.Stat(own)
 		if err != nil {
@@ -81,43 +83,44 @@ func mapOf(process, namespace string) (m unpack.IDMap, err error) {
 			return m, fmt.Errorf("%s is not in the user namespace %s: %w", process, namespace, errdefs.ErrFailedPrecondition)
 		}
 	}
-	if m.UID, err = readMap(filepath.Join(process, "uid_map")); err != nil {
+	uid, err := user.ParseIDMapFile(filepath.Join(process, "uid_map"))
+	if err != nil {
 		return m, err
 	}
-	m.GID, err = readMap(filepath.Join(process, "gid_map"))
-	if m.UID == allIDs && m.GID == allIDs {
-		m = unpack.IDMap{} // the host's
+	gid, err := user.ParseIDMapFile(filepath.Join(process, "gid_map"))
+	if err != nil {
+		return m, err
 	}
-	return m, err
+	return newIDMap(process, uid, gid)
 }
 
 // allIDs is the map of the initial user namespace.
 const allIDs = "0:0:4294967295"
 
-// readMap reads a map as in user_namespaces(7), and writes it as containerd does.
-func readMap(path string) (string, error) {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return "", err
-	}
-	var ranges []string
-	for line := range strings.Lines(string(b)) {
-		fields := strings.Fields(line)
-		if len(fields) != 3 {
-			return "", fmt.Errorf("%s has the line %.100q: %w", path, line, errdefs.ErrInvalidArgument)
+// newIDMap writes a map as containerd does, "<ID in the container>:<ID on the node>:<count>,…".
+// source names in an error where the map is from.
+func newIDMap(source string, uid, gid []user.IDMap) (unpack.IDMap, error) {
+	join := func(ranges []user.IDMap) string {
+		var all []string
+		for _, r := range ranges {
+			all = append(all, fmt.Sprintf("%d:%d:%d", r.ID, r.ParentID, r.Count))
 		}
-		ranges = append(ranges, strings.Join(fields, ":"))
+		return strings.Join(all, ",")
 	}
-	if len(ranges) == 0 {
-		return "", fmt.Errorf("%s is empty: %w", path, errdefs.ErrNotFound)
+	switch m := (unpack.IDMap{UID: join(uid), GID: join(gid)}); {
+	case m.UID == "" || m.GID == "":
+		return unpack.IDMap{}, fmt.Errorf("%s has no map: %w", source, errdefs.ErrNotFound)
+	case m.UID == allIDs && m.GID == allIDs:
+		return unpack.IDMap{}, nil
+	default:
+		return m, nil
 	}
-	return strings.Join(ranges, ","), nil
 }
 
-// savedMap is the map in the configuration of a sandbox (config.md of the OCI runtime
-// specification) that a CRI-O with that storage root has saved.
+// savedMap reads the map from the OCI configuration of a sandbox that a CRI-O with that storage
+// root has saved.
 func savedMap(storage, sandbox string) (m unpack.IDMap, err error) {
-	if !containerID.MatchString(sandbox) {
+	if !idPattern.MatchString(sandbox) {
 		return m, fmt.Errorf("%.255q is not the ID of a sandbox: %w", sandbox, errdefs.ErrInvalidArgument)
 	}
 	saved, err := filepath.Glob(filepath.Join(storage, "*-containers", sandbox, "userdata", "config.json"))
@@ -131,30 +134,19 @@ func savedMap(storage, sandbox string) (m unpack.IDMap, err error) {
 	if err != nil {
 		return m, err
 	}
-	type mapping struct {
-		ContainerID uint32 `json:"containerID"`
-		HostID      uint32 `json:"hostID"`
-		Size        uint32 `json:"size"`
-	}
 	var spec struct {
 		Linux struct {
-			UIDMappings []mapping `json:"uidMappings"`
-			GIDMappings []mapping `json:"gidMappings"`
+			UIDMappings, GIDMappings []specs.LinuxIDMapping
 		} `json:"linux"`
 	}
 	if err := json.Unmarshal(b, &spec); err != nil {
 		return m, fmt.Errorf("%s: %w", saved[0], err)
 	}
-	join := func(mappings []mapping) string {
-		var ranges []string
+	ranges := func(mappings []specs.LinuxIDMapping) (all []user.IDMap) {
 		for _, r := range mappings {
-			ranges = append(ranges, fmt.Sprintf("%d:%d:%d", r.ContainerID, r.HostID, r.Size))
+			all = append(all, user.IDMap{ID: int64(r.ContainerID), ParentID: int64(r.HostID), Count: int64(r.Size)})
 		}
-		return strings.Join(ranges, ",")
+		return all
 	}
-	m = unpack.IDMap{UID: join(spec.Linux.UIDMappings), GID: join(spec.Linux.GIDMappings)}
-	if m.UID == "" || m.GID == "" {
-		return m, fmt.Errorf("%s has no map: %w", saved[0], errdefs.ErrNotFound)
-	}
-	return m, nil
+	return newIDMap(saved[0], ranges(spec.Linux.UIDMappings), ranges(spec.Linux.GIDMappings))
 }

@@ -51,12 +51,12 @@ func TestAnAnswerIsNotLate(t *testing.T) {
 func TestAPartOfTheTimeIsTheRuntimes(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 	defer cancel()
-	part, stop := within(ctx, 3, 4)
+	part, stop := within(ctx, answerShare)
 	defer stop()
 	if deadline, ok := part.Deadline(); !ok || time.Until(deadline) > 46*time.Minute || time.Until(deadline) < 30*time.Minute {
 		t.Errorf("the deadline is in %v", time.Until(deadline))
 	}
-	whole, stop := within(t.Context(), 3, 4)
+	whole, stop := within(t.Context(), answerShare)
 	defer stop()
 	if _, ok := whole.Deadline(); ok {
 		t.Error("there is a deadline where the runtime has none")

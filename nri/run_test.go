@@ -198,7 +198,7 @@ func TestThePluginComesBackWhenTheRuntimeIsRestarted(t *testing.T) {
 		if err := r.RemovePodSandbox(t.Context(), &adaptation.RemovePodSandboxRequest{Pod: &api.PodSandbox{Id: sandbox}}); err != nil {
 			t.Fatal(err)
 		}
-		return len(s.references.of("")) == 0
+		return len(s.records.containers("")) == 0
 	})
 	r.end()
 	r.await(connected, false)

@@ -18,34 +18,36 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 )
 
-// crio and containerd are the names by which the runtimes introduce themselves.
+// The names that the runtimes register with.
 const (
 	crio       = "cri-o"
 	containerd = "containerd"
 )
 
-// criNamespace is the namespace in which containerd has CRI's images.
+// criNamespace is containerd's namespace of the images of its CRI plugin.
 const criNamespace = "k8s.io"
 
-// blobPath is the path of a blob in a directory of blobs.
+// blobPath matches the path of a blob in an OCI layout.
 var blobPath = regexp.MustCompile(`^(/.*)/blobs/(sha256|sha384|sha512)/([0-9a-f]+)$`)
 
-// volume is an image volume that a container mounts, of an artifact or of an image.
+// volume is an image volume of a container. It may be that of an artifact or of an image.
 type volume struct {
-	// Volume is the request to the store. Its Refused is why the volume is not to be
-	// mounted; without a Target, whatever it is.
+	// Volume is the request to the store.
 	store.Volume
-	// destination is its path in the container, and remove those of the runtime's
-	// mounts that are beside the one at destination.
+	// destination is the path of the volume in the container. remove lists the destinations
+	// of the runtime's mounts that must be removed. A mount at destination itself is
+	// replaced without that.
 	destination string
 	remove      []string
 	options     []string // of the runtime's mount
-	source      string   // of the runtime's mount; "" if there are several
-	// sub is a path in the volume, which is mounted instead of it.
+	source      string   // of containerd's mount; "" with CRI-O
+	// sub is the sub path that the pod asked for: the directory of the volume to mount.
 	sub string
 }
 
-// find returns the image volumes among the mounts of a container.
+// find returns the image volumes among the mounts of a container. It includes volumes of
+// images on containerd. A CRI-O artifact store that is not configured is found only if the
+// runtime is CRI-O.
 func (p *Plugin) find(ctx context.Context, runtime string, pod *api.PodSandbox, c *api.Container) []volume {
 	var volumes []volume
 	var binds []bind
@@ -53,9 +55,9 @@ func (p *Plugin) find(ctx context.Context, runtime string, pod *api.PodSandbox, 
 		if !isBind(m) {
 			continue
 		}
-		if v, ok := inContainerd(m, pod.GetId()); ok {
+		if v, ok := containerdVolume(m, pod.GetId()); ok {
 			volumes = append(volumes, v)
-		} else if b, ok := p.inCRIO(m, runtime); ok {
+		} else if b, ok := p.crioBind(m, runtime); ok {
 			binds = append(binds, b)
 		}
 	}
@@ -69,9 +71,9 @@ func isBind(m *api.Mount) bool {
 	return m.GetType() == "bind" || slices.Contains(m.GetOptions(), "bind") || slices.Contains(m.GetOptions(), "rbind")
 }
 
-// inContainerd is the image volume that containerd has mounted for the sandbox; false
-// if the mount is none.
-func inContainerd(m *api.Mount, sandbox string) (volume, bool) {
+// containerdVolume returns the image volume that containerd has mounted for the sandbox. ok is
+// false if the mount is not one.
+func containerdVolume(m *api.Mount, sandbox string) (_ volume, ok bool) {
 	v, sub, ok := store.ParseVolume(path.Clean(m.GetSource()))
 	if !ok || v.Sandbox != sandbox {
 		return volume{}, false
@@ -80,13 +82,13 @@ func inContainerd(m *api.Mount, sandbox string) (volume, bool) {
 	return volume{Volume: v, destination: m.GetDestination(), options: m.GetOptions(), source: m.GetSource(), sub: sub}, true
 }
 
-// directory is containerd's own of the whole volume.
-func (v volume) directory() string { return strings.TrimSuffix(path.Clean(v.source), "/"+v.sub) }
+// directory returns containerd's own directory of the whole volume.
+func (v *volume) directory() string { return strings.TrimSuffix(path.Clean(v.source), "/"+v.sub) }
 
-// inCRIO is the bind of a blob from one of CRI-O's artifact stores; false if the mount is
-// none. A store that is not in the configuration is one all the same, which is said
-// later: what CRI-O mounts from there is as wrong as from any other.
-func (p *Plugin) inCRIO(m *api.Mount, runtime string) (bind, bool) {
+// crioBind returns the bind mount of a blob from an artifact store of CRI-O. ok is false if the
+// mount is not one. A store that is not configured counts, because what CRI-O mounts from it is
+// wrong, too; the volume is then refused.
+func (p *Plugin) crioBind(m *api.Mount, runtime string) (_ bind, ok bool) {
 	found := blobPath.FindStringSubmatch(path.Clean(m.GetSource()))
 	if found == nil {
 		return bind{}, false
@@ -101,7 +103,7 @@ func (p *Plugin) inCRIO(m *api.Mount, runtime string) (bind, bool) {
 	return b, b.known || runtime == crio && path.Base(found[1]) == "artifacts"
 }
 
-// sameDir reports whether two paths are of one directory: one may go by a symlink.
+// sameDir reports whether two paths lead to the same directory; one may contain a symbolic link.
 func sameDir(a, b blobs.Dir) bool {
 	if path.Clean(string(a)) == path.Clean(string(b)) {
 		return true
@@ -111,14 +113,15 @@ func sameDir(a, b blobs.Dir) bool {
 	return aerr == nil && berr == nil && pa == pb
 }
 
-// options of the runtime's mount that ours has, too, are all but these.
-var notKept = []string{"bind", "rbind", "ro", "rw", "suid", "nosuid", "dev", "nodev", "idmap", "ridmap", api.SELinuxRelabel}
+// replacedOptions are the options of the runtime's mount that our mount does not take over: it
+// is always a read-only bind, is never relabelled, and its tree has the right owners.
+var replacedOptions = []string{"bind", "rbind", "ro", "rw", "suid", "nosuid", "dev", "nodev", "idmap", "ridmap", api.SELinuxRelabel}
 
-// mount is the mount that shows source in the place of the volume.
-func (v volume) mount(source string) *api.Mount {
+// bindMount returns the mount of source that takes the place of the volume.
+func (v *volume) bindMount(source string) *api.Mount {
 	options := []string{"bind", "ro", "nosuid", "nodev"}
 	for _, o := range v.options {
-		if !slices.Contains(notKept, o) && !slices.Contains(options, o) {
+		if !slices.Contains(replacedOptions, o) && !slices.Contains(options, o) {
 			options = append(options, o)
 		}
 	}

@@ -64,7 +64,7 @@ func (s *site) open() {
 		}
 	})
 	s.Plugin, err = New(context.Background(), Config{
-		Name: "test", Index: "50", Root: s.root, Views: views, Blobs: blobs, Layouts: blobs[1:],
+		Name: "test", Index: "50", Root: s.root, Store: views, Blobs: blobs, Layouts: blobs[1:],
 	})
 	if err != nil {
 		s.t.Fatal(err)
@@ -91,7 +91,7 @@ func volumeOf(at string, d ocispec.Descriptor) *api.Mount {
 }
 
 func (s *site) ask(container string, mounts ...*api.Mount) (*api.ContainerAdjustment, error) {
-	return s.create(s.t.Context(), "containerd", &api.PodSandbox{Id: sandbox}, &api.Container{Id: container, Mounts: mounts, Annotations: s.annotations})
+	return s.mount(s.t.Context(), "containerd", &api.PodSandbox{Id: sandbox}, &api.Container{Id: container, Mounts: mounts, Annotations: s.annotations})
 }
 
 // sync is what containerd says when it has taken the plugin.
@@ -106,7 +106,7 @@ func (s *site) sync(containers ...*api.Container) {
 
 func (s *site) wantRecords(containers ...string) {
 	s.t.Helper()
-	got := s.references.of("")
+	got := s.records.containers("")
 	slices.Sort(got)
 	if !slices.Equal(got, containers) {
 		s.t.Errorf("the records are of %q, want %q", got, containers)
@@ -161,13 +161,13 @@ func TestAnImageVolumeOfContainerdIsReplaced(t *testing.T) {
 		}
 	}
 	s.wantRecords("one")
-	if ids, err := s.references.shown(t.Context()); err != nil || !slices.Equal(ids, []store.ID{{Manifest: d.Digest}}) {
+	if ids, err := s.records.trees(t.Context()); err != nil || !slices.Equal(ids, []store.ID{{Manifest: d.Digest}}) {
 		t.Errorf("shown are %v, %v", ids, err)
 	}
 	if len(s.answers) != 2 || errors.Join(s.answers...) != nil {
 		t.Errorf("the answers are %v", s.answers)
 	}
-	s.drop(t.Context(), "one", "unknown")
+	s.unmount(t.Context(), "one", "unknown")
 	s.wantRecords()
 }
 
@@ -187,7 +187,7 @@ func TestASubPathIsADirectoryOfTheArtifact(t *testing.T) {
 		}
 	}
 	// Symlinks are the artifact's.
-	v, err := s.Views.Acquire(t.Context(), d, unpack.IDMap{})
+	v, err := s.Store.Acquire(t.Context(), d, unpack.IDMap{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -196,7 +196,7 @@ func TestASubPathIsADirectoryOfTheArtifact(t *testing.T) {
 	if err := os.Symlink("/etc", filepath.Join(dir, "link")); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := below(dir, "link"); err == nil {
+	if got, err := directoryIn(dir, "link"); err == nil {
 		t.Errorf("a symlink leads to %s", got)
 	}
 }
@@ -256,7 +256,7 @@ func TestARefusalLeavesNothing(t *testing.T) {
 			if err != nil || tt.conflict == nil && (len(got.Mounts) != 1 || got.Mounts[0].Destination != "/good") || tt.conflict != nil && got != nil {
 				t.Errorf("%+v, %v; want the good one", got, err)
 			}
-			s.drop(t.Context(), "two")
+			s.unmount(t.Context(), "two")
 		})
 	}
 }
@@ -282,7 +282,7 @@ func TestAnAnswerThatIsTooLateSaysSo(t *testing.T) {
 	for _, s.Passthrough = range []bool{false, true} {
 		ctx, cancel := context.WithCancel(t.Context())
 		s.named = cancel
-		got, err := s.create(ctx, "containerd", &api.PodSandbox{Id: sandbox}, &api.Container{Id: "one", Mounts: []*api.Mount{volumeOf("/model", d)}})
+		got, err := s.mount(ctx, "containerd", &api.PodSandbox{Id: sandbox}, &api.Container{Id: "one", Mounts: []*api.Mount{volumeOf("/model", d)}})
 		if got != nil || (err == nil) != s.Passthrough || err != nil && !errors.Is(err, errBusy) {
 			t.Errorf("passthrough: %v: %+v, %v", s.Passthrough, got, err)
 		}
@@ -293,7 +293,7 @@ func TestAnAnswerThatIsTooLateSaysSo(t *testing.T) {
 func TestAVolumeThatTheSnapshotterShowsIsLeftAlone(t *testing.T) {
 	s := newSite(t)
 	d := s.model(s.content)
-	v, err := s.Views.Acquire(t.Context(), d, unpack.IDMap{})
+	v, err := s.Store.Acquire(t.Context(), d, unpack.IDMap{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -336,11 +336,11 @@ func TestRecordsOutliveTheDaemonAndAreMadeTrue(t *testing.T) {
 	// A container may be about to be created while its pod is there.
 	s.sync(containers["given-up"], containers["lost"], containers["runs"])
 	s.wantRecords("ended", "lost", "runs")
-	of, _ := s.references.get("ended")
-	s.references.mu.Lock()
-	of.Uptime -= settling
-	s.references.by["ended"] = of
-	s.references.mu.Unlock()
+	of, _ := s.records.get("ended")
+	s.records.mu.Lock()
+	of.Uptime -= creationWindow
+	s.records.byContainer["ended"] = of
+	s.records.mu.Unlock()
 	s.sync(containers["lost"], containers["runs"])
 	s.wantRecords("lost", "runs")
 	s.sync()
@@ -352,11 +352,11 @@ func TestRecordsAreKeptWithoutThePlugin(t *testing.T) {
 	s := newSite(t)
 	d := s.model(s.content)
 	owners := unpack.IDMap{UID: "0:200000:65536", GID: "0:300000:65536"} // would go at once
-	v, err := s.Views.Acquire(t.Context(), d, owners)
+	v, err := s.Store.Acquire(t.Context(), d, owners)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.references.set("containerd", "runs", sandbox, []store.ID{v.ID}); err != nil {
+	if err := s.records.set("containerd", "runs", sandbox, []store.ID{v.ID}); err != nil {
 		t.Fatal(err)
 	}
 	v.Release()
@@ -366,7 +366,7 @@ func TestRecordsAreKeptWithoutThePlugin(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { views.Close() })
-		if err := Keep(t.Context(), s.root, views); err != nil {
+		if err := ProtectRecorded(t.Context(), s.root, views); err != nil {
 			t.Fatal(err)
 		}
 		if err := views.CollectGarbage(t.Context()); err != nil {
@@ -384,7 +384,7 @@ func TestRecordsAreKeptWithoutThePlugin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(record, []byte(strings.Replace(string(b), s.references.boot, "another", 1)), 0o600); err != nil {
+	if err := os.WriteFile(record, []byte(strings.Replace(string(b), s.records.boot, "another", 1)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := reopen().Tree(v.ID); !errdefs.IsNotFound(err) {
@@ -467,15 +467,15 @@ func TestContainersWithoutThePluginAreWarnedOf(t *testing.T) {
 func TestHowOldARecordIsIsToldByTheTimeSinceBoot(t *testing.T) {
 	s := newSite(t)
 	d := s.model(s.content)
-	if err := s.references.set("containerd", "new", sandbox, []store.ID{{Manifest: d.Digest}}); err != nil {
+	if err := s.records.set("containerd", "new", sandbox, []store.ID{{Manifest: d.Digest}}); err != nil {
 		t.Fatal(err)
 	}
-	of, _ := s.references.get("new")
+	of, _ := s.records.get("new")
 	if age := uptime() - of.Uptime; age < 0 || age > time.Minute {
 		t.Errorf("a new record is %v old", age)
 	}
-	record := fmt.Sprintf(`{"boot": %q, "runtime": "containerd", "sandbox": %q, "created": %q, "uptime": %d, "shows": [{"manifest": %q}]}`,
-		s.references.boot, sandbox, time.Now().AddDate(1, 0, 0).Format(time.RFC3339), uptime()-settling, d.Digest)
+	record := fmt.Sprintf(`{"boot": %q, "runtime": "containerd", "sandbox": %q, "created": %q, "uptime": %d, "trees": [{"manifest": %q}]}`,
+		s.records.boot, sandbox, time.Now().AddDate(1, 0, 0).Format(time.RFC3339), uptime()-creationWindow, d.Digest)
 	if err := os.WriteFile(filepath.Join(s.root, "nri/old.json"), []byte(record), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -489,7 +489,7 @@ func TestRecordsOfAnotherRuntimeAreKept(t *testing.T) {
 	s := newSite(t)
 	ids := []store.ID{{Manifest: s.model(s.content).Digest}}
 	for container, runtime := range map[string]string{"of-containerd": "containerd", "of-crio": crio, "of-nobody": ""} {
-		if err := s.references.set(runtime, container, sandbox, ids); err != nil {
+		if err := s.records.set(runtime, container, sandbox, ids); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -504,17 +504,17 @@ func TestWhoseOwnersAreShownIsToldByTheRecord(t *testing.T) {
 	s := newSite(t)
 	d := s.model(s.content)
 	owners := unpack.IDMap{UID: "0:200000:65536", GID: "0:300000:65536"}
-	v, err := s.Views.Acquire(t.Context(), d, owners)
+	v, err := s.Store.Acquire(t.Context(), d, owners)
 	if err != nil {
 		t.Fatal(err)
 	}
 	v.Release()
-	if err := s.references.set("containerd", "mapped", sandbox, []store.ID{v.ID}); err != nil {
+	if err := s.records.set("containerd", "mapped", sandbox, []store.ID{v.ID}); err != nil {
 		t.Fatal(err)
 	}
 	s.open()
 	s.sync(&api.Container{Id: "mapped", PodSandboxId: sandbox, Mounts: []*api.Mount{{Source: v.Path}}})
-	if ids, err := s.references.shown(t.Context()); err != nil || !slices.Equal(ids, []store.ID{v.ID}) {
+	if ids, err := s.records.trees(t.Context()); err != nil || !slices.Equal(ids, []store.ID{v.ID}) {
 		t.Errorf("shown are %v, %v; want %v", ids, err, v.ID)
 	}
 }

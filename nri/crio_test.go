@@ -53,19 +53,19 @@ func (s *layout) plugin() *Plugin {
 	return &Plugin{Config: Config{Blobs: s.dir, Layouts: []blobs.Dir{s.dir}}}
 }
 
-// raw is a layer of one file, whose content is data.
+// raw returns a layer that is one file with that content.
 func raw(name, data string) pack.Layer {
 	return pack.Layer{MediaType: modelspec.MediaTypeModelWeightRaw, Data: []byte(data), Annotations: map[string]string{modelspec.AnnotationFilepath: name}}
 }
 
 func artifactOf(layers ...pack.Layer) pack.Artifact { return pack.Artifact{Layers: layers} }
 
-// mountOf is CRI-O's mount of a blob.
+// mountOf returns CRI-O's mount of a blob with that content.
 func (s *layout) mountOf(at, data string) *api.Mount {
 	return &api.Mount{Type: "bind", Source: s.dir.Path(digest.FromString(data)), Destination: at, Options: []string{"bind", "ro"}}
 }
 
-// listing is what CRI-O lists of a volume in its annotation.
+// listing is a volume in CRI-O's annotation.
 type listing struct {
 	path string
 	of   ocispec.Descriptor
@@ -200,14 +200,14 @@ func TestAPodWithTheAnnotationOfCRIOIsRefused(t *testing.T) {
 	if len(got) != 1 || !errdefs.IsInvalidArgument(got[0].Refused) || !strings.Contains(got[0].Refused.Error(), "the pod has the annotation "+volumesAnnotation) {
 		t.Errorf("found %+v, want one that is refused", got)
 	}
-	// It is nothing to a pod without artifacts.
+	// A pod without artifacts may have the annotation.
 	c.Mounts = []*api.Mount{{Type: "bind", Source: "/etc", Destination: "/etc"}}
 	if got := s.plugin().find(t.Context(), crio, &api.PodSandbox{Id: "sandbox", Annotations: annotations}, c); len(got) != 0 {
 		t.Errorf("found %+v, want nothing", got)
 	}
 }
 
-func TestSeveralArtifactsAreToldApart(t *testing.T) {
+func TestSeveralArtifactsInOneContainerAreDistinguished(t *testing.T) {
 	s := newStore(t)
 	a := s.add(artifactOf(raw("config.json", "c"), raw("a", "a")))
 	b := s.add(artifactOf(raw("config.json", "c"), raw("b", "b"), raw("again", "b")))
@@ -298,18 +298,18 @@ func TestMountsThatAreNotExactlyAnArtifactAreRefused(t *testing.T) {
 		mounts      []*api.Mount
 		text        string
 	}{
-		"a layer is missing":           {errdefs.ErrNotFound, annotated, all[:1], "not exactly the named layers"},
-		"a layer too many":             {errdefs.ErrNotFound, annotated, append(slices.Clone(all), s.mountOf("/model/more", "c")), "CRI-O mounts a layer at /model/more"},
-		"a layer too many, listed":     {errdefs.ErrNotFound, s.annotate(listing{"/model", d, []string{"c", "w", "c"}}), append(slices.Clone(all), s.mountOf("/model/more", "c")), "not exactly"},
-		"a layer at another place":     {errdefs.ErrNotFound, annotated, []*api.Mount{all[0], s.mountOf("/model/weight", "w")}, "not exactly"},
-		"a layer of another content":   {errdefs.ErrNotFound, annotated, []*api.Mount{all[0], s.mountOf("/model/weights", "x")}, "not exactly"},
-		"at another path than is said": {errdefs.ErrNotFound, elsewhere, all, "not exactly"},
-		"a layer over the volume":      {errdefs.ErrInvalidArgument, s.annotate(listing{"/model", onVolume, []string{"c", "w"}}), []*api.Mount{s.mountOf("/model", "c"), all[1]}, "something else is mounted at /model"},
-		"a layer with a long name":     {errdefs.ErrInvalidArgument, s.annotate(listing{"/model", long, []string{"w"}}), all[1:], "has a name of 4097 bytes"},
-		"said to be one that is gone":  {errdefs.ErrNotFound, unknown, all, "no blob sha256:"},
-		"two layers with one name":     {errdefs.ErrInvalidArgument, s.annotate(listing{"/model", d, []string{"c", "w"}}), append(slices.Clone(all), s.mountOf("/model/weights", "c")), "2 mounts at /model/weights"},
-		"hidden by another mount":      {errdefs.ErrInvalidArgument, annotated, append(slices.Clone(all), &api.Mount{Destination: "/model/weights/", Source: "/x"}), "2 mounts at /model/weights"},
-		"something is at the path":     {errdefs.ErrInvalidArgument, annotated, append(slices.Clone(all), &api.Mount{Destination: "/model/", Source: "/x", Type: "bind"}), "something else is mounted at /model"},
+		"a layer is missing":          {errdefs.ErrNotFound, annotated, all[:1], "not exactly the named layers"},
+		"a layer too many":            {errdefs.ErrNotFound, annotated, append(slices.Clone(all), s.mountOf("/model/more", "c")), "CRI-O mounts a layer at /model/more"},
+		"a layer too many, listed":    {errdefs.ErrNotFound, s.annotate(listing{"/model", d, []string{"c", "w", "c"}}), append(slices.Clone(all), s.mountOf("/model/more", "c")), "not exactly"},
+		"a layer at another place":    {errdefs.ErrNotFound, annotated, []*api.Mount{all[0], s.mountOf("/model/weight", "w")}, "not exactly"},
+		"a layer of another content":  {errdefs.ErrNotFound, annotated, []*api.Mount{all[0], s.mountOf("/model/weights", "x")}, "not exactly"},
+		"at another path than listed": {errdefs.ErrNotFound, elsewhere, all, "not exactly"},
+		"a layer over the volume":     {errdefs.ErrInvalidArgument, s.annotate(listing{"/model", onVolume, []string{"c", "w"}}), []*api.Mount{s.mountOf("/model", "c"), all[1]}, "something else is mounted at /model"},
+		"a layer with a long name":    {errdefs.ErrInvalidArgument, s.annotate(listing{"/model", long, []string{"w"}}), all[1:], "has a name of 4097 bytes"},
+		"the listed artifact is gone": {errdefs.ErrNotFound, unknown, all, "no blob sha256:"},
+		"two layers with one name":    {errdefs.ErrInvalidArgument, s.annotate(listing{"/model", d, []string{"c", "w"}}), append(slices.Clone(all), s.mountOf("/model/weights", "c")), "2 mounts at /model/weights"},
+		"hidden by another mount":     {errdefs.ErrInvalidArgument, annotated, append(slices.Clone(all), &api.Mount{Destination: "/model/weights/", Source: "/x"}), "2 mounts at /model/weights"},
+		"something is at the path":    {errdefs.ErrInvalidArgument, annotated, append(slices.Clone(all), &api.Mount{Destination: "/model/", Source: "/x", Type: "bind"}), "something else is mounted at /model"},
 		"two volumes at one path": {errdefs.ErrInvalidArgument, s.annotate(listing{"/model", d, []string{"c", "w"}}, listing{"/model", s.add(artifactOf(raw("more", "m"))), []string{"m"}}),
 			append(slices.Clone(all), s.mountOf("/model/more", "m")), "something else is mounted at /model"},
 		"a layer in two volumes": {errdefs.ErrFailedPrecondition, s.annotate(listing{"/", s.add(artifactOf(raw("model/weights", "w"))), []string{"w"}}, listing{"/model", inner, []string{"w"}}),
@@ -324,7 +324,7 @@ func TestMountsThatAreNotExactlyAnArtifactAreRefused(t *testing.T) {
 	}
 }
 
-func TestTheReasonOfARefusedArtifactIsSaid(t *testing.T) {
+func TestTheErrorSaysWhyAnArtifactIsRefused(t *testing.T) {
 	s := newStore(t)
 	d := s.add(artifactOf(raw("../../etc/passwd", "p")))
 	// CRI-O mounts such a name in the volume.
@@ -368,7 +368,7 @@ func TestAnIndexIsResolvedToTheManifestOfThisPlatform(t *testing.T) {
 		wanted{path: "/model", of: s.add(a), remove: []string{"/model/file"}})
 }
 
-func TestOtherMountsOfBlobsAreNoneOfCRIOs(t *testing.T) {
+func TestMountsOfOtherFilesAreLeftAlone(t *testing.T) {
 	s := newStore(t)
 	s.add(artifactOf(raw("file", "f")))
 	hex := digest.FromString("f").Encoded()
@@ -381,7 +381,7 @@ func TestOtherMountsOfBlobsAreNoneOfCRIOs(t *testing.T) {
 	})
 }
 
-func TestAStoreIsFoundByWhateverPath(t *testing.T) {
+func TestAStoreMayBeReachedThroughASymbolicLink(t *testing.T) {
 	s := newStore(t)
 	d := s.add(artifactOf(raw("file", "f")))
 	link := filepath.Join(t.TempDir(), "artifacts")
@@ -398,7 +398,7 @@ func TestAStoreIsFoundByWhateverPath(t *testing.T) {
 	s.wantFound(annotations, []*api.Mount{m}, wanted{path: "/model", of: d, remove: []string{"/model/file"}})
 }
 
-// Names and digests are the artifact's, and its author may want the match to take long.
+// The artifact's author chooses names and digests, and could try to make the match slow.
 func TestAnArtifactWithManySubPathsIsMatchedInTime(t *testing.T) {
 	s := newStore(t)
 	var layers []pack.Layer
@@ -420,11 +420,11 @@ func TestAnArtifactWithManySubPathsIsMatchedInTime(t *testing.T) {
 		return got[0].Refused
 	}
 	if err := find(); !errdefs.IsNotFound(err) {
-		t.Errorf("%v, want that it is not found", err)
+		t.Errorf("%v, want ErrNotFound", err)
 	}
 	cancel()
 	if err := find(); !errors.Is(err, errBusy) {
-		t.Errorf("%v, want that the match ends with the request", err)
+		t.Errorf("%v, want the match to end with the request", err)
 	}
 }
 
@@ -445,7 +445,7 @@ func TestOnlyWhatCRIOMountsIsFound(t *testing.T) {
 		}
 	}
 	if found < 60 || refused < 60 {
-		t.Errorf("%d times volumes were found and %d times refused, which tests too little", found, refused)
+		t.Errorf("volumes were found %d times and refused %d times, which tests too little", found, refused)
 	}
 }
 
@@ -454,8 +454,8 @@ func FuzzMatch(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte, choice byte, forged bool) { matchRandom(t, data, choice, forged) })
 }
 
-// crioWould returns the layers that CRI-O mounts for a sub path, by where it mounts them
-// (server/container_create_linux.go), or nil if it refuses.
+// crioWould returns the mounts that CRI-O makes for a sub path of an artifact
+// (server/container_create_linux.go); nil if it refuses.
 func crioWould(a *artifact.Artifact, at, sub string) (mounts []place) {
 	for _, l := range a.Layers {
 		name := l.Descriptor.Annotations[ocispec.AnnotationTitle]
@@ -539,14 +539,14 @@ func matchRandom(t *testing.T, data []byte, choice byte, forged bool) (int, bool
 		if !forged && (v.Target.Digest != artifacts[i].Manifest.Digest || v.sub != wantSubs[i]) {
 			t.Errorf("found the directory %q of %s, but CRI-O has mounted %q of %s", v.sub, v.Target.Digest, wantSubs[i], artifacts[i].Manifest.Digest)
 		}
-		// Whatever the annotation says: all named layers are ones that CRI-O has mounted in this container.
+		// Even with a forged annotation: CRI-O has mounted every named layer in this container.
 		for _, a := range artifacts {
 			if a.Manifest.Digest != v.Target.Digest {
 				continue
 			}
 			for _, l := range crioWould(a, v.destination, v.sub) {
 				if !slices.Contains(slices.Concat(wants...), l) {
-					t.Errorf("%v is a layer of the volume, but CRI-O has mounted %v", l, wants)
+					t.Errorf("layer %v is in the volume, but CRI-O has mounted only %v", l, wants)
 				}
 			}
 		}

@@ -22,26 +22,26 @@ import (
 	"github.com/containerd/ttrpc"
 )
 
-// What becomes of a container while either side hangs.
+// Tests of what happens to a container while the plugin or the runtime hangs.
 
 const failedToHandle = "plugin 50-test failed to handle CreateContainer request"
 
-// created is a runtime with the plugin, and the mounts of a container with an artifact,
-// which is shown.
+// created starts a runtime that has accepted the plugin and created a container with an artifact,
+// and returns CRI-O's mounts of the artifact.
 func (s *site) created(connected chan bool) (*runtime, []*api.Mount) {
 	s.t.Helper()
 	mounts := s.crioModel()
 	r := s.startRuntime()
 	s.t.Cleanup(r.end)
 	r.await(connected, true)
-	r.wantShown("first", mounts)
+	r.wantMounted("first", mounts)
 	return r, mounts
 }
 
-// wantShown waits until the runtime has taken the plugin.
-func (r *runtime) wantShown(id string, mounts []*api.Mount) {
+// wantMounted waits until the runtime has accepted the plugin, which then mounts the artifact.
+func (r *runtime) wantMounted(id string, mounts []*api.Mount) {
 	r.t.Helper()
-	eventually(r.t, "the artifact is shown", func() bool {
+	eventually(r.t, "the artifact is mounted", func() bool {
 		got, err := r.create(id, mounts...)
 		if err != nil {
 			r.t.Fatal(err)
@@ -50,22 +50,22 @@ func (r *runtime) wantShown(id string, mounts []*api.Mount) {
 	})
 }
 
-// A runtime that knows NRI's failure policy creates no container without the plugin's
-// answer, and goes on asking.
-func TestAContainerIsNotCreatedWithoutTheAnswerOfAPluginThatHangs(t *testing.T) {
+// A runtime that supports NRI's failure policy creates no container without the plugin's answer,
+// and keeps the plugin.
+func TestWhileThePluginHangsNoContainerIsCreated(t *testing.T) {
 	s := newSite(t)
 	connected := s.run()
 	r, mounts := s.created(connected)
 	r.answers.hang()
 	for range 2 {
 		if got, err := r.create("late", mounts...); err == nil || !strings.Contains(err.Error(), failedToHandle) {
-			t.Errorf("got %+v, %v; want that %s", got, err, failedToHandle)
+			t.Errorf("got %+v, %v; want %q", got, err, failedToHandle)
 		}
 	}
 	r.answers.goOn()
-	r.wantShown("next", mounts)
+	r.wantMounted("next", mounts)
 	if len(connected) > 0 {
-		t.Error("the plugin has been taken away")
+		t.Error("the runtime has disconnected the plugin")
 	}
 	if err := r.RemovePodSandbox(t.Context(), &adaptation.RemovePodSandboxRequest{Pod: &api.PodSandbox{Id: sandbox}}); err != nil {
 		t.Fatal(err)
@@ -73,7 +73,7 @@ func TestAContainerIsNotCreatedWithoutTheAnswerOfAPluginThatHangs(t *testing.T) 
 	s.wantRecords()
 }
 
-func TestAContainerIsNotCreatedIfThePluginEndsBeforeItAnswers(t *testing.T) {
+func TestIfThePluginEndsBeforeItAnswersTheContainerIsNotCreated(t *testing.T) {
 	s := newSite(t)
 	connected := s.run()
 	r, mounts := s.created(connected)
@@ -87,15 +87,15 @@ func TestAContainerIsNotCreatedIfThePluginEndsBeforeItAnswers(t *testing.T) {
 	r.hangUp()
 	r.answers.goOn()
 	if err := <-created; err == nil || !strings.Contains(err.Error(), failedToHandle) {
-		t.Errorf("got %v, want that %s", err, failedToHandle)
+		t.Errorf("got %v, want %q", err, failedToHandle)
 	}
 	r.await(connected, false)
 	r.await(connected, true)
-	r.wantShown("next", mounts)
+	r.wantMounted("next", mounts)
 }
 
-// With passthrough the runtime's own mounts are as good as an answer.
-func TestAContainerIsCreatedWithoutAPluginThatMayBePassed(t *testing.T) {
+// With passthrough the runtime's own mounts are good enough.
+func TestWithPassthroughAContainerIsCreatedWhileThePluginHangs(t *testing.T) {
 	s := newSite(t)
 	s.Passthrough = true
 	connected := s.run()
@@ -107,10 +107,10 @@ func TestAContainerIsCreatedWithoutAPluginThatMayBePassed(t *testing.T) {
 	r.answers.goOn()
 	r.await(connected, false)
 	r.await(connected, true)
-	r.wantShown("next", mounts)
+	r.wantMounted("next", mounts)
 }
 
-// A daemon that was stopped finds the creation of a container and its end together.
+// A daemon that was stopped receives the requests for the creation and the end of a container together.
 func TestAContainerThatHasEndedIsNotRecorded(t *testing.T) {
 	s := newSite(t)
 	session := &session{Plugin: s.Plugin, logger: log.L}
@@ -127,14 +127,14 @@ func TestAContainerThatHasEndedIsNotRecorded(t *testing.T) {
 				t.Fatal(err)
 			}
 			if _, _, err := session.CreateContainer(t.Context(), pod, c); err == nil || !strings.Contains(err.Error(), "has ended before it was created") {
-				t.Errorf("got %v, want that the container has ended", err)
+				t.Errorf("got %v, want an error that says the container has ended", err)
 			}
 			s.wantRecords()
 		})
 	}
 }
 
-// mute is a runtime that takes a plugin, and never configures it.
+// mute is a runtime that registers a plugin, but never configures it.
 type mute struct{}
 
 func (mute) RegisterPlugin(context.Context, *api.RegisterPluginRequest) (*api.Empty, error) {
@@ -145,10 +145,10 @@ func (mute) UpdateContainers(context.Context, *api.UpdateContainersRequest) (*ap
 	return nil, nil
 }
 
-// The plugin tries again without end: what it leaves behind at each try adds up.
-func TestARuntimeThatDoesNotTakeThePluginLeavesNothing(t *testing.T) {
+// The plugin tries again forever, so a leak in each attempt adds up.
+func TestARuntimeThatDoesNotAcceptThePluginLeaksNothing(t *testing.T) {
 	for name, serve := range map[string]func(multiplex.Mux) error{
-		"takes the connection alone": func(multiplex.Mux) error { return nil },
+		"accepts only the connection": func(multiplex.Mux) error { return nil },
 		"registers the plugin": func(m multiplex.Mux) error {
 			l, err := m.Listen(multiplex.RuntimeServiceConn)
 			if err != nil {
@@ -185,13 +185,13 @@ func TestARuntimeThatDoesNotTakeThePluginLeavesNothing(t *testing.T) {
 			}()
 			for range 3 {
 				if served, err := s.serve(t.Context()); served || !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "but not the plugin") {
-					t.Errorf("served: %v, %v; want that the runtime has not taken the plugin", served, err)
+					t.Errorf("served: %v, %v; want an error that says the runtime has not accepted the plugin", served, err)
 				}
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), s.registerTimeout/2)
 			defer cancel()
 			if _, err := s.serve(ctx); !errors.Is(err, context.DeadlineExceeded) {
-				t.Errorf("at the end of the daemon: %v", err)
+				t.Errorf("when the daemon ends: %v", err)
 			}
 			eventually(t, "the stubs have ended", func() bool {
 				stacks := make([]byte, 1<<20)

@@ -16,7 +16,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-func TestWhatIsNoArtifactIsLeftAlone(t *testing.T) {
+func TestMountsThatAreNotOfAnArtifactAreLeftAlone(t *testing.T) {
 	s := newSite(t)
 	image := artifactOf(raw("file", "f"))
 	image.ConfigType, image.Config = ocispec.MediaTypeImageConfig, []byte("{}")
@@ -29,7 +29,7 @@ func TestWhatIsNoArtifactIsLeftAlone(t *testing.T) {
 	other.Source = strings.Replace(other.Source, sandbox, "another-sandbox", 1)
 	tmpfs := volumeOf("/tmp", model)
 	tmpfs.Type, tmpfs.Options = "tmpfs", nil
-	for name, m := range map[string]*api.Mount{"an image": volumeOf("/image", d), "of another sandbox": other, "no bind": tmpfs, "no mount": nil} {
+	for name, m := range map[string]*api.Mount{"an image": volumeOf("/image", d), "of another sandbox": other, "not a bind": tmpfs, "no mount": nil} {
 		if got, err := s.ask("one", m); got != nil || err != nil {
 			t.Errorf("%s: %+v, %v", name, got, err)
 		}
@@ -40,9 +40,9 @@ func TestWhatIsNoArtifactIsLeftAlone(t *testing.T) {
 	}
 }
 
-// Which images containerd has is asked for artifacts alone, and what is a volume of an image
-// is known without: it is one if the manifest says so, or if containerd shows files.
-func TestAVolumeOfAnImageNeedsNothingOfContainerd(t *testing.T) {
+// The store asks which images containerd has only for artifacts. A volume is that of an image if
+// the manifest says so, or if containerd has unpacked files.
+func TestAVolumeOfAnImageNeedsNoListOfImages(t *testing.T) {
 	s := newSite(t)
 	image := artifactOf(raw("file", "f"))
 	image.ConfigType, image.Config = ocispec.MediaTypeImageConfig, []byte("{}")
@@ -53,7 +53,7 @@ func TestAVolumeOfAnImageNeedsNothingOfContainerd(t *testing.T) {
 	model := s.model(s.content)
 	elsewhere := ocispec.Descriptor{Digest: digest.FromString("in another content root")}
 	unknown := fmt.Errorf("it is not known which images there are: %w", errdefs.ErrUnavailable)
-	const left, shown, missing = "left alone", "shown", "check that these are the runtime's directories"
+	const left, mounted, missing = "left alone", "mounted", "check that these are the runtime's directories"
 	for _, tt := range []struct {
 		name  string
 		of    ocispec.Descriptor
@@ -65,8 +65,8 @@ func TestAVolumeOfAnImageNeedsNothingOfContainerd(t *testing.T) {
 		{"an image", ordinary, "", true, left, left},
 		{"a sub path of an image", ordinary, "file", true, left, left},
 		{"an image without files, which may be in the place of an artifact", ordinary, "", false, unknown.Error(), left},
-		{"an artifact", model, "", false, unknown.Error(), shown},
-		{"an artifact that containerd has unpacked in part", model, "", true, unknown.Error(), shown},
+		{"an artifact", model, "", false, unknown.Error(), mounted},
+		{"an artifact that containerd has unpacked in part", model, "", true, unknown.Error(), mounted},
 		{"an image in another content root", elsewhere, "", true, left, left},
 		{"a sub path of an image in another content root", elsewhere, "file", true, left, left},
 		{"an artifact in another content root", elsewhere, "", false, missing, missing},
@@ -88,9 +88,9 @@ func TestAVolumeOfAnImageNeedsNothingOfContainerd(t *testing.T) {
 				switch {
 				case want == left && (got != nil || err != nil):
 					t.Errorf("%v: %+v, %v; want it left alone", conflict, got, err)
-				case want == shown && (err != nil || len(got.GetMounts()) != 1):
-					t.Errorf("%v: %+v, %v; want it shown", conflict, got, err)
-				case want != left && want != shown && (err == nil || !strings.Contains(err.Error(), want)):
+				case want == mounted && (err != nil || len(got.GetMounts()) != 1):
+					t.Errorf("%v: %+v, %v; want it mounted", conflict, got, err)
+				case want != left && want != mounted && (err == nil || !strings.Contains(err.Error(), want)):
 					t.Errorf("%v: %+v, %v; want %q", conflict, got, err, want)
 				}
 			}

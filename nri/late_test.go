@@ -16,7 +16,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
-// stalled is a disk that does not answer until it is closed.
+// stalled is a directory of blobs on a disk that hangs until closed is closed.
 type stalled struct {
 	blobs.Dir
 	closed chan struct{}
@@ -27,8 +27,8 @@ func (s stalled) Find(hex string) (ocispec.Descriptor, error) {
 	return s.Dir.Find(hex)
 }
 
-// A runtime goes on without a plugin that is late, and the container has the wrong files.
-func TestAnAnswerIsNotLate(t *testing.T) {
+// A runtime creates the container without a plugin that is late, with the wrong files.
+func TestAnAnswerIsNotLateWhenTheDiskHangs(t *testing.T) {
 	site := newSite(t)
 	mounts := site.crioModel()
 	disk := stalled{site.crio.dir, make(chan struct{})}
@@ -41,14 +41,14 @@ func TestAnAnswerIsNotLate(t *testing.T) {
 		Id: "container", Mounts: mounts, Annotations: site.annotations,
 	})
 	if err == nil || !strings.Contains(err.Error(), "test: this node is too busy") {
-		t.Errorf("got %v, want that the node is too busy", err)
+		t.Errorf("got %v, want an error that says the node is too busy", err)
 	}
 	if ctx.Err() != nil {
 		t.Error("the answer is late")
 	}
 }
 
-func TestAPartOfTheTimeIsTheRuntimes(t *testing.T) {
+func TestThePluginAnswersBeforeTheRuntimesDeadline(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 	defer cancel()
 	part, stop := within(ctx, answerShare)

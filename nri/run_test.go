@@ -20,35 +20,35 @@ import (
 	"github.com/containerd/nri/pkg/api"
 )
 
-// runtime is the side of NRI that is in a runtime, as CRI-O has it.
+// runtime is a runtime's side of NRI, which names itself CRI-O.
 type runtime struct {
 	*adaptation.Adaptation
 	t          *testing.T
 	site       *site
-	containers []*api.Container // that it has
+	containers []*api.Container // the containers of the runtime
 
-	// The plugin's connection goes by way of the test: in the same process nothing
-	// ends it when the runtime stops.
+	// The test relays the plugin's connection, because nothing ends it when a runtime in the
+	// same process stops.
 	listener net.Listener
 	mu       sync.Mutex
 	conns    []net.Conn
 	answers  gate
 }
 
-// gate holds back what the plugin says, as if it hung, from hang to goOn.
+// gate delays the plugin's messages from hang to goOn, as if the plugin hung.
 type gate struct {
 	mu   sync.RWMutex
-	held chan struct{} // what it says is held back
+	held chan struct{} // receives when a message is delayed
 }
 
 func (g *gate) hang() {
-	g.held = make(chan struct{}, 100) // which is looked at while mu is locked
+	g.held = make(chan struct{}, 100) // before mu is locked, for the reader
 	g.mu.Lock()
 }
 
 func (g *gate) goOn() { g.mu.Unlock() }
 
-// gated is what is read from the plugin.
+// gated reads the plugin's messages.
 type gated struct {
 	io.Reader
 	*gate
@@ -81,7 +81,7 @@ func (r *runtime) accept(socket string) {
 		r.mu.Unlock()
 		go func() {
 			io.Copy(plugin, runtime)
-			plugin.Close() // the runtime has taken it away
+			plugin.Close() // the runtime has disconnected it
 		}()
 		go io.Copy(runtime, gated{plugin, &r.answers})
 	}
@@ -152,7 +152,7 @@ func (s *site) run() (connected chan bool) {
 	return connected
 }
 
-// await waits until the plugin says so. A runtime has it a moment later.
+// await waits until the plugin reports that. The runtime has accepted it a moment later.
 func (r *runtime) await(connected chan bool, want bool) {
 	r.t.Helper()
 	select {
@@ -165,13 +165,13 @@ func (r *runtime) await(connected chan bool, want bool) {
 	}
 }
 
-func TestThePluginComesBackWhenTheRuntimeIsRestarted(t *testing.T) {
+func TestThePluginConnectsAgainWhenTheRuntimeIsRestarted(t *testing.T) {
 	s := newSite(t)
 	connected := s.run() // the runtime is not there yet
 	mounts := s.crioModel()
-	var kept []*api.Container
+	var running []*api.Container
 	for range 3 {
-		r := s.startRuntime(kept...)
+		r := s.startRuntime(running...)
 		r.await(connected, true)
 		var got *api.ContainerAdjustment
 		eventually(t, "the container is adjusted", func() bool {
@@ -185,13 +185,13 @@ func TestThePluginComesBackWhenTheRuntimeIsRestarted(t *testing.T) {
 		if i < 0 || len(got.Mounts) != 3 {
 			t.Fatalf("the adjustment is %+v", got)
 		}
-		kept = []*api.Container{{Id: "runs", PodSandboxId: sandbox, Mounts: got.Mounts}}
+		running = []*api.Container{{Id: "runs", PodSandboxId: sandbox, Mounts: got.Mounts}}
 		s.wantRecords("runs")
 		r.end()
 		r.await(connected, false)
 		s.wantRecords("runs")
 	}
-	r := s.startRuntime(kept...)
+	r := s.startRuntime(running...)
 	r.await(connected, true)
 	s.wantRecords("runs")
 	eventually(t, "the pod is gone", func() bool {
@@ -204,9 +204,9 @@ func TestThePluginComesBackWhenTheRuntimeIsRestarted(t *testing.T) {
 	r.await(connected, false)
 }
 
-// containerd synchronizes no plugin while it stops a container, and creates the next one
-// without a plugin that did not wait for that.
-func TestARuntimeMayBeLongInTellingWhatItHas(t *testing.T) {
+// containerd synchronizes no plugin while it stops a container, and creates the next one without a
+// plugin that has disconnected meanwhile.
+func TestThePluginWaitsForSynchronizeForAsLongAsItTakes(t *testing.T) {
 	s := newSite(t)
 	mounts := s.crioModel()
 	s.registerTimeout = 500 * time.Millisecond
@@ -234,7 +234,7 @@ func TestARuntimeMayBeLongInTellingWhatItHas(t *testing.T) {
 	r.await(connected, true)
 }
 
-func TestTheReasonReachesTheRuntime(t *testing.T) {
+func TestTheErrorOfARefusedVolumeReachesTheRuntime(t *testing.T) {
 	s := newSite(t)
 	connected := s.run()
 	r := s.startRuntime()
@@ -248,14 +248,14 @@ func TestTheReasonReachesTheRuntime(t *testing.T) {
 		}
 		return err != nil
 	})
-	// It is no reason to take the plugin away.
+	// The runtime does not disconnect the plugin because of it.
 	if _, err := r.create("refused", mounts...); err == nil {
 		t.Error("the second time it is not refused")
 	}
 	s.wantRecords()
 }
 
-func TestAContainerdThatIsElsewhereIsNamed(t *testing.T) {
+func TestAWrongContainerdAddressIsLoggedOnce(t *testing.T) {
 	t.Cleanup(func() { log.L.Logger.SetOutput(os.Stderr) })
 	there := t.TempDir()
 	for _, tt := range []struct {
@@ -269,7 +269,7 @@ func TestAContainerdThatIsElsewhereIsNamed(t *testing.T) {
 			p.checkAddress(t.Context(), tt.runtime)
 		}
 		if n := strings.Count(text.String(), "containerd_address="+tt.address); n != tt.want {
-			t.Errorf("%s at %s: said %d times: %s", tt.runtime, tt.address, n, text.String())
+			t.Errorf("%s at %s: logged %d times: %s", tt.runtime, tt.address, n, text.String())
 		}
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	modelspec "github.com/modelpack/model-spec/specs-go/v1"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
@@ -242,6 +243,31 @@ func TestCRIOArtifactThatBreaksARuleIsRefused(t *testing.T) {
 			wantUsage(t, n, before)
 		})
 	}
+	check(t, pod.Remove())
+}
+
+// CRI-O names the artifact of a volume in an annotation of the container, and does not mount
+// layers without a name. A pod with an annotation of that name gets no artifact, and in particular
+// not one of another pod with the same named layer.
+func TestCRIOAPodCannotNameAnotherArtifact(t *testing.T) {
+	n := crioNode(t, node.Options{})
+	own := push(t, n, "own", goodLayer())
+	h := hostile{t, t.TempDir()}
+	secret := &pack.Artifact{ArtifactType: modelspec.ArtifactTypeModelManifest, Layers: []pack.Layer{goodLayer(), h.tar(file("secret"))}}
+	d, err := secret.Push(t.Context(), n.Registry, "models/secret", "latest")
+	check(t, err)
+	_, err = n.Pull(n.Registry + "/models/secret:latest")
+	check(t, err)
+	forged := fmt.Sprintf(`[{"container_path": "/model", "host_path": %q, "image": {"image": %q}}]`,
+		filepath.Join(n.ContentRoot, "blobs/sha256", digest.FromBytes(goodLayer().Data).Encoded()), d.Encoded())
+	volumes := []node.Volume{{Image: own, Path: "/model"}}
+	_, err = n.RunPod(node.PodSpec{Volumes: volumes, Annotations: map[string]string{"io.kubernetes.cri-o.Volumes": forged}})
+	if err == nil || !strings.Contains(err.Error(), "the pod has the annotation io.kubernetes.cri-o.Volumes") {
+		t.Errorf("the error is %v, want one that names the annotation", err)
+	}
+	pod, err := n.RunPod(node.PodSpec{Volumes: volumes})
+	check(t, err)
+	wantVolume(t, pod, "main", "/model", []treelist.Entry{fileEntry("good.txt", goodLayer().Data)})
 	check(t, pod.Remove())
 }
 

@@ -431,7 +431,7 @@ func TestByNRIAContainerThatWasCreatedWithoutThePluginIsNamed(t *testing.T) {
 	wantVolume(t, pod, "main", "/model", nil)
 	check(t, n.StartDaemon())
 	check(t, n.WaitForNRI())
-	if logs := n.Logs(); !strings.Contains(logs, "A container was created without the plugin of NRI") || !strings.Contains(logs, "sandbox="+pod.ID) {
+	if logs := n.Logs(); !strings.Contains(logs, "a container was created without the NRI plugin") || !strings.Contains(logs, "sandbox="+pod.ID) {
 		t.Errorf("the log does not name pod %s:\n%s", pod.ID, logs)
 	}
 	check(t, pod.Remove())

@@ -96,7 +96,7 @@ func testAPluginThatHangs(t *testing.T, n *node.Node, required bool, wantOwn fun
 	for _, pod := range without {
 		waitFor(t, "the log to name pod "+pod.ID, func() bool {
 			for line := range strings.Lines(daemonLog(t, n)) {
-				if strings.Contains(line, "A container was created without the plugin of NRI") && strings.Contains(line, "sandbox="+pod.ID) {
+				if strings.Contains(line, "a container was created without the NRI plugin") && strings.Contains(line, "sandbox="+pod.ID) {
 					return true
 				}
 			}
@@ -109,7 +109,7 @@ func testAPluginThatHangs(t *testing.T, n *node.Node, required bool, wantOwn fun
 	wantRecords(t, n, 0)
 }
 
-var nriVersion = regexp.MustCompile(`Showing artifacts to a runtime by NRI.* nri_version="?(\S+?)"?\s`)
+var nriVersion = regexp.MustCompile(`mounting artifacts for a runtime by NRI.* nri_version="?(\S+?)"?\s`)
 
 // knowsFailurePolicy reports whether the runtime's NRI is 0.12.5 or later, by the daemon's
 // log.

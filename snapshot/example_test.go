@@ -1,0 +1,84 @@
+// SPDX-FileCopyrightText: The artifact-snapshotter Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshot_test
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/mount"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
+	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
+	"github.com/artifact-snapshotter/artifact-snapshotter/store"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
+)
+
+// containerd's CRI plugin prepares the image volume of an artifact. It must run as root.
+func Example() {
+	ctx := context.Background()
+	dir, err := os.MkdirTemp("", "snapshot-example-*")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+
+	// containerd has pulled an artifact with one file.
+	content := filepath.Join(dir, "content")
+	model := pack.Artifact{Layers: []pack.Layer{{
+		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte("weights of a model"),
+		Annotations: map[string]string{"org.cncf.model.filepath": "model.safetensors"},
+	}}}
+	target, err := model.WriteTo(content)
+	if err != nil {
+		log.Fatal(err)
+	}
+
+	root := filepath.Join(dir, "root")
+	trees, err := store.Open(ctx, store.Config{
+		Root: root, State: filepath.Join(dir, "state"),
+		Content: blobs.Dir(content),
+		Limits:  unpack.DefaultLimits,
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer trees.Close()
+	snapshotter, err := snapshot.New(root, trees)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer snapshotter.Close()
+
+	// The key is the path of the volume. Its last part is all that says which image it is.
+	key := "/run/containerd/io.containerd.grpc.v1.cri/image-volumes/sandbox/" + target.Digest.Encoded()
+	mounts, err := snapshotter.Prepare(ctx, key, "")
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(mounts[0].Type, strings.Join(mounts[0].Options, ","))
+
+	err = mount.WithReadonlyTempMount(ctx, mounts, func(at string) error {
+		text, err := os.ReadFile(filepath.Join(at, "model.safetensors"))
+		fmt.Printf("%s\n", text)
+		return err
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := snapshotter.Remove(ctx, key); err != nil {
+		log.Fatal(err)
+	}
+	if err := trees.CollectGarbage(ctx); err != nil { // unmounts the tree
+		log.Fatal(err)
+	}
+	// Output:
+	// bind bind,ro,nosuid,nodev
+	// weights of a model
+}

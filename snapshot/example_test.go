@@ -6,7 +6,6 @@ package snapshot_test
 import (
 	"context"
 	"fmt"
-	"log"
 	"os"
 	"path/filepath"
 	"strings"
@@ -24,9 +23,7 @@ import (
 func Example() {
 	ctx := context.Background()
 	dir, err := os.MkdirTemp("", "snapshot-example-*")
-	if err != nil {
-		log.Fatal(err)
-	}
+	check(err)
 	defer os.RemoveAll(dir)
 
 	// containerd has pulled an artifact with one file.
@@ -36,9 +33,7 @@ func Example() {
 		Annotations: map[string]string{"org.cncf.model.filepath": "model.safetensors"},
 	}}}
 	target, err := model.WriteTo(content)
-	if err != nil {
-		log.Fatal(err)
-	}
+	check(err)
 
 	root := filepath.Join(dir, "root")
 	trees, err := store.Open(ctx, store.Config{
@@ -46,22 +41,16 @@ func Example() {
 		Content: blobs.Dir(content),
 		Limits:  unpack.DefaultLimits,
 	})
-	if err != nil {
-		log.Fatal(err)
-	}
+	check(err)
 	defer trees.Close()
 	snapshotter, err := snapshot.New(root, trees)
-	if err != nil {
-		log.Fatal(err)
-	}
+	check(err)
 	defer snapshotter.Close()
 
 	// The key is the path of the volume. Its last part is all that says which image it is.
 	key := "/run/containerd/io.containerd.grpc.v1.cri/image-volumes/sandbox/" + target.Digest.Encoded()
 	mounts, err := snapshotter.Prepare(ctx, key, "")
-	if err != nil {
-		log.Fatal(err)
-	}
+	check(err)
 	fmt.Println(mounts[0].Type, strings.Join(mounts[0].Options, ","))
 
 	err = mount.WithReadonlyTempMount(ctx, mounts, func(at string) error {
@@ -69,16 +58,16 @@ func Example() {
 		fmt.Printf("%s\n", text)
 		return err
 	})
-	if err != nil {
-		log.Fatal(err)
-	}
-	if err := snapshotter.Remove(ctx, key); err != nil {
-		log.Fatal(err)
-	}
-	if err := trees.CollectGarbage(ctx); err != nil { // unmounts the tree
-		log.Fatal(err)
-	}
+	check(err)
+	check(snapshotter.Remove(ctx, key))
+	check(trees.CollectGarbage(ctx)) // unmounts the tree
 	// Output:
 	// bind bind,ro,nosuid,nodev
 	// weights of a model
+}
+
+func check(err error) {
+	if err != nil {
+		panic(err)
+	}
 }

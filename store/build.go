@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -39,9 +40,12 @@ func (s *Store) build(ctx context.Context, e *entry, from *source, p *pull) (t *
 			far.total += l.Descriptor.Size
 		}
 		o.Progress = func(n int64) { far.done.Add(n) }
-		got := newCounts()
+		var mu sync.Mutex // guards b.Bytes until all goroutines of the build have ended
+		b.Bytes = map[unpack.Retention]int64{}
 		o.Counted = func(how unpack.Retention, n int64) {
-			got[how].Add(n)
+			mu.Lock()
+			b.Bytes[how] += n
+			mu.Unlock()
 			s.counted(how, n)
 		}
 		if p != nil {
@@ -51,7 +55,6 @@ func (s *Store) build(ctx context.Context, e *entry, from *source, p *pull) (t *
 		s.setProgress(e, far)
 		t, err = s.publish(e.id, func(dir string) (*unpack.Tree, error) { return s.layOut(ctx, dir, from, o) })
 		s.setProgress(e, nil)
-		b.Bytes = got.bytes()
 	}
 	b.Duration, b.Err = time.Since(began), err
 	end(err)

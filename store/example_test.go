@@ -6,7 +6,6 @@ package store_test
 import (
 	"context"
 	"fmt"
-	"log"
 	"os"
 	"path/filepath"
 
@@ -21,9 +20,7 @@ import (
 func Example() {
 	ctx := context.Background()
 	dir, err := os.MkdirTemp("", "store-example-*")
-	if err != nil {
-		log.Fatal(err)
-	}
+	check(err)
 	defer os.RemoveAll(dir)
 
 	// The runtime has pulled an artifact with one file into its content store.
@@ -33,18 +30,14 @@ func Example() {
 		Annotations: map[string]string{"org.cncf.model.filepath": "model.safetensors"},
 	}}}
 	target, err := model.WriteTo(content)
-	if err != nil {
-		log.Fatal(err)
-	}
+	check(err)
 
 	trees, err := store.Open(ctx, store.Config{
 		Root: filepath.Join(dir, "root"), State: filepath.Join(dir, "state"),
 		Content: blobs.Dir(content),
 		Limits:  unpack.DefaultLimits,
 	})
-	if err != nil {
-		log.Fatal(err)
-	}
+	check(err)
 	defer trees.Close()
 
 	// The front end keeps the list of what is in use. A real one has it on disk.
@@ -52,27 +45,25 @@ func Example() {
 	trees.AddReferences(func(context.Context) ([]store.ID, error) { return inUse, nil })
 
 	ref, err := trees.Acquire(ctx, target, unpack.IDMap{})
-	if err != nil {
-		log.Fatal(err)
-	}
+	check(err)
 	inUse = append(inUse, ref.ID)
 	ref.Listed() // from here on the list keeps the mount
-	if err := trees.CollectGarbage(ctx); err != nil {
-		log.Fatal(err)
-	}
+	check(trees.CollectGarbage(ctx))
 	text, err := os.ReadFile(filepath.Join(ref.Path, "model.safetensors"))
-	if err != nil {
-		log.Fatal(err)
-	}
+	check(err)
 	fmt.Printf("in use: %s\n", text)
 
 	inUse = nil
-	if err := trees.CollectGarbage(ctx); err != nil {
-		log.Fatal(err)
-	}
+	check(trees.CollectGarbage(ctx))
 	_, err = os.Stat(ref.Path)
 	fmt.Println("unmounted:", os.IsNotExist(err))
 	// Output:
 	// in use: weights of a model
 	// unmounted: true
+}
+
+func check(err error) {
+	if err != nil {
+		panic(err)
+	}
 }

@@ -147,7 +147,7 @@ func (s *Store) collect(ctx context.Context) (trash []string, removed int, err e
 	for name, e := range s.entries {
 		// Whoever pulls the artifact again is not to be told of an old failure.
 		if f := e.failure; f != nil && (s.now().Sub(f.at) >= tellFailure || s.deleted(e.id.Manifest)) {
-			e.failure = nil
+			e.forgetFailure()
 		}
 		if e.held == 0 && e.failure == nil && !there[name] {
 			delete(s.entries, name)

@@ -10,7 +10,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/pkg/tracing"
@@ -106,25 +105,6 @@ func (s *Store) Stats(ctx context.Context) (Stats, error) {
 		stats.References += len(ids)
 	}
 	return stats, nil
-}
-
-// counts are the bytes that a build retains. All its goroutines add to them.
-type counts map[unpack.Retention]*atomic.Int64
-
-func newCounts() counts {
-	c := counts{}
-	for _, how := range unpack.Retentions {
-		c[how] = &atomic.Int64{}
-	}
-	return c
-}
-
-func (c counts) bytes() map[unpack.Retention]int64 {
-	bytes := map[unpack.Retention]int64{}
-	for how, n := range c {
-		bytes[how] = n.Load()
-	}
-	return bytes
 }
 
 // Fields returns how many bytes b retained in each way, for the log.

@@ -71,11 +71,10 @@ func (s *Store) arrived(ctx context.Context, path string) {
 	if !s.onPull {
 		return
 	}
-	blob := filepath.Base(path)
 	s.mu.Lock()
-	s.moved(blob)
+	s.moved(filepath.Base(path))
+	s.tellChanged()
 	s.mu.Unlock()
-	s.arrivals.tell(blob)
 	s.buildOnPull(ctx, path)
 }
 
@@ -216,7 +215,7 @@ func (s *Store) await(ctx context.Context, p *pull, blob digest.Digest) error {
 	again := time.NewTicker(lookAgain)
 	defer again.Stop()
 	for {
-		arrived := s.arrivals.of(blob.Encoded())
+		changed := s.changed()
 		if _, err := os.Lstat(s.content.Path(blob)); err == nil {
 			return nil
 		}
@@ -224,7 +223,7 @@ func (s *Store) await(ctx context.Context, p *pull, blob digest.Digest) error {
 			return fmt.Errorf("the pull of %s has been given up: %w", p.manifest, errdefs.ErrNotFound)
 		}
 		select {
-		case <-arrived:
+		case <-changed:
 		case <-p.stopped:
 			return nil
 		case <-ctx.Done():

@@ -44,6 +44,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		onPull:   c.DecompressOnPull,
 		entries:  map[string]*entry{},
 		reserved: map[string]bool{},
+		change:   make(chan struct{}),
 		opened:   time.Now(),
 	}
 	s.closing, s.close = context.WithCancel(context.WithoutCancel(ctx))

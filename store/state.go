@@ -125,6 +125,15 @@ func (e *entry) enter(next state) {
 	}
 }
 
+// forgetFailure is called when somebody has been told of the failure, or it is of no interest
+// any more. The caller holds s.mu.
+func (e *entry) forgetFailure() {
+	e.failure = nil
+	if e.state == failed {
+		e.enter(unknown)
+	}
+}
+
 // enter is entry.enter with s.mu.
 func (s *Store) enter(e *entry, next state) {
 	s.mu.Lock()
@@ -216,7 +225,7 @@ func (s *Store) finish(ctx context.Context, e *entry, w *work, err error) bool {
 		e.enter(unknown)
 	}
 	if err != nil {
-		// Who asks, or asks again, is told, and logs it at a level that is read.
+		// Whoever asks, or asks again, is told, and logs it at a level that is read.
 		log.G(ctx).WithError(err).WithField("artifact", e.id.Manifest).Debug("cannot build or mount the tree of an artifact")
 	}
 	w.err, e.work = err, nil
@@ -270,7 +279,9 @@ func (s *Store) acquire(ctx context.Context, id ID, from *source) (_ *Reference,
 	select {
 	case <-w.done:
 		if w.err != nil {
-			s.forgetFailure(id) // this is it
+			s.mu.Lock()
+			s.entry(id).forgetFailure() // this is it
+			s.mu.Unlock()
 		}
 		ref.Modes, ref.Built = w.modes, w.built
 		return ref, w.err
@@ -293,17 +304,6 @@ func (s *Store) staysMounted(id ID) (unpack.Modes, bool) {
 	}
 	still, err := s.mounted(id.name())
 	return modes, still && err == nil
-}
-
-// forgetFailure is called when the reason is known to whoever asked.
-func (s *Store) forgetFailure(id ID) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	e := s.entry(id)
-	e.failure = nil
-	if e.state == failed {
-		e.enter(unknown)
-	}
 }
 
 // unfinished says how far the build of id is, to a request that cannot wait, or why the

@@ -96,8 +96,7 @@ type Store struct {
 	running sync.WaitGroup
 	wake    chan struct{} // asks Run for a garbage collection
 	// seen are the directories of blobs that have been there.
-	seen     sync.Map
-	arrivals arrivals
+	seen sync.Map
 
 	// collecting is held while garbage collection asks the References. mu makes "nobody
 	// uses it, so it goes" one step against a new claim.
@@ -113,6 +112,8 @@ type Store struct {
 	taken map[string]bool
 	// reserved are the directories in trees that something writes to.
 	reserved map[string]bool
+	// change is closed when a blob may have arrived or been deleted.
+	change chan struct{}
 	// received is how much the runtime had of the blobs that it was receiving, in bytes.
 	received map[string]int64
 }

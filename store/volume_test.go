@@ -123,7 +123,7 @@ func TestAnImageVolumeIsMountedRefusedOrTheRuntimes(t *testing.T) {
 		if !errors.Is(err, tt.want) || (err == nil) != (ref != nil) {
 			t.Errorf("%s: %v, %v; want %v", tt.name, ref, err, tt.want)
 		}
-		if _, check := errors.AsType[*CheckError](err); check != (tt.want != nil && tt.want == tt.conflict) {
+		if _, check := errors.AsType[*CheckError](err); check != (tt.want != nil && errors.Is(tt.conflict, tt.want)) {
 			t.Errorf("%s: %v is an error of Images: %v", tt.name, err, check)
 		}
 		if want := tt.want == nil || tt.accept != nil; (accepted == 1) != want {

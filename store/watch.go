@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
-	"sync"
 	"syscall"
 	"time"
 
@@ -24,43 +23,17 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
-// arrivals tells of files that appear.
-type arrivals struct {
-	mu      sync.Mutex
-	waiting map[string]chan struct{} // by the name of the file, whatever directory it comes to
+// changed returns a channel that is closed when a blob may have arrived or been deleted.
+func (s *Store) changed() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.change
 }
 
-// of returns a channel that is closed when the file has arrived, or may have arrived unseen.
-func (a *arrivals) of(name string) <-chan struct{} {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.waiting[name] == nil {
-		if a.waiting == nil {
-			a.waiting = map[string]chan struct{}{}
-		}
-		a.waiting[name] = make(chan struct{})
-	}
-	return a.waiting[name]
-}
-
-// tell wakes those who wait for the file.
-func (a *arrivals) tell(name string) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if ch, ok := a.waiting[name]; ok {
-		close(ch)
-		delete(a.waiting, name)
-	}
-}
-
-// tellAll wakes everybody who waits, to look again.
-func (a *arrivals) tellAll() {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	for _, ch := range a.waiting {
-		close(ch)
-	}
-	clear(a.waiting)
+// tellChanged wakes all that wait for a blob, to look again. The caller holds s.mu.
+func (s *Store) tellChanged() {
+	close(s.change)
+	s.change = make(chan struct{})
 }
 
 // watcher tells of blobs that appear and disappear: by inotify, or if its limits are reached,
@@ -125,7 +98,9 @@ func (w *watcher) run(ctx context.Context) {
 // missed is called when blobs may have been deleted, or may have arrived unseen. A deleted one
 // may be a manifest whose layers a build waits for.
 func (w *watcher) missed() {
-	w.arrivals.tellAll()
+	w.mu.Lock()
+	w.tellChanged()
+	w.mu.Unlock()
 	select {
 	case w.deleted <- struct{}{}:
 	default:

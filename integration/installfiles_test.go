@@ -13,10 +13,10 @@ import (
 	"testing"
 
 	"github.com/containerd/platforms"
-	"github.com/pelletier/go-toml/v2"
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdtest"
 )
 
 // etc is a directory of containerd's configuration on a node where nothing runs.
@@ -61,46 +61,10 @@ func (e etc) run(t *testing.T, args ...string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// dump is what containerd itself makes of the files, and defaults.
-func (e etc) dump(t *testing.T) (all struct {
-	ProxyPlugins map[string]struct {
-		Type    string `toml:"type"`
-		Address string `toml:"address"`
-	} `toml:"proxy_plugins"`
-	Plugins struct {
-		Images struct {
-			Snapshotter string `toml:"snapshotter"`
-		} `toml:"io.containerd.cri.v1.images"`
-		Runtime struct {
-			Containerd struct {
-				Runtimes map[string]struct {
-					Type        string `toml:"runtime_type"`
-					Snapshotter string `toml:"snapshotter"`
-					Options     struct {
-						SystemdCgroup bool
-					} `toml:"options"`
-				} `toml:"runtimes"`
-			} `toml:"containerd"`
-		} `toml:"io.containerd.cri.v1.runtime"`
-		Transfer struct {
-			Unpack []struct {
-				Platform    string `toml:"platform"`
-				Snapshotter string `toml:"snapshotter"`
-			} `toml:"unpack_config"`
-		} `toml:"io.containerd.transfer.v1.local"`
-	} `toml:"plugins"`
-},
-) {
+// dump is what containerd reads from the files.
+func (e etc) dump(t *testing.T) containerdtest.Config {
 	t.Helper()
-	cmd := exec.Command(e.containerd, "--config", e.main, "config", "dump")
-	var said strings.Builder
-	cmd.Stderr = &said
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatalf("containerd config dump: %v\n%s", err, said.String())
-	}
-	check(t, toml.Unmarshal(out, &all))
-	return all
+	return containerdtest.Dump(t, e.containerd, e.main)
 }
 
 // nodeFiles are containerd's configuration as nodes have it.
@@ -237,7 +201,7 @@ func TestInstallFitsTheFilesOfNodes(t *testing.T) {
 					t.Error("SystemdCgroup is lost")
 				}
 				var unpacked []string
-				for _, u := range got.Plugins.Transfer.Unpack {
+				for _, u := range got.Plugins.Transfer.UnpackConfig {
 					if p, err := platforms.Parse(u.Platform); err == nil && platforms.Only(p).Match(platforms.DefaultSpec()) || u.Platform == "linux" {
 						unpacked = append(unpacked, u.Snapshotter)
 					}
@@ -376,10 +340,7 @@ func TestInstallKeepsWhatIsNotOurs(t *testing.T) {
 		check(t, err)
 		writeFile(t, e.main, string(text)+fmt.Sprintf(entry, "native"), 0o640)
 		e.run(t, "install")
-		var unpacked []string
-		for _, u := range e.dump(t).Plugins.Transfer.Unpack {
-			unpacked = append(unpacked, u.Snapshotter)
-		}
+		unpacked := e.dump(t).Unpacks()
 		if want := []string{"overlayfs", "native", "artifact"}; !slices.Equal(unpacked, want) {
 			t.Errorf("images are unpacked for %q, want %q", unpacked, want)
 		}

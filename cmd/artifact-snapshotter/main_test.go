@@ -223,7 +223,7 @@ func TestConfigContainerd(t *testing.T) {
 			alone := writeFile(t, output(t, append([]string{"config", "containerd"}, test.args...)...))
 			importing := writeFile(t, fmt.Sprintf("version = 3\nimports = [%q]\n", alone))
 			for _, path := range []string{alone, importing} {
-				got := containerdtest.Dump(t, path)
+				got := containerdtest.Dump(t, containerdtest.Tool(t, "containerd"), path)
 				proxy := got.ProxyPlugins["artifact"]
 				if proxy.Type != "snapshot" || proxy.Address != test.address || proxy.Exports["root"] != test.root ||
 					len(proxy.Capabilities) != 1 || proxy.Capabilities[0] != "remap-ids" {
@@ -259,7 +259,7 @@ func TestConfigContainerd(t *testing.T) {
 
 // containerd takes the first entry that matches, so those of artifacts come last.
 func TestConfigContainerdWithNativeUnpacking(t *testing.T) {
-	got := containerdtest.Dump(t, writeFile(t, output(t, "config", "containerd", "--native-unpack")))
+	got := containerdtest.Dump(t, containerdtest.Tool(t, "containerd"), writeFile(t, output(t, "config", "containerd", "--native-unpack")))
 	if proxy := got.ProxyPlugins["artifact-diff"]; proxy.Type != "diff" || proxy.Address != got.ProxyPlugins["artifact"].Address {
 		t.Errorf("the proxy plugin of the differ is %+v", proxy)
 	}

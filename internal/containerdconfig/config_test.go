@@ -16,19 +16,6 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdtest"
 )
 
-// kubeadm is a file of a node that was made for containerd 1.7.
-const kubeadm = `version = 2
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "registry.k8s.io/pause:3.9"
-  [plugins."io.containerd.grpc.v1.cri".containerd]
-    default_runtime_name = "other"
-    snapshotter = "overlayfs"
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-      runtime_type = "io.containerd.runc.v2"
-      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
-        SystemdCgroup = true
-`
-
 func TestReadReadsWhatContainerdReads(t *testing.T) {
 	dir := t.TempDir()
 	imported := filepath.Join(dir, "conf.d", "imported.toml")
@@ -57,7 +44,7 @@ func TestReadReadsWhatContainerdReads(t *testing.T) {
 		"version 2, alone":   "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.containerd]\n  snapshotter = 'artifact'\n",
 		"version 2":          "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.containerd]\n  snapshotter = 'artifact'\n  [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.a]\n    snapshotter = 'artifact'\n",
 		"version 2, both":    "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.containerd]\n  snapshotter = 'artifact'\n[plugins.'io.containerd.cri.v1.images']\n  snapshotter = 'native'\n",
-		"version 2, kubeadm": kubeadm + "[plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.other]\n  runtime_type = 'io.containerd.runc.v2'\n",
+		"version 2, kubeadm": strings.Replace(containerdtest.Kubeadm, `= "runc"`, `= "other"`, 1) + "[plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.other]\n  runtime_type = 'io.containerd.runc.v2'\n",
 		"version 3":          needed(""),
 		"version 4":          strings.Replace(needed("artifact"), "version = 3", "version = 4", 1),
 		"an import":          fmt.Sprintf("version = 3\nimports = [%q]\n[proxy_plugins.artifact]\n  address = '/here'\n", imported),
@@ -73,7 +60,7 @@ func TestReadReadsWhatContainerdReads(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			want := containerdtest.Dump(t, path)
+			want := containerdtest.Dump(t, containerdtest.Tool(t, "containerd"), path)
 			if got.NodeSnapshotter != want.Plugins.Images.Snapshotter {
 				t.Errorf("the node's snapshotter is %q, containerd says %q", got.NodeSnapshotter, want.Plugins.Images.Snapshotter)
 			}
@@ -84,10 +71,7 @@ func TestReadReadsWhatContainerdReads(t *testing.T) {
 				}
 			}
 			slices.Sort(handlers)
-			for _, entry := range want.Plugins.Transfer.UnpackConfig {
-				unpack = append(unpack, entry.Snapshotter)
-			}
-			if unpack == nil { // it does not print its default
+			if unpack = want.Unpacks(); unpack == nil { // it does not print its default
 				unpack = []string{"overlayfs"}
 			}
 			slices.Sort(unpack)

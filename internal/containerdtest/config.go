@@ -46,6 +46,19 @@ type Config struct {
 	} `toml:"plugins"`
 }
 
+// Kubeadm is the configuration of a node that was set up for kubeadm with containerd 1.7.
+const Kubeadm = `version = 2
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "registry.k8s.io/pause:3.9"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    default_runtime_name = "runc"
+    snapshotter = "overlayfs"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+        SystemdCgroup = true
+`
+
 // Unpacks are the snapshotters of unpack_config, in order.
 func (c Config) Unpacks() (snapshotters []string) {
 	for _, entry := range c.Plugins.Transfer.UnpackConfig {
@@ -54,11 +67,11 @@ func (c Config) Unpacks() (snapshotters []string) {
 	return snapshotters
 }
 
-// Dump returns what containerd reads from the configuration file at path. The test fails if
-// containerd ignores anything in it.
-func Dump(t *testing.T, path string) (config Config) {
+// Dump returns what the containerd binary reads from the configuration file at path. The
+// test fails if containerd ignores anything in it.
+func Dump(t *testing.T, binary, path string) (config Config) {
 	t.Helper()
-	command := exec.Command(Tool(t, "containerd"), "--config", path, "config", "dump")
+	command := exec.Command(binary, "--config", path, "config", "dump")
 	var stderr bytes.Buffer
 	command.Stderr = &stderr
 	text, err := command.Output()

@@ -5,16 +5,11 @@ package doctor
 
 import (
 	"errors"
-	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
-	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
@@ -312,40 +307,12 @@ func TestDoctorNamesAFileThatContainerdCannotRead(t *testing.T) {
 
 // A plugin of containerd that does not start says why, and so does doctor.
 func TestDoctorSaysWhichPluginOfContainerdDoesNotStart(t *testing.T) {
-	dir, err := os.MkdirTemp("", "d") // sockets need short paths
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
-	config := writeFile(t, fmt.Sprintf(`version = 3
-root = "%[1]s/root"
-state = "%[1]s/state"
-temp = "%[1]s/tmp"
-[grpc]
-  address = "%[1]s/c.sock"
-[plugins.'io.containerd.cri.v1.runtime'.cni]
-  conf_dir = "%[1]s/cni"
-[plugins.'io.containerd.internal.v1.opt']
-  path = "%[1]s/opt"
-[plugins.'io.containerd.nri.v1.nri']
-  disable = true
-`, dir)+strings.Join(without(needed(t, ""), "artifact-diff"), "")+entryOfArtifacts)
-	containerd := exec.Command(containerdtest.Tool(t, "containerd"), "--config", config)
-	if err := containerd.Start(); err != nil {
-		t.Fatalf("containerd is not built, run `make tools`: %v", err)
-	}
-	defer func() {
-		if err := errors.Join(containerd.Process.Signal(unix.SIGTERM), containerd.Wait()); err != nil {
-			t.Error(err)
-		}
-	}()
-	n := unasked(t, config)
-	n.Root, n.ContentRoot, n.ContainerdAddress = dir+"/daemon", dir+"/root/io.containerd.content.v1.content", dir+"/c.sock"
-	for deadline := time.Now().Add(30 * time.Second); n.Unanswered != nil; {
-		if time.Now().After(deadline) {
-			t.Fatal("containerd does not answer: ", n.Unanswered)
-		}
-		n.Containerd, n.Unanswered = client.Connect(t.Context(), n.ContainerdAddress, "default", containerdconfig.Snapshotter)
+	c := containerdtest.New(t, strings.Join(without(needed(t, ""), "artifact-diff"), "")+entryOfArtifacts)
+	c.Start(t, containerdtest.Tool(t, "containerd"))
+	n := unasked(t, filepath.Join(c.Dir, "config.toml"))
+	n.Root, n.ContentRoot, n.ContainerdAddress = c.Dir+"/daemon", c.Dir+"/root/io.containerd.content.v1.content", c.Address
+	if n.Containerd, n.Unanswered = client.Connect(t.Context(), n.ContainerdAddress, "default", containerdconfig.Snapshotter); n.Unanswered != nil {
+		t.Fatal(n.Unanswered)
 	}
 	defer n.Containerd.Close()
 	findings, err := Examine(t.Context(), n)

@@ -99,7 +99,7 @@ func wantNothingLeft(t *testing.T, path string, all []Advice) containerdtest.Con
 	if again.Problem != "" || len(again.Advice) > 0 {
 		t.Errorf("with the lines: %+v", again)
 	}
-	got := containerdtest.Dump(t, path)
+	got := containerdtest.Dump(t, containerdtest.Tool(t, "containerd"), path)
 	if proxy := got.ProxyPlugins["artifact"]; proxy.Type != "snapshot" || containerdconfig.Socket(proxy.Address) != "/run/a.sock" || !slices.Equal(proxy.Capabilities, []string{"remap-ids"}) {
 		t.Errorf("containerd has the proxy plugin %+v", proxy)
 	}
@@ -110,19 +110,6 @@ func wantNothingLeft(t *testing.T, path string, all []Advice) containerdtest.Con
 	}
 	return got
 }
-
-// kubeadm is what a node may have that was made for containerd 1.7.
-const kubeadm = `version = 2
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "registry.k8s.io/pause:3.9"
-  [plugins."io.containerd.grpc.v1.cri".containerd]
-    default_runtime_name = "runc"
-    snapshotter = "overlayfs"
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-      runtime_type = "io.containerd.runc.v2"
-      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
-        SystemdCgroup = true
-`
 
 // What doctor says makes containerd see the snapshotter, whatever its file is like.
 func TestDoctorsLinesFitTheFilesOfNodes(t *testing.T) {
@@ -151,10 +138,10 @@ func TestDoctorsLinesFitTheFilesOfNodes(t *testing.T) {
 		"the install steps without the import": {"version = 3\n", snippet, []string{"add this at the top of"}, 2},
 		"the same for one handler":             {"version = 3\n", "version = 3\n" + strings.Join(needed(t, "artifact"), ""), []string{"add this at the top of"}, 2},
 		"an earlier address":                   {relative, strings.ReplaceAll(snippet, "/run/a.sock", "/run/b.sock"), []string{"write this into"}, 2},
-		"a file of version 2":                  {kubeadm, "", []string{"migrate", "write this into", "add this at the top of"}, 2},
-		"a file of version 2 with imports":     {relative + kubeadm, "", []string{"migrate", "write this into"}, 2},
+		"a file of version 2":                  {containerdtest.Kubeadm, "", []string{"migrate", "write this into", "add this at the top of"}, 2},
+		"a file of version 2 with imports":     {relative + containerdtest.Kubeadm, "", []string{"migrate", "write this into"}, 2},
 		"a file of version 2, in part": {
-			relative + kubeadm, "version = 3\n" + strings.Join(without(needed(t, ""), "cri.v1.images"), ""), []string{"migrate", "write this into"}, 2,
+			relative + containerdtest.Kubeadm, "version = 3\n" + strings.Join(without(needed(t, ""), "cri.v1.images"), ""), []string{"migrate", "write this into"}, 2,
 		},
 		"another snapshotter": {
 			"version = 3\n[plugins.'io.containerd.cri.v1.images']\n  snapshotter = 'nydus'\n  discard_unpacked_layers = false\n" +
@@ -200,7 +187,7 @@ func TestDoctorsLinesFitTheFilesOfNodes(t *testing.T) {
 			if got := after.Plugins.Images.Snapshotter; got != want {
 				t.Errorf("the node's snapshotter is %q, want %q", got, want)
 			}
-			if strings.Contains(test.main, kubeadm) && !after.Plugins.Runtime.Containerd.Runtimes["runc"].Options.SystemdCgroup {
+			if strings.Contains(test.main, containerdtest.Kubeadm) && !after.Plugins.Runtime.Containerd.Runtimes["runc"].Options.SystemdCgroup {
 				t.Error("runc's options are lost")
 			}
 		})

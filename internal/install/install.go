@@ -180,29 +180,21 @@ func (r *run) install(ctx context.Context) error {
 		return unchanged(err)
 	}
 	service, containerd = slices.DeleteFunc(service, change.none), slices.DeleteFunc(containerd, change.none)
-	all := slices.Concat(service, containerd)
-	if err := writable(all); err != nil {
+	if err := writable(slices.Concat(service, containerd)); err != nil {
 		return unchanged(err)
 	}
 	if err := r.adviseOverlayfs(theirs); err != nil {
 		return err
 	}
-	if r.DryRun {
-		if err := r.preview(ctx, c, all, len(containerd) > 0, r.Daemon.SocketAddress()); err != nil {
-			return err
-		}
-		if len(service) > 0 {
-			r.reportf("would restart %s", unitName)
-		}
-		return nil
-	}
 	if err := r.write(service); err != nil {
 		return err
 	}
-	if r.Service {
+	if r.Service && !r.DryRun {
 		if err := r.startService(ctx); err != nil {
 			return err
 		}
+	} else if len(service) > 0 {
+		r.reportf("would restart %s", unitName)
 	}
 	if err := r.write(containerd); err != nil {
 		return err
@@ -236,16 +228,26 @@ func sameFile(a, b string) bool {
 	return aerr == nil && berr == nil && os.SameFile(ai, bi)
 }
 
-// write makes changes, all or none, and reports them.
+// write makes changes, all or none, and reports them. A dry run only reports them.
 func (r *run) write(changes []change) error {
-	if err := applyAll(changes); err != nil {
-		return err
+	if !r.DryRun {
+		if err := applyAll(changes); err != nil {
+			return err
+		}
 	}
 	for _, c := range changes {
-		if c.folder != "" && c.after != nil {
-			r.reportf("made %s", c.folder)
+		made, text := "made", c.String()
+		if r.DryRun {
+			var err error
+			if text, err = c.diff(); err != nil {
+				return err
+			}
+			made = "would make"
 		}
-		r.reportf("%s", c)
+		if c.folder != "" && c.after != nil {
+			r.reportf("%s %s", made, c.folder)
+		}
+		r.reportf("%s", text)
 	}
 	return nil
 }
@@ -265,35 +267,14 @@ func (r *run) finish(ctx context.Context, c *running, changed bool, wanted strin
 			return err
 		}
 	}
-	if !r.Restart || c.unit == "" || !hasSystemd() {
-		r.reportf("restart containerd (process %d), and check with `%s doctor` that it has read this", c.pid, program)
+	switch {
+	case !r.Restart || c.unit == "" || !hasSystemd():
+		r.reportf("containerd (process %d) must be restarted: check then with `%s doctor` that it has read this", c.pid, program)
 		return nil
-	}
-	return r.restartContainerd(ctx, c, wanted)
-}
-
-// preview reports what would be done. changed says that files of containerd are among the
-// changes.
-func (r *run) preview(ctx context.Context, c *running, changes []change, changed bool, wanted string) error {
-	for _, change := range changes {
-		text, err := change.diff()
-		if err != nil {
-			return err
-		}
-		if change.folder != "" && change.after != nil {
-			r.reportf("would make %s", change.folder)
-		}
-		r.reportf("%s", text)
-	}
-	if c == nil || !r.Restart || c.unit == "" {
+	case r.DryRun:
+		r.reportf("would restart %s (containerd is its process %d)", c.unit, c.pid)
 		return nil
+	default:
+		return r.restartContainerd(ctx, c, wanted)
 	}
-	if !changed {
-		stale, err := r.stale(ctx, c, wanted)
-		if err != nil || !stale {
-			return err
-		}
-	}
-	r.reportf("would restart %s (containerd is its process %d)", c.unit, c.pid)
-	return nil
 }

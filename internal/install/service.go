@@ -129,6 +129,16 @@ func (r *run) removeService(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if r.DryRun {
+		for _, file := range files {
+			verb := "change"
+			if file.after == nil {
+				verb = "remove"
+			}
+			r.reportf("would %s %s", verb, file.path)
+		}
+		return nil
+	}
 	if exists(installedUnit) {
 		conn, err := dbus.NewWithContext(ctx)
 		if err != nil {

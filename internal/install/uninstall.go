@@ -54,13 +54,7 @@ func (r *run) uninstall(ctx context.Context) error {
 		return unchanged(fmt.Errorf("no containerd answers on %s, so containers may still use the snapshotter: start containerd, and uninstall again; if it cannot start because of %s.toml, remove that from its imports by hand: %w",
 			r.Daemon.ContainerdAddress, program, errdefs.ErrUnavailable))
 	}
-	if r.DryRun {
-		for _, folder := range folders {
-			r.reportf("would remove %s, if it is empty then", folder)
-		}
-		return r.previewRemoval(ctx, c, changes)
-	}
-	if c != nil {
+	if c != nil && !r.DryRun {
 		if err := r.forget(ctx, c); err != nil {
 			return unchanged(err)
 		}
@@ -69,26 +63,31 @@ func (r *run) uninstall(ctx context.Context) error {
 		return err
 	}
 	for _, folder := range folders {
-		if unix.Rmdir(folder) != nil { // it is not empty
+		if r.DryRun {
+			r.reportf("would remove %s, if it is empty then", folder)
+		} else if unix.Rmdir(folder) != nil { // it is not empty
 			break
+		} else {
+			r.reportf("removed %s", folder)
 		}
-		r.reportf("removed %s", folder)
 	}
 	if err := r.finish(ctx, c, len(changes) > 0, ""); err != nil {
 		return err
 	}
-	if left, err := r.stillLoaded(ctx); err != nil || left {
-		if left {
-			r.reportf("uninstall again after containerd has been restarted, to remove the rest")
+	if !r.DryRun {
+		if left, err := r.stillLoaded(ctx); err != nil || left {
+			if left {
+				r.reportf("uninstall again after containerd has been restarted, to remove the rest")
+			}
+			return err
 		}
-		return err
 	}
 	if r.Service {
 		if err := r.removeService(ctx); err != nil {
 			return err
 		}
 	}
-	if r.did && exists(r.Daemon.Root) {
+	if r.did && !r.DryRun && exists(r.Daemon.Root) {
 		r.reportf("%s stays: remove it with rm -rf", r.Daemon.Root)
 	}
 	return nil
@@ -140,24 +139,6 @@ func (r *run) stillLoaded(ctx context.Context) (bool, error) {
 	return loaded == r.Daemon.SocketAddress(), err
 }
 
-func (r *run) previewRemoval(ctx context.Context, c *running, changes []change) error {
-	if err := r.preview(ctx, c, changes, len(changes) > 0, ""); err != nil || !r.Service {
-		return err
-	}
-	files, err := r.serviceFiles()
-	if err != nil {
-		return err
-	}
-	for _, file := range files {
-		verb := "change"
-		if file.after == nil {
-			verb = "remove"
-		}
-		r.reportf("would %s %s", verb, file.path)
-	}
-	return nil
-}
-
 // retire is what uninstall can do while containers use the snapshotter: new ones get the
 // snapshotter that the node had before. Its error says what is left to do.
 func (r *run) retire(ctx context.Context, c *running, using []string) error {
@@ -166,9 +147,7 @@ func (r *run) retire(ctx context.Context, c *running, using []string) error {
 		return unchanged(err)
 	}
 	changes = slices.DeleteFunc(changes, change.none)
-	if r.DryRun {
-		err = r.preview(ctx, c, changes, len(changes) > 0, r.Daemon.SocketAddress())
-	} else if err = r.write(changes); err == nil {
+	if err = r.write(changes); err == nil {
 		err = r.finish(ctx, c, len(changes) > 0, r.Daemon.SocketAddress())
 	}
 	if err != nil {

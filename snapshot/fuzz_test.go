@@ -19,7 +19,7 @@ func FuzzKey(f *testing.F) {
 	for _, key := range []string{
 		"k8s.io/7/" + volume, volume, "/image-volumes/s/" + hex, "k8s.io/7/extract-1-x sha256:" + hex, "k8s.io/7/extract-1-x " + volume,
 		"extract-1-/image-volumes/s/" + hex, UnpackKey("caller", digest.FromString("x")), "k8s.io/7/" + MountKey("/a b/%2f"),
-		MountKey(""), OldMountKey("/a", digest.FromString("x")), "artifact-mount/%zz/" + hex, "/image-volumes/../" + hex, "k8s.io/7/" + strings.Repeat("/image-volumes/s", 100) + "/" + hex,
+		MountKey(""), MountKey("/a") + "/" + hex, "artifact-mount/%zz/" + hex, "/image-volumes/../" + hex, "k8s.io/7/" + strings.Repeat("/image-volumes/s", 100) + "/" + hex,
 	} {
 		f.Add(key)
 	}

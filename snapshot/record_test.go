@@ -133,12 +133,10 @@ func TestAViewOfMountKeyHasTheFilesOfTheArtifact(t *testing.T) {
 	if got := read(t, mounts); got != "bytes" {
 		t.Errorf("the view shows %q", got)
 	}
-	for _, key := range []string{key, OldMountKey("/mnt/a model", d.Digest)} {
-		if path, ok := ParseMountKey(key); path != "/mnt/a model" || !ok {
-			t.Errorf("the key %s is of %q, %v", key, path, ok)
-		}
+	if path, ok := ParseMountKey(key); path != "/mnt/a model" || !ok {
+		t.Errorf("the key %s is of %q, %v", key, path, ok)
 	}
-	for _, other := range []string{"", "view", "x/" + key, mountPrefix + "x/y", UnpackKey("/mnt", d.Digest), behind(key)} {
+	for _, other := range []string{"", "view", "x/" + key, mountPrefix + "x/y", key + "/" + d.Digest.Encoded(), UnpackKey("/mnt", d.Digest), behind(key)} {
 		if path, ok := ParseMountKey(other); ok {
 			t.Errorf("the key %q is of %q", other, path)
 		}

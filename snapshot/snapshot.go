@@ -53,7 +53,7 @@ const digestHex = `([0-9a-f]{64}|[0-9a-f]{96}|[0-9a-f]{128})`
 var (
 	// unpackKey and mountKey match the keys of UnpackKey and MountKey.
 	unpackKey = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + unpackPrefix + `[^/]+/` + digestHex + `$`)
-	mountKey  = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + mountPrefix + `[^/]+(?:/` + digestHex + `)?$`)
+	mountKey  = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + mountPrefix + `[^/]+$`)
 	// extraction matches the key with which containerd unpacks a layer
 	// (snapshots.UnpackKeyFormat).
 	extraction = regexp.MustCompile(`^(?:[^/]+/\d+/)?` + snapshots.UnpackKeyPrefix + `-`)
@@ -83,19 +83,13 @@ const LabelTarget = "containerd.io/snapshot/artifact-target"
 // artifact that LabelTarget names.
 func MountKey(path string) string { return mountPrefix + url.PathEscape(path) }
 
-// OldMountKey returns the key that a view of the artifact whose manifest or index is target had
-// before there was LabelTarget.
-func OldMountKey(path string, target digest.Digest) string {
-	return MountKey(path) + "/" + target.Encoded()
-}
-
-// ParseMountKey returns the path in a key of MountKey or of OldMountKey, as containerd's
-// clients see it; false if it is neither.
+// ParseMountKey returns the path in a key of MountKey, as containerd's clients see it; false if
+// it is not one.
 func ParseMountKey(key string) (path string, ok bool) {
 	if !mountKey.MatchString(key) || !strings.HasPrefix(key, mountPrefix) {
 		return "", false
 	}
-	path, err := url.PathUnescape(strings.Split(key, "/")[1])
+	path, err := url.PathUnescape(strings.TrimPrefix(key, mountPrefix))
 	return path, err == nil
 }
 
@@ -274,22 +268,17 @@ func (s *snapshotter) record(ctx context.Context, kind snapshots.Kind, key, pare
 
 // wanted returns what a view that is not an image volume is to be of.
 func (s *snapshotter) wanted(kind snapshots.Kind, key, parent string, of subject, base snapshots.Info) (want wanted, err error) {
-	mounted := mountKey.FindStringSubmatch(key)
 	switch {
-	case kind != snapshots.KindView, of.ordinary() && (parent != "" || mounted == nil):
+	case kind != snapshots.KindView, of.ordinary() && (parent != "" || !mountKey.MatchString(key)):
 		return want, artifact.ErrNotArtifact
 	case parent != "":
 		return wanted{ocispec.Descriptor{Digest: of.artifact}, of.layers, parent}, nil
 	}
-	hex := mounted[1]
-	if hex == "" {
-		target, err := digest.Parse(base.Labels[LabelTarget])
-		if err != nil {
-			return want, fmt.Errorf("snapshot %q: the label %s must name the artifact: %v: %w", key, LabelTarget, err, errdefs.ErrInvalidArgument)
-		}
-		hex = target.Encoded()
+	target, err := digest.Parse(base.Labels[LabelTarget])
+	if err != nil {
+		return want, fmt.Errorf("snapshot %q: the label %s must name the artifact: %v: %w", key, LabelTarget, err, errdefs.ErrInvalidArgument)
 	}
-	want.Descriptor, err = s.trees.Find(hex)
+	want.Descriptor, err = s.trees.Find(target.Encoded())
 	return want, err
 }
 

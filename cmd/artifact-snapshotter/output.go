@@ -22,6 +22,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 )
 
 // printTable prints lines with tabs between their columns.
@@ -38,7 +39,7 @@ func short(d digest.Digest) string {
 	if d.Validate() != nil {
 		return "-"
 	}
-	return d.Algorithm().String() + ":" + d.Encoded()[:12]
+	return images.Short(d)
 }
 
 // orNone replaces an empty cell of a table.

@@ -176,12 +176,12 @@ func TestMetricsCountWhatTheDaemonDoes(t *testing.T) {
 	wantSeries(t, socket, map[string]float64{"artifacts": 0, trees: 0, "gc_removed_trees_total": 2, "tree_disk_bytes": 0, "gc_failures_total": 0})
 	// The collector has taken the names of the blobs, so these were the last ones.
 	if got := series(t, socket); got["gc_freed_bytes_total"] < float64(bytes) || got["gc_duration_seconds"] < 2 {
-		t.Errorf("freed %v bytes of %v in %v sweeps", got["gc_freed_bytes_total"], bytes, got["gc_duration_seconds"])
+		t.Errorf("freed %v bytes of %v in %v garbage collections", got["gc_freed_bytes_total"], bytes, got["gc_duration_seconds"])
 	}
 }
 
-// Where blobs cannot be linked into root each is copied once, and counted once, whoever
-// shows it.
+// If blobs cannot be linked into root, each is copied once and counted once, however many pods
+// use it.
 func TestMetricsCountCopiesOnce(t *testing.T) {
 	n, socket := metered(t, node.Options{DaemonRoot: tmpfs.mounted(t)})
 	layer := pack.Layer{
@@ -198,14 +198,14 @@ func TestMetricsCountCopiesOnce(t *testing.T) {
 		if got, want := size(), float64(len(layer.Data)); got < want || got > want+256<<10 {
 			t.Errorf("after %d pods the trees take %v bytes, want %v and a little", i+1, got, want)
 		}
-		var used int64 // what kubelet is told of
+		var used int64 // that kubelet is told
 		for _, key := range daemonViews(t, n) {
 			usage, err := views.Usage(c.Context(t.Context()), strings.SplitN(key, "/", 3)[2]) // without namespace and number
 			check(t, err)
 			used += usage.Size
 		}
 		if want := int64(len(layer.Data)); used < want || used > want+256<<10 {
-			t.Errorf("after %d pods the views use %d bytes, want %d and a little", i+1, used, want)
+			t.Errorf("after %d pods the snapshots use %d bytes, want %d and a little", i+1, used, want)
 		}
 		pods = append(pods, pod)
 	}
@@ -222,7 +222,7 @@ func TestMetricsCountRefusalsByReason(t *testing.T) {
 		t.Helper()
 		err := pod.Start(node.Container{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
 		if err == nil {
-			t.Fatalf("%s was shown", ref)
+			t.Fatalf("%s was mounted", ref)
 		}
 	}
 	// An artifact chooses no label: not by its names, and not by what it does.

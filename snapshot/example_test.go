@@ -28,11 +28,7 @@ func Example() {
 
 	// containerd has pulled an artifact with one file.
 	content := filepath.Join(dir, "content")
-	model := pack.Artifact{Layers: []pack.Layer{{
-		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte("weights of a model"),
-		Annotations: map[string]string{"org.cncf.model.filepath": "model.safetensors"},
-	}}}
-	target, err := model.WriteTo(content)
+	target, err := pack.File("model.safetensors", "weights of a model").WriteTo(content)
 	check(err)
 
 	root := filepath.Join(dir, "root")

@@ -151,11 +151,7 @@ func targeting(target digest.Digest) snapshots.Opt {
 func TestOneNameIsOneArtifact(t *testing.T) {
 	n := newNode(t)
 	n.unpacked(t, n.pack(t), "sha256:chain")
-	other := pack.Artifact{Layers: []pack.Layer{{
-		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte("bytes"),
-		Annotations: map[string]string{"org.cncf.model.filepath": "another name"},
-	}}}
-	d, err := other.WriteTo(n.content)
+	d, err := pack.File("another name", "bytes").WriteTo(n.content)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -81,11 +81,7 @@ func (n *node) cleanup(t *testing.T) {
 // pack puts an artifact of one file into the content store.
 func (n *node) pack(t *testing.T) ocispec.Descriptor {
 	t.Helper()
-	a := pack.Artifact{Layers: []pack.Layer{{
-		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte("bytes"),
-		Annotations: map[string]string{"org.cncf.model.filepath": "weights"},
-	}}}
-	d, err := a.WriteTo(n.content)
+	d, err := pack.File("weights", "bytes").WriteTo(n.content)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -326,11 +322,7 @@ func TestARefusedVolumeLeavesNoSnapshot(t *testing.T) {
 	if _, err := n.Prepare(ctx, key("pod", missing), ""); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), n.content) {
 		t.Errorf("%v does not say that the manifest is not in the content root", err)
 	}
-	a := pack.Artifact{Layers: []pack.Layer{{
-		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte("x"),
-		Annotations: map[string]string{"org.cncf.model.filepath": "../escape"},
-	}}}
-	d, err := a.WriteTo(n.content)
+	d, err := pack.File("../escape", "x").WriteTo(n.content)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -152,11 +152,7 @@ func TestAnArtifactIsNotMountedAsTheChainOfAnImage(t *testing.T) {
 	if err := n.Remove(ctx, key("pod", good)); err != nil {
 		t.Error(err)
 	}
-	a := pack.Artifact{Layers: []pack.Layer{{
-		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte("x"),
-		Annotations: map[string]string{"org.cncf.model.filepath": "../escape"},
-	}}}
-	bad, err := a.WriteTo(n.content)
+	bad, err := pack.File("../escape", "x").WriteTo(n.content)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -27,19 +27,10 @@ func newDirs(t *testing.T) (s *site, first, second blobs.Dir) {
 	return s, first, second
 }
 
-// model returns an artifact of one file.
-func model(content string) pack.Artifact {
-	return pack.Artifact{Layers: []pack.Layer{{
-		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte(content),
-		Annotations: map[string]string{"org.cncf.model.filepath": "weights"},
-	}}}
-}
-
 func TestAnArtifactIsFoundInAnyDirectory(t *testing.T) {
 	s, first, second := newDirs(t)
 	for i, dir := range []blobs.Dir{first, second} {
-		a := model(fmt.Sprint("bytes ", i))
-		d, err := a.WriteTo(string(dir))
+		d, err := pack.File("weights", fmt.Sprint("bytes ", i)).WriteTo(string(dir))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -56,12 +47,11 @@ func TestAnArtifactIsFoundInAnyDirectory(t *testing.T) {
 
 func TestATreeIsRemovedWhenNoDirectoryHasItsManifest(t *testing.T) {
 	s, first, second := newDirs(t)
-	a := model("bytes")
-	d, err := a.WriteTo(string(first))
+	d, err := pack.File("weights", "bytes").WriteTo(string(first))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := a.WriteTo(string(second)); err != nil {
+	if _, err := pack.File("weights", "bytes").WriteTo(string(second)); err != nil {
 		t.Fatal(err)
 	}
 	v := s.acquire(d)
@@ -82,8 +72,7 @@ func TestATreeIsRemovedWhenNoDirectoryHasItsManifest(t *testing.T) {
 
 func TestNothingIsRemovedIfADirectoryIsUnreadable(t *testing.T) {
 	s, first, second := newDirs(t)
-	a := model("bytes")
-	d, err := a.WriteTo(string(first))
+	d, err := pack.File("weights", "bytes").WriteTo(string(first))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,8 +96,7 @@ func TestNothingIsRemovedWhenADirectoryDisappears(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	a := model("bytes")
-	d, err := a.WriteTo(string(second))
+	d, err := pack.File("weights", "bytes").WriteTo(string(second))
 	if err != nil {
 		t.Fatal(err)
 	}

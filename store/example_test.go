@@ -25,11 +25,7 @@ func Example() {
 
 	// The runtime has pulled an artifact with one file into its content store.
 	content := filepath.Join(dir, "content")
-	model := pack.Artifact{Layers: []pack.Layer{{
-		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte("weights of a model"),
-		Annotations: map[string]string{"org.cncf.model.filepath": "model.safetensors"},
-	}}}
-	target, err := model.WriteTo(content)
+	target, err := pack.File("model.safetensors", "weights of a model").WriteTo(content)
 	check(err)
 
 	trees, err := store.Open(ctx, store.Config{

@@ -304,6 +304,26 @@ func TestABuildOnPullEndsWhenNothingArrives(t *testing.T) {
 	s.acquire(slow).Release()
 }
 
+func TestAPodJoinsABuildOnPull(t *testing.T) {
+	s := newSite(t)
+	s.openOnPull()
+	builds := 0
+	s.observer.Built = func(Build) { builds++ }
+	d, rest := s.beginOnPull(1)
+	for hex, b := range rest {
+		s.arrive(hex, b) // which the store is not told of
+	}
+	v := s.acquire(d)
+	defer v.Release()
+	if v.Built == nil || !v.Built.OnPull || builds != 1 {
+		t.Errorf("built by %+v, in %d builds; want one that began with the pull", v.Built, builds)
+	}
+	s.wantState(v.ID, true, true)
+	if state, works := s.stateOf(d); state != mounted || works {
+		t.Errorf("the state is %d, work is under way: %v", state, works)
+	}
+}
+
 // An artifact that really arrives is unpacked, whatever else builds wait for.
 func TestNoNumberOfBuildsThatWaitInVainKeepsOthersFromIt(t *testing.T) {
 	s := newSite(t)

@@ -74,11 +74,7 @@ func (s *site) uses(ids ...ID) {
 // pack makes an artifact with one file.
 func (s *site) pack(content string) ocispec.Descriptor {
 	s.t.Helper()
-	a := pack.Artifact{Layers: []pack.Layer{{
-		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte(content),
-		Annotations: map[string]string{"org.cncf.model.filepath": "weights"},
-	}}}
-	d, err := a.WriteTo(s.config.Content.String())
+	d, err := pack.File("weights", content).WriteTo(s.config.Content.String())
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -228,6 +224,22 @@ func TestOneTreeAndOneMountForAllWhoAsk(t *testing.T) {
 	trees, err := list(s.trees)
 	if len(mounts) != 1 || len(trees) != 1 || err != nil {
 		t.Errorf("%d mounts at %s, trees %v (%v); want one of each", len(mounts), paths[0], trees, err)
+	}
+}
+
+func TestARequestForAMountedTreeReadsNoFile(t *testing.T) {
+	s := newSite(t)
+	d := s.pack("bytes")
+	first := s.acquire(d)
+	defer first.Release()
+	s.forget(d)
+	if err := os.WriteFile(filepath.Join(s.path(first.ID), "tree.json"), []byte("unreadable"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	again := s.acquire(d)
+	defer again.Release()
+	if again.Path != first.Path || again.Modes != s.Modes() || again.Built != nil {
+		t.Errorf("%+v, want %+v without a build", again, first)
 	}
 }
 

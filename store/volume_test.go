@@ -64,7 +64,7 @@ func TestAnImageVolumeIsMountedRefusedOrTheRuntimes(t *testing.T) {
 	s.config.Images = known
 	s.config.Observer.Answered = func(_ time.Duration, err error) { answers = append(answers, err) }
 	s.open()
-	write := func(a pack.Artifact) string {
+	write := func(a *pack.Artifact) string {
 		t.Helper()
 		d, err := a.WriteTo(s.config.Content.String())
 		if err != nil {
@@ -77,11 +77,8 @@ func TestAnImageVolumeIsMountedRefusedOrTheRuntimes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	image := write(*plain)
-	hostile := write(pack.Artifact{Layers: []pack.Layer{{
-		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte("x"),
-		Annotations: map[string]string{"org.cncf.model.filepath": "../escape"},
-	}}})
+	image := write(plain)
+	hostile := write(pack.File("../escape", "x"))
 	missing := digest.FromString("missing").Encoded()
 	conflict, unmapped := errors.New("shares its config"), errors.New("owners cannot be mapped")
 	there := fmt.Errorf("another front end has mounted it: %w", errdefs.ErrAlreadyExists)

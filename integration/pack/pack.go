@@ -170,6 +170,14 @@ func (a *Artifact) config(diffIDs []digest.Digest) (blob, error) {
 	return bytesBlob(mediaType, data), err
 }
 
+// File returns an artifact whose only layer is a file with that path and content.
+func File(path, content string) *Artifact {
+	return &Artifact{Layers: []Layer{{
+		MediaType: "application/vnd.cncf.model.weight.v1.raw", Data: []byte(content),
+		Annotations: map[string]string{"org.cncf.model.filepath": path},
+	}}}
+}
+
 // WriteTo writes the blobs to dir/blobs/<algorithm>/<hex>, mode 0444, as in
 // containerd's content store, and returns the manifest's descriptor.
 func (a *Artifact) WriteTo(dir string) (ocispec.Descriptor, error) {

@@ -52,7 +52,7 @@ type section[T any] struct {
 	Advice  []doctor.Advice `json:"advice"`
 }
 
-// nowhere are flags that keep doctor from a containerd or a daemon of the machine.
+// nowhere are flags that hide the containerd and the daemon of the machine from doctor.
 func nowhere(t *testing.T) []string {
 	t.Helper()
 	dir := t.TempDir()
@@ -65,8 +65,8 @@ type modeReport struct {
 	Advice  []doctor.Advice  `json:"advice"`
 }
 
-// examine runs doctor twice, for people and for programs, who must read the
-// same, and checks that it leaves nothing in root.
+// examine runs doctor twice, for people and for programs. Both must read the same, and
+// nothing must be left in root.
 func examine(t *testing.T, root, content, config string) (text string, got report, exit int) {
 	t.Helper()
 	before := names(t, root)
@@ -145,7 +145,7 @@ func names(t *testing.T, dir string) (names []string) {
 	return names
 }
 
-// wantAdvice checks that there is one piece of advice that has both words.
+// wantAdvice checks that one piece of advice has both words.
 func wantAdvice(t *testing.T, all []doctor.Advice, do, gain string) {
 	t.Helper()
 	if n := len(slices.DeleteFunc(slices.Clone(all), func(a doctor.Advice) bool {
@@ -155,7 +155,7 @@ func wantAdvice(t *testing.T, all []doctor.Advice, do, gain string) {
 	}
 }
 
-// mounted mounts a new file system of a type until the test ends.
+// mounted mounts a new filesystem of a type until the test ends.
 func mounted(t *testing.T, fstype string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -182,8 +182,8 @@ func mounted(t *testing.T, fstype string) string {
 func unmountAtEnd(t *testing.T, dir string) {
 	t.Helper()
 	t.Cleanup(func() {
-		// A loop device lets go of its file only when the last process has closed
-		// it, and others that look for a free one open them all.
+		// A loop device is busy until the last process closes it, and a process that
+		// looks for a free one opens them all.
 		err := unix.Unmount(dir, 0)
 		for deadline := time.Now().Add(30 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(deadline); {
 			<-time.After(10 * time.Millisecond)
@@ -195,7 +195,7 @@ func unmountAtEnd(t *testing.T, dir string) {
 	})
 }
 
-// contentIn makes a content root with a blob.
+// contentIn creates a content root with a blob.
 func contentIn(t *testing.T, dir string) (content string, blob digest.Digest) {
 	t.Helper()
 	content = filepath.Join(dir, "content")
@@ -212,7 +212,7 @@ func contentIn(t *testing.T, dir string) (content string, blob digest.Digest) {
 	return content, blob
 }
 
-func TestDoctorFindsAllWell(t *testing.T) {
+func TestDoctorHasNoAdviceForAGoodNode(t *testing.T) {
 	disk := mounted(t, "ext4")
 	content, blob := contentIn(t, disk)
 	root := filepath.Join(disk, "root")
@@ -236,7 +236,7 @@ func TestDoctorFindsAllWell(t *testing.T) {
 	}
 }
 
-// What does not run is unknown, and no problem.
+// A containerd or daemon that does not run is not a problem.
 func TestDoctorWithoutContainerdAndDaemon(t *testing.T) {
 	text, got, exit := examine(t, t.TempDir(), t.TempDir(), "")
 	if exit != 0 {
@@ -279,7 +279,7 @@ func TestDoctorPrintsTheLinesToWrite(t *testing.T) {
 	}
 }
 
-func TestDoctorBeforeTheRootIsThere(t *testing.T) {
+func TestDoctorTriesModesAboveAMissingRoot(t *testing.T) {
 	disk := mounted(t, "ext4")
 	content, _ := contentIn(t, disk)
 	before := names(t, disk)
@@ -291,11 +291,11 @@ func TestDoctorBeforeTheRootIsThere(t *testing.T) {
 		t.Errorf("no %q in:\n%s", want, text)
 	}
 	if after := names(t, disk); !slices.Equal(after, before) {
-		t.Errorf("it leaves %q, before there was %q", after, before)
+		t.Errorf("%q is left, before it was %q", after, before)
 	}
 }
 
-func TestDoctorWithoutABlobSaysThatNothingWasTried(t *testing.T) {
+func TestDoctorTriesNoRetentionWithoutABlob(t *testing.T) {
 	disk := mounted(t, "ext4")
 	for name, test := range map[string]struct {
 		root  string
@@ -319,7 +319,7 @@ func TestDoctorWithoutABlobSaysThatNothingWasTried(t *testing.T) {
 	}
 }
 
-// With tmpfs as root tars need loop devices, and blobs a copy.
+// If root is a tmpfs, tar layers need loop devices, and blobs are copied.
 func TestDoctorSaysWhatAnotherRootWouldGain(t *testing.T) {
 	disk, root := mounted(t, "ext4"), mounted(t, "tmpfs")
 	content, _ := contentIn(t, disk)
@@ -337,7 +337,7 @@ func TestDoctorSaysWhatAnotherRootWouldGain(t *testing.T) {
 	}
 }
 
-// A bind mount is a boundary of hard links in one and the same file system.
+// Hard links cannot cross a bind mount, even within one filesystem.
 func TestDoctorTellsMountsFromFilesystems(t *testing.T) {
 	disk := mounted(t, "ext4")
 	content, _ := contentIn(t, disk)
@@ -353,7 +353,7 @@ func TestDoctorTellsMountsFromFilesystems(t *testing.T) {
 	wantAdvice(t, got.Content.Advice, "on one mount", "need no second copy")
 }
 
-// ramfs has no extended attributes, which overlayfs needs.
+// ramfs lacks extended attributes, which overlayfs needs.
 func TestDoctorTriesWhatIsConfigured(t *testing.T) {
 	root := mounted(t, "ramfs")
 	content, _ := contentIn(t, t.TempDir())
@@ -368,15 +368,15 @@ func TestDoctorTriesWhatIsConfigured(t *testing.T) {
 			"", 0, unpack.Link, unpack.EROFS, "link ",
 			"move root to ext4", "files of raw layers have the modes",
 		},
-		"what does not work": {
+		"a mode that does not work": {
 			"raw_mode = 'overlay'", 1, "", unpack.EROFS, "overlay ",
 			`set raw_mode to "auto"`, `takes "link"`,
 		},
-		"what does not work, with a remedy": {
+		"a mode that does not work, with a remedy": {
 			"raw_mode = 'overlay'", 1, "", unpack.EROFS, "overlay ",
 			"move root to ext4", `raw_mode = "overlay" works`,
 		},
-		"less than could be": {
+		"a worse mode than possible": {
 			"raw_mode = 'copy'\ntar_mode = 'extract'", 0, unpack.Copy, unpack.Extract, "copy ",
 			`set raw_mode to "auto"`, "not copied",
 		},
@@ -399,7 +399,7 @@ func TestDoctorTriesWhatIsConfigured(t *testing.T) {
 	}
 }
 
-// doctor and serve agree on a mode that does not work.
+// serve refuses a mode that does not work with the same reason as doctor.
 func TestServeRefusesWhatDoctorRefuses(t *testing.T) {
 	dir, root := t.TempDir(), mounted(t, "ramfs")
 	content, _ := contentIn(t, dir)
@@ -416,8 +416,8 @@ func TestServeRefusesWhatDoctorRefuses(t *testing.T) {
 	}
 }
 
-// A process in a user namespace of its own has the ids that the namespace gives
-// it, and no rights outside.
+// A process in its own user namespace has the IDs of the namespace, and no privileges
+// outside.
 func TestDoctorWithoutPrivileges(t *testing.T) {
 	as := func(uid int, args ...string) (stdout, stderr string, exit int) {
 		command := exec.Command(binary, args...)
@@ -454,12 +454,12 @@ func TestDoctorWithoutPrivileges(t *testing.T) {
 		t.Errorf("no %q in:\n%s", want, stdout)
 	}
 	if left := names(t, root); len(left) != 0 {
-		t.Errorf("it leaves %q", left)
+		t.Errorf("%q is left", left)
 	}
 }
 
-// The limits of a user namespace stand for those of the node.
-func TestDoctorSaysThatInotifyIsUsedUp(t *testing.T) {
+// Limits of a user namespace replace those of the node.
+func TestDoctorAdvisesToRaiseInotifyLimits(t *testing.T) {
 	containerd := []string{"--config", writeFile(t, ""), "--content-root", t.TempDir()}
 	crio := []string{"--config", writeFile(t, fmt.Sprintf("blob_roots = [%q]\n", t.TempDir())), "--content-root", "/nowhere"}
 	for _, test := range []struct {
@@ -481,7 +481,7 @@ func TestDoctorSaysThatInotifyIsUsedUp(t *testing.T) {
 	}
 }
 
-func TestDoctorRefusesOtherOutputs(t *testing.T) {
+func TestDoctorRefusesUnknownOutputs(t *testing.T) {
 	stdout, stderr, exit := run(t, "doctor", "--output", "yaml")
 	if exit != 1 || stdout != "" {
 		t.Errorf("exit code %d\n%s", exit, stdout)

@@ -19,7 +19,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
-// contentRoot is a content root.
+// contentRoot is the root of a content store, with blobs of the test.
 type contentRoot struct {
 	t   *testing.T
 	dir string
@@ -66,7 +66,7 @@ func TestInspect(t *testing.T) {
 	}
 	readme := s.add("application/vnd.cncf.model.doc.v1.raw", []byte("read me"))
 	readme.Annotations = map[string]string{"org.cncf.model.filepath": "README.md"}
-	// The type of the last is wrong about the bytes, and one blob is not there.
+	// The media type of the last layer does not say that it is compressed; one blob is missing.
 	dataset := s.add("application/vnd.cncf.model.dataset.v1.tar", append([]byte("\x1f\x8b\x08"), make([]byte, 3<<20-3)...))
 	named := map[string]string{"org.opencontainers.image.title": "hi.txt"}
 	file := s.add(ocispec.MediaTypeImageLayer, []byte("hi"))

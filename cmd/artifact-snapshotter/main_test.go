@@ -59,7 +59,7 @@ func run(t *testing.T, args ...string) (stdout, stderr string, exit int) {
 	return out.String(), errs.String(), command.ProcessState.ExitCode()
 }
 
-// output runs the program, which must succeed without a word on stderr.
+// output runs the program, which must succeed and print nothing on stderr.
 func output(t *testing.T, args ...string) string {
 	t.Helper()
 	stdout, stderr, exit := run(t, args...)
@@ -99,24 +99,24 @@ func TestErrors(t *testing.T) {
 		args []string
 		want []string
 	}{
-		"an unknown command":            {[]string{"server"}, []string{"server", "artifact-snapshotter --help"}},
-		"an unknown subcommand":         {[]string{"config", "docker"}, []string{"config docker", "config --help"}},
-		"an unknown flag":               {[]string{"serve", "--rooot", "/r"}, []string{"rooot", "serve --help"}},
-		"a flag without its value":      {[]string{"serve", "--root"}, []string{"root"}},
-		"an argument too many":          {[]string{"version", "now"}, []string{"version", `"now"`}},
-		"inspect without a digest":      {[]string{"inspect"}, []string{"REF|DIGEST"}},
-		"inspect of two digests":        {[]string{"inspect", "a", "b"}, []string{"REF|DIGEST", "got 2"}},
-		"a configuration not there":     {[]string{"serve", "--config", "/none.toml"}, []string{"/none.toml"}},
-		"unknown keys":                  {[]string{"serve", "--config", unknown}, []string{unknown, "rooot (line 1)", "other (line 2)"}},
-		"bad values":                    {[]string{"serve", "--config", bad}, []string{"root", "absolute", "stairs"}},
-		"a bad flag":                    {[]string{"serve", "--log-level", "loud"}, []string{"log_level", "loud"}},
-		"an unknown scope":              {[]string{"config", "containerd", "--snapshotter-scope", "pod"}, []string{"pod", "node", "runtime-handler"}},
-		"a handler of the whole node":   {[]string{"config", "containerd", "--runtime-handler", "x"}, []string{"--snapshotter-scope runtime-handler"}},
-		"a handler that is no label":    {[]string{"config", "containerd", "--snapshotter-scope", "runtime-handler", "--runtime-handler", "a.b"}, []string{"a.b", "DNS label"}},
-		"containerd config, bad file":   {[]string{"config", "containerd", "--config", bad}, []string{"stairs"}},
-		"containerd config, no file":    {[]string{"config", "containerd", "--config", "/none.toml"}, []string{"/none.toml"}},
-		"a flag of a command unknown":   {[]string{"--root", "/r", "serve"}, []string{"root"}},
-		"help is a flag, not a command": {[]string{"help"}, []string{"--help"}},
+		"an unknown command":              {[]string{"server"}, []string{"server", "artifact-snapshotter --help"}},
+		"an unknown subcommand":           {[]string{"config", "docker"}, []string{"config docker", "config --help"}},
+		"an unknown flag":                 {[]string{"serve", "--rooot", "/r"}, []string{"rooot", "serve --help"}},
+		"a flag without its value":        {[]string{"serve", "--root"}, []string{"root"}},
+		"an argument too many":            {[]string{"version", "now"}, []string{"version", `"now"`}},
+		"inspect without a digest":        {[]string{"inspect"}, []string{"REF|DIGEST"}},
+		"inspect of two digests":          {[]string{"inspect", "a", "b"}, []string{"REF|DIGEST", "got 2"}},
+		"a missing configuration":         {[]string{"serve", "--config", "/none.toml"}, []string{"/none.toml"}},
+		"unknown keys":                    {[]string{"serve", "--config", unknown}, []string{unknown, "rooot (line 1)", "other (line 2)"}},
+		"bad values":                      {[]string{"serve", "--config", bad}, []string{"root", "absolute", "stairs"}},
+		"a bad flag":                      {[]string{"serve", "--log-level", "loud"}, []string{"log_level", "loud"}},
+		"an unknown scope":                {[]string{"config", "containerd", "--snapshotter-scope", "pod"}, []string{"pod", "node", "runtime-handler"}},
+		"a handler of the whole node":     {[]string{"config", "containerd", "--runtime-handler", "x"}, []string{"--snapshotter-scope runtime-handler"}},
+		"a handler that is not a label":   {[]string{"config", "containerd", "--snapshotter-scope", "runtime-handler", "--runtime-handler", "a.b"}, []string{"a.b", "DNS label"}},
+		"containerd config, bad file":     {[]string{"config", "containerd", "--config", bad}, []string{"stairs"}},
+		"containerd config, no file":      {[]string{"config", "containerd", "--config", "/none.toml"}, []string{"/none.toml"}},
+		"a flag of the command before it": {[]string{"--root", "/r", "serve"}, []string{"root"}},
+		"help is a flag, not a command":   {[]string{"help"}, []string{"--help"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			stdout, stderr, exit := run(t, test.args...)
@@ -128,8 +128,8 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// The flags of the commands that talk to containerd may stand before the command, too. The
-// error of a socket that is not there names the socket.
+// The flags of the commands that talk to containerd may precede the command. The error
+// about a missing socket names the socket.
 func TestGlobalFlags(t *testing.T) {
 	t.Setenv("CONTAINERD_ADDRESS", "/env.sock")
 	for name, test := range map[string]struct {
@@ -190,8 +190,8 @@ func wantErrorLine(t *testing.T, stderr string, words ...string) {
 	}
 }
 
-// The real containerd reads what we print, on its own and as an import, and
-// takes it for what we mean.
+// The real containerd reads what `config containerd` prints as it is meant, both alone and
+// as an import.
 func TestConfigContainerd(t *testing.T) {
 	ours := writeFile(t, "root = '/srv/artifacts'\nstate = '/run/other'\n")
 	for name, test := range map[string]struct {
@@ -234,7 +234,7 @@ func TestConfigContainerd(t *testing.T) {
 				}
 				runtimes := got.Plugins.Runtime.Containerd.Runtimes
 				if runc := runtimes["runc"]; runc.Type != "io.containerd.runc.v2" || runc.Snapshotter != "" {
-					t.Errorf("the handler runc is %+v, want it as ever", runc)
+					t.Errorf("the handler runc is %+v, want it unchanged", runc)
 				}
 				for handler, runtime := range runtimes {
 					if handler == "runc" {
@@ -257,7 +257,7 @@ func TestConfigContainerd(t *testing.T) {
 	}
 }
 
-// containerd takes the first entry that matches, so those of artifacts come last.
+// containerd takes the first entry that matches, so the entries of artifacts come last.
 func TestConfigContainerdWithNativeUnpacking(t *testing.T) {
 	got := containerdtest.Dump(t, containerdtest.Tool(t, "containerd"), writeFile(t, output(t, "config", "containerd", "--native-unpack")))
 	if proxy := got.ProxyPlugins["artifact-diff"]; proxy.Type != "diff" || proxy.Address != got.ProxyPlugins["artifact"].Address {
@@ -279,8 +279,7 @@ func TestConfigContainerdWithNativeUnpacking(t *testing.T) {
 	}
 }
 
-// serve as an init system sees it: flags beat the file, and SIGTERM ends it
-// cleanly.
+// Flags override the configuration file, and SIGTERM ends serve with exit code 0.
 func TestServe(t *testing.T) {
 	dir := t.TempDir()
 	config := writeFile(t, fmt.Sprintf("root = %q\nstate = '/nowhere'\naddress = '/nowhere/a.sock'\nlog_level = 'error'\nnamespaces = []\n", dir+"/root"))

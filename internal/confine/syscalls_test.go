@@ -32,7 +32,7 @@ func TestMain(m *testing.M) {
 }
 
 // The filter cannot be removed, so it is tried in a process of its own.
-func TestTheDaemonCannotDoWhatItNeverDoes(t *testing.T) {
+func TestForbiddenSystemCallsAreRefused(t *testing.T) {
 	for _, network := range []string{"", "network"} {
 		cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
 		cmd.Env = append(os.Environ(), forbidden+"="+network)

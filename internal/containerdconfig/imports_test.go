@@ -7,7 +7,7 @@ import "testing"
 
 const ownPattern = "/etc/containerd/conf.d/*.toml"
 
-func TestAnImportIsAddedAndTakenOutAgain(t *testing.T) {
+func TestAnImportIsAddedAndRemoved(t *testing.T) {
 	for name, c := range map[string]struct{ before, after string }{
 		"nothing":         {"", "imports = [\"/etc/containerd/conf.d/*.toml\"]\n"},
 		"no version":      {"# mine\n[debug]\nlevel = 'info'\n", "imports = [\"/etc/containerd/conf.d/*.toml\"]\n# mine\n[debug]\nlevel = 'info'\n"},
@@ -47,8 +47,23 @@ func TestAnImportIsAddedAndTakenOutAgain(t *testing.T) {
 				t.Fatal(err)
 			}
 			if string(back) != c.before {
-				t.Errorf("taken out again: %q, want %q", back, c.before)
+				t.Errorf("removed again: %q, want %q", back, c.before)
 			}
 		})
+	}
+}
+
+// What others have changed since stays.
+func TestAnImportIsRemovedFromAnEditedFile(t *testing.T) {
+	for before, want := range map[string]string{
+		"imports = [\"/etc/containerd/conf.d/*.toml\", '/b.toml'] # b\n": "imports = ['/b.toml'] # b\n",
+		"imports = ['/a.toml', \"/etc/containerd/conf.d/*.toml\", ]\n":   "imports = ['/a.toml', ]\n",
+		"version = 3\nimports = ['/a.toml']\n":                           "version = 3\nimports = ['/a.toml']\n",
+		"imports = ['/etc/containerd/conf.d/*.toml']\n":                  "", // not as we write it
+	} {
+		got, err := RemoveImport([]byte(before), ownPattern)
+		if want == "" && err == nil || want != "" && (err != nil || string(got) != want) {
+			t.Errorf("%q becomes %q, %v; want %q", before, got, err, want)
+		}
 	}
 }

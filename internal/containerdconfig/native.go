@@ -18,13 +18,12 @@ var (
 	nativeTemplate = template.Must(template.New("native.toml").Parse(nativeFile))
 )
 
-// nativeFormat is an artifact that containerd's own unpacker can unpack: its config
-// has rootfs.diff_ids.
+// nativeFormat is a format of artifacts that containerd's own unpacker can unpack: their
+// configs have rootfs.diff_ids.
 type nativeFormat struct {
-	// Platform is by what to ask for it. containerd takes the first entry of a
-	// snapshotter that matches, so it is this one only for a platform with a feature
-	// of the operating system that the others do not have
-	// (core/transfer/local/pull.go, getSupportedPlatform).
+	// Platform is the platform to request. containerd takes the first entry of a
+	// snapshotter that matches (getSupportedPlatform in core/transfer/local/pull.go), so
+	// each entry has an OS feature that the others lack.
 	Platform   string
 	ConfigType string
 	LayerTypes []string
@@ -33,7 +32,7 @@ type nativeFormat struct {
 // dockerTypes are the layers of Docker's models
 // (https://github.com/docker/model-spec/blob/main/spec.md, and
 // https://github.com/docker/model-runner/blob/main/pkg/distribution/types/config.go
-// for what is not in there).
+// for those that it lacks).
 var dockerTypes = []string{
 	"application/vnd.docker.ai.gguf.v3",
 	"application/vnd.docker.ai.gguf.v3.lora",
@@ -67,7 +66,7 @@ func WriteNative(w io.Writer) error {
 	})
 }
 
-// withFeature is this platform with a feature of its operating system.
+// withFeature is the platform of this node with an OS feature.
 func withFeature(feature string) string {
 	p := platforms.DefaultSpec()
 	p.OSFeatures = []string{feature}

@@ -18,7 +18,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
-// unasked are Nodes without a containerd, whose daemon is on /run/a.sock.
+// unasked is a node with a daemon on /run/a.sock and no containerd.
 func unasked(t *testing.T, path string) Node {
 	t.Helper()
 	cfg := daemon.Default()
@@ -26,8 +26,8 @@ func unasked(t *testing.T, path string) Node {
 	return Node{Config: cfg, ConfigFile: "/our/file.toml", ContainerdConfig: path, Unanswered: errors.New("not asked")}
 }
 
-// configured is what doctor finds in containerd's configuration file at path. containerd may
-// be older than 2.3.
+// configured returns what doctor finds in containerd's configuration file at path, for a
+// containerd that may be older than 2.3.
 func configured(t *testing.T, path string) (Finding, ConfigFacts) {
 	t.Helper()
 	found := checkContainerdConfig(t.Context(), unasked(t, path))
@@ -35,7 +35,7 @@ func configured(t *testing.T, path string) (Finding, ConfigFacts) {
 	return found, facts
 }
 
-// needed are the tables that the daemon needs, with comments.
+// needed are the tables that the daemon needs in containerd's configuration.
 func needed(t *testing.T, handler string) []string {
 	t.Helper()
 	var text strings.Builder
@@ -64,8 +64,8 @@ func writeFile(t *testing.T, text string) string {
 	return path
 }
 
-// tablesOf are the tables of a TOML file in which a table begins in the first
-// column, and all that is in it does not.
+// tablesOf splits a TOML file into tables: they begin in the first column, and their keys
+// do not.
 func tablesOf(text string) (tables []string) {
 	for line := range strings.Lines(text) {
 		switch {
@@ -78,7 +78,7 @@ func tablesOf(text string) (tables []string) {
 	return tables
 }
 
-// without are the tables but for those that have the word.
+// without are the tables that do not contain the word.
 func without(tables []string, word string) []string {
 	return slices.DeleteFunc(slices.Clone(tables), func(table string) bool { return strings.Contains(table, word) })
 }
@@ -99,7 +99,7 @@ func TestDoctorFindsNothingMissingInWhatItAdvises(t *testing.T) {
 				t.Errorf("%+v", got)
 			}
 			if !strings.Contains(got.Unknown, "what containerd has loaded of it") {
-				t.Errorf("it does not say what is not known: %q", got.Unknown)
+				t.Errorf("it does not say what is unknown: %q", got.Unknown)
 			}
 			if f.Snapshotter.Configured != "/run/a.sock" || !slices.Equal(f.Unpack, []string{"artifact", "overlayfs"}) {
 				t.Errorf("%+v", f)
@@ -111,8 +111,8 @@ func TestDoctorFindsNothingMissingInWhatItAdvises(t *testing.T) {
 	}
 }
 
-// Each thing that is missing is said, with the lines that are.
-func TestDoctorSaysWhatContainerdLacks(t *testing.T) {
+// Doctor names what is missing, and prints the lines to write.
+func TestDoctorPrintsWhatContainerdLacks(t *testing.T) {
 	all := needed(t, "")
 	handler := needed(t, "artifact")
 	const snapshotter, images, overlayfs, unpack = "[proxy_plugins.artifact]", "cri.v1.images", `snapshotter = "overlayfs"`, `[[plugins`
@@ -148,19 +148,19 @@ func TestDoctorSaysWhatIsWrongInContainerdsConfiguration(t *testing.T) {
 		old, new      string
 		problem, gain string // "" for none
 	}{
-		"another socket":            {`"/run/a.sock"`, `"/run/b.sock"`, "at /run/b.sock, but it serves on /run/a.sock", "reaches the daemon"},
-		"another type":              {`"snapshot"`, `"content"`, `type "content"`, "is a snapshotter"},
-		"no capabilities":           {`"remap-ids"`, ``, "", "user namespace"},
-		"a refusal of old kernels":  {`"remap-ids"`, `"only-remap-ids"`, "", "pods with a user namespace start"},
-		"a URL is no other":         {`"/run/a.sock"`, `"unix:///run/a.sock"`, "", ""},
-		"another snapshotter":       {`  snapshotter = "artifact"` + "\n" + `[[`, `  snapshotter = "native"` + "\n" + `[[`, "no pod uses the snapshotter", "pods see artifacts"},
-		"another platform":          {"[[", "[plugins.'io.containerd.transfer.v1.local']\n  check_platform_supported = true\n[[", "", ""},
-		"artifacts alone first":     {"[[", strings.Replace(entryOfArtifacts, "(+model)", "", 1) + "[[", "", ""},
-		"artifacts with feature":    {"[[", entryOfArtifacts + "[[", "", ""},
-		"another type of differ":    {`"diff"`, `"snapshot"`, `type "snapshot"`, "is a differ"},
-		"another default handler":   {"[[", "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n  snapshotter = 'overlayfs'\n[[", "no pod uses the snapshotter", "the runtime handler runc"},
-		"another handler":           {"[[", "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.kata]\n  runtime_type = 'x'\n  snapshotter = 'overlayfs'\n[[", "", ""},
-		"no pod but of one handler": {"[[", "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n  snapshotter = 'overlayfs'\n[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.kata]\n  runtime_type = 'x'\n[[", "", ""},
+		"another socket":           {`"/run/a.sock"`, `"/run/b.sock"`, "at /run/b.sock, but it serves on /run/a.sock", "reaches the daemon"},
+		"another type":             {`"snapshot"`, `"content"`, `type "content"`, "is a snapshotter"},
+		"no capabilities":          {`"remap-ids"`, ``, "", "user namespace"},
+		"a refusal of old kernels": {`"remap-ids"`, `"only-remap-ids"`, "", "pods with a user namespace start"},
+		"a URL is no other":        {`"/run/a.sock"`, `"unix:///run/a.sock"`, "", ""},
+		"another snapshotter":      {`  snapshotter = "artifact"` + "\n" + `[[`, `  snapshotter = "native"` + "\n" + `[[`, "no pod uses the snapshotter", "pods see artifacts"},
+		"another platform":         {"[[", "[plugins.'io.containerd.transfer.v1.local']\n  check_platform_supported = true\n[[", "", ""},
+		"artifacts alone first":    {"[[", strings.Replace(entryOfArtifacts, "(+model)", "", 1) + "[[", "", ""},
+		"artifacts with feature":   {"[[", entryOfArtifacts + "[[", "", ""},
+		"another type of differ":   {`"diff"`, `"snapshot"`, `type "snapshot"`, "is a differ"},
+		"another default handler":  {"[[", "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n  snapshotter = 'overlayfs'\n[[", "no pod uses the snapshotter", "the runtime handler runc"},
+		"another handler":          {"[[", "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.kata]\n  runtime_type = 'x'\n  snapshotter = 'overlayfs'\n[[", "", ""},
+		"pods of one handler only": {"[[", "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n  snapshotter = 'overlayfs'\n[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.kata]\n  runtime_type = 'x'\n[[", "", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if !strings.Contains(text, test.old) {
@@ -181,8 +181,8 @@ func TestDoctorSaysWhatIsWrongInContainerdsConfiguration(t *testing.T) {
 	}
 }
 
-// A kernel before 5.19 cannot map the owners of layers, and containerd must not be told that
-// it can.
+// A kernel before 5.19 cannot map the owners of layers, and the configuration must not say
+// that it can.
 func TestDoctorSaysWhatAnOldKernelCannotDo(t *testing.T) {
 	for name, test := range map[string]struct {
 		told          string
@@ -232,14 +232,14 @@ func TestDoctorSaysWhatAnOldKernelCannotDo(t *testing.T) {
 	}
 }
 
-// The options of containerd's own overlayfs are not lost without a word.
+// If the daemon lacks options of containerd's own overlayfs, doctor says so.
 func TestDoctorComparesTheOptionsOfOverlayfs(t *testing.T) {
 	const theirs = "\n[plugins.'io.containerd.snapshotter.v1.overlayfs']\n  root_path = '/data'\n  mount_options = ['volatile', 'metacopy=off']\n  upperdir_label = true\n  sync_remove = true\n  slow_chown = true\n"
 	want := snapshot.Overlayfs{MountOptions: []string{"volatile", "metacopy=off"}, UpperdirLabel: true, SyncRemove: true, SlowChown: true}
 	for name, text := range map[string]string{
-		"for the node":                       strings.Join(needed(t, ""), ""),
-		"for a handler":                      strings.Join(needed(t, "artifact"), ""),
-		"for nobody, who would lose nothing": "",
+		"for the node":                         strings.Join(needed(t, ""), ""),
+		"for a handler":                        strings.Join(needed(t, "artifact"), ""),
+		"for no pod, which would lose nothing": "",
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := writeFile(t, "version = 3\n"+text+theirs)
@@ -267,7 +267,7 @@ func TestDoctorComparesTheOptionsOfOverlayfs(t *testing.T) {
 				t.Errorf("the lines say %+v, want %+v: %v", cfg.Overlayfs, want, err)
 			}
 			cfg.Address = "/run/a.sock"
-			cfg.Overlayfs.MountOptions = append(cfg.Overlayfs.MountOptions, "xino=off") // and more is nobody's business
+			cfg.Overlayfs.MountOptions = append(cfg.Overlayfs.MountOptions, "xino=off") // more options are fine
 			if got := ask(cfg); len(got) > 0 {
 				t.Errorf("with its lines it says %+v", got)
 			}
@@ -275,8 +275,8 @@ func TestDoctorComparesTheOptionsOfOverlayfs(t *testing.T) {
 	}
 }
 
-// What is no problem is said nevertheless.
-func TestDoctorTellsOfHandlersAndOfLateUnpacking(t *testing.T) {
+// Doctor reports facts that are not problems.
+func TestDoctorReportsHandlersAndLateUnpacking(t *testing.T) {
 	text := strings.Join(without(needed(t, ""), `snapshotter = "artifact"`+"\n  differ"), "")
 	text += strings.Replace(entryOfArtifacts, "(+model)", "", 1) + "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.kata]\n  runtime_type = 'x'\n  snapshotter = 'devmapper'\n"
 	got, f := configured(t, writeFile(t, "version = 3\n"+text))
@@ -305,7 +305,7 @@ func TestDoctorNamesAFileThatContainerdCannotRead(t *testing.T) {
 	}
 }
 
-// A plugin of containerd that does not start says why, and so does doctor.
+// Doctor reports why a plugin of containerd does not start.
 func TestDoctorSaysWhichPluginOfContainerdDoesNotStart(t *testing.T) {
 	c := containerdtest.New(t, strings.Join(without(needed(t, ""), "artifact-diff"), "")+entryOfArtifacts)
 	c.Start(t, containerdtest.Tool(t, "containerd"))

@@ -16,10 +16,10 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdtest"
 )
 
-// toWrite are the places of lines in what doctor says to do.
+// toWrite matches advice to write lines, with the file.
 var toWrite = regexp.MustCompile(`^(write this into|add this at the top of|write this in place of the imports in) (\S+\.toml)`)
 
-// write does what doctor says.
+// write follows the advice to write lines.
 func write(t *testing.T, all []Advice) {
 	t.Helper()
 	for _, a := range all {
@@ -28,7 +28,7 @@ func write(t *testing.T, all []Advice) {
 		}
 		place := toWrite.FindStringSubmatch(a.Do)
 		if place == nil {
-			t.Fatalf("where are lines to be written by %q?", a.Do)
+			t.Fatalf("%q does not say where to write the lines", a.Do)
 		}
 		path, text := place[2], a.Lines
 		if place[1] != "write this into" {
@@ -50,8 +50,8 @@ func write(t *testing.T, all []Advice) {
 	}
 }
 
-// migrate does what doctor says of containerd's file at path, which is to be migrated,
-// but lets it import conf.d of its own directory and not that of the machine.
+// migrate follows the advice to migrate containerd's file at path, but makes it import
+// conf.d beside it rather than that of the machine.
 func migrate(t *testing.T, do, path string) {
 	t.Helper()
 	said := regexp.MustCompile("^run `(.+)`, restart containerd, and run doctor again$").FindStringSubmatch(do)
@@ -77,7 +77,7 @@ func migrate(t *testing.T, do, path string) {
 	}
 }
 
-// wantTodo wants the advice to say what to do, in this order.
+// wantTodo checks what the advice says to do, in this order.
 func wantTodo(t *testing.T, all []Advice, todo []string) {
 	t.Helper()
 	if len(all) != len(todo) {
@@ -90,8 +90,8 @@ func wantTodo(t *testing.T, all []Advice, todo []string) {
 	}
 }
 
-// wantNothingLeft does what doctor says of containerd's file at path, and wants it
-// to find nothing more, and containerd to see it the same way.
+// wantNothingLeft follows the advice for containerd's file at path. Then doctor must find
+// nothing more, and containerd must have the snapshotter.
 func wantNothingLeft(t *testing.T, path string, all []Advice) containerdtest.Config {
 	t.Helper()
 	write(t, all)
@@ -111,8 +111,8 @@ func wantNothingLeft(t *testing.T, path string, all []Advice) containerdtest.Con
 	return got
 }
 
-// What doctor says makes containerd see the snapshotter, whatever its file is like.
-func TestDoctorsLinesFitTheFilesOfNodes(t *testing.T) {
+// With the lines that doctor prints, containerd has the snapshotter, whatever its file.
+func TestTheLinesOfDoctorFitTheFilesOfNodes(t *testing.T) {
 	out, err := exec.Command(containerdtest.Tool(t, "containerd"), "config", "default").Output()
 	if err != nil {
 		t.Fatalf("containerd is not built, run `make tools`: %v", err)
@@ -164,7 +164,7 @@ func TestDoctorsLinesFitTheFilesOfNodes(t *testing.T) {
 					t.Fatal(err)
 				}
 				wantTodo(t, later.Advice, todo)
-				// For all others it is the only advice, and then come the same ones.
+				// Older versions need it first; the rest of the advice follows.
 				if got.Problem == "" || len(got.Advice) != 1 {
 					t.Fatalf("%+v", got)
 				}
@@ -194,7 +194,7 @@ func TestDoctorsLinesFitTheFilesOfNodes(t *testing.T) {
 	}
 }
 
-// A file that is imported later wins, and no lines in ours can help.
+// A file that is imported later takes precedence over the lines in the drop-in.
 func TestDoctorSaysThatAnotherFileOverrules(t *testing.T) {
 	path := writeFile(t, "version = 3\nimports = ['conf.d/*.toml']\n")
 	dir := filepath.Join(filepath.Dir(path), "conf.d")

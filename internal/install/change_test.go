@@ -11,7 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-func TestWhatIsTakenBackLeavesNoFolder(t *testing.T) {
+func TestUndoneChangesLeaveNoFolder(t *testing.T) {
 	dir := t.TempDir()
 	var changes []change
 	for _, name := range []string{"containerd/conf.d/ours.toml", "containerd/config.toml", "theirs"} {
@@ -21,12 +21,12 @@ func TestWhatIsTakenBackLeavesNoFolder(t *testing.T) {
 		}
 		changes = append(changes, c)
 	}
-	theirs := changes[2].path // somebody else makes it meanwhile
+	theirs := changes[2].path // somebody else makes it in the meantime
 	if err := os.WriteFile(theirs, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := applyAll(changes); !errdefs.IsAborted(err) {
-		t.Errorf("got %v, want that a file has been changed meanwhile", err)
+		t.Errorf("got %v, want that a file has changed in the meantime", err)
 	}
 	left, err := filepath.Glob(filepath.Join(dir, "*"))
 	if err != nil || len(left) != 1 || left[0] != theirs {

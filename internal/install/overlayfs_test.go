@@ -14,9 +14,9 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
-// What install has written is kept up to date and taken away. As soon as there is anything
-// else between its lines, all of it is an administrator's.
-func TestOnlyWhatInstallHasWrittenIsTakenBack(t *testing.T) {
+// Install updates, and uninstall removes, what install has written. If anything else is
+// between its lines, all of it belongs to an administrator.
+func TestOnlyWhatInstallHasWrittenChanges(t *testing.T) {
 	volatile, index := snapshot.Overlayfs{MountOptions: []string{"volatile"}}, snapshot.Overlayfs{MountOptions: []string{"index=off"}}
 	table, err := containerdconfig.OverlayfsTable(volatile)
 	if err != nil {
@@ -25,16 +25,16 @@ func TestOnlyWhatInstallHasWrittenIsTakenBack(t *testing.T) {
 	const own = "log_level = 'debug'\n"
 	for name, test := range map[string]struct {
 		between string
-		kept    bool
+		stays   bool
 	}{
-		"what install wrote":            {table, false},
-		"by an older version":           {"[overlayfs]\nmount_options = ['volatile']\n", false},
-		"a comment":                     {"# We need this.\n" + table, true},
-		"a comment behind a value":      {strings.Replace(table, "\nupperdir", " # our own\nupperdir", 1), true},
-		"another table":                 {table + "[nri]\nenabled = true\n", true},
-		"a key that nobody knows":       {table + "color = 'red'\n", true},
-		"what is not TOML":              {table + "[[\n", true},
-		"a # that is part of an option": {strings.Replace(table, "volatile", "a#b", 1), false},
+		"what install wrote":       {table, false},
+		"by an older version":      {"[overlayfs]\nmount_options = ['volatile']\n", false},
+		"a comment":                {"# We need this.\n" + table, true},
+		"a comment behind a value": {strings.Replace(table, "\nupperdir", " # our own\nupperdir", 1), true},
+		"another table":            {table + "[nri]\nenabled = true\n", true},
+		"an unknown key":           {table + "color = 'red'\n", true},
+		"invalid TOML":             {table + "[[\n", true},
+		"a # in an option":         {strings.Replace(table, "volatile", "a#b", 1), false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			text := own + adoptedBegin + test.between + adoptedEnd + "[nri]\nindex = '10'\n"
@@ -47,23 +47,23 @@ func TestOnlyWhatInstallHasWrittenIsTakenBack(t *testing.T) {
 			}
 			r := &run{Options: Options{Daemon: daemon.Default(), Binary: "/nowhere"}, configFile: path}
 			without := string(withoutAdopted([]byte(text)))
-			if kept := without == text; kept != test.kept {
-				t.Errorf("kept: %t, want %t:\n%s", kept, test.kept, without)
+			if stays := without == text; stays != test.stays {
+				t.Errorf("stays: %t, want %t:\n%s", stays, test.stays, without)
 			}
-			if !test.kept && strings.Contains(without, "overlayfs") {
+			if !test.stays && strings.Contains(without, "overlayfs") {
 				t.Errorf("left is\n%s", without)
 			}
 			config, err := r.configChange(index)
 			switch {
 			case test.between == table+"[[\n":
 				if err == nil {
-					t.Error("what is not TOML is no error")
+					t.Error("invalid TOML is no error")
 				}
 			case err != nil:
 				t.Error(err)
-			case test.kept != config.none():
-				t.Errorf("kept: %t, want %t:\n%s", config.none(), test.kept, config.after)
-			case !test.kept && (strings.Contains(string(config.after), "volatile") || !strings.Contains(string(config.after), "index=off")):
+			case test.stays != config.none():
+				t.Errorf("stays: %t, want %t:\n%s", config.none(), test.stays, config.after)
+			case !test.stays && (strings.Contains(string(config.after), "volatile") || !strings.Contains(string(config.after), "index=off")):
 				t.Errorf("it is now\n%s", config.after)
 			}
 			files, err := r.serviceFiles()
@@ -71,7 +71,7 @@ func TestOnlyWhatInstallHasWrittenIsTakenBack(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, file := range files {
-				if file.path == path && test.kept {
+				if file.path == path && test.stays {
 					t.Errorf("uninstall makes it\n%s", file.after)
 				}
 			}
@@ -79,12 +79,12 @@ func TestOnlyWhatInstallHasWrittenIsTakenBack(t *testing.T) {
 	}
 }
 
-func TestAnEmptyFileIsEmptyAgain(t *testing.T) {
+func TestAnEmptyConfigFileStaysAFile(t *testing.T) {
 	table, err := containerdconfig.OverlayfsTable(snapshot.Overlayfs{SyncRemove: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if without := withoutAdopted([]byte(adoptedBegin + table + adoptedEnd)); without == nil || len(without) > 0 {
-		t.Errorf("it is %q, of which nil is no file", without)
+		t.Errorf("it is %q, and nil would remove the file", without)
 	}
 }

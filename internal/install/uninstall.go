@@ -65,11 +65,12 @@ func (r *run) uninstall(ctx context.Context) error {
 	for _, folder := range folders {
 		if r.DryRun {
 			r.reportf("would remove %s, if it is empty then", folder)
-		} else if unix.Rmdir(folder) != nil { // it is not empty
-			break
-		} else {
-			r.reportf("removed %s", folder)
+			continue
 		}
+		if unix.Rmdir(folder) != nil { // it is not empty
+			break
+		}
+		r.reportf("removed %s", folder)
 	}
 	if err := r.finish(ctx, c, len(changes) > 0, ""); err != nil {
 		return err

@@ -34,11 +34,11 @@ func KeepEmptyBlob(ctx context.Context, address string, in []string, again time.
 		return
 	}
 	ctx = log.WithLogger(ctx, log.G(ctx).WithField("containerd", address))
-	retryEmptyBlob.Run(ctx, "Cannot pre-create the empty blob: artifacts with an empty file or config cannot be pulled; still trying",
+	retryEmptyBlob.Run(ctx, "cannot pre-create the empty blob: artifacts with an empty file or config cannot be pulled; still trying",
 		func() (time.Duration, error) {
 			created, err := ensureEmptyBlobs(ctx, address, in)
 			if len(created) > 0 {
-				log.G(ctx).WithField("namespaces", created).Info("Pre-created the empty blob: artifacts with an empty file or config can be pulled")
+				log.G(ctx).WithField("namespaces", created).Info("pre-created the empty blob: artifacts with an empty file or config can be pulled")
 			}
 			return again, err
 		})

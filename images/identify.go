@@ -21,7 +21,7 @@ func identify(ctx context.Context, blobs content.Provider, i images.Image) Image
 	image := Image{Image: i}
 	manifest, config, err := artifact.Identify(ctx, blobs, i.Target)
 	if err != nil {
-		log.G(ctx).WithError(err).WithField("image", i.Name).Debug("Cannot find the config of an image")
+		log.G(ctx).WithError(err).WithField("image", i.Name).Debug("cannot find the config of an image")
 		image.undecided = temporary(err)
 		return image
 	}

@@ -64,10 +64,10 @@ func NewWatcher(address string, blobs blobs.Dir) *Watcher {
 func (w *Watcher) Run(ctx context.Context) {
 	ctx = log.WithLogger(ctx, log.G(ctx).WithField("containerd", w.address))
 	w.set(func() { w.running = true })
-	reconnect.Run(ctx, "Cannot watch containerd's images: volumes of artifacts are refused until this works; still trying", func() (time.Duration, error) {
+	reconnect.Run(ctx, "cannot watch containerd's images: volumes of artifacts are refused until this works; still trying", func() (time.Duration, error) {
 		listed, err := w.watch(ctx)
 		if listed && ctx.Err() == nil {
-			log.G(ctx).WithError(err).Info("Lost containerd: volumes of artifacts are refused until it is back")
+			log.G(ctx).WithError(err).Info("lost containerd: volumes of artifacts are refused until it is back")
 		}
 		w.set(func() {
 			w.known, w.broken = nil, err
@@ -113,7 +113,7 @@ func (w *Watcher) watch(ctx context.Context) (listed bool, err error) {
 		return false, err
 	}
 	w.set(func() { w.known, w.seen = known, number })
-	log.G(ctx).WithField("artifacts", w.Stats().Artifacts).Info("Watching containerd's images")
+	log.G(ctx).WithField("artifacts", w.Stats().Artifacts).Info("watching containerd's images")
 	for _, e := range early {
 		if err := handle(e); err != nil {
 			return true, err
@@ -287,6 +287,6 @@ func (w *Watcher) warn(ctx context.Context, namespace string, image Image) {
 	w.mu.Unlock()
 	if err := refuse(image, same); err != nil {
 		log.G(ctx).WithError(err).WithField("namespace", namespace).WithField("image", image.Name).
-			Warn("An image is in conflict with others: image volumes of them are refused")
+			Warn("an image is in conflict with others: image volumes of them are refused")
 	}
 }

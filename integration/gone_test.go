@@ -56,9 +56,9 @@ func TestContainerdIsGoneForAnHour(t *testing.T) {
 	was := costOf(t, n.DaemonPID())
 	check(t, n.KillContainerd())
 	// By then the tries are as far apart as they will be.
-	for _, what := range []string{"Cannot watch containerd's images", "Cannot plant the empty blob"} {
-		if what == "Cannot plant the empty blob" && gone < time.Minute {
-			continue // it looks every three minutes
+	for _, what := range []string{"cannot watch containerd's images", "cannot pre-create the empty blob"} {
+		if what == "cannot pre-create the empty blob" && gone < time.Minute {
+			continue // it checks every three minutes
 		}
 		for deadline := time.Now().Add(10 * time.Minute); !strings.Contains(daemonLog(t, n)[logged:], what); time.Sleep(100 * time.Millisecond) {
 			if time.Now().After(deadline) {

@@ -269,8 +269,8 @@ func TestMetricsCountRefusalsByReason(t *testing.T) {
 	check(t, n.StartContainerd())
 	wantSeries(t, socket, map[string]float64{"containerd_connected": 1, "artifacts": 3})
 	log = daemonLog(t, n)
-	wantLine(t, log, 1, "level=info", "Lost containerd")
-	wantLine(t, log, 2, "level=info", "Watching containerd's images")
+	wantLine(t, log, 1, "level=info", "lost containerd")
+	wantLine(t, log, 2, "level=info", "watching containerd's images")
 }
 
 // wantLine wants so many lines of the log with all of the words.

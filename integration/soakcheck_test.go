@@ -316,7 +316,7 @@ func (s *soak) checkDatabase(t *testing.T) {
 // detector, which needs cgo, cannot drop capabilities of all threads, the test hears
 // READY=1 and nothing else, a mode that was asked for is not the best one, and a daemon of
 // another test on this machine mounts an EROFS at the same time.
-var explained = regexp.MustCompile(`msg="(refused an image volume|Cannot unpack what has been pulled|An image is in conflict|Cannot watch containerd's images` +
+var explained = regexp.MustCompile(`msg="(refused an image volume|an image is in conflict|cannot watch containerd's images` +
 	`|Cannot drop capabilities|Cannot tell systemd|layers are laid out by a fallback mode|cannot set the read-ahead of an EROFS: .* error="[0-9]+ superblocks have appeared)`)
 
 // readLog looks at what the daemon has logged since the last time.

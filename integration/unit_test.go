@@ -98,7 +98,7 @@ func waitForCRI(t *testing.T, n *node.Node) {
 // waitForEmptyBlob waits until an artifact with an empty file can be pulled.
 func waitForEmptyBlob(t *testing.T, n *node.Node) {
 	t.Helper()
-	waitFor(t, "the daemon to plant the empty blob", func() bool {
+	waitFor(t, "the daemon to pre-create the empty blob", func() bool {
 		_, err := n.Ctr("--namespace", "k8s.io", "content", "get", digest.FromString("").String())
 		return err == nil
 	})

@@ -52,7 +52,7 @@ func TestAVolumeOfAnImageNeedsNoListOfImages(t *testing.T) {
 	}
 	model := s.model(s.content)
 	elsewhere := ocispec.Descriptor{Digest: digest.FromString("in another content root")}
-	unknown := fmt.Errorf("it is not known which images there are: %w", errdefs.ErrUnavailable)
+	unknown := fmt.Errorf("containerd's images are unknown: %w", errdefs.ErrUnavailable)
 	const left, mounted, missing = "left alone", "mounted", "check that these are the runtime's directories"
 	for _, tt := range []struct {
 		name  string

@@ -3,20 +3,22 @@
 
 package nri
 
-import "time"
+import (
+	"time"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/retry"
+)
 
 // The limits and time-outs of the plugin. One more is in package store: MaxWait, the longest
 // that a request waits for a tree, and one in the runtime: plugin_request_timeout, 2 s by
 // default, the longest that the runtime waits for an answer.
+
+// reconnect is how the plugin connects again. Max is short because containers that a runtime
+// creates before the plugin is connected do not get their artifacts. The warning comes after
+// some seconds, because a runtime that is still starting is not worth one.
+var reconnect = retry.Policy{Min: 50 * time.Millisecond, Max: 500 * time.Millisecond, WarnAfter: 10}
+
 const (
-	// minReconnect is the wait before the first attempt to connect again. It doubles with
-	// each failure up to maxReconnect, which is short because containers that a runtime
-	// creates before the plugin is connected do not get their artifacts.
-	minReconnect = 50 * time.Millisecond
-	maxReconnect = 500 * time.Millisecond
-	// warnAfter is the number of failures in a row after which a warning is logged, once. That
-	// takes some seconds, because a runtime that is still starting is not worth a warning.
-	warnAfter = 10
 	// registerTimeout bounds the wait for Configure. A runtime gives a plugin 5 seconds to
 	// register, and may close the connection without an error. The wait for Synchronize has no
 	// bound: containerd delays it while it stops a container, for the whole grace period, and

@@ -22,28 +22,16 @@ import (
 // connects again whenever the connection ends. The runtime need not be running yet.
 func (p *Plugin) Run(ctx context.Context) {
 	logger := log.G(ctx).WithField("nri", p.Socket)
-	wait, failures := minReconnect, 0
-	for ctx.Err() == nil {
+	reconnect.Run(log.WithLogger(ctx, logger), "cannot connect to NRI: the runtime mounts image volumes by itself until this succeeds; still trying", func() (time.Duration, error) {
 		served, err := p.serve(ctx)
-		if served {
-			wait, failures = minReconnect, 0
+		if !served {
+			return 0, err
 		}
-		failures++
-		switch {
-		case ctx.Err() != nil:
-		case served:
+		if ctx.Err() == nil {
 			logger.WithError(err).Info("lost the connection to the runtime: it mounts image volumes by itself until the NRI plugin is connected again")
-		case failures == warnAfter:
-			logger.WithError(err).Warn("cannot connect to NRI: the runtime mounts image volumes by itself until this succeeds; still trying")
-		default:
-			logger.WithError(err).Debug("cannot connect to NRI")
 		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(wait):
-		}
-		wait = min(2*wait, maxReconnect)
-	}
+		return reconnect.Min, nil
+	})
 }
 
 // serve is Run for one connection. It reports whether the runtime accepted the plugin.

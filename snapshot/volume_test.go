@@ -34,7 +34,7 @@ func (imagesThat) Name(string, digest.Digest) string                    { return
 // For the volume of an image with layers, containerd's images need not be known, and its
 // manifest need not be found.
 func TestAnImageVolumeOfAnImageNeedsNothingOfContainerd(t *testing.T) {
-	unknown := fmt.Errorf("it is not known which images there are: %w", errdefs.ErrUnavailable)
+	unknown := fmt.Errorf("containerd's images are unknown: %w", errdefs.ErrUnavailable)
 	n := newNode(t)
 	n.images = imagesThat(func() error { return unknown })
 	n.close(t)

@@ -122,7 +122,7 @@ type Node struct {
 var temporary = os.TempDir()
 
 // Start starts a node and returns when pods can run on it; with the daemon,
-// when the daemon has also planted the empty blob, without which artifacts
+// when the daemon has also pre-created the empty blob, without which artifacts
 // with an empty file cannot be pulled. Cancelling ctx ends the commands in
 // flight, not the node: that is for Stop.
 func Start(ctx context.Context, o Options) (*Node, error) {

@@ -21,12 +21,12 @@ const repository = "../.."
 // budgets are how many words each document may have: a document with one job is read, a long
 // one is not. Words are what has a letter or a digit, also in code and tables.
 var budgets = map[string]int{
-	"README.md": 1000, "CONTRIBUTING.md": 700,
+	"README.md": 900, "CONTRIBUTING.md": 700,
 	"docs/packing.md": 900, "docs/install.md": 1600, "docs/configuration.md": 1400,
-	"docs/kubernetes.md": 2300, "docs/cli.md": 1900, "docs/operations.md": 2200,
-	"docs/troubleshooting.md": 2500, "docs/nri.md": 2000, "docs/native-unpack.md": 950,
+	"docs/kubernetes.md": 2300, "docs/cli.md": 1500, "docs/operations.md": 2200,
+	"docs/troubleshooting.md": 2500, "docs/nri.md": 2000, "docs/native-unpack.md": 900,
 	"docs/support.md": 1200, "docs/security.md": 1200, "docs/design.md": 2600,
-	"docs/reliability.md": 1250, "docs/benchmarks.md": 1600, "docs/glossary.md": 250,
+	"docs/reliability.md": 1200, "docs/benchmarks.md": 1600, "docs/glossary.md": 200,
 }
 
 // document reads a file of the repository.

@@ -80,15 +80,18 @@ func (p *Plugin) crioVolumes(ctx context.Context, pod *api.PodSandbox, c *api.Co
 	return volumes
 }
 
+// matchCRIO returns the volumes whose mounts are the binds, each bind in exactly one volume. It
+// leaves out binds that the annotation lists for other volumes: those of an image that CRI-O
+// mounts as an artifact, and those of a hostPath, say.
 func (p *Plugin) matchCRIO(ctx context.Context, pod *api.PodSandbox, c *api.Container, binds []bind) (volumes []volume, err error) {
-	// CRI-O's own entry overwrites the pod's (SpecAddAnnotations of
-	// internal/factory/container), so this cannot mislead us today. CRI-O does not mount layers
-	// without a name, so if it ever did, the mounts could not tell.
+	// The pod must not choose the artifact. CRI-O copies the pod's annotations to the container
+	// and then overwrites this one (SpecAddAnnotations in internal/factory/container), but only
+	// the check makes sure. Comparing the mounts is not enough: CRI-O does not mount layers
+	// without a name, so the mounts do not tell apart two artifacts that differ only in those.
 	if _, forged := pod.GetAnnotations()[volumesAnnotation]; forged {
 		return nil, fmt.Errorf("the pod has the annotation %s, which is reserved for CRI-O: remove it: %w", volumesAnnotation, errdefs.ErrInvalidArgument)
 	}
 	bySource, layers := listed(c.GetAnnotations()[volumesAnnotation], binds)
-	// A hostPath volume, say, can be a blob, too.
 	binds = slices.DeleteFunc(slices.Clone(binds), func(b bind) bool {
 		return slices.Contains(bySource[b.source], crioVolume{path: path.Clean(b.destination)})
 	})
@@ -106,7 +109,7 @@ func (p *Plugin) matchCRIO(ctx context.Context, pod *api.PodSandbox, c *api.Cont
 	images := map[crioVolume]bool{}
 	for _, v := range slices.SortedFunc(maps.Keys(layers), crioVolume.compare) {
 		found, explains, err := p.matchVolume(ctx, v, layers[v], at)
-		if errors.Is(err, artifact.ErrNotArtifact) { // an image that CRI-O mounts as an artifact
+		if errors.Is(err, artifact.ErrNotArtifact) { // CRI-O mounts some images as artifacts
 			images[v] = true
 			continue
 		}

@@ -165,7 +165,7 @@ bench-peers: build tools
 FUZZTIME ?= 20000x
 FUZZ     := artifact:FuzzRead artifact:FuzzIdentify artifact:FuzzUnambiguous artifact:FuzzFileMetadata artifact:FuzzCleanPath \
             unpack:FuzzIndex unpack:FuzzInflate unpack:FuzzIDMap blobs:FuzzPath \
-            store:FuzzName store:FuzzArrival snapshot:FuzzKey nri:FuzzResolve
+            store:FuzzName store:FuzzArrival snapshot:FuzzKey nri:FuzzMatch
 fuzz:
 	@set -e; for f in $(FUZZ); do \
 		echo "==> $$f for $(FUZZTIME)"; \

@@ -317,7 +317,7 @@ func TestByNRIASlowArtifactIsWaitedForByTryingAgain(t *testing.T) {
 	ref := push(t, n, "slow", layer)
 	pod, err := n.RunSandbox(node.PodSpec{})
 	check(t, err)
-	wantRefusedByNRI(t, pod, ref, "is still being unpacked (", "which goes on; try again")
+	wantRefusedByNRI(t, pod, ref, "is still being unpacked (", "unpacking goes on, try again")
 	waitFor(t, "the container to start", func() bool {
 		return pod.Start(node.Container{Volumes: []node.Volume{{Image: ref, Path: "/model"}}}) == nil
 	})

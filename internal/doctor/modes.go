@@ -60,10 +60,10 @@ func checkModes(ctx context.Context, n Node, option, configured string, all []un
 	}
 	found.Advice = modeAdvice(compared, option, forced)
 	if compared.Twice != "" {
-		found.sayf("the page cache holds the files of tar layers twice: %s", compared.Twice)
+		found.sayf("the page cache holds tar layers twice: %s", compared.Twice)
 	}
 	if compared.Remedy != "" {
-		found.advise(compared.Remedy, "the page cache holds the files of tar layers once")
+		found.advise(compared.Remedy, "the page cache holds tar layers once, not twice")
 	}
 	return found
 }

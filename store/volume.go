@@ -101,8 +101,10 @@ func (s *Store) MountVolume(ctx context.Context, v *Volume, accept func(context.
 	ctx, span := tracing.StartSpan(v.WithLogger(ctx), "volume.mount",
 		tracing.WithAttribute("sandbox", v.Sandbox), tracing.WithAttribute("target", v.Hex))
 	defer func() {
-		s.answered(ctx, v, ref, time.Since(began), err)
-		span.SetStatus(err)
+		if !errors.Is(err, artifact.ErrNotArtifact) && !errdefs.IsAlreadyExists(err) {
+			span.SetStatus(err)
+			s.answered(ctx, v, ref, time.Since(began), err)
+		}
 		span.End()
 	}()
 	// One budget for all that the request waits for: the runtime's images and the tree.
@@ -183,9 +185,6 @@ func (v *Volume) WithLogger(ctx context.Context) context.Context {
 
 // answered logs and counts how a request for the volume of an artifact ended.
 func (s *Store) answered(ctx context.Context, v *Volume, ref *Reference, took time.Duration, err error) {
-	if errors.Is(err, artifact.ErrNotArtifact) || errdefs.IsAlreadyExists(err) {
-		return
-	}
 	if s.observer.Answered != nil {
 		s.observer.Answered(took, err)
 	}

@@ -210,7 +210,7 @@ func (d nriDoor) Skip(_ Case, a *Artifact) (why string) {
 const maxMessage = 4 << 20
 
 // Rule is docs/nri.md#limits and docs/nri.md: what CRI-O mounts has to fit into a message;
-// of two mounts at one place NRI can take away only one, and
+// of two mounts at one place NRI can remove only one, and
 // a layer whose name is the volume's own path is mounted over the volume. What is no
 // artifact is left to the runtime before that, and what the manifest says comes after the
 // one, and before the other.
@@ -226,7 +226,7 @@ func (d nriDoor) Rule(v Verdict, a *Artifact) Verdict {
 	names, _ := crioLayers(a)
 	for _, name := range names {
 		if seen[name] {
-			return refused("which NRI cannot take away: give each layer a name of its own")
+			return refused("NRI can remove only one: give each layer a name of its own")
 		}
 		seen[name] = true
 	}

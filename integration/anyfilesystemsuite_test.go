@@ -71,7 +71,7 @@ func (p pair) everyMode(t *testing.T, n *node.Node) {
 }
 
 // suites are the packages whose own tests are run on each file system.
-var suites = []string{"unpack", "unpack/differ", "snapshot", "view"}
+var suites = []string{"unpack", "unpack/differ", "snapshot", "store"}
 
 // withoutUpper are those of them that an overlay cannot pass: overlayfs does not take it
 // as an upper layer, nor can whiteouts be made there.
@@ -134,7 +134,7 @@ func runSuites(t *testing.T) map[string]string {
 // table is what docs/support.md has of the rows.
 func table(rows []outcome, suites map[string]string) string {
 	var out strings.Builder
-	out.WriteString("| root | content | raw | tar | blobs in root | taken by showing 64 MiB, raw and tar | image volumes | user namespaces | tests of `unpack`, `unpack/differ`, `snapshot`, `view` |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n")
+	out.WriteString("| root | content | raw | tar | blobs in root | disk for 64 MiB, raw and tar | image volumes | user namespaces | tests of `unpack`, `unpack/differ`, `snapshot`, `store` |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n")
 	for _, o := range rows {
 		root, content := o.cells()
 		volumes := "by the snapshotter"

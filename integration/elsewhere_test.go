@@ -17,8 +17,8 @@ import (
 // A daemon that looks for containerd, or for its blobs, in the wrong place can show no
 // artifact, and says so. What is none does not need it.
 func TestADaemonThatLooksElsewhereIsInTheWayOfArtifactsAlone(t *testing.T) {
-	for door, o := range map[string]node.Options{"snapshotter": {}, "NRI": {NRI: true}} {
-		t.Run(door, func(t *testing.T) {
+	for frontEnd, o := range map[string]node.Options{"snapshotter": {}, "NRI": {NRI: true}} {
+		t.Run(frontEnd, func(t *testing.T) {
 			n := node.ForTest(t, o)
 			src := writeModel(t)
 			ref := pulled(t, n, src, pack.Raw)

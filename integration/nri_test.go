@@ -23,7 +23,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// containerd as it comes, with overlayfs, and the daemon as a plugin of its NRI.
+// stock containerd, with overlayfs, and the daemon as a plugin of its NRI.
 
 func TestByNRIAModelIsShownAsItWasPacked(t *testing.T) {
 	n := node.ForTest(t, node.Options{NRI: true})
@@ -460,9 +460,9 @@ func TestByNRIARequiredPluginThatIsNotThereStopsContainers(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-// Both doors of one daemon: the snapshotter has shown the volume before NRI is asked.
+// Both front ends of one daemon: the snapshotter has shown the volume before NRI is asked.
 func TestByNRIAndBySnapshotterAVolumeIsTheSame(t *testing.T) {
-	n := node.ForTest(t, node.Options{DaemonFlags: []string{"--nri"}, NRIConfig: "name = 'second-door'"})
+	n := node.ForTest(t, node.Options{DaemonFlags: []string{"--nri"}, NRIConfig: "name = 'second-front-end'"})
 	check(t, n.WaitForNRI())
 	src := writeModel(t)
 	ref := pulled(t, n, src, pack.TarGzip)

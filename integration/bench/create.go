@@ -37,9 +37,9 @@ func measureCreate(ctx context.Context, r *report) {
 		runtime, how string
 		options      node.Options
 	}{
-		{"containerd", "as it comes", node.Options{Stock: true}},
+		{"containerd", "stock", node.Options{Stock: true}},
 		{"containerd", "with the NRI plugin", node.Options{NRI: true}},
-		{"CRI-O", "as it comes", node.Options{CRIO: true, Stock: true}},
+		{"CRI-O", "stock", node.Options{CRIO: true, Stock: true}},
 		{"CRI-O", "with the NRI plugin", node.Options{CRIO: true}},
 	}
 	if _, err := node.FindCRIO(); errors.Is(err, node.ErrNoCRIO) {
@@ -84,7 +84,7 @@ func measureCreate(ctx context.Context, r *report) {
 		stock, plugin, runtime := creators[i], creators[i+1], kinds[i].runtime
 		bound := 0.0
 		if runtime == "CRI-O" {
-			bound = 1 // containerd as it comes mounts an empty directory
+			bound = 1 // stock containerd mounts an empty directory
 		}
 		what := fmt.Sprintf("`CreateContainer` of %s with the NRI plugin against without, ", runtime)
 		r.compare(what+"no volume", plugin.before, stock.before, 0)

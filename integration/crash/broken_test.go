@@ -36,23 +36,23 @@ var brokens = []broken{
 			`storage.NewMetaStore(filepath.Join(root, "metadata.db"), func(o *bbolt.Options) error { o.NoSync = true; return nil })`},
 		{module + "snapshot", "snapshot.go", `import (`, "import (\n\t\"go.etcd.io/bbolt\"\n"},
 	}, ""},
-	{"layers that a snapshot keeps are not synced", []edit{
-		{module + "unpack", "apply_keep.go", "errors.Join(f.Sync(), f.Close())", "f.Close()"},
+	{"layers that a snapshot retains are not synced", []edit{
+		{module + "unpack/differ", "retained.go", "errors.Join(f.Sync(), f.Close())", "f.Close()"},
 	}, ""},
-	{"trees outlive a boot", []edit{
-		{module + "view", "open.go", "rebooted := !bytes.Equal(boot, last)", "rebooted := !bytes.Equal(boot, last) && len(last) == 0"},
+	{"trees survive a reboot", []edit{
+		{module + "store", "open.go", "rebooted := !bytes.Equal(boot, last)", "rebooted := !bytes.Equal(boot, last) && len(last) == 0"},
 	}, ""},
 	{"a tree is there before it is complete", []edit{
-		{module + "view", "build.go", "if err := build(dir); err != nil {", "dir = s.path(id)\n\tif err := build(dir); err != nil {"},
-		{module + "view", "build.go", "if err := s.moveToTrash(s.path(id)); err != nil && !errors.Is(err, os.ErrNotExist) {", "if err := error(nil); err != nil {"},
-		{module + "view", "build.go", "if err := os.Rename(dir, s.path(id)); err != nil {", "if err := error(nil); err != nil {"},
+		{module + "store", "build.go", "if t, err = build(dir); err != nil {", "dir = s.path(id)\n\tif t, err = build(dir); err != nil {"},
+		{module + "store", "build.go", "if err := s.moveToTrash(s.path(id)); err != nil && !errors.Is(err, os.ErrNotExist) {", "if err := error(nil); err != nil {"},
+		{module + "store", "build.go", "if err := t.Rename(s.path(id)); err != nil {", "if err := error(nil); err != nil {"},
 		{module + "unpack", "unpack.go", "if err := guard(build); err != nil {", "t.Image, t.Redirects = true, true\n\tif err := errors.Join(t.save(), guard(build)); err != nil {"},
-	}, "show tar+gzip"},
-	{"what trees share is not swept", []edit{
-		{module + "view", "sweep.go", "return linkCount(p) == 1", "return false && linkCount(p) == 1"},
-	}, "drop one that shares a compressed layer, and delete it"},
+	}, "mount tar+gzip"},
+	{"shared contents are never collected", []edit{
+		{module + "store", "gc.go", "return linkCount(p) == 1", "return false && linkCount(p) == 1"},
+	}, "unmount one that shares a compressed layer, and delete it"},
 	{"mounts below trees stay after a crash", []edit{
-		{module + "view", "open.go", "mount.UnmountRecursive(s.trees, unix.MNT_DETACH); err != nil", "error(nil); err != nil"},
+		{module + "store", "open.go", "mount.UnmountRecursive(s.trees, unix.MNT_DETACH); err != nil", "error(nil); err != nil"},
 	}, "start after a kill in the middle of a mount"},
 }
 

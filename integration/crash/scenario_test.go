@@ -64,12 +64,12 @@ func scenarios(m *models) (all []*scenario) {
 	}
 	// Building a Tree and taking its first view, of every kind and by every mode.
 	for _, of := range m.all()[:5] {
-		all = append(all, quietly(shown("show "+of.name, "", of)))
+		all = append(all, quietly(shown("mount "+of.name, "", of)))
 	}
 	for _, way := range [][2]string{{"overlay", "erofs-loop"}, {"overlay", "extract"}, {"link", "extract"}, {"copy", "erofs-buffered"}, {"copy", "extract"}} {
-		all = append(all, quietly(shown("show mixed, "+way[0]+" and "+way[1], modes(way[0], way[1]), m.mixed)))
+		all = append(all, quietly(shown("mount mixed, "+way[0]+" and "+way[1], modes(way[0], way[1]), m.mixed)))
 	}
-	apart := quietly(shown("show mixed, whose blobs cannot be linked", "", m.mixed))
+	apart := quietly(shown("mount mixed, whose blobs cannot be linked", "", m.mixed))
 	apart.apart = true
 	refused := quietly(shown("refuse a wrong DiffID", "", m.refused))
 	refused.act = func(h *host) error {
@@ -78,14 +78,14 @@ func scenarios(m *models) (all []*scenario) {
 		}
 		return nil
 	}
-	shifted := shown("show mixed in a user namespace, and drop it", "", m.mixed)
+	shifted := shown("mount mixed in a user namespace, and unmount it", "", m.mixed)
 	shifted.act = func(h *host) error {
 		if err := h.run(inUserns(m.mixed), userns); err != nil {
 			return err
 		}
 		return do(h.drop(h.pods[0]), h.cleanup)
 	}
-	copied := shown("show mixed in a user namespace, of a tree of files", modes("overlay", "extract"), m.mixed)
+	copied := shown("mount mixed in a user namespace, of a tree of files", modes("overlay", "extract"), m.mixed)
 	copied.act = func(h *host) error { return h.run(inUserns(m.mixed), userns) }
 
 	runs := func(of ...*model) func(*host) error {
@@ -108,19 +108,19 @@ func scenarios(m *models) (all []*scenario) {
 	everything := []*model{m.raw, m.gzip, m.mixed}
 	return append(all, apart, refused, quietly(shifted), quietly(copied),
 		quietly(&scenario{
-			name: "show one that shares a compressed layer", next: []*model{m.half, m.otherHalf},
+			name: "mount one that shares a compressed layer", next: []*model{m.half, m.otherHalf},
 			before: func(h *host) error { return do(runs(m.half)(h), func() error { return h.pull(m.otherHalf) }) },
 			act:    func(h *host) error { return h.run(m.otherHalf) },
 		}),
 		&scenario{
-			name: "drop one that shares a compressed layer, and delete it", next: []*model{m.half, m.otherHalf},
+			name: "unmount one that shares a compressed layer, and delete it", next: []*model{m.half, m.otherHalf},
 			before: runs(m.half, m.otherHalf),
 			act: func(h *host) error {
 				return do(h.drop(h.pods[0]), func() error { return h.remove(m.half) }, h.cleanup)
 			},
 		},
 		&scenario{
-			name: "take and drop more views", next: []*model{m.mixed},
+			name: "add and remove references", next: []*model{m.mixed},
 			before: runs(m.mixed),
 			act: func(h *host) error {
 				for range 3 {
@@ -137,26 +137,26 @@ func scenarios(m *models) (all []*scenario) {
 			},
 		},
 		&scenario{
-			name: "drop the last view", next: everything,
+			name: "remove the last reference", next: everything,
 			before: runs(everything...),
 			act:    func(h *host) error { return do(dropAll(h), h.cleanup) },
 		},
 		&scenario{
-			name: "drop the last view and delete the artifacts", next: everything,
+			name: "remove the last reference and delete the artifacts", next: everything,
 			before: runs(everything...),
 			act: func(h *host) error {
 				return do(dropAll(h), func() error { return h.remove(everything...) }, h.cleanup)
 			},
 		},
 		&scenario{
-			name: "delete artifacts with pods, then drop these", next: everything,
+			name: "delete artifacts with pods, then remove these", next: everything,
 			before: runs(everything...),
 			act: func(h *host) error {
 				return do(h.remove(everything...), h.cleanup, func() error { return dropAll(h) }, h.cleanup)
 			},
 		},
 		&scenario{
-			name: "pull an artifact again and show it", next: []*model{m.mixed},
+			name: "pull an artifact again and mount it", next: []*model{m.mixed},
 			before: func(h *host) error { return do(runs(m.mixed)(h), func() error { return dropAll(h) }) },
 			act: func(h *host) error {
 				return do(h.remove(m.mixed), func() error { return h.pull(m.mixed) }, h.cleanup, func() error { return h.run(m.mixed) })

@@ -3,7 +3,7 @@
 
 // Command demo shows the project's main job on this machine: a pod that mounts
 // a model artifact, under containerd with artifact-snapshotter and under
-// containerd as it comes. It checks everything that it claims and ends with 1
+// stock containerd. It checks everything that it claims and ends with 1
 // if something is not so. It is for people to watch; the tests are in package
 // integration.
 //
@@ -73,7 +73,7 @@ type demo struct {
 	ctx    context.Context
 	dir    string     // everything is below it
 	ours   *node.Node // with artifact-snapshotter
-	stock  *node.Node // containerd as it comes
+	stock  *node.Node // stock containerd
 	ref    string     // of the model, in ours' registry; the stock node pulls from there, too
 	model  digest.Digest
 	source []treelist.Entry // the model's files as packed
@@ -111,7 +111,7 @@ func (d *demo) start() (err error) {
 	if d.stock, err = node.Start(d.ctx, node.Options{Stock: true}); err != nil {
 		return err
 	}
-	line("%s  containerd as it comes, with overlayfs", d.stock.Dir)
+	line("%s  stock containerd, with overlayfs", d.stock.Dir)
 	return nil
 }
 
@@ -171,9 +171,9 @@ func (d *demo) show() error {
 	if err != nil {
 		return err
 	}
-	line("containerd as it comes:\n%s", indent(listing))
+	line("stock containerd:\n%s", indent(listing))
 	if strings.TrimSpace(listing) != "(empty)" {
-		return errors.New("containerd as it comes now shows the model by itself")
+		return errors.New("stock containerd now shows the model by itself")
 	}
 
 	before, err := d.diskUse()

@@ -10,7 +10,7 @@
 // 8878) and JSON (RFC 8259), and not taken from what the snapshotter does. Archives and manifests
 // are put together byte by byte, since no library writes what must be refused.
 //
-// Whoever serves artifacts is a [Door], at which [Check] knocks with a [Case].
+// Whoever serves artifacts is a [FrontEnd], at which [Check] knocks with a [Case].
 package hostile
 
 import (
@@ -71,7 +71,7 @@ type Verdict struct {
 	Says []string
 }
 
-// Way is how a door lays out what it shows: the modes of the ladder, or without a
+// Way is how a front end lays out what it shows: the modes of the ladder, or without a
 // Tree.
 type Way string
 
@@ -112,39 +112,39 @@ type Artifact struct {
 	Layers []ocispec.Descriptor
 }
 
-// Door is somebody who shows artifacts. The blobs of the artifact are where it looks
+// FrontEnd is somebody who shows artifacts. The blobs of the artifact are where it looks
 // for them.
-type Door interface {
+type FrontEnd interface {
 	// Way is how it shows them.
 	Way() Way
 	// Show shows the artifact at a path, until done is called.
 	Show(ctx context.Context, a *Artifact) (path string, done func() error, err error)
 }
 
-// Skips is a [Door] that some artifacts cannot get to.
+// Skips is a [FrontEnd] that some artifacts cannot get to.
 type Skips interface {
-	Door
+	FrontEnd
 	// Skip says why the artifact cannot; "" if it can.
 	Skip(c Case, a *Artifact) (why string)
 }
 
-// Rules is a [Door] with a rule of its own for some artifacts.
+// Rules is a [FrontEnd] with a rule of its own for some artifacts.
 type Rules interface {
-	Door
+	FrontEnd
 	// Rule is the verdict there of an artifact that has the verdict v elsewhere.
 	Rule(v Verdict, a *Artifact) Verdict
 }
 
-// Check shows the artifact of a case at a door that it can get to, and compares with its
+// Check shows the artifact of a case at a front end that it can get to, and compares with its
 // verdict.
-func Check(ctx context.Context, t testing.TB, door Door, c Case, a *Artifact) {
+func Check(ctx context.Context, t testing.TB, frontEnd FrontEnd, c Case, a *Artifact) {
 	t.Helper()
-	way := door.Way()
+	way := frontEnd.Way()
 	want := c.For(way)
-	if r, ok := door.(Rules); ok {
+	if r, ok := frontEnd.(Rules); ok {
 		want = r.Rule(want, a)
 	}
-	path, done, err := door.Show(ctx, a)
+	path, done, err := frontEnd.Show(ctx, a)
 	if err != nil {
 		if problem := want.judge(way, err); problem != "" {
 			t.Errorf("%s, %s: %s", c.Name, way, problem)

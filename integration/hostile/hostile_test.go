@@ -59,26 +59,26 @@ const (
 	maxResidentLong = 2560 << 20
 )
 
-// chosen are the doors that the ith case is brought to: all of them, or when there is less
+// chosen are the front ends that the ith case is brought to: all of them, or when there is less
 // time the next one in turn that it can get to.
-func chosen(doors []Door, i int, c Case, a *Artifact) []Door {
+func chosen(frontEnds []FrontEnd, i int, c Case, a *Artifact) []FrontEnd {
 	if long() {
-		return doors
+		return frontEnds
 	}
-	for n := range doors {
-		if door := doors[(i+n)%len(doors)]; skipped(door, c, a) == "" {
-			return []Door{door}
+	for n := range frontEnds {
+		if frontEnd := frontEnds[(i+n)%len(frontEnds)]; skipped(frontEnd, c, a) == "" {
+			return []FrontEnd{frontEnd}
 		}
 	}
 	return nil
 }
 
-// skipped says why a case does not get to a door; "" if it does.
-func skipped(door Door, c Case, a *Artifact) string {
-	if c.Ext4 && door.Way().Extracts() && !isExt4() {
+// skipped says why a case does not get to a front end; "" if it does.
+func skipped(frontEnd FrontEnd, c Case, a *Artifact) string {
+	if c.Ext4 && frontEnd.Way().Extracts() && !isExt4() {
 		return "the test's directory is on another file system than ext4"
 	}
-	if s, ok := door.(Skips); ok {
+	if s, ok := frontEnd.(Skips); ok {
 		return s.Skip(c, a)
 	}
 	return ""
@@ -131,8 +131,8 @@ func TestEveryArtifactGetsItsVerdict(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(string(blobs), "blobs", "sha256"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	doors, daemons := doors(t, dir, blobs, ways())
-	doors = slices.DeleteFunc(doors, func(d Door) bool { return !regexp.MustCompile(*onlyOn).MatchString(string(d.Way())) })
+	frontEnds, daemons := frontEnds(t, dir, blobs, ways())
+	frontEnds = slices.DeleteFunc(frontEnds, func(d FrontEnd) bool { return !regexp.MustCompile(*onlyOn).MatchString(string(d.Way())) })
 	pids := []int{os.Getpid()}
 	for _, d := range daemons {
 		pids = append(pids, d.pid())
@@ -158,14 +158,14 @@ func TestEveryArtifactGetsItsVerdict(t *testing.T) {
 		}
 		started := time.Now()
 		var group sync.WaitGroup
-		for _, door := range chosen(doors, i, c, a) {
-			if why := skipped(door, c, a); why != "" {
-				counts.skip(door, why)
+		for _, frontEnd := range chosen(frontEnds, i, c, a) {
+			if why := skipped(frontEnd, c, a); why != "" {
+				counts.skip(frontEnd, why)
 				continue
 			}
 			group.Go(func() {
-				Check(t.Context(), t, door, c, a)
-				counts.add(c, door)
+				Check(t.Context(), t, frontEnd, c, a)
+				counts.add(c, frontEnd)
 			})
 			if c.Long { // what one daemon takes of the memory, ten would not find
 				group.Wait()
@@ -211,7 +211,7 @@ func wantNothingLeft(t *testing.T, daemons []*process) {
 	t.Helper()
 	for _, d := range daemons {
 		if left := left(t, d); left != "" {
-			t.Errorf("%s: %s", treeDoor{d}.Way(), left)
+			t.Errorf("%s: %s", treeFrontEnd{d}.Way(), left)
 		}
 	}
 }
@@ -266,18 +266,18 @@ func newTally() *tally {
 	return &tally{cases: map[string]bool{}, ways: map[Way]int{}, skipped: map[Way]map[string]int{}}
 }
 
-// skip counts what does not get to a door.
-func (n *tally) skip(door Door, why string) {
-	if n.skipped[door.Way()] == nil {
-		n.skipped[door.Way()] = map[string]int{}
+// skip counts what does not get to a front end.
+func (n *tally) skip(frontEnd FrontEnd, why string) {
+	if n.skipped[frontEnd.Way()] == nil {
+		n.skipped[frontEnd.Way()] = map[string]int{}
 	}
-	n.skipped[door.Way()][why]++
+	n.skipped[frontEnd.Way()][why]++
 }
 
-func (n *tally) add(c Case, door Door) {
+func (n *tally) add(c Case, frontEnd FrontEnd) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.ways[door.Way()]++
+	n.ways[frontEnd.Way()]++
 	if n.cases[c.Name] {
 		return
 	}

@@ -30,10 +30,10 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// nriDoor is the side of NRI that is in a runtime, which asks the daemon's plugin before
+// nriFrontEnd is the side of NRI that is in a runtime, which asks the daemon's plugin before
 // it creates a container. The mounts of that are those that the runtime makes of an image
 // volume.
-type nriDoor struct {
+type nriFrontEnd struct {
 	*process
 	way     Way
 	runtime *adaptation.Adaptation
@@ -50,22 +50,22 @@ const (
 )
 
 // startNRI starts a runtime, and a daemon that is its plugin.
-func startNRI(t *testing.T, dir string, blobs shelf, way Way) nriDoor {
+func startNRI(t *testing.T, dir string, blobs shelf, way Way) nriFrontEnd {
 	t.Helper()
 	dir = filepath.Join(dir, string(way))
 	if err := os.Mkdir(dir, 0o711); err != nil {
 		t.Fatal(err)
 	}
-	door := nriDoor{way: way}
+	frontEnd := nriFrontEnd{way: way}
 	config := "content_root = %q\ncontainerd_address = %q\n"
 	name := "containerd"
 	if way == NRIOfCRIO {
 		name = "cri-o"
 		config = fmt.Sprintf(config+"blob_roots = [%q]\n", filepath.Join(dir, "none"), filepath.Join(dir, "none.sock"), string(blobs))
-		door.mounts = blobs.ofCRIO
+		frontEnd.mounts = blobs.ofCRIO
 	} else {
 		config = fmt.Sprintf(config, string(blobs), startContainerd(t, dir))
-		door.mounts = func(a *Artifact) ([]*api.Mount, map[string]string) {
+		frontEnd.mounts = func(a *Artifact) ([]*api.Mount, map[string]string) {
 			return []*api.Mount{{
 				Type: "bind", Source: filepath.Join(dir, "image-volumes", sandbox, a.Target.Encoded()), Destination: volume, Options: []string{"rbind", "rprivate", "ro"},
 			}}, nil
@@ -74,7 +74,7 @@ func startNRI(t *testing.T, dir string, blobs shelf, way Way) nriDoor {
 	socket, none := filepath.Join(dir, "nri.sock"), filepath.Join(dir, "none")
 	adaptation.SetPluginRequestTimeout(patience)
 	var err error
-	door.runtime, err = adaptation.New(name, "1.0.0",
+	frontEnd.runtime, err = adaptation.New(name, "1.0.0",
 		func(ctx context.Context, f adaptation.SyncCB) error {
 			_, err := f(ctx, nil, nil)
 			return err
@@ -84,16 +84,16 @@ func startNRI(t *testing.T, dir string, blobs shelf, way Way) nriDoor {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := door.runtime.Start(); err != nil {
+	if err := frontEnd.runtime.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(door.runtime.Stop) // when the plugin has gone
+	t.Cleanup(frontEnd.runtime.Stop) // when the plugin has gone
 	config += fmt.Sprintf("[nri]\nenabled = true\nsocket = %q\n", socket)
-	if door.process, err = start(t, dir, config, unpack.Modes{Raw: unpack.Overlay, Tar: unpack.EROFS}); err != nil {
+	if frontEnd.process, err = start(t, dir, config, unpack.Modes{Raw: unpack.Overlay, Tar: unpack.EROFS}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the runtime has the plugin", func() error { return daemon.HealthOf(t.Context(), door.socket(), daemon.HealthNRI) })
-	return door
+	eventually(t, "the runtime has the plugin", func() error { return daemon.HealthOf(t.Context(), frontEnd.socket(), daemon.HealthNRI) })
+	return frontEnd
 }
 
 // startContainerd starts a containerd that has no images and no CRI: the daemon asks
@@ -193,9 +193,9 @@ func (s shelf) ofCRIO(a *Artifact) (mounts []*api.Mount, annotations map[string]
 	return mounts, map[string]string{"io.kubernetes.cri-o.Volumes": string(text)}
 }
 
-func (d nriDoor) Way() Way { return d.way }
+func (d nriFrontEnd) Way() Way { return d.way }
 
-func (d nriDoor) Skip(_ Case, a *Artifact) (why string) {
+func (d nriFrontEnd) Skip(_ Case, a *Artifact) (why string) {
 	if d.way != NRIOfCRIO {
 		return ""
 	}
@@ -214,7 +214,7 @@ const maxMessage = 4 << 20
 // a layer whose name is the volume's own path is mounted over the volume. What is no
 // artifact is left to the runtime before that, and what the manifest says comes after the
 // one, and before the other.
-func (d nriDoor) Rule(v Verdict, a *Artifact) Verdict {
+func (d nriFrontEnd) Rule(v Verdict, a *Artifact) Verdict {
 	if d.way != NRIOfCRIO || errors.Is(v.Refused, artifact.ErrNotArtifact) {
 		return v
 	}
@@ -236,7 +236,7 @@ func (d nriDoor) Rule(v Verdict, a *Artifact) Verdict {
 	return v
 }
 
-func (d nriDoor) Show(ctx context.Context, a *Artifact) (_ string, done func() error, err error) {
+func (d nriFrontEnd) Show(ctx context.Context, a *Artifact) (_ string, done func() error, err error) {
 	pod := &api.PodSandbox{Id: sandbox}
 	c := &api.Container{Id: fmt.Sprintf("hostile-%d", d.count.Add(1)), PodSandboxId: sandbox}
 	c.Mounts, c.Annotations = d.mounts(a)
@@ -272,7 +272,7 @@ func (d nriDoor) Show(ctx context.Context, a *Artifact) (_ string, done func() e
 }
 
 // adjusted is the source of the one mount that is in the place of the runtime's.
-func (d nriDoor) adjusted(shown []*api.Mount, removed map[string]bool, before []*api.Mount) (string, error) {
+func (d nriFrontEnd) adjusted(shown []*api.Mount, removed map[string]bool, before []*api.Mount) (string, error) {
 	if len(shown) != 1 || shown[0].Destination != volume {
 		return "", fmt.Errorf("the mounts are %+v, and not one at %s", shown, volume)
 	}

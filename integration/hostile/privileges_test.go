@@ -115,7 +115,7 @@ func servedWith(t *testing.T, capabilities []string, artifacts ...string) (probl
 		if err := blobs.put(a); err != nil {
 			t.Fatal(err)
 		}
-		path, done, err := treeDoor{d}.Show(t.Context(), a)
+		path, done, err := treeFrontEnd{d}.Show(t.Context(), a)
 		if err != nil {
 			return fmt.Sprintf("%s: %v", name, err)
 		}

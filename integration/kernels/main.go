@@ -61,7 +61,7 @@ var suites = []suite{
 		"TestLinksToALargeMemberCountLikeIt", "TestHeadersThatPlanNothingCount", "TestTargetsAndAttributesCountAsNames", "TestTwentyThousandRawFilesAreShown", "TestTenThousandNamesInADirectoryAreShown", "Fuzz.*",
 	}},
 	{pkg: "unpack/differ"},
-	{pkg: "view", modes: map[string][]string{"overlay": {
+	{pkg: "store", modes: map[string][]string{"overlay": {
 		"TestAnObserverIsToldHowBytesCame", "TestAnObserverIsToldWhatGarbageCollectionFrees", "TestEachUserNamespaceHasItsTree", "TestAShiftedTreeIsRemovedWithItsLastPod",
 		"TestAChangeOfTheModeWhileAPodRuns", "TestADecompressedTarIsRemovedWithTheLastTreeThatLinksToIt",
 	}}},

@@ -34,9 +34,9 @@ suite unpack begins
 --- SKIP: TestOverlay (0.00s)
 --- PASS: TestLink (0.00s)
 suite unpack ends 0
-suite view begins
+suite store begins
 --- PASS: TestView (0.00s)
-suite view ends 0
+suite store ends 0
 suite snapshot begins
 --- PASS: TestSnapshot (0.00s)
 suite snapshot ends 0
@@ -77,7 +77,7 @@ func TestABadRunFails(t *testing.T) {
 		"it does not end":          {"all suites have ended\n", ""},
 		"another kernel":           {"release=5.10.0", "release=6.1.0"},
 		"a test fails":             {"--- PASS: TestView", "--- FAIL: TestView"},
-		"a package fails":          {"suite view ends 0", "suite view ends 2"},
+		"a package fails":          {"suite store ends 0", "suite store ends 2"},
 		"no test runs":             {"--- PASS: TestSnapshot (0.00s)\n", ""},
 		"a suite does not begin":   {"suite snapshot begins\n--- PASS: TestSnapshot (0.00s)\nsuite snapshot ends 0\n", ""},
 		"a mode is lost":           {"mode copy", "no mode copy: why"},

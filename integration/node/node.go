@@ -25,10 +25,10 @@ import (
 // Options say what node to start. The zero value is a node whose snapshotter
 // is the daemon.
 type Options struct {
-	// Stock leaves the daemon out: containerd as it comes, with overlayfs.
+	// Stock leaves the daemon out: stock containerd, with overlayfs.
 	Stock bool
 
-	// NRI leaves containerd as it comes, with overlayfs, and makes the daemon a plugin of
+	// NRI leaves stock containerd, with overlayfs, and makes the daemon a plugin of
 	// its NRI. [Node.WaitForNRI] waits until it is one. NRIConfig are more keys of the
 	// table of that name in the daemon's configuration file.
 	NRI       bool
@@ -58,7 +58,7 @@ type Options struct {
 	// Kubelet prepares the node for StartKubelet.
 	Kubelet bool
 
-	// CRIO runs CRI-O in containerd's place. Stock is CRI-O as it comes; otherwise
+	// CRIO runs CRI-O in containerd's place. Stock is stock CRI-O; otherwise
 	// the daemon is its NRI plugin. [ErrNoCRIO] is the error where there is none.
 	// CRIOConfig is TOML that CRI-O reads after its own configuration.
 	CRIO       bool

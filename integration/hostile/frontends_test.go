@@ -223,13 +223,13 @@ func again(f func() error) error {
 	}
 }
 
-// treeDoor shows an artifact as `artifact-snapshotter mount` does, and as an image
+// treeFrontEnd shows an artifact as `artifact-snapshotter mount` does, and as an image
 // volume is shown but for the key.
-type treeDoor struct{ *process }
+type treeFrontEnd struct{ *process }
 
-func (d treeDoor) Way() Way { return Way(string(d.modes.Raw) + "+" + string(d.modes.Tar)) }
+func (d treeFrontEnd) Way() Way { return Way(string(d.modes.Raw) + "+" + string(d.modes.Tar)) }
 
-func (d treeDoor) Show(ctx context.Context, a *Artifact) (string, func() error, error) {
+func (d treeFrontEnd) Show(ctx context.Context, a *Artifact) (string, func() error, error) {
 	ctx = namespaces.WithNamespace(ctx, hostileNamespace)
 	key := snapshot.MountKey(fmt.Sprintf("/nowhere/%d", d.count.Add(1)))
 	var mounts []mount.Mount
@@ -270,21 +270,21 @@ func bound(kind, source string, options []string) (string, error) {
 	return source, nil
 }
 
-// layersDoor unpacks layer by layer, as containerd's own unpacker does (core/unpack),
+// layersFrontEnd unpacks layer by layer, as containerd's own unpacker does (core/unpack),
 // into the snapshots of a snapshotter.
-type layersDoor struct {
+type layersFrontEnd struct {
 	*process
 	way Way
 	to  snapshots.Snapshotter
 	dir string // for a mount
 }
 
-func (d layersDoor) Way() Way { return d.way }
+func (d layersFrontEnd) Way() Way { return d.way }
 
 // maxLayers is how many lower layers an overlay is sure to have room for.
 const maxLayers = 100
 
-func (d layersDoor) Skip(c Case, a *Artifact) (why string) {
+func (d layersFrontEnd) Skip(c Case, a *Artifact) (why string) {
 	switch {
 	case a.Layers == nil:
 		return "what is odd is not in the layers"
@@ -305,7 +305,7 @@ func (d layersDoor) Skip(c Case, a *Artifact) (why string) {
 	return ""
 }
 
-func (d layersDoor) Show(ctx context.Context, a *Artifact) (_ string, _ func() error, err error) {
+func (d layersFrontEnd) Show(ctx context.Context, a *Artifact) (_ string, _ func() error, err error) {
 	ctx = namespaces.WithNamespace(ctx, hostileNamespace)
 	n := d.count.Add(1)
 	var undo []func() error
@@ -359,8 +359,8 @@ func (d layersDoor) Show(ctx context.Context, a *Artifact) (_ string, _ func() e
 	return d.dir, done, nil
 }
 
-// doors are all ways that this kernel has, each with the daemon behind it.
-func doors(t *testing.T, dir string, blobs shelf, ways []Way) (doors []Door, daemons []*process) {
+// front ends are all ways that this kernel has, each with the daemon behind it.
+func frontEnds(t *testing.T, dir string, blobs shelf, ways []Way) (frontEnds []FrontEnd, daemons []*process) {
 	t.Helper()
 	for _, way := range ways {
 		rawMode, tarMode, _ := strings.Cut(string(way), "+")
@@ -377,7 +377,7 @@ func doors(t *testing.T, dir string, blobs shelf, ways []Way) (doors []Door, dae
 			if err != nil {
 				t.Fatal(err)
 			}
-			daemons, doors = append(daemons, d), append(doors, treeDoor{d})
+			daemons, frontEnds = append(daemons, d), append(frontEnds, treeFrontEnd{d})
 		}
 	}
 	first := daemons[0]
@@ -390,12 +390,12 @@ func doors(t *testing.T, dir string, blobs shelf, ways []Way) (doors []Door, dae
 	if err := os.Mkdir(shown, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	doors = append(doors, layersDoor{first, Layers, first.snapshotter(), ""}, layersDoor{first, Files, others, shown})
+	frontEnds = append(frontEnds, layersFrontEnd{first, Layers, first.snapshotter(), ""}, layersFrontEnd{first, Files, others, shown})
 	for _, way := range []Way{NRIOfContainerd, NRIOfCRIO} {
 		d := startNRI(t, dir, blobs, way)
-		daemons, doors = append(daemons, d.process), append(doors, d)
+		daemons, frontEnds = append(daemons, d.process), append(frontEnds, d)
 	}
-	return doors, daemons
+	return frontEnds, daemons
 }
 
 // cleanup asks a daemon to remove what nobody uses.

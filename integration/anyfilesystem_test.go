@@ -70,7 +70,7 @@ func (p pair) cells() (root, content string) {
 }
 
 // byNRI: overlayfs does not take an overlay as its upper layer, so that there no
-// container can have its root file system from the daemon, and image volumes are shown
+// container can have its root file system from the daemon, and image volumes are mounted
 // by NRI.
 func (p pair) byNRI() bool { return p.root.fsType == "overlay" }
 
@@ -183,7 +183,7 @@ func (p pair) prove(t *testing.T, everyMode bool) outcome {
 		pods = append(pods, pod)
 		return pod
 	}
-	// What a large file takes of the disk when it is shown, beside the pulled blob.
+	// What a large file takes of the disk when it is mounted, beside the pulled blob.
 	weights := random(largeSize, "weights")
 	raw := rawLayer("weights", weights)
 	for format, layer := range map[string]pack.Layer{
@@ -198,7 +198,7 @@ func (p pair) prove(t *testing.T, everyMode bool) outcome {
 		entries, err := pod.Tree("main", "/model")
 		check(t, err)
 		if len(entries) != 1 || entries[0].SHA256 != fileEntry("", weights).SHA256 {
-			t.Errorf("the large %s file is shown as %+v", format, entries)
+			t.Errorf("the large %s file is mounted as %+v", format, entries)
 		}
 		least, most := int64(-1<<20), int64(1<<20)
 		if p.nativeImages() {
@@ -277,7 +277,7 @@ func (p pair) prove(t *testing.T, everyMode bool) outcome {
 // all others.
 func (p pair) wantCounted(t *testing.T, counted map[string]float64) {
 	t.Helper()
-	// Sparse members are always copied: a little more than 4 KiB, in each of two Trees.
+	// Sparse members are always copied: a little more than 4 KiB, in each of two trees.
 	const sparse = 32 << 10
 	for how, bounds := range map[layout.Retention][2]float64{
 		layout.Copied:    {1, sparse},
@@ -292,7 +292,7 @@ func (p pair) wantCounted(t *testing.T, counted map[string]float64) {
 	}
 }
 
-// modesOf is those of the Trees there are.
+// modesOf is those of the trees there are.
 func modesOf(t *testing.T, series map[string]float64) (raw, tar string) {
 	t.Helper()
 	for key, count := range series {

@@ -19,7 +19,7 @@ import (
 	layout "github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// everyMode starts the daemon with each mode: the same is shown, or the daemon does not
+// everyMode starts the daemon with each mode: the same is mounted, or the daemon does not
 // start and says why.
 func (p pair) everyMode(t *testing.T, n *node.Node) {
 	t.Helper()

@@ -43,7 +43,7 @@ func wantMounts(t *testing.T, pod *node.Pod, container string, volumes ...string
 	}
 }
 
-func TestCRIOShowsAModelAsItWasPacked(t *testing.T) {
+func TestCRIOMountsAModelAsItWasPacked(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	src := writeModel(t)
 	for _, form := range crioForms {
@@ -65,7 +65,7 @@ func TestCRIOShowsAModelAsItWasPacked(t *testing.T) {
 
 // Raw layers, tars and compressed ones in one artifact. Those without a name are not
 // among what CRI-O mounts, and are in the volume all the same.
-func TestCRIOShowsAMixtureOfLayers(t *testing.T) {
+func TestCRIOMountsAMixtureOfLayers(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	layers, want := mixture(t)
 	ref := push(t, n, "mixture", layers...)
@@ -76,7 +76,7 @@ func TestCRIOShowsAMixtureOfLayers(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-func TestCRIOShowsAnIndexOfThisPlatform(t *testing.T) {
+func TestCRIOMountsAnIndexOfThisPlatform(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	src := writeModel(t)
 	ref := pulledIndex(t, n, src)

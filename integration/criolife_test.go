@@ -73,7 +73,7 @@ func TestAPodGoesOnReadingWhenThePluginOrCRIOEnds(t *testing.T) {
 }
 
 // A container that ends while the daemon does not run is not one that shows anything.
-func TestWhatEndsWhileThePluginIsAwayIsNotKept(t *testing.T) {
+func TestWhatEndsWhileThePluginIsAwayIsNotRetained(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	before := daemonUsage(t, n)
 	ref := pulled(t, n, writeModel(t), pack.Raw)

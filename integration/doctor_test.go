@@ -208,7 +208,7 @@ func TestDoctorFindsWhatIsWrongOnANode(t *testing.T) {
 		t.Errorf("with another configuration file: %+v", d)
 	}
 
-	// The empty blob is gone. The daemon plants it again after some minutes.
+	// The empty blob is gone. The daemon pre-creates it again after some minutes.
 	_, err := n.Ctr("content", "rm", digest.FromBytes(nil).String())
 	check(t, err)
 	found, _ = doctor(t, n)

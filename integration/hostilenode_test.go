@@ -93,7 +93,7 @@ func putHostile(t *testing.T, host, repo string, a *corpus.Artifact) (ref string
 
 // From the registry to the pod: what is refused is refused by the registry, by
 // containerd's pull or in the error of the container, which names the reason; what is
-// shown is shown in a container; and the daemon changes nothing but what is its own.
+// shown says that the files are mounted in a container; and the daemon changes nothing but what is its own.
 func TestHostileArtifactsOnANode(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	pod, err := n.RunSandbox(node.PodSpec{})

@@ -154,7 +154,7 @@ func TestEveryModeOfTheKernel(t *testing.T) {
 	check(t, restartWith(t, n, ""))
 }
 
-// wantModes wants that all Trees of the daemon are laid out by modes: those named, or
+// wantModes wants that all trees of the daemon are laid out by modes: those named, or
 // for "auto" the best.
 func wantModes(t *testing.T, n *node.Node, raw, tar, bestRaw, bestTar string) {
 	t.Helper()

@@ -88,7 +88,7 @@ func daemonUsage(t *testing.T, n *node.Node) (u usage) {
 		}
 		return err
 	}))
-	// What Trees share; its directories stay.
+	// What trees share; its directories stay.
 	shared, err := filepath.Glob(filepath.Join(n.DaemonRoot, "blobs", "*", "*"))
 	check(t, err)
 	u.files = append(u.files, shared...)
@@ -106,7 +106,7 @@ func wantUsage(t *testing.T, n *node.Node, want usage) {
 	})
 }
 
-func TestARemovedImageIsKeptForItsPodAndGoesWithIt(t *testing.T) {
+func TestARemovedImageIsRetainedForItsPodAndGoesWithIt(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
 	before := daemonUsage(t, n)
@@ -218,7 +218,7 @@ func waitForDaemon(t *testing.T, n *node.Node) {
 	})
 }
 
-// What a Tree has is its own few kilobytes and the runtime's very blobs.
+// What a tree has is its own few kilobytes and the runtime's very blobs.
 func TestNoByteOfARawModelIsCopied(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	ref := pulled(t, n, writeModel(t), pack.Raw)

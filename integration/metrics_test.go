@@ -327,7 +327,7 @@ func TestTheLogTellsOfEachImageVolume(t *testing.T) {
 		t.Error("the log does not say that layers were decompressed")
 	}
 	wantLine(t, log, 0, "level=info", "decompressed a layer") // they are small
-	// Nothing is said of the snapshots of ordinary images.
+	// Nothing is said of the snapshots of container images.
 	for line := range strings.Lines(log) {
 		if strings.Contains(line, "level=info") && strings.Contains(line, "guest") {
 			t.Errorf("at info: %s", line)

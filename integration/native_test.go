@@ -322,7 +322,7 @@ func TestOtherPullsAreAsWithoutNativeUnpacking(t *testing.T) {
 	}
 }
 
-// An image volume is shown by the manifest, which knows the config.
+// An image volume is mounted by the manifest, which knows the config.
 func TestAnImageVolumeOfWhatContainerdHasUnpacked(t *testing.T) {
 	n := nativeNode(t, node.Options{NativeUnpack: true})
 	if n == nil {

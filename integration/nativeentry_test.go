@@ -61,7 +61,7 @@ func TestOneEntryAndWhatCRIPulls(t *testing.T) {
 	_, err := n.Pull(ref)
 	check(t, err)
 	if snapshotsIn(t, n, "artifact")[layer.String()] != "" {
-		t.Error("the pull of an ordinary image has unpacked it")
+		t.Error("the pull of an container image has unpacked it")
 	}
 	pod, err := n.RunPod(node.PodSpec{
 		Containers: []node.Container{{Name: "main", Image: ref}},

@@ -25,7 +25,7 @@ import (
 
 // stock containerd, with overlayfs, and the daemon as a plugin of its NRI.
 
-func TestByNRIAModelIsShownAsItWasPacked(t *testing.T) {
+func TestByNRIAModelIsMountedAsItWasPacked(t *testing.T) {
 	n := node.ForTest(t, node.Options{NRI: true})
 	src := writeModel(t)
 	for _, form := range allForms {
@@ -270,7 +270,7 @@ func TestByNRIAnArtifactThatIsRefusedStopsTheContainer(t *testing.T) {
 	pod, err := n.RunSandbox(node.PodSpec{})
 	check(t, err)
 	wantRefusedByNRI(t, pod, bad, "layer 1 (application/vnd.cncf.model.weight.v1.raw, sha256:", `path "../../etc/passwd" contains ".."`)
-	// Also beside one that could be shown.
+	// Also beside one that could be mounted.
 	err = pod.Start(node.Container{Name: "both", Volumes: []node.Volume{{Image: good, Path: "/good"}, {Image: bad, Path: "/bad"}}})
 	if err == nil || !strings.Contains(err.Error(), "image volume /bad: ") {
 		t.Errorf("got %v, want that /bad is refused", err)
@@ -292,7 +292,7 @@ func TestByNRIAnArtifactThatIsRefusedCanBeLeftToTheRuntime(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-func TestByNRINoArtifactIsShownForAnother(t *testing.T) {
+func TestByNRINoArtifactIsMountedForAnother(t *testing.T) {
 	n := node.ForTest(t, node.Options{NRI: true})
 	a, _ := pulledPlain(t, n, "a", "a")
 	wantServed(t, n, a, shownPlain("a"))

@@ -277,7 +277,7 @@ func TestBlobsOfAnotherFilesystemAreCopiedOnce(t *testing.T) {
 	wantUsage(t, n, before)
 }
 
-func TestTheModeLinkShowsTheBlobsThemselves(t *testing.T) {
+func TestTheModeLinkMountsTheBlobsThemselves(t *testing.T) {
 	n := node.ForTest(t, node.Options{DaemonConfig: `raw_mode = "link"`})
 	src := writeModel(t)
 	ref := pulled(t, n, src, pack.Raw)

@@ -95,7 +95,7 @@ var orasPushes = map[string][]string{
 	"mixture":           {"docs/", "hi.txt:text/plain", "text.gz"},
 }
 
-func TestWhatORASPushesIsShownAsORASPullsIt(t *testing.T) {
+func TestWhatORASPushesIsMountedAsORASPullsIt(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := orasSource(t)
 	for name, args := range orasPushes {
@@ -150,7 +150,7 @@ func wantORASVolume(t *testing.T, n *node.Node, ref string) {
 }
 
 // CRI-O lets through also what has the types that ORAS gives by default.
-func TestCRIOShowsWhatORASPushes(t *testing.T) {
+func TestCRIOMountsWhatORASPushes(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	src := orasSource(t)
 	for name, args := range orasPushes {
@@ -167,7 +167,7 @@ func TestCRIOShowsWhatORASPushes(t *testing.T) {
 }
 
 // A path of old ModelPack beats the title, by which CRI-O has the mounts.
-func TestCRIOShowsFilesWithALegacyPathBesideTheirTitle(t *testing.T) {
+func TestCRIOMountsFilesWithALegacyPathBesideTheirTitle(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	src := t.TempDir()
 	want := []string{}
@@ -234,7 +234,7 @@ func TestAnAttachmentOfORASWithoutFilesIsAnEmptyVolume(t *testing.T) {
 	}
 }
 
-// containerd fetches no blob of no bytes, whatever it is, and the daemon plants it in the
+// containerd fetches no blob of no bytes, whatever it is, and the daemon pre-creates it in the
 // namespaces of its configuration alone.
 func TestAnArtifactWithAnEmptyConfigIsPulledIntoAnyNamespace(t *testing.T) {
 	n := node.ForTest(t, node.Options{})

@@ -207,7 +207,7 @@ func (s *soak) check(t *testing.T, workers []*worker, idle holding) {
 			now.goroutines, now.descriptors, idle.goroutines, idle.descriptors)
 	})
 	if leaked := series(t, s.metrics)["gc_failures_total"]; leaked != 0 {
-		t.Errorf("%v sweeps have failed", leaked)
+		t.Errorf("%v garbage collections have failed", leaked)
 	}
 	wantSeries(t, s.metrics, map[string]float64{"containerd_connected": 1, "references": float64(len(shown)), "mounts": float64(len(mounted))})
 	if out, _, err := s.n.Artifact("health", "--config", s.n.ConfigFile()); err != nil || out != "ok\n" {
@@ -233,7 +233,7 @@ func (s *soak) views(t *testing.T) (views []string) {
 	return views
 }
 
-// manifestIn is the digest in the name of a Tree, in hex.
+// manifestIn is the digest in the name of a tree, in hex.
 func manifestIn(name string) string {
 	_, rest, _ := strings.Cut(filepath.Base(name), "-")
 	hex, _, _ := strings.Cut(rest, "-")

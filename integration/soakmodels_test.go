@@ -25,7 +25,7 @@ import (
 type soaked struct {
 	ref      string        // by its tag
 	target   digest.Digest // of ref
-	manifest digest.Digest // of the artifact, "" of an ordinary image
+	manifest digest.Digest // of the artifact, "" of an container image
 	want     []treelist.Entry
 	// refused is the reason why it is, if it always is; mayConflict says that it is
 	// refused while another one with its config is on the node.

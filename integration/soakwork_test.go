@@ -195,7 +195,7 @@ func (w *worker) try(ctx context.Context, artifacts []*soaked, do func() error) 
 	}
 }
 
-// any is an artifact of those that are shown, or the image.
+// any is an artifact of those that are mounted, or the image.
 func (w *worker) any() *soaked { return w.shown[w.random.IntN(len(w.shown))] }
 
 // anyRef is one of its names.
@@ -354,7 +354,7 @@ func (w *worker) unmount(ctx context.Context) error {
 	return err
 }
 
-// artifact is any that is shown for sure.
+// artifact is any that is mounted for sure.
 func (w *worker) artifact() *soaked {
 	for {
 		if a := w.any(); a.manifest != "" {

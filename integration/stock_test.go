@@ -38,7 +38,7 @@ func writeModel(t *testing.T, without ...string) string {
 	return dir
 }
 
-func TestStockContainerdShowsAnEmptyDirectoryForAModel(t *testing.T) {
+func TestStockContainerdMountsAnEmptyDirectoryForAModel(t *testing.T) {
 	n := node.ForTest(t, node.Options{Stock: true})
 	// Stock containerd cannot fetch the blob of an empty file at all.
 	model, err := pack.Model(writeModel(t, "src/__init__.py"), pack.Options{})

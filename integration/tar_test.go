@@ -138,7 +138,7 @@ func mixture(t *testing.T) ([]pack.Layer, []treelist.Entry) {
 	return layers, want
 }
 
-func TestEveryTarModeShowsTheSame(t *testing.T) {
+func TestEveryTarModeHasTheSameFiles(t *testing.T) {
 	for mode, loops := range map[string]bool{"auto": false, "erofs": false, "erofs-loop": true, "erofs-buffered": false, "extract": false} {
 		t.Run(mode, func(t *testing.T) {
 			n := node.ForTest(t, node.Options{DaemonConfig: fmt.Sprintf("tar_mode = %q", mode)})
@@ -170,8 +170,8 @@ func TestEveryTarModeShowsTheSame(t *testing.T) {
 }
 
 // Archives of GNU tar with options beyond POSIX, some of which containerd and others do
-// not write, are shown as what they were made of.
-func TestWhatGNUTarPacksIsShown(t *testing.T) {
+// not write, are mounted as what they were made of.
+func TestWhatGNUTarPacksIsMounted(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	before := daemonUsage(t, n)
 	src := t.TempDir()
@@ -255,7 +255,7 @@ func TestThreeHundredTarsAreOneMount(t *testing.T) {
 	wantUsage(t, n, before)
 }
 
-// flatTars are the tars that Trees share, by the names of their files.
+// flatTars are the tars that trees share, by the names of their files.
 func flatTars(t *testing.T, n *node.Node) map[string]unix.Stat_t {
 	t.Helper()
 	found := map[string]unix.Stat_t{}

@@ -209,7 +209,7 @@ func toolTarget(t *testing.T) string {
 }
 
 // The life of an artifact on a node, by the tool alone.
-func TestTheToolPullsShowsVerifiesAndPrunes(t *testing.T) {
+func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	before := daemonUsage(t, n)
 	src := writeModel(t)

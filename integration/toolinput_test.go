@@ -407,7 +407,7 @@ func TestVerifyFindsWhatIsWrong(t *testing.T) {
 	}
 }
 
-// The daemon plants no empty blob in the namespace "default", and artifacts that
+// The daemon pre-creates no empty blob in the namespace "default", and artifacts that
 // share a config are not to be mistaken for each other.
 func TestLsMarksArtifactsThatShareAConfig(t *testing.T) {
 	n := node.ForTest(t, node.Options{})

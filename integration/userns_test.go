@@ -54,7 +54,7 @@ func mapped(entries []treelist.Entry) []treelist.Entry {
 	return entries
 }
 
-// trees are the names of the Trees of a manifest.
+// trees are the names of the trees of a manifest.
 func trees(t *testing.T, n *node.Node, manifest string) []string {
 	t.Helper()
 	found, err := filepath.Glob(filepath.Join(n.DaemonRoot, "trees", "sha256-"+manifest+"*"))
@@ -143,7 +143,7 @@ func TestPodsWithDifferentUserNamespacesShareAnArtifact(t *testing.T) {
 			}
 			wantAll(namespaces)
 			for _, ns := range namespaces {
-				// What the Tree really has: nobody but the host's nobody owns
+				// What the tree really has: nobody but the host's nobody owns
 				// what the pod has no ID for.
 				outside := [2]uint32{70000, 70001}
 				if ns.base > 0 {
@@ -165,7 +165,7 @@ func TestPodsWithDifferentUserNamespacesShareAnArtifact(t *testing.T) {
 				}
 			}
 
-			// A daemon that is new knows the Trees of the old one.
+			// A daemon that is new knows the trees of the old one.
 			check(t, n.KillDaemon())
 			check(t, n.StartDaemon())
 			waitForDaemon(t, n)
@@ -209,7 +209,7 @@ func TestPodsWithDifferentUserNamespacesShareAnArtifact(t *testing.T) {
 	}
 }
 
-// wantOnlyMetadata checks that all data of a Tree are containerd's very blobs.
+// wantOnlyMetadata checks that all data of a tree are containerd's very blobs.
 func wantOnlyMetadata(t *testing.T, n *node.Node, tree string) {
 	t.Helper()
 	blobs := inodes(t, filepath.Join(n.ContentRoot, "blobs"))

@@ -208,7 +208,7 @@ func (h *host) lastWords() (string, error) {
 	return lines[len(lines)-1], err
 }
 
-// awaitIdle waits until there is no more than an idle daemon has, which sweeps by itself,
+// awaitIdle waits until there is no more than an idle daemon has, which collects garbage by itself,
 // too.
 func (h *host) awaitIdle() (err error) {
 	for limit := time.Now().Add(patience); time.Now().Before(limit); time.Sleep(5 * time.Millisecond) {

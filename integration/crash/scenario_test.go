@@ -62,7 +62,7 @@ func scenarios(m *models) (all []*scenario) {
 			act:    func(h *host) error { return h.run(of) },
 		}
 	}
-	// Building a Tree and taking its first view, of every kind and by every mode.
+	// Building a tree and taking its first view, of every kind and by every mode.
 	for _, of := range m.all()[:5] {
 		all = append(all, quietly(shown("mount "+of.name, "", of)))
 	}
@@ -295,7 +295,7 @@ func do(err error, steps ...func() error) error {
 	return err
 }
 
-// quietly adds a sweep to a scenario, so that all that it does has been done.
+// quietly adds a garbage collection to a scenario, so that all that it does has been done.
 func quietly(s *scenario) *scenario {
 	act := s.act
 	s.act = func(h *host) error {
@@ -500,7 +500,7 @@ func ofLayers(m *model) *model {
 	return &alone
 }
 
-// image does with the snapshots of an ordinary image what a container of it takes.
+// image does with the snapshots of an container image what a container of it takes.
 func (h *host) image() error {
 	key, name := h.key("extract-1 layer"), h.key("layer")
 	mounts, err := h.ask(key, nil, func(ctx context.Context) ([]mount.Mount, error) { return h.Prepare(ctx, key, "") })

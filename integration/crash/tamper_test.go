@@ -49,13 +49,13 @@ var tamperings = []tampering{
 type store struct {
 	*scenario
 	of, other *model
-	// linked is whether a Tree has the very file of the content store.
+	// linked is whether a tree has the very file of the content store.
 	linked bool
 }
 
 // What has passed the daemon by is right or refused: what is decompressed or copied is
 // checked. A file that is linked is the content store's, whose bytes containerd has
-// checked when it stored them: whatever becomes of its name, the Tree has the file; what
+// checked when it stored them: whatever becomes of its name, the tree has the file; what
 // is done to its bytes, or was done before it was linked, the volume shows as the store
 // has it, and neither more nor anything else.
 func TestABlobIsTamperedWithDuringABuild(t *testing.T) {

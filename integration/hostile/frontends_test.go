@@ -224,7 +224,7 @@ func again(f func() error) error {
 }
 
 // treeFrontEnd shows an artifact as `artifact-snapshotter mount` does, and as an image
-// volume is shown but for the key.
+// volume is mounted but for the key.
 type treeFrontEnd struct{ *process }
 
 func (d treeFrontEnd) Way() Way { return Way(string(d.modes.Raw) + "+" + string(d.modes.Tar)) }

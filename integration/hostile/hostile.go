@@ -65,7 +65,7 @@ type Verdict struct {
 	// compared if it is there.
 	Shows Listing
 	// Refused is the kind of the error: of errdefs, or artifact.ErrNotArtifact of what
-	// is an ordinary image.
+	// is an container image.
 	Refused error
 	// Says is what must stand in the error.
 	Says []string
@@ -117,7 +117,7 @@ type Artifact struct {
 type FrontEnd interface {
 	// Way is how it shows them.
 	Way() Way
-	// Show shows the artifact at a path, until done is called.
+	// Show mounts the artifact at a path, until done is called.
 	Show(ctx context.Context, a *Artifact) (path string, done func() error, err error)
 }
 
@@ -135,7 +135,7 @@ type Rules interface {
 	Rule(v Verdict, a *Artifact) Verdict
 }
 
-// Check shows the artifact of a case at a front end that it can get to, and compares with its
+// Check mounts the artifact of a case at a front end that it can get to, and compares with its
 // verdict.
 func Check(ctx context.Context, t testing.TB, frontEnd FrontEnd, c Case, a *Artifact) {
 	t.Helper()
@@ -161,7 +161,7 @@ func Check(ctx context.Context, t testing.TB, frontEnd FrontEnd, c Case, a *Arti
 	case err != nil:
 		t.Errorf("%s, %s: cannot be listed: %v", c.Name, way, err)
 	case want.Refused != nil:
-		t.Errorf("%s, %s: it is shown, and must be refused (%v, %q):\n%.1000s", c.Name, way, want.Refused, want.Says, fmt.Sprint(got))
+		t.Errorf("%s, %s: it is mounted, and must be refused (%v, %q):\n%.1000s", c.Name, way, want.Refused, want.Says, fmt.Sprint(got))
 	default:
 		if diff := want.Diff(way, got); diff != "" {
 			t.Errorf("%s, %s: the volume is not as it must be:\n%s", c.Name, way, diff)
@@ -177,7 +177,7 @@ func (v Verdict) judge(way Way, err error) (problem string) {
 	text := err.Error()
 	switch {
 	case v.Refused == nil:
-		return fmt.Sprintf("it is refused, and must be shown: %.1000v", err)
+		return fmt.Sprintf("it is refused, and must be mounted: %.1000v", err)
 	case len(text) > longest || strings.ContainsAny(text, "\n\x00\x1b"):
 		return fmt.Sprintf("the error is not one short line: %d bytes, %.500q", len(text), text)
 	case !is(err, v.Refused):
@@ -265,5 +265,5 @@ func sortCases(cases []Case) {
 	slices.SortFunc(cases, func(a, b Case) int { return strings.Compare(a.Name, b.Name) })
 }
 
-// Diff says how a volume that is shown on a way differs from what it must be.
+// Diff says how a volume that is mounted on a way differs from what it must be.
 func (v Verdict) Diff(w Way, got Listing) string { return v.Shows.on(w).diff(got.on(w), w) }

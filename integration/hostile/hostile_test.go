@@ -119,7 +119,7 @@ func TestCasesAreTheSameEachTime(t *testing.T) {
 	}
 }
 
-// Every artifact is shown exactly, or refused with the reason, whoever shows it and in
+// Every artifact is mounted exactly, or refused with the reason, whoever shows it and in
 // whatever way; nothing changes but what is the daemons' own; no daemon takes more
 // memory than it may, and nothing is left.
 func TestEveryArtifactGetsItsVerdict(t *testing.T) {
@@ -205,8 +205,8 @@ func TestEveryArtifactGetsItsVerdict(t *testing.T) {
 	t.Logf("%s\nin %s; %d changes on %d file systems watched, none outside", counts, took.Round(time.Second), seen, watch.FileSystems())
 }
 
-// wantNothingLeft checks that the daemons have no Trees, no mounts and no contents when
-// nothing is shown and all blobs are gone.
+// wantNothingLeft checks that the daemons have no trees, no mounts and no contents when
+// nothing is mounted and all blobs are gone.
 func wantNothingLeft(t *testing.T, daemons []*process) {
 	t.Helper()
 	for _, d := range daemons {
@@ -323,7 +323,7 @@ func (n *tally) String() string {
 			fmt.Fprintf(&skipped, "\nnot on %s, for %s: %d", way, why, n.skipped[way][why])
 		}
 	}
-	return fmt.Sprintf("%d cases: %d are shown, %d refused, %d are ordinary images; %d verdicts (%s); at most %d MiB resident (%s); the slowest took %s (%s)%s",
+	return fmt.Sprintf("%d cases: %d are mounted, %d refused, %d are container images; %d verdicts (%s); at most %d MiB resident (%s); the slowest took %s (%s)%s",
 		len(n.cases), n.shown, n.refused, n.images, total, strings.Join(by, ", "), n.most>>20, n.mostBy, n.slowest.Round(time.Millisecond), n.slowestBy, &skipped)
 }
 

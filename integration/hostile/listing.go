@@ -40,7 +40,7 @@ type Entry struct {
 	SHA256    string // of files, in hex
 	Target    string // of symlinks
 	Xattrs    string // all that root can list, sorted, as name="value" lines
-	// Raw is of the file of a raw layer, whose attributes are not shown on all ways.
+	// Raw is of the file of a raw layer, whose attributes are not mounted on all ways.
 	Raw bool
 }
 

@@ -50,7 +50,7 @@ var absolutePaths = map[string][2]string{
 }
 
 // finePaths are names that look like trouble and are none: names on Linux are bytes.
-// Behind each is the path that it is shown at, "" if it is the same.
+// Behind each is the path that it is mounted at, "" if it is the same.
 var finePaths = map[string][2]string{
 	"three dots":                     {"...", ""},
 	"dots before a name":             {"..a", ""},

@@ -32,7 +32,7 @@ var capabilities = []struct {
 	name  string
 	tests []string
 }{
-	{"image volumes, by crictl", []string{"TestAModelIsShownAsItWasPacked", "TestAnIndexIsResolvedToThisPlatform", "TestTwoContainersAndTwoPodsShareOneMount", "TestAVolumeCannotBeWritten"}},
+	{"image volumes, by crictl", []string{"TestAModelIsMountedAsItWasPacked", "TestAnIndexIsResolvedToThisPlatform", "TestTwoContainersAndTwoPodsShareOneMount", "TestAVolumeCannotBeWritten"}},
 	{"sub paths of image volumes", []string{"TestASubPathAndTwoVolumesOfOneModel"}},
 	{"user namespaces", []string{"TestAPodWithAUserNamespaceSeesItsOwnOwners", "TestPodsWithDifferentUserNamespacesShareAnArtifact", "TestTheRootFileSystemOfAPodWithAUserNamespace"}},
 	{"the snapshotter of the node", []string{"TestOrdinaryImagesAreServedAsByOverlayfs", "TestAPodGoesOnReadingWhenTheDaemonOrContainerdEnds"}},
@@ -40,7 +40,7 @@ var capabilities = []struct {
 	{"refusals in the pod's event", []string{"TestAnArtifactThatBreaksARuleIsRefused"}},
 	{"containerd's own unpacker, with the differ", []string{"TestContainerdUnpacksAModelOfDockers", "TestContainerdUnpacksTars", "TestTheDifferUnpacksForStockOverlayfs"}},
 	{"`unpack`, the protocol of remote snapshotters", []string{"TestAnUnpackedArtifactIsASnapshotThatGoesWithItsImage", "TestAPodHasAnUnpackedArtifact", "TestUnpackMayBeKilledAtAnyMoment"}},
-	{"`pull`, by the transfer service", []string{"TestTheToolPullsShowsVerifiesAndPrunes", "TestPullOnATerminalAndWithAPassword"}},
+	{"`pull`, by the transfer service", []string{"TestTheToolPullsMountsVerifiesAndPrunes", "TestPullOnATerminalAndWithAPassword"}},
 	{"unpacking on pull, by image events", []string{"TestArtifactsAreUnpackedWhenTheyArePulled"}},
 	{"shared configs, by image events", []string{"TestArtifactsWithOneConfigAreNotMixedUp"}},
 	{"`doctor`", []string{"TestDoctorHasNothingToSayOnAGoodNode", "TestDoctorsLinesMakeAContainerdWork", "TestDoctorFindsWhatIsWrongOnANode"}},

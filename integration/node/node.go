@@ -393,7 +393,7 @@ func (n *Node) Pull(ref string) (string, error) {
 // waitForEmptyBlob waits until containerd has the blob of no bytes.
 func (n *Node) waitForEmptyBlob() error {
 	const empty = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-	return n.await("the empty blob that the daemon plants in containerd's content store", func() error {
+	return n.await("the empty blob that the daemon pre-creates in containerd's content store", func() error {
 		_, err := n.Ctr("content", "get", empty)
 		return err
 	})

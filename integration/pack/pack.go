@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package pack builds model artifacts, and ordinary images beside them, for
+// Package pack builds model artifacts, and container images beside them, for
 // tests, the demo and benchmarks: Model from a directory, or Artifact from any
 // layers one likes, hostile ones included. It pushes them to a registry or
 // writes them into a blob directory. It checks nothing: what it packs is what

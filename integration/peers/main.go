@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command peers measures this project beside the other ways to bring a model
-// into a pod: the same files as an ordinary image with overlayfs and with
+// into a pod: the same files as an container image with overlayfs and with
 // containerd's erofs snapshotter, and `oras pull` into a directory of the host.
 // docs/benchmarks.md has the method and the results. A bound that is not met is a
 // "NO" in a table and not a failure of the program.

@@ -36,7 +36,7 @@ const (
 	repository = "peers/model"
 	artifact   = "artifact" // a ModelPack model, one layer per file
 	titled     = "titled"   // the same blobs with the names that oras reads
-	image      = "image"    // an ordinary image
+	image      = "image"    // an container image
 	erofsImage = "erofs"    // an image of layers that are EROFS already
 	erofsGuest = "guest"    // the test image as such a one
 )
@@ -233,7 +233,7 @@ func (c *counter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// imageOf is an ordinary image with the files of a model in tars.
+// imageOf is an container image with the files of a model in tars.
 func imageOf(ctx context.Context, form pack.Form, scratch, dir string, model *pack.Artifact) *pack.Artifact {
 	mediaType := map[pack.Form]string{
 		pack.Tar:     ocispec.MediaTypeImageLayer,

@@ -91,9 +91,9 @@ func putHostile(t *testing.T, host, repo string, a *corpus.Artifact) (ref string
 	return host + "/" + repo + "@" + a.Target.String(), manifest(a.Target, a.MediaType)
 }
 
-// From the registry to the pod: what is refused is refused by the registry, by
-// containerd's pull or in the error of the container, which names the reason; what is
-// shown says that the files are mounted in a container; and the daemon changes nothing but what is its own.
+// From the registry to the pod: the registry, containerd's pull or the container's error
+// refuses a bad artifact and names the reason. A good one is mounted in a container. The
+// daemon changes nothing but its own files.
 func TestHostileArtifactsOnANode(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	pod, err := n.RunSandbox(node.PodSpec{})

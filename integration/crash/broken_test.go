@@ -44,7 +44,7 @@ var brokens = []broken{
 	}, ""},
 	{"a tree is there before it is complete", []edit{
 		{module + "store", "build.go", "if t, err = build(dir); err != nil {", "dir = s.path(id)\n\tif t, err = build(dir); err != nil {"},
-		{module + "store", "build.go", "if err := s.moveToTrash(s.path(id)); err != nil && !errors.Is(err, os.ErrNotExist) {", "if err := error(nil); err != nil {"},
+		{module + "store", "build.go", "if err := s.moveToTrash(s.path(id)); err != nil && !errors.Is(err, os.ErrNotExist) {", "if err := error(nil); err != nil && !errors.Is(err, os.ErrNotExist) {"},
 		{module + "store", "build.go", "if err := t.Rename(s.path(id)); err != nil {", "if err := error(nil); err != nil {"},
 		{module + "unpack", "unpack.go", "if err := guard(build); err != nil {", "t.Image, t.Redirects = true, true\n\tif err := errors.Join(t.save(), guard(build)); err != nil {"},
 	}, "mount tar+gzip"},

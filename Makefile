@@ -15,7 +15,7 @@ PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs libarchive-to
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build image tools containerd-older kubelet helm packages packages-kernels demo test test-long test-crash test-soak test-filesystems test-kernels test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
+.PHONY: build image tools containerd-older kubelet helm packages packages-kernels demo test test-all test-crash test-soak test-filesystems test-kernels test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
 
 build:
 	@echo "==> building $(BIN)"
@@ -117,7 +117,7 @@ test-soak: build tools
 # All of what `make test` has a selection of (docs/reliability.md): the kills and power
 # cuts, the soak, every file system, other kernels, and the hostile artifacts on every way
 # to show them, those of a million files included.
-test-long: test test-crash test-soak test-filesystems test-kernels
+test-all: test test-crash test-soak test-filesystems test-kernels
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -timeout 120m -v -run Verdict ./integration/hostile
 
 # The chart, the examples, the dashboard and the alerts: files that Go does not see

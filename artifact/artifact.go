@@ -1,28 +1,25 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package artifact says what an OCI artifact is made of: from the descriptor
-// of a manifest and a reader of blobs to the list of its layers, each with its
-// format, its compression and, where the layer is one file, the file's path
-// and attributes.
+// Package artifact reads what an OCI artifact consists of: given the descriptor of a
+// manifest and a reader of blobs, it returns the list of the layers, each with its format,
+// its compression and, if the layer is one file, the file's path and attributes.
 //
 // It knows ModelPack models
-// (https://github.com/modelpack/model-spec/blob/main/docs/spec.md), also under
-// the names they had before the specification moved to the CNCF, and any other
+// (https://github.com/modelpack/model-spec/blob/main/docs/spec.md), also with the legacy
+// media types of the time before the specification moved to the CNCF, and any other
 // artifact that follows the guidance of the OCI image specification
 // (https://github.com/opencontainers/image-spec/blob/main/artifacts-guidance.md).
 //
-// It reads manifests and configs and nothing else: what is inside a layer,
-// and whether the layer's blob is there at all, is for package unpack, which also
-// settles what only a blob's first bytes can tell. It neither pulls nor writes.
+// It is the only package that parses manifests, indexes and configs, and it reads nothing
+// else. Package unpack reads layers, and settles what only their first bytes can tell.
 //
 // # Errors
 //
 // An image is [ErrNotArtifact]. A manifest or config that is not there is
-// errdefs.ErrNotFound, one whose bytes do not match its digest
-// errdefs.ErrDataLoss, and everything that is refused
-// errdefs.ErrInvalidArgument. An artifact is never half-read: one refused
-// layer refuses the artifact.
+// errdefs.ErrNotFound, one whose bytes do not match its digest errdefs.ErrDataLoss, and
+// whatever breaks a rule errdefs.ErrInvalidArgument. An artifact is never read in part:
+// one refused layer refuses the artifact. The limits are in limits.go.
 package artifact
 
 import (
@@ -44,36 +41,37 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// ErrNotArtifact is returned by [Read] for a container image: a manifest whose
-// config is an OCI or Docker image config, whatever its layers are.
+// ErrNotArtifact is returned by [Read] for a container image: a manifest whose config is an
+// OCI or Docker image config, whatever its layers are.
 var ErrNotArtifact = errors.New("not an artifact but a container image")
 
-// imageConfigs are the config types that make a manifest an image. Every other
-// config type, the OCI empty config included, makes it an artifact.
+// imageConfigs are the config types that make a manifest an image. Any other config type
+// makes it an artifact, the OCI empty config included.
 var imageConfigs = map[string]bool{
 	ocispec.MediaTypeImageConfig:        true,
 	images.MediaTypeDockerSchema2Config: true,
 }
 
-// IsImageConfig reports whether a config of that media type makes a manifest a
-// container image and no artifact.
+// IsImageConfig reports whether a config of that media type makes a manifest a container
+// image and not an artifact.
 func IsImageConfig(mediaType string) bool { return imageConfigs[bareType(mediaType)] }
 
-// Annotation keys of models packed before ModelPack moved to the CNCF.
+// Annotation keys of models packed before ModelPack moved to the CNCF, as legacy as their
+// media types.
 const (
 	legacyAnnotationFilepath     = "org.cnai.model.filepath"
 	legacyAnnotationFileMetadata = "org.cnai.model.file.metadata+json"
 )
 
-// Annotation keys of ORAS (oras-go, content/file): it packs a directory as a tar, always
-// compressed with gzip, under any media type that it is told. The digest is that of
-// the tar.
+// Annotation keys of ORAS (oras-go, content/file). It packs a directory as a tar, always
+// compressed with gzip, under any media type that the user chooses. The digest is the
+// tar's.
 const (
 	annotationUnpack = "io.deis.oras.content.unpack"
 	annotationDigest = "io.deis.oras.content.digest"
 )
 
-// Format is the form of a layer's content once it is decompressed.
+// Format is the form of a layer's content, once decompressed.
 type Format string
 
 const (
@@ -81,17 +79,17 @@ const (
 	FormatRaw Format = "raw"
 	// FormatTar is a tar archive, unpacked at the root of the volume.
 	FormatTar Format = "tar"
-	// FormatTarOrRaw is a layer of an image's layer type that has a name. ORAS gives
-	// this type to every file, so only the bytes tell: an archive is FormatTar,
-	// anything else the file of that name. See [Layer.Settle].
+	// FormatTarOrRaw is a layer that has a name and an image's layer type. ORAS gives this
+	// type to every file, so only the bytes tell: an archive is FormatTar, anything else
+	// FormatRaw with that name. See [Layer.Settle].
 	FormatTarOrRaw Format = "tar or raw"
-	// FormatEmpty is the empty descriptor, which stands for nothing
+	// FormatEmpty is the empty descriptor, which stands for no content
 	// (https://github.com/opencontainers/image-spec/blob/main/manifest.md#guidance-for-an-empty-descriptor).
-	// Its blob need not be anywhere.
+	// Its blob need not exist anywhere.
 	FormatEmpty Format = "empty"
 )
 
-// Compression is the compression of a layer's blob; none is "".
+// Compression is the compression of a layer's blob.
 type Compression string
 
 const (
@@ -107,36 +105,36 @@ const (
 type File struct {
 	// Path is relative to the volume and has passed [CleanPath].
 	Path string
-	// Mode has permission bits only: setuid, setgid and sticky are cleared.
+	// Mode has permission bits only; setuid, setgid and sticky are cleared.
 	Mode fs.FileMode
-	// UID and GID are never 4294967295, which chown(2) takes for "unchanged".
+	// UID and GID are never 4294967295, which chown(2) takes for "leave unchanged".
 	UID, GID uint32
-	// ModTime may be any time of the years 0 to 9999: more than UnixNano or
-	// some file systems can hold.
+	// ModTime is any time of the years 0 to 9999, which is more than UnixNano and some file
+	// systems can hold.
 	ModTime time.Time
 }
 
 // Layer is one layer of an artifact.
 type Layer struct {
-	// Index is the layer's place in the manifest, from 0.
+	// Index is the position in the manifest, from 0.
 	Index int
-	// Descriptor is the manifest's; its digest is valid and its size not negative.
+	// Descriptor is as in the manifest. Its digest is valid and its size not negative.
 	Descriptor ocispec.Descriptor
 	Format     Format
-	// Compression is what the media type says, or by ORAS's annotation gzip. The
-	// blob may be otherwise, see [Layer.Settle].
+	// Compression is what the media type says, or gzip if ORAS's annotation says that the
+	// layer is a packed directory. The blob may differ, see [Layer.Settle].
 	Compression Compression
-	// DiffID is the digest of the decompressed content, or "" if neither the config
-	// nor ORAS's annotation names one. That of a raw layer is the blob's own digest.
+	// DiffID is the digest of the decompressed content, "" if neither the config nor ORAS's
+	// annotation names one. For a raw layer it is the blob's own digest.
 	DiffID digest.Digest
-	// File is set for FormatRaw, and for FormatTarOrRaw as it would be.
+	// File is set for FormatRaw, and for FormatTarOrRaw in case it is a file.
 	File File
 
-	unnamed error // why there can be no File for FormatTarOrRaw
+	unnamed error // why a FormatTarOrRaw cannot be a file
 }
 
-// Wrap returns err with the layer it is about: index, media type, digest and,
-// for a raw layer, path.
+// Wrap adds to err which layer it is about: index, media type, digest and, for a raw layer,
+// path.
 func (l Layer) Wrap(err error) error {
 	if l.File.Path == "" {
 		return fmt.Errorf("layer %d (%s, %s): %w", l.Index, l.Descriptor.MediaType, l.Descriptor.Digest, err)
@@ -144,10 +142,10 @@ func (l Layer) Wrap(err error) error {
 	return fmt.Errorf("layer %d (%s, %s, %q): %w", l.Index, l.Descriptor.MediaType, l.Descriptor.Digest, l.File.Path, err)
 }
 
-// Settle returns the layer as its blob was found to be: FormatRaw or FormatTar, and how
-// that is compressed. It changes nothing of FormatRaw and FormatEmpty, for which the bytes
-// do not matter. A file whose name is no path, or whose DiffID is not its digest, is
-// errdefs.ErrInvalidArgument.
+// Settle returns the layer with the format and the compression that its blob was found to
+// have: FormatRaw or FormatTar. A layer of FormatRaw or FormatEmpty does not change, since
+// its bytes do not matter. A file whose name is not a valid path, or whose DiffID is not
+// its digest, is errdefs.ErrInvalidArgument.
 func (l Layer) Settle(f Format, c Compression) (Layer, error) {
 	switch {
 	case l.Format == FormatRaw, l.Format == FormatEmpty:
@@ -162,8 +160,8 @@ func (l Layer) Settle(f Format, c Compression) (Layer, error) {
 	return l, nil
 }
 
-// Unlike says how a blob with this compression differs from what the media type says; ""
-// if it does not, or the layer does not go by its media type.
+// Unlike says how a blob with the compression c contradicts the media type; "" if it does
+// not, or if the media type does not decide.
 func (l Layer) Unlike(c Compression) string {
 	if l.Format == FormatRaw || l.unpacked() || l.Compression == c {
 		return ""
@@ -172,8 +170,8 @@ func (l Layer) Unlike(c Compression) string {
 	return fmt.Sprintf("its media type says that it is %s, and its bytes are %s", says(l.Compression), says(c))
 }
 
-// WrongDiffID says that the content of the layer, whose blob has this compression, has the
-// digest got and not the DiffID that is claimed.
+// WrongDiffID says that the content of the layer, whose blob has the compression c, has the
+// digest got instead of the claimed DiffID.
 func (l Layer) WrongDiffID(c Compression, got digest.Digest) string {
 	text := fmt.Sprintf("its content has the digest %s, %s the DiffID %s", got, l.Claim(), l.DiffID)
 	if unlike := l.Unlike(c); unlike != "" {
@@ -182,10 +180,10 @@ func (l Layer) WrongDiffID(c Compression, got digest.Digest) string {
 	return text
 }
 
-// unpacked reports whether ORAS says that the layer is an archive.
+// unpacked reports whether ORAS's annotation says that the layer is a packed directory.
 func (l Layer) unpacked() bool { return l.Descriptor.Annotations[annotationUnpack] == "true" }
 
-// Claim says who names the DiffID, for errors: "the config lists", say.
+// Claim says, for errors, who names the DiffID: "the config lists", for example.
 func (l Layer) Claim() string {
 	if l.unpacked() && l.Descriptor.Annotations[annotationDigest] == l.DiffID.String() {
 		return "the annotation " + annotationDigest + " says"
@@ -193,27 +191,26 @@ func (l Layer) Claim() string {
 	return "the config lists"
 }
 
-// Artifact is what a manifest and its config say. Layers are in the manifest's
-// order, all of them.
+// Artifact is what a manifest and its config say. Layers has all layers, in the manifest's
+// order.
 type Artifact struct {
-	// Manifest has the media type, digest and size of the artifact's manifest,
-	// which is not the target of Read if that was an index.
+	// Manifest has media type, digest and size of the manifest. It is not the target of
+	// Read if that was an index.
 	Manifest ocispec.Descriptor
-	// Config is the digest of its config. CRI runtimes take it for the identity
-	// of an image.
+	// Config is the digest of the config, by which CRI identifies an image.
 	Config digest.Digest
 	// Type is the manifest's artifactType, else its config's media type.
 	Type string
-	// Created is the creation time the config names, else the Unix unixEpoch.
+	// Created is the creation time in the config, else the Unix epoch.
 	Created time.Time
 	Layers  []Layer
 }
 
-// Read returns the artifact that target, a manifest or an index, stands for.
-// Of target only the digest is needed. An index is resolved as by [Resolve].
+// Read returns the artifact that target, a manifest or an index, stands for. It needs only
+// the digest of target. From an index it takes the manifest that matches this platform best
+// or, if there is only one, that one.
 //
-// Errors are those of the package comment; errors about a layer come from
-// [Layer.Wrap].
+// The errors are those of the package comment; errors about a layer come from [Layer.Wrap].
 func Read(ctx context.Context, blobs content.Provider, target ocispec.Descriptor) (*Artifact, error) {
 	desc, doc, err := resolve(ctx, blobs, target)
 	if err != nil {
@@ -291,16 +288,15 @@ func (a *Artifact) SnapshotName() digest.Digest {
 	return digest.FromString("artifact " + a.ChainID().String() + " " + a.Manifest.Digest.String())
 }
 
-// NewLayer returns the layer that desc is by itself, as if it were that of an
-// artifact whose config says nothing.
+// NewLayer returns the layer that desc describes, without an artifact and its config.
 func NewLayer(desc ocispec.Descriptor) (Layer, error) {
 	return newLayer(0, desc, config{created: unixEpoch})
 }
 
-// ChainID is the chain ID of the layers, as defined for images
-// (https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid).
-// If nothing names the DiffID of an archive, which may be compressed whatever its type
-// says, it is the digest of the manifest instead.
+// ChainID returns the chain ID of the layers, as defined for images
+// (https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid). If an
+// archive, which may be compressed whatever its type says, has no known DiffID, it returns
+// the digest of the manifest instead.
 func (a *Artifact) ChainID() digest.Digest {
 	ids := make([]digest.Digest, 0, len(a.Layers))
 	for _, l := range a.Layers {
@@ -317,7 +313,7 @@ func (a *Artifact) ChainID() digest.Digest {
 }
 
 func newLayer(index int, desc ocispec.Descriptor, cfg config) (Layer, error) {
-	// What Wrap prints must be known to be short and printable.
+	// Checked first, so that what Wrap prints is short and printable.
 	if !validType(desc.MediaType) {
 		return Layer{}, fmt.Errorf("layer %d: %.255q is not a media type: %w", index, desc.MediaType, errdefs.ErrInvalidArgument)
 	}
@@ -333,7 +329,7 @@ func newLayer(index int, desc ocispec.Descriptor, cfg config) (Layer, error) {
 	if t.refused != "" {
 		return Layer{}, l.Wrap(fmt.Errorf("%s: %w", t.refused, errdefs.ErrInvalidArgument))
 	}
-	// An annotation that is present but empty counts as absent.
+	// An annotation with an empty value counts as absent.
 	name := cmp.Or(
 		desc.Annotations[modelspec.AnnotationFilepath],
 		desc.Annotations[legacyAnnotationFilepath],
@@ -341,7 +337,7 @@ func newLayer(index int, desc ocispec.Descriptor, cfg config) (Layer, error) {
 	)
 	l.Format, l.Compression = t.format, t.compression
 	switch {
-	case name == "" && isEmpty(desc): // with a name it is a file, for `oras pull`, too
+	case name == "" && isEmpty(desc): // with a name it is a file, as for `oras pull`
 		l.Format = FormatEmpty
 	case l.unpacked():
 		l.Format, l.Compression = FormatTar, cmp.Or(t.compression, CompressionGzip)
@@ -363,7 +359,7 @@ func newLayer(index int, desc ocispec.Descriptor, cfg config) (Layer, error) {
 	return l, nil
 }
 
-// setDiffID takes the DiffID from the config or from ORAS's annotation, which may not
+// setDiffID takes the DiffID from the config or from ORAS's annotation, which must not
 // contradict each other.
 func (l *Layer) setDiffID(cfg config) error {
 	if annotated := digest.Digest(l.Descriptor.Annotations[annotationDigest]); l.unpacked() && annotated != "" {
@@ -388,12 +384,13 @@ func (l *Layer) setDiffID(cfg config) error {
 	return nil
 }
 
-// checkOwnDigest checks the DiffID of a layer that is not compressed.
+// checkOwnDigest checks that the DiffID of a layer that is not compressed is the blob's own
+// digest.
 func (l *Layer) checkOwnDigest() error {
 	if l.DiffID == "" || l.DiffID == l.Descriptor.Digest {
 		return nil
 	}
-	return fmt.Errorf("the config's DiffID is %s, but the layer is a file, and not a compressed archive, and its digest is %s: %w", l.DiffID, l.Descriptor.Digest, errdefs.ErrInvalidArgument)
+	return fmt.Errorf("the config's DiffID is %s, but the layer is a file that is not compressed, and its digest is %s: %w", l.DiffID, l.Descriptor.Digest, errdefs.ErrInvalidArgument)
 }
 
 // isEmpty reports whether desc is the empty descriptor.
@@ -402,7 +399,7 @@ func isEmpty(desc ocispec.Descriptor) bool {
 	return bareType(desc.MediaType) == empty.MediaType && desc.Size == empty.Size && desc.Digest == desc.Digest.Algorithm().FromBytes(empty.Data)
 }
 
-// legacy returns the name a ModelPack media type had before the specification
+// legacy returns the legacy name of a ModelPack media type, from before the specification
 // moved to the CNCF.
 func legacy(mediaType string) string {
 	return strings.Replace(mediaType, "application/vnd.cncf.model.", "application/vnd.cnai.model.", 1)

@@ -16,21 +16,20 @@ import (
 
 // config is what an artifact's config says about its files.
 type config struct {
-	created time.Time // the Unix unixEpoch if the config names no time
+	created time.Time // unixEpoch if the config names no time
 	diffIDs []digest.Digest
 }
 
-// unixEpoch is when an artifact was created whose config names no time.
+// unixEpoch is the creation time of an artifact whose config names none.
 var unixEpoch = time.Unix(0, 0).UTC()
 
-// parseConfig reads the creation time and the DiffIDs from a config. A
-// ModelPack config must be well-formed; any other type may hold anything, and
-// what is not understood there counts as absent.
+// parseConfig reads the creation time and the DiffIDs from a config. A ModelPack config
+// must be well-formed. A config of any other type may hold anything; a section that cannot
+// be read counts as absent.
 //
 // The ModelPack config is defined in
-// https://github.com/modelpack/model-spec/blob/main/docs/config.md; created and
-// rootfs are those of an OCI image config, which other packers and early
-// versions of ModelPack use.
+// https://github.com/modelpack/model-spec/blob/main/docs/config.md; created and rootfs are
+// those of an OCI image config, which other packers and early versions of ModelPack use.
 func parseConfig(mediaType string, raw []byte) (config, error) {
 	var top *sections
 	cfg := config{created: unixEpoch}
@@ -74,7 +73,7 @@ func parseConfig(mediaType string, raw []byte) (config, error) {
 	return cfg, nil
 }
 
-// sections are the parts of a config that are read one by one.
+// sections are the parts of a config that are parsed one by one.
 type sections struct {
 	Descriptor json.RawMessage `json:"descriptor"`
 	Created    json.RawMessage `json:"created"`
@@ -82,8 +81,8 @@ type sections struct {
 	RootFS     json.RawMessage `json:"rootfs"`
 }
 
-// section returns what raw holds, or the zero T if it is absent or malformed.
-// The first malformed section is noted in err.
+// section returns what raw holds, or the zero T if raw is absent or malformed. It stores
+// the first error in err.
 func section[T any](name string, raw json.RawMessage, err *error) T {
 	var v, zero T
 	if len(raw) == 0 {

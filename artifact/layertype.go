@@ -16,7 +16,7 @@ import (
 type layerType struct {
 	format      Format
 	compression Compression
-	// refused is why a layer of this type cannot be shown, "" if it can.
+	// refused is why layers of this type are refused, "" if they are not.
 	refused string
 }
 
@@ -26,8 +26,7 @@ var (
 	tarGzipType = layerType{format: FormatTar, compression: CompressionGzip}
 	tarZstdType = layerType{format: FormatTar, compression: CompressionZstd}
 
-	// Neither specification has a way to get the content of these from the
-	// registry and the node alone.
+	// The registry and the node alone do not have the content of these layers.
 	nonDistributable = layerType{refused: "a non-distributable layer, which registries need not hold, is not supported: pack the artifact with a distributable layer type"}
 	encrypted        = layerType{refused: "an encrypted layer is not supported: pack the artifact without encryption"}
 )
@@ -57,8 +56,7 @@ var modelTypes = map[string]layerType{
 	modelspec.MediaTypeModelDatasetZstd:      tarZstdType,
 }
 
-// exactTypes are the types matched as a whole, in lower case, before any
-// suffix is looked at.
+// exactTypes are matched as a whole, in lower case, before any suffix.
 var exactTypes = func() map[string]layerType {
 	types := map[string]layerType{
 		"application/vnd.cnai.model.layer.v1.tar":      tarType,
@@ -77,8 +75,8 @@ var exactTypes = func() map[string]layerType {
 	return types
 }()
 
-// suffixTypes are the endings of every other type; the first that matches
-// counts. They cover the layer types of OCI and Docker images.
+// suffixTypes are matched with the end of any other type; the first match counts. They
+// cover the layer types of OCI and Docker images.
 var suffixTypes = []struct {
 	suffix string
 	layerType
@@ -93,7 +91,7 @@ var suffixTypes = []struct {
 	{"+encrypted", encrypted},
 }
 
-// typeOf returns what mediaType says. A type without a rule is a raw file.
+// typeOf returns what mediaType says. A type that matches no rule is a raw file.
 func typeOf(mediaType string) layerType {
 	name := bareType(mediaType)
 	if t, ok := exactTypes[name]; ok {
@@ -114,21 +112,21 @@ func bareType(mediaType string) string {
 	return strings.ToLower(strings.TrimSpace(name))
 }
 
-// validType says whether a string can stand for a media type: not empty, short
-// and printable. It is laxer than RFC 6838 because packers let people choose
-// types freely and registries accept them.
+// validType reports whether a string can be a media type: not empty, printable and not too
+// long. It is laxer than RFC 6838, because packers let people choose types freely and
+// registries accept them.
 func validType(mediaType string) bool {
-	return bareType(mediaType) != "" && len(mediaType) <= 255 &&
+	return bareType(mediaType) != "" && len(mediaType) <= maxMediaType &&
 		!strings.ContainsFunc(mediaType, func(r rune) bool { return r < ' ' || r > '~' })
 }
 
-// Refetch says how to get the blob of a layer that the runtime does not have. For CRI,
-// containerd leaves a layer of an image's type to the unpacker, which waits for a config
-// that is an image's or that unpack_config names (core/unpack/unpacker.go, Unpack): it
-// does not fetch such layers of other artifacts, and says nothing.
+// Refetch says, for errors, how to get a blob that the runtime does not have. containerd
+// leaves a layer of an image's layer type to the unpacker, which waits for a config that is
+// an image's or that unpack_config names (core/unpack/unpacker.go, Unpack): for CRI it does
+// not fetch such layers of other artifacts, and reports nothing.
 func Refetch(layer ocispec.Descriptor) string {
 	if images.IsLayerType(layer.MediaType) {
-		return "for crictl and kubelet, containerd fetches layers of an image's type only below the config of an image, or one that unpack_config names; pull the artifact with `artifact-snapshotter pull`, or pack it with layer types of its own"
+		return "containerd does not fetch layers of an image's layer type for crictl and kubelet unless the config is an image's or unpack_config names it; pull the artifact with `artifact-snapshotter pull`, or pack it with other layer types"
 	}
 	return "delete the image and pull it again"
 }

@@ -14,10 +14,10 @@ import (
 	modelspec "github.com/modelpack/model-spec/specs-go/v1"
 )
 
-// defaultMode is the mode of a raw layer's file whose layer names none.
+// defaultMode is the mode of a raw layer's file if the layer does not say it.
 const defaultMode = 0o644
 
-// set sets the path, which is not clean yet, and the attributes.
+// set sets the path, cleaning name, and the attributes.
 func (f *File) set(name string, annotations map[string]string, created time.Time) (err error) {
 	if f.Path, err = CleanPath(name); err != nil {
 		return err
@@ -25,10 +25,9 @@ func (f *File) set(name string, annotations map[string]string, created time.Time
 	return f.setAttributes(annotations, created)
 }
 
-// setAttributes sets everything but the path from the file metadata annotation
-// of a raw layer, see
-// https://github.com/modelpack/model-spec/blob/main/docs/annotations.md. What
-// the annotation does not say is 0644, owner 0:0 and the time created.
+// setAttributes sets mode, owner and time from the file metadata annotation of a raw layer,
+// see https://github.com/modelpack/model-spec/blob/main/docs/annotations.md. Their defaults
+// are 0644, 0:0 and created.
 func (f *File) setAttributes(annotations map[string]string, created time.Time) error {
 	meta := modelspec.FileMetadata{Mode: defaultMode, ModTime: created}
 	for _, key := range []string{modelspec.AnnotationFileMetadata, legacyAnnotationFileMetadata} {
@@ -48,10 +47,10 @@ func (f *File) setAttributes(annotations map[string]string, created time.Time) e
 	return nil
 }
 
-// parseFileMetadata overwrites the fields of meta that value names. Name and
-// size are for the reader's information: path annotation and blob decide.
+// parseFileMetadata overwrites the fields of meta that value has. Name and size do not
+// count: the path annotation and the blob decide.
 func parseFileMetadata(value string, meta *modelspec.FileMetadata) error {
-	// A pointer to the pointer tells the JSON null from an object.
+	// With a pointer to the pointer, the JSON null becomes nil.
 	if err := json.Unmarshal([]byte(value), &meta); err != nil {
 		return fmt.Errorf("malformed file metadata: %.300v: %w", err, errdefs.ErrInvalidArgument)
 	}

@@ -10,25 +10,14 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// Limits of Linux for a name and for a path without its terminating NUL
-// (NAME_MAX and PATH_MAX of linux/limits.h), in bytes.
-const (
-	maxName = 255
-	maxPath = 4095
-)
-
-// maxDepth is how many directories may lie above a file. Linux has no such
-// limit, but every level costs a look-up, and no artifact needs this many.
-const maxDepth = 128
-
-// CleanPath returns the slash-separated relative path that name, the path of a
-// raw layer or the name of a tar member without the slashes before it, has in the
-// volume: "./a//b/" is "a/b".
+// CleanPath returns the path in the volume, slash-separated and relative, of a name: the
+// path of a raw layer, or the name of a tar member without leading slashes. "./a//b/"
+// becomes "a/b".
 //
-// It refuses, with errdefs.ErrInvalidArgument, an absolute path, a ".."
-// anywhere, NUL, a name over 255 bytes, a path over 4095 bytes or below more
-// than 128 directories, and a name of no file, such as "." or "". It allows every other byte: names on Linux are
-// bytes, a backslash is an ordinary one, and UTF-8 is only a habit.
+// It refuses with errdefs.ErrInvalidArgument an absolute path, "..", a NUL byte, a name
+// over 255 bytes, a path over 4095 bytes or below more than 128 directories, and a path
+// that names no file, such as "." or "". Every other byte is allowed: to Linux names are
+// bytes, a backslash is an ordinary one, and nothing requires UTF-8.
 func CleanPath(name string) (string, error) {
 	refuse := func(why string) (string, error) {
 		return "", fmt.Errorf("path %.255q %s: %w", name, why, errdefs.ErrInvalidArgument)

@@ -21,24 +21,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-const (
-	// maxManifestSize and maxConfigSize, in bytes, bound what is read into
-	// memory. Larger manifests are hardly seen: registries need to accept 4 MiB
-	// only (OCI distribution-spec, "Pushing Manifests"), and containerd fetches
-	// little more (core/remotes/docker/resolver.go, MaxManifestSize).
-	maxManifestSize = 8 << 20
-	maxConfigSize   = 8 << 20
-
-	// maxIndexDepth is the number of indexes that may lead to a manifest.
-	maxIndexDepth = 3
-
-	// maxIdentifiedManifest and maxIdentifiedIndex, in bytes, bound what Identify reads. An
-	// index takes up to 30 times its size in memory, a manifest once.
-	maxIdentifiedManifest = 64 << 20
-	maxIdentifiedIndex    = 8 << 20
-)
-
-// document has the fields of manifests and indexes that matter here, see
+// document has the fields of a manifest or an index that this package needs, see
 // https://github.com/opencontainers/image-spec/blob/main/manifest.md and
 // https://github.com/opencontainers/image-spec/blob/main/image-index.md.
 type document struct {
@@ -48,14 +31,14 @@ type document struct {
 	Layers       []ocispec.Descriptor `json:"layers"`
 	Manifests    []ocispec.Descriptor `json:"manifests"`
 
-	text []byte // all of it
+	text []byte // the whole JSON
 }
 
-// resolve returns the manifest that target stands for, with its media type,
-// digest and size, and what it says: target itself if it is a manifest; of an
-// index, the best match for this platform, else the only manifest, whatever
-// its platform, because most artifacts do not depend on one. It does not say
-// whether the manifest is an artifact's.
+// resolve returns the manifest that target stands for: its descriptor (media type, digest
+// and size) and its content. A manifest stands for itself; an index for the manifest that
+// matches this platform best, or for its only manifest, whatever the platform is, since
+// most artifacts do not depend on one. resolve does not decide whether the manifest is an
+// artifact.
 func resolve(ctx context.Context, blobs content.Provider, target ocispec.Descriptor) (ocispec.Descriptor, document, error) {
 	for range maxIndexDepth + 1 {
 		raw, err := readBlob(ctx, blobs, target, "manifest", maxManifestSize)
@@ -78,14 +61,10 @@ func resolve(ctx context.Context, blobs content.Provider, target ocispec.Descrip
 	return ocispec.Descriptor{}, document{}, fmt.Errorf("index %s: indexes are nested more than %d deep: %w", target.Digest, maxIndexDepth, errdefs.ErrInvalidArgument)
 }
 
-// minDescriptor is less than any descriptor has: its digest alone is longer.
-const minDescriptor = 64
-
-// parseDocument parses a manifest or an index. The media type of the result is
-// one that images.IsManifestType or images.IsIndexType knows.
+// parseDocument parses a manifest or an index. The media type of the result is one that
+// images.IsManifestType or images.IsIndexType accepts.
 func parseDocument(raw []byte) (document, error) {
-	// A descriptor takes fifty times the memory of the two bytes that can stand for
-	// it, so they are counted before they are parsed.
+	// Counted before they are parsed, see minDescriptor.
 	var parts struct {
 		Layers    []json.RawMessage `json:"layers"`
 		Manifests []json.RawMessage `json:"manifests"`
@@ -100,8 +79,8 @@ func parseDocument(raw []byte) (document, error) {
 	if err := json.Unmarshal(raw, &doc); err != nil {
 		return document{}, fmt.Errorf("malformed JSON: %.300v: %w", err, errdefs.ErrInvalidArgument)
 	}
-	// Something that is a manifest to one reader and an index to another could
-	// pass a check as one and be served as the other (CVE-2021-41190).
+	// A document that is a manifest to one reader and an index to another could be checked
+	// as the one and used as the other (CVE-2021-41190).
 	if doc.Layers != nil && doc.Manifests != nil {
 		return document{}, fmt.Errorf("both layers and manifests are present: neither a manifest nor an index: %w", errdefs.ErrInvalidArgument)
 	}
@@ -123,7 +102,7 @@ func parseDocument(raw []byte) (document, error) {
 	return doc, nil
 }
 
-// choose returns the descriptor in an index that is for this node.
+// choose returns the manifest of an index that is for this node.
 func choose(manifests []ocispec.Descriptor) (ocispec.Descriptor, error) {
 	var (
 		matcher = platforms.Default()
@@ -138,7 +117,8 @@ func choose(manifests []ocispec.Descriptor) (ocispec.Descriptor, error) {
 			only = m
 			continue
 		}
-		// The mark of attestations: BuildKit's docs/attestations/attestation-storage.md.
+		// This platform marks attestations: BuildKit,
+		// docs/attestations/attestation-storage.md.
 		if m.Platform.OS == "unknown" && m.Platform.Architecture == "unknown" {
 			continue
 		}
@@ -160,15 +140,15 @@ func choose(manifests []ocispec.Descriptor) (ocispec.Descriptor, error) {
 		platforms.DefaultString(), len(offered), strings.Join(offered, ", "), errdefs.ErrInvalidArgument)
 }
 
-// readBlob returns the verified content of a manifest or config (what) of at
-// most limit bytes.
+// readBlob returns the content, verified by its digest, of a blob of at most limit bytes.
+// what says in errors what the blob is.
 func readBlob(ctx context.Context, blobs content.Provider, desc ocispec.Descriptor, what string, limit int64) ([]byte, error) {
 	b, err := readUnverified(ctx, blobs, desc, what, limit)
 	if err != nil {
 		return nil, err
 	}
 	if actual := desc.Digest.Algorithm().FromBytes(b); actual != desc.Digest {
-		return nil, fmt.Errorf("%s %s: the blob on this node is corrupt, its digest is %s, remove the artifact and pull it again: %w", what, desc.Digest, actual, errdefs.ErrDataLoss)
+		return nil, fmt.Errorf("%s %s: the blob on this node is corrupt: its digest is %s; delete the image and pull it again: %w", what, desc.Digest, actual, errdefs.ErrDataLoss)
 	}
 	return b, nil
 }
@@ -180,7 +160,7 @@ func readUnverified(ctx context.Context, blobs content.Provider, desc ocispec.De
 	}
 	ra, err := blobs.ReaderAt(ctx, desc)
 	if errdefs.IsNotFound(err) {
-		return nil, fmt.Errorf("%s %s is not on this node; delete the image and pull it again: %w", what, desc.Digest, err)
+		return nil, fmt.Errorf("%s %s is not on this node; %s: %w", what, desc.Digest, Refetch(desc), err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s %s: %w", what, desc.Digest, err)
@@ -197,8 +177,8 @@ func readUnverified(ctx context.Context, blobs content.Provider, desc ocispec.De
 	return b, nil
 }
 
-// validDigest refuses what is not a well-formed digest of an algorithm that
-// the OCI image specification and containerd's content store know.
+// validDigest refuses a digest that is not well-formed, or whose algorithm the OCI image
+// specification and containerd's content store do not know.
 func validDigest(d digest.Digest) error {
 	err := d.Validate()
 	if err == nil {

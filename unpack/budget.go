@@ -15,38 +15,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Limits are what unpacking may take of a node.
-type Limits struct {
-	// Memory is the bytes that all decompression at one time may take. One layer
-	// at a time is always decompressed: 4 MiB for gzip, 136 MiB for zstd, whose
-	// streams may ask for a window of 128 MiB.
-	Memory int64
-	// Expansion is how many times the size of its blob a compressed layer may
-	// have; it does not count for the first 64 MiB.
-	Expansion int64
-	// Reserve is the share in percent of the file system of the Trees that is
-	// left free, 0 to 99.
-	Reserve int
-}
-
-// DefaultLimits are those of a configuration that says nothing.
-var DefaultLimits = Limits{Memory: 512 << 20, Expansion: 50, Reserve: 5}
-
-// alwaysAllowed is what any compressed layer may have: a small tar is mostly
-// zeros, and one of many small files mostly headers.
-const alwaysAllowed = 64 << 20
-
 // Budget keeps all builds of a process together within Limits.
 type Budget struct {
 	limits        Limits
 	memory, cores *semaphore.Weighted
-	large         *semaphore.Weighted // of plans, see largePlan
+	large         *semaphore.Weighted // see largePlan
 
 	mu   sync.Mutex
-	busy map[string]chan struct{} // closed when the thing is free
+	busy map[string]chan struct{} // the locks that are held; closed when they are released
 }
 
-// NewBudget returns a Budget of which nothing is taken.
+// NewBudget returns a Budget of which nothing is in use.
 func NewBudget(l Limits) *Budget {
 	return &Budget{
 		limits: l,
@@ -57,9 +36,9 @@ func NewBudget(l Limits) *Budget {
 	}
 }
 
-// Lock waits until it holds the lock of that name, or ctx ends. There is one for every
-// compressed blob, which artifacts that share it, or pods with different user namespaces,
-// may need at the same time; others must have other names, such as paths.
+// Lock waits until it holds the lock with this name, or ctx ends. Every compressed blob has
+// a lock, named by its digest: artifacts that share it, and pods with different user
+// namespaces, may need it at the same time. Callers use other names, such as paths.
 func (b *Budget) Lock(ctx context.Context, name string) (unlock func(), err error) {
 	for {
 		b.mu.Lock()
@@ -84,8 +63,7 @@ func (b *Budget) Lock(ctx context.Context, name string) (unlock func(), err erro
 	}
 }
 
-// largePlan waits until no other plan is large: one of maxEntries takes 1.5 GB
-// while it is written.
+// largePlan waits until no other plan is large, see smallPlan.
 func (b *Budget) largePlan(ctx context.Context) (release func(), err error) {
 	if err := b.large.Acquire(ctx, 1); err != nil {
 		return nil, err
@@ -93,7 +71,7 @@ func (b *Budget) largePlan(ctx context.Context) (release func(), err error) {
 	return func() { b.large.Release(1) }, nil
 }
 
-// take waits for the memory and the core to decompress a layer.
+// take waits for the memory and the core that decompressing a layer needs.
 func (b *Budget) take(ctx context.Context, memory int64) (release func(), err error) {
 	memory = min(memory, b.limits.Memory)
 	if err := b.memory.Acquire(ctx, memory); err != nil {
@@ -109,7 +87,7 @@ func (b *Budget) take(ctx context.Context, memory int64) (release func(), err er
 	}, nil
 }
 
-// expanded is how many bytes a compressed layer of size may have.
+// expanded returns to how many bytes a compressed blob of size bytes may decompress.
 func (b *Budget) expanded(size int64) int64 {
 	if size > math.MaxInt64/b.limits.Expansion {
 		return math.MaxInt64
@@ -117,8 +95,8 @@ func (b *Budget) expanded(size int64) int64 {
 	return max(alwaysAllowed, size*b.limits.Expansion)
 }
 
-// room refuses size bytes that the file system of f has no room for, before the
-// node's disk is full.
+// room refuses to write size bytes to the file system of f if they would not leave the
+// reserve free, before the node's disk is full.
 func (b *Budget) room(f *os.File, size int64) error {
 	if size == 0 {
 		return nil
@@ -127,13 +105,13 @@ func (b *Budget) room(f *os.File, size int64) error {
 	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
 		return pathError("statfs", f.Name(), err)
 	}
-	if st.Blocks == 0 { // it does not say, as ramfs
+	if st.Blocks == 0 { // unknown, as for ramfs
 		return nil
 	}
 	free := st.Bavail * uint64(st.Bsize)
 	reserve := st.Blocks / 100 * uint64(b.limits.Reserve) * uint64(st.Bsize)
 	if uint64(size) > free || free-uint64(size) < reserve {
-		return fmt.Errorf("%d bytes are needed and %d are free, where %d are to stay free (reserved_space): %w", size, free, reserve, unix.ENOSPC)
+		return fmt.Errorf("%d bytes are needed and %d are free, of which %d must stay free (reserved_space in the snapshotter's configuration): %w", size, free, reserve, unix.ENOSPC)
 	}
 	return nil
 }

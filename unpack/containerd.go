@@ -22,21 +22,22 @@ import (
 // image-spec, layer.md).
 const whiteoutPrefix = ".wh."
 
-// asOfAnImage checks that containerd would extract a layer of an image with the content
-// of l to the files of the plan, ignoring times; for the root it changes the plan.
-// Snapshots are named by contents alone, and an image whose layer has a snapshot already
-// gets that one. Our own snapshots say that they are an artifact's; others cannot.
+// asOfAnImage checks that containerd would extract a layer of an image with the content of
+// l to the files of the plan, ignoring times; it changes the plan for the root, which
+// containerd leaves alone. Snapshots are named by contents alone, and an image that has a
+// layer with the same content gets the same snapshot. Our own snapshots are labelled as an
+// artifact's; those of other snapshotters cannot be.
 func (p *plan) asOfAnImage(ctx context.Context, l artifact.Layer, c *content, cs *contents) error {
 	switch l.Format {
-	case artifact.FormatEmpty: // it is no archive
+	case artifact.FormatEmpty: // not an archive
 		return nil
 	case artifact.FormatRaw:
 		return cs.checkNoArchive(ctx, l)
 	default:
 	}
-	// The root is left alone (containerd, pkg/archive/tar.go, applyNaive).
+	// containerd does not change the root (pkg/archive/tar.go, applyNaive).
 	*p.nodes["."] = node{kind: directory, layer: -1, attrs: p.implied, implied: true}
-	if c == nil { // no bytes, which are an empty archive to containerd, too
+	if c == nil { // no bytes, which are an empty archive for containerd, too
 		return nil
 	}
 	f, err := os.Open(c.path)
@@ -62,8 +63,8 @@ func (p *plan) asOfAnImage(ctx context.Context, l artifact.Layer, c *content, cs
 	}
 }
 
-// checkNoArchive refuses a raw layer whose content an image can have as a layer. So
-// has an archive, and for archive/tar also nothing and what begins with zeros.
+// checkNoArchive refuses a raw layer whose content can be a layer of an image: an archive
+// and, as archive/tar reads it, an empty file and one that begins with zeros.
 func (cs *contents) checkNoArchive(ctx context.Context, l artifact.Layer) error {
 	if l.Descriptor.Size > 0 {
 		f, err := cs.open(ctx, l.Descriptor)
@@ -85,10 +86,10 @@ func (cs *contents) checkNoArchive(ctx context.Context, l artifact.Layer) error 
 			return ctx.Err()
 		}
 	}
-	return fmt.Errorf("its file is an archive or empty, as the layer of an image can be; a snapshot of this snapshotter would be taken for that layer: %w", errdefs.ErrInvalidArgument)
+	return fmt.Errorf("its file is an archive or empty, as a layer of an image may be, and this snapshotter's snapshot would be used for that layer, too; use the snapshotter of the artifact-snapshotter: %w", errdefs.ErrInvalidArgument)
 }
 
-// headers reads an archive, and of its members' contents next to nothing.
+// headers returns a reader of an archive that seeks over the contents of members.
 func headers(ctx context.Context, archive *os.File) (*tar.Reader, error) {
 	fi, err := archive.Stat()
 	if err != nil {
@@ -97,8 +98,8 @@ func headers(ctx context.Context, archive *os.File) (*tar.Reader, error) {
 	return tar.NewReader(seeking{ctx, io.NewSectionReader(archive, 0, fi.Size())}), nil
 }
 
-// otherInAnImage names the first feature of h that containerd would extract in another
-// way than the plan has it; "" if there is none.
+// otherInAnImage names the first feature of h that containerd would extract differently, ""
+// if there is none.
 func (p *plan) otherInAnImage(h *tar.Header) string {
 	for part := range strings.SplitSeq(h.Name, "/") {
 		if strings.HasPrefix(part, whiteoutPrefix) {
@@ -107,7 +108,7 @@ func (p *plan) otherInAnImage(h *tar.Header) string {
 	}
 	for key := range h.PAXRecords {
 		attr, ok := strings.CutPrefix(key, xattrPrefix)
-		// Those of trusted are set by nobody.
+		// Neither containerd nor we set trusted attributes.
 		if ok && !strings.HasPrefix(attr, "user.") && !strings.HasPrefix(attr, "trusted.") {
 			return fmt.Sprintf("the extended attribute %.255q", attr)
 		}
@@ -116,7 +117,7 @@ func (p *plan) otherInAnImage(h *tar.Header) string {
 	case h.Typeflag == tar.TypeDir && isRoot(h.Name):
 		return ""
 	case h.Typeflag == typeLabel, h.Typeflag == typeDumpDir:
-		return "" // containerd does not unpack a layer with one (createTarFile)
+		return "" // containerd refuses a layer with one (createTarFile)
 	case h.Typeflag == tar.TypeReg && strings.HasSuffix(h.Name, "/"):
 		return "a directory by its name that is a file by its type"
 	}
@@ -124,12 +125,12 @@ func (p *plan) otherInAnImage(h *tar.Header) string {
 	n := p.nodes[name]
 	switch {
 	case h.Typeflag == tar.TypeXGlobalHeader:
-		// containerd makes way for it.
+		// containerd removes a file of that name, and creates the directories above it.
 		if n != nil || strings.Contains(h.Name, "/") {
 			return "a global header with the name of a file"
 		}
 		return ""
-	case err != nil || n == nil: // refused before
+	case err != nil || n == nil: // the plan has refused it already
 		return "a name of no file"
 	case h.Typeflag == tar.TypeSymlink:
 		return ""
@@ -141,11 +142,12 @@ func (p *plan) otherInAnImage(h *tar.Header) string {
 	return ""
 }
 
-// otherInAnImage is the same for the header of a directory. An archive may have several of
-// one directory, and containerd adds the extended attributes of each to those there are.
+// otherInAnImage is the same for the header of a directory. An archive may have several
+// headers for one directory, and containerd adds the extended attributes of each to those
+// of the ones before.
 func (n *node) otherInAnImage(h *tar.Header) string {
 	xattrs, err := userXattrs(h)
-	if err != nil { // refused before
+	if err != nil { // the plan has refused it already
 		return err.Error()
 	}
 	for attr, value := range xattrs {
@@ -156,9 +158,9 @@ func (n *node) otherInAnImage(h *tar.Header) string {
 	return ""
 }
 
-// relink notes the path of a hard link to n that has other attributes than n. containerd
-// gives them to the file, and so to all names of it; a symlink has no mode and no extended
-// attributes of users.
+// relink records the path of a hard link to n whose header has other attributes than n.
+// containerd gives them to the file, and so to all its names. A symlink has neither a mode
+// nor user.* attributes.
 func (p *plan) relink(n *node, name string, a attrs, xattrs map[string]string) {
 	other := a.uid != n.attrs.uid || a.gid != n.attrs.gid
 	if n.kind != symlink {
@@ -173,8 +175,7 @@ func (p *plan) relink(n *node, name string, a attrs, xattrs map[string]string) {
 	}
 }
 
-// checkLinks refuses a hard link that has attributes of its own, if its file is still
-// there.
+// checkLinks refuses a hard link with attributes of its own, if its file is in the plan.
 func (p *plan) checkLinks() error {
 	if len(p.relinked) == 0 {
 		return nil
@@ -187,8 +188,8 @@ func (p *plan) checkLinks() error {
 	return nil
 }
 
-// otherwise is the error for a member with a feature that containerd would extract in
-// another way.
+// otherwise returns the error for a member with a feature that containerd would extract
+// differently.
 func otherwise(member, what string) error {
-	return fmt.Errorf("member %.255q: %s, which the layer of an image can have and an artifact's cannot; a snapshot of this snapshotter would be taken for that layer: %w", member, what, errdefs.ErrInvalidArgument)
+	return fmt.Errorf("member %.255q: %s, which containerd would extract differently from an image's layer with the same content, for which this snapshotter's snapshot would be used, too; use the snapshotter of the artifact-snapshotter: %w", member, what, errdefs.ErrInvalidArgument)
 }

@@ -29,39 +29,40 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
-// content is a file in data/, which holds what the layers with one blob hold.
+// content is a file in data/: what the blob of one or more layers holds, or a sparse
+// member.
 type content struct {
-	// name is the file's in data/, path where it is. Names are short, for a
-	// file of an ext4 has to fit its redirect to one into what its inode has
-	// left for attributes (92 bytes of 256), or each takes a block for it.
+	// name is the name in data/, and path the whole path. Names are short, so that the
+	// redirect of a file fits into the 92 of 256 bytes that an ext4 inode has for
+	// attributes; otherwise each file would take a block for it.
 	name, path string
-	// layer is the first that has the blob; it is none if own is set, and the
-	// content no blob but a sparse member.
+	// layer is the first layer with the blob. own says that there is none, because the
+	// content is a sparse member.
 	layer artifact.Layer
 	own   bool
-	end   int64 // of a sparse member, in its archive
-	// digest is of the content: the blob's own, or the DiffID if it is
+	end   int64 // the end of a sparse member in its archive
+	// digest is the digest of the content: the blob's own, or the DiffID if the blob is
 	// compressed.
 	digest digest.Digest
-	// format and compression are what the blob was found to be, once.
+	// format and compression are what the blob was found to be, which is tried once.
 	detected    sync.Once
 	format      artifact.Format
 	compression artifact.Compression
 	undetected  error
-	// digests are of the content by other algorithms.
+	// digests are digests of the content by other algorithms.
 	digests map[digest.Algorithm]digest.Digest
-	// retained is how retaining it went, which is done once: the same blob may
-	// stand in many layers, as a file in one and as a tar in another.
+	// retained is the result of retaining the content, which is done once: the same blob
+	// may be in several layers, as a file in one and as a tar in another.
 	once     sync.Once
 	retained error
-	// info is of the retained file. made tells that this build has copied or
-	// decompressed it, so that it takes disk and this Tree counts it.
+	// info is of the retained file. made says that this build has copied or decompressed
+	// it, so that it takes disk space which this tree counts.
 	info os.FileInfo
 	made bool
 }
 
-// contentKey tells contents apart. A blob may be a tar for one layer and a file
-// for another. The format is what the manifest says.
+// contentKey identifies a content. The format is as in the manifest, since a blob may be a
+// tar in one layer and a file in another.
 type contentKey struct {
 	blob   digest.Digest
 	format artifact.Format
@@ -69,25 +70,25 @@ type contentKey struct {
 
 func keyOf(l artifact.Layer) contentKey { return contentKey{l.Descriptor.Digest, l.Format} }
 
-// memberKey tells a member by its archive and where it is there.
+// memberKey identifies a member by its archive and its offset there.
 type memberKey struct {
 	archive *content
 	offset  int64
 }
 
-// contents are the files in data/ of a Tree that is being built: no garbage
-// collection of the runtime takes them away.
+// contents are the files in data/ of a tree that is being built. The runtime's garbage
+// collection cannot remove them.
 type contents struct {
 	Options
 	dir     string // data/
 	files   map[contentKey]*content
-	members map[memberKey]*content // the sparse ones
-	// count numbers the files.
+	members map[memberKey]*content // sparse members
+	// count is the number of the next file.
 	count int
-	// size and inodes are what they add to the disk.
+	// size and inodes are what the files add to the disk.
 	size, inodes int64
-	// written and holes are what sparse members have together, and compressed the
-	// size of all blobs.
+	// written and holes are the bytes of data and of holes of all sparse members;
+	// compressed is the size of all blobs.
 	written, holes, compressed int64
 }
 
@@ -114,7 +115,8 @@ func (cs *contents) add() *content {
 func (cs *contents) retainRaw(ctx context.Context, layers []artifact.Layer) error {
 	return each(ctx, layers, func(l artifact.Layer) error {
 		c := cs.files[keyOf(l)]
-		// Of an empty one, addLayer says what is wrong if another layer has its blob.
+		// addLayer reports a layer that claims to be empty but has the blob of another
+		// layer.
 		if l.Format != artifact.FormatRaw || c == nil || l.Descriptor.Size == 0 {
 			return nil
 		}
@@ -122,8 +124,8 @@ func (cs *contents) retainRaw(ctx context.Context, layers []artifact.Layer) erro
 	})
 }
 
-// retainArchives retains the blobs of all layers that are, or may be, archives:
-// compressed ones as what they hold, several at a time.
+// retainArchives retains the blobs of all layers that are or may be archives, several at a
+// time: compressed blobs as their decompressed content.
 func (cs *contents) retainArchives(ctx context.Context, layers []artifact.Layer) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(maxWaiting)
@@ -141,7 +143,8 @@ func (cs *contents) retainArchives(ctx context.Context, layers []artifact.Layer)
 					defer cs.done(l.Descriptor.Size)
 					return cs.retain(ctx, c, l.Descriptor)
 				}
-				// The blob has the size of the first layer; another may say another one.
+				// The blob has the size that the first layer says; another layer may claim
+				// another size.
 				if want := c.layer.Descriptor.Size; l.Descriptor.Size != want {
 					return wrongSize(want, l.Descriptor)
 				}
@@ -164,7 +167,7 @@ func (cs *contents) retainArchives(ctx context.Context, layers []artifact.Layer)
 	return g.Wait()
 }
 
-// detect looks once at what the blob of c is.
+// detect finds out once what the blob of c is.
 func (cs *contents) detect(ctx context.Context, c *content) error {
 	c.detected.Do(func() {
 		c.undetected = guard(func() error {
@@ -180,26 +183,22 @@ func (cs *contents) detect(ctx context.Context, c *content) error {
 	return c.undetected
 }
 
-// found returns the layer as its blob was found to be when it was retained, and its
-// content, nil if it has none.
+// found returns the layer with the format and compression that its blob was found to have,
+// and its content, nil if it has none. The archives must have been retained.
 func (cs *contents) found(l artifact.Layer) (artifact.Layer, *content, error) {
 	c := cs.files[keyOf(l)]
 	format, compression := artifact.FormatRaw, artifact.CompressionNone
 	switch {
 	case c != nil:
 		format, compression = c.format, c.compression
-	case l.Format == artifact.FormatTar: // of no bytes, an archive without members
+	case l.Format == artifact.FormatTar: // no bytes are an archive without members
 		format = artifact.FormatTar
 	}
 	settled, err := l.Settle(format, compression)
 	return settled, c, err
 }
 
-// maxWaiting is how many archives are retained at once. What they take of the node
-// is the Budget's; this is of goroutines.
-const maxWaiting = 64
-
-// each calls f with the layers in turn and says which one failed.
+// each calls f for each layer in turn, and adds to an error which layer failed.
 func each(ctx context.Context, layers []artifact.Layer, f func(artifact.Layer) error) error {
 	for _, l := range layers {
 		if err := ctx.Err(); err != nil {
@@ -212,8 +211,8 @@ func each(ctx context.Context, layers []artifact.Layer, f func(artifact.Layer) e
 	return nil
 }
 
-// open opens a blob of the runtime and checks its size: the digest was checked
-// when the runtime stored it.
+// open opens a blob of the runtime and checks its size. The runtime has checked the digest
+// when it stored the blob.
 func (cs *contents) open(ctx context.Context, blob ocispec.Descriptor) (*os.File, error) {
 	if err := cs.await(ctx, blob.Digest); err != nil {
 		return nil, err
@@ -253,8 +252,8 @@ func wrongSize(size int64, blob ocispec.Descriptor) error {
 	return fmt.Errorf("its blob has %d bytes, its descriptor says %d: %w", size, blob.Size, errdefs.ErrFailedPrecondition)
 }
 
-// retain makes c the runtime's blob, unless it is that already, and checks the
-// size, which layers with the same blob may say differently.
+// retain makes c the runtime's blob, once, and checks its size, which layers with the same
+// blob may state differently.
 func (cs *contents) retain(ctx context.Context, c *content, blob ocispec.Descriptor) error {
 	c.once.Do(func() {
 		var linked bool
@@ -271,8 +270,8 @@ func (cs *contents) retain(ctx context.Context, c *content, blob ocispec.Descrip
 	return checkSize(c.info, blob)
 }
 
-// link makes c a link to the runtime's blob, else to a copy made for another
-// Tree, else a new copy that later Trees can link to.
+// link makes c a link to the runtime's blob, else to a copy that was made for another tree,
+// else a new copy that later trees can link to.
 func (cs *contents) link(ctx context.Context, c *content, blob ocispec.Descriptor) (linked bool, err error) {
 	if err := cs.await(ctx, blob.Digest); err != nil {
 		return false, err
@@ -285,7 +284,7 @@ func (cs *contents) link(ctx context.Context, c *content, blob ocispec.Descripto
 		if err := os.Link(cs.Shared.Path(blob.Digest), c.path); err == nil {
 			return true, nil
 		}
-		log.G(ctx).WithError(err).WithField("blob", blob.Digest).Warnf("copying a blob of %s, since it cannot be linked into the snapshotter's root", cs.Blobs)
+		log.G(ctx).WithError(err).WithField("blob", blob.Digest).Warnf("copying a blob of %s, because it cannot be linked into the snapshotter's root", cs.Blobs)
 		copied, err := cs.copy(ctx, c.path, blob)
 		if err != nil {
 			return false, err
@@ -298,9 +297,9 @@ func (cs *contents) link(ctx context.Context, c *content, blob ocispec.Descripto
 	}
 }
 
-// share lets other Trees link to c, which is not in the runtime's directory of
-// blobs. Whoever is first shares, and the others take his; ours tells whether this
-// one was kept.
+// share lets other trees link to c, whose content is not in the runtime's directory of
+// blobs. If another build was first, its file replaces c; ours says whether c is still the
+// file that this build made.
 func (cs *contents) share(c *content) (ours bool, err error) {
 	shared := cs.Shared.Path(c.digest)
 	err = os.Link(c.path, shared)
@@ -315,7 +314,7 @@ func (cs *contents) share(c *content) (ours bool, err error) {
 	}
 	theirs := c.path + ".shared"
 	if err := os.Link(shared, theirs); err != nil {
-		return true, nil //nolint:nilerr // it has just been swept, or has too many links
+		return true, nil //nolint:nilerr // garbage collection has just removed it, or it has too many links
 	}
 	return false, os.Rename(theirs, c.path)
 }
@@ -329,9 +328,9 @@ func (cs *contents) copy(ctx context.Context, target string, blob ocispec.Descri
 	return copied, errors.Join(err, dst.Close())
 }
 
-// fill gives dst the content of blob: by reflink (FICLONE) where the file system
-// can, which also works between the subvolumes of btrfs where a link does not;
-// else by a copy, whose digest is checked since every byte passes by.
+// fill gives dst the content of blob. It tries a reflink (FICLONE) first, which on btrfs
+// also works between subvolumes, where a hard link does not; then it copies, and checks the
+// digest, since it reads every byte anyway.
 func (cs *contents) fill(ctx context.Context, dst *os.File, blob ocispec.Descriptor) (copied bool, err error) {
 	src, err := cs.open(ctx, blob)
 	if err != nil {
@@ -348,7 +347,7 @@ func (cs *contents) fill(ctx context.Context, dst *os.File, blob ocispec.Descrip
 		return false, err
 	}
 	verifier := blob.Digest.Verifier()
-	if _, err := io.Copy(io.MultiWriter(dst, verifier), reader{ctx, src}); err != nil {
+	if _, err := io.Copy(io.MultiWriter(dst, verifier), reader{ctx, src, nil}); err != nil {
 		return false, err
 	}
 	if !verifier.Verified() {
@@ -362,30 +361,29 @@ func wrongBlob(d digest.Digest) error {
 	return fmt.Errorf("its blob does not have the digest %s; delete the image and pull it again: %w", d, errdefs.ErrFailedPrecondition)
 }
 
-// sparse makes a content of the size bytes of a member with holes, which keep
-// being holes: what an index cannot point to. The same archive may stand in many
-// layers.
+// sparse makes a content of a sparse member of size bytes, since an EROFS image cannot
+// refer to it in its archive. Holes stay holes. The same archive may be in several layers.
 func (cs *contents) sparse(ctx context.Context, r io.Reader, key memberKey, size int64) (*content, error) {
 	if c, ok := cs.members[key]; ok {
 		return c, nil
 	}
 	c := cs.add()
 	c.own = true
-	r = reader{ctx, r} // of holes nothing is read that would look at ctx
+	r = reader{ctx, r, nil} // reading holes does not look at ctx otherwise
 	f, err := os.OpenFile(c.path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o444)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	// Holes take no disk, but time: what would not fit it, all of them
-	// together, is refused all the same.
+	// Holes take no disk space, but time: the sizes of all sparse members together must fit
+	// the disk all the same.
 	if size > math.MaxInt64-cs.holes {
 		return nil, fmt.Errorf("the files have more bytes than can be counted: %w", errdefs.ErrInvalidArgument)
 	}
 	if err := cs.Budget.room(f, cs.holes+size); err != nil {
 		return nil, err
 	}
-	// A fragment of one byte takes a block.
+	// copySparse limits what is written, since a fragment of one byte takes a block.
 	limit := cs.Budget.expanded(cs.compressed) - cs.written
 	written, err := copySparse(f, r, size, limit)
 	if err != nil {
@@ -403,9 +401,9 @@ func (cs *contents) sparse(ctx context.Context, r io.Reader, key memberKey, size
 	return c, f.Close()
 }
 
-// settle removes the contents that are not needed, but not those of raw layers, and counts
-// the disk usage of the others that this build has made. Call it when all layers are
-// retained: a later one may have the same blob.
+// settle removes the contents that are not needed, except for those of raw layers, and
+// counts the disk usage of the others that this build has made. It must be called when all
+// layers are retained, since a later one may have the same blob.
 func (cs *contents) settle(needed func(*content) bool) error {
 	for _, c := range slices.Concat(slices.Collect(maps.Values(cs.members)), slices.Collect(maps.Values(cs.files))) {
 		if (c.own || c.layer.Format != artifact.FormatRaw) && !needed(c) {
@@ -427,11 +425,12 @@ func (cs *contents) settle(needed func(*content) bool) error {
 	return nil
 }
 
-// sparseBlock is the unit that copySparse leaves out: a block of most file systems.
+// sparseBlock, in bytes, is the unit that copySparse leaves out: a block of most file
+// systems.
 const sparseBlock = 4 << 10
 
-// copySparse copies size bytes of r to the empty file f and leaves out blocks of
-// zeros, so that holes stay holes. It writes no more than limit.
+// copySparse copies size bytes of r to the empty file f. It leaves out blocks of zeros, so
+// that holes stay holes, and writes no more than limit bytes.
 func copySparse(f *os.File, r io.Reader, size, limit int64) (written int64, err error) {
 	buf := make([]byte, 64*sparseBlock)
 	for off := int64(0); off < size; {
@@ -448,7 +447,7 @@ func copySparse(f *os.File, r io.Reader, size, limit int64) (written int64, err 
 			}
 			if !zeros {
 				if written += int64(n); written > limit {
-					return written, fmt.Errorf("its data take more than %d bytes of the disk; raise max_expansion in the snapshotter's configuration if that is as it should be: %w", limit, errdefs.ErrInvalidArgument)
+					return written, fmt.Errorf("its sparse files take more than %d bytes of the disk; raise max_expansion in the snapshotter's configuration if this is intended: %w", limit, errdefs.ErrInvalidArgument)
 				}
 				if _, err := f.WriteAt(b[:n], off); err != nil {
 					return written, err
@@ -462,15 +461,20 @@ func copySparse(f *os.File, r io.Reader, size, limit int64) (written int64, err 
 
 func isZero(b []byte) bool { return b[0] == 0 && bytes.Equal(b[:len(b)-1], b[1:]) }
 
-// reader reads until ctx ends.
+// reader reads until ctx ends, and tells done, if it is not nil, of every n bytes.
 type reader struct {
 	ctx context.Context
 	io.Reader
+	done func(n int64)
 }
 
 func (r reader) Read(p []byte) (int, error) {
 	if err := r.ctx.Err(); err != nil {
 		return 0, err
 	}
-	return r.Reader.Read(p)
+	n, err := r.Reader.Read(p)
+	if r.done != nil {
+		r.done(int64(n))
+	}
+	return n, err
 }

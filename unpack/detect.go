@@ -5,12 +5,12 @@ package unpack
 
 import (
 	"archive/tar"
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 
 	store "github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
@@ -20,18 +20,18 @@ import (
 )
 
 // A media type may be wrong about the bytes: ORAS compresses every directory and calls
-// every file a tar, whatever type it is told. containerd (pkg/archive/compression), ORAS
-// and buildah go by the first bytes. So does this file, which decides for every part of the
-// program what a layer is.
+// every file a tar, under any type that the user chooses. containerd
+// (pkg/archive/compression), ORAS and buildah look at the first bytes, and so does this
+// file, which decides for every part of the program what a layer is.
 
-// Settle returns the layer as the bytes of its blob say that it is. A blob that is not
-// there is errdefs.ErrNotFound, one that no Tree can be built from
+// Settle returns the layer with the format and compression that its blob really has. A blob
+// that is not there is errdefs.ErrNotFound, one that Build would refuse
 // errdefs.ErrInvalidArgument.
 func Settle(ctx context.Context, l artifact.Layer, blobs store.Provider) (artifact.Layer, error) {
 	if !isDetected(l) {
 		return l, nil
 	}
-	in := io.ReaderAt(bytes.NewReader(nil)) // of no bytes there may be no blob
+	in := io.ReaderAt(bytes.NewReader(nil)) // a layer of no bytes may have no blob
 	if l.Descriptor.Size > 0 {
 		blob, err := blobs.ReaderAt(ctx, l.Descriptor)
 		if err != nil {
@@ -51,12 +51,12 @@ func Settle(ctx context.Context, l artifact.Layer, blobs store.Provider) (artifa
 	return settled, err
 }
 
-// isDetected reports whether it is the bytes that say what the layer is.
+// isDetected reports whether the bytes, and not the media type, decide what the layer is.
 func isDetected(l artifact.Layer) bool {
 	return l.Format == artifact.FormatTar || l.Format == artifact.FormatTarOrRaw
 }
 
-// detect says what the blob of a layer is: an archive and its compression, or a file.
+// detect returns what the blob of a layer is: an archive and its compression, or a file.
 func detect(ctx context.Context, l artifact.Layer, blob io.ReaderAt, b *Budget) (artifact.Format, artifact.Compression, error) {
 	const tarred, raw, none = artifact.FormatTar, artifact.FormatRaw, artifact.CompressionNone
 	head, err := readHead(io.NewSectionReader(blob, 0, l.Descriptor.Size))
@@ -76,20 +76,20 @@ func detect(ctx context.Context, l artifact.Layer, blob io.ReaderAt, b *Budget) 
 		}
 	case is != none && l.DiffID == l.Descriptor.Digest:
 		if !beginsArchive(head) {
-			return "", "", fmt.Errorf("its bytes are %s, but %s the DiffID %s, which is the digest of the compressed blob and not of the archive in it: %w", is, l.Claim(), l.DiffID, errdefs.ErrInvalidArgument)
+			return "", "", fmt.Errorf("its bytes are %s, but %s the DiffID %s, which is the digest of the compressed blob instead of the archive in it: %w", is, l.Claim(), l.DiffID, errdefs.ErrInvalidArgument)
 		}
-		is = none // the name of its first member begins like that
+		is = none // a tar whose first member has such a name
 	case is == none && !beginsArchive(head):
 		for _, other := range others {
 			if bytes.HasPrefix(head, []byte(other.magic)) {
-				return "", "", fmt.Errorf("its bytes are %s, which is not supported: pack the layer as a tar that is not compressed, or with gzip or zstd: %w", other.name, errdefs.ErrInvalidArgument)
+				return "", "", fmt.Errorf("its bytes are %s, which is not supported; pack the layer as a tar without compression, or with gzip or zstd: %w", other.name, errdefs.ErrInvalidArgument)
 			}
 		}
 	}
 	return tarred, is, nil
 }
 
-// others are recognized only to be refused by their names.
+// others are recognized only to name them in an error.
 var others = []struct{ magic, name string }{
 	{"\xfd7zXZ\x00", "xz"},
 	{"BZh", "bzip2"},
@@ -97,7 +97,8 @@ var others = []struct{ magic, name string }{
 	{"PK\x03\x04", "zip"},
 }
 
-// compressionOf is what the first bytes of a blob say, by containerd's rules.
+// compressionOf returns the compression that the first bytes of a blob show, by
+// containerd's rules.
 func compressionOf(head []byte) artifact.Compression {
 	switch compression.DetectCompression(head) {
 	case compression.Gzip:
@@ -109,7 +110,7 @@ func compressionOf(head []byte) artifact.Compression {
 	}
 }
 
-// readHead reads as much as the header of a tar's member, or all if that is less.
+// readHead reads the size of a tar header, or all if there is less.
 func readHead(r io.Reader) ([]byte, error) {
 	head := make([]byte, tarBlock)
 	n, err := io.ReadFull(r, head)
@@ -119,19 +120,18 @@ func readHead(r io.Reader) ([]byte, error) {
 	return head[:n], err
 }
 
-// headWithin is readHead of what is compressed; nothing if it is broken. A blob that cannot
-// be read is an error, and not a broken stream: it might be an archive.
+// headWithin is readHead of the content of a compressed blob. It returns nothing if the
+// stream is broken, but an error if the blob cannot be read, since that blob might be an
+// archive.
 func headWithin(ctx context.Context, c artifact.Compression, blob io.Reader, b *Budget) (head []byte, err error) {
-	how := decompressors[c]
-	release, err := b.take(ctx, how.memory)
-	if err != nil {
-		return nil, err
-	}
-	defer release()
-	in := &failing{Reader: reader{ctx, blob}}
-	if stream, err := how.open(bufio.NewReader(in)); err == nil {
+	in := &failing{Reader: reader{ctx, blob, nil}}
+	stream, err := decompress(ctx, c, in, math.MaxInt64, b)
+	switch {
+	case err == nil:
 		defer stream.Close()
-		head, _ = readHead(stream) // what is wrong with the stream does not matter here
+		head, _ = readHead(stream) // a broken stream is no archive
+	case !errdefs.IsInvalidArgument(err):
+		return nil, err
 	}
 	return head, in.err
 }
@@ -150,8 +150,8 @@ func (f *failing) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// beginsArchive reports whether head is the header of a tar's member. What may follow it,
-// such as the text of an extended header, is cut off. Zeros end an archive, but do not
+// beginsArchive reports whether head is the header of a tar member, which may be truncated
+// after it, in the text of an extended header for example. Zeros end an archive but do not
 // begin one: a file of zeros must not become an empty volume.
 func beginsArchive(head []byte) bool {
 	if len(head) < tarBlock {

@@ -14,14 +14,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// writeBlob writes a file that is like the runtime's blobs: containerd enables fs-verity
-// for its own wherever their file system can (plugins/content/local/writer.go), and ext4 and
-// btrfs have no direct I/O to such files, but read them through the page cache.
+// writeBlob writes a file like the runtime's blobs. containerd enables fs-verity for its
+// blobs on every file system that has it (plugins/content/local/writer.go), and ext4 and
+// btrfs do not do direct I/O to such files but read them through the page cache.
 func writeBlob(path, content string) error {
 	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 		return err
 	}
-	_ = enableVerity(path) // where it cannot, no blob has it
+	_ = enableVerity(path) // where this fails, containerd's blobs have none either
 	return nil
 }
 
@@ -42,12 +42,12 @@ func enableVerity(path string) error {
 	return nil
 }
 
-// errNoDirectIO is of a mode that works, but not with O_DIRECT.
+// errNoDirectIO says that a mode works, but not with O_DIRECT.
 var errNoDirectIO = errors.New("its files cannot be read with O_DIRECT")
 
-// readDirect wants the content of file from open(2) with O_DIRECT, and from a read
-// after fcntl(2) has set it: overlayfs lets either pass what the file below refuses
-// (fs/overlayfs/file.c: ovl_open_realfile, ovl_change_flags).
+// readDirect checks that file has this content when it is opened with O_DIRECT, and when
+// fcntl(2) sets O_DIRECT after opening. overlayfs accepts either, even if the file below it
+// does not (fs/overlayfs/file.c: ovl_open_realfile, ovl_change_flags).
 func readDirect(file, content string) (err error) {
 	defer func() {
 		if err != nil {
@@ -75,29 +75,29 @@ func readDirect(file, content string) (err error) {
 			return err
 		}
 		if string(buffer[:n]) != content {
-			return fmt.Errorf("%s shows other bytes than it should", filepath.Base(file))
+			return fmt.Errorf("%s has other bytes than were written", filepath.Base(file))
 		}
 	}
 	return nil
 }
 
-// alignedBuffer is whole pages, which is enough for every disk, of more than size bytes;
-// to be unmapped.
+// alignedBuffer returns a buffer of more than size bytes in whole pages, whose alignment
+// suits every disk. The caller unmaps it.
 func alignedBuffer(size int) ([]byte, error) {
 	size = os.Getpagesize() * (size/os.Getpagesize() + 1)
 	buffer, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	return buffer, os.NewSyscallError("mmap", err)
 }
 
-// sectors tries to read 512 bytes at an offset of 512 by direct I/O, as a mode does whose
-// members begin there.
+// sectors tries to read 512 bytes at an offset of 512 by direct I/O, as modes do for
+// members that begin there.
 func sectors(root string) (err error) {
 	f, err := os.CreateTemp(root, ProbeDirs)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close(), os.Remove(f.Name())) }()
-	if _, err := f.Write(make([]byte, 16*tarBlock)); err != nil { // a hole is on no disk
+	if _, err := f.Write(make([]byte, 16*tarBlock)); err != nil { // a hole would not be read from the disk
 		return err
 	}
 	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFL, unix.O_DIRECT); err != nil {
@@ -112,16 +112,16 @@ func sectors(root string) (err error) {
 	return err
 }
 
-// throughCache tries whether root's file system does direct I/O through the page cache,
-// and if so, whether it is for fs-verity. It is false where that cannot be told: before
-// Linux 6.5, and on file systems that are in memory.
+// throughCache reports whether root's file system does direct I/O through the page cache,
+// and whether the reason is fs-verity. It returns false where that cannot be found out:
+// before Linux 6.5, and for file systems in memory.
 func throughCache(root string) (cached, verity bool, err error) {
 	dir, err := os.MkdirTemp(root, ProbeDirs)
 	if err != nil {
 		return false, false, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	path, content := filepath.Join(dir, "blob"), make([]byte, 64<<10) // too much for an inode
+	path, content := filepath.Join(dir, "blob"), make([]byte, 64<<10) // too large to be inlined into the inode
 	if err := writeBlob(path, string(content)); err != nil {
 		return false, false, err
 	}

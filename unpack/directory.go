@@ -18,25 +18,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// writer makes the files of a plan below a directory. It is the one place where
-// a name from an artifact becomes a file: every access goes through root, which
-// no name and no symlink leaves, and every name has passed artifact.CleanPath.
+// writer creates the files of a plan below a directory. Only here does a name from an
+// artifact become a file: every access goes through root, which no name and no symlink
+// leaves, and every name has passed artifact.CleanPath.
 type writer struct {
 	*contents
 	root  *os.Root
 	plan  *plan
 	shift shift
-	// parent is the directory that the last entry was made in, open: files come
-	// directory by directory, and each walk from root costs an open per level.
+	// parent is the open directory of the last entry. Files come directory by directory,
+	// and each walk from root would open one directory per level.
 	parent     *os.File
 	parentName string
-	// first is the first name of each file, for its others.
+	// first has the first name of each file, for hard links to it.
 	first map[*node]string
-	// whole makes a file whose bytes are all of a content, if it is not nil.
+	// whole, if it is not nil, creates a file whose bytes are all of a content.
 	whole func(ctx context.Context, name string, n *node) error
 }
 
-// buildDirectory makes the plan in dir, which must be there and empty.
+// buildDirectory writes the plan to dir, an empty directory.
 func buildDirectory(ctx context.Context, dir string, p *plan, cs *contents, s shift) error {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -47,7 +47,7 @@ func buildDirectory(ctx context.Context, dir string, p *plan, cs *contents, s sh
 	return w.write(ctx)
 }
 
-// write makes the plan. A directory may be there already.
+// write writes the plan. Its directories may exist already.
 func (w *writer) write(ctx context.Context) error {
 	p := w.plan
 	w.first = map[*node]string{}
@@ -65,8 +65,8 @@ func (w *writer) write(ctx context.Context) error {
 			return p.wrap(name, outOfSpace(err))
 		}
 	}
-	// Directories get their attributes last, those within others first: every
-	// new child changes the directory's time.
+	// Directories get their attributes last, children before parents: every new entry
+	// changes the directory's time.
 	for _, name := range slices.Backward(names) {
 		if n := p.nodes[name]; n.kind == directory {
 			if err := w.setAttrs(name, n); err != nil {
@@ -77,7 +77,7 @@ func (w *writer) write(ctx context.Context) error {
 	return nil
 }
 
-// entry makes one entry; its parent is there.
+// entry creates one entry; its parent exists.
 func (w *writer) entry(ctx context.Context, name string, n *node) error {
 	if name == "." {
 		return nil
@@ -94,7 +94,7 @@ func (w *writer) entry(ctx context.Context, name string, n *node) error {
 		return nil
 	case symlink:
 		if err := unix.Symlinkat(n.target, dir, base); errors.Is(err, unix.ENAMETOOLONG) {
-			return fmt.Errorf("the target of the symlink %s has %d bytes, more than the file system of root holds (xfs: 1023; ext4: a block); move root to btrfs, or to ext4 with blocks of 4 KiB: %w", name, len(n.target), errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("the target of the symlink %s has %d bytes, more than the file system of the snapshotter's root can store (xfs: 1023; ext4: a block); move root to btrfs, or to ext4 with blocks of 4 KiB: %w", name, len(n.target), errdefs.ErrFailedPrecondition)
 		} else if err != nil {
 			return pathError("symlink", name, err)
 		}
@@ -104,10 +104,10 @@ func (w *writer) entry(ctx context.Context, name string, n *node) error {
 	}
 }
 
-// file makes a regular file, or another name of one.
+// file creates a regular file, or another name of one that exists.
 func (w *writer) file(ctx context.Context, name string, n *node) error {
 	if first, ok := w.first[n]; ok {
-		// A file can have so many names, and is made once more for others.
+		// The file system limits how many names a file has; the others share another copy.
 		if err := w.root.Link(first, name); !errors.Is(err, unix.EMLINK) {
 			return err
 		}
@@ -132,7 +132,7 @@ func (w *writer) file(ctx context.Context, name string, n *node) error {
 		case c.own:
 			return w.setAttrs(name, n)
 		default:
-			return nil // its attributes are the blob's, and not ours to change
+			return nil // it has the attributes of the runtime's blob, which must not change
 		}
 	}
 	f, err := w.create(name, n.attrs.mode)
@@ -145,7 +145,7 @@ func (w *writer) file(ctx context.Context, name string, n *node) error {
 	return w.setAttrs(name, n)
 }
 
-// bytes gives the empty file f its content.
+// bytes writes the content of the empty file f.
 func (w *writer) bytes(ctx context.Context, f *os.File, e extent) error {
 	switch c := e.content; {
 	case c == nil:
@@ -159,30 +159,29 @@ func (w *writer) bytes(ctx context.Context, f *os.File, e extent) error {
 			return err
 		}
 		defer archive.Close()
-		written, err := copySparse(f, reader{ctx, io.NewSectionReader(archive, e.offset, e.size)}, e.size, e.size)
+		written, err := copySparse(f, reader{ctx, io.NewSectionReader(archive, e.offset, e.size), nil}, e.size, e.size)
 		w.counted(Copied, written)
 		return err
 	case w.Modes.Raw == Overlay:
 		return makeMetacopy(f, c.name, e.size)
 	default:
 		blob := c.layer.Descriptor
-		blob.Size = e.size // another layer may say another one
+		blob.Size = e.size // another layer may claim another size
 		_, err := w.fill(ctx, f, blob)
 		return err
 	}
 }
 
-// The attributes of overlayfs (fs/overlayfs/overlayfs.h).
+// The attributes by which overlayfs finds the content of a file (fs/overlayfs/overlayfs.h).
 const (
 	xattrMetacopy = "trusted.overlay.metacopy"
 	xattrRedirect = "trusted.overlay.redirect"
 )
 
-// metacopy is the attributes with which overlayfs shows a file with its own
-// attributes and size and the content of data/<target> in a data-only layer
-// (Documentation/filesystems/overlayfs.rst, "Metadata only copy up" and
-// "Data-only lower layers"). An empty metacopy attribute asks for no fs-verity
-// digest.
+// metacopy returns the attributes by which overlayfs combines a file's own attributes and
+// size with the content of data/<target> in a data-only layer
+// (Documentation/filesystems/overlayfs.rst, "Metadata only copy up" and "Data-only lower
+// layers"). An empty metacopy attribute asks for no fs-verity digest.
 func metacopy(target string) map[string]string {
 	return map[string]string{xattrMetacopy: "", xattrRedirect: "/" + target}
 }
@@ -193,7 +192,7 @@ func makeMetacopy(f *os.File, target string, size int64) error {
 		return err
 	}
 	attributes := metacopy(target)
-	for _, name := range slices.Sorted(maps.Keys(attributes)) { // errors are the same each time
+	for _, name := range slices.Sorted(maps.Keys(attributes)) { // sorted, so that errors are the same each time
 		if err := unix.Fsetxattr(int(f.Fd()), name, []byte(attributes[name]), 0); err != nil {
 			return os.NewSyscallError("setxattr "+name, err)
 		}
@@ -201,8 +200,8 @@ func makeMetacopy(f *os.File, target string, size int64) error {
 	return nil
 }
 
-// at is the open directory that holds name, and name's last element. The
-// descriptor is good until the next call.
+// at returns the open directory of name, and the last element of name. The descriptor is
+// valid until the next call.
 func (w *writer) at(name string) (int, string, error) {
 	dir, base := path.Dir(name), path.Base(name)
 	if w.parent != nil && w.parentName == dir {
@@ -219,8 +218,8 @@ func (w *writer) at(name string) (int, string, error) {
 	return int(w.parent.Fd()), base, nil
 }
 
-// create opens a new file at name. Its mode is the wanted one already, unless
-// the umask is in the way.
+// create creates and opens the file name. It has the given mode, as far as the umask
+// allows.
 func (w *writer) create(name string, mode fs.FileMode) (*os.File, error) {
 	dir, base, err := w.at(name)
 	if err != nil {
@@ -233,8 +232,8 @@ func (w *writer) create(name string, mode fs.FileMode) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
-// setAttrs gives the complete entry its extended attributes, owner, mode and
-// time, and counts what it takes.
+// setAttrs sets extended attributes, owner, mode and time of a complete entry, and counts
+// its disk usage.
 func (w *writer) setAttrs(name string, n *node) error {
 	dir, base, err := w.at(name)
 	if err != nil {
@@ -257,9 +256,9 @@ func (w *writer) setAttrs(name string, n *node) error {
 	}
 	mode := unixMode(n.attrs.mode)
 	if n.kind != directory {
-		mode &= 0o777 // whatever the layer says
+		mode &= 0o777 // even if the layer says setuid
 	}
-	// The chown has cleared the special bits that a directory may have.
+	// chown clears the special bits, which a directory may have.
 	if n.kind != symlink && (mode > 0o777 || st.Mode&0o7777 != mode) {
 		if err := unix.Fchmodat(dir, base, mode, 0); err != nil {
 			return pathError("chmod", name, err)
@@ -283,8 +282,8 @@ func (w *writer) setXattrs(name string, xattrs map[string]string) error {
 	defer f.Close()
 	for attr, value := range xattrs {
 		if err := unix.Fsetxattr(int(f.Fd()), attr, []byte(value), 0); err != nil {
-			// Also when it does not fit the file system, which ext4 calls "no
-			// space": %v, for that is not a full disk.
+			// %v, because ext4 returns ENOSPC for an attribute that is too large, and the
+			// disk is not full.
 			return fmt.Errorf("extended attribute %.255q: %v: %w", attr, err, errdefs.ErrInvalidArgument)
 		}
 	}
@@ -298,8 +297,8 @@ func pathError(op, name string, err error) error {
 	return &fs.PathError{Op: op, Path: name, Err: err}
 }
 
-// specialBits are the mode bits that a directory keeps, for the kernel and for
-// Go.
+// specialBits are the mode bits that only directories keep, as the kernel and as Go have
+// them.
 var specialBits = map[uint32]fs.FileMode{
 	unix.S_ISUID: fs.ModeSetuid, unix.S_ISGID: fs.ModeSetgid, unix.S_ISVTX: fs.ModeSticky,
 }
@@ -314,7 +313,7 @@ func unixMode(m fs.FileMode) uint32 {
 	return mode
 }
 
-// goMode is the reverse of unixMode.
+// goMode is the inverse of unixMode.
 func goMode(mode uint32) fs.FileMode {
 	m := fs.FileMode(mode & 0o777)
 	for u, bit := range specialBits {

@@ -105,9 +105,9 @@ func extractLayer(ctx context.Context, said artifact.Layer, into Target, cs *con
 	return content, nil
 }
 
-// fit checks the plan against what is in a place already, by the rule for the
-// layers of an artifact: a file and a directory do not replace each other. A
-// directory that the plan does not describe stays as it is there.
+// fit checks the plan against what the directories have already, by the rule for the layers
+// of an artifact: a file and a directory do not replace each other. A directory that the
+// plan does not describe keeps the attributes that it has there.
 func (p *plan) fit(ctx context.Context, in Target) error {
 	var roots []*os.Root
 	defer func() {
@@ -127,9 +127,9 @@ func (p *plan) fit(ctx context.Context, in Target) error {
 			return err
 		}
 	}
-	merged := map[string][]*os.Root{".": roots} // those whose entries a directory shows
+	merged := map[string][]*os.Root{".": roots} // the directories that overlayfs merges
 	for _, name := range p.sorted() {
-		if err := ctx.Err(); err != nil { // it may take long below many layers
+		if err := ctx.Err(); err != nil { // many layers below may take long
 			return err
 		}
 		n := p.nodes[name]
@@ -137,8 +137,8 @@ func (p *plan) fit(ctx context.Context, in Target) error {
 		if err == nil && name != "." {
 			merged[name], err = n.fit(name, merged[path.Dir(name)])
 			if above := p.nodes[path.Dir(name)]; err == nil && n.implied && len(merged[name]) == 0 && above.attrs.mode&fs.ModeSetgid != 0 {
-				// The kernel would choose its group for the layer of an image.
-				err = fmt.Errorf("no layer describes this directory, and the one above it is setgid: %w", errdefs.ErrInvalidArgument)
+				// For a layer of an image the kernel would take the group from above.
+				err = fmt.Errorf("no layer describes this directory, and the directory above it is setgid; pack the directory with its own entry: %w", errdefs.ErrInvalidArgument)
 			}
 		}
 		if err != nil {
@@ -151,14 +151,14 @@ func (p *plan) fit(ctx context.Context, in Target) error {
 func (n *node) fitXattrs(in Target) error {
 	for attr := range n.xattrs {
 		if in.UserXattr && strings.HasPrefix(attr, "user.overlay.") {
-			return fmt.Errorf("extended attribute %.255q would be an order to overlayfs: %w", attr, errdefs.ErrInvalidArgument)
+			return fmt.Errorf("the snapshotter's overlayfs would obey the extended attribute %.255q: %w", attr, errdefs.ErrInvalidArgument)
 		}
 	}
 	return nil
 }
 
-// fit compares n with the uppermost entry of that name in roots, and returns those
-// in which it is a directory that is shown.
+// fit compares n with the uppermost entry of that name in roots, and returns those roots in
+// which it is a directory that overlayfs merges.
 func (n *node) fit(name string, roots []*os.Root) (dirs []*os.Root, err error) {
 	for _, root := range roots {
 		fi, err := root.Lstat(name)
@@ -169,11 +169,11 @@ func (n *node) fit(name string, roots []*os.Root) (dirs []*os.Root, err error) {
 			return nil, err
 		case !fi.IsDir():
 			if len(dirs) == 0 && n.kind == directory && !isWhiteout(fi) {
-				return nil, fmt.Errorf("it must be a directory, but is a file of a layer below: %w", errdefs.ErrInvalidArgument)
+				return nil, fmt.Errorf("it is a directory, but a file in a layer below: %w", errdefs.ErrInvalidArgument)
 			}
 			return dirs, nil
 		case n.kind != directory:
-			return nil, fmt.Errorf("it is a file, but a directory of a layer below: %w", errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("it is a file, but a directory in a layer below: %w", errdefs.ErrInvalidArgument)
 		case n.implied && len(dirs) == 0:
 			if err := n.adopt(root, name); err != nil {
 				return nil, err
@@ -184,7 +184,7 @@ func (n *node) fit(name string, roots []*os.Root) (dirs []*os.Root, err error) {
 	return dirs, nil
 }
 
-// adopt makes the attributes of n those of a directory that is there.
+// adopt gives n the attributes of an existing directory.
 func (n *node) adopt(root *os.Root, name string) error {
 	f, err := root.Open(name)
 	if err != nil {
@@ -200,15 +200,15 @@ func (n *node) adopt(root *os.Root, name string) error {
 	return err
 }
 
-// isWhiteout reports whether an entry of a layer of an overlay says that there is
-// none (Documentation/filesystems/overlayfs.rst, "whiteouts and opaque
+// isWhiteout reports whether an entry of an overlay's layer is a whiteout, which hides the
+// entries below (Documentation/filesystems/overlayfs.rst, "whiteouts and opaque
 // directories").
 func isWhiteout(fi fs.FileInfo) bool {
 	return fi.Mode()&fs.ModeCharDevice != 0
 }
 
-// clear removes what an earlier attempt has left in root, and the files that the
-// plan replaces.
+// clear removes from root what an earlier attempt has left, and the files that the plan
+// replaces.
 func (p *plan) clear(ctx context.Context, root *os.Root) error {
 	for _, name := range slices.Backward(p.sorted()) {
 		if err := ctx.Err(); err != nil {
@@ -224,9 +224,9 @@ func (p *plan) clear(ctx context.Context, root *os.Root) error {
 	return nil
 }
 
-// shareWhole makes the file of a raw layer: a reflink of the blob, else a hard
-// link to it, whose attributes are the blob's, else a copy. A sparse member is
-// copied, for the place may be on another file system than it.
+// shareWhole creates the file of a raw layer: a reflink of the blob, else a hard link to
+// it, with the attributes of the blob, else a copy. A sparse member is copied, since the
+// directory may be on another file system.
 func (w *writer) shareWhole(ctx context.Context, name string, n *node) error {
 	if n.bytes.content.own {
 		return w.copyOwn(ctx, name, n)
@@ -253,7 +253,7 @@ func (w *writer) shareWhole(ctx context.Context, name string, n *node) error {
 	if err := unix.Unlinkat(dir, base, 0); err != nil {
 		return pathError("unlink", name, err)
 	}
-	// The file that was opened, whatever has become of its name.
+	// This links the file that is open, whatever has happened to its name.
 	if unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", src.Fd()), dir, base, unix.AT_SYMLINK_FOLLOW) == nil {
 		w.counted(Linked, blob.Size)
 		return nil
@@ -279,7 +279,7 @@ func (w *writer) copyOwn(ctx context.Context, name string, n *node) error {
 	if err != nil {
 		return err
 	}
-	written, err := copySparse(dst, reader{ctx, src}, n.bytes.size, n.bytes.size)
+	written, err := copySparse(dst, reader{ctx, src, nil}, n.bytes.size, n.bytes.size)
 	w.counted(Copied, written)
 	if err := errors.Join(err, dst.Close()); err != nil {
 		return err
@@ -287,7 +287,7 @@ func (w *writer) copyOwn(ctx context.Context, name string, n *node) error {
 	return w.setAttrs(name, n)
 }
 
-// syncFS writes what the file system of dir has in memory to the disk.
+// syncFS syncs the file system of dir to the disk.
 func syncFS(dir string) error {
 	f, err := os.Open(dir)
 	if err != nil {

@@ -4,8 +4,6 @@
 package unpack
 
 import (
-	"bufio"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,147 +11,24 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
-const (
-	// zstdWindow bounds the decoder's memory: what zstd itself decodes unless it
-	// is told otherwise (--long=27).
-	zstdWindow = 128 << 20
-	// gzipMagic begins every member of a gzip (RFC 1952, 2.3.1).
-	gzipMagic = "\x1f\x8b"
-	// chunk is how much of a stream is decompressed while the chunk before it is
-	// hashed and written.
-	chunk = 256 << 10
-	// lookEvery is how much is written between two looks at the free space.
-	lookEvery = 16 << 20
-	// largeLayer is how large a layer is of which the log tells.
-	largeLayer = 64 << 20
-)
+// largeLayer, in bytes, is the size from which the log tells of a decompressed layer.
+const largeLayer = 64 << 20
 
-// decompressor is how a compression is read, and the memory that takes.
-type decompressor struct {
-	// open returns a reader that fails on trailing garbage, and decodes in the
-	// goroutine of whoever reads, where a panic can be recovered from.
-	open   func(*bufio.Reader) (io.ReadCloser, error)
-	memory int64
-}
-
-var decompressors = map[artifact.Compression]decompressor{
-	artifact.CompressionGzip: {
-		open: func(r *bufio.Reader) (io.ReadCloser, error) {
-			if _, err := peekMagic(r); err != nil {
-				return nil, err
-			}
-			z, err := gzip.NewReader(r)
-			if err != nil {
-				return nil, err
-			}
-			z.Multistream(false)
-			return &gzipMembers{z, r}, nil
-		},
-		memory: 16 * chunk,
-	},
-	artifact.CompressionZstd: {
-		open: func(r *bufio.Reader) (io.ReadCloser, error) {
-			head, _ := r.Peek(4) // if there are less, the decoder says it
-			if err := new(zstd.Header).Decode(head); errors.Is(err, zstd.ErrMagicMismatch) {
-				return nil, err
-			}
-			d, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(zstdWindow), zstd.WithDecoderLowmem(true), zstd.WithDecoderConcurrency(1))
-			if err != nil {
-				return nil, err
-			}
-			return zstdFrames{d.IOReadCloser()}, nil
-		},
-		memory: zstdWindow + 32*chunk,
-	},
-}
-
-// gzipMembers reads a gzip file of any number of members (RFC 1952, 2.2). The
-// reader's own way to do that takes a member whose header is cut off for the end.
-type gzipMembers struct {
-	*gzip.Reader
-	in *bufio.Reader
-}
-
-func (m *gzipMembers) Read(p []byte) (int, error) {
-	for {
-		n, err := m.Reader.Read(p)
-		if !errors.Is(err, io.EOF) {
-			return n, err
-		}
-		if n > 0 {
-			return n, nil // the end comes again
-		}
-		more, err := peekMagic(m.in)
-		if errors.Is(err, gzip.ErrHeader) {
-			return 0, behind(artifact.CompressionGzip)
-		}
-		if !more || err != nil {
-			return 0, cmp.Or(err, io.EOF)
-		}
-		if err := m.Reset(m.in); err != nil {
-			if errors.Is(err, io.EOF) {
-				err = io.ErrUnexpectedEOF
-			}
-			return 0, err
-		}
-		m.Multistream(false)
-	}
-}
-
-// peekMagic reports whether there is more in r, and returns gzip.ErrHeader if that is no
-// member of a gzip, as far as it goes. Of a few bytes the reader would say that they are
-// the beginning of one.
-func peekMagic(r *bufio.Reader) (more bool, err error) {
-	magic, err := r.Peek(len(gzipMagic))
-	switch {
-	case err != nil && !errors.Is(err, io.EOF):
-		return false, err
-	case !strings.HasPrefix(gzipMagic, string(magic)):
-		return true, gzip.ErrHeader
-	}
-	return len(magic) > 0, nil
-}
-
-// zstdFrames reads a file of any number of Zstandard frames (RFC 8878, 3), of which the
-// first has been looked at.
-type zstdFrames struct{ io.ReadCloser }
-
-func (z zstdFrames) Read(p []byte) (int, error) {
-	n, err := z.ReadCloser.Read(p)
-	switch {
-	case errors.Is(err, zstd.ErrMagicMismatch):
-		err = behind(artifact.CompressionZstd)
-	case errors.Is(err, zstd.ErrWindowSizeExceeded), errors.Is(err, zstd.ErrDecoderSizeExceeded):
-		err = fmt.Errorf("%w: a frame may ask for a window of %d MiB at most: compress the archive with zstd --long=27 or less", err, zstdWindow>>20)
-	case errors.Is(err, io.ErrUnexpectedEOF): // of both, the decoder says the same
-		err = fmt.Errorf("it ends within a frame, or there are up to 3 bytes behind the last one: %w", err)
-	}
-	return n, err
-}
-
-// behind is the error for a blob that goes on behind the end of its compressed stream.
-func behind(c artifact.Compression) error {
-	return fmt.Errorf("behind the end of the %s stream are bytes that are no %[1]s: compress the archive again: %w", c, errdefs.ErrInvalidArgument)
-}
-
-// retainFlat makes c the flat tar in a compressed blob: a link to that of
-// another Tree with the same blob, or a new one.
+// retainFlat makes c the flat tar, that is the decompressed content, of a compressed blob:
+// a link to the flat tar of another tree with the same blob, or a new one.
 //
-// Nothing is found by the DiffID that a config claims: whoever knows that of
-// somebody else's layer could read it so.
+// It does not look for a flat tar by the DiffID that a config claims: whoever knows the
+// DiffID of another tenant's layer could read that layer.
 func (cs *contents) retainFlat(ctx context.Context, c *content) error {
 	release, err := cs.Budget.Lock(ctx, c.layer.Descriptor.Digest.String())
 	if err != nil {
@@ -161,7 +36,8 @@ func (cs *contents) retainFlat(ctx context.Context, c *content) error {
 	}
 	defer release()
 	done := cs.flatOf(c.layer.Descriptor.Digest)
-	// detect has opened the blob: who does not have it gets nothing of what is in it.
+	// detect has opened the blob, so whoever does not have the blob does not get its
+	// content.
 	if target, err := os.Readlink(done); err == nil {
 		shared := filepath.Join(filepath.Dir(done), target)
 		if os.Link(shared, c.path) == nil {
@@ -179,7 +55,7 @@ func (cs *contents) retainFlat(ctx context.Context, c *content) error {
 	if c.made, err = cs.share(c); err != nil {
 		return err
 	}
-	// Remembered as a symlink from the blob to what it holds.
+	// Recorded as a symlink from the blob to its content.
 	if err := os.MkdirAll(filepath.Dir(done), 0o700); err != nil {
 		return err
 	}
@@ -190,35 +66,25 @@ func (cs *contents) retainFlat(ctx context.Context, c *content) error {
 	return nil
 }
 
-// flatOf is the symlink to the flat tar of a compressed blob.
+// flatOf returns the path of the symlink to the flat tar of a compressed blob.
 func (cs *contents) flatOf(blob digest.Digest) string { return cs.Shared.Path(blob) + ".tar" }
 
-// inflate decompresses the blob of c into c and computes its digest, in one pass. What is
-// wrong is never shared: other artifacts would be shown it.
+// inflate decompresses the blob of c into c and computes its digest, in one pass. A wrong
+// content is never shared, since other artifacts would get it.
 func (cs *contents) inflate(ctx context.Context, c *content) error {
 	l := c.layer
-	how, ok := decompressors[c.compression]
-	if !ok {
-		return fmt.Errorf("compression %q: %w", c.compression, errdefs.ErrNotImplemented)
-	}
-	release, err := cs.Budget.take(ctx, how.memory)
-	if err != nil {
-		return err
-	}
-	defer release()
 	blob, err := cs.open(ctx, l.Descriptor)
 	if err != nil {
 		return err
 	}
 	defer blob.Close()
-	seen, verifier := io.Writer(counter(cs.done)), l.Descriptor.Digest.Verifier()
-	if l.DiffID == "" { // else that tells as well, and nothing is hashed twice
-		seen = io.MultiWriter(seen, verifier)
+	in, verifier := io.Reader(reader{ctx, blob, cs.done}), l.Descriptor.Digest.Verifier()
+	if l.DiffID == "" { // a DiffID proves the same, and nothing is hashed twice
+		in = io.TeeReader(in, verifier)
 	}
-	compressed := io.TeeReader(reader{ctx, blob}, seen)
-	stream, err := how.open(bufio.NewReaderSize(compressed, chunk))
+	stream, err := decompress(ctx, c.compression, in, l.Descriptor.Size, cs.Budget)
 	if err != nil {
-		return badStream(fmt.Errorf("it is not %s: %w", c.compression, err))
+		return err
 	}
 	defer stream.Close()
 	dst, err := os.OpenFile(c.path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o444)
@@ -231,16 +97,13 @@ func (cs *contents) inflate(ctx context.Context, c *content) error {
 		algorithm = l.DiffID.Algorithm()
 	}
 	sum := algorithm.Digester()
-	out := &flatWriter{
-		file: dst, hash: sum.Hash(), budget: cs.Budget,
-		compressed: l.Descriptor.Size, limit: cs.Budget.expanded(l.Descriptor.Size),
-	}
+	out := &flatWriter{file: dst, hash: sum.Hash(), budget: cs.Budget}
 	began := time.Now()
 	if err := out.fill(ctx, stream); err != nil {
 		return badStream(err)
 	}
 	cs.counted(Decompressed, out.written)
-	level := log.DebugLevel // an artifact may have a layer for each of its files
+	level := log.DebugLevel // an artifact may have one layer per file
 	if out.written >= largeLayer {
 		level = log.InfoLevel
 	}
@@ -258,17 +121,16 @@ func (cs *contents) inflate(ctx context.Context, c *content) error {
 	return dst.Close()
 }
 
-// flatWriter writes a flat tar, within bounds.
+// flatWriter writes a flat tar.
 type flatWriter struct {
-	file              *os.File
-	hash              hash.Hash
-	budget            *Budget
-	compressed, limit int64
-	written, look     int64
+	file          *os.File
+	hash          hash.Hash
+	budget        *Budget
+	written, look int64
 }
 
-// fill reads r to its end, in this goroutine, while another one hashes and
-// writes what was read before.
+// fill reads r to its end in this goroutine, while another one hashes and writes what was
+// read before.
 func (w *flatWriter) fill(ctx context.Context, r io.Reader) (err error) {
 	free, full := make(chan []byte, 2), make(chan []byte, 2)
 	for range cap(free) {
@@ -284,7 +146,7 @@ func (w *flatWriter) fill(ctx context.Context, r io.Reader) (err error) {
 		}
 		return nil
 	})
-	defer func() { // when the decoder panics, too
+	defer func() { // also when the decoder panics
 		close(full)
 		if werr := g.Wait(); werr != nil {
 			err = werr
@@ -296,7 +158,7 @@ func (w *flatWriter) fill(ctx context.Context, r io.Reader) (err error) {
 			return ctx.Err()
 		case b := <-free:
 			n, err := readChunk(r, b)
-			full <- b[:n] // there is room: there are no more chunks than that
+			full <- b[:n] // it does not block: full has room for all chunks
 			if errors.Is(err, io.EOF) {
 				return nil
 			}
@@ -307,8 +169,8 @@ func (w *flatWriter) fill(ctx context.Context, r io.Reader) (err error) {
 	}
 }
 
-// readChunk fills b as far as it can. Other than io.ReadFull it tells the end of
-// a stream from one that is cut off.
+// readChunk fills b as far as possible. Unlike io.ReadFull it distinguishes the end of a
+// stream from a truncated one.
 func readChunk(r io.Reader, b []byte) (n int, err error) {
 	for n < len(b) && err == nil {
 		var more int
@@ -320,10 +182,6 @@ func readChunk(r io.Reader, b []byte) (n int, err error) {
 
 func (w *flatWriter) write(b []byte) error {
 	w.written += int64(len(b))
-	if w.written > w.limit {
-		return fmt.Errorf("it decompresses to more than %d bytes from %d; raise max_expansion in the snapshotter's configuration if that is as it should be: %w",
-			w.limit, w.compressed, errdefs.ErrInvalidArgument)
-	}
 	if w.written >= w.look {
 		if err := w.budget.room(w.file, int64(len(b))); err != nil {
 			return err
@@ -337,17 +195,9 @@ func (w *flatWriter) write(b []byte) error {
 	return err
 }
 
-// counter is a writer that only counts.
-type counter func(n int64)
-
-func (c counter) Write(p []byte) (int, error) {
-	c(int64(len(p)))
-	return len(p), nil
-}
-
-// checkDiffID checks what is claimed of a layer's content; l is the layer as the
-// manifest has it. A blob that is not compressed is its content, and the runtime has
-// checked its digest.
+// checkDiffID checks the claimed DiffID of l, a layer as in the manifest, against its
+// content. A blob that is not compressed is its own content, and the runtime has checked
+// its digest.
 func (cs *contents) checkDiffID(ctx context.Context, c *content, l artifact.Layer) error {
 	if l.DiffID == "" || l.DiffID == c.digest {
 		return nil
@@ -362,21 +212,21 @@ func (cs *contents) checkDiffID(ctx context.Context, c *content, l artifact.Laye
 	return nil
 }
 
-// checkEmpty checks the digests of a layer of no bytes. Its blob is not looked at: there
-// is nothing to share, and the runtime may not even have it.
+// checkEmpty checks the digests of a layer without bytes. It does not look at the blob:
+// there is nothing to share, and the runtime may not have it.
 func checkEmpty(l artifact.Layer) error {
 	switch {
 	case l.Descriptor.Digest != l.Descriptor.Digest.Algorithm().FromBytes(nil):
-		return fmt.Errorf("its descriptor says 0 bytes, but its digest is not that of no bytes: %w", errdefs.ErrInvalidArgument)
+		return fmt.Errorf("its descriptor says 0 bytes, but its digest is not the digest of no bytes: %w", errdefs.ErrInvalidArgument)
 	case l.DiffID != "" && l.DiffID != l.DiffID.Algorithm().FromBytes(nil):
-		return fmt.Errorf("it has no bytes, but %s the DiffID %s, which is not that of no bytes: %w", l.Claim(), l.DiffID, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("it has no bytes, but %s the DiffID %s, which is not the digest of no bytes: %w", l.Claim(), l.DiffID, errdefs.ErrInvalidArgument)
 	}
 	return nil
 }
 
-// diffID is the DiffID of l, whose content is c, nil if it has none. If its config does
-// not name it, it is by the canonical algorithm; what another Tree has decompressed may
-// be known by the one in its config.
+// diffID returns the DiffID of l, whose content is c, nil if it has none: as the config
+// names it, else by the canonical algorithm. If another tree has decompressed the blob,
+// c.digest may be by the algorithm in that tree's config.
 func (c *content) diffID(ctx context.Context, l artifact.Layer) (digest.Digest, error) {
 	switch {
 	case l.Compression == artifact.CompressionNone:
@@ -390,12 +240,12 @@ func (c *content) diffID(ctx context.Context, l artifact.Layer) (digest.Digest, 
 	}
 }
 
-// digestBy is the digest of c by an algorithm.
+// digestBy returns the digest of c by an algorithm.
 func (c *content) digestBy(ctx context.Context, algorithm digest.Algorithm) (digest.Digest, error) {
 	if c.digest.Algorithm() == algorithm {
 		return c.digest, nil
 	}
-	if got := c.digests[algorithm]; got != "" { // many layers may have the blob
+	if got := c.digests[algorithm]; got != "" { // several layers may have the blob
 		return got, nil
 	}
 	f, err := os.Open(c.path)
@@ -403,7 +253,7 @@ func (c *content) digestBy(ctx context.Context, algorithm digest.Algorithm) (dig
 		return "", err
 	}
 	defer f.Close()
-	got, err := algorithm.FromReader(reader{ctx, f})
+	got, err := algorithm.FromReader(reader{ctx, f, nil})
 	if err != nil {
 		return "", err
 	}

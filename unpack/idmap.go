@@ -12,17 +12,17 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// overflowID owns what has no owner inside a user namespace
-// (/proc/sys/kernel/overflowuid, never changed in practice).
+// overflowID owns files whose owner has no mapping in the user namespace
+// (/proc/sys/kernel/overflowuid, which nobody changes in practice).
 const overflowID = 65534
 
-// IDMap is the map of a user namespace as containerd writes it into the
-// labels containerd.io/snapshot/uidmapping and gidmapping: a comma-separated
-// list of container:host:size. The zero value maps every ID to itself.
+// IDMap is the ID mapping of a user namespace as containerd writes it into the labels
+// containerd.io/snapshot/uidmapping and gidmapping: a comma-separated list of
+// container:host:size. The zero value maps every ID to itself.
 type IDMap struct{ UID, GID string }
 
-// Root is the owner on the host of what root owns in the user namespace; mapped is false for
-// the zero value. It is errdefs.ErrInvalidArgument if m cannot be read.
+// Root returns the owner on the host of files that root owns in the user namespace. mapped
+// is false for the zero value. A map that cannot be parsed is errdefs.ErrInvalidArgument.
 func (m IDMap) Root() (uid, gid uint32, mapped bool, err error) {
 	s, err := m.parse()
 	if err != nil || m == (IDMap{}) {
@@ -37,7 +37,7 @@ type shift struct{ uids, gids []idRange }
 
 type idRange struct{ container, host, size uint32 }
 
-// parse returns errdefs.ErrInvalidArgument for a map it cannot read.
+// parse returns errdefs.ErrInvalidArgument for a map that cannot be parsed.
 func (m IDMap) parse() (s shift, err error) {
 	if s.uids, err = parseRanges(m.UID); err != nil {
 		return s, err
@@ -69,7 +69,7 @@ func parseRanges(list string) ([]idRange, error) {
 	return ranges, nil
 }
 
-// owner is what the file of uid and gid must be owned by on the host.
+// owner returns the owner on the host of a file of uid and gid.
 func (s shift) owner(uid, gid uint32) (uint32, uint32) { return mapID(s.uids, uid), mapID(s.gids, gid) }
 
 func mapID(ranges []idRange, id uint32) uint32 {

@@ -17,13 +17,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// buildImage writes the metadata of the plan as an EROFS image, and returns the
-// extra devices that the bytes of its files are in, in order.
+// buildImage writes the metadata of the plan as an EROFS image, and returns, in the image's
+// order, the extra devices that have the bytes of its files.
 //
-// A member of an archive is where it is in the archive, which is one device. A
-// file whose bytes are all of a content carries the attributes by which overlayfs
-// finds them; its own bytes are on a device that has none, so that whoever reads
-// it without the overlay gets an error and no wrong bytes.
+// An archive is one device, and a member is a part of it. A file whose bytes are all of a
+// content has the attributes by which overlayfs finds them; in the image its bytes are on
+// the device nowhere, which is empty, so that reading the file without the overlay is an
+// error instead of wrong bytes.
 func buildImage(file string, p *plan, s shift, nowhere *content) (devices []*content, err error) {
 	f, err := os.OpenFile(file, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -34,7 +34,7 @@ func buildImage(file string, p *plan, s shift, nowhere *content) (devices []*con
 	if _, archives := p.contents(); len(archives) > 0 {
 		i.block = tarBlock
 	}
-	// Time 0, so that nothing in the image depends on when it was made.
+	// Time 0, so that the image does not depend on when it is built.
 	w := erofs.Create(f, erofs.WithBlockSize(i.block), erofs.WithBuildTime(0, 0))
 	metadata := i.part()
 	sources := map[*content]*imagePart{}
@@ -73,22 +73,18 @@ func buildImage(file string, p *plan, s shift, nowhere *content) (devices []*con
 	return devices, errors.Join(w.Close(), pad(f))
 }
 
-// maxDevice is what the size of a device of an image with blocks of tarBlock must be below:
-// EROFS counts them in 32 bits.
-const maxDevice = tarBlock << 32
-
-// tooLarge reports whether an image cannot show the member e of an archive. go-erofs maps
-// it by a chunk of the least power of two that holds it, and no less than 4 KiB. Linux 7.3
-// computes the number of the block behind that in 32 bits: if it is larger, every read of
-// the member fails with EIO (erofs_map_chunks in fs/erofs/data.c).
+// tooLarge reports whether an EROFS image cannot refer to the member e of an archive.
+// go-erofs maps it by a chunk of the least power of two that holds it, and at least 4 KiB.
+// Linux 7.3 computes the number of the block after the chunk in 32 bits: if it does not
+// fit, every read of the member fails with EIO (erofs_map_chunks in fs/erofs/data.c).
 func (e extent) tooLarge() bool {
 	return e.size > maxDevice || e.offset+1<<bits.Len64(uint64(max(e.size, 4096)-1)) >= maxDevice
 }
 
-// pad extends f to whole pages by a hole. Linux 7.3 reads no metadata from the last page
-// of a file that ends within it: the mount of a shorter image fails ("cannot read erofs
-// superblock"), and so do reads of files whose extents a longer one has there, with EIO.
-// EROFS does not look at what is added: the superblock says how many blocks there are.
+// pad extends f to whole pages with a hole. Linux 7.3 reads no metadata from the last page
+// of a file that ends within the page: the mount of a shorter image fails ("cannot read
+// erofs superblock"), and in a longer one reads of files whose extents are there fail with
+// EIO. EROFS ignores the padding, since the superblock says how many blocks there are.
 func pad(f *os.File) error {
 	fi, err := f.Stat()
 	if err != nil {
@@ -98,19 +94,19 @@ func pad(f *os.File) error {
 	return f.Truncate((fi.Size() + page - 1) / page * page)
 }
 
-// image is a plan as go-erofs reads it.
+// image presents a plan to go-erofs.
 type image struct {
 	plan    *plan
 	shift   shift
-	block   int               // size
-	subdirs map[string]uint32 // how many directories are in one
+	block   int               // its size in bytes
+	subdirs map[string]uint32 // the number of directories in each directory
 }
 
 func (i *image) part() *imagePart {
 	return &imagePart{image: i, dirs: map[string][]fs.DirEntry{".": nil}}
 }
 
-// imagePart is some entries of an image and the directories above them.
+// imagePart is some entries of an image, with the directories above them.
 type imagePart struct {
 	*image
 	dirs map[string][]fs.DirEntry
@@ -122,7 +118,7 @@ var (
 	_ fs.StatFS     = &imagePart{}
 )
 
-// add adds the entry name of the plan.
+// add adds the entry name of the plan, and the directories above it.
 func (i *imagePart) add(name string) {
 	if _, ok := i.dirs[name]; ok {
 		return
@@ -135,7 +131,7 @@ func (i *imagePart) add(name string) {
 	i.dirs[dir] = append(i.dirs[dir], imageEntry{i.image, name, i.plan.nodes[name]})
 }
 
-// Open implements fs.FS. Nothing is read: the image is of metadata.
+// Open implements fs.FS. It is not called, since the image has metadata only.
 func (i *imagePart) Open(name string) (fs.File, error) {
 	return nil, &fs.PathError{Op: "open", Path: name, Err: unix.ENOTSUP}
 }
@@ -160,19 +156,19 @@ func (i *imagePart) ReadLink(name string) (string, error) {
 	return i.plan.nodes[name].target, nil
 }
 
-// imageDevice is an imagePart whose files have their bytes on a device.
+// imageDevice is an imagePart whose files have their bytes on one device.
 type imageDevice struct {
 	*imagePart
 	blocks uint64
 }
 
-// BlockSize is that of the image and of the device.
+// BlockSize returns the block size of image and device.
 func (d imageDevice) BlockSize() uint32 { return uint32(d.block) }
 
-// DeviceBlocks is the size of the device.
+// DeviceBlocks returns the size of the device in blocks.
 func (d imageDevice) DeviceBlocks() uint64 { return d.blocks }
 
-// imageEntry is a node as a directory entry and as a file's information.
+// imageEntry is a node as fs.DirEntry and fs.FileInfo.
 type imageEntry struct {
 	of   *image
 	path string
@@ -210,11 +206,11 @@ func (e imageEntry) Mode() fs.FileMode {
 	case symlink:
 		return fs.ModeSymlink | 0o777
 	default:
-		return e.attrs.mode.Perm() // whatever the layer says
+		return e.attrs.mode.Perm() // even if the layer says setuid
 	}
 }
 
-// Sys implements fs.FileInfo: what else go-erofs puts into an inode.
+// Sys implements fs.FileInfo: it returns what else go-erofs stores in an inode.
 func (e imageEntry) Sys() any {
 	uid, gid := e.of.shift.owner(e.attrs.uid, e.attrs.gid)
 	st := &erofs.Stat{
@@ -235,7 +231,7 @@ func (e imageEntry) Sys() any {
 	return st
 }
 
-// DataRange says where the bytes are on the device, for go-erofs.
+// DataRange tells go-erofs where the bytes are on the device.
 func (e imageEntry) DataRange() []erofs.DataRange {
 	if e.bytes.size == 0 {
 		return nil
@@ -243,10 +239,9 @@ func (e imageEntry) DataRange() []erofs.DataRange {
 	return []erofs.DataRange{{Offset: e.bytes.offset, Size: e.bytes.size}}
 }
 
-// aligned adds an attribute of no meaning if those there are would not end at a
-// multiple of eight bytes. What follows them, the list of a file's extents, must
-// begin at one (fs/erofs/data.c, erofs_map_blocks), and go-erofs 0.3.1 leaves no
-// gap for that. Only root sees attributes that are trusted.
+// aligned adds a meaningless attribute if the end of xattrs would not be a multiple of
+// eight bytes, where the list of the file's extents must begin (fs/erofs/data.c,
+// erofs_map_blocks); go-erofs 0.3.1 leaves no gap. Only root sees trusted attributes.
 func aligned(xattrs map[string]string) map[string]string {
 	if len(xattrs) == 0 {
 		return xattrs

@@ -109,12 +109,12 @@ func forms(t *testing.T) map[string][]byte {
 	for form, sparse := range sparseForms {
 		var many []fragment
 		for i := range 60 {
-			many = append(many, fragmentAt(int64(i)*9000 + 100, noise(512 + i)))
+			many = append(many, fragmentAt(int64(i)*9000+100, noise(512+i)))
 		}
 		all["sparse, "+form] = slices.Concat(
 			// GNU tar ends with a piece of no bytes. Without any, a file of the formats
 			// 0.0 and 0.1 is refused, since archive/tar takes it for one of no bytes.
-			sparse("all hole", 1<<20, fragmentAt(1 << 20, "")),
+			sparse("all hole", 1<<20, fragmentAt(1<<20, "")),
 			sparse("none", 0, fragmentAt(0, "")),
 			sparse("begins with data", 100000, fragmentAt(0, noise(10)), fragmentAt(99990, noise(10)), fragmentAt(100000, "")),
 			sparse("ends with a hole", 100000, fragmentAt(777, noise(1000)), fragmentAt(100000, "")),

@@ -22,46 +22,32 @@ import (
 )
 
 const (
-	// xattrPrefix is of the PAX records that hold extended attributes,
-	// sparsePrefix of those that describe a sparse file (GNU tar, "Storing
-	// Sparse Files").
+	// xattrPrefix begins the PAX records of extended attributes, and sparsePrefix those
+	// that describe a sparse file (GNU tar, "Storing Sparse Files").
 	xattrPrefix  = "SCHILY.xattr."
 	sparsePrefix = "GNU.sparse."
 	tarBlock     = 512
-	// The types of members that archive/tar has no names for: the label of a volume
-	// and a directory with the names of what was in it, by GNU tar ("Basic Tar
-	// Format"), and the extended header of Solaris.
+	// Types of members that archive/tar has no names for: GNU tar's label of a volume and
+	// directory with the list of its files ("Basic Tar Format"), and the extended header of
+	// Solaris.
 	typeLabel   = 'V'
 	typeDumpDir = 'D'
 	typeSolaris = 'X'
-	// headerBytes is how much of extended headers counts as an entry of the plan.
-	headerBytes = 4096
-	// maxTarget is the longest target of a symlink (PATH_MAX).
-	maxTarget = 4095
-	// maxXattrName and maxXattrValue are the kernel's XATTR_NAME_MAX and one
-	// less than XATTR_SIZE_MAX, which is what the length field of an EROFS
-	// attribute holds. maxXattrs is for all of an inode, whose own field counts
-	// them in units of four bytes.
-	maxXattrName  = 255
-	maxXattrValue = 1<<16 - 1
-	maxXattrs     = 4 * (1<<16 - 16)
-	// maxXattrNames is XATTR_LIST_MAX.
-	maxXattrNames = 1 << 16
 )
 
-// index is the indexing of one archive.
+// index adds the members of one archive to a plan.
 type index struct {
 	*plan
 	archive *content
 	layer   int
 	// files are the regular files and symlinks of this archive, for its hard links.
 	files map[string]*node
-	// sparse makes a content of its own from a member with holes.
+	// sparse makes a content of a member with holes.
 	sparse func(r io.Reader, key memberKey, size int64) (*content, error)
 }
 
-// addArchive plans the members of the archive c. It reads headers and skips
-// what is between them. sparse is called for a sparse member.
+// addArchive adds the members of the archive c to the plan. It reads the headers and seeks
+// over the rest. It calls sparse for a sparse member.
 func (p *plan) addArchive(ctx context.Context, c *content, layer int, sparse func(io.Reader, memberKey, int64) (*content, error)) error {
 	f, err := os.Open(c.path)
 	if err != nil {
@@ -77,12 +63,12 @@ func (p *plan) addArchive(ctx context.Context, c *content, layer int, sparse fun
 	return badStream(x.members(ctx, io.NewSectionReader(f, 0, fi.Size())))
 }
 
-// members plans all members and checks that nothing but zeros is behind the last one.
-// POSIX wants two blocks of them there (pax, "ustar Interchange Format"); GNU tar, bsdtar
-// and archive/tar also take one for the end, and the end of the file.
+// members adds all members, and checks that only zeros follow the last one. POSIX requires
+// two blocks of zeros there (pax, "ustar Interchange Format"); GNU tar, bsdtar and
+// archive/tar also accept one block, or the end of the file.
 func (x *index) members(ctx context.Context, s *io.SectionReader) error {
 	r := tar.NewReader(seeking{ctx, s})
-	end := int64(0) // of the last member
+	end := int64(0) // where the last member ends
 	for {
 		h, err := r.Next()
 		if errors.Is(err, io.EOF) {
@@ -96,7 +82,7 @@ func (x *index) members(ctx context.Context, s *io.SectionReader) error {
 			return err
 		}
 		before := x.entries
-		if err := x.count((at - end) / headerBytes); err != nil { // of extended headers
+		if err := x.count((at - end) / headerBytes); err != nil { // extended headers
 			return err
 		}
 		if end, err = x.member(r, h, s, at); err == nil && x.entries == before {
@@ -108,8 +94,8 @@ func (x *index) members(ctx context.Context, s *io.SectionReader) error {
 	}
 }
 
-// seeking is a stream until ctx ends. archive/tar skips by seeking, and reads
-// the last byte of what it skips to see that it is there.
+// seeking fails when ctx ends. archive/tar seeks over what it skips, and reads the last
+// byte to see that it exists.
 type seeking struct {
 	ctx context.Context
 	*io.SectionReader
@@ -122,9 +108,8 @@ func (s seeking) Read(p []byte) (int, error) {
 	return s.SectionReader.Read(p)
 }
 
-// checkEnd checks that there are only zeros behind the last member, which ends at end. There
-// may be any number of them, since tars pad to a record of any size (tar
-// --blocking-factor).
+// checkEnd checks that only zeros follow the last member, which ends at end: any number of
+// them, since a tar is padded to records of any size (tar --blocking-factor).
 func checkEnd(ctx context.Context, s *io.SectionReader, end int64) error {
 	if end > s.Size() { // GNU tar and bsdtar refuse this, too
 		return fmt.Errorf("it ends within the padding of its last member: %w", io.ErrUnexpectedEOF)
@@ -135,9 +120,9 @@ func checkEnd(ctx context.Context, s *io.SectionReader, end int64) error {
 		n, err := io.ReadFull(rest, buf)
 		switch {
 		case n > 0 && !isZero(buf[:n]) && len(buf) == tarBlock:
-			return fmt.Errorf("it ends behind the extended header of a member: %w", io.ErrUnexpectedEOF)
+			return fmt.Errorf("it ends after the extended header of a member: %w", io.ErrUnexpectedEOF)
 		case n > 0 && !isZero(buf[:n]):
-			return fmt.Errorf("there is garbage behind the end of the archive: pack it again without: %w", errdefs.ErrInvalidArgument)
+			return fmt.Errorf("garbage follows the end of the archive; pack it again without: %w", errdefs.ErrInvalidArgument)
 		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 			return nil
 		case err != nil:
@@ -149,8 +134,8 @@ func checkEnd(ctx context.Context, s *io.SectionReader, end int64) error {
 	}
 }
 
-// member plans one member, whose content begins at the offset at of s, and
-// returns where it ends.
+// member adds one member, whose content begins at the offset at of s, and returns where it
+// ends.
 func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int64) (end int64, err error) {
 	end = roundUp(at)
 	switch h.Typeflag {
@@ -167,11 +152,11 @@ func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int
 		if !strings.HasSuffix(h.Name, "/") {
 			break
 		}
-		// GNU tar and bsdtar make a directory of it, and archive/tar does if the header
-		// is of the old format. If it has content, GNU tar and bsdtar read that as
-		// headers, and archive/tar skips it.
+		// To GNU tar and bsdtar it is a directory, and to archive/tar if the header is of
+		// the old format. If it has content, GNU tar and bsdtar read that as headers, and
+		// archive/tar skips it.
 		if h.Size > 0 || isSparse(h) {
-			return 0, fmt.Errorf("its name ends in a slash, which makes it a directory, but it has %d bytes of content, which tars read in different ways: pack the archive again: %w", h.Size, errdefs.ErrInvalidArgument)
+			return 0, fmt.Errorf("its name ends in a slash, which makes it a directory, but it has %d bytes of content, which tools for tar read in different ways; pack the archive again: %w", h.Size, errdefs.ErrInvalidArgument)
 		}
 		h.Typeflag = tar.TypeDir
 	}
@@ -185,7 +170,7 @@ func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int
 	}
 	if h.Typeflag == tar.TypeDir && isRoot(h.Name) {
 		root := x.nodes["."]
-		root.attrs, root.xattrs, root.implied = a, xattrs, false // tar -C DIR . begins with it
+		root.attrs, root.xattrs, root.implied = a, xattrs, false // the first member of tar -C DIR .
 		return end, x.countXattrs(xattrs)
 	}
 	name, err := memberPath(h.Name)
@@ -208,14 +193,14 @@ func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int
 		}
 		x.files[name] = n
 	case tar.TypeSymlink:
-		// Where it points to does not matter here: nothing is ever opened
-		// through it, and the container resolves it in its own root.
+		// The target does not matter: nothing is opened through the symlink here, and the
+		// container resolves it in its own root.
 		if h.Linkname == "" || len(h.Linkname) > maxTarget {
-			return 0, fmt.Errorf("a symlink with a target of %d bytes: %w", len(h.Linkname), errdefs.ErrInvalidArgument)
+			return 0, fmt.Errorf("a symlink must have a target of 1 to 4095 bytes, not %d: %w", len(h.Linkname), errdefs.ErrInvalidArgument)
 		}
-		// Cloned, here and for attributes: what archive/tar returns is part of an
-		// extended header of up to a MiB, which would stay in memory.
-		n.kind, n.target, n.xattrs = symlink, strings.Clone(h.Linkname), nil // no symlink has any of user.*
+		// Cloned, as are attributes: the string is part of an extended header of up to 1
+		// MiB, which would stay in memory.
+		n.kind, n.target, n.xattrs = symlink, strings.Clone(h.Linkname), nil // symlinks cannot have user.* attributes
 		x.files[name] = n
 	case tar.TypeLink:
 		if n, err = x.linked(h.Linkname); err != nil {
@@ -224,21 +209,21 @@ func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int
 		x.relink(n, name, a, xattrs)
 		x.files[name] = n
 	case typeSolaris:
-		return 0, fmt.Errorf("an extended header of Solaris (type 'X') is not supported: pack the archive in the pax format of POSIX (type 'x'): %w", errdefs.ErrInvalidArgument)
+		return 0, fmt.Errorf("an extended header of Solaris (type 'X') is not supported; pack the archive in the pax format of POSIX (type 'x'): %w", errdefs.ErrInvalidArgument)
 	default:
-		return 0, fmt.Errorf("%s is not a file that a volume may hold: %w", typeName(h.Typeflag), errdefs.ErrInvalidArgument)
+		return 0, fmt.Errorf("%s cannot be in a volume; pack the archive without it: %w", typeName(h.Typeflag), errdefs.ErrInvalidArgument)
 	}
 	return end, x.place(name, n)
 }
 
-// memberPath is the path in the volume of the member name, or of the target of a hard
-// link. Every tar strips the slashes before it ("Absolute File Names" of GNU tar).
+// memberPath returns the path in the volume of a member's name or a hard link's target.
+// Every tool for tar strips leading slashes (GNU tar, "Absolute File Names").
 func memberPath(name string) (string, error) {
 	return artifact.CleanPath(strings.TrimLeft(name, "/"))
 }
 
-// endOf is where a member ends whose content begins at the offset at. Of a sparse one
-// the size does not say it.
+// endOf returns where a member ends whose content begins at the offset at. The size of a
+// sparse member does not tell.
 func endOf(h *tar.Header, at int64) (end int64, err error) {
 	switch {
 	case isSparse(h):
@@ -249,25 +234,25 @@ func endOf(h *tar.Header, at int64) (end int64, err error) {
 	return roundUp(at + h.Size), nil
 }
 
-// checkGlobal refuses an extended header for all members behind it that says anything
-// of what is shown. archive/tar does not apply it, and nor does containerd: a reader
-// that did would see other files. That of git-archive has a comment alone.
+// checkGlobal refuses a global extended header, for all members after it, that would change
+// the files. archive/tar ignores it and so does containerd, but a reader that does not
+// would get other files. The one of git-archive has only a comment.
 func checkGlobal(h *tar.Header) error {
-	if h.PAXRecords == nil { // so archive/tar says of numbers that are none
+	if h.PAXRecords == nil { // archive/tar has found malformed numbers
 		return tar.ErrHeader
 	}
 	for key, value := range h.PAXRecords {
 		switch {
-		case value == "": // "the header's own"
+		case value == "": // it leaves the headers' own values (pax)
 		case slices.Contains([]string{"path", "linkpath", "size", "uid", "gid", "mtime"}, key),
 			strings.HasPrefix(key, xattrPrefix), strings.HasPrefix(key, sparsePrefix):
-			return fmt.Errorf("a global extended header that sets %.255q for all members behind it is not supported: pack the archive without one: %w", key, errdefs.ErrInvalidArgument)
+			return fmt.Errorf("a global extended header that sets %.255q for all members after it is not supported; pack the archive without it: %w", key, errdefs.ErrInvalidArgument)
 		}
 	}
 	return nil
 }
 
-// bytes is where the content of a regular member is, and where it ends.
+// bytes returns where the content of a regular member is, and where the member ends.
 func (x *index) bytes(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int64) (extent, int64, error) {
 	if !isSparse(h) {
 		e := extent{content: x.archive, size: h.Size, member: true, offset: at}
@@ -279,14 +264,14 @@ func (x *index) bytes(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int6
 		return e, end, err
 	}
 	if !isKnownSparse(h) {
-		return extent{}, 0, fmt.Errorf("a sparse file in a format that is not known: pack the archive without --sparse: %w", errdefs.ErrInvalidArgument)
+		return extent{}, 0, fmt.Errorf("a sparse file in an unknown format; pack the archive without --sparse: %w", errdefs.ErrInvalidArgument)
 	}
-	// Only archive/tar knows where its holes are.
+	// Only archive/tar knows where the holes are.
 	c, err := x.sparse(r, memberKey{x.archive, at}, h.Size)
 	if err != nil {
 		return extent{}, 0, err
 	}
-	if c.end == 0 { // it has just been read
+	if c.end == 0 { // sparse has just read it
 		if at, err = s.Seek(0, io.SeekCurrent); err != nil {
 			return extent{}, 0, err
 		}
@@ -295,9 +280,9 @@ func (x *index) bytes(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int6
 	return extent{content: c, size: h.Size}, c.end, nil
 }
 
-// isSparse reports whether the member may have holes, and so a content that is
-// not what stands in the archive: by its type (old GNU format) or by records of
-// its extended header (PAX formats 0.0, 0.1 and 1.0).
+// isSparse reports whether the member may have holes, so that its content is not what the
+// archive has: by its type (old GNU format) or by records of its extended header (PAX
+// formats 0.0, 0.1 and 1.0).
 func isSparse(h *tar.Header) bool {
 	if h.Typeflag == tar.TypeGNUSparse {
 		return true
@@ -310,15 +295,14 @@ func isSparse(h *tar.Header) bool {
 	return false
 }
 
-// isKnownSparse reports whether archive/tar knows the format of a sparse member. Of
-// one that it does not know it returns as content what stands in the archive, a map
-// of the holes perhaps.
+// isKnownSparse reports whether archive/tar knows the format of a sparse member. For an
+// unknown format it would return what the archive has, perhaps the map of the holes.
 func isKnownSparse(h *tar.Header) bool {
 	major, minor := h.PAXRecords[sparsePrefix+"major"], h.PAXRecords[sparsePrefix+"minor"]
 	switch {
 	case h.Typeflag == tar.TypeGNUSparse:
 		return true
-	case major == "" && minor == "": // before formats had numbers
+	case major == "" && minor == "": // formats without numbers
 		return h.PAXRecords[sparsePrefix+"map"] != ""
 	default:
 		return major == "0" && (minor == "0" || minor == "1") || major == "1" && minor == "0"
@@ -327,8 +311,8 @@ func isKnownSparse(h *tar.Header) bool {
 
 func roundUp(n int64) int64 { return (n + tarBlock - 1) / tarBlock * tarBlock }
 
-// linked is the regular file or symlink that a hard link is another name of: one that
-// came before it in the same layer. Target, owner, mode and time are that file's.
+// linked returns the regular file or symlink that a hard link names, which must come before
+// it in the same layer. The link has the target, owner, mode and time of that file.
 func (x *index) linked(linkname string) (*node, error) {
 	target, err := memberPath(linkname)
 	if err != nil {
@@ -341,10 +325,9 @@ func (x *index) linked(linkname string) (*node, error) {
 	return n, nil
 }
 
-// userXattrs are the extended attributes of the user namespace. The others are
-// dropped: trusted and security attributes mean something to the node's kernel
-// (overlayfs, file capabilities, SELinux), and the system ones hold IDs that
-// no owner rule has seen.
+// userXattrs returns the extended attributes user.*. The others are dropped: trusted and
+// security attributes have a meaning to the node's kernel (overlayfs, file capabilities,
+// SELinux), and system attributes hold IDs that no rule about owners has checked.
 func userXattrs(h *tar.Header) (map[string]string, error) {
 	var attrs map[string]string
 	total, names := 0, 0
@@ -356,7 +339,7 @@ func userXattrs(h *tar.Header) (map[string]string, error) {
 		total += len(attr) + len(value)
 		names += len(attr) + 1
 		if attr == "user." || len(attr) > maxXattrName || len(value) > maxXattrValue || total+8*len(attrs) > maxXattrs || names > maxXattrNames {
-			return nil, fmt.Errorf("extended attribute %.255q of %d bytes does not fit: %w", attr, len(value), errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("extended attribute %.255q of %d bytes exceeds the limits of Linux or EROFS: %w", attr, len(value), errdefs.ErrInvalidArgument)
 		}
 		if attrs == nil {
 			attrs = map[string]string{}
@@ -366,7 +349,7 @@ func userXattrs(h *tar.Header) (map[string]string, error) {
 	return attrs, nil
 }
 
-// isRoot reports whether name, such as "./" or "/", is that of the volume itself.
+// isRoot reports whether name, such as "./" or "/", is the root of the volume.
 func isRoot(name string) bool {
 	for part := range strings.SplitSeq(name, "/") {
 		if part != "." && part != "" {
@@ -387,19 +370,19 @@ func typeName(flag byte) string {
 	case typeLabel:
 		return "the label of a volume"
 	case typeDumpDir:
-		return "a listed directory"
+		return "a directory of an incremental archive"
 	}
 	return fmt.Sprintf("a member of type %q", flag)
 }
 
-// tarAttrs are the attributes in the header h. Setuid, setgid and sticky bits
-// are kept on directories alone.
+// tarAttrs returns the attributes in the header h. Only directories keep setuid, setgid and
+// sticky.
 func tarAttrs(h *tar.Header) (attrs, error) {
 	if h.Uid < 0 || h.Uid >= math.MaxUint32 || h.Gid < 0 || h.Gid >= math.MaxUint32 {
-		return attrs{}, fmt.Errorf("owner %d:%d is not a user: %w", h.Uid, h.Gid, errdefs.ErrInvalidArgument)
+		return attrs{}, fmt.Errorf("owner %d:%d is not a valid user and group: %w", h.Uid, h.Gid, errdefs.ErrInvalidArgument)
 	}
 	mode := h.FileInfo().Mode()
-	// Not mode.IsDir(): the mode field of a file's header may say so, too.
+	// Not mode.IsDir(), since the mode field of a file may claim that, too.
 	if h.Typeflag == tar.TypeDir {
 		mode &= fs.ModePerm | fs.ModeSetuid | fs.ModeSetgid | fs.ModeSticky
 	} else {
@@ -408,8 +391,9 @@ func tarAttrs(h *tar.Header) (attrs, error) {
 	return attrs{mode: mode, uid: uint32(h.Uid), gid: uint32(h.Gid), mtime: h.ModTime}, nil
 }
 
-// badStream names an error of the archive's format or compression for what it
-// is. An error of the node's (a full disk, an unreadable blob) stays one.
+// badStream turns an error of an archive's format or compression into
+// errdefs.ErrInvalidArgument. An error of the node, such as a full disk or an unreadable
+// blob, stays as it is.
 func badStream(err error) error {
 	var path *fs.PathError
 	var link *os.LinkError

@@ -18,45 +18,39 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Mode is a way to lay out layers of one format. Each needs less of the node than
-// the one before it in RawModes or TarModes, and gives less.
+// Mode is a way to prepare the layers of one format. In RawModes and TarModes the best mode
+// is first; each following one is a fallback that needs less of the node and gives less.
 type Mode string
 
 // The modes for raw layers.
 const (
-	// Overlay makes each file an empty, sparse one with the right attributes,
-	// whose content overlayfs takes from the blob. It needs Linux 6.5.
+	// Overlay makes each file an empty, sparse file with the right attributes, whose
+	// content overlayfs takes from the blob. It needs Linux 6.5.
 	Overlay Mode = "overlay"
-	// Link makes each file a hard link to the blob. No byte is copied either,
-	// but mode, owner and time are the blob's: 0444, root, the time of the
-	// pull.
+	// Link makes each file a hard link to the blob. No byte is copied either, but mode,
+	// owner and time are the blob's: 0444, root, the time of the pull.
 	Link Mode = "link"
 	// Copy makes each file a reflink where the file system can, else a copy.
 	Copy Mode = "copy"
 )
 
-// The modes for tar layers. With the first three the metadata of an artifact are
-// one EROFS image and its tars extra devices of it: no byte is copied.
+// The modes for tar layers. With the first three the metadata of an artifact are one EROFS
+// image, and its tars are extra devices of the image: no byte is copied.
 const (
-	// EROFS mounts the files of image and tars directly, with direct I/O to
-	// them: the page cache has each byte once. It needs Linux 6.13, or a 6.12
-	// that has got its fixes (6422cde1b0d5, "erofs: use buffered I/O for
-	// file-backed mounts by default", which adds the option).
+	// EROFS mounts the files of image and tars directly, with direct I/O to them, so that
+	// the page cache has each byte once. It needs Linux 6.13, or a 6.12 with its fixes
+	// (6422cde1b0d5, "erofs: use buffered I/O for file-backed mounts by default", which
+	// adds the option).
 	EROFS Mode = "erofs"
-	// EROFSLoop mounts them as loop devices, with direct I/O as well. It needs
-	// Linux 6.4, and a device for each tar.
+	// EROFSLoop mounts them as loop devices, also with direct I/O. It needs Linux 6.4, and
+	// a loop device for each tar.
 	EROFSLoop Mode = "erofs-loop"
-	// EROFSBuffered mounts the files without direct I/O: whatever is read is in
-	// the page cache twice.
+	// EROFSBuffered mounts the files without direct I/O: the page cache has every byte that
+	// is read twice.
 	EROFSBuffered Mode = "erofs-buffered"
 	// Extract copies the members out of the tar.
 	Extract Mode = "extract"
 )
-
-// maxDevices is how many archives one image may have: for files what an EROFS can
-// count (with the device of those that have no bytes), of loop devices what a node
-// can bear. An artifact with more is extracted, as is one with a tar that is too large.
-var maxDevices = map[Mode]int{EROFS: 1<<16 - 2, EROFSBuffered: 1<<16 - 2, EROFSLoop: 1000, Extract: -1}
 
 // RawModes and TarModes are all modes of a format, the best first.
 var (
@@ -64,7 +58,7 @@ var (
 	TarModes = []Mode{EROFS, EROFSLoop, EROFSBuffered, Extract}
 )
 
-// Modes are a mode for each format; an empty one is to be chosen.
+// Modes has a mode for each format. "" means that it is to be chosen.
 type Modes struct {
 	Raw Mode `json:"raw"`
 	Tar Mode `json:"tar"`
@@ -81,11 +75,11 @@ var probes = map[Mode]func(ctx context.Context, dir string, direct bool) error{
 	Extract:       probeCopy,
 }
 
-// Probe returns the best modes that work in root, by trying each with a real
-// mount, and why the better ones do not (nil if the first ones work). Modes that
-// forced names are not chosen but must work; direct asks for those whose files can be
-// read with O_DIRECT. What is lacking for the moment, such as disk space, says nothing
-// of a mode: then there is none, "".
+// Probe returns the best modes that work in root, by trying each with a real mount, and why
+// better ones do not work, nil if the best do. A mode that forced names is not chosen, but
+// must work. direct restricts the choice to modes whose files can be read with O_DIRECT. If
+// something is lacking temporarily, such as disk space, that says nothing about a mode:
+// then Probe returns no modes and the error.
 func Probe(ctx context.Context, root string, forced Modes, direct bool) (r Modes, why error) {
 	var errs [2]error
 	if r.Raw, errs[0] = probe(ctx, root, forced.Raw, direct, RawModes); r.Raw == "" {
@@ -100,7 +94,7 @@ func Probe(ctx context.Context, root string, forced Modes, direct bool) (r Modes
 func probe(ctx context.Context, root string, forced Mode, direct bool, all []Mode) (r Mode, why error) {
 	if forced != "" {
 		if !slices.Contains(all, forced) {
-			return "", fmt.Errorf("no mode is called %q, only %q: %w", forced, all, errdefs.ErrInvalidArgument)
+			return "", fmt.Errorf("there is no mode %q; the modes are %q: %w", forced, all, errdefs.ErrInvalidArgument)
 		}
 		all = []Mode{forced}
 	}
@@ -108,8 +102,8 @@ func probe(ctx context.Context, root string, forced Mode, direct bool, all []Mod
 	for _, r := range all {
 		err := Try(ctx, root, r, direct)
 		if errors.Is(err, unix.EIO) {
-			// Of a disk for a moment, or of a kernel for ever: a lesser mode would be
-			// the daemon's until its next start.
+			// It may be a disk's temporary error, or the kernel's permanent answer. Tried
+			// again, because the daemon would keep a fallback until it restarts.
 			err = Try(ctx, root, r, direct)
 		}
 		if err == nil {
@@ -120,7 +114,7 @@ func probe(ctx context.Context, root string, forced Mode, direct bool, all []Mod
 				return "", errors.Join(why, err)
 			}
 		}
-		if errors.Is(err, errNoDirectIO) { // it is passed over because direct says so
+		if errors.Is(err, errNoDirectIO) { // the configuration excludes it, so it is no reason to report
 			unfit = append(unfit, err)
 			continue
 		}
@@ -129,16 +123,16 @@ func probe(ctx context.Context, root string, forced Mode, direct bool, all []Mod
 	return "", errors.Join(append(unfit, why)...)
 }
 
-// ProbeDirs is the pattern of the directories that Try leaves in its root if the
-// process is killed; something may be mounted below them.
+// ProbeDirs is the pattern of the directories that Try leaves in root if the process is
+// killed. Something may be mounted below them.
 const ProbeDirs = "probe-*"
 
-// Try reports whether r works in root, and if direct is true, whether its files can be
-// read with O_DIRECT: nil, or why not.
+// Try returns nil if the mode works in root and, if direct is true, its files can be read
+// with O_DIRECT. Otherwise it returns why not.
 func Try(ctx context.Context, root string, r Mode, direct bool) error {
 	probe, ok := probes[r]
 	if !ok {
-		return fmt.Errorf("no mode is called %q: %w", r, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("there is no mode %q: %w", r, errdefs.ErrInvalidArgument)
 	}
 	dir, err := os.MkdirTemp(root, ProbeDirs)
 	if err != nil {
@@ -151,7 +145,7 @@ func Try(ctx context.Context, root string, r Mode, direct bool) error {
 	return nil
 }
 
-// probeOverlay reads a file through an overlay as Build makes them.
+// probeOverlay reads a file through an overlay like those of Build.
 func probeOverlay(_ context.Context, dir string, direct bool) error {
 	const content = "artifact"
 	lower, data, target := filepath.Join(dir, "lower"), filepath.Join(dir, "data"), filepath.Join(dir, "target")
@@ -196,16 +190,16 @@ func probeCopy(_ context.Context, dir string, direct bool) error {
 	return readFiles(dir, map[string]string{"copy": content}, direct)
 }
 
-// needs says what a mode with an image asks of the kernel.
+// needs says what a mode with an EROFS image requires.
 var needs = map[Mode]string{
 	EROFS:         "EROFS over files with direct I/O needs Linux 6.13, the erofs module, and a file system that can do direct I/O in units of 512 bytes",
 	EROFSLoop:     "EROFS over loop devices needs Linux 6.4, the erofs and loop modules, and /dev/loop-control",
 	EROFSBuffered: "EROFS over files needs Linux 6.12 and the erofs module",
 }
 
-// probeImage reads a member through an image as Build makes them, by itself and
-// below an overlay. The member begins at a block of 512 bytes but not at one of
-// 4096, where direct I/O can fail.
+// probeImage reads a member through an EROFS image like those of Build, directly and below
+// an overlay. The member begins at a multiple of 512 bytes but not of 4096, where direct
+// I/O can fail.
 func probeImage(r Mode) func(context.Context, string, bool) error {
 	return func(ctx context.Context, dir string, direct bool) error {
 		member := strings.Repeat("artifact", 1000)
@@ -250,7 +244,7 @@ func probeImage(r Mode) func(context.Context, string, bool) error {
 		if err := os.Mkdir(overlay, 0o700); err != nil {
 			return errors.Join(err, readBack(lower, want, direct))
 		}
-		if probeOverlay(ctx, overlay, direct) == nil { // else no artifact is laid out by both
+		if probeOverlay(ctx, overlay, direct) == nil { // otherwise no tree uses both
 			m := overlayMount(lower, dir)
 			if err := m.Mount(target); err != nil {
 				return errors.Join(fmt.Errorf("overlayfs does not take it as a lower layer: %w", err), readBack(lower, want, direct))
@@ -261,19 +255,19 @@ func probeImage(r Mode) func(context.Context, string, bool) error {
 	}
 }
 
-// readBack checks what is mounted at target, and unmounts it.
+// readBack checks the files that are mounted at target, and unmounts it.
 func readBack(target string, want map[string]string, direct bool) error {
 	return errors.Join(readFiles(target, want, direct), mount.UnmountAll(target, 0))
 }
 
-// readFiles wants files in dir with these contents.
+// readFiles checks that the files in dir have these contents.
 func readFiles(dir string, want map[string]string, direct bool) error {
 	var errs []error
 	for name, content := range want {
 		file := filepath.Join(dir, name)
 		got, err := os.ReadFile(file)
 		if err == nil && string(got) != content {
-			err = fmt.Errorf("%s shows other bytes than it should", name)
+			err = fmt.Errorf("%s has other bytes than were written", name)
 		}
 		if err == nil && direct {
 			err = readDirect(file, content)

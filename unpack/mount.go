@@ -20,16 +20,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Mount shows the Tree at target, an existing directory: read-only, nosuid and
-// nodev. What it needs on the way is mounted below the Tree's directory and does
-// not stay there; after a crash it may.
+// Mount mounts the tree at target, an existing directory: read-only, nosuid and nodev. It
+// also mounts something below the tree's directory for a moment, which a crash may leave
+// there.
 func (t *Tree) Mount(ctx context.Context, target string) (err error) {
 	defer func() {
 		if err != nil {
 			if errors.Is(err, unix.ENOSPC) { // fs/namespace.c, count_mounts
 				err = fmt.Errorf("%v: the node has as many mounts as the kernel parameter fs.mount-max allows: %w", err, errdefs.ErrResourceExhausted)
 			}
-			// A bind is made read-only by a second step.
+			// A bind mount becomes read-only in a second step, which may have failed.
 			err = errors.Join(err, mount.UnmountAll(target, 0))
 			err = fmt.Errorf("cannot mount the tree of artifact %s (%s, %s) at %s: %w", t.Manifest, t.Modes.Raw, t.Modes.Tar, target, err)
 		}
@@ -43,7 +43,7 @@ func (t *Tree) Mount(ctx context.Context, target string) (err error) {
 		if err := mountImage(ctx, t.Modes.Tar, filepath.Join(t.dir, imageFile), devices, fs); err != nil {
 			return err
 		}
-		// The mounts below keep what is mounted here.
+		// The mount that follows keeps the file system alive.
 		defer func() { err = errors.Join(err, unix.Unmount(fs, unix.MNT_DETACH)) }()
 	}
 	if t.Redirects {
@@ -54,10 +54,10 @@ func (t *Tree) Mount(ctx context.Context, target string) (err error) {
 	return m.Mount(target)
 }
 
-// overlayMount is a read-only overlay of lower whose files take their content
-// from data, a data-only lower layer (Documentation/filesystems/overlayfs.rst,
-// "Data-only lower layers", Linux 6.5). Two paths never come near the page
-// that mount(2) allows for options.
+// overlayMount returns a read-only overlay of lower whose files take their content from
+// data, a data-only lower layer (Documentation/filesystems/overlayfs.rst, "Data-only lower
+// layers", Linux 6.5). Two paths are much shorter than the page that mount(2) allows for
+// options.
 func overlayMount(lower, data string) mount.Mount {
 	return mount.Mount{Type: "overlay", Source: "overlay", Options: []string{
 		"ro", "nosuid", "nodev",
@@ -66,12 +66,12 @@ func overlayMount(lower, data string) mount.Mount {
 	}}
 }
 
-// escapeOverlay escapes what overlayfs gives a meaning in the value of
-// lowerdir= (fs/overlayfs/params.c: ovl_next_opt, ovl_parse_param_split_lowerdirs).
+// escapeOverlay escapes the characters that have a meaning in the value of lowerdir=
+// (fs/overlayfs/params.c: ovl_next_opt, ovl_parse_param_split_lowerdirs).
 var escapeOverlay = strings.NewReplacer(`\`, `\\`, `:`, `\:`, `,`, `\,`)
 
-// mountImage mounts an EROFS image and its extra devices, in the image's order,
-// in the way of the mode r.
+// mountImage mounts an EROFS image with its extra devices, in the image's order, in the way
+// of the mode.
 func mountImage(ctx context.Context, r Mode, image string, devices []string, target string) error {
 	files := append([]string{image}, devices...)
 	if r == EROFSLoop {
@@ -80,7 +80,7 @@ func mountImage(ctx context.Context, r Mode, image string, devices []string, tar
 			if err != nil {
 				return err
 			}
-			// The mount holds it, and without one it clears itself.
+			// The mount keeps the device; without a mount the device clears itself.
 			defer loop.Close()
 			files[i] = loop.Name()
 		}
@@ -89,8 +89,8 @@ func mountImage(ctx context.Context, r Mode, image string, devices []string, tar
 		}
 		return mountEROFS(files, false, target)
 	}
-	// Read-ahead belongs to the superblock, whose number in sysfs nobody tells:
-	// it is the one that was not there before.
+	// Read-ahead is a setting of the superblock, and nothing tells its number in sysfs: it
+	// is the one that was not there before.
 	readAhead.Lock()
 	defer readAhead.Unlock()
 	before, err := backingDevices()
@@ -110,7 +110,7 @@ func mountImage(ctx context.Context, r Mode, image string, devices []string, tar
 			added = append(added, dir)
 		}
 	}
-	// Another process may have mounted an EROFS, too, which is not ours to tune.
+	// If another process has mounted an EROFS at the same time, leave both as they are.
 	if len(added) != 1 {
 		err = fmt.Errorf("%d superblocks have appeared instead of one", len(added))
 	} else {
@@ -122,20 +122,19 @@ func mountImage(ctx context.Context, r Mode, image string, devices []string, tar
 	return nil
 }
 
-// readAhead is held while the superblocks of this process are told apart.
+// readAhead is held while mountImage looks for the superblock that it has made.
 var readAhead sync.Mutex
 
-// readAheadKiB is how far the kernel reads ahead in an EROFS. Direct I/O to the
-// file below does not queue as a disk does: with the usual 128 KiB sequential
-// reads have half the speed of that file's, with this the same
-// (docs/benchmarks.md).
+// readAheadKiB is how far the kernel reads ahead in an EROFS. Direct I/O to the file below
+// does not queue requests as a disk does: with the usual 128 KiB, sequential reads have
+// half the speed of the file below, with this the same (docs/benchmarks.md).
 const readAheadKiB = 2048
 
 func setReadAhead(dir string) error {
 	return os.WriteFile(filepath.Join(dir, "read_ahead_kb"), []byte(strconv.Itoa(readAheadKiB)), 0)
 }
 
-// backingDevices is the directories of all EROFS superblocks without a block
+// backingDevices returns the sysfs directories of all EROFS superblocks without a block
 // device (mm/backing-dev.c; fs/super.c, super_setup_bdi).
 func backingDevices() (map[string]bool, error) {
 	dirs, err := filepath.Glob("/sys/class/bdi/erofs-*")
@@ -149,8 +148,8 @@ func backingDevices() (map[string]bool, error) {
 	return set, nil
 }
 
-// mountEROFS mounts the image files[0] with the extra devices files[1:], through
-// the API that takes any number of them (fsopen, fsconfig, fsmount).
+// mountEROFS mounts the image files[0] with the extra devices files[1:], through the mount
+// API that takes any number of them (fsopen, fsconfig, fsmount).
 func mountEROFS(files []string, direct bool, target string) error {
 	fd, err := unix.Fsopen("erofs", unix.FSOPEN_CLOEXEC)
 	if err != nil {
@@ -159,7 +158,7 @@ func mountEROFS(files []string, direct bool, target string) error {
 	defer func() { _ = unix.Close(fd) }()
 	key := "source"
 	for _, f := range files {
-		if len(f) > maxConfigValue { // the magic link is as good, until the image is mounted
+		if len(f) > maxConfigValue { // the magic link works as well while the image is being mounted
 			file, err := os.Open(f)
 			if err != nil {
 				return err
@@ -191,10 +190,7 @@ func mountEROFS(files []string, direct bool, target string) error {
 	return os.NewSyscallError("move_mount", unix.MoveMount(m, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH))
 }
 
-// maxConfigValue is the longest string that fsconfig(2) takes (fs/fsopen.c).
-const maxConfigValue = 255
-
-// configError adds to an error of fsconfig what the kernel has to say about it.
+// configError adds the kernel's message to an error of fsconfig.
 func configError(fd int, key string, err error) error {
 	err = fmt.Errorf("fsconfig erofs %s: %w", key, err)
 	message := make([]byte, 1024)

@@ -17,21 +17,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
-const (
-	// maxEntries and maxNames, in bytes, bound the inodes, the memory and the
-	// time that one artifact can claim: a kilobyte of gzip can hold a thousand
-	// tar headers. A header that plans nothing counts as an entry, and so does every
-	// entryBytes of a file, whose place in the image takes as much memory
-	// (go-erofs, one chunk for 65,535 blocks). Targets of symlinks and extended
-	// attributes count as names.
-	maxEntries = 1 << 20
-	maxNames   = 64 << 20
-	entryBytes = 65535 * tarBlock
-	// smallPlan is how many entries any number of plans may have at one time.
-	smallPlan = 1 << 14
-)
-
-// kind is what an entry of the Tree is, as far as the rules of precedence care.
+// kind is the kind of an entry, as far as the rules of precedence distinguish it.
 type kind uint8
 
 const (
@@ -40,54 +26,54 @@ const (
 	symlink
 )
 
-// node is an entry of a Tree. The names of a hard link share one.
+// node is an entry of a tree. All names of a hard link share one node.
 type node struct {
 	kind  kind
-	layer int // the last layer that said something about it; -1 for none
+	layer int // the last layer that describes it; -1 if none does
 	attrs attrs
-	// implied tells that no layer describes the directory.
+	// implied says that no layer describes the directory.
 	implied bool
-	// xattrs are extended attributes of the user namespace.
+	// xattrs are the extended attributes user.*.
 	xattrs map[string]string
 	target string // of a symlink
 	bytes  extent // of a regular file
 }
 
-// attrs are what a layer says about an entry.
+// attrs are the attributes of an entry that a layer sets.
 type attrs struct {
-	mode     fs.FileMode // permission bits; of directories the special bits too
+	mode     fs.FileMode // permissions; of directories also setuid, setgid and sticky
 	uid, gid uint32
 	mtime    time.Time
 }
 
 // extent is where the bytes of a regular file are.
 type extent struct {
-	content *content // nil if there are none
+	content *content // nil if the file is empty
 	size    int64
-	// member tells that they begin at offset of an archive. Otherwise they are
-	// all of the content.
+	// member says that they are the part of an archive that begins at offset. Otherwise
+	// they are all of the content.
 	member bool
 	offset int64
 }
 
-// plan is what a Tree is to show: every entry by its clean path, "." for the
-// root. It is where the layers of an artifact meet, before anything of them
-// becomes a file.
+// plan has every entry that a tree will have, by its clean path, with "." for the root. The
+// layers of an artifact are merged here, before anything becomes a file.
 type plan struct {
 	layers []artifact.Layer
 	nodes  map[string]*node
-	// raw are the raw layers by the paths of their files.
+	// raw are the raw layers by the path of the file.
 	raw map[string]artifact.Layer
-	// entries and names count what the limits are for.
+	// entries and names are compared with maxEntries and maxNames.
 	entries int64
 	names   int
-	// grow, if it is not nil, is called once, before the plan is large.
+	// grow, if it is not nil, is called once, before the plan becomes large.
 	grow func() error
-	// implied are the attributes of a directory that no layer describes.
+	// implied are the attributes of directories that no layer describes.
 	implied attrs
-	// relinked are the files of which a hard link says other attributes, with its path.
+	// relinked has the files for which a hard link states other attributes, with the link's
+	// path; see relink.
 	relinked map[*node]string
-	// tooLarge is set if an image cannot show all of an archive.
+	// tooLarge says that an EROFS image cannot refer to all of an archive.
 	tooLarge bool
 }
 
@@ -97,12 +83,12 @@ func newPlan(created time.Time, layers []artifact.Layer) *plan {
 	return p
 }
 
-// sorted is the names of all entries, a directory before what is in it.
+// sorted returns the names of all entries, directories before what they contain.
 func (p *plan) sorted() []string { return slices.Sorted(maps.Keys(p.nodes)) }
 
-// mkdir plans the directory name and those above it, for layer. It refuses to
-// go through anything that is not a directory: a symlink in a path of a
-// hostile archive is how files end up elsewhere.
+// mkdir adds the directory name, and those above it, for layer. It refuses a path through
+// anything that is not a directory: a symlink in the path of a hostile archive would put
+// files elsewhere.
 func (p *plan) mkdir(name string, layer int) (*node, error) {
 	if n, ok := p.nodes[name]; ok {
 		switch n.kind {
@@ -121,8 +107,8 @@ func (p *plan) mkdir(name string, layer int) (*node, error) {
 	return n, p.add(name, n)
 }
 
-// place plans anything but a directory at name. A later layer wins over an
-// earlier one, file over file.
+// place adds an entry that is not a directory. A file of a later layer replaces the file of
+// an earlier one.
 func (p *plan) place(name string, n *node) error {
 	old, ok := p.nodes[name]
 	switch {
@@ -133,27 +119,27 @@ func (p *plan) place(name string, n *node) error {
 	case old.kind == directory && old.layer < 0:
 		return fmt.Errorf("a file would replace the root of the volume: %w", errdefs.ErrInvalidArgument)
 	case old.kind == directory:
-		return fmt.Errorf("file %q is a directory for layer %d: %w", name, old.layer, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("file %q is a directory of layer %d: %w", name, old.layer, errdefs.ErrInvalidArgument)
 	}
 	return p.add(name, n)
 }
 
-// placeRaw places the file of a raw layer. Another raw layer of the same path and other
-// bytes is refused, as `oras pull` does: whoever packed them has lost one of the two.
+// placeRaw adds the file of a raw layer. Two raw layers with the same path and different
+// bytes are refused, as by `oras pull`: the packer has lost one of the two files.
 func (p *plan) placeRaw(l artifact.Layer, n *node) error {
 	other, ok := p.raw[l.File.Path]
 	if ok && other.Descriptor.Digest != l.Descriptor.Digest {
-		return fmt.Errorf("layer %d (%s, %s) has other bytes under the same path: pack each file under a path of its own: %w",
+		return fmt.Errorf("layer %d (%s, %s) has the same path and other bytes; pack each file under its own path: %w",
 			other.Index, other.Descriptor.MediaType, other.Descriptor.Digest, errdefs.ErrInvalidArgument)
 	}
 	p.raw[l.File.Path] = l
 	return p.place(l.File.Path, n)
 }
 
-// add adds an entry, or one in the place of another.
+// add adds or replaces an entry.
 func (p *plan) add(name string, n *node) error {
 	if n.attrs.uid == math.MaxUint32 || n.attrs.gid == math.MaxUint32 {
-		return fmt.Errorf("%q: owner %d:%d is not a user: %w", name, n.attrs.uid, n.attrs.gid, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("%q: owner %d:%d is not a valid user and group: %w", name, n.attrs.uid, n.attrs.gid, errdefs.ErrInvalidArgument)
 	}
 	p.names += len(name) + len(n.target)
 	if err := p.countXattrs(n.xattrs); err != nil {
@@ -173,11 +159,11 @@ func (p *plan) countXattrs(xattrs map[string]string) error {
 	return p.count(0)
 }
 
-// count counts entries.
+// count counts entries, and checks the limits of entries and names.
 func (p *plan) count(entries int64) error {
 	p.entries += entries
 	if p.entries > maxEntries || p.names > maxNames {
-		return fmt.Errorf("more than %d files and directories (every %d MiB of a file counts as one), or %d MiB of names, targets of symlinks and extended attributes: %w",
+		return fmt.Errorf("the artifact has more than %d files and directories (every %d MiB of a file counts as one), or more than %d MiB of names, symlink targets and extended attributes: %w",
 			maxEntries, entryBytes>>20+1, maxNames>>20, errdefs.ErrInvalidArgument)
 	}
 	if grow := p.grow; grow != nil && p.entries > smallPlan {
@@ -187,7 +173,7 @@ func (p *plan) count(entries int64) error {
 	return nil
 }
 
-// wrap says of which layer the entry is that err is about.
+// wrap adds to err the name of an entry and the layer that describes it.
 func (p *plan) wrap(name string, err error) error {
 	for _, l := range p.layers {
 		if l.Index == p.nodes[name].layer {
@@ -197,8 +183,8 @@ func (p *plan) wrap(name string, err error) error {
 	return fmt.Errorf("%.255q: %w", name, err)
 }
 
-// contents is what the regular files of the plan need of data/: whole contents
-// and archives.
+// contents returns what the regular files of the plan need of data/: whole contents and
+// archives.
 func (p *plan) contents() (whole, archives map[*content]bool) {
 	whole, archives = map[*content]bool{}, map[*content]bool{}
 	for _, n := range p.nodes {

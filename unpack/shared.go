@@ -13,8 +13,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
-// Shared is how many bytes of the Tree's contents are the very files, on the disk
-// and in the page cache, that the runtime has for the blobs of the layers.
+// Shared returns how many bytes of the tree's contents are in the same files, on the disk
+// and in the page cache, as the runtime's blobs of the layers.
 func (t *Tree) Shared(blobs blobs.Source, layers []artifact.Layer) (size int64, err error) {
 	type inode struct{ dev, ino uint64 }
 	stat := func(path string) (inode, int64, error) {
@@ -26,7 +26,7 @@ func (t *Tree) Shared(blobs blobs.Source, layers []artifact.Layer) (size int64, 
 	}
 	theirs := map[inode]bool{}
 	for _, l := range layers {
-		if id, _, err := stat(blobs.Path(l.Descriptor.Digest)); err == nil { // else the runtime has deleted it
+		if id, _, err := stat(blobs.Path(l.Descriptor.Digest)); err == nil { // otherwise the runtime has deleted it
 			theirs[id] = true
 		}
 	}

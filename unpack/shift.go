@@ -14,18 +14,19 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/continuity/sysx"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
-// Shift makes from t, whose owners are not shifted, the Tree for a pod with the
-// user namespace of o.Owners, in dir, which must not exist. No content is copied:
-// every file is linked from t, extracted ones too, and the new Tree does not need
-// t any more. It is for what Build would copy: a Tree of files with redirects.
-// Another one is errdefs.ErrFailedPrecondition.
+// Shift makes, in dir, which must not exist, the tree for a pod whose user namespace has
+// the ID mapping o.Owners, from t, a tree without one. It copies no content: every file is
+// linked from t, extracted ones too, and the new tree does not depend on t. It is for trees
+// that Build would have to copy: trees of files with redirects. For other trees it returns
+// errdefs.ErrFailedPrecondition.
 func (t *Tree) Shift(ctx context.Context, dir string, o Options) (*Tree, error) {
 	if !t.CanShift() {
-		return nil, fmt.Errorf("the tree of artifact %s is laid out by %q and %q and cannot be shifted: %w", t.Manifest, t.Modes.Raw, t.Modes.Tar, errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("the tree of artifact %s has the modes %q and %q, whose owners cannot be shifted: %w", t.Manifest, t.Modes.Raw, t.Modes.Tar, errdefs.ErrFailedPrecondition)
 	}
 	s, err := o.Owners.parse()
 	if err != nil {
@@ -44,7 +45,7 @@ func (t *Tree) Shift(ctx context.Context, dir string, o Options) (*Tree, error) 
 		cs := newContents(filepath.Join(dir, dataDir), nil, o)
 		p := newPlan(time.Time{}, nil)
 		from := filepath.Join(t.dir, fsDir)
-		files := map[uint64]*node{} // by inode, for those with several names
+		files := map[uint64]*node{} // by inode, for files with several names
 		if err := filepath.WalkDir(from, func(path string, _ fs.DirEntry, err error) error {
 			if err := errors.Join(err, ctx.Err()); err != nil {
 				return err
@@ -63,10 +64,10 @@ func (t *Tree) Shift(ctx context.Context, dir string, o Options) (*Tree, error) 
 	})
 }
 
-// CanShift reports whether Shift makes another Tree of t.
+// CanShift reports whether Shift works for t.
 func (t *Tree) CanShift() bool { return !t.Image && t.Modes.Raw == Overlay }
 
-// addEntry plans the entry name, which is at path in the Tree t.
+// addEntry adds the entry name, which is at path in the tree t, to the plan.
 func (cs *contents) addEntry(t *Tree, p *plan, path, name string, files map[uint64]*node) error {
 	var st unix.Stat_t
 	if err := unix.Lstat(path, &st); err != nil {
@@ -98,8 +99,8 @@ func (cs *contents) addEntry(t *Tree, p *plan, path, name string, files map[uint
 	return p.add(name, n)
 }
 
-// shared is the content of the file at path of the Tree t, linked from there: a
-// content of t, or the extracted file itself as if it were one.
+// shared returns the content of the file at path in the tree t, linked from there: a
+// content of t, or the extracted file itself as a content.
 func (cs *contents) shared(t *Tree, path string, st unix.Stat_t) (extent, error) {
 	redirect := make([]byte, 256)
 	n, err := unix.Lgetxattr(path, xattrRedirect, redirect)
@@ -118,31 +119,26 @@ func (cs *contents) shared(t *Tree, path string, st unix.Stat_t) (extent, error)
 	return extent{content: c, size: st.Size}, nil
 }
 
-// listUserXattrs are the extended attributes of the user namespace, all that a
-// file of a Tree can have beside those of overlayfs.
+// listUserXattrs returns the extended attributes user.* of a file, which are all that a
+// file of a tree can have besides those of overlayfs.
 func listUserXattrs(path string) (map[string]string, error) {
-	n, err := unix.Llistxattr(path, nil)
-	if n == 0 || err != nil {
-		return nil, pathError("listxattr", path, err)
-	}
-	const limit = 64 << 10 // XATTR_LIST_MAX, XATTR_SIZE_MAX
-	list, value := make([]byte, limit), make([]byte, limit)
-	if n, err = unix.Llistxattr(path, list); err != nil {
+	names, err := sysx.LListxattr(path)
+	if err != nil {
 		return nil, pathError("listxattr", path, err)
 	}
 	var attrs map[string]string
-	for attr := range strings.SplitSeq(string(list[:n]), "\x00") {
-		if !strings.HasPrefix(attr, "user.") {
+	for _, name := range names {
+		if !strings.HasPrefix(name, "user.") {
 			continue
 		}
-		n, err := unix.Lgetxattr(path, attr, value)
+		value, err := sysx.LGetxattr(path, name)
 		if err != nil {
-			return nil, pathError("getxattr "+attr, path, err)
+			return nil, pathError("getxattr "+name, path, err)
 		}
 		if attrs == nil {
 			attrs = map[string]string{}
 		}
-		attrs[attr] = string(value[:n])
+		attrs[name] = string(value)
 	}
 	return attrs, nil
 }

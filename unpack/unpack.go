@@ -1,21 +1,22 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package unpack lays an artifact out as a Tree: a directory that, mounted,
-// shows exactly the artifact's files.
+// Package unpack builds and mounts the tree of an artifact: the prepared files of one
+// artifact, in a directory of its own, which mounted is exactly the artifact's files.
 //
-// A Tree is metadata wherever the kernel allows it. The bytes of raw layers and
-// of plain tars stay in the runtime's blob directory, those of compressed tars
-// are decompressed once; the Tree retains them all by hard link, so that no
-// garbage collection can take them from under a running pod.
+// A tree is metadata wherever the kernel allows that. The bytes of raw layers and of tars
+// that are not compressed stay in the runtime's directory of blobs; compressed tars are
+// decompressed once. The tree retains them all by hard link, so that the runtime's garbage
+// collection cannot remove the bytes of a running pod.
 //
-// A Tree is built in three steps. The contents that it needs are retained, the
-// layers are planned (plan.go, index.go), which is where every rule about names
-// and precedence is, and the plan is written: as an image of metadata (image.go),
-// or where the kernel has no use for one, as files (directory.go).
+// [Build] works in three steps: it retains the contents (content.go, flat.go); it plans the
+// layers, where all rules about names and precedence are (plan.go, index.go); and it writes
+// the plan, as an EROFS image of metadata (image.go) or, where the kernel has no use for an
+// image, as files (directory.go). The [Modes] say how; [Probe] chooses the best that work.
+// The limits are in limits.go.
 //
-// The package knows nothing of who uses a Tree, of containerd or of
-// snapshots: that is package view and package snapshot.
+// [ExtractLayer] and [Retain] do the same for single layers, for unpack/differ. The package
+// knows nothing of containerd's snapshots and of who uses a tree.
 package unpack
 
 import (
@@ -40,75 +41,70 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
-// The entries of a Tree's directory.
+// The entries of a tree's directory.
 const (
-	fsDir     = "fs"        // what the mounted Tree shows, or where the image is mounted meanwhile
-	imageFile = "image"     // the metadata, if they are an EROFS image
-	dataDir   = "data"      // the contents that it retains, numbered
+	fsDir     = "fs"        // the files; if there is an image, where it is mounted for a moment
+	imageFile = "image"     // the metadata as an EROFS image, if there is one
+	dataDir   = "data"      // the retained contents, numbered
 	nowhere   = "nowhere"   // the empty device of the image, see buildImage
-	metaFile  = "tree.json" // the Tree itself, see Tree
+	metaFile  = "tree.json" // the Tree
 )
 
-// Tree is an artifact laid out in a directory of its own. Its exported fields
-// are kept in that directory.
+// Tree is an artifact prepared in a directory. Its exported fields are stored there.
 type Tree struct {
-	// Manifest is the digest of the manifest the Tree was built from.
+	// Manifest is the digest of the artifact's manifest.
 	Manifest digest.Digest `json:"manifest"`
-	// Modes are those of the ladder when the Tree was built.
+	// Modes are the modes with which the tree was built.
 	Modes Modes `json:"modes"`
-	// Image tells that the metadata are an EROFS image, whose extra devices
-	// are the files in Devices, relative to the Tree's directory. Otherwise they
-	// are files.
+	// Image says that the metadata are an EROFS image, whose extra devices are the files
+	// Devices, relative to the tree's directory. Otherwise the metadata are files.
 	Image   bool     `json:"image"`
 	Devices []string `json:"devices,omitempty"`
-	// Redirects tells that files have their bytes by redirects into data/, for
-	// overlayfs.
+	// Redirects says that files have their bytes by redirects into data/, which overlayfs
+	// follows.
 	Redirects bool `json:"redirects"`
-	// Size and Inodes are what the files of the Tree add to the disk: allocated
-	// bytes (as du counts them) and entries, without the blobs that it shares
-	// with the runtime. A copy or a flat tar that Trees share is counted where it was
-	// made.
+	// Size, in allocated bytes (as du counts them), and Inodes are what the tree adds to
+	// the disk, without the blobs that it shares with the runtime. A copy or a decompressed
+	// tar that trees share counts for the tree that made it.
 	Size   int64 `json:"size"`
 	Inodes int64 `json:"inodes"`
-	// Source is the file of the manifest, see Stale.
+	// Source identifies the file of the manifest, see Stale.
 	Source string `json:"source"`
 
-	// Format is of this file and what it describes.
+	// Format is the version of this file and of the directory.
 	Format int `json:"format"`
 
 	dir string
 }
 
-// format is the one that this version writes and reads. It also changes when the
-// rules do, for a Tree is not made again while its manifest is there: one of format 2 names
-// some files in another way, and may lack one.
+// format is the one that this version writes and reads. It also changes when the rules do,
+// since a tree is not built again while its manifest exists: one of format 2 names some
+// files differently, and may lack one.
 const format = 4
 
-// Options say how to build a Tree.
+// Options say how to build a tree.
 type Options struct {
-	// Modes are how layers are laid out; see Probe.
+	// Modes are how layers are prepared; see Probe.
 	Modes Modes
-	// Blobs is where the runtime keeps the artifact's blobs.
+	// Blobs has the artifact's blobs.
 	Blobs blobs.Source
-	// Shared is a directory for what is not in Blobs, or could not be linked or
-	// reflinked from there (another file system): blobs/<algorithm>/<hex> is the
-	// content with that digest, and <hex>.tar beside it a symlink from a
-	// compressed blob to what it holds. Trees link to the contents, so one with a
-	// single link is unused.
+	// Shared is a directory for contents that are not in Blobs, or could be neither linked
+	// nor reflinked from there: blobs/<algorithm>/<hex> is the content with that digest,
+	// and <hex>.tar beside it a symlink from a compressed blob to its content. Trees link
+	// to the contents, so a content with one link is unused.
 	Shared blobs.Dir
-	// Budget bounds what building takes of the node.
+	// Budget bounds what all builds take of the node.
 	Budget *Budget
-	// Owners shifts every owner for a pod with a user namespace; the zero
-	// value leaves owners alone.
+	// Owners maps all owners for a pod with a user namespace; the zero value changes none.
 	Owners IDMap
-	// Await, if it is not nil, waits for a blob that Blobs may not have yet. It is
-	// called by several goroutines.
+	// Await, if it is not nil, waits for a blob that may not be in Blobs yet. Several
+	// goroutines call it.
 	Await func(ctx context.Context, blob digest.Digest) error
-	// Progress, if it is not nil, is told of every n bytes of the artifact's
-	// blobs that are done, by several goroutines.
+	// Progress, if it is not nil, is called when n more bytes of the artifact's blobs are
+	// done, by several goroutines.
 	Progress func(n int64)
-	// Counted, if it is not nil, is told of every n bytes of contents that a Tree has
-	// come by, by several goroutines.
+	// Counted, if it is not nil, is called when a tree has got n bytes of contents in the
+	// way how, by several goroutines.
 	Counted func(how Retention, n int64)
 }
 
@@ -131,16 +127,16 @@ func (o Options) done(n int64) {
 	}
 }
 
-// Build lays a out in dir, which must not exist, and returns the Tree. On
-// failure nothing is left behind. A layer that breaks a rule refuses the whole
-// artifact: errdefs.ErrInvalidArgument, naming the layer. A missing blob is
-// errdefs.ErrNotFound, a full disk errdefs.ErrResourceExhausted.
+// Build builds the tree of a in dir, which must not exist. After an error nothing is left.
+// A layer that breaks a rule refuses the whole artifact: errdefs.ErrInvalidArgument, with
+// the layer in the text. A missing blob is errdefs.ErrNotFound, a full disk
+// errdefs.ErrResourceExhausted.
 func Build(ctx context.Context, dir string, a *artifact.Artifact, o Options) (*Tree, error) {
 	t := &Tree{Format: format, Manifest: a.Manifest.Digest, Modes: o.Modes, Source: source(o.Blobs, a.Manifest.Digest), dir: dir}
 	return t, t.make(func() error { return t.build(ctx, a, o) })
 }
 
-// make makes the Tree's directory and has build fill it.
+// make makes the tree's directory, calls build to fill it, and saves the tree.
 func (t *Tree) make(build func() error) (err error) {
 	defer func() {
 		if err != nil {
@@ -166,9 +162,8 @@ func (t *Tree) make(build func() error) (err error) {
 	return t.save()
 }
 
-// build fills the Tree's directory. With redirects, the blobs of raw layers are
-// retained while the metadata are written: with thousands of them each is about
-// as much work for the file system.
+// build fills the tree's directory. With redirects, the blobs of raw layers are retained
+// while the metadata are written, since with thousands of layers each takes about as long.
 func (t *Tree) build(ctx context.Context, a *artifact.Artifact, o Options) error {
 	s, err := o.Owners.parse()
 	if err != nil {
@@ -184,7 +179,7 @@ func (t *Tree) build(ctx context.Context, a *artifact.Artifact, o Options) error
 	switch o.Modes.Raw {
 	case Overlay:
 		g.Go(func() error { return cs.retainRaw(gctx, a.Layers) })
-	case Link: // it is they that files are linked from
+	case Link: // files are linked from them
 		err = cs.retainRaw(ctx, a.Layers)
 	default: // they are opened when they are copied
 		err = each(ctx, a.Layers, func(l artifact.Layer) error {
@@ -211,8 +206,8 @@ func (t *Tree) build(ctx context.Context, a *artifact.Artifact, o Options) error
 	return err
 }
 
-// write plans the artifact and writes the plan. It returns which contents the Tree still
-// needs.
+// write plans the artifact and writes the plan. needed reports whether the tree still needs
+// a content.
 func (t *Tree) write(ctx context.Context, a *artifact.Artifact, cs *contents, s shift) (needed func(*content) bool, err error) {
 	if err := cs.retainArchives(ctx, a.Layers); err != nil {
 		return nil, err
@@ -228,7 +223,7 @@ func (t *Tree) write(ctx context.Context, a *artifact.Artifact, cs *contents, s 
 	if t.Image {
 		return func(c *content) bool { return whole[c] || archives[c] }, t.writeImage(p, s, len(whole) > 0)
 	}
-	// What has been extracted, or linked from, is needed no more.
+	// Contents that have been extracted or linked are not needed any more.
 	err = buildDirectory(ctx, filepath.Join(t.dir, fsDir), p, cs, s)
 	if errdefs.IsResourceExhausted(err) && p.tooLarge && t.Modes.Tar != Extract {
 		err = fmt.Errorf("its tars have to be extracted, since one is larger than 1 TiB and EROFS cannot address all of it; pack its files as raw layers, or in several tars: %w", err)
@@ -236,8 +231,8 @@ func (t *Tree) write(ctx context.Context, a *artifact.Artifact, cs *contents, s 
 	return func(c *content) bool { return whole[c] && t.Redirects }, err
 }
 
-// plan plans the layers, whose archives are retained. The caller calls release
-// when the plan is no longer needed.
+// plan plans the layers, whose archives must have been retained. The caller calls release
+// when it no longer needs the plan.
 func (cs *contents) plan(ctx context.Context, created time.Time, layers []artifact.Layer) (p *plan, release func(), err error) {
 	p, release = newPlan(created, layers), func() {}
 	p.grow = func() error {
@@ -254,7 +249,7 @@ func (cs *contents) plan(ctx context.Context, created time.Time, layers []artifa
 	return p, release, nil
 }
 
-// addLayer plans a layer.
+// addLayer adds a layer, as the manifest has it, to the plan.
 func (p *plan) addLayer(ctx context.Context, said artifact.Layer, cs *contents) error {
 	l, c, err := cs.found(said)
 	if err != nil {
@@ -293,13 +288,13 @@ func (p *plan) addLayer(ctx context.Context, said artifact.Layer, cs *contents) 
 	if err := p.placeRaw(l, n); err != nil {
 		return err
 	}
-	if said.Format == artifact.FormatRaw { // else it was done when it was retained
+	if said.Format == artifact.FormatRaw { // others were done when they were retained
 		cs.done(d.Size)
 	}
 	return nil
 }
 
-// writeImage writes the plan as an image.
+// writeImage writes the plan as an EROFS image.
 func (t *Tree) writeImage(p *plan, s shift, redirects bool) error {
 	empty := &content{path: filepath.Join(t.dir, nowhere)}
 	if redirects {
@@ -327,20 +322,19 @@ func (t *Tree) writeImage(p *plan, s shift, redirects bool) error {
 	return nil
 }
 
-// guard calls f and makes an error of a panic: a decoder that has met what its
-// authors have not thought of must not end the daemon.
+// guard calls f and turns a panic into an error: a hostile input to a decoder must not end
+// the daemon.
 func guard(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			log.L.Errorf("panic: %v\n%s", p, debug.Stack())
-			err = fmt.Errorf("the snapshotter has failed, please report it with its log: panic: %v: %w", p, errdefs.ErrInternal)
+			err = fmt.Errorf("the snapshotter has a bug; please report it with the log of the snapshotter: panic: %v: %w", p, errdefs.ErrInternal)
 		}
 	}()
 	return f()
 }
 
-// Load reads the Tree in dir. One that another version of this package has made
-// is errdefs.ErrFailedPrecondition.
+// Load reads the tree in dir. A tree of another format is errdefs.ErrFailedPrecondition.
 func Load(dir string) (*Tree, error) {
 	b, err := os.ReadFile(filepath.Join(dir, metaFile))
 	if err != nil {
@@ -351,7 +345,7 @@ func Load(dir string) (*Tree, error) {
 		return nil, fmt.Errorf("%s: %w", filepath.Join(dir, metaFile), err)
 	}
 	if t.Format != format {
-		return nil, fmt.Errorf("%s is of another version of the snapshotter, which pods may still show; remove them and try again: %w", dir, errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("%s was written by another version of the snapshotter, and pods may still use it; remove these pods and try again: %w", dir, errdefs.ErrFailedPrecondition)
 	}
 	return t, nil
 }
@@ -373,9 +367,9 @@ func (t *Tree) save() error {
 	return os.WriteFile(filepath.Join(t.dir, metaFile), b, 0o600)
 }
 
-// Stale reports whether the runtime has deleted the manifest and pulled it again
-// since the Tree was built, or only another runtime has it: what the Tree retains is a
-// second copy then.
+// Stale reports whether the runtime has deleted the manifest and pulled it again since the
+// tree was built, or only another runtime has it. What the tree retains is a second copy
+// then.
 func (t *Tree) Stale(blobs blobs.Source) bool {
 	there := false
 	for _, dir := range blobs.All() {
@@ -388,8 +382,8 @@ func (t *Tree) Stale(blobs blobs.Source) bool {
 	return there
 }
 
-// source tells the file of a blob from another one with the same content; it is
-// "" if there is none. An inode number alone may have been used again.
+// source identifies the file of a blob, so that another file with the same content differs;
+// "" if there is none. The inode number alone would not do, since it may be used again.
 func source(blobs blobs.Source, blob digest.Digest) string {
 	var st unix.Stat_t
 	if err := unix.Lstat(blobs.Path(blob), &st); err != nil {
@@ -398,13 +392,14 @@ func source(blobs blobs.Source, blob digest.Digest) string {
 	return fmt.Sprintf("%d at %d.%09d", st.Ino, st.Mtim.Sec, st.Mtim.Nsec)
 }
 
-// outOfSpace is OutOfSpace for files in root.
+// outOfSpace is OutOfSpace for files below the snapshotter's root.
 func outOfSpace(err error) error { return OutOfSpace(err, "the snapshotter's root") }
 
-// OutOfSpace gives a full disk or an exhausted quota its kind, errdefs.ErrResourceExhausted,
-// and says what to do: where is the directory whose file system it is. It returns any
-// other error as it is. The cause is text only, here and elsewhere: of an error that
-// wraps two, gRPC makes one that says its kind twice (errdefs, pkg/errgrpc).
+// OutOfSpace turns an error of a full disk or an exhausted quota into an
+// errdefs.ErrResourceExhausted that says what to do; where names the directory on the full
+// file system. It returns any other error unchanged. The cause is text only, here and
+// elsewhere: gRPC turns an error that wraps two into one that says its kind twice (errdefs,
+// pkg/errgrpc).
 func OutOfSpace(err error, where string) error {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 		return fmt.Errorf("%v: free space on the file system of %s and try again: %w", err, where, errdefs.ErrResourceExhausted)

@@ -15,8 +15,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Dirs are several directories of blobs: containerd's, say, and CRI-O's. A blob that
-// is in more than one of them is that of the first. There is at least one.
+// Dirs are one or more directories of blobs, those of containerd and CRI-O for example. A
+// blob that several of them have is taken from the first.
 type Dirs []Dir
 
 // All implements Source.
@@ -31,7 +31,7 @@ func (ds Dirs) String() string {
 	return strings.Join(names, ", ")
 }
 
-// Path implements Source. A blob that is nowhere would be in the first directory.
+// Path implements Source. If no directory has the blob, the path is in the first.
 func (ds Dirs) Path(dgst digest.Digest) string {
 	for _, d := range ds {
 		path := d.Path(dgst)
@@ -42,8 +42,8 @@ func (ds Dirs) Path(dgst digest.Digest) string {
 	return ds[0].Path(dgst)
 }
 
-// Find implements Source, with the errors of Dir.Find. If a directory cannot be read,
-// a blob that no other one has is not said to be missing.
+// Find implements Source, with the errors of Dir.Find. A blob is errdefs.ErrNotFound only
+// if every directory can be read.
 func (ds Dirs) Find(hex string) (ocispec.Descriptor, error) {
 	return first(ds, hex, func(d Dir) (ocispec.Descriptor, error) { return d.Find(hex) })
 }
@@ -53,7 +53,7 @@ func (ds Dirs) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.R
 	return first(ds, desc.Digest.String(), func(d Dir) (content.ReaderAt, error) { return d.ReaderAt(ctx, desc) })
 }
 
-// first is what get returns for the first of the directories that has the blob.
+// first returns what get returns for the first directory that has the blob.
 func first[T any](ds Dirs, blob string, get func(Dir) (T, error)) (found T, err error) {
 	var none T
 	for _, d := range ds {
@@ -66,7 +66,7 @@ func first[T any](ds Dirs, blob string, get func(Dir) (T, error)) (found T, err 
 		}
 	}
 	if len(ds) > 1 && errdefs.IsNotFound(err) {
-		err = fmt.Errorf("no blob %s in %s, check that these are the runtime's directories: %w", blob, ds, errdefs.ErrNotFound)
+		err = fmt.Errorf("no blob %s in %s; check that these are the runtimes' directories: %w", blob, ds, errdefs.ErrNotFound)
 	}
 	return none, err
 }

@@ -224,7 +224,7 @@ func TestADiskWithLargeSectors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, trial := range CompareModes(t.Context(), root, "", false, TarModes).Trials {
+	for _, trial := range DiagnoseModes(t.Context(), root, "", false, TarModes).Trials {
 		if has(trial.Mode) && !trial.Works && (!strings.Contains(trial.Reason, "512 bytes") || !strings.Contains(trial.Remedy, "sectors of 512")) {
 			t.Errorf("%+v does not blame the sectors", trial)
 		}
@@ -262,7 +262,7 @@ func TestWhoCachesTwiceIsSaid(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				compared := CompareModes(t.Context(), root, mode, false, TarModes)
+				compared := DiagnoseModes(t.Context(), root, mode, false, TarModes)
 				if compared.Taken != mode {
 					t.Fatalf("%+v", everyPair)
 				}

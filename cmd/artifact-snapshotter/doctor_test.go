@@ -35,7 +35,7 @@ type report struct {
 	Tar     modeReport `json:"tar_layers"`
 	Content struct {
 		Problem string          `json:"problem"`
-		Facts   unpack.Sharing  `json:"facts"`
+		Facts   unpack.RetentionDiagnosis  `json:"facts"`
 		Advice  []doctor.Advice `json:"advice"`
 	} `json:"content_root"`
 	Containerd       section[doctor.ContainerdFacts] `json:"containerd"`
@@ -97,7 +97,7 @@ func examine(t *testing.T, root, content, config string) (text string, got repor
 			}
 		}
 	}
-	for name, p := range map[string]unpack.Place{"root": got.Content.Facts.Root, "blobs": got.Content.Facts.Blobs} {
+	for name, p := range map[string]unpack.Location{"root": got.Content.Facts.Root, "blobs": got.Content.Facts.Blobs} {
 		for _, word := range []string{p.Type, p.Device, p.Mount, p.Path} {
 			if line := row(text, name); word == "" || !strings.Contains(line, word) {
 				t.Errorf("the text says %q, JSON %+v", line, p)

@@ -16,10 +16,10 @@ import (
 
 // ModeFacts are the facts about the modes of one layer format.
 type ModeFacts struct {
-	Root unpack.Place `json:"root"`
+	Root unpack.Location `json:"root"`
 	// Configured is a mode or "auto".
 	Configured string `json:"configured"`
-	unpack.Comparison
+	unpack.ModeDiagnosis
 }
 
 func checkRaw(ctx context.Context, n Node) Finding {
@@ -40,7 +40,7 @@ func checkModes(ctx context.Context, n Node, option, configured string, all []un
 	if slices.Contains(all, unpack.Mode(configured)) {
 		forced = unpack.Mode(configured)
 	}
-	compared := unpack.CompareModes(ctx, root, forced, n.NeedsDirectIO(), all)
+	compared := unpack.DiagnoseModes(ctx, root, forced, n.NeedsDirectIO(), all)
 	found.Facts = ModeFacts{root, configured, compared}
 	where := n.Root
 	if root.Existing != filepath.Clean(root.Path) {
@@ -69,7 +69,7 @@ func checkModes(ctx context.Context, n Node, option, configured string, all []un
 }
 
 // modeAdvice says how to get a better mode.
-func modeAdvice(compared unpack.Comparison, option string, forced unpack.Mode) (all []Advice) {
+func modeAdvice(compared unpack.ModeDiagnosis, option string, forced unpack.Mode) (all []Advice) {
 	// One remedy may help several modes; the first of them gains the most.
 	add := func(do, gain string) {
 		if !slices.ContainsFunc(all, func(a Advice) bool { return a.Do == do }) {
@@ -78,7 +78,7 @@ func modeAdvice(compared unpack.Comparison, option string, forced unpack.Mode) (
 	}
 	trials := compared.Trials
 	from := compared.Taken
-	best := slices.IndexFunc(trials, func(t unpack.Trial) bool { return t.Works }) // what "auto" takes
+	best := slices.IndexFunc(trials, func(t unpack.ModeTrial) bool { return t.Works }) // what "auto" takes
 	if best < 0 {
 		best = len(trials)
 	} else if auto := trials[best].Mode; forced != "" {
@@ -102,7 +102,7 @@ func modeAdvice(compared unpack.Comparison, option string, forced unpack.Mode) (
 }
 
 // result says in a few words how the trial of a mode ended.
-func result(t unpack.Trial, taken, forced unpack.Mode) string {
+func result(t unpack.ModeTrial, taken, forced unpack.Mode) string {
 	switch {
 	case t.Mode == taken && forced != "":
 		return "taken, as configured"
@@ -127,7 +127,7 @@ func checkContentRoot(_ context.Context, n Node) (found Finding) {
 	if err != nil {
 		return failed(err)
 	}
-	s, err := unpack.DiagnoseSharing(root, blobs.Dir(n.ContentRoot))
+	s, err := unpack.DiagnoseRetention(root, blobs.Dir(n.ContentRoot))
 	if err != nil {
 		return failed(err)
 	}
@@ -164,7 +164,7 @@ func checkContentRoot(_ context.Context, n Node) (found Finding) {
 }
 
 // retention says how blobs are retained.
-func retention(s unpack.Sharing) string {
+func retention(s unpack.RetentionDiagnosis) string {
 	switch {
 	case s.Retention == unpack.Linked:
 		return fmt.Sprintf("blobs are linked into root, without a copy (tried with %s)", s.Blob)
@@ -184,7 +184,7 @@ func retention(s unpack.Sharing) string {
 }
 
 // pathOf is the path of p, with a remark if it does not exist.
-func pathOf(p unpack.Place) string {
+func pathOf(p unpack.Location) string {
 	if p.Existing == filepath.Clean(p.Path) {
 		return p.Path
 	}

@@ -25,7 +25,7 @@ func withoutContainerd(n Node) bool {
 type NRIFacts struct {
 	Socket    string         `json:"socket"`
 	Connected bool           `json:"connected"`
-	BlobRoots []unpack.Place `json:"blob_roots,omitempty"`
+	BlobRoots []unpack.Location `json:"blob_roots,omitempty"`
 }
 
 // checkNRI asks the daemon whether a runtime has connected to its plugin, and looks for

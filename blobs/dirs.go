@@ -66,7 +66,7 @@ func first[T any](ds Dirs, blob string, get func(Dir) (T, error)) (found T, err 
 		}
 	}
 	if len(ds) > 1 && errdefs.IsNotFound(err) {
-		err = fmt.Errorf("no blob %s in %s; check that these are the runtimes' directories: %w", blob, ds, errdefs.ErrNotFound)
+		err = fmt.Errorf("no blob %s in %s; check that these are the runtime's directories: %w", blob, ds, errdefs.ErrNotFound)
 	}
 	return none, err
 }

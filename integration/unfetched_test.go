@@ -39,7 +39,7 @@ func TestLayersThatCRIDoesNotFetch(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	ref := pulledUnfetched(t, n, "docs", "application/vnd.acme.config.v1+json")
 	target := filepath.Join(t.TempDir(), "mounted")
-	advice := []string{"layer 0 (" + ocispec.MediaTypeImageLayerGzip, "its blob is not in " + n.ContentRoot, "only below the config of an image", "`artifact-snapshotter pull`", "layer types of its own"}
+	advice := []string{"layer 0 (" + ocispec.MediaTypeImageLayerGzip, "its blob is not in " + n.ContentRoot, "unless the config is an image's", "`artifact-snapshotter pull`", "other layer types"}
 	wantUnpackFails(t, n, []string{ref}, advice...)
 	for _, args := range [][]string{{"mount", ref, target}, {"verify", ref}} {
 		_, errs, err := n.Artifact(args...)

@@ -231,7 +231,7 @@ func TestTwoFilesOfOnePathAreRefused(t *testing.T) {
 		"with one of no bytes":     {oras("f", "1"), raw("f", "")},
 		"with the same file again": {raw("f", "2"), raw("f", "2"), raw("f", "1")},
 	} {
-		says := []string{`"f"): layer `, "has other bytes under the same path", one, two}
+		says := []string{`"f"): layer `, "has the same path and other bytes", one, two}
 		if what == "with one of no bytes" {
 			says[3] = digest.FromString("").String()
 		}

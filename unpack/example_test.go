@@ -26,7 +26,7 @@ func ExampleBuild() {
 	check(err)
 	defer os.RemoveAll(dir)
 	layout := blobs.Dir(filepath.Join(dir, "layout"))
-	manifest := pack(layout)
+	manifest := writeArtifact(layout)
 	root, volume := filepath.Join(dir, "root"), filepath.Join(dir, "volume")
 	check(os.Mkdir(root, 0o700))
 	check(os.Mkdir(volume, 0o700))
@@ -62,8 +62,8 @@ func ExampleBuild() {
 	// weights/model.safetensors: 7 billion numbers
 }
 
-// pack writes an artifact of two raw layers into an OCI image layout.
-func pack(layout blobs.Dir) (manifest digest.Digest) {
+// writeArtifact writes an artifact of two raw layers into an OCI image layout.
+func writeArtifact(layout blobs.Dir) (manifest digest.Digest) {
 	store := func(text string) digest.Digest {
 		id := digest.FromString(text)
 		check(os.MkdirAll(filepath.Dir(layout.Path(id)), 0o755))

@@ -194,7 +194,7 @@ func TestASymlinkThatTheFileSystemCannotHoldIsSaid(t *testing.T) {
 func wantNoSymlink(t *testing.T, s site) {
 	t.Helper()
 	_, err := s.build(Modes{Overlay, Extract}, s.Tar(t, artifact.CompressionNone, archive(t, longestSymlink)))
-	if want := "the target of the symlink longest has 4095 bytes, more than the file system of root holds"; !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), want) {
+	if want := "the target of the symlink longest has 4095 bytes, more than the file system of the snapshotter's root can store"; !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), want) {
 		t.Errorf("%v, want that %s", err, want)
 	}
 }

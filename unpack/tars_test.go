@@ -143,7 +143,7 @@ func TestFilesOfATarAreThoseOfAnImage(t *testing.T) {
 			}
 			continue
 		}
-		if refused := err != nil; refused != slices.Contains(f.not, "containerd") || refused && !strings.Contains(err.Error(), "would be taken for that layer") {
+		if refused := err != nil; refused != slices.Contains(f.not, "containerd") || refused && !strings.Contains(err.Error(), "snapshot would be used") {
 			t.Errorf("%s: %v", name, err)
 		} else if !refused {
 			wantAsInAnImage(t, dir, f.archive, true)
@@ -188,7 +188,7 @@ func TestNoBytesAreAnEmptyArchive(t *testing.T) {
 
 // Padding is read, and not held: it can be as large as the limits let a layer be.
 func TestPaddingTakesNoMemory(t *testing.T) {
-	for end, says := range map[string]string{"": "", "x": "garbage behind the end"} {
+	for end, says := range map[string]string{"": "", "x": "garbage follows the end"} {
 		blob := filepath.Join(t.TempDir(), "blob")
 		if err := os.WriteFile(blob, archive(t, file("f", "x")), 0o600); err != nil {
 			t.Fatal(err)

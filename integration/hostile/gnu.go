@@ -154,8 +154,8 @@ func sparseCases() (cases []Case) {
 	refuse("0.1, pieces over each other", unreadable, sparse0("2", "0,3,1,3", "abcdef"))
 	refuse("0.1, a number that is none", unreadable, sparse0("1", "x,3", "abc"))
 	refuse("0.1, pieces below zero", unreadable, sparse0("-1", "0,3", "abc"))
-	refuse("0.1, no pieces", "a sparse file in a format that is not known", sparse0("0", "", ""))
-	refuse("0.0, no pieces", "a sparse file in a format that is not known", pax(record("GNU.sparse.size", "20000"), record("GNU.sparse.numblocks", "0"))+file("s", ""))
+	refuse("0.1, no pieces", "a sparse file in an unknown format", sparse0("0", "", ""))
+	refuse("0.0, no pieces", "a sparse file in an unknown format", pax(record("GNU.sparse.size", "20000"), record("GNU.sparse.numblocks", "0"))+file("s", ""))
 	refuse("0.0, a length without a place", unreadable, pax(record("GNU.sparse.size", "10"), record("GNU.sparse.numblocks", "1"), record("GNU.sparse.numbytes", "3"))+file("s", "abc"))
 	refuse("0.0, a place with a comma", unreadable, pax(record("GNU.sparse.size", "10"), record("GNU.sparse.numblocks", "1"), record("GNU.sparse.offset", "0,3,4"), record("GNU.sparse.numbytes", "3"))+file("s", "abc"))
 	refuse("old, pieces over each other", unreadable, oldSparse("s", 20000, piece{0, "abc"}, piece{1, "def"}))
@@ -217,10 +217,10 @@ func xattrCases() (cases []Case) {
 		shown("kept, any bytes", map[string]string{"user.\xff\n": "\x00\xff\n="}, "user.\xff\n", "\x00\xff\n="),
 		shown("kept, a name of 255 bytes", map[string]string{"user." + strings.Repeat("n", 250): "v"}, "user."+strings.Repeat("n", 250), "v"),
 		shown("kept, slashes and dots", map[string]string{"user.../../x": "v"}, "user.../../x", "v"),
-		bad("xattr/a name of 256 bytes", tarred(pax(record("SCHILY.xattr.user."+strings.Repeat("n", 251), "v")), file("f", "x")), "does not fit"),
-		bad("xattr/a name of nothing behind user", tarred(pax(record("SCHILY.xattr.user.", "v")), file("f", "x")), "does not fit"),
-		bad("xattr/a value of 65536 bytes", tarred(pax(record("SCHILY.xattr.user.x", strings.Repeat("v", 1<<16))), file("f", "x")), "does not fit"),
-		bad("xattr/300 names of 255 bytes", tarred(pax(manyAttrs(300, 250)), file("f", "x")), "does not fit"),
+		bad("xattr/a name of 256 bytes", tarred(pax(record("SCHILY.xattr.user."+strings.Repeat("n", 251), "v")), file("f", "x")), "exceeds the limits of Linux or EROFS"),
+		bad("xattr/a name of nothing behind user", tarred(pax(record("SCHILY.xattr.user.", "v")), file("f", "x")), "exceeds the limits of Linux or EROFS"),
+		bad("xattr/a value of 65536 bytes", tarred(pax(record("SCHILY.xattr.user.x", strings.Repeat("v", 1<<16))), file("f", "x")), "exceeds the limits of Linux or EROFS"),
+		bad("xattr/300 names of 255 bytes", tarred(pax(manyAttrs(300, 250)), file("f", "x")), "exceeds the limits of Linux or EROFS"),
 		fine("xattr/none of a symlink", Listing{"l": isLink("x")}, tarred(pax(record("SCHILY.xattr.user.x", "v")), symlink("l", "x"))),
 		// A file on the disk has no room for it.
 		onExt4(fine("xattr/a value of 65535 bytes", Listing{"f": isFile("x").attrs(map[string]string{"user.x": strings.Repeat("v", 1<<16-1)})},

@@ -226,7 +226,7 @@ func fine(name string, l Listing, layers ...layer) Case {
 
 // imageLayer is the reason why no files are made, in the snapshot of another
 // snapshotter, of what would be something else in an image.
-const imageLayer = "would be taken for that layer"
+const imageLayer = "snapshot would be used"
 
 // notAsFiles is the case when no files are made of it elsewhere, for that reason.
 func (c Case) notAsFiles() Case {

@@ -22,7 +22,7 @@ func endCases() []Case {
 	}
 	f, zeros := file("f", "x"), func(n int) string { return strings.Repeat("\x00", n) }
 	shown := Listing{"f": isFile("x")}
-	const truncated, unreadable, garbage = "the archive is truncated", "the archive cannot be read", "garbage behind the end"
+	const truncated, unreadable, garbage = "the archive is truncated", "the archive cannot be read", "garbage follows the end"
 	header := pax(record("comment", "x"))
 	return []Case{
 		whole("one block of zeros", f+zeros(block), shown),
@@ -60,7 +60,7 @@ func endCases() []Case {
 		stream("noise", noise(4096), unreadable),
 		stream("JSON", `{"schemaVersion": 2}`+strings.Repeat(" ", 1000), unreadable),
 		stream("an executable", "\x7fELF"+zeros(1020), unreadable),
-		stream("gzip that is said to be none, and zeros behind", gzipped(f+mark)+zeros(1024), "behind the end of the gzip stream"),
+		stream("gzip that is said to be none, and zeros behind", gzipped(f+mark)+zeros(1024), "bytes follow the end of the gzip stream"),
 		stream("an archive within an archive that is cut off", file("f", f+mark)[:block+100], truncated),
 	}
 }
@@ -82,7 +82,7 @@ func noise(n int) string {
 func streamCases() (cases []Case) {
 	f := file("f", "x") + mark
 	fs := Listing{"f": isFile("x")}
-	const truncated, unreadable, noGzip, noZstd = "the archive is truncated", "the archive cannot be read", "behind the end of the gzip stream", "behind the end of the zstd stream"
+	const truncated, unreadable, noGzip, noZstd = "the archive is truncated", "the archive cannot be read", "bytes follow the end of the gzip stream", "bytes follow the end of the zstd stream"
 	nothing := func(mediaType, name, content string) {
 		cases = append(cases, fine("stream/"+name, Listing{}, layer{mediaType: mediaType, content: content}))
 	}
@@ -126,7 +126,7 @@ func streamCases() (cases []Case) {
 	refuse(gzipType, "gzip, text behind", z+"text that is longer than a header", noGzip)
 	refuse(gzipType, "gzip, an archive behind", z+f, noGzip)
 	refuse(gzipType, "gzip, a byte of another member", z+"\x1f", truncated)
-	refuse(gzipType, "gzip, garbage in its archive", gzipped(f+"text"), "garbage behind the end")
+	refuse(gzipType, "gzip, garbage in its archive", gzipped(f+"text"), "garbage follows the end")
 	refuse(gzipType, "gzip, a name without end", head(8, ""), "the archive")
 	refuse(gzipType, "gzip, an extra field without end", head(4, "\xff\xff"), "the archive")
 	refuse(gzipType, "gzip, a wrong sum of the header", head(2, "\x00\x00"), unreadable)
@@ -175,7 +175,7 @@ func streamCases() (cases []Case) {
 	refuse(zstdType, "zstd, zeros behind", s+strings.Repeat("\x00", 512), noZstd)
 	refuse(zstdType, "zstd, text behind", s+"text that is no frame", noZstd)
 	refuse(zstdType, "zstd, seven bytes behind", s+"garbage", noZstd)
-	refuse(zstdType, "zstd, two bytes behind", s+"ab", "or there are up to 3 bytes behind the last one")
+	refuse(zstdType, "zstd, two bytes behind", s+"ab", "or up to 3 bytes follow the last frame")
 	refuse(zstdType, "zstd, text behind what is to be skipped", skip+"text that is no frame", noZstd)
 	refuse(zstdType, "zstd, a wrong size of its content", zstdFrame("\x20\x05", f), unreadable)
 	refuse(zstdType, "zstd, a size of 2^63", zstdFrame("\xc0\x00\xff\xff\xff\xff\xff\xff\xff\x7f", f), "")
@@ -328,7 +328,7 @@ func precedenceCases() (cases []Case) {
 	conflict("a file that some later layer replaces, and something below", "must be a directory", raw("p", "a"), tarred(b), raw("p/f", "x"))
 	// One of two files is lost; who unpacks layer by layer can tell only where it knows those below.
 	lost := func(name string, shown Listing, layers ...layer) {
-		conflict(name, "has other bytes under the same path", layers...)
+		conflict(name, "has the same path and other bytes", layers...)
 		cases[len(cases)-1] = cases[len(cases)-1].unlike(shows(shown), Files)
 	}
 	lost("two raw layers of one path", Listing{"p": isRaw("b")}, raw("p", "a"), raw("p", "b"))

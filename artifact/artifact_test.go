@@ -86,7 +86,7 @@ func layer(mediaType, data string, annotations ...string) ocispec.Descriptor {
 	return desc
 }
 
-// wantError fails unless err is of the kind and says each of the texts.
+// wantError fails unless err is of the kind and has each of the texts.
 func wantError(t *testing.T, err, kind error, texts ...string) {
 	t.Helper()
 	if !errors.Is(err, kind) {
@@ -428,7 +428,7 @@ func TestWrap(t *testing.T) {
 	}
 }
 
-func TestNoArtifactHasTheChainIDOfAnImage(t *testing.T) {
+func TestIsChainIDPreimage(t *testing.T) {
 	chain := []digest.Digest{digest.FromString("a"), digest.FromString("b"), digest.FromString("c")}
 	below := identity.ChainID(chain[:2])
 	other := Artifact{
@@ -444,7 +444,7 @@ func TestNoArtifactHasTheChainIDOfAnImage(t *testing.T) {
 		strings.Repeat("a", 143): false,
 		"x":                      false,
 	} {
-		// Of this type it is shown as a file, too, since it is no archive.
+		// With this type it is a file, too, since it is not an archive.
 		desc := layer(ocispec.MediaTypeImageLayer, content, ocispec.AnnotationTitle, "f")
 		l, err := NewLayer(desc)
 		if err != nil {

@@ -15,8 +15,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 )
 
-// A model of one weights file and one archive of documents, read from a
-// directory with the shape of containerd's content store.
+// Read a model of one file of weights and one archive of documents from a directory like
+// that of an OCI image layout, or of containerd's content store.
 func ExampleRead() {
 	root, err := os.MkdirTemp("", "example")
 	if err != nil {
@@ -52,7 +52,7 @@ func ExampleRead() {
 		}]
 	}`, config, store("weights"), digest.FromString("documents")))
 
-	// All that a runtime tells of the volume is the digest of its manifest, in hex.
+	// A runtime names a volume by the digest of its manifest, in hex.
 	dir := blobs.Dir(root)
 	target, err := dir.Find(manifest.Encoded())
 	if err != nil {

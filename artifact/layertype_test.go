@@ -12,8 +12,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// The names are spelled out: they are what registries hold, whatever becomes
-// of the constants.
+// The names are spelled out, since registries have them, whatever happens to the constants.
 func TestLayerTypes(t *testing.T) {
 	type want struct {
 		format      Format
@@ -24,7 +23,7 @@ func TestLayerTypes(t *testing.T) {
 		tar  = want{"tar", ""}
 		gzip = want{"tar", "gzip"}
 		zstd = want{"tar", "zstd"}
-		// Here each layer has a name, and every file of ORAS has such a type.
+		// Every layer here has a name, and ORAS gives every file such a type.
 		anyTar  = want{"tar or raw", ""}
 		anyGzip = want{"tar or raw", "gzip"}
 		anyZstd = want{"tar or raw", "zstd"}
@@ -169,7 +168,7 @@ func TestAnnotationsOfTarLayerAreNotRead(t *testing.T) {
 	}
 }
 
-func TestSamePathTwiceIsKept(t *testing.T) {
+func TestTheSamePathTwiceIsAllowed(t *testing.T) {
 	b := blobs{}
 	a, err := Read(t.Context(), b, b.addManifest(t, anyConfig, "{}",
 		layer("text/plain", "old", ocispec.AnnotationTitle, "f"), layer("text/plain", "new", ocispec.AnnotationTitle, "f")))
@@ -185,8 +184,8 @@ func TestSamePathTwiceIsKept(t *testing.T) {
 	}
 }
 
-// The rule is containerd's, so the types are those that it takes for layers of images.
-func TestLayersOfImageTypesArePulledInAnotherWay(t *testing.T) {
+// The types are those that containerd takes for layers of images.
+func TestRefetchOfLayersWithImageTypes(t *testing.T) {
 	for mediaType, fetched := range map[string]bool{
 		"application/vnd.oci.image.layer.v1.tar":            false,
 		"application/vnd.oci.image.layer.v1.tar+zstd":       false,

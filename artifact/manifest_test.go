@@ -25,7 +25,7 @@ var (
 	attested   = &ocispec.Platform{OS: "unknown", Architecture: "unknown"}
 )
 
-// addPlain stores a manifest told from others by name.
+// addPlain stores a manifest that differs from others by name.
 func (b blobs) addPlain(t *testing.T, name string, platform *ocispec.Platform) ocispec.Descriptor {
 	desc := b.addManifest(t, anyConfig, "{}", layer("text/plain", name, ocispec.AnnotationTitle, name))
 	desc.Platform = platform
@@ -110,7 +110,7 @@ func TestIndexWithoutAManifestForThisNodeIsRefused(t *testing.T) {
 	})
 }
 
-func TestIndexesAreNestedToADepth(t *testing.T) {
+func TestTheDepthOfIndexesIsLimited(t *testing.T) {
 	b := blobs{}
 	target := b.addPlain(t, "file", nil)
 	for depth := 1; depth <= maxIndexDepth; depth++ {
@@ -224,8 +224,8 @@ func (f failing) ReaderAt(context.Context, ocispec.Descriptor) (content.ReaderAt
 	return nil, f.error
 }
 
-// Two bytes of JSON would be a descriptor of more than a hundred in memory.
-func TestDescriptorsThatCannotHaveDigestsAreCountedFirst(t *testing.T) {
+// Two bytes of JSON would become a descriptor of more than a hundred bytes in memory.
+func TestDescriptorsAreCountedBeforeTheyAreParsed(t *testing.T) {
 	raw := []byte(`{"schemaVersion":2,"layers":[` + strings.Repeat("{},", 100000) + `{}]}`)
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)

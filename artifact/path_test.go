@@ -86,7 +86,8 @@ func FuzzCleanPath(f *testing.F) {
 			return
 		}
 		checkPath(t, got)
-		// Independent of how CleanPath does it: cleaning changes no meaning.
+		// This does not depend on how CleanPath works: cleaning does not change the
+		// meaning.
 		if want := path.Clean(name); got != want {
 			t.Errorf("CleanPath(%q) = %q, path.Clean says %q", name, got, want)
 		}

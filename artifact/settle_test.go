@@ -13,7 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// mustLayer is the layer that desc is by itself.
+// mustLayer returns the layer that desc describes.
 func mustLayer(t *testing.T, desc ocispec.Descriptor) Layer {
 	t.Helper()
 	l, err := NewLayer(desc)
@@ -23,8 +23,8 @@ func mustLayer(t *testing.T, desc ocispec.Descriptor) Layer {
 	return l
 }
 
-// As `oras push REF docs/:TYPE` makes it.
-func TestALayerThatORASUnpacksIsAnArchiveOfAnyType(t *testing.T) {
+// This is what `oras push REF docs/:TYPE` makes.
+func TestALayerThatORASUnpacksIsAnArchiveWithAnyType(t *testing.T) {
 	tarDigest := digest.FromString("the tar")
 	for _, mediaType := range []string{
 		"application/vnd.acme.docs.layer.v1+tar", "application/vnd.acme.docs", ocispec.MediaTypeImageLayer, ocispec.MediaTypeImageLayerGzip, modelspec.MediaTypeModelDocRaw,
@@ -45,7 +45,7 @@ func TestALayerThatORASUnpacksIsAnArchiveOfAnyType(t *testing.T) {
 	}
 }
 
-func TestTheEmptyDescriptorIsNothing(t *testing.T) {
+func TestTheEmptyDescriptorHasNoFiles(t *testing.T) {
 	empty := ocispec.DescriptorEmptyJSON
 	sha512 := empty
 	sha512.Digest = digest.SHA512.FromBytes(empty.Data)
@@ -79,7 +79,7 @@ func TestSettle(t *testing.T) {
 		t.Errorf("the archive is %+v, %v", asTar, err)
 	}
 
-	// The name of an archive does not matter, as before.
+	// The name of an archive does not matter.
 	file.Annotations[ocispec.AnnotationTitle] = "/tmp/docs.tar"
 	l = mustLayer(t, file)
 	if _, err := l.Settle(FormatTar, CompressionNone); err != nil {
@@ -101,7 +101,7 @@ func TestSettle(t *testing.T) {
 	}
 }
 
-func TestTheChainIDIsOfWhatIsKnown(t *testing.T) {
+func TestChainIDWithAndWithoutDiffIDs(t *testing.T) {
 	manifest := ocispec.Descriptor{Digest: digest.FromString("manifest")}
 	for _, test := range []struct {
 		name  string

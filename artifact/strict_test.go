@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-func TestJSONThatCanBeReadInTwoWays(t *testing.T) {
+func TestAmbiguousJSONIsRefused(t *testing.T) {
 	for text, want := range map[string]string{
 		`{}`:                                 "",
 		`{"layers":[{"size":1},{"size":1}]}`: "",
@@ -39,7 +39,7 @@ func TestJSONThatCanBeReadInTwoWays(t *testing.T) {
 	}
 }
 
-// FuzzUnambiguous checks that encoding/json gives back each name of what is accepted.
+// FuzzUnambiguous checks that encoding/json returns every name of what is accepted.
 func FuzzUnambiguous(f *testing.F) {
 	for _, text := range []string{`{"a":1,"A":2}`, `{"annotations":{"a":"","A":""}}`, `[{"a":{"b":[]}},{"a":0}]`, `"\ud83d\ude00"`, `{"\ud800":1}`, `"\\u"`, "\"\xff\"", `{"":{"":""}}`} {
 		f.Add([]byte(text))
@@ -65,7 +65,7 @@ func FuzzUnambiguous(f *testing.F) {
 	})
 }
 
-// colons counts those that are not in strings: one for each name.
+// colons counts the colons outside of strings: one for each name.
 func colons(raw []byte) (n int) {
 	quoted := false
 	for i := 0; i < len(raw); i++ {

@@ -39,7 +39,7 @@ func write(t *testing.T, path, data string) {
 	}
 }
 
-// wantError fails unless err is of the kind and says each of the texts.
+// wantError fails unless err is of the kind and has each of the texts.
 func wantError(t *testing.T, err, kind error, texts ...string) {
 	t.Helper()
 	if !errors.Is(err, kind) {
@@ -103,7 +103,7 @@ func TestMissingBlobNamesTheDirectory(t *testing.T) {
 	}
 }
 
-func TestOtherSizeThanTheDescriptor(t *testing.T) {
+func TestABlobOfAnotherSizeIsRefused(t *testing.T) {
 	d := newDir(t)
 	dgst := digest.FromString("12345")
 	write(t, d.Path(dgst), "12345")
@@ -124,8 +124,8 @@ func openFiles(t *testing.T) int {
 	return len(entries)
 }
 
-func TestOnlyDigestsAreLookedFor(t *testing.T) {
-	// A file that a digest taken for a path would reach.
+func TestOnlyDigestsAreSearched(t *testing.T) {
+	// This file could be reached by a digest that is used as a path.
 	d := newDir(t)
 	write(t, filepath.Join(string(d), "secret"), "secret")
 	hex := digest.FromString("x").Encoded()
@@ -153,7 +153,7 @@ func TestOnlyDigestsAreLookedFor(t *testing.T) {
 }
 
 func TestOnlyRegularFilesAreBlobs(t *testing.T) {
-	for name, plant := range map[string]func(path string) error{
+	for name, place := range map[string]func(path string) error{
 		"symbolic link to a file": func(path string) error { return os.Symlink("/proc/version", path) },
 		"dangling symbolic link":  func(path string) error { return os.Symlink("nowhere", path) },
 		"directory":               func(path string) error { return os.Mkdir(path, 0o755) },
@@ -162,7 +162,7 @@ func TestOnlyRegularFilesAreBlobs(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			d := newDir(t)
 			dgst := digest.FromString(name)
-			if err := plant(d.Path(dgst)); err != nil {
+			if err := place(d.Path(dgst)); err != nil {
 				t.Fatal(err)
 			}
 			_, err := d.Find(dgst.Encoded())
@@ -173,19 +173,19 @@ func TestOnlyRegularFilesAreBlobs(t *testing.T) {
 	}
 }
 
-// Not a matter of permissions, which root has: a directory that is a file, and
-// one that is a loop of links.
-func TestUnreadableDirectoryKeepsItsReason(t *testing.T) {
+// Root is not stopped by permissions: here a directory is a file, or a loop of symbolic
+// links.
+func TestAnUnreadableDirectoryIsReportedWithItsReason(t *testing.T) {
 	dgst := digest.FromString("x")
 	for _, test := range []struct {
-		plant  func(path string) error
+		place  func(path string) error
 		reason unix.Errno
 	}{
 		{func(path string) error { return os.WriteFile(path, nil, 0o644) }, unix.ENOTDIR},
 		{func(path string) error { return os.Symlink("blobs", path) }, unix.ELOOP},
 	} {
 		d := Dir(t.TempDir())
-		if err := test.plant(filepath.Join(string(d), "blobs")); err != nil {
+		if err := test.place(filepath.Join(string(d), "blobs")); err != nil {
 			t.Fatal(err)
 		}
 		_, err := d.Find(dgst.Encoded())

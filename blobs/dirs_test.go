@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func TestABlobIsThatOfTheFirstDirectoryThatHasIt(t *testing.T) {
+func TestABlobIsTakenFromTheFirstDirectoryThatHasIt(t *testing.T) {
 	missing := Dir(filepath.Join(t.TempDir(), "none"))
 	first, second := newDir(t), newDir(t)
 	ds := Dirs{missing, first, second}
@@ -60,7 +60,7 @@ func TestAMissingBlobNamesAllDirectories(t *testing.T) {
 }
 
 // A directory that cannot be read may have the blob.
-func TestABlobIsNotMissingWhereADirectoryCannotBeRead(t *testing.T) {
+func TestABlobIsNotMissingIfADirectoryCannotBeRead(t *testing.T) {
 	broken := Dir(t.TempDir())
 	if err := os.WriteFile(filepath.Join(string(broken), "blobs"), nil, 0o644); err != nil {
 		t.Fatal(err)

@@ -14,8 +14,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// FuzzPath asks for blobs by any digest and any hex: none leads out of the directory
-// of its algorithm, where whatever is found has just that name.
+// FuzzPath looks for blobs by any digest and any hex. None may lead out of the directory of
+// its algorithm, and a blob that is found must have that name.
 func FuzzPath(f *testing.F) {
 	there := digest.FromString("x")
 	for _, text := range []string{

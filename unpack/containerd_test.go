@@ -48,9 +48,9 @@ func (s site) extractInto(t *testing.T, l artifact.Layer, into Target, o Options
 	return ExtractLayer(t.Context(), listed, into, scratch, o)
 }
 
-// What an image with the same layer would have otherwise is refused in the snapshots
-// of others, and kept in ours.
-func TestNoLayerIsTakenForThatOfAnImage(t *testing.T) {
+// In the snapshots of other snapshotters these layers are refused, because containerd would
+// extract an image's layer with the same content differently. Ours retain them.
+func TestALayerThatAnImageWouldExtractDifferentlyIsRefused(t *testing.T) {
 	setuid := file("bin/sudo", "sudo")
 	setuid.Mode = 0o4755
 	link := tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "f", Mode: 0o600}
@@ -105,7 +105,7 @@ func TestNoLayerIsTakenForThatOfAnImage(t *testing.T) {
 	}
 }
 
-func TestFilesAreThoseOfAnImage(t *testing.T) {
+func TestAnExtractedLayerHasTheFilesOfAnImage(t *testing.T) {
 	dir := func(name string, mode int64) tar.Header {
 		return tar.Header{Name: name, Typeflag: tar.TypeDir, Mode: mode, Uid: 1, Gid: 2}
 	}
@@ -128,8 +128,9 @@ func TestFilesAreThoseOfAnImage(t *testing.T) {
 	wantAsInAnImage(t, files, text, true)
 }
 
-// wantAsInAnImage compares the files in dir with those that containerd makes of a
-// layer of an image with the content. One that it does not unpack is none.
+// wantAsInAnImage compares the files in dir with those of an image's layer with the
+// content, as containerd extracts it. A layer that containerd refuses cannot be in an
+// image.
 func wantAsInAnImage(t *testing.T, dir string, layer []byte, unpacked bool) {
 	t.Helper()
 	image := t.TempDir()
@@ -155,7 +156,7 @@ func wantAsInAnImage(t *testing.T, dir string, layer []byte, unpacked bool) {
 	}
 }
 
-func TestFilesOfAnyTarAreThoseOfAnImage(t *testing.T) {
+func TestAnyExtractedTarHasTheFilesOfAnImage(t *testing.T) {
 	s := newSite(t)
 	names := []string{"a", "a/b", "a/b/c", "d", "./", "./a", "a//b", "d/e", "d/./f", "e", ".wh.a", "a/.wh.b", "x/.wh..wh..opq"}
 	types := []byte{tar.TypeReg, tar.TypeReg, tar.TypeDir, tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeXGlobalHeader, tar.TypeCont}
@@ -202,7 +203,7 @@ func TestFilesOfAnyTarAreThoseOfAnImage(t *testing.T) {
 	}
 }
 
-func TestAComparisonWithManyLayersCanBeEnded(t *testing.T) {
+func TestComparingWithLayersBelowEndsWithTheContext(t *testing.T) {
 	p := newPlan(epoch, nil)
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()

@@ -32,7 +32,7 @@ const (
 	orasDigest = "io.deis.oras.content.digest"
 )
 
-// wantRefused checks that the layers are refused, and that the error says these.
+// wantRefused checks that the layers are refused, with an error that has these texts.
 func (s site) wantRefused(t *testing.T, what string, layers []artifact.Layer, says ...string) {
 	t.Helper()
 	tree, err := s.buildAs("refused", best, layers...)
@@ -52,7 +52,7 @@ func (s site) wantRefused(t *testing.T, what string, layers []artifact.Layer, sa
 }
 
 // `oras push REF docs/:TYPE` compresses the directory with gzip, whatever the type is.
-func TestADirectoryOfORASIsUnpacked(t *testing.T) {
+func TestADirectoryPackedByORASIsUnpacked(t *testing.T) {
 	a := archive(t, tar.Header{Name: "docs", Typeflag: tar.TypeDir, Mode: 0o755}, file("docs/a.md", "a"))
 	for _, mode := range everyPair {
 		t.Run(mode.String(), func(t *testing.T) {
@@ -60,7 +60,7 @@ func TestADirectoryOfORASIsUnpacked(t *testing.T) {
 				for _, mediaType := range []string{"application/vnd.acme.docs.layer.v1+tar", "application/vnd.acme.docs", ocispec.MediaTypeImageLayerGzip} {
 					s := newSite(t)
 					l := s.Described(t, mediaType, unpacktest.Compress(t, c, a), ocispec.AnnotationTitle, "docs", orasUnpack, "true", orasDigest, digest.FromBytes(a).String())
-					wantVolume(t, s.show(t, mode, l), a)
+					wantVolume(t, s.mounted(t, mode, l), a)
 				}
 			}
 		})
@@ -78,7 +78,7 @@ func TestTheDigestInORASsAnnotationIsTheDiffID(t *testing.T) {
 }
 
 // `oras push REF hi.txt` gives every file this type.
-func TestAFileOfAnImagesLayerTypeIsShownUnderItsTitle(t *testing.T) {
+func TestAFileWithAnImagesLayerTypeHasItsTitleAsName(t *testing.T) {
 	text := []byte(strings.Repeat("text, and no archive ", 100))
 	gz := unpacktest.Compress(t, artifact.CompressionGzip, text)
 	names := digest.FromString("a").String() + " " + digest.FromString("b").String()
@@ -105,7 +105,7 @@ func TestAFileOfAnImagesLayerTypeIsShownUnderItsTitle(t *testing.T) {
 				l := s.Described(t, ocispec.MediaTypeImageLayer, content, ocispec.AnnotationTitle, "./dir//hi.txt",
 					modelspec.AnnotationFileMetadata, `{"mode": 384, "uid": 12, "gid": 34}`)
 				l.DiffID = l.Descriptor.Digest
-				dir := s.show(t, mode, l)
+				dir := s.mounted(t, mode, l)
 				got := listing(t, dir)
 				if len(got) != 3 {
 					t.Errorf("%s: it shows %v", mode, got)
@@ -121,7 +121,7 @@ func TestAFileOfAnImagesLayerTypeIsShownUnderItsTitle(t *testing.T) {
 	}
 }
 
-func TestAnArchiveOfAnImagesLayerTypeIsUnpacked(t *testing.T) {
+func TestAnArchiveWithAnImagesLayerTypeIsUnpacked(t *testing.T) {
 	long := file(strings.Repeat("n", 200)+"/"+strings.Repeat("m", 200), "x")
 	gnu := long
 	gnu.Format, gnu.ModTime = tar.FormatGNU, created
@@ -134,10 +134,10 @@ func TestAnArchiveOfAnImagesLayerTypeIsUnpacked(t *testing.T) {
 		"a header of the old format": slices.Concat(member512(0, "f", "x", func(h []byte) { clear(h[257:265]) }), endMark),
 	} {
 		for _, c := range allCompressions {
-			// No title could be a path, and none is.
+			// The title is not a valid path, and is not used.
 			s := newSite(t)
 			l := s.Described(t, ocispec.MediaTypeImageLayer, unpacktest.Compress(t, c, a), ocispec.AnnotationTitle, "/tmp/../x.tar")
-			t.Run(what+string(c), func(t *testing.T) { wantVolume(t, s.show(t, best, l), a) })
+			t.Run(what+string(c), func(t *testing.T) { wantVolume(t, s.mounted(t, best, l), a) })
 		}
 	}
 	s := newSite(t)
@@ -147,7 +147,7 @@ func TestAnArchiveOfAnImagesLayerTypeIsUnpacked(t *testing.T) {
 	s.wantRefused(t, "an archive that is cut off", []artifact.Layer{s.Described(t, ocispec.MediaTypeImageLayer, broken, ocispec.AnnotationTitle, "f")}, "truncated")
 }
 
-// typeOf is a media type that says a compression.
+// typeOf returns a media type for tars with the compression.
 func typeOf(c artifact.Compression) string {
 	if c == artifact.CompressionNone {
 		return "application/vnd.example.tar"
@@ -155,7 +155,7 @@ func typeOf(c artifact.Compression) string {
 	return "application/vnd.example.tar+" + string(c)
 }
 
-func TestTheBytesSayHowALayerIsCompressed(t *testing.T) {
+func TestTheBytesDecideTheCompression(t *testing.T) {
 	a := archive(t, file("f", "x"))
 	says := func(c artifact.Compression) string {
 		if c == artifact.CompressionNone {
@@ -171,7 +171,7 @@ func TestTheBytesSayHowALayerIsCompressed(t *testing.T) {
 					l := s.Described(t, typeOf(said), unpacktest.Compress(t, is, a))
 					l.DiffID = id
 					t.Run(what, func(t *testing.T) {
-						wantVolume(t, s.show(t, best, l), a)
+						wantVolume(t, s.mounted(t, best, l), a)
 						if settled, err := Settle(t.Context(), l, s.Content); err != nil || settled.Format != artifact.FormatTar || settled.Compression != is {
 							t.Errorf("settled as %+v, %v", settled, err)
 						}
@@ -211,10 +211,10 @@ func TestAnArchiveInAnotherCompressionIsRefusedByItsName(t *testing.T) {
 	}
 	s := newSite(t) // a name may begin so
 	a := archive(t, file("BZh", "x"), file("PK\x03\x04", "x"))
-	wantVolume(t, s.show(t, best, s.Described(t, typeOf(artifact.CompressionNone), a)), a)
+	wantVolume(t, s.mounted(t, best, s.Described(t, typeOf(artifact.CompressionNone), a)), a)
 }
 
-func TestTwoFilesOfOnePathAreRefused(t *testing.T) {
+func TestTwoRawLayersWithOnePathAreRefused(t *testing.T) {
 	s := newSite(t)
 	raw := func(path, data string) artifact.Layer { return s.Raw(t, path, data) }
 	oras := func(path, data string) artifact.Layer {
@@ -240,14 +240,14 @@ func TestTwoFilesOfOnePathAreRefused(t *testing.T) {
 
 	again := raw("f", "1")
 	again.File.Mode = 0o400
-	dir := s.show(t, best, raw("f", "1"), raw("g", "1"), again)
+	dir := s.mounted(t, best, raw("f", "1"), raw("g", "1"), again)
 	if got := read(t, dir, "f"); got != "1" {
 		t.Errorf("it is %q", got)
 	}
 	wantAttrs(t, filepath.Join(dir, "f"), 0o400, 1234, 5678, mtime) // the later's
 }
 
-func TestTheEmptyDescriptorIsNothing(t *testing.T) {
+func TestTheEmptyDescriptorHasNoFiles(t *testing.T) {
 	for _, mode := range everyPair {
 		t.Run(mode.String(), func(t *testing.T) {
 			s := newSite(t)
@@ -287,9 +287,9 @@ func TestTheEmptyDescriptorIsNothing(t *testing.T) {
 	}
 }
 
-// A build that begins with the manifest decompresses a layer when it is there, and does
-// not wait for the others first.
-func TestALayerIsDecompressedBeforeTheNextOneIsThere(t *testing.T) {
+// A build that begins before all layers have arrived decompresses a layer without waiting
+// for the others.
+func TestALayerIsDecompressedBeforeTheNextOneArrives(t *testing.T) {
 	s := newSite(t)
 	first := s.Described(t, "text/plain", unpacktest.Compress(t, artifact.CompressionGzip, archive(t, file("f", "x"))), orasUnpack, "true")
 	second := s.Described(t, ocispec.MediaTypeImageLayer, []byte("hi"), ocispec.AnnotationTitle, "hi.txt")
@@ -316,7 +316,7 @@ func TestALayerIsDecompressedBeforeTheNextOneIsThere(t *testing.T) {
 	}
 }
 
-// unreadable is a store of blobs of which nothing but the first bytes can be read.
+// unreadable is a store of blobs of which only the first bytes can be read.
 type unreadable struct {
 	store.Provider
 	from int64
@@ -340,7 +340,7 @@ func (b unreadableBlob) ReadAt(p []byte, off int64) (int, error) {
 	return b.ReaderAt.ReadAt(p, off)
 }
 
-// Or an archive whose store fails for a moment would be called a file.
+// An archive must not become a file because its store fails temporarily.
 func TestABlobThatCannotBeReadIsNotSettled(t *testing.T) {
 	s := newSite(t)
 	text := noise(1 << 20) // which is read more than once
@@ -350,7 +350,7 @@ func TestABlobThatCannotBeReadIsNotSettled(t *testing.T) {
 			if c == artifact.CompressionNone && from > 0 {
 				continue // the header is enough
 			}
-			// As the store of containerd's client says it, without a path.
+			// The error of the content store of containerd's client, which has no path.
 			settled, err := Settle(t.Context(), l, unreadable{s.Content, from, errdefs.ErrUnavailable})
 			if !errdefs.IsUnavailable(err) {
 				t.Errorf("%q, from %d: settled as %s, %v", c, from, settled.Format, err)
@@ -377,8 +377,8 @@ func TestSettleNeedsTheBlobOnlyWhereItDecides(t *testing.T) {
 	}
 }
 
-// Only one of the layers decompresses it, and the sizes of all are what limits rest on.
-func TestAllLayersOfABlobSayItsSize(t *testing.T) {
+// One of the layers decompresses the blob, and the limits use the sizes of all.
+func TestEveryLayerOfABlobMustStateItsSize(t *testing.T) {
 	s := newSite(t)
 	for _, c := range allCompressions {
 		l := s.Tar(t, c, archive(t, file("f", "x")))
@@ -396,7 +396,7 @@ func TestAllLayersOfABlobSayItsSize(t *testing.T) {
 	}
 }
 
-func TestNoBytesOfAnotherDigestInORASsAnnotation(t *testing.T) {
+func TestAnEmptyLayerWithAWrongAnnotatedDigestIsRefused(t *testing.T) {
 	s := newSite(t)
 	l := s.Described(t, "text/plain", nil, orasUnpack, "true", orasDigest, digest.FromString("another").String())
 	s.wantRefused(t, "no bytes", []artifact.Layer{l}, "it has no bytes", "the annotation "+orasDigest+" says the DiffID")

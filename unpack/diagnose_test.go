@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What other kernels and file systems answer, with what they are told to try.
+// The errors of other kernels and file systems, and the explanations that users get.
 func TestAFailureOfAModeIsExplained(t *testing.T) {
 	for name, test := range map[string]struct {
 		mode   Mode
@@ -83,7 +83,7 @@ func TestEveryBetterModeHasAGain(t *testing.T) {
 	}
 }
 
-func TestADirectoryThatIsNotThereIsWhereItWouldBe(t *testing.T) {
+func TestAMissingDirectoryIsLocatedByItsNearestParent(t *testing.T) {
 	dir := t.TempDir()
 	got, err := Locate(filepath.Join(dir, "a", "b"))
 	if err != nil {

@@ -44,12 +44,12 @@ func TestDiffIDIsThatOfTheContent(t *testing.T) {
 			}
 		}
 	}
-	// What is not compressed is its own content.
+	// A blob that is not compressed is its own content.
 	plain := artifact.Layer{DiffID: digest.SHA512.FromString("whatever it says")}
 	if got, err := unpack.DiffID(t.Context(), plain, bytes.NewReader(data), unpack.NewBudget(unpack.DefaultLimits)); err != nil || got != digest.SHA512.FromBytes(data) {
 		t.Errorf("not compressed: %s, %v", got, err)
 	}
-	// A layer that decompresses to more than it may, without end if need be.
+	// A layer that decompresses to more than the limit, perhaps endlessly.
 	blob, err := pack.Gzip(make([]byte, 65<<20))
 	if err != nil {
 		t.Fatal(err)

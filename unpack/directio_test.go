@@ -21,7 +21,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/internal/unpacktest"
 )
 
-// disk mounts a new file system of a disk with sectors of that many bytes.
+// disk mounts a new file system on a disk whose sectors have that many bytes.
 func disk(t *testing.T, sector uint32, mkfs ...string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -64,7 +64,7 @@ func disk(t *testing.T, sector uint32, mkfs ...string) string {
 	return dir
 }
 
-// Members begin at multiples of 512 bytes, and no disk's sectors are smaller.
+// Members begin at multiples of 512 bytes, the smallest sectors of disks.
 func TestFilesAreReadWithODirect(t *testing.T) {
 	members := map[string]string{}
 	var headers []string
@@ -102,7 +102,7 @@ func TestFilesAreReadWithODirect(t *testing.T) {
 				if mixed {
 					layers = append(layers, s.Raw(t, "raw", noise(5000)))
 				}
-				dir := s.show(t, test.modes, layers...)
+				dir := s.mounted(t, test.modes, layers...)
 				works := test.members || here(test.modes).Tar == EROFSLoop
 				image := !mixed || test.modes.Raw == Overlay // else the tar is extracted
 				for name, content := range members {
@@ -138,7 +138,7 @@ func hasDirectIO(t *testing.T, dir string) bool {
 	return Try(context.Background(), dir, Copy, true) == nil
 }
 
-// wantBlocks reads each 512 bytes of a file by themselves.
+// wantBlocks reads each block of 512 bytes of a file separately.
 func wantBlocks(t *testing.T, path, want string) {
 	t.Helper()
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0)
@@ -159,7 +159,7 @@ func wantBlocks(t *testing.T, path, want string) {
 	}
 }
 
-func TestOnlyModesWithODirectAreTakenWhereItIsRequired(t *testing.T) {
+func TestModesWithoutODirectAreExcludedIfItIsRequired(t *testing.T) {
 	dir := t.TempDir()
 	if !hasDirectIO(t, dir) {
 		t.Skip("NOT TESTED: the file system of the tests has no direct I/O")
@@ -181,7 +181,7 @@ func TestOnlyModesWithODirectAreTakenWhereItIsRequired(t *testing.T) {
 	}
 }
 
-func TestNoModeHasODirectWhereTheFileSystemHasNot(t *testing.T) {
+func TestNoModeHasODirectIfTheFileSystemHasNot(t *testing.T) {
 	dir := t.TempDir()
 	if err := unix.Mount("ramfs", dir, "ramfs", 0, ""); err != nil {
 		t.Fatal(err)
@@ -199,18 +199,18 @@ func TestNoModeHasODirectWhereTheFileSystemHasNot(t *testing.T) {
 	}
 }
 
-// Archives cannot be read there where their members begin.
+// There, direct I/O cannot read archives at the offsets of their members.
 func TestADiskWithLargeSectors(t *testing.T) {
 	dir := disk(t, 4096, "mkfs.ext4", "-q")
 	for _, direct := range []bool{false, true} {
 		r, why := Probe(t.Context(), dir, Modes{}, direct)
-		// Before Linux 6.15 a loop device on such a disk does without direct I/O.
+		// Before Linux 6.15 a loop device on such a disk works without direct I/O.
 		if want := []Mode{EROFSLoop, EROFSBuffered, Extract}; !slices.Contains(want, r.Tar) || direct && r.Tar == EROFSBuffered {
 			t.Errorf("%v, %v; want one of %v", r, why, want)
 		}
 		s := site{unpacktest.SiteIn(t, filepath.Join(dir, itoa(len(r.Tar)))), t}
 		content := noise(8193)
-		got := s.show(t, r, s.Tar(t, artifact.CompressionNone, archive(t, file("f", content))))
+		got := s.mounted(t, r, s.Tar(t, artifact.CompressionNone, archive(t, file("f", content))))
 		if read(t, got, "f") != content {
 			t.Errorf("%v shows other bytes", r)
 		}
@@ -231,8 +231,8 @@ func TestADiskWithLargeSectors(t *testing.T) {
 	}
 }
 
-// What doctor says of the page cache is what becomes of a tar that is read.
-func TestWhoCachesTwiceIsSaid(t *testing.T) {
+// The diagnosis agrees with what the page cache has after reading a tar.
+func TestTheDiagnosisSaysWhyTheCacheHasBytesTwice(t *testing.T) {
 	for _, test := range []struct {
 		name   string
 		mkfs   []string
@@ -266,7 +266,7 @@ func TestWhoCachesTwiceIsSaid(t *testing.T) {
 				if compared.Taken != mode {
 					t.Fatalf("%+v", everyPair)
 				}
-				shown := s.show(t, Modes{Overlay, mode}, l)
+				shown := s.mounted(t, Modes{Overlay, mode}, l)
 				twice := cachedAfter(t, blob, func() {
 					if read(t, shown, "f") != content {
 						t.Errorf("%s shows other bytes", mode)
@@ -280,8 +280,8 @@ func TestWhoCachesTwiceIsSaid(t *testing.T) {
 	}
 }
 
-// cachedAfter reports whether the page cache holds something of a file once f is through,
-// which begins without.
+// cachedAfter removes a file from the page cache, calls f, and reports whether the cache
+// has some of the file then.
 func cachedAfter(t *testing.T, path string, f func()) bool {
 	t.Helper()
 	file, err := os.Open(path)
@@ -303,9 +303,9 @@ func cachedAfter(t *testing.T, path string, f func()) bool {
 	return n > 0
 }
 
-// What is lacking for a moment says nothing of a mode: the next one would be taken until
-// the next start.
-func TestNoModeIsPassedOverForWhatIsLackingForAMoment(t *testing.T) {
+// If something is lacking temporarily, Probe must not choose a fallback, which would stay
+// until the next start.
+func TestATemporaryErrorExcludesNoMode(t *testing.T) {
 	try := probes[Overlay]
 	defer func() { probes[Overlay] = try }()
 	probes[Overlay] = func(context.Context, string, bool) error { return fmt.Errorf("%w: %w", errNoDirectIO, unix.ENOMEM) }

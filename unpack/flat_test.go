@@ -25,7 +25,7 @@ import (
 
 var compressed = []artifact.Compression{artifact.CompressionGzip, artifact.CompressionZstd}
 
-// inode is that of a content of the tree called name.
+// inode returns the inode of a content of the tree name.
 func (s site) inode(t *testing.T, name, content string) uint64 {
 	t.Helper()
 	var st unix.Stat_t
@@ -35,7 +35,7 @@ func (s site) inode(t *testing.T, name, content string) uint64 {
 	return st.Ino
 }
 
-// left is all below the root of the trees.
+// left returns everything below the root of the trees.
 func (s site) left(t *testing.T) (names []string) {
 	t.Helper()
 	err := filepath.WalkDir(s.Root, func(p string, d fs.DirEntry, err error) error {
@@ -50,7 +50,7 @@ func (s site) left(t *testing.T) (names []string) {
 	return names
 }
 
-func TestAFlatTarIsSharedByAllTreesWithTheBlob(t *testing.T) {
+func TestTreesWithOneBlobShareItsDecompressedContent(t *testing.T) {
 	for _, c := range compressed {
 		t.Run(string(c), func(t *testing.T) {
 			requireModes(t, Overlay, EROFS)
@@ -80,8 +80,8 @@ func TestAFlatTarIsSharedByAllTreesWithTheBlob(t *testing.T) {
 	}
 }
 
-// Other artifacts would be shown what a blob held for a moment, under its digest.
-func TestWhatACorruptBlobHoldsIsNotShared(t *testing.T) {
+// Otherwise other artifacts would get the corrupt content.
+func TestTheContentOfACorruptBlobIsNotShared(t *testing.T) {
 	for _, c := range compressed {
 		for _, config := range []string{"with a DiffID", "without"} {
 			t.Run(string(c)+", "+config, func(t *testing.T) {
@@ -105,7 +105,7 @@ func TestWhatACorruptBlobHoldsIsNotShared(t *testing.T) {
 	}
 }
 
-func TestOneTarCompressedInTwoWaysIsOnTheDiskOnce(t *testing.T) {
+func TestATarCompressedInTwoWaysIsOnTheDiskOnce(t *testing.T) {
 	requireModes(t, Overlay, EROFS)
 	s := newSite(t)
 	a := archive(t, file("f", noise(1<<20)))
@@ -139,9 +139,9 @@ func TestOneTarCompressedInTwoWaysIsOnTheDiskOnce(t *testing.T) {
 	wantVolume(t, mountTree(t, both), a, a)
 }
 
-// Who knows the DiffID of a layer must not be able to read it with a blob of his
+// Whoever knows the DiffID of a layer must not be able to read the layer by a blob of their
 // own.
-func TestNoDiffIDOpensTheTarOfAnotherBlob(t *testing.T) {
+func TestADiffIDDoesNotGiveAccessToAnotherBlob(t *testing.T) {
 	for _, c := range compressed {
 		t.Run(string(c), func(t *testing.T) {
 			s := newSite(t)
@@ -189,7 +189,7 @@ func TestADiffIDOfAnotherAlgorithmIsChecked(t *testing.T) {
 	}
 }
 
-func TestATarMayExpandOnlySoFar(t *testing.T) {
+func TestExpansionIsLimited(t *testing.T) {
 	bomb := archive(t, file("zeros", strings.Repeat("\x00", alwaysAllowed+1<<20)))
 	small := archive(t, file("zeros", strings.Repeat("\x00", alwaysAllowed-1<<20)))
 	for _, c := range compressed {
@@ -218,7 +218,7 @@ func TestATarMayExpandOnlySoFar(t *testing.T) {
 	}
 }
 
-func TestTheReserveOfTheDiskIsKept(t *testing.T) {
+func TestTheReserveOfTheDiskStaysFree(t *testing.T) {
 	const data = 20 << 20
 	for _, c := range compressed {
 		s := newSite(t)
@@ -248,7 +248,7 @@ func TestTheReserveOfTheDiskIsKept(t *testing.T) {
 	}
 }
 
-func TestLayersAreDecompressedTogetherWithinAnyBudget(t *testing.T) {
+func TestLayersAreDecompressedWithinAnyBudget(t *testing.T) {
 	var archives [][]byte
 	for i := range 12 {
 		archives = append(archives, archive(t, file(itoa(i), noise(300000+i)), file("last", itoa(i))))
@@ -271,8 +271,8 @@ func TestLayersAreDecompressedTogetherWithinAnyBudget(t *testing.T) {
 	}
 }
 
-// Two artifacts that share layers are built at one time.
-func TestTwoBuildsAtOneTimeShareAFlatTar(t *testing.T) {
+// Two artifacts that share layers are built at the same time.
+func TestTwoBuildsAtOneTimeDecompressABlobOnce(t *testing.T) {
 	requireModes(t, Overlay, EROFS)
 	for range 10 {
 		s := newSite(t)
@@ -342,7 +342,7 @@ func TestACancelledBuildEndsWhileItDecompresses(t *testing.T) {
 	}
 }
 
-// waitForGoroutines waits until there are no more than so many.
+// waitForGoroutines waits until there are at most that many.
 func waitForGoroutines(t *testing.T, most int) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), waitLimit)
@@ -356,9 +356,9 @@ func waitForGoroutines(t *testing.T, most int) {
 	}
 }
 
-// What a build that is killed leaves in the shared directory are a tar without
-// its symlink, and, once the sweep has been there, a symlink without its tar.
-func TestABuildGoesOnFromWhatAKilledOneLeft(t *testing.T) {
+// A killed build leaves in the shared directory a tar without its symlink and, after a
+// garbage collection, a symlink without its tar.
+func TestABuildRecoversFromAKilledOne(t *testing.T) {
 	requireModes(t, Overlay, EROFS)
 	for what, kill := range map[string]func(t *testing.T, s site, blob, flat string){
 		"a tar without its symlink": func(t *testing.T, _ site, blob, _ string) {
@@ -408,7 +408,7 @@ func TestABuildGoesOnFromWhatAKilledOneLeft(t *testing.T) {
 	}
 }
 
-func TestProgressOfEveryKindOfLayerIsOfAllBytes(t *testing.T) {
+func TestProgressCountsAllBytesOfEveryKindOfLayer(t *testing.T) {
 	for _, mode := range everyPair {
 		t.Run(mode.String(), func(t *testing.T) {
 			s := newSite(t)

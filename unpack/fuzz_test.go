@@ -31,7 +31,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/internal/unpacktest"
 )
 
-// memory is a file without a name, for what is made a million times.
+// memory returns a file in memory, since the fuzzer makes millions.
 func memory(tb testing.TB, data []byte) *os.File {
 	tb.Helper()
 	fd, err := unix.MemfdCreate("fuzz", unix.MFD_CLOEXEC)
@@ -46,7 +46,7 @@ func memory(tb testing.TB, data []byte) *os.File {
 	return f
 }
 
-// wantKind checks that an error puts the blame on the artifact, and only once.
+// wantKind checks that an error blames the artifact, and only once.
 func wantKind(t *testing.T, err error) {
 	t.Helper()
 	if !errdefs.IsInvalidArgument(err) && !errdefs.IsNotImplemented(err) {
@@ -54,11 +54,11 @@ func wantKind(t *testing.T, err error) {
 	}
 }
 
-// errHuge is of a sparse member that would take the fuzzer too long.
+// errHuge is the error for a sparse member that would take the fuzzer too long.
 var errHuge = fmt.Errorf("huge: %w", errdefs.ErrInvalidArgument)
 
-// mended is an archive with the checksums of its headers put right, and with an
-// end: a change of a byte would not get far otherwise.
+// mended returns an archive with correct checksums of the headers, and with an end;
+// otherwise a changed byte would not get far.
 func mended(data []byte) []byte {
 	data = slices.Concat(data, make([]byte, roundUp(int64(len(data)))-int64(len(data))), endMark)
 	for h := range slices.Chunk(data, tarBlock) {
@@ -69,9 +69,9 @@ func mended(data []byte) []byte {
 	return data
 }
 
-// FuzzIndex plans two archives, one over the other, mended or as they are. What
-// is accepted must be what archive/tar reads, one member after the other, and so
-// must be what the image of the plan holds.
+// FuzzIndex plans two archives, the second over the first, with and without correct
+// checksums. What it accepts must be what archive/tar reads, member by member, and what the
+// EROFS image of the plan has.
 func FuzzIndex(f *testing.F) {
 	t := &testing.T{} // it is not used unless the seeds cannot be made
 	for _, seeds := range []map[string][]byte{forms(t), odd(t)} {
@@ -133,7 +133,7 @@ func FuzzIndex(f *testing.F) {
 	})
 }
 
-// wantPlan compares the plan, whose contents are in files.
+// wantPlan compares the plan, whose contents are in files, with want.
 func wantPlan(t *testing.T, p *plan, files map[*content]*os.File, want listed) {
 	t.Helper()
 	got := listed{}
@@ -172,7 +172,8 @@ func wantPlan(t *testing.T, p *plan, files map[*content]*os.File, want listed) {
 	}
 }
 
-// wantImage compares the image of the plan, which it makes as file, by the reader of go-erofs.
+// wantImage builds the EROFS image of the plan as file, and compares it, read by go-erofs,
+// with want.
 func wantImage(t *testing.T, file string, p *plan, files, whole map[*content]*os.File, want listed) {
 	t.Helper()
 	nothing := memory(t, nil)
@@ -221,8 +222,7 @@ func wantImage(t *testing.T, file string, p *plan, files, whole map[*content]*os
 	}
 }
 
-// inImage is an entry of an image. redirects are the files that overlayfs would
-// find.
+// inImage returns an entry of an image. redirects are the files that overlayfs would find.
 func inImage(fsys fs.FS, name string, d fs.DirEntry, redirects map[string]*os.File) (shown, error) {
 	fi, err := d.Info()
 	if err != nil {
@@ -273,7 +273,7 @@ func inImage(fsys fs.FS, name string, d fs.DirEntry, redirects map[string]*os.Fi
 	return e, err
 }
 
-// FuzzInflate decompresses anything within tight limits. Anything can be a file, too.
+// FuzzInflate decompresses arbitrary bytes within tight limits. A layer may also be a file.
 func FuzzInflate(f *testing.F) {
 	s := unpacktest.NewSite(f)
 	for _, a := range [][]byte{nil, archive(f), archive(f, file("f", noise(3000))), make([]byte, alwaysAllowed+1)} {
@@ -327,7 +327,7 @@ func FuzzInflate(f *testing.F) {
 		runtime.ReadMemStats(&before)
 		err := guard(func() error { return cs.inflate(context.Background(), c) })
 		runtime.ReadMemStats(&after)
-		// All that was ever allocated, garbage too.
+		// Everything that was allocated, garbage included.
 		if most := 2 * decompressors[l.Compression].memory; after.TotalAlloc-before.TotalAlloc > uint64(most) {
 			t.Errorf("it has taken %d bytes of memory", after.TotalAlloc-before.TotalAlloc)
 		}

@@ -19,9 +19,9 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
-// The size of a raw layer is what the manifest says, and the blob may not even be
-// there yet. Each 32 MiB of it is memory in the image's writer.
-func TestASizeThatIsNotTrueTakesNoMemory(t *testing.T) {
+// The manifest states the size of a raw layer, whose blob may not even exist yet. Each 32
+// MiB take memory in the writer of the image.
+func TestAFalseSizeTakesNoMemory(t *testing.T) {
 	requireModes(t, Overlay)
 	s := newSite(t)
 	raw := s.Raw(t, "f", "x")
@@ -54,7 +54,7 @@ func TestLinksToALargeMemberCountLikeIt(t *testing.T) {
 	t.Error("a thousand names of a file of 100 GiB are allowed")
 }
 
-func TestHeadersThatPlanNothingCount(t *testing.T) {
+func TestHeadersThatAddNoFileCount(t *testing.T) {
 	for name, h := range map[string]tar.Header{
 		"the root":                  {Name: "./", Typeflag: tar.TypeDir, Mode: 0o755},
 		"a directory, once more":    {Name: "d/", Typeflag: tar.TypeDir, Mode: 0o755},
@@ -95,7 +95,7 @@ func TestTargetsAndAttributesCountAsNames(t *testing.T) {
 	}
 }
 
-// The bytes of holes are not read from the archive.
+// The bytes of holes are not read from the archive, so that nothing else looks at ctx.
 func TestReadingHolesEndsWithTheContext(t *testing.T) {
 	s := newSite(t)
 	cs := newContents(t.TempDir(), nil, s.options(best))
@@ -121,7 +121,7 @@ func TestATreeOfAnotherVersionIsNotLoaded(t *testing.T) {
 	}
 }
 
-func TestNoArchiveIsRetainedThatNothingIsShownOf(t *testing.T) {
+func TestAnArchiveWithoutVisibleFilesIsNotRetained(t *testing.T) {
 	for _, modes := range everyPair {
 		t.Run(modes.String(), func(t *testing.T) {
 			s := newSite(t)
@@ -147,7 +147,7 @@ func TestNoArchiveIsRetainedThatNothingIsShownOf(t *testing.T) {
 	}
 }
 
-// Each fragment of a byte is a block of the file.
+// Each fragment of one byte takes a block of the file.
 func TestASparseMemberDoesNotGrowWithoutBounds(t *testing.T) {
 	s := newSite(t)
 	o := s.options(best)
@@ -180,8 +180,9 @@ func TestSparseMembersAreCountedAndReadOnce(t *testing.T) {
 	}
 }
 
-// A name of many "./" is short in the plan, and may be an extended header of a MiB.
-func TestALongNameOfAHardLinkIsNotKept(t *testing.T) {
+// A name with many "./" is short in the plan, but may be part of an extended header of 1
+// MiB.
+func TestALongNameOfAHardLinkDoesNotStayInMemory(t *testing.T) {
 	long := tar.Header{Name: strings.Repeat("./", 100_000) + "h", Typeflag: tar.TypeLink, Linkname: "f", Mode: 0o600, Format: tar.FormatPAX}
 	s := newSite(t)
 	l := s.Tar(t, artifact.CompressionNone, archive(t, file("f", ""), long))

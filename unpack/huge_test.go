@@ -20,7 +20,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
-// sparse is a blob of holes, but for what is written at offsets.
+// sparse returns a blob of holes, with some text written at offsets.
 func (s site) sparse(t *testing.T, size int64, written map[int64]string) ocispec.Descriptor {
 	t.Helper()
 	d := ocispec.Descriptor{MediaType: "application/test", Digest: digest.FromString(itoa(int(size))), Size: size}
@@ -43,7 +43,7 @@ func writeAt(f *os.File, s string, at int64) error {
 	return err
 }
 
-// huge is a layer with the member weights, of size bytes, and weights.index behind it.
+// huge returns a layer with the member weights, of size bytes, and weights.index after it.
 // The last bytes of both are end.
 func (s site) huge(t *testing.T, size int64, end string) artifact.Layer {
 	t.Helper()
@@ -55,18 +55,18 @@ func (s site) huge(t *testing.T, size int64, end string) artifact.Layer {
 	})}
 }
 
-// hugeHeader is of a member with a size that only a PAX record can hold.
+// hugeHeader returns the header of a member whose size needs a PAX record.
 func hugeHeader(flag byte, name string, size int64) string {
 	return string(slices.Concat(member512(tar.TypeXHeader, "pax", record("size", itoa(int(size))), nil), member512(flag, name, "", nil)))
 }
 
-func TestAMemberBeyondTheLimitOfOctalSizesIsShown(t *testing.T) {
+func TestAMemberBeyondTheLimitOfOctalSizesIsMounted(t *testing.T) {
 	for _, mode := range []Modes{best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}} {
 		for _, size := range []int64{9<<30 + 1, 9<<30 + 4096, 1 << 40} {
 			t.Run(mode.String()+"/"+itoa(int(size)), func(t *testing.T) {
 				requireModes(t, Overlay, EROFS) // whoever extracts it needs the space
 				s := newSite(t)
-				dir := s.show(t, mode, s.huge(t, size, "the end"))
+				dir := s.mounted(t, mode, s.huge(t, size, "the end"))
 				f, err := os.Open(filepath.Join(dir, "weights"))
 				if err != nil {
 					t.Fatal(err)
@@ -137,9 +137,9 @@ func TestATarThatIsTooLargeForAnImageIsExtracted(t *testing.T) {
 			t.Run(mode.String()+"/"+itoa(int(size)), func(t *testing.T) {
 				requireModes(t, Overlay, EROFS)
 				s := newSite(t)
-				// The next layer replaces the member for which the disk has no room.
+				// The next layer replaces the member that is too large for the disk.
 				l := s.huge(t, size, "the end")
-				dir := s.show(t, mode, l, s.Tar(t, artifact.CompressionNone, archive(t, file("weights", "small"))))
+				dir := s.mounted(t, mode, l, s.Tar(t, artifact.CompressionNone, archive(t, file("weights", "small"))))
 				for name, want := range map[string]string{"weights": "small", "weights.index": "the end"} {
 					if got := read(t, dir, name); got != want {
 						t.Errorf("%s holds %q, want %q", name, got, want)
@@ -158,7 +158,7 @@ func TestATarThatIsTooLargeForAnImageIsExtracted(t *testing.T) {
 	}
 }
 
-func TestARawFileOfAnySizeIsShown(t *testing.T) {
+func TestARawFileOfAnySizeIsMounted(t *testing.T) {
 	const size = 3 << 40
 	for _, mode := range []Modes{best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}, {Overlay, Extract}, {Link, Extract}} {
 		t.Run(mode.String(), func(t *testing.T) {
@@ -167,7 +167,7 @@ func TestARawFileOfAnySizeIsShown(t *testing.T) {
 				Format: artifact.FormatRaw, File: artifact.File{Path: "weights", Mode: 0o644, ModTime: mtime},
 				Descriptor: s.sparse(t, size, map[int64]string{size - 7: "the end"}),
 			}
-			dir := s.show(t, mode, raw, s.Tar(t, artifact.CompressionNone, archive(t, file("index", "small"))))
+			dir := s.mounted(t, mode, raw, s.Tar(t, artifact.CompressionNone, archive(t, file("index", "small"))))
 			f, err := os.Open(filepath.Join(dir, "weights"))
 			if err != nil {
 				t.Fatal(err)

@@ -8,9 +8,8 @@ import (
 	"testing"
 )
 
-// FuzzIDMap reads maps of user namespaces. No owner of an artifact becomes one that
-// chown(2) takes for "unchanged", nor one outside of the ranges of the map but for
-// nobody's.
+// FuzzIDMap parses ID mappings. No owner may become the one that chown(2) takes for "leave
+// unchanged", nor one outside of the mapped ranges, except for overflowID.
 func FuzzIDMap(f *testing.F) {
 	for _, list := range []string{
 		"", "0:200000:65536", "0:0:1,1:100000:65535", "0:4294967294:1", "0:1:4294967295", "4294967295:0:1", "0:0:0", "1:2", "1:2:3:4", "-1:0:1", "0:0:1,", ",", "a:b:c",

@@ -23,7 +23,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
-// noise is n bytes that no other place of any file has.
+// noise returns n bytes that differ from those of any other place.
 func noise(n int) string {
 	b := make([]byte, n)
 	_, _ = rand.NewChaCha8([32]byte{byte(n), byte(n >> 8), byte(n >> 16)}).Read(b)
@@ -35,16 +35,16 @@ func timed(h tar.Header, t time.Time) tar.Header {
 	return h
 }
 
-// gnu is a file with one header.
+// gnu returns the file with a header of GNU tar, without an extended header.
 func gnu(h tar.Header) tar.Header {
 	h.Format, h.ModTime = tar.FormatGNU, mtime.Truncate(time.Second)
 	return h
 }
 
-// sizes are those around the edges of blocks and pages.
+// sizes are around the boundaries of blocks and pages.
 var sizes = []int{0, 1, 511, 512, 513, 1023, 1024, 1025, 4095, 4096, 4097, 8191, 8192, 8193, 1<<20 - 513, 1<<20 - 1, 1 << 20, 1<<20 + 1, 1<<20 + 4095}
 
-// forms are archives with every kind of member.
+// forms returns archives with every kind of member.
 func forms(t *testing.T) map[string][]byte {
 	var bySize, byXattr, byMode, owners []tar.Header
 	for _, n := range sizes {
@@ -112,8 +112,9 @@ func forms(t *testing.T) map[string][]byte {
 			many = append(many, fragmentAt(int64(i)*9000+100, noise(512+i)))
 		}
 		all["sparse, "+form] = slices.Concat(
-			// GNU tar ends with a piece of no bytes. Without any, a file of the formats
-			// 0.0 and 0.1 is refused, since archive/tar takes it for one of no bytes.
+			// GNU tar ends with a fragment of no bytes. A file of the formats 0.0 and 0.1
+			// without any fragment is refused, because archive/tar reads it as an empty
+			// file.
 			sparse("all hole", 1<<20, fragmentAt(1<<20, "")),
 			sparse("none", 0, fragmentAt(0, "")),
 			sparse("begins with data", 100000, fragmentAt(0, noise(10)), fragmentAt(99990, noise(10)), fragmentAt(100000, "")),
@@ -128,8 +129,8 @@ func forms(t *testing.T) map[string][]byte {
 	return all
 }
 
-// odd are archives that a directory of ext4 cannot show: its times end in 2446
-// and an inode has room for few attributes.
+// odd returns archives that ext4 cannot store as files: its times end in 2446, and an inode
+// has room for few attributes.
 func odd(t *testing.T) map[string][]byte {
 	var times []tar.Header
 	for name, when := range map[string]time.Time{
@@ -149,9 +150,9 @@ func odd(t *testing.T) map[string][]byte {
 	}
 }
 
-func TestEveryKindOfMemberIsShownAsTheArchiveHasIt(t *testing.T) {
+func TestEveryKindOfMemberIsMountedAsInTheArchive(t *testing.T) {
 	all, strange := forms(t), odd(t)
-	// The others do with tars what one of these does.
+	// The other modes treat tars like one of these.
 	for _, mode := range []Modes{best, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}, {Overlay, Extract}, {Link, EROFS}} {
 		for _, archives := range []map[string][]byte{all, strange} {
 			for name, a := range archives {
@@ -165,17 +166,17 @@ func TestEveryKindOfMemberIsShownAsTheArchiveHasIt(t *testing.T) {
 						wantNoSymlink(t, s)
 						return
 					}
-					wantVolume(t, s.show(t, mode, s.Tar(t, artifact.CompressionNone, a)), a)
+					wantVolume(t, s.mounted(t, mode, s.Tar(t, artifact.CompressionNone, a)), a)
 				})
 			}
 		}
 	}
 }
 
-// longestSymlink is the longest there can be.
+// longestSymlink has the longest target that Linux allows.
 var longestSymlink = tar.Header{Name: "longest", Typeflag: tar.TypeSymlink, Linkname: strings.Repeat("x/", 2047) + "y"}
 
-// holds is whether the file system that the tests run on has symlinks as long as target.
+// holds reports whether the file system of the tests can store a symlink with that target.
 func holds(t *testing.T, target string) bool {
 	t.Helper()
 	err := os.Symlink(target, filepath.Join(t.TempDir(), "symlink"))
@@ -185,7 +186,7 @@ func holds(t *testing.T, target string) bool {
 	return err == nil
 }
 
-func TestASymlinkThatTheFileSystemCannotHoldIsSaid(t *testing.T) {
+func TestASymlinkThatTheFileSystemCannotHoldIsExplained(t *testing.T) {
 	s := newSite(t)
 	s.Root = xfs(t)
 	wantNoSymlink(t, s)
@@ -199,14 +200,14 @@ func wantNoSymlink(t *testing.T, s site) {
 	}
 }
 
-func TestTenThousandNamesInADirectoryAreShown(t *testing.T) {
+func TestTenThousandNamesInADirectoryAreMounted(t *testing.T) {
 	var crowd []tar.Header
 	for i := range 10000 {
 		crowd = append(crowd, gnu(file("crowd/"+strings.Repeat("x", i%90)+itoa(i), itoa(i))))
 	}
 	a := archive(t, crowd...)
 	s := newSite(t)
-	wantVolume(t, s.show(t, best, s.Tar(t, artifact.CompressionZstd, a)), a)
+	wantVolume(t, s.mounted(t, best, s.Tar(t, artifact.CompressionZstd, a)), a)
 }
 
 func TestCompressionChangesNothing(t *testing.T) {
@@ -215,7 +216,7 @@ func TestCompressionChangesNothing(t *testing.T) {
 			t.Run(name+"/"+string(c), func(t *testing.T) {
 				t.Parallel()
 				s := newSite(t)
-				wantVolume(t, s.show(t, best, s.Tar(t, c, a)), a)
+				wantVolume(t, s.mounted(t, best, s.Tar(t, c, a)), a)
 			})
 		}
 	}
@@ -229,7 +230,7 @@ func TestAllArchivesTogetherAreOneImage(t *testing.T) {
 	compressions := []artifact.Compression{artifact.CompressionNone, artifact.CompressionGzip, artifact.CompressionZstd}
 	for i, name := range slices.Sorted(func(yield func(string) bool) {
 		for name := range all {
-			// Those with a file or a symlink where others have something else.
+			// Archives with a file or symlink where others have something else.
 			if !slices.Contains([]string{"sizes", "a symlink over a file", "128 directories"}, name) && !yield(name) {
 				return
 			}
@@ -237,17 +238,17 @@ func TestAllArchivesTogetherAreOneImage(t *testing.T) {
 	}) {
 		layers, archives = append(layers, s.Tar(t, compressions[i%3], all[name])), append(archives, all[name])
 	}
-	wantVolume(t, s.show(t, best, layers...), archives...)
+	wantVolume(t, s.mounted(t, best, layers...), archives...)
 }
 
-// find and others conclude from it how many directories there are to look at.
+// find and other programs conclude from it how many directories to look into.
 func TestTheLinkCountOfADirectoryCountsItsDirectories(t *testing.T) {
 	var members []tar.Header
 	for i := range 7 {
 		members = append(members, file("d/"+itoa(i)+"/f", "x"), file("d/file "+itoa(i), "x"))
 	}
 	s := newSite(t)
-	dir := s.show(t, best, s.Tar(t, artifact.CompressionNone, archive(t, members...)), s.Tar(t, artifact.CompressionGzip, archive(t, file("d/8/f", "x"))))
+	dir := s.mounted(t, best, s.Tar(t, artifact.CompressionNone, archive(t, members...)), s.Tar(t, artifact.CompressionGzip, archive(t, file("d/8/f", "x"))))
 	for name, want := range map[string]uint64{".": 3, "d": 10, "d/0": 2, "d/0/f": 1} {
 		if got := linkCount(t, filepath.Join(dir, name)); got != want {
 			t.Errorf("%s has %d links, want %d", name, got, want)
@@ -264,7 +265,7 @@ func linkCount(t *testing.T, path string) uint64 {
 	return uint64(st.Nlink) //nolint:unconvert // it is 32 bits wide on arm64
 }
 
-// Files of a whole blob have attributes of overlayfs beside their own.
+// Files of a whole blob have the attributes of overlayfs besides their own.
 func TestSparseMembersKeepTheirAttributes(t *testing.T) {
 	var a []byte
 	for n := range 41 {
@@ -276,7 +277,7 @@ func TestSparseMembersKeepTheirAttributes(t *testing.T) {
 	for _, mode := range everyPair {
 		t.Run(mode.String(), func(t *testing.T) {
 			s := newSite(t)
-			wantVolume(t, s.show(t, mode, s.Tar(t, artifact.CompressionNone, a)), a)
+			wantVolume(t, s.mounted(t, mode, s.Tar(t, artifact.CompressionNone, a)), a)
 		})
 	}
 }
@@ -335,7 +336,7 @@ func TestHundredsOfLayersAreOneMount(t *testing.T) {
 				want[name] = content
 				layers = append(layers, s.Raw(t, name, content))
 			}
-			dir := s.show(t, c.mode, layers...)
+			dir := s.mounted(t, c.mode, layers...)
 			for name, content := range want {
 				if got := read(t, dir, name); got != content {
 					t.Errorf("%s holds %d other bytes", name, len(got))
@@ -345,7 +346,7 @@ func TestHundredsOfLayersAreOneMount(t *testing.T) {
 	}
 }
 
-func TestTwentyThousandRawFilesAreShown(t *testing.T) {
+func TestTwentyThousandRawFilesAreMounted(t *testing.T) {
 	s := newSite(t)
 	var blobs []artifact.Layer
 	for i := range 1000 {
@@ -357,7 +358,7 @@ func TestTwentyThousandRawFilesAreShown(t *testing.T) {
 		l.File.Path = "shard " + itoa(i%100) + "/" + itoa(i)
 		layers = append(layers, l)
 	}
-	dir := s.show(t, best, layers...)
+	dir := s.mounted(t, best, layers...)
 	for i := range 20000 {
 		if got, want := read(t, dir, "shard "+itoa(i%100), itoa(i)), "blob "+itoa(i%len(blobs)); got != want {
 			t.Fatalf("file %d holds %q, want %q", i, got, want)
@@ -370,10 +371,10 @@ func TestTwentyThousandRawFilesAreShown(t *testing.T) {
 	}
 }
 
-// waitLimit is how long the tests wait for what must happen.
+// waitLimit is how long tests wait for an event that must come.
 const waitLimit = 10 * time.Second
 
-// loops is the loop devices of files below dir.
+// loops returns the loop devices of files below dir.
 func loops(t *testing.T, dir string) (found []string) {
 	t.Helper()
 	all, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
@@ -388,7 +389,7 @@ func loops(t *testing.T, dir string) (found []string) {
 	return found
 }
 
-// waitForNoLoops waits until the kernel has let go of what clears itself.
+// waitForNoLoops waits until the kernel has cleared the devices.
 func waitForNoLoops(t *testing.T, dir string) {
 	t.Helper()
 	for deadline := time.Now().Add(waitLimit); len(loops(t, dir)) > 0; time.Sleep(time.Millisecond) {

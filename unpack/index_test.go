@@ -13,10 +13,10 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
-// kinds are all that a layer can be.
+// kinds are all kinds of layers.
 var kinds = []string{"raw", "tar", "gzip", "zstd"}
 
-// layerOf is a layer of a kind that puts content at name.
+// layerOf returns a layer of a kind with the content at name.
 func (s site) layerOf(t *testing.T, kind, name, content string) artifact.Layer {
 	t.Helper()
 	compressions := map[string]artifact.Compression{
@@ -40,7 +40,7 @@ func permutations(of []string) (all [][]string) {
 	return all
 }
 
-func TestTheLastLayerWinsWhateverTheLayersAre(t *testing.T) {
+func TestTheLastLayerWinsForAnyKindsOfLayers(t *testing.T) {
 	for _, mode := range []Modes{best, {Overlay, Extract}, {Copy, EROFS}} {
 		for _, order := range permutations(kinds) {
 			t.Run(mode.String()+"/"+strings.Join(order, ","), func(t *testing.T) {
@@ -50,7 +50,7 @@ func TestTheLastLayerWinsWhateverTheLayersAre(t *testing.T) {
 				for i, kind := range order {
 					layers = append(layers, s.layerOf(t, kind, "d/f", kind), s.layerOf(t, kind, fmt.Sprint("d/of ", i), kind))
 				}
-				dir := s.show(t, mode, layers...)
+				dir := s.mounted(t, mode, layers...)
 				if got, want := read(t, dir, "d/f"), order[len(order)-1]; got != want {
 					t.Errorf("d/f is of the layer %s, want %s", got, want)
 				}
@@ -74,7 +74,7 @@ func TestABlobCanBeManyLayers(t *testing.T) {
 				if kind == "raw" { // of which two may not have one path
 					b = s.layerOf(t, kind, "g", "b")
 				}
-				if dir := s.show(t, mode, a, b, a); read(t, dir, "f") != "a" {
+				if dir := s.mounted(t, mode, a, b, a); read(t, dir, "f") != "a" {
 					t.Error("the first layer's blob, as the last one, does not win")
 				}
 			})
@@ -102,7 +102,7 @@ func TestABlobCanBeATarAndAFile(t *testing.T) {
 						}
 						layers = append(layers, l)
 					}
-					dir := s.show(t, mode, layers...)
+					dir := s.mounted(t, mode, layers...)
 					if got := read(t, dir, "member"); got != strings.Repeat("hello", 1000) {
 						t.Errorf("the member holds %d other bytes", len(got))
 					}
@@ -124,7 +124,7 @@ func TestALayerCanReplaceAHardLinkedFile(t *testing.T) {
 			s := newSite(t)
 			linked := archive(t, file("first", "1"), tar.Header{Name: "second", Typeflag: tar.TypeLink, Linkname: "first"},
 				tar.Header{Name: "third", Typeflag: tar.TypeLink, Linkname: "second"})
-			dir := s.show(t, mode, s.Tar(t, artifact.CompressionNone, linked), s.Raw(t, "first", "raw"),
+			dir := s.mounted(t, mode, s.Tar(t, artifact.CompressionNone, linked), s.Raw(t, "first", "raw"),
 				s.Tar(t, artifact.CompressionGzip, archive(t, file("third", "tar"))))
 			for name, want := range map[string]string{"first": "raw", "second": "1", "third": "tar"} {
 				if got := read(t, dir, name); got != want {

@@ -15,12 +15,12 @@ import (
 	"testing"
 )
 
-// What a volume shows is compared with what archive/tar, reading an archive from
-// its begin to its end, says is in it.
+// The files of a volume are compared with what archive/tar reads in an archive, from its
+// begin to its end.
 
-// sequential is what the archives hold, later ones over earlier ones. Implied
-// directories are as for a plan. An archive that Build would refuse gives
-// anything or an error.
+// sequential returns what the archives have, later ones over earlier ones, with implied
+// directories as in a plan. For an archive that Build refuses, the result may be anything
+// or an error.
 func sequential(archives ...io.Reader) (listed, error) {
 	implied := shown{Kind: "directory", Mode: 0o755}
 	implied.At(created)
@@ -63,10 +63,10 @@ func sequential(archives ...io.Reader) (listed, error) {
 	return l, nil
 }
 
-// cleaned is the path of a name in the volume.
+// cleaned returns the path of a name in the volume.
 func cleaned(name string) string { return path.Clean(strings.TrimLeft(name, "/")) }
 
-// member is the member that r is at. files are those before it.
+// member returns the member at which r is. files are the ones before it.
 func member(r *tar.Reader, h *tar.Header, files map[string]shown) (shown, error) {
 	e := shown{Mode: uint32(h.Mode) & 0o777, UID: uint32(h.Uid), GID: uint32(h.Gid)}
 	e.At(h.ModTime)
@@ -106,7 +106,7 @@ func member(r *tar.Reader, h *tar.Header, files map[string]shown) (shown, error)
 	return e, nil
 }
 
-// wantVolume checks that dir shows the members of the archives.
+// wantVolume checks that dir has the members of the archives.
 func wantVolume(t *testing.T, dir string, archives ...[]byte) {
 	t.Helper()
 	var readers []io.Reader

@@ -12,11 +12,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// best is what the kernel and a disk's file system can do.
+// best are the best modes of the kernel, on the file system of a disk.
 var best = Modes{Raw: first(RawModes), Tar: first(TarModes)}
 
-// has reports whether the tests are to find that r works: each mode must, but on the
-// kernels that integration/kernels boots, which says by the variable which of them.
+// has reports whether the mode must work where the tests run: every mode, except on the
+// kernels that integration/kernels boots, where a variable lists them.
 func has(r Mode) bool {
 	modes, named := os.LookupEnv("ARTIFACT_SNAPSHOTTER_MODES")
 	return !named || slices.Contains(strings.Split(modes, ","), string(r))
@@ -34,8 +34,8 @@ func requireModes(t *testing.T, modes ...Mode) {
 	}
 }
 
-// here is r where the tests run: the kernel mounts no EROFS from the files of a tmpfs
-// or an overlay, and tars there are loop devices.
+// here returns the modes that work where the tests run: the kernel mounts no EROFS from
+// files of a tmpfs or an overlay, so tars there are loop devices.
 func here(r Modes) Modes {
 	if (r.Tar == EROFS || r.Tar == EROFSBuffered) && !fileBacked() {
 		r.Tar = EROFSLoop
@@ -48,7 +48,7 @@ func fileBacked() bool {
 	return magic != unix.TMPFS_MAGIC && magic != unix.OVERLAYFS_SUPER_MAGIC
 }
 
-// fileSystem is the magic number of the file system that the tests run on.
+// fileSystem returns the magic number of the file system of the tests.
 func fileSystem() int64 {
 	var st unix.Statfs_t
 	if err := unix.Statfs(os.TempDir(), &st); err != nil {
@@ -57,8 +57,8 @@ func fileSystem() int64 {
 	return st.Type
 }
 
-// everyPair is every pair of modes that lays out artifacts in its own way, of those that
-// the kernel has.
+// everyPair has every pair of modes that prepares artifacts in its own way, as far as the
+// kernel has them.
 var everyPair = slices.DeleteFunc([]Modes{
 	{Overlay, EROFS}, {Overlay, EROFSLoop}, {Overlay, EROFSBuffered}, {Overlay, Extract},
 	{Link, EROFS}, {Link, EROFSLoop}, {Link, Extract}, {Copy, EROFS}, {Copy, Extract},

@@ -25,7 +25,7 @@ func TestRefusals(t *testing.T) {
 			return []artifact.Layer{s.Tar(t, artifact.CompressionNone, archive(t, members...))}
 		}
 	}
-	// cut is a tar whose bytes change does something to.
+	// cut returns a layer of a tar, compressed after change has changed its bytes.
 	cut := func(c artifact.Compression, change func([]byte) []byte) func(*testing.T, site) []artifact.Layer {
 		return func(t *testing.T, s site) []artifact.Layer {
 			l := s.Tar(t, c, change(archive(t, file("f", strings.Repeat("x", 3000)))))
@@ -175,14 +175,14 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// archived is the layer of an archive.
+// archived returns the layer of an archive.
 func archived(archive []byte) func(*testing.T, site) []artifact.Layer {
 	return func(t *testing.T, s site) []artifact.Layer {
 		return []artifact.Layer{s.Tar(t, artifact.CompressionNone, archive)}
 	}
 }
 
-// retyped is a member of another type, behind its extended header.
+// retyped changes the type of a member that follows an extended header.
 func retyped(member []byte, flag byte) []byte {
 	header := member[2*tarBlock : 3*tarBlock]
 	header[156] = flag
@@ -190,8 +190,8 @@ func retyped(member []byte, flag byte) []byte {
 	return member
 }
 
-// cutAfterPAX is an archive that ends, without a DiffID that would tell, behind
-// a header that announces another one.
+// cutAfterPAX returns an archive, without a DiffID that would reveal it, that ends after an
+// extended header.
 func cutAfterPAX(t *testing.T, s site) []artifact.Layer {
 	h := file("f", "x")
 	h.Format = tar.FormatPAX
@@ -201,7 +201,7 @@ func cutAfterPAX(t *testing.T, s site) []artifact.Layer {
 	return []artifact.Layer{l}
 }
 
-// broken is a compressed tar whose compressed bytes change does something to.
+// broken returns a layer of a tar whose compressed bytes change has changed.
 func broken(c artifact.Compression, change func([]byte) []byte) func(*testing.T, site) []artifact.Layer {
 	return func(t *testing.T, s site) []artifact.Layer {
 		l := s.Tar(t, c, archive(t, file("f", strings.Repeat("x", 3000))))
@@ -214,7 +214,7 @@ func broken(c artifact.Compression, change func([]byte) []byte) func(*testing.T,
 	}
 }
 
-// sparse is an archive of one sparse file that is all hole.
+// sparse returns an archive of one sparse file that is all hole.
 func sparse(_ *testing.T, size int64) []byte {
 	return slices.Concat(sparseForms["PAX 1.0"]("sparse", size), endMark)
 }

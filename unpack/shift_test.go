@@ -19,7 +19,7 @@ import (
 
 func TestOwnersAreShiftedForAUserNamespace(t *testing.T) {
 	owners := IDMap{UID: "0:200000:65536", GID: "0:300000:65536"}
-	for _, how := range []string{"from the first Tree", "from the artifact", "from the artifact, as an image"} {
+	for _, how := range []string{"from the first tree", "from the artifact", "from the artifact, as an image"} {
 		t.Run(how, func(t *testing.T) {
 			s := newSite(t)
 			inside, outside := s.Raw(t, "inside", "1"), s.Raw(t, "outside", "2")
@@ -34,7 +34,7 @@ func TestOwnersAreShiftedForAUserNamespace(t *testing.T) {
 			o := s.options(Modes{Overlay, Extract})
 			var tree *Tree
 			var err error
-			if how != "from the first Tree" {
+			if how != "from the first tree" {
 				o.Owners = owners
 				if how == "from the artifact, as an image" {
 					o.Modes = here(best)

@@ -22,15 +22,15 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
-// form is an archive that tars once read in different ways.
+// form is an archive that tools have read in different ways.
 type form struct {
 	archive []byte
-	// not are the tars that refuse it or show something else.
+	// not are the tools that refuse it or extract something else.
 	not []string
 }
 
-// tarForms are archives whose meaning is not in POSIX, or is another one there. They
-// describe every directory.
+// tarForms returns archives whose meaning POSIX does not define, or defines differently.
+// They describe every directory.
 func tarForms(t *testing.T) map[string]form {
 	last := archive(t, file("last", noise(700)))
 	noEnd := last[:len(last)-len(endMark)]
@@ -40,7 +40,7 @@ func tarForms(t *testing.T) map[string]form {
 	symlink := tar.Header{Name: "s", Typeflag: tar.TypeSymlink, Linkname: "x", Mode: 0o777, Uid: 7, Gid: 8, ModTime: created, Format: tar.FormatPAX}
 	absolute := symlink
 	absolute.Linkname = "/etc/x"
-	// own is with the attributes of the symlink, as tars write it.
+	// own has the attributes of the symlink, as tools write it.
 	own := func(h tar.Header) tar.Header {
 		h.Uid, h.Gid, h.ModTime, h.Format = 7, 8, created, tar.FormatPAX
 		return h
@@ -80,7 +80,7 @@ func tarForms(t *testing.T) map[string]form {
 	}
 }
 
-// tarsOf extract an archive as root.
+// tarsOf returns the tools, which extract an archive as root.
 func tarsOf(t *testing.T) map[string]func(archive []byte, dir string) error {
 	t.Helper()
 	run := func(name string) func([]byte, string) error {
@@ -105,8 +105,8 @@ func tarsOf(t *testing.T) map[string]func(archive []byte, dir string) error {
 	return all
 }
 
-// What a volume shows of an archive is what GNU tar, bsdtar and containerd make of it.
-// TestEveryKindOfMemberIsShownAsTheArchiveHasIt shows the same archives.
+// A volume has the files that GNU tar, bsdtar and containerd extract.
+// TestEveryKindOfMemberIsMountedAsInTheArchive mounts the same archives.
 func TestTarsAgree(t *testing.T) {
 	tars := tarsOf(t)
 	for name, f := range tarForms(t) {
@@ -122,7 +122,7 @@ func TestTarsAgree(t *testing.T) {
 			delete(got, ".")
 			diff := got.Diff(want)
 			agrees, not := err == nil && diff == "", slices.Contains(f.not, by)
-			// Of the other two, a later version may have come to agree.
+			// A later version of the other two tools may agree.
 			if !agrees && !not || agrees && not && by == "containerd" {
 				t.Errorf("%s, %s: %v\n%s", name, by, err, diff)
 			}
@@ -130,9 +130,9 @@ func TestTarsAgree(t *testing.T) {
 	}
 }
 
-// What containerd extracts in another way the differ refuses, and the rest it extracts
-// as containerd does.
-func TestFilesOfATarAreThoseOfAnImage(t *testing.T) {
+// ExtractLayer refuses what containerd would extract differently, and extracts the rest as
+// containerd does.
+func TestUnusualTarsAreExtractedAsAnImageOrRefused(t *testing.T) {
 	s := newSite(t)
 	for name, f := range tarForms(t) {
 		dir, err := s.extract(t, s.Tar(t, artifact.CompressionGzip, f.archive))
@@ -151,9 +151,9 @@ func TestFilesOfATarAreThoseOfAnImage(t *testing.T) {
 	}
 }
 
-// A layer of no bytes is an archive of no members, whatever its compression, and no blob
-// is needed for it.
-func TestNoBytesAreAnEmptyArchive(t *testing.T) {
+// A layer without bytes is an archive without members, with any compression, and needs no
+// blob.
+func TestALayerWithoutBytesIsAnEmptyArchive(t *testing.T) {
 	for _, mode := range everyPair {
 		for c, compression := range map[string]artifact.Compression{"plain": artifact.CompressionNone, "gzip": artifact.CompressionGzip, "zstd": artifact.CompressionZstd} {
 			t.Run(mode.String()+"/"+c, func(t *testing.T) {
@@ -164,7 +164,7 @@ func TestNoBytesAreAnEmptyArchive(t *testing.T) {
 					t.Fatal(err)
 				}
 				ofNothing := s.Tar(t, compression, nil)
-				dir := s.show(t, mode, none, ofNothing, s.Raw(t, "f", "x"))
+				dir := s.mounted(t, mode, none, ofNothing, s.Raw(t, "f", "x"))
 				if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 || read(t, dir, "f") != "x" {
 					t.Errorf("the volume has %v (%v)", entries, err)
 				}
@@ -186,7 +186,7 @@ func TestNoBytesAreAnEmptyArchive(t *testing.T) {
 	}
 }
 
-// Padding is read, and not held: it can be as large as the limits let a layer be.
+// Padding is read but not kept in memory, since it can be as large as a layer.
 func TestPaddingTakesNoMemory(t *testing.T) {
 	for end, says := range map[string]string{"": "", "x": "garbage follows the end"} {
 		blob := filepath.Join(t.TempDir(), "blob")

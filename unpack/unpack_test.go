@@ -28,7 +28,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/internal/unpacktest"
 )
 
-// The helpers that unpack/differ's tests use, too.
+// Helpers that the tests of unpack/differ also use.
 var (
 	created, mtime                 = unpacktest.Created, unpacktest.ModTime
 	archive, file, noted           = unpacktest.Archive, unpacktest.File, unpacktest.WithXattrs
@@ -45,7 +45,7 @@ type (
 
 func fragmentAt(offset int64, data string) fragment { return fragment{Offset: offset, Data: data} }
 
-// site is a directory of blobs and one for trees, of which the test t is about.
+// site is a directory of blobs and one for trees, of the test t.
 type site struct {
 	unpacktest.Site
 	t *testing.T
@@ -71,8 +71,8 @@ func (s site) buildAs(name string, r Modes, layers ...artifact.Layer) (*Tree, er
 	return Build(context.Background(), filepath.Join(s.Root, name), numbered(layers...), s.options(r))
 }
 
-// show builds and mounts, and returns where.
-func (s site) show(t *testing.T, r Modes, layers ...artifact.Layer) string {
+// mounted builds and mounts a tree, and returns where.
+func (s site) mounted(t *testing.T, r Modes, layers ...artifact.Layer) string {
 	t.Helper()
 	tree, err := s.build(r, layers...)
 	if err != nil {
@@ -107,12 +107,12 @@ func wantAttrs(t *testing.T, path string, mode uint32, uid, gid uint32, mod time
 	}
 }
 
-func TestRawLayersAreShownWithoutACopy(t *testing.T) {
+func TestRawLayersAreMountedWithoutACopy(t *testing.T) {
 	big := strings.Repeat("weights", 1<<17)
 	for _, mode := range everyPair {
 		t.Run(mode.String(), func(t *testing.T) {
 			s := newSite(t)
-			dir := s.show(t, mode,
+			dir := s.mounted(t, mode,
 				s.Raw(t, "a/b/weights with space é.bin", big),
 				s.Raw(t, "again", big),
 				s.Raw(t, "empty", ""),
@@ -149,7 +149,7 @@ func TestRawLayersAreShownWithoutACopy(t *testing.T) {
 func TestMountsAreReadOnlyNosuidNodev(t *testing.T) {
 	for _, mode := range everyPair {
 		s := newSite(t)
-		dir := s.show(t, mode, s.Raw(t, "f", "x"))
+		dir := s.mounted(t, mode, s.Raw(t, "f", "x"))
 		var st unix.Statfs_t
 		if err := unix.Statfs(dir, &st); err != nil {
 			t.Fatal(err)
@@ -172,7 +172,7 @@ func TestTarsAreExtracted(t *testing.T) {
 	for _, c := range []artifact.Compression{artifact.CompressionNone, artifact.CompressionGzip, artifact.CompressionZstd} {
 		t.Run("compression "+string(c), func(t *testing.T) {
 			s := newSite(t)
-			dir := s.show(t, best, s.Tar(t, c, archive(t, members...)))
+			dir := s.mounted(t, best, s.Tar(t, c, archive(t, members...)))
 			if got := read(t, dir, "d/f"); got != "hello" {
 				t.Errorf("d/f holds %q", got)
 			}
@@ -191,7 +191,7 @@ func TestTarsAreExtracted(t *testing.T) {
 	}
 }
 
-func TestProgressIsOfAllBytes(t *testing.T) {
+func TestProgressCountsAllBytes(t *testing.T) {
 	s := newSite(t)
 	zstd := s.Tar(t, artifact.CompressionZstd, archive(t, file("g", "tar")))
 	a := numbered(s.Raw(t, "f", "raw"), zstd, s.Tar(t, artifact.CompressionNone, archive(t, file("h", "tar"))), zstd)
@@ -210,7 +210,7 @@ func TestProgressIsOfAllBytes(t *testing.T) {
 	}
 }
 
-func TestOnlyUserXattrsAreKept(t *testing.T) {
+func TestOnlyUserXattrsAreSet(t *testing.T) {
 	s := newSite(t)
 	h := file("f", "x")
 	h.Format = tar.FormatPAX
@@ -219,7 +219,7 @@ func TestOnlyUserXattrsAreKept(t *testing.T) {
 		"SCHILY.xattr.trusted.overlay.redirect": "/etc/shadow",
 		"SCHILY.xattr.security.capability":      "\x01\x00\x00\x02\xff\xff\xff\xff",
 	}
-	dir := s.show(t, best, s.Tar(t, artifact.CompressionNone, archive(t, h)))
+	dir := s.mounted(t, best, s.Tar(t, artifact.CompressionNone, archive(t, h)))
 	buf := make([]byte, 4096)
 	n, err := unix.Listxattr(filepath.Join(dir, "f"), buf)
 	if err != nil {
@@ -232,7 +232,7 @@ func TestOnlyUserXattrsAreKept(t *testing.T) {
 
 func TestLaterLayersWin(t *testing.T) {
 	s := newSite(t)
-	dir := s.show(t, best,
+	dir := s.mounted(t, best,
 		s.Raw(t, "raw then tar", "1"),
 		s.Tar(t, artifact.CompressionNone, archive(t, file("raw then tar", "2"), file("tar then raw", "1"),
 			file("twice in one tar", "1"), file("twice in one tar", "2"),
@@ -247,7 +247,7 @@ func TestLaterLayersWin(t *testing.T) {
 	}
 }
 
-func TestSparseMembersAreServedSparse(t *testing.T) {
+func TestSparseMembersStaySparse(t *testing.T) {
 	s := newSite(t)
 	tree, err := s.build(best, s.Tar(t, artifact.CompressionNone, sparse(t, 64<<20)))
 	if err != nil {
@@ -265,17 +265,17 @@ func TestContentIsTheSameAroundHoles(t *testing.T) {
 	s := newSite(t)
 	zeros := strings.Repeat("\x00", 256<<10)
 	want := zeros + "a" + zeros + zeros + zeros[1:] + "b" + zeros
-	dir := s.show(t, best, s.Tar(t, artifact.CompressionZstd, archive(t, file("f", want))))
+	dir := s.mounted(t, best, s.Tar(t, artifact.CompressionZstd, archive(t, file("f", want))))
 	if got := read(t, dir, "f"); got != want {
 		t.Errorf("%d bytes differ from the %d of the member", len(got), len(want))
 	}
 }
 
-func TestNoTypeInAModeMakesAFileSetuid(t *testing.T) {
+func TestATypeInAModeDoesNotMakeAFileSetuid(t *testing.T) {
 	s := newSite(t)
 	h := file("su", "x")
 	h.Mode = 0o4755 | unix.S_IFDIR
-	dir := s.show(t, best, s.Tar(t, artifact.CompressionNone, archive(t, h)))
+	dir := s.mounted(t, best, s.Tar(t, artifact.CompressionNone, archive(t, h)))
 	wantAttrs(t, filepath.Join(dir, "su"), 0o755, 0, 0, mtime)
 }
 
@@ -285,12 +285,12 @@ func TestARootWithAnyCharacterIsMounted(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(s.Root, "copies"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if dir := s.show(t, best, s.Raw(t, "f", "x")); read(t, dir, "f") != "x" {
+	if dir := s.mounted(t, best, s.Raw(t, "f", "x")); read(t, dir, "f") != "x" {
 		t.Error("wrong content")
 	}
 }
 
-// tmpfs mounts one of size bytes.
+// tmpfs mounts a tmpfs.
 func tmpfs(t *testing.T, dir, options string) {
 	t.Helper()
 	unpacktest.Mount(t, mount.Mount{Type: "tmpfs", Source: "tmpfs", Options: strings.Split(options, ",")}, dir)
@@ -319,7 +319,7 @@ func TestBlobsOfAnotherFileSystemAreCopiedOnce(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			// What the first one has copied is counted there, and not once more.
+			// What the first tree has copied counts there, and not again.
 			if want := diskUsage(t, tree); tree.Size != want {
 				t.Errorf("the tree takes %d bytes of the disk, want %d", tree.Size, want)
 			}
@@ -343,7 +343,7 @@ func TestBlobsOfAnotherFileSystemAreCopiedOnce(t *testing.T) {
 	}
 }
 
-// diskUsage is what du counts of a Tree's files, without its own directories.
+// diskUsage returns what du counts of a tree's files, without its own directories.
 func diskUsage(t *testing.T, tree *Tree) (size int64) {
 	t.Helper()
 	notCounted := []string{tree.dir, filepath.Join(tree.dir, dataDir), filepath.Join(tree.dir, metaFile)}
@@ -385,7 +385,7 @@ func TestACorruptBlobIsNotCopied(t *testing.T) {
 	}
 }
 
-func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
+func TestAFullDiskIsExplainedAndLeavesNothing(t *testing.T) {
 	s := newSite(t)
 	tmpfs(t, s.Root, "size=2m")
 	if err := os.Mkdir(filepath.Join(s.Root, "copies"), 0o755); err != nil {
@@ -443,8 +443,8 @@ func TestProbeTakesTheBestModeThatWorks(t *testing.T) {
 			t.Errorf("%s leaves %v (%v)", r, left, err)
 		}
 	}
-	// A lower layer of overlayfs may not be on a file system with case folding
-	// or one without extended attributes; procfs is the one always at hand.
+	// overlayfs needs a lower layer without case folding and with extended attributes;
+	// procfs does not have them, and is always there.
 	if _, err := Probe(ctx, "/proc/self", Modes{}, false); err == nil {
 		t.Error("a directory that nothing can be written to has a mode")
 	}
@@ -462,9 +462,9 @@ func itoa(n int) string { return strconv.Itoa(n) }
 
 func octal6(n int) string { return fmt.Sprintf("%06o", n) }
 
-// What nothing is shown of is removed when no layer is retained any more: the blob may
-// stand in a layer far behind.
-func TestATarThatIsAlsoAnOverriddenFileBehindManyLayers(t *testing.T) {
+// Contents without visible files are removed when all layers are retained, since a much
+// later layer may have the same blob.
+func TestABlobIsATarAndALaterOverriddenFile(t *testing.T) {
 	requireModes(t, Overlay)
 	s := newSite(t)
 	empty := archive(t)
@@ -473,7 +473,7 @@ func TestATarThatIsAlsoAnOverriddenFileBehindManyLayers(t *testing.T) {
 		layers = append(layers, s.Raw(t, itoa(i), itoa(i)))
 	}
 	layers = append(layers, s.Raw(t, "same", string(empty)), s.Tar(t, artifact.CompressionNone, archive(t, file("same", "another"))))
-	dir := s.show(t, best, layers...)
+	dir := s.mounted(t, best, layers...)
 	for name, want := range map[string]string{"0": "0", "2999": "2999", "same": "another"} {
 		if got := read(t, dir, name); got != want {
 			t.Errorf("%s is %q, want %q", name, got, want)

@@ -17,8 +17,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/internal/unpacktest"
 )
 
-// The differ of containerd's own unpacker goes by the bytes, too.
-func TestTheDifferGoesByTheBytes(t *testing.T) {
+// In the differ, too, the bytes and not the media type decide what a layer is.
+func TestTheBytesDecideForTheDifferToo(t *testing.T) {
 	a := archive(t, file("dir/f", "x"))
 	for _, ours := range []bool{true, false} {
 		s := newSite(t)
@@ -54,7 +54,7 @@ func TestTheDifferGoesByTheBytes(t *testing.T) {
 			t.Errorf("it shows %v", got)
 		}
 	}
-	// Nothing of its own makes an image's snapshot.
+	// No file can get the name of an image's snapshot.
 	s := newSite(t)
 	c := newChain(t, s, true)
 	names := digest.FromString("a").String() + " " + digest.FromString("b").String()
@@ -64,7 +64,7 @@ func TestTheDifferGoesByTheBytes(t *testing.T) {
 	}
 }
 
-// The same in a snapshot of ours, in one of another snapshotter, and in a chain of them.
+// In a snapshot of ours, in one of another snapshotter, and in a chain of them.
 func TestTheDifferTakesAnEmptyArchive(t *testing.T) {
 	for _, ours := range []bool{true, false} {
 		s := newSite(t)
@@ -90,7 +90,7 @@ func TestTheDifferTakesAnEmptyArchive(t *testing.T) {
 	}
 }
 
-// A Tree whose config names the DiffID by another algorithm has decompressed the blob
+// A tree whose config names the DiffID by another algorithm has decompressed the blob
 // before.
 func TestTheDiffIDIsCanonical(t *testing.T) {
 	s := newSite(t)
@@ -115,7 +115,7 @@ func TestTheDiffIDIsCanonical(t *testing.T) {
 	}
 }
 
-func TestNoLayerHasTheSnapshotOfAnotherChain(t *testing.T) {
+func TestALayerWhoseDigestIsAnotherChainsIDIsRefused(t *testing.T) {
 	s := newSite(t)
 	victim := digest.FromString("a chain").String() + " " + digest.FromString("a DiffID").String()
 	for _, ours := range []bool{true, false} {

@@ -73,7 +73,7 @@ func (s site) mountTree(t *testing.T, a *artifact.Artifact, from blobs.Source) (
 	return target, nil
 }
 
-// chain is snapshots on top of each other, and the differ that fills them.
+// chain is a chain of snapshots with the differ that fills them.
 type chain struct {
 	site
 	*Applier
@@ -81,7 +81,7 @@ type chain struct {
 	fs []string
 }
 
-// newChain is a chain of snapshots of our own snapshotter, or of another one.
+// newChain returns a chain of snapshots of our own snapshotter, or of another one.
 func newChain(t *testing.T, s site, ours bool) *chain {
 	t.Helper()
 	c := &chain{site: s, Applier: &Applier{
@@ -126,7 +126,7 @@ func (c *chain) mounts() []mount.Mount {
 	}}}
 }
 
-// add unpacks a layer into a new snapshot.
+// add applies a layer to a new snapshot.
 func (c *chain) add(t *testing.T, l artifact.Layer) (ocispec.Descriptor, error) {
 	t.Helper()
 	return c.Apply(context.Background(), descriptor(l), c.prepare(t))
@@ -149,7 +149,7 @@ func (c *chain) mustAdd(t *testing.T, layers ...artifact.Layer) {
 	}
 }
 
-// dirs are the directories of the snapshots, the lowest first.
+// dirs returns the directories of the snapshots, the lowest first.
 func (c *chain) dirs() (dirs []string) {
 	for _, fs := range c.fs {
 		dirs = append([]string{filepath.Dir(fs)}, dirs...)
@@ -179,7 +179,7 @@ func (c *chain) overlay(t *testing.T) string {
 	return target
 }
 
-// manifold are layers of every kind, which are also on top of each other.
+// manifold returns layers of every kind, some of which replace files of others.
 func (s site) manifold(t *testing.T) []artifact.Layer {
 	described := tar.Header{Name: "dir/", Typeflag: tar.TypeDir, Mode: 0o2751, Uid: 7, Gid: 8}
 	return []artifact.Layer{
@@ -192,8 +192,8 @@ func (s site) manifold(t *testing.T) []artifact.Layer {
 	}
 }
 
-// filled are the layers that are not empty files, which are refused in the snapshots
-// of others.
+// filled returns the layers without empty files, which are refused in the snapshots of
+// others.
 func filled(layers []artifact.Layer) []artifact.Layer {
 	return slices.DeleteFunc(layers, func(l artifact.Layer) bool { return l.Descriptor.Size == 0 })
 }
@@ -214,11 +214,11 @@ func (s site) treeOf(t *testing.T, layers []artifact.Layer) string {
 func (s site) wantTree(t *testing.T, dir string, layers []artifact.Layer) {
 	t.Helper()
 	if diff := listing(t, dir).Diff(listing(t, s.treeOf(t, layers))); diff != "" {
-		t.Errorf("it is not what a tree shows:\n%s", diff)
+		t.Errorf("it differs from the tree:\n%s", diff)
 	}
 }
 
-func TestLayersOfOurSnapshotsAreKept(t *testing.T) {
+func TestOurSnapshotsRetainLayers(t *testing.T) {
 	s := newSite(t)
 	c := newChain(t, s, true)
 	layers := s.manifold(t)
@@ -232,8 +232,8 @@ func TestLayersOfOurSnapshotsAreKept(t *testing.T) {
 			t.Errorf("layer %d has left %v, %v", i, entries, err)
 		}
 		if l.Compression == artifact.CompressionNone && l.Descriptor.Size > 0 {
-			kept := blobs.Dir(RetainedDir(dir)).Path(l.Descriptor.Digest)
-			if unpacktest.Inode(t, kept) != unpacktest.Inode(t, s.Content.Path(l.Descriptor.Digest)) {
+			retained := blobs.Dir(RetainedDir(dir)).Path(l.Descriptor.Digest)
+			if unpacktest.Inode(t, retained) != unpacktest.Inode(t, s.Content.Path(l.Descriptor.Digest)) {
 				t.Errorf("layer %d has been copied", i)
 			}
 		}
@@ -243,7 +243,7 @@ func TestLayersOfOurSnapshotsAreKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.wantTree(t, dir, layers)
-	// Nothing else is needed.
+	// They need nothing else.
 	if err := errors.Join(os.RemoveAll(string(s.Content)), os.RemoveAll(filepath.Join(s.Root, "blobs"))); err != nil {
 		t.Fatal(err)
 	}
@@ -256,7 +256,7 @@ func TestLayersOfOurSnapshotsAreKept(t *testing.T) {
 	}
 }
 
-func TestLayersAreFilesInTheSnapshotsOfOthers(t *testing.T) {
+func TestSnapshotsOfOthersGetFiles(t *testing.T) {
 	s := newSite(t)
 	if err := unpack.Try(t.Context(), s.Root, unpack.Overlay, false); err != nil {
 		t.Skipf("NOT TESTED: trees have the packed attributes in the mode overlay alone: %v", err)
@@ -266,7 +266,8 @@ func TestLayersAreFilesInTheSnapshotsOfOthers(t *testing.T) {
 	c.mustAdd(t, layers...)
 	dir := c.overlay(t)
 	got := listing(t, dir)
-	// A file system without reflinks has hard links, with the attributes of the blob.
+	// On a file system without reflinks they are hard links, with the attributes of the
+	// blob.
 	for _, name := range []string{"weights", "other/again"} {
 		if hasReflinks(t) {
 			continue
@@ -280,7 +281,7 @@ func TestLayersAreFilesInTheSnapshotsOfOthers(t *testing.T) {
 		got[name] = e
 	}
 	if diff := got.Diff(listing(t, s.treeOf(t, layers))); diff != "" {
-		t.Errorf("the files are not what a Tree shows:\n%s", diff)
+		t.Errorf("the files differ from the tree:\n%s", diff)
 	}
 }
 
@@ -306,7 +307,7 @@ func TestFilesOnAnotherFileSystemAreCopied(t *testing.T) {
 	s.wantTree(t, c.overlay(t), layers)
 }
 
-// hasReflinks tells it of the file system that the tests run on.
+// hasReflinks reports whether the file system of the tests has reflinks.
 func hasReflinks(t *testing.T) bool {
 	t.Helper()
 	dir := t.TempDir()
@@ -328,7 +329,7 @@ func TestALayerCanBeAppliedAgain(t *testing.T) {
 		layers := filled(s.manifold(t))
 		for _, l := range layers {
 			c.mustAdd(t, l)
-			// What a killed one may have left, in a snapshot of ours.
+			// This is what a killed process may have left in a snapshot of ours.
 			left := filepath.Join(filepath.Dir(c.fs[0]), newRetainedDir)
 			if err := os.MkdirAll(filepath.Join(left, "data", "0"), 0o700); err != nil {
 				t.Fatal(err)
@@ -352,7 +353,7 @@ func TestALayerCanBeAppliedAgain(t *testing.T) {
 	}
 }
 
-func TestProgressOfApplyIsOfAllBytes(t *testing.T) {
+func TestProgressCountsAllBytes(t *testing.T) {
 	s := newSite(t)
 	for _, l := range filled(s.manifold(t)) {
 		for _, ours := range []bool{true, false} {
@@ -369,7 +370,7 @@ func TestProgressOfApplyIsOfAllBytes(t *testing.T) {
 	}
 }
 
-// promisedChain is a chain on top of the snapshot of an artifact of one file.
+// promisedChain returns a chain on top of the snapshot of an artifact of one file.
 func promisedChain(t *testing.T, s site) (*chain, digest.Digest) {
 	t.Helper()
 	config := s.Blob(t, []byte(`{}`))
@@ -385,7 +386,7 @@ func promisedChain(t *testing.T, s site) (*chain, digest.Digest) {
 	return c, manifest.Digest
 }
 
-func TestLayersOnTopOfAnArtifactKeepItsLayers(t *testing.T) {
+func TestAPromiseIsFulfilledByTheNextApply(t *testing.T) {
 	s := newSite(t)
 	c, manifest := promisedChain(t, s)
 	c.mustAdd(t, s.Raw(t, "more", "more"))
@@ -396,7 +397,7 @@ func TestLayersOnTopOfAnArtifactKeepItsLayers(t *testing.T) {
 	if read(t, dir, "weights") != "weights" || read(t, dir, "more") != "more" {
 		t.Error("not all is shown")
 	}
-	// Once is enough.
+	// The promise is fulfilled once.
 	if err := os.Remove(s.Content.Path(manifest)); err != nil {
 		t.Fatal(err)
 	}
@@ -411,8 +412,9 @@ func TestLayersOnTopOfAnArtifactKeepItsLayers(t *testing.T) {
 	}
 }
 
-// Two images may be unpacked on top of one artifact: each promises, and reads.
-func TestAPromiseIsReplacedAtOnce(t *testing.T) {
+// Two images may be unpacked on top of one artifact at a time, so one may read the promise
+// while the other replaces it.
+func TestAPromiseIsReplacedAtomically(t *testing.T) {
 	dir := t.TempDir()
 	before, after := digest.FromString("before"), digest.FromString("after")
 	if err := Promise(dir, before); err != nil {
@@ -437,7 +439,7 @@ func TestAPromiseIsReplacedAtOnce(t *testing.T) {
 	}
 }
 
-func TestOnTopOfOrdinaryLayersThereAreFiles(t *testing.T) {
+func TestOnOrdinaryLayersThereAreFiles(t *testing.T) {
 	s := newSite(t)
 	c := newChain(t, s, true)
 	c.prepare(t) // keeps nothing
@@ -449,11 +451,11 @@ func TestOnTopOfOrdinaryLayersThereAreFiles(t *testing.T) {
 		t.Errorf("the file reads %q", got)
 	}
 	if _, _, err := LoadRetained(filepath.Dir(c.fs[0])); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the layer is kept: %v", err)
+		t.Errorf("the layer is retained: %v", err)
 	}
 }
 
-func TestWhatAnotherVersionKeepsIsNotRead(t *testing.T) {
+func TestLayersRetainedByAnotherVersionAreNotRead(t *testing.T) {
 	s := newSite(t)
 	c := newChain(t, s, true)
 	c.mustAdd(t, s.Raw(t, "f", "x"))

@@ -57,8 +57,8 @@ func TestALayerThatBreaksARuleLeavesNothing(t *testing.T) {
 	}
 }
 
-// What is refused within an artifact is refused between snapshots.
-func TestLayersMustFitThoseBelow(t *testing.T) {
+// What is refused between the layers of an artifact is refused between snapshots.
+func TestALayerMustFitTheLayersBelow(t *testing.T) {
 	symlinked := tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "/etc"}
 	for name, headers := range map[string][2]tar.Header{
 		"through a symlink":   {symlinked, file("link/passwd", "x")},
@@ -87,12 +87,12 @@ func TestLayersMustFitThoseBelow(t *testing.T) {
 	}
 }
 
-func TestWhatOverlayfsHidesIsNotThere(t *testing.T) {
+func TestEntriesHiddenByOverlayfsDoNotCount(t *testing.T) {
 	s := newSite(t)
 	c := newChain(t, s, false)
 	c.mustAdd(t, s.Tar(t, artifact.CompressionNone, archive(t,
 		tar.Header{Name: "a", Typeflag: tar.TypeSymlink, Linkname: "/etc"}, tar.Header{Name: "b", Typeflag: tar.TypeSymlink, Linkname: "/etc"})))
-	// As a layer of an image does it.
+	// Whiteouts, as in a layer of an image.
 	c.prepare(t)
 	if err := errors.Join(unix.Mknod(filepath.Join(c.fs[0], "a"), unix.S_IFCHR, 0), unix.Mknod(filepath.Join(c.fs[0], "b"), unix.S_IFCHR, 0)); err != nil {
 		t.Fatal(err)
@@ -111,7 +111,7 @@ func TestWhatOverlayfsHidesIsNotThere(t *testing.T) {
 	}
 }
 
-func TestNoAttributeIsAnOrderToOverlayfs(t *testing.T) {
+func TestAnAttributeThatOverlayfsObeysIsRefused(t *testing.T) {
 	s := newSite(t)
 	c := newChain(t, s, false)
 	l := s.Tar(t, artifact.CompressionNone, archive(t, unpacktest.WithXattrs(file("f", "x"), map[string]string{"user.overlay.whiteout": "y"})))
@@ -122,7 +122,7 @@ func TestNoAttributeIsAnOrderToOverlayfs(t *testing.T) {
 	}
 }
 
-func TestApplySaysWhatIsWrong(t *testing.T) {
+func TestErrorsOfApply(t *testing.T) {
 	s := newSite(t)
 	l := s.Raw(t, "f", "bytes")
 	good := t.TempDir()

@@ -34,9 +34,9 @@ type report struct {
 	Raw     modeReport `json:"raw_layers"`
 	Tar     modeReport `json:"tar_layers"`
 	Content struct {
-		Problem string          `json:"problem"`
-		Facts   unpack.RetentionDiagnosis  `json:"facts"`
-		Advice  []doctor.Advice `json:"advice"`
+		Problem string                    `json:"problem"`
+		Facts   unpack.RetentionDiagnosis `json:"facts"`
+		Advice  []doctor.Advice           `json:"advice"`
 	} `json:"content_root"`
 	Containerd       section[doctor.ContainerdFacts] `json:"containerd"`
 	Socket           section[doctor.SocketFacts]     `json:"socket"`

@@ -23,8 +23,8 @@ func withoutContainerd(n Node) bool {
 
 // NRIFacts are the facts about NRI.
 type NRIFacts struct {
-	Socket    string         `json:"socket"`
-	Connected bool           `json:"connected"`
+	Socket    string            `json:"socket"`
+	Connected bool              `json:"connected"`
 	BlobRoots []unpack.Location `json:"blob_roots,omitempty"`
 }
 

@@ -196,7 +196,7 @@ func (x *index) member(r *tar.Reader, h *tar.Header, s *io.SectionReader, at int
 		// The target does not matter: nothing is opened through the symlink here, and the
 		// container resolves it in its own root.
 		if h.Linkname == "" || len(h.Linkname) > maxTarget {
-			return 0, fmt.Errorf("a symlink must have a target of 1 to 4095 bytes, not %d: %w", len(h.Linkname), errdefs.ErrInvalidArgument)
+			return 0, fmt.Errorf("a symlink must have a target of 1 to 4095 bytes, and this one has %d bytes: %w", len(h.Linkname), errdefs.ErrInvalidArgument)
 		}
 		// Cloned, as are attributes: the string is part of an extended header of up to 1
 		// MiB, which would stay in memory.

@@ -26,7 +26,7 @@ func (c Config) Discover(ctx context.Context) Config {
 	}
 	stores, err := crioStores("/")
 	if err != nil {
-		log.G(ctx).WithError(err).Warn("Cannot find CRI-O's artifact stores in its configuration: set blob_roots")
+		log.G(ctx).WithError(err).Warn("cannot find CRI-O's artifact stores in its configuration: set blob_roots")
 	}
 	c.BlobRoots = stores
 	return c

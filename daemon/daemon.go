@@ -88,14 +88,14 @@ func Serve(ctx context.Context, cfg Config, version string) (err error) {
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	notify(ctx, daemon.SdNotifyReady)
-	log.G(ctx).WithField("address", address).Info("Serving")
+	log.G(ctx).WithField("address", address).Info("serving")
 
 	select {
 	case err := <-served:
 		return fmt.Errorf("serve on %s: %w", address, err)
 	case <-ctx.Done():
 	}
-	log.G(ctx).Info("Stopping; running pods keep their volumes")
+	log.G(ctx).Info("stopping; running pods keep their volumes")
 	notify(ctx, daemon.SdNotifyStopping)
 	healthy.Shutdown()
 	hard := time.AfterFunc(stopTimeout, server.Stop)
@@ -145,7 +145,7 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 
 func notify(ctx context.Context, state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
-		log.G(ctx).WithError(err).Warnf("Cannot tell systemd %s", state)
+		log.G(ctx).WithError(err).Warnf("cannot tell systemd %s", state)
 	}
 }
 

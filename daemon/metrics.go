@@ -140,7 +140,7 @@ func newMetrics(version string) *metrics {
 		refusals: prometheus.NewCounterVec(counter("image_volume_refusals_total",
 			"Refused requests for an image volume by reason. Every retry of kubelet counts."), []string{"reason"}),
 		failures: prometheus.NewCounterVec(counter("prepare_failures_total",
-			"Failed requests for a snapshot, of ordinary images, too, by the kind of the error."), []string{"kind"}),
+			"Failed requests for a snapshot, including those for container images, by the kind of the error."), []string{"kind"}),
 		collections: prometheus.NewHistogram(histogram("gc_duration_seconds",
 			"Duration of the garbage collections.", .001, .01, .1, 1, 10, 60)),
 		gcFailures: prometheus.NewCounter(counter("gc_failures_total", "Garbage collections that could not remove everything that is unused.")),
@@ -274,7 +274,7 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	defer cancel()
 	stats, err := g.store.Stats(ctx)
 	if err != nil {
-		log.L.WithError(err).Warn("Cannot count the trees for the metrics")
+		log.L.WithError(err).Warn("cannot count the trees for the metrics")
 		return
 	}
 	stats.Trees[g.store.Modes()] += 0 // so that the series exists before the first tree

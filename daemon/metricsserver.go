@@ -49,13 +49,13 @@ func (m *metrics) serve(ctx context.Context, address string, again time.Duration
 	go func() {
 		defer close(ended)
 		policy := retry.Policy{Min: again, Max: again, WarnAfter: 1}
-		policy.Run(ctx, "Cannot serve metrics; still trying", func() (_ time.Duration, err error) {
+		policy.Run(ctx, "cannot serve metrics; still trying", func() (_ time.Duration, err error) {
 			if listener == nil {
 				if listener, err = listenMetrics(ctx, address); err != nil {
 					return 0, err
 				}
 			}
-			log.G(ctx).Info("Serving metrics")
+			log.G(ctx).Info("serving metrics")
 			err = server.Serve(listener)
 			listener = nil
 			return 0, err

@@ -63,14 +63,14 @@ func startTracing(ctx context.Context, version string) (options []grpc.ServerOpt
 	otel.SetTracerProvider(provider)
 	otel.SetTextMapPropagator(propagation.NewCompositeTextMapPropagator(propagation.TraceContext{}, propagation.Baggage{}))
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) {
-		log.G(ctx).WithError(err).Warn("Cannot export spans")
+		log.G(ctx).WithError(err).Warn("cannot export spans")
 	}))
-	log.G(ctx).Info("Exporting the spans of containerd's traces")
+	log.G(ctx).Info("exporting the spans of containerd's traces")
 	stop = func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushTimeout)
 		defer cancel()
 		if err := provider.Shutdown(ctx); err != nil {
-			log.G(ctx).WithError(err).Warn("Cannot export the last spans")
+			log.G(ctx).WithError(err).Warn("cannot export the last spans")
 		}
 	}
 	return []grpc.ServerOption{grpc.StatsHandler(otelgrpc.NewServerHandler())}, stop, nil

@@ -317,7 +317,7 @@ func (s *soak) checkDatabase(t *testing.T) {
 // READY=1 and nothing else, a mode that was asked for is not the best one, and a daemon of
 // another test on this machine mounts an EROFS at the same time.
 var explained = regexp.MustCompile(`msg="(refused an image volume|an image is in conflict|cannot watch containerd's images` +
-	`|Cannot drop capabilities|Cannot tell systemd|layers are laid out by a fallback mode|cannot set the read-ahead of an EROFS: .* error="[0-9]+ superblocks have appeared)`)
+	`|cannot drop capabilities|cannot tell systemd|layers are laid out by a fallback mode|cannot set the read-ahead of an EROFS: .* error="[0-9]+ superblocks have appeared)`)
 
 // readLog looks at what the daemon has logged since the last time.
 func (s *soak) readLog(t *testing.T) {

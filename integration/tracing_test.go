@@ -147,7 +147,7 @@ func TestSpansOfTheDaemonAreInTheTracesOfContainerd(t *testing.T) {
 			t.Errorf("the daemon has begun a trace: %s", s.GetName())
 		}
 	}
-	if log := daemonLog(t, n); strings.Contains(log, "Cannot send") {
+	if log := daemonLog(t, n); strings.Contains(log, "cannot export") {
 		t.Errorf("spans could not be sent: %s", log)
 	}
 }

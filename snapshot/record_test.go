@@ -216,8 +216,8 @@ func TestWhatCannotBeUnpackedLeavesNothing(t *testing.T) {
 		is   func(error) bool
 		says string
 	}{
-		{"an image", func() ([]mount.Mount, error) { return n.Prepare(ctx, UnpackKey("x", ordinary.Digest), "", as("ref")) }, errdefs.IsInvalidArgument, "ordinary image"},
-		{"the mount of an image", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x"), "", targeting(ordinary.Digest)) }, errdefs.IsInvalidArgument, "ordinary image"},
+		{"an image", func() ([]mount.Mount, error) { return n.Prepare(ctx, UnpackKey("x", ordinary.Digest), "", as("ref")) }, errdefs.IsInvalidArgument, "container image"},
+		{"the mount of an image", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x"), "", targeting(ordinary.Digest)) }, errdefs.IsInvalidArgument, "container image"},
 		{"what is not there", func() ([]mount.Mount, error) { return n.Prepare(ctx, UnpackKey("x", missing), "", as("ref")) }, errdefs.IsNotFound, n.content},
 		{"the mount of what is not there", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x"), "", targeting(missing)) }, errdefs.IsNotFound, n.content},
 		{"the mount of nothing", func() ([]mount.Mount, error) { return n.View(ctx, MountKey("/x"), "") }, errdefs.IsInvalidArgument, LabelTarget},

@@ -343,7 +343,7 @@ func (s *snapshotter) acquireSoon(ctx context.Context, want wanted, owners unpac
 // ordinary returns the error for a caller that asked for an artifact by a key of ours.
 func ordinary(target ocispec.Descriptor, err error) error {
 	if errors.Is(err, artifact.ErrNotArtifact) {
-		return fmt.Errorf("%s is an ordinary image: %w", target.Digest, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("%s is a container image: %w", target.Digest, errdefs.ErrInvalidArgument)
 	}
 	return err
 }

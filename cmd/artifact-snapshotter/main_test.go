@@ -321,7 +321,7 @@ func TestServe(t *testing.T) {
 		_ = command.Process.Kill()
 		t.Errorf("serve does not end on SIGTERM: %v", <-exited)
 	}
-	if text := stderr.String(); !strings.Contains(text, "level=info msg=Serving address="+address) {
+	if text := stderr.String(); !strings.Contains(text, "level=info msg=serving address="+address) {
 		t.Errorf("the log does not say where it serves:\n%s", text)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "root", "lock")); err != nil {

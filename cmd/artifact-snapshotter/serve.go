@@ -85,10 +85,10 @@ func serve(ctx context.Context, command *cli.Command) error {
 		return err
 	}
 	if err := confine.Capabilities(); err != nil {
-		log.G(ctx).WithError(err).Warn("Cannot drop capabilities that the daemon does not need")
+		log.G(ctx).WithError(err).Warn("cannot drop capabilities that the daemon does not need")
 	}
 	if err := confine.SystemCalls(cfg.Network()); err != nil {
-		log.G(ctx).WithError(err).Warn("Cannot forbid system calls that the daemon does not need")
+		log.G(ctx).WithError(err).Warn("cannot forbid system calls that the daemon does not need")
 	}
 	return daemon.Serve(ctx, cfg, buildVersion())
 }

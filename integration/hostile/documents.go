@@ -146,7 +146,7 @@ func manifestCases() (cases []Case) {
 	whole("of the OCI artifact manifest, with blobs", refused("is not the media type"), fixed(`{"mediaType":"application/vnd.oci.artifact.manifest.v1+json","blobs":[]}`))
 
 	// Of two values of one name each reader may take another one (RFC 8259, 4).
-	twice := refused("twice")
+	twice := refused("duplicate object member name")
 	second := array(raw("f", "y").descriptor().String())
 	add("layers twice", twice, func() *Artifact {
 		p := base()
@@ -168,7 +168,7 @@ func manifestCases() (cases []Case) {
 		return p.asText(p.manifest.set("layers", array(d.String())).String())
 	})
 	for what, escape := range map[string]string{"the first": `\ud800`, "the second": `\udc00`, "both, in the wrong order": `\udc00\ud800`} {
-		add("a path with half a surrogate pair, "+what, refused("UTF-8"), func() *Artifact {
+		add("a path with half a surrogate pair, "+what, refused("invalid surrogate pair"), func() *Artifact {
 			p := base()
 			l := layer{mediaType: rawType, content: "x", annotations: object{{filepathKey, `"` + escape + `"`}}}
 			return p.asText(p.manifest.set("layers", array(l.descriptor().String())).String())

@@ -65,7 +65,7 @@ type Verdict struct {
 	// compared if it is there.
 	Shows Listing
 	// Refused is the kind of the error: of errdefs, or artifact.ErrNotArtifact of what
-	// is an container image.
+	// is a container image.
 	Refused error
 	// Says is what must stand in the error.
 	Says []string

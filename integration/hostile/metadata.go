@@ -58,8 +58,8 @@ func configCases() (cases []Case) {
 			}
 		}
 	}
-	add("a time twice", `{"created":"1999-01-01T00:00:00Z","created":"2001-02-03T04:05:06Z"}`, refused("malformed model config", "twice"), epoch)
-	add("DiffIDs twice, once in capitals", `{"modelfs":{"diffIds":[]},"ModelFS":{"diffIds":["sha256:x"]}}`, refused("malformed model config", "twice"), epoch)
+	add("a time twice", `{"created":"1999-01-01T00:00:00Z","created":"2001-02-03T04:05:06Z"}`, refused("malformed model config", "duplicate object member name"), epoch)
+	add("DiffIDs twice, once in capitals", `{"modelfs":{"diffIds":[]},"ModelFS":{"diffIds":["sha256:x"]}}`, refused("malformed model config", "duplicate object member name"), epoch)
 	add("bytes that are no UTF-8", "{\"name\":\"\xff\"}", refused("malformed model config", "UTF-8"), epoch)
 	own := quote(digestOf("x").String())
 	both("the layer's DiffID", `{"modelfs":{"diffIds":[`+own+`]}}`, epoch)
@@ -164,8 +164,8 @@ func metadataCases() (cases []Case) {
 	refuse("two objects", "{}{}", malformed)
 	refuse("a byte order mark", "\ufeff{}", malformed)
 	refuse("nested too deep", strings.Repeat("[", 100000), malformed)
-	refuse("a mode twice", `{"mode":420,"mode":511}`, "twice")
-	refuse("a user twice, once in capitals", `{"uid":1000,"UID":0}`, "twice")
+	refuse("a mode twice", `{"mode":420,"mode":511}`, "duplicate object member name")
+	refuse("a user twice, once in capitals", `{"uid":1000,"UID":0}`, "duplicate object member name")
 	cases = append(cases,
 		fine("metadata/the legacy annotation", Listing{"f": f.mode(0o600)},
 			layer{mediaType: rawType, content: "x", annotations: object{{filepathKey, `"f"`}, {"org.cnai.model.file.metadata+json", quote(`{"mode":384}`)}}}),

@@ -13,10 +13,10 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// block is the unit of an archive.
+// block is the size of an archive's blocks in bytes.
 const block = 512
 
-// mark is the end of an archive: two blocks of zeros.
+// mark ends an archive: two blocks of zeros.
 var mark = strings.Repeat("\x00", 2*block)
 
 // The fields of a header, by their offsets and lengths (POSIX pax, "ustar Interchange
@@ -43,16 +43,16 @@ var (
 
 type field struct{ at, length int }
 
-// edit puts a value into a field as it stands, with zeros behind it.
+// edit overwrites a field with a value and zeros behind it.
 type edit struct {
 	field
 	value string
 }
 
-// at is the time of every member that says no other.
+// at is the default time of members.
 const at = 1700000000
 
-// member is one header and what is behind it.
+// member is one header with its data.
 func member(flag byte, name, content string, edits ...edit) string {
 	h := make([]byte, block)
 	put := func(f field, value string) {
@@ -107,7 +107,7 @@ func hardLink(name, target string, edits ...edit) string {
 	return member('1', name, "", append([]edit{{fLink, target}}, edits...)...)
 }
 
-// record is a record of an extended header: its length counts itself.
+// record is a pax record. Its length includes the length field itself.
 func record(key, value string) string {
 	body := " " + key + "=" + value + "\n"
 	n := len(body) + 1
@@ -122,12 +122,12 @@ func pax(records ...string) string {
 	return member('x', "PaxHeaders/x", strings.Join(records, ""))
 }
 
-// named is a member with a name of any length and any bytes.
+// named is a member whose name may have any length and bytes.
 func named(name string, flag byte, content string, edits ...edit) string {
 	return pax(record("path", name)) + member(flag, "name", content, edits...)
 }
 
-// base256 is a number as GNU tar writes what does not fit octal digits.
+// base256 encodes a number as GNU tar does when octal digits are too few.
 func base256(n int64, length int) string {
 	b := make([]byte, length)
 	for i := range b {
@@ -142,7 +142,7 @@ func base256(n int64, length int) string {
 	return string(b)
 }
 
-// is is the entry of a member of those above.
+// is is the expected entry of a member.
 func isFile(content string) Entry {
 	return Entry{Type: File, Mode: 0o644, Sec: at, Size: int64(len(content)), SHA256: sum(content)}
 }

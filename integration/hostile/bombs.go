@@ -13,8 +13,8 @@ import (
 	"strings"
 )
 
-// zeros is gzip of so many MiB of zeros, a thousandth of them. Only the first MiB and the
-// second are compressed: all others are like this one, for each ends at the end of a byte.
+// zeros is gzip of that many MiB of zeros, about a thousandth in size. Only the first
+// two MiB are compressed; the second is repeated, because each ends on a byte boundary.
 func zeros(mib int) string {
 	zero := make([]byte, 1<<20)
 	var b bytes.Buffer
@@ -54,7 +54,8 @@ func compressedMembers(n int, f func(i int) string) string {
 	return b.String()
 }
 
-// members is n members and the end, not compressed: what expands has a limit of its own.
+// members is n uncompressed members and the end marker. Expansion has a limit of its
+// own.
 func members(n int, f func(i int) string) string {
 	var b strings.Builder
 	for i := range n {
@@ -63,13 +64,12 @@ func members(n int, f func(i int) string) string {
 	return b.String() + mark
 }
 
-// later is a case that takes time or memory: its layers and its verdict are made when
-// they are asked for.
+// later defers a slow or large case: layers and verdict are made on demand.
 func later(name string, want func() Verdict, layers func() []layer) Case {
 	return Case{Name: name, Make: func() *Artifact { return pack(layers()...).ofLayers() }, want: want}
 }
 
-// bombCases ask for more than they bring: of the disk, of memory, of time.
+// bombCases demand far more disk, memory or time than their size suggests.
 func bombCases() (cases []Case) {
 	add := func(name string, long bool, want func() Verdict, layers func() []layer) {
 		c := later("bomb/"+name, want, layers)
@@ -80,8 +80,8 @@ func bombCases() (cases []Case) {
 	of := func(mediaType string, content func() string) func() []layer {
 		return func() []layer { return []layer{good(), {mediaType: mediaType, content: content()}} }
 	}
-	// A million members that are alike expand more than a layer may: each has an owner's
-	// name of its own, which means nothing.
+	// A million equal members expand more than a layer may, so each has a different
+	// owner name, which is ignored.
 	salt := func(i int) edit {
 		return edit{fUname, fmt.Sprintf("%08x%08x", uint32(i)*2654435761, uint32(i)*2246822519)}
 	}
@@ -92,7 +92,7 @@ func bombCases() (cases []Case) {
 			for i := range n {
 				l[fmt.Sprintf("%d", i)] = isFile("")
 			}
-			return shows(l)
+			return mounts(l)
 		}
 	}
 	const expands = "raise max_expansion"
@@ -113,7 +113,7 @@ func bombCases() (cases []Case) {
 		for i := range 100000 {
 			l[fmt.Sprintf("%d", i)] = isDir()
 		}
-		return shows(l)
+		return mounts(l)
 	}, func() []layer {
 		return []layer{{mediaType: gzipType, content: compressedMembers(100000, func(i int) string { return dir(fmt.Sprintf("%d", i)) })}}
 	})
@@ -148,14 +148,14 @@ func bombCases() (cases []Case) {
 			return pax(record("comment", strings.Repeat("c", 1<<20-100))) + file(fmt.Sprint(i), "")
 		})
 	}))
-	// ext4 takes 65,000 links to a file (EXT4_LINK_MAX).
+	// ext4 allows 65,000 links to a file (EXT4_LINK_MAX).
 	const links = 66000
 	add(fmt.Sprintf("%d hard links to one file", links), false, func() Verdict {
 		l := Listing{"f": isFile("x")}
 		for i := range links {
 			l[fmt.Sprintf("h%d", i)] = isFile("x")
 		}
-		return shows(l)
+		return mounts(l)
 	}, func() []layer {
 		return []layer{{mediaType: gzipType, content: compressedMembers(links+1, func(i int) string {
 			if i == 0 {
@@ -177,7 +177,7 @@ func bombCases() (cases []Case) {
 		for i := range fragments {
 			pieces = append(pieces, piece{int64(i) * 1024, "x"})
 		}
-		return shows(Listing{"s": isFile(whole(fragments*1024, pieces...))})
+		return mounts(Listing{"s": isFile(whole(fragments*1024, pieces...))})
 	}, func() []layer {
 		var table strings.Builder
 		fmt.Fprintf(&table, "%d\n", fragments)
@@ -191,30 +191,30 @@ func bombCases() (cases []Case) {
 		for i := range 5000 {
 			l[fmt.Sprintf("%d", i)] = isRaw(fmt.Sprint(i))
 		}
-		return shows(l)
+		return mounts(l)
 	}, func() []layer { return many(5000, func(i int) layer { return raw(fmt.Sprint(i), fmt.Sprint(i)) }) })
 	add("one blob in 10,000 layers", true, func() Verdict {
 		l := Listing{}
 		for i := range 10000 {
 			l[fmt.Sprintf("%d", i)] = isRaw("x")
 		}
-		return shows(l)
+		return mounts(l)
 	}, func() []layer { return many(10000, func(i int) layer { return raw(fmt.Sprint(i), "x") }) })
-	add("one archive in 1,000 layers", false, func() Verdict { return shows(Listing{"f": isFile("x")}) },
+	add("one archive in 1,000 layers", false, func() Verdict { return mounts(Listing{"f": isFile("x")}) },
 		func() []layer { return many(1000, func(int) layer { return tarred(file("f", "x")) }) })
 	add("1,200 archives", true, func() Verdict {
 		l := Listing{}
 		for i := range 1200 {
 			l[fmt.Sprintf("%d", i)] = isFile("x")
 		}
-		return shows(l)
+		return mounts(l)
 	}, func() []layer { return many(1200, func(i int) layer { return tarred(file(fmt.Sprint(i), "x")) }) })
 	add("1,000 gzip archives", true, func() Verdict {
 		l := Listing{}
 		for i := range 1000 {
 			l[fmt.Sprintf("%d", i)] = isFile("x")
 		}
-		return shows(l)
+		return mounts(l)
 	}, func() []layer {
 		return many(1000, func(i int) layer {
 			return layer{mediaType: gzipType, content: gzipped(file(fmt.Sprint(i), "x") + mark)}
@@ -225,7 +225,7 @@ func bombCases() (cases []Case) {
 		for i := range 64 {
 			l[fmt.Sprintf("%d", i)] = isFile(whole(1 << 20))
 		}
-		return shows(l)
+		return mounts(l)
 	}, func() []layer {
 		var all []string
 		for i := range 64 {

@@ -13,7 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// wrong are JSON values of all types.
+// wrong holds a JSON value of every type.
 var wrong = []struct{ what, text, kind string }{
 	{"null", "null", "null"},
 	{"true", "true", "boolean"},
@@ -31,20 +31,20 @@ var wrong = []struct{ what, text, kind string }{
 	{"an object", `{"x":{}}`, "object of objects"},
 }
 
-// manifestCases are manifests whose fields have each type.
+// manifestCases give each manifest field every JSON type.
 func manifestCases() (cases []Case) {
 	base := func() *packed { return pack(good(), raw("f", "x")) }
-	shown := shows(Listing{"good.txt": isRaw(good().content), "f": isRaw("x")})
+	mounted := mounts(Listing{"good.txt": isRaw(good().content), "f": isRaw("x")})
 	add := func(name string, want Verdict, make func() *Artifact) {
 		cases = append(cases, Case{Name: "manifest/" + name, Make: make, Want: want})
 	}
-	// What says nothing about files is not looked at.
+	// Fields that say nothing about files are not checked.
 	for _, key := range []string{"schemaVersion", "annotations", "subject", "x-unknown"} {
 		for _, w := range wrong {
-			add(key+" is "+w.what, shown, func() *Artifact { p := base(); return p.asText(p.manifest.set(key, w.text).String()) })
+			add(key+" is "+w.what, mounted, func() *Artifact { p := base(); return p.asText(p.manifest.set(key, w.text).String()) })
 		}
 	}
-	// What does must be of its type; null is as good as absent.
+	// The others must have the right type; null counts as absent.
 	malformed := refused("malformed JSON")
 	for _, w := range wrong {
 		edit := func(key string) func() *Artifact {
@@ -55,13 +55,13 @@ func manifestCases() (cases []Case) {
 		case w.text == `"x"`:
 			want = refused("is not the media type of a manifest or an index")
 		case w.text == `""`, w.kind == "null":
-			want = shown
+			want = mounted
 		}
 		add("mediaType is "+w.what, want, edit("mediaType"))
 
 		want = malformed
 		if w.kind == "string" || w.kind == "null" {
-			want = shown
+			want = mounted
 		}
 		add("artifactType is "+w.what, want, edit("artifactType"))
 
@@ -81,7 +81,7 @@ func manifestCases() (cases []Case) {
 		want = malformed
 		switch w.kind {
 		case "null":
-			want = shown
+			want = mounted
 		case "list":
 			want = refused("both layers and manifests are present")
 		}
@@ -108,17 +108,17 @@ func manifestCases() (cases []Case) {
 	whole("with a comment", malformed, func(s string) string { return "// a manifest\n" + s })
 	whole("with a comma at the end", malformed, func(s string) string { return s[:len(s)-1] + ",}" })
 	whole("in single quotes", malformed, func(s string) string { return strings.ReplaceAll(s, `"`, `'`) })
-	whole("with space around", shown, func(s string) string { return "\n\t " + s + " \r\n" })
+	whole("with space around", mounted, func(s string) string { return "\n\t " + s + " \r\n" })
 	whole("with a control character in a string", malformed, func(s string) string { return strings.Replace(s, `"f"`, "\"f\x01\"", 1) })
 	whole("with NaN", malformed, func(s string) string { return strings.Replace(s, `"schemaVersion":2`, `"schemaVersion":NaN`, 1) })
 	whole("nested a million deep", malformed, func(s string) string {
 		return s[:len(s)-1] + `,"x":` + strings.Repeat("[", 1000000) + strings.Repeat("]", 1000000) + "}"
 	})
-	whole("nested 5,000 deep", shown, func(s string) string {
+	whole("nested 5,000 deep", mounted, func(s string) string {
 		return s[:len(s)-1] + `,"x":` + strings.Repeat(`{"x":[`, 2500) + strings.Repeat("]}", 2500) + "}"
 	})
-	whole("with a string of 4 MiB", shown, func(s string) string { return s[:len(s)-1] + `,"x":"` + strings.Repeat("x", 4<<20) + `"}` })
-	whole("with 100,000 keys", shown, func(s string) string {
+	whole("with a string of 4 MiB", mounted, func(s string) string { return s[:len(s)-1] + `,"x":"` + strings.Repeat("x", 4<<20) + `"}` })
+	whole("with 100,000 keys", mounted, func(s string) string {
 		var b strings.Builder
 		for i := range 100000 {
 			fmt.Fprintf(&b, `,"x%d":0`, i)
@@ -128,13 +128,13 @@ func manifestCases() (cases []Case) {
 	whole("over 8 MiB", refused("over the limit of"), func(s string) string { return s + strings.Repeat(" ", 8<<20) })
 	whole("with a million layers that are none", refused("descriptors in", "cannot have digests"), fixed(`{"layers":[`+strings.Repeat("{},", 1000000)+"{}]}"))
 	whole("with a million manifests that are none", refused("descriptors in", "cannot have digests"), fixed(`{"manifests":[`+strings.Repeat("{},", 1000000)+"{}]}"))
-	whole("of no media type", shown, func(s string) string {
+	whole("of no media type", mounted, func(s string) string {
 		return strings.Replace(s, `"mediaType":`+quote(ocispec.MediaTypeImageManifest)+",", "", 1)
 	})
-	whole("of Docker", shown, func(s string) string {
+	whole("of Docker", mounted, func(s string) string {
 		return strings.Replace(s, ocispec.MediaTypeImageManifest, "application/vnd.docker.distribution.manifest.v2+json", 1)
 	})
-	whole("of a media type in capitals", shown, func(s string) string {
+	whole("of a media type in capitals", mounted, func(s string) string {
 		return strings.Replace(s, ocispec.MediaTypeImageManifest, strings.ToUpper(ocispec.MediaTypeImageManifest), 1)
 	})
 	whole("of Docker's first schema", refused("is not the media type"), func(s string) string {
@@ -175,8 +175,8 @@ func manifestCases() (cases []Case) {
 		})
 	}
 	sortCases(cases)
-	add("annotations of two layers, each once", shown, func() *Artifact { return base().done() })
-	add("two annotations that differ in capitals", shown, func() *Artifact {
+	add("annotations of two layers, each once", mounted, func() *Artifact { return base().done() })
+	add("two annotations that differ in capitals", mounted, func() *Artifact {
 		l := raw("f", "x")
 		l.annotations = append(l.annotations, property{"ORG.CNCF.MODEL.FILEPATH", `"g"`})
 		return pack(good(), l).done()
@@ -184,7 +184,7 @@ func manifestCases() (cases []Case) {
 	return cases
 }
 
-// descriptorCases are the descriptors of layer and config with fields of each type.
+// descriptorCases give each field of the layer and config descriptors every type.
 func descriptorCases() (cases []Case) {
 	content := "content"
 	l := raw("f", content)
@@ -192,7 +192,7 @@ func descriptorCases() (cases []Case) {
 		p := pack(l)
 		return p.asText(p.manifest.set("layers", array(d.String())).String())
 	}
-	shown := shows(Listing{"f": isRaw(content)})
+	mounted := mounts(Listing{"f": isRaw(content)})
 	add := func(name string, want Verdict, d object) {
 		cases = append(cases, Case{Name: "descriptor/" + name, Want: want, Make: func() *Artifact { return manifest(d) }})
 	}
@@ -203,7 +203,7 @@ func descriptorCases() (cases []Case) {
 		case w.kind == "null", w.text == `""`:
 			want = refused("layer 0: \"\" is not a media type")
 		case w.text == `"x"`:
-			want = shown // a type of no rule is a file
+			want = mounted // a type of no rule is a file
 		}
 		add("mediaType is "+w.what, want, l.descriptor().set("mediaType", w.text))
 
@@ -224,23 +224,23 @@ func descriptorCases() (cases []Case) {
 
 		want = malformed
 		if w.kind == "null" || w.kind == "object" {
-			want = shows(Listing{digestOf(content).Encoded(): isRaw(content)})
+			want = mounts(Listing{digestOf(content).Encoded(): isRaw(content)})
 		}
 		add("annotations is "+w.what, want, l.descriptor().set("annotations", w.text))
 
 		want = malformed
 		switch {
 		case w.kind == "null", w.text == `""`:
-			want = shows(Listing{digestOf(content).Encoded(): isRaw(content)})
+			want = mounts(Listing{digestOf(content).Encoded(): isRaw(content)})
 		case w.text == `"x"`:
-			want = shows(Listing{"x": isRaw(content)})
+			want = mounts(Listing{"x": isRaw(content)})
 		}
 		add("a path is "+w.what, want, l.descriptor().set("annotations", object{{filepathKey, w.text}}.String()))
 
-		// An annotation that says nothing here must be a string all the same.
+		// Even an annotation that we ignore must be a string.
 		want = malformed
 		if w.kind == "null" || w.kind == "string" {
-			want = shown
+			want = mounted
 		}
 		add("an annotation of no meaning is "+w.what, want, l.descriptor().set("annotations", append(l.annotations, property{"x", w.text}).String()))
 
@@ -252,7 +252,7 @@ func descriptorCases() (cases []Case) {
 				key == "platform" && (w.kind == "object" || w.kind == "object of objects"),
 				key == "data" && (w.text == `""`),
 				key == "artifactType" && w.kind == "string":
-				want = shown
+				want = mounted
 			}
 			if key == "data" && w.kind == "list" {
 				continue // encoding/json takes it for no bytes, and they mean nothing here
@@ -290,7 +290,7 @@ func descriptorCases() (cases []Case) {
 	add("digest of the manifest's config", Verdict{Refused: errdefs.ErrFailedPrecondition, Says: []string{"layer 0 ("}}, l.descriptor().set("digest", quote(digestOf("{}").String())))
 	add("digest of no bytes, for a size", Verdict{Refused: errdefs.ErrNotFound, Says: []string{"layer 0 ("}}, l.descriptor().set("digest", quote(digestOf("").String())))
 
-	// The config's.
+	// The config's descriptor.
 	configured := func(name string, want Verdict, change func(object) object) {
 		cases = append(cases, Case{Name: "descriptor/config, " + name, Want: want, Make: func() *Artifact {
 			p := pack(l)
@@ -299,9 +299,9 @@ func descriptorCases() (cases []Case) {
 		}})
 	}
 	set := func(key, text string) func(object) object { return func(o object) object { return o.set(key, text) } }
-	configured("no media type", shown, func(o object) object { return o.without("mediaType") })
-	configured("any media type", shown, set("mediaType", `"text/plain"`))
-	configured("no size", shown, func(o object) object { return o.without("size") })
+	configured("no media type", mounted, func(o object) object { return o.without("mediaType") })
+	configured("any media type", mounted, set("mediaType", `"text/plain"`))
+	configured("no size", mounted, func(o object) object { return o.without("size") })
 	configured("a wrong size", Verdict{Refused: errdefs.ErrFailedPrecondition, Says: []string{"descriptor says"}}, set("size", "3"))
 	configured("a size of a fraction", malformed, set("size", "2.5"))
 	configured("no digest", refused("config: digest"), func(o object) object { return o.without("digest") })
@@ -314,7 +314,7 @@ func descriptorCases() (cases []Case) {
 	configured("of an image, in capitals", ordinary(), set("mediaType", quote(strings.ToUpper(ocispec.MediaTypeImageConfig))))
 	configured("of an image, with a parameter", ordinary(), set("mediaType", quote(ocispec.MediaTypeImageConfig+"; charset=utf-8")))
 	configured("of an image of Docker", ordinary(), set("mediaType", `"application/vnd.docker.container.image.v1+json"`))
-	configured("of almost an image", shown, set("mediaType", quote(ocispec.MediaTypeImageConfig+"x")))
+	configured("of almost an image", mounted, set("mediaType", quote(ocispec.MediaTypeImageConfig+"x")))
 	cases = append(cases, Case{
 		Name: "descriptor/config, the blob of which has other bytes", Want: Verdict{Refused: errdefs.ErrDataLoss, Says: []string{"is corrupt"}},
 		Make: func() *Artifact {
@@ -337,7 +337,7 @@ func descriptorCases() (cases []Case) {
 // indexCases are indexes of manifests.
 func indexCases() (cases []Case) {
 	inner := func() *Artifact { return pack(raw("f", "x")).done() }
-	shown := shows(Listing{"f": isRaw("x")})
+	mounted := mounts(Listing{"f": isRaw("x")})
 	here := fmt.Sprintf(`{"os":"linux","architecture":%q}`, runtime.GOARCH)
 	const foreign, attestation = `{"os":"linux","architecture":"mips64"}`, `{"os":"unknown","architecture":"unknown"}`
 	entry := func(d digest.Digest, platform string) string {
@@ -360,13 +360,13 @@ func indexCases() (cases []Case) {
 		return func(d digest.Digest) []string { return []string{entry(d, platform)} }
 	}
 	absent := digestOf("absent")
-	add("of one", shown, one(""))
-	add("of one for this platform", shown, one(here))
-	add("of one for another platform", shown, one(foreign))
+	add("of one", mounted, one(""))
+	add("of one for this platform", mounted, one(here))
+	add("of one for another platform", mounted, one(foreign))
 	add("of none", refused("lists no manifest"), func(digest.Digest) []string { return nil })
 	add("of an attestation alone", refused("lists no manifest"), one(attestation))
-	add("of one and an attestation", shown, func(d digest.Digest) []string { return []string{entry(absent, attestation), entry(d, "")} })
-	add("of two, one for this platform", shown, func(d digest.Digest) []string { return []string{entry(absent, foreign), entry(d, here)} })
+	add("of one and an attestation", mounted, func(d digest.Digest) []string { return []string{entry(absent, attestation), entry(d, "")} })
+	add("of two, one for this platform", mounted, func(d digest.Digest) []string { return []string{entry(absent, foreign), entry(d, here)} })
 	add("of two for other platforms", refused("no manifest for"), func(d digest.Digest) []string { return []string{entry(d, foreign), entry(absent, foreign)} })
 	add("of two for none", refused("no manifest for"), func(d digest.Digest) []string { return []string{entry(d, ""), entry(d, "")} })
 	add("of 10,000 for other platforms", refused("no manifest for"), func(d digest.Digest) []string {
@@ -395,7 +395,7 @@ func indexCases() (cases []Case) {
 		}})
 	}
 	for depth := 2; depth <= 5; depth++ {
-		want := shown
+		want := mounted
 		if depth > 3 {
 			want = refused("nested more than 3 deep")
 		}

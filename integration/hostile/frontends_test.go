@@ -49,8 +49,8 @@ func (s shelf) path(d digest.Digest) (string, bool) {
 	return filepath.Join(string(s), "blobs", d.Algorithm().String(), d.Encoded()), true
 }
 
-// put puts the blobs of an artifact there as containerd does, the manifest last: whole
-// files by a rename.
+// put stores an artifact's blobs as containerd does: whole files by rename, the
+// manifest last.
 func (s shelf) put(a *Artifact) error {
 	names := slices.DeleteFunc(slices.Collect(func(yield func(digest.Digest) bool) {
 		for d := range a.Blobs {
@@ -80,7 +80,7 @@ func (s shelf) drop(a *Artifact) error {
 	return errors.Join(errs...)
 }
 
-// process is a daemon with modes of its own, over the blobs of all.
+// process is a daemon with its own modes over the shared blobs.
 type process struct {
 	modes unpack.Modes
 	dir   string
@@ -93,13 +93,13 @@ type process struct {
 
 const hostileNamespace = "k8s.io"
 
-// alone is the configuration of a daemon that no containerd belongs to.
-func alone(dir string, blobs shelf, early bool) string {
-	return fmt.Sprintf("content_root = %q\ncontainerd_address = %q\ndecompress_on_pull = %v\n", string(blobs), filepath.Join(dir, "none.sock"), early)
+// alone configures a daemon without containerd.
+func alone(dir string, blobs shelf, decompressOnPull bool) string {
+	return fmt.Sprintf("content_root = %q\ncontainerd_address = %q\ndecompress_on_pull = %v\n", string(blobs), filepath.Join(dir, "none.sock"), decompressOnPull)
 }
 
-// start starts a daemon with modes, and with more of a configuration, by a command that
-// becomes the one behind it.
+// start starts a daemon with these modes and extra configuration. The command must exec
+// the daemon.
 func start(t *testing.T, dir, more string, modes unpack.Modes, by ...string) (*process, error) {
 	t.Helper()
 	program, err := node.Program()
@@ -192,8 +192,7 @@ func (d *process) applier() diff.Applier {
 	return diffproxy.NewDiffApplier(diffapi.NewDiffClient(d.conn)).(diff.Applier)
 }
 
-// peak is the most memory, in bytes, that the daemon has had resident since the last
-// call.
+// peak is the daemon's peak resident memory in bytes since the last call.
 func (d *process) peak(t *testing.T) int64 {
 	t.Helper()
 	proc := fmt.Sprintf("/proc/%d/", d.pid())
@@ -206,14 +205,14 @@ func (d *process) peak(t *testing.T) int64 {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// proc_pid_clear_refs(5): 5 begins again.
+	// Writing 5 resets the peak (proc_pid_clear_refs(5)).
 	if err := os.WriteFile(proc+"clear_refs", []byte("5"), 0); err != nil {
 		t.Fatal(err)
 	}
 	return kib << 10
 }
 
-// again repeats what is answered by "try again" until it is not.
+// again retries while the answer is "try again".
 func again(f func() error) error {
 	for deadline := time.Now().Add(5 * time.Minute); ; {
 		err := f()
@@ -223,13 +222,13 @@ func again(f func() error) error {
 	}
 }
 
-// treeFrontEnd shows an artifact as `artifact-snapshotter mount` does, and as an image
-// volume is mounted but for the key.
+// treeFrontEnd mounts an artifact as `artifact-snapshotter mount` and an image volume
+// do; only the key differs.
 type treeFrontEnd struct{ *process }
 
 func (d treeFrontEnd) Way() Way { return Way(string(d.modes.Raw) + "+" + string(d.modes.Tar)) }
 
-func (d treeFrontEnd) Show(ctx context.Context, a *Artifact) (string, func() error, error) {
+func (d treeFrontEnd) Mount(ctx context.Context, a *Artifact) (string, func() error, error) {
 	ctx = namespaces.WithNamespace(ctx, hostileNamespace)
 	key := snapshot.MountKey(fmt.Sprintf("/nowhere/%d", d.count.Add(1)))
 	var mounts []mount.Mount
@@ -246,7 +245,7 @@ func (d treeFrontEnd) Show(ctx context.Context, a *Artifact) (string, func() err
 	}, err
 }
 
-// boundIn is the source of the one bind that a view is.
+// boundIn is the source of the view's one bind mount.
 func boundIn(mounts []mount.Mount) (string, error) {
 	if len(mounts) != 1 {
 		return "", fmt.Errorf("the view is %+v, and not one mount", mounts)
@@ -254,8 +253,8 @@ func boundIn(mounts []mount.Mount) (string, error) {
 	return bound(mounts[0].Type, mounts[0].Source, mounts[0].Options)
 }
 
-// bound is the source of a bind that is read-only, as the mount is that it is of, which is
-// nosuid and nodev, too.
+// bound is the source of a read-only bind, whose underlying mount must be read-only,
+// nosuid and nodev too.
 func bound(kind, source string, options []string) (string, error) {
 	if kind != "bind" || !slices.Contains(options, "ro") {
 		return "", fmt.Errorf("%s is mounted as %s with %q, and not as a bind that is read-only", source, kind, options)
@@ -270,8 +269,8 @@ func bound(kind, source string, options []string) (string, error) {
 	return source, nil
 }
 
-// layersFrontEnd unpacks layer by layer, as containerd's own unpacker does (core/unpack),
-// into the snapshots of a snapshotter.
+// layersFrontEnd unpacks layer by layer into a snapshotter, as containerd's own
+// unpacker does (core/unpack).
 type layersFrontEnd struct {
 	*process
 	way Way
@@ -281,7 +280,7 @@ type layersFrontEnd struct {
 
 func (d layersFrontEnd) Way() Way { return d.way }
 
-// maxLayers is how many lower layers an overlay is sure to have room for.
+// maxLayers is a number of lower layers that every overlay accepts.
 const maxLayers = 100
 
 func (d layersFrontEnd) Skip(c Case, a *Artifact) (why string) {
@@ -291,12 +290,12 @@ func (d layersFrontEnd) Skip(c Case, a *Artifact) (why string) {
 	case len(a.Layers) > maxLayers:
 		return "more layers than an overlay has"
 	}
-	// containerd counts what is in a snapshot by whole paths, which that one's is too
-	// long for (core/snapshots/storage, fs.DiskUsage).
+	// containerd measures a snapshot by whole paths, which are too long for this case
+	// too (core/snapshots/storage, fs.DiskUsage).
 	if d.way == Files && strings.HasSuffix(c.Name, "a path of 4095 bytes") {
 		return "containerd cannot count a path of that length"
 	}
-	// What a registry would not have been told.
+	// A registry would not know these.
 	if slices.ContainsFunc(a.Layers, func(l descriptor) bool {
 		return !utf8Descriptor(l) || len(l.MediaType) > 1<<16 || len(fmt.Sprint(l.Annotations)) > 1<<20
 	}) {
@@ -305,7 +304,7 @@ func (d layersFrontEnd) Skip(c Case, a *Artifact) (why string) {
 	return ""
 }
 
-func (d layersFrontEnd) Show(ctx context.Context, a *Artifact) (_ string, _ func() error, err error) {
+func (d layersFrontEnd) Mount(ctx context.Context, a *Artifact) (_ string, _ func() error, err error) {
 	ctx = namespaces.WithNamespace(ctx, hostileNamespace)
 	n := d.count.Add(1)
 	var undo []func() error
@@ -359,7 +358,8 @@ func (d layersFrontEnd) Show(ctx context.Context, a *Artifact) (_ string, _ func
 	return d.dir, done, nil
 }
 
-// front ends are all ways that this kernel has, each with the daemon behind it.
+// frontEnds starts every front end and mode that this kernel supports, each with its
+// daemon.
 func frontEnds(t *testing.T, dir string, blobs shelf, ways []Way) (frontEnds []FrontEnd, daemons []*process) {
 	t.Helper()
 	for _, way := range ways {
@@ -386,11 +386,11 @@ func frontEnds(t *testing.T, dir string, blobs shelf, ways []Way) (frontEnds []F
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { others.Close() })
-	shown := filepath.Join(dir, "shown")
-	if err := os.Mkdir(shown, 0o700); err != nil {
+	mounted := filepath.Join(dir, "mounted")
+	if err := os.Mkdir(mounted, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	frontEnds = append(frontEnds, layersFrontEnd{first, Layers, first.snapshotter(), ""}, layersFrontEnd{first, Files, others, shown})
+	frontEnds = append(frontEnds, layersFrontEnd{first, Layers, first.snapshotter(), ""}, layersFrontEnd{first, Files, others, mounted})
 	for _, way := range []Way{NRIOfContainerd, NRIOfCRIO} {
 		d := startNRI(t, dir, blobs, way)
 		daemons, frontEnds = append(daemons, d.process), append(frontEnds, d)
@@ -398,7 +398,7 @@ func frontEnds(t *testing.T, dir string, blobs shelf, ways []Way) (frontEnds []F
 	return frontEnds, daemons
 }
 
-// cleanup asks a daemon to remove what nobody uses.
+// cleanup asks a daemon to collect unreferenced trees.
 func cleanup(t *testing.T, d *process) error {
 	t.Helper()
 	c, ok := d.snapshotter().(snapshots.Cleaner)

@@ -13,7 +13,7 @@ import (
 
 var gnuMagic = []edit{{fMagic, "ustar "}, {fVersion, " \x00"}}
 
-// gnuCases are the long names of GNU tar.
+// gnuCases are GNU tar's long names.
 func gnuCases() []Case {
 	const unreadable = "the archive cannot be read"
 	long := func(flag byte, value string) string {
@@ -56,13 +56,13 @@ func gnuCases() []Case {
 	}
 }
 
-// piece is data of a sparse file.
+// piece is one data segment of a sparse file.
 type piece struct {
 	at   int64
 	data string
 }
 
-// whole is the content of a sparse file.
+// whole is the full content of a sparse file.
 func whole(size int64, pieces ...piece) string {
 	b := make([]byte, size)
 	for _, p := range pieces {
@@ -78,8 +78,7 @@ func joined(pieces []piece) (data string) {
 	return data
 }
 
-// oldSparse is the format of GNU tar before PAX: up to four pieces stand in the
-// header.
+// oldSparse is GNU tar's format before pax, with up to four segments in the header.
 func oldSparse(name string, size int64, pieces ...piece) string {
 	return sparseHeader(name, base256(size, 12), joined(pieces), pieces...)
 }
@@ -92,22 +91,22 @@ func sparseHeader(name, size, data string, pieces ...piece) string {
 	return member('S', name, data, append(edits, edit{field{483, 12}, size})...)
 }
 
-// sparse1 is GNU's PAX format 1.0: the map stands before the data.
+// sparse1 is GNU's pax format 1.0: the map precedes the data.
 func sparse1(name, size, table, data string, more ...string) string {
 	table += strings.Repeat("\x00", (block-len(table)%block)%block)
 	records := append([]string{record("GNU.sparse.major", "1"), record("GNU.sparse.minor", "0"), record("GNU.sparse.name", name), record("GNU.sparse.realsize", size)}, more...)
 	return pax(records...) + file("GNUSparseFile.0/f", table+data)
 }
 
-// sparse0 is the format 0.1, whose map is a record, of a file of 20,000 bytes.
+// sparse0 is format 0.1, whose map is a pax record, for a file of 20,000 bytes.
 func sparse0(blocks, table, data string) string {
 	return pax(record("GNU.sparse.size", "20000"), record("GNU.sparse.numblocks", blocks), record("GNU.sparse.name", "s"), record("GNU.sparse.map", table)) + file("f", data)
 }
 
-// sparseCases are files with holes, in the four ways of GNU tar to write them.
+// sparseCases are files with holes in GNU tar's four formats.
 func sparseCases() (cases []Case) {
 	const unreadable = "the archive cannot be read"
-	shown := func(name, content, members string) {
+	mounted := func(name, content, members string) {
 		cases = append(cases, fine("sparse/"+name, Listing{"s": isFile(content), "f": isFile("behind")}, tarred(members, file("f", "behind"))))
 	}
 	refuse := func(name, says, members string) {
@@ -115,18 +114,18 @@ func sparseCases() (cases []Case) {
 	}
 	p := []piece{{4096, "abc"}, {9000, "defg"}}
 	content := whole(20000, p...)
-	shown("old, two pieces", content, oldSparse("s", 20000, p...))
-	shown("old, four pieces", whole(5000, piece{0, "a"}, piece{1000, "b"}, piece{2000, "c"}, piece{4999, "d"}), oldSparse("s", 5000, piece{0, "a"}, piece{1000, "b"}, piece{2000, "c"}, piece{4999, "d"}))
-	shown("old, all hole", whole(1<<20), oldSparse("s", 1<<20))
-	shown("old, of no bytes", "", oldSparse("s", 0))
-	shown("0.0", content, pax(record("GNU.sparse.size", "20000"), record("GNU.sparse.numblocks", "2"), record("GNU.sparse.offset", "4096"), record("GNU.sparse.numbytes", "3"),
+	mounted("old, two pieces", content, oldSparse("s", 20000, p...))
+	mounted("old, four pieces", whole(5000, piece{0, "a"}, piece{1000, "b"}, piece{2000, "c"}, piece{4999, "d"}), oldSparse("s", 5000, piece{0, "a"}, piece{1000, "b"}, piece{2000, "c"}, piece{4999, "d"}))
+	mounted("old, all hole", whole(1<<20), oldSparse("s", 1<<20))
+	mounted("old, of no bytes", "", oldSparse("s", 0))
+	mounted("0.0", content, pax(record("GNU.sparse.size", "20000"), record("GNU.sparse.numblocks", "2"), record("GNU.sparse.offset", "4096"), record("GNU.sparse.numbytes", "3"),
 		record("GNU.sparse.offset", "9000"), record("GNU.sparse.numbytes", "4"))+file("s", "abcdefg"))
-	shown("0.1", content, sparse0("2", "4096,3,9000,4", "abcdefg"))
-	shown("1.0", content, sparse1("s", "20000", "2\n4096\n3\n9000\n4\n", "abcdefg"))
-	shown("1.0, all hole", whole(1<<20), sparse1("s", "1048576", "0\n", ""))
-	shown("1.0, no hole", "abc", sparse1("s", "3", "1\n0\n3\n", "abc"))
-	shown("1.0, pieces that touch", "abcdef", sparse1("s", "6", "2\n0\n3\n3\n3\n", "abcdef"))
-	shown("1.0, a piece of no bytes at the end", whole(100), sparse1("s", "100", "1\n100\n0\n", ""))
+	mounted("0.1", content, sparse0("2", "4096,3,9000,4", "abcdefg"))
+	mounted("1.0", content, sparse1("s", "20000", "2\n4096\n3\n9000\n4\n", "abcdefg"))
+	mounted("1.0, all hole", whole(1<<20), sparse1("s", "1048576", "0\n", ""))
+	mounted("1.0, no hole", "abc", sparse1("s", "3", "1\n0\n3\n", "abc"))
+	mounted("1.0, pieces that touch", "abcdef", sparse1("s", "6", "2\n0\n3\n3\n3\n", "abcdef"))
+	mounted("1.0, a piece of no bytes at the end", whole(100), sparse1("s", "100", "1\n100\n0\n", ""))
 
 	refuse("1.0, pieces over each other", unreadable, sparse1("s", "20000", "2\n0\n3\n1\n3\n", "abcdef"))
 	refuse("1.0, pieces in the wrong order", unreadable, sparse1("s", "20000", "2\n9000\n3\n0\n3\n", "abcdef"))
@@ -165,14 +164,14 @@ func sparseCases() (cases []Case) {
 	refuse("old, in an archive of another format", unreadable, member('S', "s", ""))
 	refuse("old, a name that leaves the volume", `contains ".."`, oldSparse("../escaped", 100, piece{0, "abc"}))
 	refuse("old, more headers that are not there", "the archive", member('S', "s", "", append(slices.Clone(gnuMagic), edit{field{482, 1}, "\x01"}, edit{field{483, 12}, "00000000100\x00"})...))
-	// A reader that does not know the format would take the map for content.
+	// A reader that does not know the format would read the map as content.
 	refuse("of a format to come, 2.0", "sparse", sparse1("s", "10", "1\n0\n3\n", "abc", record("GNU.sparse.major", "2")))
 	refuse("of a format to come, 1.1", "sparse", sparse1("s", "10", "1\n0\n3\n", "abc", record("GNU.sparse.minor", "1")))
 	refuse("of a format of letters", "sparse", sparse1("s", "10", "1\n0\n3\n", "abc", record("GNU.sparse.major", "one")))
 	refuse("of half a format", "sparse", pax(record("GNU.sparse.minor", "0"))+file("s", "1\n0\n3\nabc"))
 	refuse("that says only how large it is", "sparse", pax(record("GNU.sparse.realsize", "20000"))+file("s", "abc"))
 
-	// Holes that no disk has room for, if somebody copied the file.
+	// Copying the file would fill any disk with its holes.
 	for _, c := range []struct {
 		what string
 		size int64
@@ -187,10 +186,10 @@ func sparseCases() (cases []Case) {
 	return sorted(cases)
 }
 
-// xattrCases are extended attributes: those of user.* are the artifact's, all others
-// mean something to the node.
+// xattrCases are extended attributes: user.* belongs to the artifact, all others would
+// affect the node.
 func xattrCases() (cases []Case) {
-	shown := func(name string, want map[string]string, set ...string) Case {
+	mounted := func(name string, want map[string]string, set ...string) Case {
 		var records []string
 		for i := 0; i < len(set); i += 2 {
 			records = append(records, record("SCHILY.xattr."+set[i], set[i+1]))
@@ -204,25 +203,25 @@ func xattrCases() (cases []Case) {
 		"a Smack label": "security.SMACK64", "an access list": "system.posix_acl_access", "a default access list": "system.posix_acl_default",
 		"a list of NFS": "system.nfs4_acl", "inode flags": "btrfs.compression", "of no namespace": "plain", "of an empty namespace": ".x", "a name that only begins like user": "username",
 	} {
-		cases = append(cases, shown("dropped, "+what, kept, attr, "\x01\x00\x00\x02", "user.kept", "v").notAsFiles())
+		cases = append(cases, mounted("dropped, "+what, kept, attr, "\x01\x00\x00\x02", "user.kept", "v").notAsFiles())
 	}
 	for _, attr := range []string{"metacopy", "redirect", "opaque", "origin", "upper", "impure", "whiteout", "xattr.whiteout", "overlay.metacopy"} {
-		cases = append(cases, shown("dropped, an order to overlayfs, "+attr, kept, "trusted.overlay."+attr, "/0", "user.kept", "v"))
+		cases = append(cases, mounted("dropped, an order to overlayfs, "+attr, kept, "trusted.overlay."+attr, "/0", "user.kept", "v"))
 	}
 	cases = append(cases,
-		shown("dropped, of this program", nil, "trusted.artifact", "x"),
-		shown("dropped, user alone", kept, "user", "v", "user.kept", "v").notAsFiles(),
-		shown("kept, an order to an overlay of users", map[string]string{"user.overlay.opaque": "y", "user.overlay.redirect": "/etc"}, "user.overlay.opaque", "y", "user.overlay.redirect", "/etc"),
-		shown("kept, no value", map[string]string{"user.x": ""}, "user.x", ""),
-		shown("kept, any bytes", map[string]string{"user.\xff\n": "\x00\xff\n="}, "user.\xff\n", "\x00\xff\n="),
-		shown("kept, a name of 255 bytes", map[string]string{"user." + strings.Repeat("n", 250): "v"}, "user."+strings.Repeat("n", 250), "v"),
-		shown("kept, slashes and dots", map[string]string{"user.../../x": "v"}, "user.../../x", "v"),
+		mounted("dropped, of this program", nil, "trusted.artifact", "x"),
+		mounted("dropped, user alone", kept, "user", "v", "user.kept", "v").notAsFiles(),
+		mounted("kept, an order to an overlay of users", map[string]string{"user.overlay.opaque": "y", "user.overlay.redirect": "/etc"}, "user.overlay.opaque", "y", "user.overlay.redirect", "/etc"),
+		mounted("kept, no value", map[string]string{"user.x": ""}, "user.x", ""),
+		mounted("kept, any bytes", map[string]string{"user.\xff\n": "\x00\xff\n="}, "user.\xff\n", "\x00\xff\n="),
+		mounted("kept, a name of 255 bytes", map[string]string{"user." + strings.Repeat("n", 250): "v"}, "user."+strings.Repeat("n", 250), "v"),
+		mounted("kept, slashes and dots", map[string]string{"user.../../x": "v"}, "user.../../x", "v"),
 		bad("xattr/a name of 256 bytes", tarred(pax(record("SCHILY.xattr.user."+strings.Repeat("n", 251), "v")), file("f", "x")), "exceeds the limits of Linux or EROFS"),
 		bad("xattr/a name of nothing behind user", tarred(pax(record("SCHILY.xattr.user.", "v")), file("f", "x")), "exceeds the limits of Linux or EROFS"),
 		bad("xattr/a value of 65536 bytes", tarred(pax(record("SCHILY.xattr.user.x", strings.Repeat("v", 1<<16))), file("f", "x")), "exceeds the limits of Linux or EROFS"),
 		bad("xattr/300 names of 255 bytes", tarred(pax(manyAttrs(300, 250)), file("f", "x")), "exceeds the limits of Linux or EROFS"),
 		fine("xattr/none of a symlink", Listing{"l": isLink("x")}, tarred(pax(record("SCHILY.xattr.user.x", "v")), symlink("l", "x"))),
-		// A file on the disk has no room for it.
+		// A file on ext4 cannot store it.
 		onExt4(fine("xattr/a value of 65535 bytes", Listing{"f": isFile("x").attrs(map[string]string{"user.x": strings.Repeat("v", 1<<16-1)})},
 			tarred(pax(record("SCHILY.xattr.user.x", strings.Repeat("v", 1<<16-1))), file("f", "x"))).
 			unlike(refused("user.x"), Extracted, Linked, Copied, Files)),

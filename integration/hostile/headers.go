@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// typeCases are members of every type that a header can name.
+// typeCases are members of every header type.
 func typeCases() (cases []Case) {
 	for _, c := range []struct {
 		flag byte
@@ -27,8 +27,8 @@ func typeCases() (cases []Case) {
 		}
 	}
 	// '0', '7' and NUL are files, '1', '2' and '5' links and directories, 'x', 'g',
-	// 'L', 'K' and 'S' headers, 'V' and 'D' of GNU tar and 'X' of Solaris: they have cases
-	// of their own. The rest is of vendors.
+	// 'L', 'K' and 'S' headers, 'V' and 'D' GNU tar's, 'X' Solaris's: these have their
+	// own cases. The rest is vendor-specific.
 	for c := range 256 {
 		flag := byte(c)
 		printable := flag >= 'A' && flag <= 'Z' || flag >= 'a' && flag <= 'z' || flag == '8' || flag == '9' || flag == ' '
@@ -58,9 +58,9 @@ func sorted(cases []Case) []Case {
 	return cases
 }
 
-// fieldCases are the fields of a header at their extremes.
+// fieldCases are header fields at their limits.
 func fieldCases() (cases []Case) {
-	shown := func(name string, e Entry, edits ...edit) {
+	mounted := func(name string, e Entry, edits ...edit) {
 		cases = append(cases, fine("field/"+name, Listing{"f": e}, tarred(file("f", "x", edits...))))
 	}
 	refuse := func(name, says string, edits ...edit) {
@@ -69,13 +69,13 @@ func fieldCases() (cases []Case) {
 	const unreadable = "the archive cannot be read"
 	f := isFile("x")
 
-	shown("mode 0", f.mode(0), edit{fMode, "0000000\x00"})
-	shown("mode empty", f.mode(0), edit{fMode, ""})
-	shown("mode of spaces", f.mode(0), edit{fMode, "        "})
-	shown("mode with spaces around", f.mode(0o640), edit{fMode, "  640 \x00"})
-	shown("mode that fills its field", f.mode(0o777), edit{fMode, "00000777"})
+	mounted("mode 0", f.mode(0), edit{fMode, "0000000\x00"})
+	mounted("mode empty", f.mode(0), edit{fMode, ""})
+	mounted("mode of spaces", f.mode(0), edit{fMode, "        "})
+	mounted("mode with spaces around", f.mode(0o640), edit{fMode, "  640 \x00"})
+	mounted("mode that fills its field", f.mode(0o777), edit{fMode, "00000777"})
 	cases = append(cases, fine("field/mode of all bits", Listing{"f": f.mode(0o777)}, tarred(file("f", "x", edit{fMode, "77777777"}))).notAsFiles())
-	shown("mode of a million bits", f.mode(0o001), edit{fMode, base256(1<<52|1, 8)})
+	mounted("mode of a million bits", f.mode(0o001), edit{fMode, base256(1<<52|1, 8)})
 	cases = append(cases, fine("field/mode below zero", Listing{"f": f.mode(0o777)}, tarred(file("f", "x", edit{fMode, base256(-1, 8)}))).notAsFiles())
 	for _, c := range []struct{ what, mode string }{{"setuid", "0004755"}, {"setgid", "0002755"}, {"sticky", "0001755"}, {"all special bits", "0007755"}} {
 		cases = append(cases,
@@ -98,12 +98,12 @@ func fieldCases() (cases []Case) {
 		{"user", fUID, func(e Entry, n uint32) Entry { return e.owner(n, 0) }},
 		{"group", fGID, func(e Entry, n uint32) Entry { return e.owner(0, n) }},
 	} {
-		shown(id.name+" empty", f, edit{id.field, ""})
-		shown(id.name+" of all digits", id.set(f, 0o77777777), edit{id.field, "77777777"})
-		shown(id.name+" 65534", id.set(f, 65534), edit{id.field, "0177776\x00"})
-		shown(id.name+" 65536", id.set(f, 65536), edit{id.field, "0200000\x00"})
-		shown(id.name+" 2147483648", id.set(f, 1<<31), edit{id.field, base256(1<<31, 8)})
-		shown(id.name+" 4294967294", id.set(f, math.MaxUint32-1), edit{id.field, base256(math.MaxUint32-1, 8)})
+		mounted(id.name+" empty", f, edit{id.field, ""})
+		mounted(id.name+" of all digits", id.set(f, 0o77777777), edit{id.field, "77777777"})
+		mounted(id.name+" 65534", id.set(f, 65534), edit{id.field, "0177776\x00"})
+		mounted(id.name+" 65536", id.set(f, 65536), edit{id.field, "0200000\x00"})
+		mounted(id.name+" 2147483648", id.set(f, 1<<31), edit{id.field, base256(1<<31, 8)})
+		mounted(id.name+" 4294967294", id.set(f, math.MaxUint32-1), edit{id.field, base256(math.MaxUint32-1, 8)})
 		refuse(id.name+" 4294967295", "is not a valid user and group", edit{id.field, base256(math.MaxUint32, 8)})
 		refuse(id.name+" 4294967296", "is not a valid user and group", edit{id.field, base256(1<<32, 8)})
 		refuse(id.name+" -1", "is not a valid user and group", edit{id.field, base256(-1, 8)})
@@ -114,10 +114,10 @@ func fieldCases() (cases []Case) {
 	cases = append(cases, fine("field/owners of a symlink and a directory", Listing{"l": isLink("x").owner(7, 8), "d": isDir().owner(9, 10)},
 		tarred(symlink("l", "x", edit{fUID, "0000007\x00"}, edit{fGID, "0000010\x00"}), dir("d", edit{fUID, "0000011\x00"}, edit{fGID, "0000012\x00"}))))
 
-	shown("time empty", f.time(0, 0), edit{fMTime, ""})
-	shown("time 0", f.time(0, 0), edit{fMTime, "00000000000\x00"})
-	shown("time 2038-01-19", f.time(1<<31, 0), edit{fMTime, "20000000000\x00"})
-	// What the file system of extracted files can hold ends in 2446 (ext4).
+	mounted("time empty", f.time(0, 0), edit{fMTime, ""})
+	mounted("time 0", f.time(0, 0), edit{fMTime, "00000000000\x00"})
+	mounted("time 2038-01-19", f.time(1<<31, 0), edit{fMTime, "20000000000\x00"})
+	// Extracted files cannot have later times than 2446 (ext4).
 	late := fine("field/time of all digits, in 4147", Listing{"f": f.time(0o777777777777, 0)}, tarred(file("f", "x", edit{fMTime, "777777777777"})))
 	cases = append(cases, late.clamped(f, maxTime))
 	cases = append(cases, fine("field/time of the year 9999", Listing{"f": f.time(253402300799, 0)}, tarred(file("f", "x", edit{fMTime, base256(253402300799, 12)}))).clamped(f, maxTime))
@@ -149,12 +149,12 @@ func fieldCases() (cases []Case) {
 	refuse("checksum wrong by one", unreadable, edit{fChecksum, "000000\x00 "})
 	refuse("checksum empty", unreadable, edit{fChecksum, ""})
 	refuse("checksum of letters", unreadable, edit{fChecksum, "checksum"})
-	shown("names of owners that mean nothing here", f, edit{fUname, "root"}, edit{fGname, "wheel"})
-	shown("names of owners that fill their fields", f, edit{fUname, strings.Repeat("u", 32)}, edit{fGname, strings.Repeat("\xff", 32)})
-	shown("magic of GNU tar", f, edit{fMagic, "ustar "}, edit{fVersion, " \x00"})
-	shown("magic of nobody", f, edit{fMagic, "USTAR\x00"})
-	shown("version of nobody", f, edit{fVersion, "99"})
-	shown("bytes behind the last field", f, edit{fRest, "\xff\xff\xff\xffabcdefgh"})
+	mounted("names of owners that mean nothing here", f, edit{fUname, "root"}, edit{fGname, "wheel"})
+	mounted("names of owners that fill their fields", f, edit{fUname, strings.Repeat("u", 32)}, edit{fGname, strings.Repeat("\xff", 32)})
+	mounted("magic of GNU tar", f, edit{fMagic, "ustar "}, edit{fVersion, " \x00"})
+	mounted("magic of nobody", f, edit{fMagic, "USTAR\x00"})
+	mounted("version of nobody", f, edit{fVersion, "99"})
+	mounted("bytes behind the last field", f, edit{fRest, "\xff\xff\xff\xffabcdefgh"})
 	refuse("numbers of a device of letters", unreadable, edit{fMajor, "letters\x00"})
 	return cases
 }
@@ -167,39 +167,39 @@ const (
 	maxTime = 1<<34 - 1<<31 - 1
 )
 
-// clamped is a case whose files of the disk have another time.
+// clamped expects a clamped time for files on disk.
 func (c Case) clamped(e Entry, sec int64) Case {
 	c.Ext4 = true
-	return c.unlike(shows(Listing{"f": e.time(sec, 0)}), Extracted, Linked, Copied, Files)
+	return c.unlike(mounts(Listing{"f": e.time(sec, 0)}), Extracted, Linked, Copied, Files)
 }
 
 // paxCases are extended headers.
 func paxCases() (cases []Case) {
 	const unreadable = "the archive cannot be read"
 	f := isFile("x")
-	shown := func(name string, e Entry, records ...string) {
+	mounted := func(name string, e Entry, records ...string) {
 		cases = append(cases, fine("pax/"+name, Listing{"f": e}, tarred(pax(records...), file("f", "x"))))
 	}
 	refuse := func(name, says string, records ...string) {
 		cases = append(cases, bad("pax/"+name, tarred(pax(records...), file("f", "x")), says))
 	}
-	shown("no records", f)
-	shown("an empty value", f, record("path", ""), record("uid", ""), record("size", ""), record("mtime", ""))
-	shown("the last of two counts", f.owner(2, 0), record("uid", "1"), record("uid", "2"))
-	shown("records of no meaning", f, record("comment", "x"), record("charset", "BINARY"), record("hdrcharset", "BINARY"), record("realtime.x", "y"))
-	shown("records of vendors", f, record("SCHILY.dev", "1"), record("SCHILY.ino", "-1"), record("SCHILY.nlink", "9"), record("LIBARCHIVE.creationtime", "x"), record("SCHILY.fflags", "immutable"))
-	shown("labels and lists of vendors", f, record("RHT.security.selinux", "unconfined"), record("SCHILY.acl.access", "user::rwx"), record("LIBARCHIVE.xattr.user.x", "eA=="))
-	shown("names of owners", f, record("uname", "root"), record("gname", strings.Repeat("g", 5000)))
-	shown("times nobody keeps", f, record("atime", "-1.5"), record("ctime", "99999999999"))
-	shown("a value with an equals sign and newlines", f, record("comment", "a=b\n12 path=/etc\n"))
-	shown("a record of 5 bytes", f, "5 a=\n")
-	shown("a length with zeros before it", f.owner(7, 0), "0011 uid=7\n")
-	shown("a key in capitals is another key", f, record("PATH", "/etc/passwd"), record("UID", "7"))
-	shown("a million bytes of a comment", f, record("comment", strings.Repeat("c", 1000000)))
-	shown("a thousand records", f, strings.Repeat(record("comment", "c"), 1000))
+	mounted("no records", f)
+	mounted("an empty value", f, record("path", ""), record("uid", ""), record("size", ""), record("mtime", ""))
+	mounted("the last of two counts", f.owner(2, 0), record("uid", "1"), record("uid", "2"))
+	mounted("records of no meaning", f, record("comment", "x"), record("charset", "BINARY"), record("hdrcharset", "BINARY"), record("realtime.x", "y"))
+	mounted("records of vendors", f, record("SCHILY.dev", "1"), record("SCHILY.ino", "-1"), record("SCHILY.nlink", "9"), record("LIBARCHIVE.creationtime", "x"), record("SCHILY.fflags", "immutable"))
+	mounted("labels and lists of vendors", f, record("RHT.security.selinux", "unconfined"), record("SCHILY.acl.access", "user::rwx"), record("LIBARCHIVE.xattr.user.x", "eA=="))
+	mounted("names of owners", f, record("uname", "root"), record("gname", strings.Repeat("g", 5000)))
+	mounted("times nobody keeps", f, record("atime", "-1.5"), record("ctime", "99999999999"))
+	mounted("a value with an equals sign and newlines", f, record("comment", "a=b\n12 path=/etc\n"))
+	mounted("a record of 5 bytes", f, "5 a=\n")
+	mounted("a length with zeros before it", f.owner(7, 0), "0011 uid=7\n")
+	mounted("a key in capitals is another key", f, record("PATH", "/etc/passwd"), record("UID", "7"))
+	mounted("a million bytes of a comment", f, record("comment", strings.Repeat("c", 1000000)))
+	mounted("a thousand records", f, strings.Repeat(record("comment", "c"), 1000))
 
-	shown("user 4294967294", f.owner(math.MaxUint32-1, 0), record("uid", "4294967294"))
-	shown("group 4294967294", f.owner(0, math.MaxUint32-1), record("gid", "4294967294"))
+	mounted("user 4294967294", f.owner(math.MaxUint32-1, 0), record("uid", "4294967294"))
+	mounted("group 4294967294", f.owner(0, math.MaxUint32-1), record("gid", "4294967294"))
 	for _, id := range []string{"uid", "gid"} {
 		refuse(id+" 4294967295", "is not a valid user and group", record(id, "4294967295"))
 		refuse(id+" -1", "is not a valid user and group", record(id, "-1"))
@@ -211,10 +211,10 @@ func paxCases() (cases []Case) {
 		refuse(id+" in hexadecimal", unreadable, record(id, "0x10"))
 		refuse(id+" with a space", unreadable, record(id, " 1"))
 	}
-	shown("time with nanoseconds", f.time(1, 123456789), record("mtime", "1.123456789"))
-	shown("time of more digits than nanoseconds", f.time(1, 999999999), record("mtime", "1.999999999999999999"))
-	shown("time with few digits", f.time(1, 500000000), record("mtime", "1.5"))
-	shown("time before the epoch, with a fraction", f.time(-2, 500000000), record("mtime", "-1.5"))
+	mounted("time with nanoseconds", f.time(1, 123456789), record("mtime", "1.123456789"))
+	mounted("time of more digits than nanoseconds", f.time(1, 999999999), record("mtime", "1.999999999999999999"))
+	mounted("time with few digits", f.time(1, 500000000), record("mtime", "1.5"))
+	mounted("time before the epoch, with a fraction", f.time(-2, 500000000), record("mtime", "-1.5"))
 	for _, c := range []struct {
 		what, value string
 	}{{"of two points", "1.5.5"}, {"of letters", "now"}, {"over 64 bits", "9223372036854775808"}, {"with an exponent", "1e9"}, {"of a fraction alone", ".5"}} {
@@ -265,10 +265,9 @@ func paxCases() (cases []Case) {
 	return append(cases, globalCases()...)
 }
 
-// globalCases are extended headers for all members behind them. No reader that
-// containerd or Docker have applies them; to show a file without what its archive
-// says of it would be wrong, and to apply them would make another volume of it than
-// all others do.
+// globalCases are global extended headers. No reader of containerd or Docker applies
+// them. Ignoring them would mount files without attributes that the archive states, and
+// applying them would mount other files than everybody else does.
 func globalCases() (cases []Case) {
 	global := func(records ...string) string { return member('g', "pax_global_header", strings.Join(records, "")) }
 	f := isFile("x")

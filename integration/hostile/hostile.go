@@ -1,16 +1,16 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package hostile is a corpus of artifacts that somebody might publish to do harm,
-// or that no packer would make, each with the verdict that it must get: what the
-// volume shows, to the last attribute, or why there is none. It is for tests only.
+// Package hostile is a corpus of artifacts that an attacker might publish, or that no
+// packer would make. Each has a verdict: the exact content of the volume, or the reason
+// for the refusal. It is for tests only.
 //
-// The verdicts are written by hand, from docs/design.md and the specifications of
-// OCI, ModelPack, tar (POSIX pax, GNU tar's manual), gzip (RFC 1952), Zstandard (RFC
-// 8878) and JSON (RFC 8259), and not taken from what the snapshotter does. Archives and manifests
-// are put together byte by byte, since no library writes what must be refused.
+// The verdicts are written by hand from docs/design.md and the specifications of OCI,
+// ModelPack, tar (POSIX pax, GNU tar's manual), gzip (RFC 1952), Zstandard (RFC 8878)
+// and JSON (RFC 8259), never from the snapshotter's output. Archives and manifests are
+// built byte by byte, because no library writes invalid ones.
 //
-// Whoever serves artifacts is a [FrontEnd], at which [Check] knocks with a [Case].
+// A [FrontEnd] serves artifacts; [Check] tries a [Case] on it.
 package hostile
 
 import (
@@ -33,18 +33,18 @@ import (
 
 // Case is one artifact and its verdict.
 type Case struct {
-	// Name says what is odd about it, and is its only name: "group/what".
+	// Name is unique and says what is odd: "group/what".
 	Name string
-	// Make makes it. It is the same each time.
+	// Make returns the same artifact each time.
 	Make func() *Artifact
-	// Want is the verdict of every way, unless want says it, when it is asked for.
+	// Want is the verdict for every way. If want is set, it is called instead.
 	Want Verdict
 	want func() Verdict
-	// Unlike are verdicts of single ways that cannot give the one of all.
+	// Unlike overrides the verdict for single ways.
 	Unlike map[Way]Verdict
-	// Long is of what takes minutes or gigabytes.
+	// Long marks cases that take minutes or gigabytes.
 	Long bool
-	// Ext4 tells that what becomes a file has the verdict of an ext4.
+	// Ext4 marks verdicts whose files on disk are those of ext4.
 	Ext4 bool
 }
 
@@ -59,23 +59,23 @@ func (c Case) For(w Way) Verdict {
 	return c.Want
 }
 
-// Verdict is what is to become of an artifact.
+// Verdict is the expected outcome for an artifact.
 type Verdict struct {
-	// Shows is all that is in the volume, by its path, if Refused is nil. "." is
-	// compared if it is there.
-	Shows Listing
-	// Refused is the kind of the error: of errdefs, or artifact.ErrNotArtifact of what
-	// is a container image.
+	// Entries is the whole volume by path, if Refused is nil. "." is compared only if it
+	// is listed.
+	Entries Listing
+	// Refused is the kind of the error: one of errdefs, or artifact.ErrNotArtifact for a
+	// container image.
 	Refused error
-	// Says is what must stand in the error.
+	// Says is a text that the error must contain.
 	Says []string
 }
 
-// Way is how a front end lays out what it shows: the modes of the ladder, or without a
-// Tree.
+// Way is how a front end prepares a volume: by one of the store's modes, or without a
+// tree.
 type Way string
 
-// The ways. On those of [Way.Links] a raw layer has its blob's attributes.
+// The ways. With those of [Way.Links] a raw layer has its blob's attributes.
 const (
 	Index         Way = "overlay+erofs"
 	IndexOnLoops  Way = "overlay+erofs-loop"
@@ -84,59 +84,58 @@ const (
 	LinkedIndex   Way = "link+erofs"
 	Linked        Way = "link+extract"
 	Copied        Way = "copy+extract"
-	// Layers are kept in snapshots by containerd's own unpacker, and shown as one.
+	// Layers stay in snapshots that containerd's own unpacker made, mounted as one
+	// overlay.
 	Layers Way = "layers"
-	// Files are made by the same in the snapshots of another snapshotter.
+	// Files are extracted by our differ into another snapshotter's snapshots.
 	Files Way = "files"
-	// NRIOfContainerd and NRIOfCRIO put what Index shows in the place of the mounts that
-	// these runtimes make of an image volume.
+	// NRIOfContainerd and NRIOfCRIO replace these runtimes' image volume mounts with
+	// what Index mounts.
 	NRIOfContainerd Way = "nri-containerd"
 	NRIOfCRIO       Way = "nri-cri-o"
 )
 
-// Links tells that raw layers are hard links to their blobs.
+// Links reports whether raw layers are hard links to their blobs.
 func (w Way) Links() bool { return w == Linked || w == LinkedIndex || w == Files }
 
-// Extracts tells that members of tars become files of the disk's file system.
+// Extracts reports whether tar members become files on disk.
 func (w Way) Extracts() bool { return w == Extracted || w == Linked || w == Copied || w == Files }
 
-// Artifact is blobs, of which one is the manifest or index.
+// Artifact is a set of blobs, one of them the manifest or index.
 type Artifact struct {
-	// Blobs are those that there are. Their names need not be their digests.
+	// Blobs are the blobs that exist. A name need not match its digest.
 	Blobs map[digest.Digest][]byte
-	// Target is the manifest or the index, MediaType what a registry is told of it.
+	// Target is the manifest or index, MediaType its type as pushed to a registry.
 	Target    digest.Digest
 	MediaType string
-	// Layers are the descriptors for who unpacks one at a time; nil if what is odd is
-	// not in the layers.
+	// Layers are the descriptors for layer-by-layer unpacking; nil if the oddity is not
+	// in the layers.
 	Layers []ocispec.Descriptor
 }
 
-// FrontEnd is somebody who shows artifacts. The blobs of the artifact are where it looks
-// for them.
+// FrontEnd mounts artifacts. It finds their blobs where it looks for them.
 type FrontEnd interface {
-	// Way is how it shows them.
+	// Way is how it prepares volumes.
 	Way() Way
-	// Show mounts the artifact at a path, until done is called.
-	Show(ctx context.Context, a *Artifact) (path string, done func() error, err error)
+	// Mount mounts the artifact at a path until done is called.
+	Mount(ctx context.Context, a *Artifact) (path string, done func() error, err error)
 }
 
-// Skips is a [FrontEnd] that some artifacts cannot get to.
+// Skips is a [FrontEnd] that cannot receive some artifacts.
 type Skips interface {
 	FrontEnd
-	// Skip says why the artifact cannot; "" if it can.
+	// Skip is the reason, or "" if the artifact can be received.
 	Skip(c Case, a *Artifact) (why string)
 }
 
-// Rules is a [FrontEnd] with a rule of its own for some artifacts.
+// Rules is a [FrontEnd] with its own rule for some artifacts.
 type Rules interface {
 	FrontEnd
-	// Rule is the verdict there of an artifact that has the verdict v elsewhere.
+	// Rule is its verdict for an artifact whose verdict elsewhere is v.
 	Rule(v Verdict, a *Artifact) Verdict
 }
 
-// Check mounts the artifact of a case at a front end that it can get to, and compares with its
-// verdict.
+// Check mounts a case's artifact and compares the result with its verdict.
 func Check(ctx context.Context, t testing.TB, frontEnd FrontEnd, c Case, a *Artifact) {
 	t.Helper()
 	way := frontEnd.Way()
@@ -144,7 +143,7 @@ func Check(ctx context.Context, t testing.TB, frontEnd FrontEnd, c Case, a *Arti
 	if r, ok := frontEnd.(Rules); ok {
 		want = r.Rule(want, a)
 	}
-	path, done, err := frontEnd.Show(ctx, a)
+	path, done, err := frontEnd.Mount(ctx, a)
 	if err != nil {
 		if problem := want.judge(way, err); problem != "" {
 			t.Errorf("%s, %s: %s", c.Name, way, problem)
@@ -169,8 +168,8 @@ func Check(ctx context.Context, t testing.TB, frontEnd FrontEnd, c Case, a *Arti
 	}
 }
 
-// longest is how long an error may be: it becomes an event of Kubernetes, whose
-// message is cut off at 1024 bytes, and a line of the log.
+// longest limits an error's length in bytes: Kubernetes truncates an event's message at
+// 1024 bytes.
 const longest = 4096
 
 func (v Verdict) judge(way Way, err error) (problem string) {
@@ -200,7 +199,7 @@ func (v Verdict) judge(way Way, err error) (problem string) {
 
 var number = regexp.MustCompile(`^layer \d+ `)
 
-// is is errors.Is, for errors that have come by gRPC too.
+// is is errors.Is that also understands errors received by gRPC.
 func is(err, kind error) bool {
 	switch {
 	case kind == artifact.ErrNotArtifact: //nolint:errorlint // it is a verdict, and not wrapped
@@ -230,9 +229,9 @@ func Cases() []Case {
 	)
 }
 
-// shows is the verdict that the volume has these entries and the directories above
-// them, which no layer describes.
-func shows(l Listing) Verdict {
+// mounts is the verdict that the volume has these entries, and the directories above
+// them that no layer describes.
+func mounts(l Listing) Verdict {
 	all := maps.Clone(l)
 	if all == nil {
 		all = Listing{}
@@ -244,7 +243,7 @@ func shows(l Listing) Verdict {
 			}
 		}
 	}
-	return Verdict{Shows: all}
+	return Verdict{Entries: all}
 }
 
 func refused(says ...string) Verdict {
@@ -260,10 +259,10 @@ func sum(content string) string {
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
 
-// sortCases gives cases that were made from a map an order.
+// sortCases sorts cases that come from a map.
 func sortCases(cases []Case) {
 	slices.SortFunc(cases, func(a, b Case) int { return strings.Compare(a.Name, b.Name) })
 }
 
-// Diff says how a volume that is mounted on a way differs from what it must be.
-func (v Verdict) Diff(w Way, got Listing) string { return v.Shows.on(w).diff(got.on(w), w) }
+// Diff describes how a volume differs from the verdict.
+func (v Verdict) Diff(w Way, got Listing) string { return v.Entries.on(w).diff(got.on(w), w) }

@@ -39,28 +39,28 @@ func utf8Descriptor(d descriptor) bool {
 	return utf8.ValidString(d.MediaType)
 }
 
-// For who looks into some cases, or some ways.
+// Filters for debugging single cases or ways.
 var (
 	only   = flag.String("cases", "", "a regular expression for the names of the cases")
 	onlyOn = flag.String("ways", "", "a regular expression for the ways to show them")
 )
 
-// long tells that the test is to take all the time there is.
+// long includes the cases that take minutes or gigabytes.
 func long() bool { return os.Getenv("ARTIFACT_SNAPSHOTTER_LONG") != "" }
 
 const (
-	// maxResident is how much memory a daemon may have resident, with every case but
-	// the long ones: what a plan of 100,000 entries takes (150 MB), a zstd window of
-	// 128 MiB, a manifest of 8 MiB as Go has it in memory, and as much again for garbage,
-	// which Go lets grow to the size of what is alive.
+	// maxResident is a daemon's memory limit without the long cases: a plan of 100,000
+	// entries (150 MB), a zstd window of 128 MiB, a decoded manifest of 8 MiB, and the
+	// same again for garbage, because Go's heap may double before a collection.
 	maxResident = 512 << 20
-	// maxResidentLong is with them: docs/operations.md says 1.5 GB for a plan of
-	// 1,048,576 entries, of which there is one at a time, and the above beside it.
+	// maxResidentLong is the limit with the long cases: docs/operations.md says 1.5 GB
+	// for a plan of 1,048,576 entries, of which there is one at a time, in addition to
+	// the above.
 	maxResidentLong = 2560 << 20
 )
 
-// chosen are the front ends that the ith case is brought to: all of them, or when there is less
-// time the next one in turn that it can get to.
+// chosen are the front ends for the ith case: all in a long run, else the next one in
+// turn that can receive it.
 func chosen(frontEnds []FrontEnd, i int, c Case, a *Artifact) []FrontEnd {
 	if long() {
 		return frontEnds
@@ -73,7 +73,7 @@ func chosen(frontEnds []FrontEnd, i int, c Case, a *Artifact) []FrontEnd {
 	return nil
 }
 
-// skipped says why a case does not get to a front end; "" if it does.
+// skipped is the reason why a front end cannot receive a case, or "".
 func skipped(frontEnd FrontEnd, c Case, a *Artifact) string {
 	if c.Ext4 && frontEnd.Way().Extracts() && !isExt4() {
 		return "the test's directory is on another file system than ext4"
@@ -84,7 +84,7 @@ func skipped(frontEnd FrontEnd, c Case, a *Artifact) string {
 	return ""
 }
 
-// ways are those of the ladder that are tried: with each mode at least one.
+// ways are the tested pairs of modes: each mode at least once.
 func ways() []Way {
 	w := []Way{Index, Extracted, Linked, Copied}
 	if long() {
@@ -119,9 +119,9 @@ func TestCasesAreTheSameEachTime(t *testing.T) {
 	}
 }
 
-// Every artifact is mounted exactly, or refused with the reason, whoever shows it and in
-// whatever way; nothing changes but what is the daemons' own; no daemon takes more
-// memory than it may, and nothing is left.
+// Every front end and mode mounts an artifact exactly or refuses it with the reason.
+// Nothing outside the daemons' state changes, no daemon exceeds its memory limit, and
+// nothing remains.
 func TestEveryArtifactGetsItsVerdict(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.Chmod(dir, 0o711); err != nil {
@@ -138,7 +138,7 @@ func TestEveryArtifactGetsItsVerdict(t *testing.T) {
 		pids = append(pids, d.pid())
 		d.peak(t)
 	}
-	// Read-ahead is set for every mount (docs/design.md).
+	// The daemon sets read-ahead for every mount (docs/design.md).
 	watch, err := fswatch.Start(pids, append(fswatch.OfTheTest(), dir, "/sys/devices/virtual/bdi/*/read_ahead_kb", "/sys/devices/virtual/block/*/queue/read_ahead_kb")...)
 	if err != nil {
 		t.Fatal(err)
@@ -205,8 +205,8 @@ func TestEveryArtifactGetsItsVerdict(t *testing.T) {
 	t.Logf("%s\nin %s; %d changes on %d file systems watched, none outside", counts, took.Round(time.Second), seen, watch.FileSystems())
 }
 
-// wantNothingLeft checks that the daemons have no trees, no mounts and no contents when
-// nothing is mounted and all blobs are gone.
+// wantNothingLeft checks that the daemons have no trees, mounts and contents once all
+// mounts and blobs are gone.
 func wantNothingLeft(t *testing.T, daemons []*process) {
 	t.Helper()
 	for _, d := range daemons {
@@ -216,7 +216,7 @@ func wantNothingLeft(t *testing.T, daemons []*process) {
 	}
 }
 
-// left is what a daemon has not removed after a while, of what it must.
+// left is what a daemon should have removed and has not after a while.
 func left(t *testing.T, d *process) string {
 	t.Helper()
 	var left []string
@@ -239,7 +239,7 @@ func left(t *testing.T, d *process) string {
 	}
 }
 
-// isExt4 tells whether temporary directories are on ext4.
+// isExt4 reports whether temporary directories are on ext4.
 var isExt4 = sync.OnceValue(func() bool {
 	var st unix.Statfs_t
 	if err := unix.Statfs(os.TempDir(), &st); err != nil {
@@ -250,23 +250,23 @@ var isExt4 = sync.OnceValue(func() bool {
 
 // tally counts verdicts.
 type tally struct {
-	mu                     sync.Mutex
-	cases                  map[string]bool
-	shown, refused, images int
-	ways                   map[Way]int
-	skipped                map[Way]map[string]int // by the reason
-	most                   int64
-	mostBy                 string
-	slowest                time.Duration
-	slowestBy              string
-	failures               int
+	mu                       sync.Mutex
+	cases                    map[string]bool
+	mounted, refused, images int
+	ways                     map[Way]int
+	skipped                  map[Way]map[string]int // by the reason
+	most                     int64
+	mostBy                   string
+	slowest                  time.Duration
+	slowestBy                string
+	failures                 int
 }
 
 func newTally() *tally {
 	return &tally{cases: map[string]bool{}, ways: map[Way]int{}, skipped: map[Way]map[string]int{}}
 }
 
-// skip counts what does not get to a front end.
+// skip counts a case that a front end cannot receive.
 func (n *tally) skip(frontEnd FrontEnd, why string) {
 	if n.skipped[frontEnd.Way()] == nil {
 		n.skipped[frontEnd.Way()] = map[string]int{}
@@ -284,7 +284,7 @@ func (n *tally) add(c Case, frontEnd FrontEnd) {
 	n.cases[c.Name] = true
 	switch refused := c.For(Index).Refused; {
 	case refused == nil:
-		n.shown++
+		n.mounted++
 	case errors.Is(refused, artifact.ErrNotArtifact):
 		n.images++
 	default:
@@ -304,7 +304,7 @@ func (n *tally) memory(c Case, bytes int64) {
 	}
 }
 
-// failed reports whether it makes no sense to go on.
+// failed reports whether continuing makes no sense.
 func (n *tally) failed(*testing.T) bool {
 	n.failures++
 	return n.failures > 2000
@@ -324,11 +324,11 @@ func (n *tally) String() string {
 		}
 	}
 	return fmt.Sprintf("%d cases: %d are mounted, %d refused, %d are container images; %d verdicts (%s); at most %d MiB resident (%s); the slowest took %s (%s)%s",
-		len(n.cases), n.shown, n.refused, n.images, total, strings.Join(by, ", "), n.most>>20, n.mostBy, n.slowest.Round(time.Millisecond), n.slowestBy, &skipped)
+		len(n.cases), n.mounted, n.refused, n.images, total, strings.Join(by, ", "), n.most>>20, n.mostBy, n.slowest.Round(time.Millisecond), n.slowestBy, &skipped)
 }
 
-// The listing that verdicts are compared with does not miss what it must see.
-func TestAListingSeesEveryDifference(t *testing.T) {
+// The listing sees every kind of difference that verdicts depend on.
+func TestAListingDetectsEveryDifference(t *testing.T) {
 	want := Listing{"d": isDir(), "d/f": isFile("content"), "l": isLink("d")}
 	make := func(t *testing.T) string {
 		t.Helper()
@@ -389,7 +389,7 @@ func TestAListingSeesEveryDifference(t *testing.T) {
 	}
 }
 
-// Nothing here reads the bombs to their ends.
+// The bombs are not read to their ends here.
 func TestZerosAreGzipOfZeros(t *testing.T) {
 	for _, mib := range []int{1, 2, 5} {
 		r, err := gzip.NewReader(strings.NewReader(zeros(mib)))

@@ -20,17 +20,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Type is what an entry is.
+// Type is the type of an entry.
 type Type string
 
-// The types that a volume can have.
+// The types that a volume can contain.
 const (
 	Directory Type = "directory"
 	File      Type = "file"
 	Symlink   Type = "symlink"
 )
 
-// Entry is what stands in a volume at a path, or what must.
+// Entry is the actual or expected state of one path in a volume.
 type Entry struct {
 	Type      Type
 	Mode      uint32 // permission, setuid, setgid and sticky bits
@@ -40,15 +40,15 @@ type Entry struct {
 	SHA256    string // of files, in hex
 	Target    string // of symlinks
 	Xattrs    string // all that root can list, sorted, as name="value" lines
-	// Raw is of the file of a raw layer, whose attributes are not mounted on all ways.
+	// Raw marks a raw layer's file, whose attributes some ways cannot provide.
 	Raw bool
 }
 
-// Listing is entries by their paths, bytes as they are.
+// Listing maps paths, as raw bytes, to entries.
 type Listing map[string]Entry
 
-// List lists everything below dir, and "." for dir itself. It goes from directory to
-// directory, so that no path is too long, and follows no link.
+// List lists dir as "." and everything below it. It walks by directory descriptors,
+// because paths may exceed PATH_MAX, and follows no link.
 func List(dir string) (Listing, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -59,14 +59,14 @@ func List(dir string) (Listing, error) {
 	return r.Listing, r.add(root, "")
 }
 
-// reader makes a Listing. It has buffers for what the kernel says of extended attributes at
-// most, which are used for all entries.
+// reader makes a Listing. Its reused buffers have the kernel's maximum size of extended
+// attributes.
 type reader struct {
 	Listing
 	names, values []byte
 }
 
-// add adds the directory root, which has the path prefix, and what is in it.
+// add adds the directory root under the path prefix, and its content.
 func (r reader) add(root *os.Root, prefix string) error {
 	self, err := root.Open(".")
 	if err != nil {
@@ -165,8 +165,7 @@ func entryOf(fi fs.FileInfo) (Entry, error) {
 	return e, nil
 }
 
-// xattrs leaves out an attribute of ours that only root sees and that means nothing
-// (unpack, aligned).
+// xattrs leaves out our internal attribute, which only root sees (unpack, aligned).
 func (r reader) xattrs(fd int) (string, error) {
 	n, err := unix.Flistxattr(fd, r.names)
 	if errors.Is(err, unix.ENOTSUP) || n == 0 {
@@ -187,7 +186,7 @@ func (r reader) xattrs(fd int) (string, error) {
 	return xattrs(found), nil
 }
 
-// xattrs is a set of extended attributes as an Entry has it; long values are hashed.
+// xattrs formats extended attributes for an Entry; long values are hashed.
 func xattrs(set map[string]string) string {
 	var out strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(set)) {
@@ -200,8 +199,8 @@ func xattrs(set map[string]string) string {
 	return out.String()
 }
 
-// on is what a way can show of a listing: of files in a layer of an image's, which
-// containerd merges, neither the root nor times are compared.
+// on reduces a listing to what a way can provide: containerd merges an image's layers,
+// so the root and times of Files are not compared.
 func (l Listing) on(w Way) Listing {
 	if w != Files {
 		return l
@@ -215,8 +214,8 @@ func (l Listing) on(w Way) Listing {
 	return l
 }
 
-// like compares what is there with e. The attributes of a hard link to a blob are
-// the blob's.
+// like compares the actual entry with e. A hard link to a blob has the blob's
+// attributes.
 func (e Entry) like(got Entry, w Way) bool {
 	if e.Raw && w.Links() {
 		e.Mode, e.UID, e.GID, e.Sec, e.Nsec = got.Mode, got.UID, got.GID, got.Sec, got.Nsec
@@ -225,8 +224,8 @@ func (e Entry) like(got Entry, w Way) bool {
 	return e == got
 }
 
-// diff says how got differs from l, by at most ten entries. The root is compared if l
-// has it.
+// diff lists at most ten differences between got and l. The root is compared only if l
+// lists it.
 func (l Listing) diff(got Listing, w Way) string {
 	var out strings.Builder
 	lines := 0

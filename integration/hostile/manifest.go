@@ -12,7 +12,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Types that most artifacts here have.
+// Default media types.
 const (
 	modelConfig = "application/vnd.cncf.model.config.v1+json"
 	rawType     = "application/vnd.cncf.model.weight.v1.raw"
@@ -25,7 +25,7 @@ const (
 	titleKey    = "org.opencontainers.image.title"
 )
 
-// object is a JSON object: keys and JSON texts, which need not be any.
+// object is a JSON object whose keys and values may be invalid JSON.
 type object []property
 
 type property struct{ key, text string }
@@ -38,7 +38,7 @@ func (o object) String() string {
 	return "{" + strings.Join(parts, ",") + "}"
 }
 
-// set is the object with another text of a key, which is added if it is not there.
+// set replaces or adds a key.
 func (o object) set(key, text string) object {
 	c := append(object{}, o...)
 	for i := range c {
@@ -61,7 +61,7 @@ func (o object) without(key string) object {
 	return c
 }
 
-// quote is s as a JSON string. Bytes that are no UTF-8 stay as they are.
+// quote is s as a JSON string. Invalid UTF-8 stays unchanged.
 func quote(s string) string {
 	var b strings.Builder
 	b.WriteByte('"')
@@ -83,8 +83,7 @@ func array(texts ...string) string { return "[" + strings.Join(texts, ",") + "]"
 
 func digestOf(content string) digest.Digest { return digest.FromString(content) }
 
-// layer is a layer before it is one: its descriptor and, unless it is absent, its
-// blob.
+// layer is a descriptor with its blob, unless the blob is absent.
 type layer struct {
 	mediaType   string
 	content     string
@@ -109,7 +108,7 @@ func tarred(members ...string) layer {
 	return layer{mediaType: tarType, content: strings.Join(members, "") + mark}
 }
 
-// isRaw is the entry of a raw layer that says nothing but a path.
+// isRaw is the entry of a raw layer that states only a path.
 func isRaw(content string) Entry {
 	return Entry{Type: File, Mode: 0o644, Size: int64(len(content)), SHA256: sum(content), Raw: true}
 }
@@ -133,7 +132,7 @@ func (l layer) descriptor() object {
 	return o
 }
 
-// packed is an artifact in the making.
+// packed builds an artifact.
 type packed struct {
 	layers     []layer
 	configType string
@@ -142,7 +141,7 @@ type packed struct {
 	blobs      map[digest.Digest][]byte
 }
 
-// pack makes an artifact of layers, with a ModelPack config that says nothing.
+// pack builds an artifact from layers, with an empty ModelPack config.
 func pack(layers ...layer) *packed {
 	p := &packed{layers: layers, configType: modelConfig, config: "{}", blobs: map[digest.Digest][]byte{}}
 	var descriptors []string
@@ -171,7 +170,7 @@ func (p *packed) withConfig(mediaType, text string) *packed {
 	return p
 }
 
-// ofLayers is the artifact when it is what its layers are, also one by one.
+// ofLayers finishes an artifact that can also be unpacked layer by layer.
 func (p *packed) ofLayers() *Artifact {
 	a := p.done()
 	a.Layers = []ocispec.Descriptor{}
@@ -198,19 +197,19 @@ func unquote(text string) (s string) {
 	return s
 }
 
-// done is the artifact with its manifest as it stands.
+// done finishes the artifact with its manifest.
 func (p *packed) done() *Artifact { return p.asText(p.manifest.String()) }
 
-// asText is the artifact with this for a manifest.
+// asText finishes the artifact with this text as its manifest.
 func (p *packed) asText(manifest string) *Artifact {
 	p.blobs[digestOf(manifest)] = []byte(manifest)
 	return &Artifact{Blobs: p.blobs, Target: digestOf(manifest), MediaType: ocispec.MediaTypeImageManifest}
 }
 
-// good is a layer that nothing is wrong with: what is refused is refused with it.
+// good is a valid layer: a refusal must refuse it too.
 func good() layer { return raw("good.txt", "a good file\n") }
 
-// bad is an artifact that is refused for its second layer.
+// bad is an artifact that is refused because of its second layer.
 func bad(name string, l layer, says ...string) Case {
 	return Case{
 		Name: name,
@@ -219,16 +218,16 @@ func bad(name string, l layer, says ...string) Case {
 	}
 }
 
-// fine is an artifact of layers that shows these entries.
+// fine is an artifact that mounts with these entries.
 func fine(name string, l Listing, layers ...layer) Case {
-	return Case{Name: name, Make: func() *Artifact { return pack(layers...).ofLayers() }, Want: shows(l)}
+	return Case{Name: name, Make: func() *Artifact { return pack(layers...).ofLayers() }, Want: mounts(l)}
 }
 
 // imageLayer is the reason why no files are made, in the snapshot of another
 // snapshotter, of what would be something else in an image.
 const imageLayer = "snapshot would be used"
 
-// notAsFiles is the case when no files are made of it elsewhere, for that reason.
+// notAsFiles expects that refusal for Files.
 func (c Case) notAsFiles() Case {
 	return c.unlike(refused(imageLayer), Files)
 }

@@ -8,8 +8,8 @@ import (
 	"strings"
 )
 
-// configCases are configs. That of a model must be well-formed; of others that is
-// nobody's business, and what is not understood there is as good as absent.
+// configCases are configs. A model's config must be well-formed; other configs are
+// ignored if they cannot be parsed.
 func configCases() (cases []Case) {
 	const other = "application/vnd.example.config.v1+json"
 	add := func(name, text string, model, any Verdict) {
@@ -21,7 +21,7 @@ func configCases() (cases []Case) {
 	}
 	const when = 981173106 // 2001-02-03T04:05:06Z
 	at := func(sec int64) Verdict {
-		return shows(Listing{".": Entry{Type: Directory, Mode: 0o755, Sec: sec}, "f": isRaw("x").time(sec, 0)})
+		return mounts(Listing{".": Entry{Type: Directory, Mode: 0o755, Sec: sec}, "f": isRaw("x").time(sec, 0)})
 	}
 	epoch := at(0)
 	malformed := refused("malformed model config")
@@ -82,22 +82,22 @@ func configCases() (cases []Case) {
 	return sorted(cases)
 }
 
-// metadataCases are annotations with the attributes of a raw layer's file.
+// metadataCases are annotations with file attributes of raw layers.
 func metadataCases() (cases []Case) {
 	f := isRaw("x")
-	shown := func(name, text string, e Entry) {
+	mounted := func(name, text string, e Entry) {
 		cases = append(cases, fine("metadata/"+name, Listing{"f": e}, described("f", "x", text)))
 	}
 	refuse := func(name, text string, says ...string) {
 		cases = append(cases, bad("metadata/"+name, described("f", "x", text), append([]string{metadataKey}, says...)...))
 	}
 	const malformed = "malformed file metadata"
-	shown("none", "", f)
-	shown("an empty object", "{}", f)
-	shown("all of it", `{"name":"x","mode":416,"uid":1,"gid":2,"size":1,"mtime":"2001-02-03T04:05:06.000000007Z","typeflag":48}`, f.mode(0o640).owner(1, 2).time(981173106, 7))
-	shown("a name that is another path", `{"name":"../../etc/passwd"}`, f)
-	shown("a size that is another", `{"size":9223372036854775807}`, f)
-	shown("keys of no meaning", `{"x":[[]],"xattrs":{"security.capability":"x"}}`, f)
+	mounted("none", "", f)
+	mounted("an empty object", "{}", f)
+	mounted("all of it", `{"name":"x","mode":416,"uid":1,"gid":2,"size":1,"mtime":"2001-02-03T04:05:06.000000007Z","typeflag":48}`, f.mode(0o640).owner(1, 2).time(981173106, 7))
+	mounted("a name that is another path", `{"name":"../../etc/passwd"}`, f)
+	mounted("a size that is another", `{"size":9223372036854775807}`, f)
+	mounted("keys of no meaning", `{"x":[[]],"xattrs":{"security.capability":"x"}}`, f)
 	for _, w := range wrong {
 		if w.kind != "object" && w.kind != "object of objects" {
 			refuse("it is "+w.what, w.text, malformed)
@@ -110,9 +110,9 @@ func metadataCases() (cases []Case) {
 			text := `{"` + key + `":` + w.text + "}"
 			switch {
 			case w.kind == "null", w.text == "0" && key != "mode":
-				shown(name, text, f)
+				mounted(name, text, f)
 			case w.text == "0":
-				shown(name, text, f.mode(0))
+				mounted(name, text, f.mode(0))
 			case w.text == "-1" && key == "size":
 				refuse(name, text, "negative size -1")
 			default:
@@ -126,10 +126,10 @@ func metadataCases() (cases []Case) {
 			refuse("name is "+w.what, `{"name":`+w.text+`}`, malformed)
 		}
 	}
-	shown("mode, all permissions", `{"mode":511}`, f.mode(0o777))
-	shown("mode, a file's with its type", `{"mode":33188}`, f)
-	shown("mode, setuid, setgid and sticky", `{"mode":36351}`, f.mode(0o777))
-	shown("mode, of 16 bits", `{"mode":65535}`, f.mode(0o777))
+	mounted("mode, all permissions", `{"mode":511}`, f.mode(0o777))
+	mounted("mode, a file's with its type", `{"mode":33188}`, f)
+	mounted("mode, setuid, setgid and sticky", `{"mode":36351}`, f.mode(0o777))
+	mounted("mode, of 16 bits", `{"mode":65535}`, f.mode(0o777))
 	refuse("mode, of 17 bits", `{"mode":65536}`, "is not a Unix file mode")
 	refuse("mode, as Go has it for setuid", `{"mode":8389101}`, "is not a Unix file mode")
 	refuse("mode, of 32 bits", `{"mode":4294967295}`, "is not a Unix file mode")
@@ -137,16 +137,16 @@ func metadataCases() (cases []Case) {
 	refuse("mode, in octal", `{"mode":0644}`, malformed)
 	refuse("mode, as text", `{"mode":"0644"}`, malformed)
 	for _, id := range []string{"uid", "gid"} {
-		shown(id+" 4294967294", `{"`+id+`":4294967294}`, map[string]Entry{"uid": f.owner(4294967294, 0), "gid": f.owner(0, 4294967294)}[id])
+		mounted(id+" 4294967294", `{"`+id+`":4294967294}`, map[string]Entry{"uid": f.owner(4294967294, 0), "gid": f.owner(0, 4294967294)}[id])
 		refuse(id+" 4294967295", `{"`+id+`":4294967295}`, "is no user or group")
 		refuse(id+" 4294967296", `{"`+id+`":4294967296}`, malformed)
 	}
-	shown("time of the year 0", `{"mtime":"0000-01-01T00:00:00Z"}`, f.time(-62167219200, 0))
-	shown("time of the year 1, which stands for none", `{"mtime":"0001-01-01T00:00:00Z"}`, f)
-	shown("time of the year 9999", `{"mtime":"9999-12-31T23:59:59.999999999Z"}`, f.time(253402300799, 999999999))
-	cases[len(cases)-1] = onExt4(cases[len(cases)-1].unlike(shows(Listing{"f": f.time(maxTime, 0)}), Copied, Extracted))
-	cases[len(cases)-3] = onExt4(cases[len(cases)-3].unlike(shows(Listing{"f": f.time(minTime, 0)}), Copied, Extracted))
-	shown("time of the last zone", `{"mtime":"2001-02-03T04:05:06-23:59"}`, f.time(981173106+86340, 0))
+	mounted("time of the year 0", `{"mtime":"0000-01-01T00:00:00Z"}`, f.time(-62167219200, 0))
+	mounted("time of the year 1, which stands for none", `{"mtime":"0001-01-01T00:00:00Z"}`, f)
+	mounted("time of the year 9999", `{"mtime":"9999-12-31T23:59:59.999999999Z"}`, f.time(253402300799, 999999999))
+	cases[len(cases)-1] = onExt4(cases[len(cases)-1].unlike(mounts(Listing{"f": f.time(maxTime, 0)}), Copied, Extracted))
+	cases[len(cases)-3] = onExt4(cases[len(cases)-3].unlike(mounts(Listing{"f": f.time(minTime, 0)}), Copied, Extracted))
+	mounted("time of the last zone", `{"mtime":"2001-02-03T04:05:06-23:59"}`, f.time(981173106+86340, 0))
 	for what, text := range map[string]string{
 		"in words": "yesterday", "of a day alone": "2001-02-03", "of the year 10000": "10000-01-01T00:00:00Z", "of a 30th of February": "2001-02-30T00:00:00Z",
 		"without a zone": "2001-02-03T04:05:06", "in seconds": "981173106", "below zero": "-0001-01-01T00:00:00Z",
@@ -177,7 +177,7 @@ func metadataCases() (cases []Case) {
 	return sorted(cases)
 }
 
-// mediaTypeCases are types of layers.
+// mediaTypeCases are media types of layers.
 func mediaTypeCases() (cases []Case) {
 	archive := file("f", "x") + mark
 	for _, base := range []string{"weight", "weight.config", "doc", "code", "dataset"} {

@@ -30,26 +30,25 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// nriFrontEnd is the side of NRI that is in a runtime, which asks the daemon's plugin before
-// it creates a container. The mounts of that are those that the runtime makes of an image
-// volume.
+// nriFrontEnd is the runtime's side of NRI. It asks the daemon's plugin before it
+// creates a container with the runtime's mounts of an image volume.
 type nriFrontEnd struct {
 	*process
 	way     Way
 	runtime *adaptation.Adaptation
-	// mounts are the runtime's mounts of an artifact, and what it says of them.
+	// mounts are the runtime's mounts and annotations for an artifact.
 	mounts func(a *Artifact) (mounts []*api.Mount, annotations map[string]string)
 }
 
 const (
 	sandbox = "0123456789abcdef"
 	volume  = "/model"
-	// patience is how long the runtime waits for the plugin: not the two seconds by
-	// default, for a machine that has other things to do.
+	// patience replaces the default plugin timeout of two seconds, because the machine
+	// may be busy.
 	patience = 10 * time.Second
 )
 
-// startNRI starts a runtime, and a daemon that is its plugin.
+// startNRI starts a runtime and a daemon that is its plugin.
 func startNRI(t *testing.T, dir string, blobs shelf, way Way) nriFrontEnd {
 	t.Helper()
 	dir = filepath.Join(dir, string(way))
@@ -96,8 +95,8 @@ func startNRI(t *testing.T, dir string, blobs shelf, way Way) nriFrontEnd {
 	return frontEnd
 }
 
-// startContainerd starts a containerd that has no images and no CRI: the daemon asks
-// it what images there are.
+// startContainerd starts a containerd without images and CRI: the daemon asks it for
+// images.
 func startContainerd(t *testing.T, dir string) (socket string) {
 	t.Helper()
 	program, err := node.Containerd()
@@ -148,9 +147,9 @@ func eventually(t *testing.T, what string, f func() error) {
 	}
 }
 
-// crioLayers are the layers of an artifact that CRI-O has a mount for, by its name: the
-// title, or else the path of ModelPack (internal/ociartifact/store.go, artifactName). It
-// reads the manifest with encoding/json.
+// crioLayers are the layers that CRI-O mounts, by name: the title, or else ModelPack's
+// path (internal/ociartifact/store.go, artifactName). CRI-O parses the manifest with
+// encoding/json.
 func crioLayers(a *Artifact) (names []string, layers []descriptor) {
 	var m ocispec.Manifest
 	if a.MediaType != ocispec.MediaTypeImageManifest || json.Unmarshal(a.Blobs[a.Target], &m) != nil {
@@ -168,8 +167,8 @@ func crioLayers(a *Artifact) (names []string, layers []descriptor) {
 	return names, layers
 }
 
-// ofCRIO are CRI-O's mounts of an artifact: one for each layer, and in an annotation of
-// which artifact it is.
+// ofCRIO are CRI-O's mounts of an artifact, one for each layer, and an annotation that
+// identifies the artifact.
 func (s shelf) ofCRIO(a *Artifact) (mounts []*api.Mount, annotations map[string]string) {
 	type image struct {
 		Image string `json:"image"`
@@ -205,15 +204,14 @@ func (d nriFrontEnd) Skip(_ Case, a *Artifact) (why string) {
 	return ""
 }
 
-// maxMessage is how long a message of ttrpc, and so of NRI, can be (channel.go,
+// maxMessage limits a ttrpc message, hence an NRI message, in bytes (channel.go,
 // messageLengthMax).
 const maxMessage = 4 << 20
 
-// Rule is docs/nri.md#limits and docs/nri.md: what CRI-O mounts has to fit into a message;
-// of two mounts at one place NRI can remove only one, and
-// a layer whose name is the volume's own path is mounted over the volume. What is no
-// artifact is left to the runtime before that, and what the manifest says comes after the
-// one, and before the other.
+// Rule follows docs/nri.md: CRI-O's mounts must fit into one message; NRI can remove
+// only one of two mounts at the same place; a layer whose name is the volume's path is
+// mounted over the volume. The runtime keeps non-artifacts before these rules apply.
+// Errors of the manifest come after the first rule and before the second.
 func (d nriFrontEnd) Rule(v Verdict, a *Artifact) Verdict {
 	if d.way != NRIOfCRIO || errors.Is(v.Refused, artifact.ErrNotArtifact) {
 		return v
@@ -236,13 +234,13 @@ func (d nriFrontEnd) Rule(v Verdict, a *Artifact) Verdict {
 	return v
 }
 
-func (d nriFrontEnd) Show(ctx context.Context, a *Artifact) (_ string, done func() error, err error) {
+func (d nriFrontEnd) Mount(ctx context.Context, a *Artifact) (_ string, done func() error, err error) {
 	pod := &api.PodSandbox{Id: sandbox}
 	c := &api.Container{Id: fmt.Sprintf("hostile-%d", d.count.Add(1)), PodSandboxId: sandbox}
 	c.Mounts, c.Annotations = d.mounts(a)
 	var answer *adaptation.CreateContainerResponse
 	err = again(func() (err error) {
-		// A runtime creates no container while a plugin is on its way.
+		// A runtime creates no container while a plugin registers.
 		defer d.runtime.BlockPluginSync().Unblock()
 		answer, err = d.runtime.CreateContainer(ctx, &adaptation.CreateContainerRequest{Pod: pod, Container: c})
 		return kindOf(err)
@@ -254,38 +252,38 @@ func (d nriFrontEnd) Show(ctx context.Context, a *Artifact) (_ string, done func
 		_, err := d.runtime.StopContainer(ctx, &adaptation.StopContainerRequest{Pod: pod, Container: c})
 		return err
 	}
-	var shown []*api.Mount
+	var mounted []*api.Mount
 	removed := map[string]bool{}
 	for _, m := range answer.GetAdjust().GetMounts() {
 		if at, ok := m.IsMarkedForRemoval(); ok {
 			removed[at] = true
 		} else {
-			shown = append(shown, m)
+			mounted = append(mounted, m)
 		}
 	}
-	if len(shown) == 0 && len(removed) == 0 {
-		// Either way the runtime goes on with its own.
+	if len(mounted) == 0 && len(removed) == 0 {
+		// In both cases the runtime continues with its own mounts.
 		return "", nil, errors.Join(fmt.Errorf("the mounts are left alone: %w", artifact.ErrNotArtifact), done())
 	}
-	path, err := d.adjusted(shown, removed, c.Mounts)
+	path, err := d.adjusted(mounted, removed, c.Mounts)
 	return path, done, err
 }
 
-// adjusted is the source of the one mount that is in the place of the runtime's.
-func (d nriFrontEnd) adjusted(shown []*api.Mount, removed map[string]bool, before []*api.Mount) (string, error) {
-	if len(shown) != 1 || shown[0].Destination != volume {
-		return "", fmt.Errorf("the mounts are %+v, and not one at %s", shown, volume)
+// adjusted is the source of the one mount that replaces the runtime's mounts.
+func (d nriFrontEnd) adjusted(mounted []*api.Mount, removed map[string]bool, before []*api.Mount) (string, error) {
+	if len(mounted) != 1 || mounted[0].Destination != volume {
+		return "", fmt.Errorf("the mounts are %+v, and not one at %s", mounted, volume)
 	}
 	for _, m := range before {
 		if m.Destination != volume && !removed[m.Destination] {
 			return "", fmt.Errorf("the runtime's mount at %q is still there", m.Destination)
 		}
 	}
-	return bound(shown[0].Type, shown[0].Source, shown[0].Options)
+	return bound(mounted[0].Type, mounted[0].Source, mounted[0].Options)
 }
 
-// kindOf gives an error that has come by NRI, which has no kinds, the one that its text
-// tells: at its end, or by what is to be done if it has none there.
+// kindOf restores an error's kind from its text, because NRI transports only text: from
+// its end, or else from the advice in it.
 func kindOf(err error) error {
 	if err == nil {
 		return nil

@@ -17,22 +17,22 @@ const (
 	orasDigestKey = "io.deis.oras.content.digest"
 )
 
-// titled is a layer with a title, as ORAS names its files.
+// titled is a layer with a title, ORAS's name of a file.
 func titled(mediaType, title, content string) layer {
 	return layer{mediaType: mediaType, content: content, annotations: object{{titleKey, quote(title)}}}
 }
 
-// with is the layer with one annotation more.
+// with adds an annotation.
 func (l layer) with(key, value string) layer {
 	l.annotations = append(object{}, append(l.annotations, property{key, quote(value)})...)
 	return l
 }
 
-// orasCases are artifacts as ORAS makes them, whose types say little of the bytes, and
-// what somebody could make of the rules for them (oras-go, content/file).
+// orasCases are ORAS artifacts, whose media types say little about the bytes, and
+// abuses of ORAS's rules (oras-go, content/file).
 func orasCases() (cases []Case) {
 	archive := dir("docs") + file("docs/f", "x") + mark
-	shown := Listing{"docs": isDir(), "docs/f": isFile("x")}
+	mounted := Listing{"docs": isDir(), "docs/f": isFile("x")}
 	packings := map[string]string{"gzip": gzipped(archive), "zstd": zstded(archive), "no compression": archive}
 	directory := func(mediaType, content string) layer {
 		return titled(mediaType, "docs", content).with(orasUnpackKey, "true").with(orasDigestKey, digestOf(archive).String())
@@ -40,11 +40,11 @@ func orasCases() (cases []Case) {
 	for _, packing := range sortedKeys(packings) {
 		content := packings[packing]
 		for _, mediaType := range []string{"application/vnd.acme.docs.layer.v1+tar", "application/octet-stream", imageType, imageType + "+gzip"} {
-			cases = append(cases, fine(fmt.Sprintf("oras/a directory in %s as %s", packing, mediaType), shown, directory(mediaType, content)))
+			cases = append(cases, fine(fmt.Sprintf("oras/a directory in %s as %s", packing, mediaType), mounted, directory(mediaType, content)))
 		}
 		cases = append(cases,
-			fine("oras/a file that is an archive in "+packing, shown, titled(imageType, "docs.tar", content)),
-			fine("oras/an archive of a title that is no path, in "+packing, shown, titled(imageType, "../../etc", content)),
+			fine("oras/a file that is an archive in "+packing, mounted, titled(imageType, "docs.tar", content)),
+			fine("oras/an archive of a title that is no path, in "+packing, mounted, titled(imageType, "../../etc", content)),
 			fine("oras/an archive in "+packing+" that is not to be unpacked, of no image's type", Listing{"docs": isRaw(content)},
 				titled("application/octet-stream", "docs", content).with(orasUnpackKey, "false")).notAsFilesIf(packing == "no compression"),
 			bad("oras/another digest of a directory in "+packing, titled("application/x+tar", "docs", content).with(orasUnpackKey, "true").with(orasDigestKey, digestOf("y").String()),
@@ -52,8 +52,8 @@ func orasCases() (cases []Case) {
 		)
 	}
 	cases = append(cases,
-		fine("oras/a directory without a digest", shown, titled("application/x+tar", "docs", gzipped(archive)).with(orasUnpackKey, "true")),
-		fine("oras/a directory with an empty digest", shown, titled("application/x+tar", "docs", gzipped(archive)).with(orasUnpackKey, "true").with(orasDigestKey, "")),
+		fine("oras/a directory without a digest", mounted, titled("application/x+tar", "docs", gzipped(archive)).with(orasUnpackKey, "true")),
+		fine("oras/a directory with an empty digest", mounted, titled("application/x+tar", "docs", gzipped(archive)).with(orasUnpackKey, "true").with(orasDigestKey, "")),
 		fine("oras/a digest of what is not to be unpacked", Listing{"f": isRaw("x")}, titled("text/plain", "f", "x").with(orasDigestKey, "sha256:x")),
 		bad("oras/a directory that is a file", titled("application/x+tar", "docs", "text").with(orasUnpackKey, "true"), "the archive"),
 		bad("oras/a directory that leaves the volume", titled("application/x", "docs", gzipped(file("../f", "x")+mark)).with(orasUnpackKey, "true"), `contains ".."`),
@@ -93,7 +93,7 @@ func orasCases() (cases []Case) {
 		bad("oras/an archive that is cut off", titled(imageType, "f", archive[:block+100]), ""),
 	)
 
-	// The empty descriptor (OCI image-spec, manifest.md), and what only looks like it.
+	// The empty descriptor (OCI image-spec, manifest.md), and lookalikes.
 	empty := layer{mediaType: emptyType, content: "{}"}
 	absent := empty
 	absent.absent = true
@@ -105,7 +105,7 @@ func orasCases() (cases []Case) {
 		fine("oras/the empty descriptor beside a file", Listing{"good.txt": isRaw(good().content)}, good(), empty),
 		fine("oras/the empty descriptor with a title", Listing{"empty.json": isRaw("{}")}, titled(emptyType, "empty.json", "{}")),
 		fine("oras/the type of the empty descriptor, of other bytes", Listing{digestOf("{ }").Encoded(): isRaw("{ }")}, layer{mediaType: emptyType, content: "{ }"}),
-		Case{Name: "oras/the empty descriptor whose blob is nowhere", Want: shows(Listing{"good.txt": isRaw(good().content)}), Make: func() *Artifact {
+		Case{Name: "oras/the empty descriptor whose blob is nowhere", Want: mounts(Listing{"good.txt": isRaw(good().content)}), Make: func() *Artifact {
 			return pack(good(), absent).withConfig("application/x", `{"x":1}`).ofLayers()
 		}},
 		Case{Name: "oras/the empty descriptor of another size", Want: Verdict{Refused: errdefs.ErrFailedPrecondition, Says: []string{"layer 0 (", "descriptor says 3"}}, Make: func() *Artifact { return pack(lying).ofLayers() }},

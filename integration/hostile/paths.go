@@ -11,10 +11,10 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// name255 is the longest name that a file can have (NAME_MAX).
+// name255 has the maximum length of a file name (NAME_MAX).
 var name255 = strings.Repeat("n", 255)
 
-// badPaths are names that no file of a volume may have, and what the reason says.
+// badPaths are invalid file names with the expected reason.
 var badPaths = map[string]struct{ name, says string }{
 	"above the volume":                  {"../escaped", `contains ".."`},
 	"far above the volume":              {strings.Repeat("../", 60) + "tmp/escaped", `contains ".."`},
@@ -39,9 +39,8 @@ var badPaths = map[string]struct{ name, says string }{
 	"below 2,000 directories, and back": {strings.Repeat("d/", 2000) + strings.Repeat("../", 2000) + "f", `contains ".."`},
 }
 
-// absolutePaths are refused as the path of a raw layer. Of a member's name, and of the
-// target of a hard link, every tar strips the slashes before it; behind each is what is
-// left.
+// absolutePaths are refused for a raw layer. For tar members and hard link targets,
+// every tar strips leading slashes; the value is the rest.
 var absolutePaths = map[string][2]string{
 	"absolute":                     {"/etc/passwd", "etc/passwd"},
 	"absolute, of two slashes":     {"//etc/passwd", "etc/passwd"},
@@ -49,8 +48,8 @@ var absolutePaths = map[string][2]string{
 	"absolute, of one letter":      {"/x", "x"},
 }
 
-// finePaths are names that look like trouble and are none: names on Linux are bytes.
-// Behind each is the path that it is mounted at, "" if it is the same.
+// finePaths look invalid and are valid: Linux names are bytes. The value is the mounted
+// path, or "" if it is the same.
 var finePaths = map[string][2]string{
 	"three dots":                     {"...", ""},
 	"dots before a name":             {"..a", ""},
@@ -105,7 +104,7 @@ var finePaths = map[string][2]string{
 	"a name of one digit, many dirs": {"1/2/3/4/5/6/7/8/9/0", ""},
 }
 
-// pathCases are the names, said in every way in which a layer can say one.
+// pathCases try the names in every place where a layer can state one.
 func pathCases() (cases []Case) {
 	for _, what := range sortedKeys(badPaths) {
 		p := badPaths[what]
@@ -115,7 +114,7 @@ func pathCases() (cases []Case) {
 			bad("path/tar, "+what, tarred(named(p.name, '0', "content")), "member ", p.says),
 			bad("path/target of a hard link, "+what, tarred(file("f", "content"), pax(record("linkpath", p.name))+hardLink("l", "x")), "hard link to ", p.says),
 		)
-		// What is no name of a file may be one of the volume itself, as a directory.
+		// Some invalid file names are valid names of the volume's root directory.
 		if p.says != "names no file" {
 			cases = append(cases, bad("path/tar directory, "+what, tarred(named(p.name, '5', "")), "member ", p.says))
 		}
@@ -160,29 +159,29 @@ func pathCases() (cases []Case) {
 	return append(cases, namesOfAWay()...)
 }
 
-// namesOfAWay are names by the annotations and headers that others stand behind.
+// namesOfAWay test which annotation or header takes precedence.
 func namesOfAWay() []Case {
 	hexName := digestOf("content").Encoded()
 	annotated := func(a object) layer {
 		return layer{mediaType: rawType, content: "content", annotations: a}
 	}
-	shown := func(what, name string, a object) Case {
+	mounted := func(what, name string, a object) Case {
 		return fine("path/annotations, "+what, Listing{name: isRaw("content")}, annotated(a))
 	}
 	const legacy = "org.cnai.model.filepath"
 	return []Case{
-		shown("none", hexName, nil),
-		shown("an empty one", hexName, object{{filepathKey, `""`}}),
-		shown("all empty", hexName, object{{filepathKey, `""`}, {titleKey, `""`}, {legacy, `""`}}),
-		shown("path before title", "path", object{{titleKey, `"title"`}, {filepathKey, `"path"`}}),
-		shown("the legacy path before a title", "legacy", object{{titleKey, `"title"`}, {legacy, `"legacy"`}}),
-		shown("path before the legacy path", "path", object{{legacy, `"legacy"`}, {filepathKey, `"path"`}}),
-		shown("an empty legacy path before a title", "title", object{{legacy, `""`}, {titleKey, `"title"`}}),
-		shown("the legacy path", "legacy", object{{legacy, `"legacy"`}}),
-		shown("an empty path before a title", "title", object{{filepathKey, `""`}, {titleKey, `"title"`}}),
-		shown("a key in capitals is another key", hexName, object{{"ORG.CNCF.MODEL.FILEPATH", `"f"`}}),
-		shown("an escaped name", "a/é\nb", object{{filepathKey, `"a\/\u00e9\nb"`}}),
-		shown("a name of two surrogates", "😀", object{{filepathKey, `"\ud83d\ude00"`}}),
+		mounted("none", hexName, nil),
+		mounted("an empty one", hexName, object{{filepathKey, `""`}}),
+		mounted("all empty", hexName, object{{filepathKey, `""`}, {titleKey, `""`}, {legacy, `""`}}),
+		mounted("path before title", "path", object{{titleKey, `"title"`}, {filepathKey, `"path"`}}),
+		mounted("the legacy path before a title", "legacy", object{{titleKey, `"title"`}, {legacy, `"legacy"`}}),
+		mounted("path before the legacy path", "path", object{{legacy, `"legacy"`}, {filepathKey, `"path"`}}),
+		mounted("an empty legacy path before a title", "title", object{{legacy, `""`}, {titleKey, `"title"`}}),
+		mounted("the legacy path", "legacy", object{{legacy, `"legacy"`}}),
+		mounted("an empty path before a title", "title", object{{filepathKey, `""`}, {titleKey, `"title"`}}),
+		mounted("a key in capitals is another key", hexName, object{{"ORG.CNCF.MODEL.FILEPATH", `"f"`}}),
+		mounted("an escaped name", "a/é\nb", object{{filepathKey, `"a\/\u00e9\nb"`}}),
+		mounted("a name of two surrogates", "😀", object{{filepathKey, `"\ud83d\ude00"`}}),
 		bad("path/annotations, a legacy path of no file and a good title behind it", annotated(object{{legacy, `".."`}, {titleKey, `"f"`}}), `contains ".."`),
 		bad("path/annotations, an escaped NUL", annotated(object{{filepathKey, `"a\u0000b"`}}), "contains a NUL byte"),
 		bad("path/annotations, dots in escapes", annotated(object{{filepathKey, `"\u002e\u002e\u002fescaped"`}}), `contains ".."`),
@@ -213,7 +212,8 @@ func namesOfAWay() []Case {
 		fine("path/tar, a directory of no name", Listing{".": isDir()}, tarred(dir(""))),
 		bad("path/tar, a symlink in the place of the volume", tarred(symlink(".", "/etc")), "names no file"),
 		bad("path/tar, a hard link in the place of the volume", tarred(file("f", "x"), hardLink("./", "f")), "names no file"),
-		// GNU tar and bsdtar make a directory of a file with such a name, containerd a file.
+		// GNU tar and bsdtar make a directory of a file with such a name, containerd a
+		// file.
 		fine("path/tar, a slash behind a file makes a directory", Listing{"d": isDir().mode(0o644)}, tarred(file("d/", ""))).notAsFiles(),
 		fine("path/tar, slashes behind a file make a directory", Listing{"d": isDir().mode(0o644), "d/f": isFile("x")}, tarred(file("d//", ""), file("d/f", "x"))).notAsFiles(),
 		fine("path/tar, a slash behind a contiguous file makes a directory", Listing{"d": isDir().mode(0o644)}, tarred(member('7', "d/", ""))),
@@ -228,7 +228,7 @@ func namesOfAWay() []Case {
 	}
 }
 
-// unicodeCases are names that look or sort alike: each is its own file, with exactly
+// unicodeCases are names that look or sort alike: each is a separate file with exactly
 // its bytes.
 func unicodeCases() (cases []Case) {
 	for _, c := range []struct {
@@ -272,7 +272,7 @@ func unicodeCases() (cases []Case) {
 			fine("unicode/tar, "+c.what, inTar, tarred(members...)),
 			fine("unicode/raw, "+c.what, inLayers, layers...))
 	}
-	// An archive has bytes; JSON is text.
+	// An archive holds bytes, JSON holds text.
 	for what, name := range map[string]string{
 		"a lone byte": "\xff", "an overlong slash": "\xc0\xaf", "overlong dots": "\xc0\xae\xc0\xae", "a surrogate": "\xed\xa0\x80",
 		"a cut letter": "caf\xc3", "Latin 1": "caf\xe9", "beyond Unicode": "\xf4\x90\x80\x80", "UTF-16": "\xff\xfef",
@@ -295,8 +295,7 @@ func unicodeCases() (cases []Case) {
 
 // linkCases are symlinks and hard links.
 func linkCases() (cases []Case) {
-	// Where a symlink leads is the business of whoever follows it, in the root of a
-	// container; nothing of ours does.
+	// The container resolves symlinks in its own root; our code follows none.
 	for what, target := range map[string]string{
 		"to the node's root": "/", "to a file of the node": "/etc/shadow", "above the volume": "../../../../etc/shadow", "to itself": "l",
 		"to nothing": "absent", "to the volume": ".", "above": "..", "of one space": " ", "with a newline": "a\nb", "of no UTF-8": "\xff\xfe",
@@ -340,7 +339,8 @@ func linkCases() (cases []Case) {
 		bad("link/symlink with a NUL", tarred(pax(record("linkpath", "a\x00b"))+symlink("l", "x")), "the archive cannot be read"),
 		bad("link/hard link to no name", tarred(hardLink("h", "")), "names no file"),
 		bad("link/directory and hard link of it", tarred(dir("d"), file("f", "x"), hardLink("d", "f")), "is a directory"),
-		// A second symlink, with the attributes of the first; containerd gives both those of the second.
+		// The second symlink's attributes are the first one's here; containerd gives
+		// both the second one's.
 		fine("link/hard link to a symlink", Listing{"s": is, "h": is}, tarred(s, hardLink("h", "s", owned))),
 		fine("link/hard link to a symlink, with an owner of its own", Listing{"s": is, "h": is}, tarred(s, hardLink("h", "s"))).notAsFiles(),
 		fine("link/hard link to a symlink, with attributes", Listing{"s": is, "h": is}, tarred(s, pax(record("SCHILY.xattr.user.x", "y")), hardLink("h", "s", owned))),

@@ -18,22 +18,22 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// needs are the capabilities of the systemd unit, each with an artifact that cannot be
-// shown, or cannot be removed again, without it.
+// needs maps each capability of the systemd unit to an artifact that cannot be mounted,
+// or not removed, without it.
 var needs = map[string]layer{
 	// To mount.
 	"sys_admin": raw("f", "x"),
-	// A file of somebody's.
+	// A file with another owner.
 	"chown": tarred(file("f", "x", edit{fUID, "0000007\x00"})),
-	// Its mode and its time, once it is his.
+	// Mode and time of a file with another owner.
 	"fowner": tarred(file("f", "x", edit{fUID, "0000007\x00"})),
-	// A directory that is setgid for a group that root is not in.
+	// A setgid directory of a group without root.
 	"fsetid": tarred(dir("d", edit{fGID, "0000007\x00"}, edit{fMode, "0002755\x00"})),
-	// A directory that is nobody's to enter, when it is to go.
+	// Removing a directory without permissions.
 	"dac_override": tarred(dir("d", edit{fMode, "0000000\x00"}), file("d/f", "x")),
 }
 
-func TestTheUnitHasTheCapabilitiesThatAreNeededAndNoOther(t *testing.T) {
+func TestTheUnitHasExactlyTheNeededCapabilities(t *testing.T) {
 	line := regexp.MustCompile(`(?m)^CapabilityBoundingSet=(.*)$`).FindStringSubmatch(deploy.Unit)
 	if line == nil {
 		t.Fatal("the unit has no CapabilityBoundingSet")
@@ -61,9 +61,9 @@ func TestTheUnitHasTheCapabilitiesThatAreNeededAndNoOther(t *testing.T) {
 	}
 }
 
-// A container that mounts for the host must be privileged, and has all capabilities:
-// the daemon keeps those of the unit, in each of its threads, and no way to others; nor can
-// a filter of system calls be given to one.
+// A container that mounts for the host must be privileged and starts with all
+// capabilities. In each thread the daemon keeps only the unit's and cannot regain
+// others. A privileged container can have no seccomp filter.
 func TestTheDaemonConfinesItself(t *testing.T) {
 	dir := t.TempDir()
 	d, err := start(t, dir, alone(dir, shelf(filepath.Join(dir, "content")), false), unpack.Modes{Raw: unpack.Copy, Tar: unpack.Extract})
@@ -95,9 +95,9 @@ func TestTheDaemonConfinesItself(t *testing.T) {
 	}
 }
 
-// servedWith is what goes wrong when a daemon with these capabilities alone, and no
-// groups, shows the artifacts of needs and forgets them again: as files, which is what
-// takes the most.
+// servedWith mounts and removes the artifacts of needs as files, which needs the most
+// capabilities, by a daemon with only these capabilities and no groups, and returns the
+// first failure.
 func servedWith(t *testing.T, capabilities []string, artifacts ...string) (problem string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -115,7 +115,7 @@ func servedWith(t *testing.T, capabilities []string, artifacts ...string) (probl
 		if err := blobs.put(a); err != nil {
 			t.Fatal(err)
 		}
-		path, done, err := treeFrontEnd{d}.Show(t.Context(), a)
+		path, done, err := treeFrontEnd{d}.Mount(t.Context(), a)
 		if err != nil {
 			return fmt.Sprintf("%s: %v", name, err)
 		}
@@ -124,11 +124,11 @@ func servedWith(t *testing.T, capabilities []string, artifacts ...string) (probl
 			t.Fatal(err)
 		}
 		want := map[string]Verdict{
-			"sys_admin":    shows(Listing{"f": isRaw("x")}),
-			"chown":        shows(Listing{"f": isFile("x").owner(7, 0)}),
-			"fowner":       shows(Listing{"f": isFile("x").owner(7, 0)}),
-			"fsetid":       shows(Listing{"d": isDir().mode(0o2755).owner(0, 7)}),
-			"dac_override": shows(Listing{"d": isDir().mode(0), "d/f": isFile("x")}),
+			"sys_admin":    mounts(Listing{"f": isRaw("x")}),
+			"chown":        mounts(Listing{"f": isFile("x").owner(7, 0)}),
+			"fowner":       mounts(Listing{"f": isFile("x").owner(7, 0)}),
+			"fsetid":       mounts(Listing{"d": isDir().mode(0o2755).owner(0, 7)}),
+			"dac_override": mounts(Listing{"d": isDir().mode(0), "d/f": isFile("x")}),
 		}[name]
 		if diff := want.Diff(Copied, l); diff != "" {
 			problem = fmt.Sprintf("%s: %s", name, diff)

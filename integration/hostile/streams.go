@@ -12,7 +12,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// endCases are ends of archives.
+// endCases are ways to end an archive.
 func endCases() []Case {
 	stream := func(name, content string, says ...string) Case {
 		return bad("end/"+name, layer{mediaType: tarType, content: content}, says...)
@@ -21,19 +21,19 @@ func endCases() []Case {
 		return fine("end/"+name, l, layer{mediaType: tarType, content: content})
 	}
 	f, zeros := file("f", "x"), func(n int) string { return strings.Repeat("\x00", n) }
-	shown := Listing{"f": isFile("x")}
+	mounted := Listing{"f": isFile("x")}
 	const truncated, unreadable, garbage = "the archive is truncated", "the archive cannot be read", "garbage follows the end"
 	header := pax(record("comment", "x"))
 	return []Case{
-		whole("one block of zeros", f+zeros(block), shown),
-		whole("a record of 10 KiB", f+zeros(10240), shown),
-		whole("4 MiB of zeros", f+zeros(4<<20), shown),
-		whole("4 MiB of zeros and a bit", f+zeros(4<<20+1), shown),
-		whole("no block of zeros", f, shown),
+		whole("one block of zeros", f+zeros(block), mounted),
+		whole("a record of 10 KiB", f+zeros(10240), mounted),
+		whole("4 MiB of zeros", f+zeros(4<<20), mounted),
+		whole("4 MiB of zeros and a bit", f+zeros(4<<20+1), mounted),
+		whole("no block of zeros", f, mounted),
 		whole("no block of zeros behind a directory", f+dir("d"), Listing{"f": isFile("x"), "d": isDir()}),
-		whole("no block of zeros behind a label", f+member('V', "label", "", gnuMagic...), shown),
-		whole("no block of zeros behind a global header", f+member('g', "pax_global_header", record("comment", "x")), shown),
-		whole("zeros that are no block", f+mark+zeros(7), shown),
+		whole("no block of zeros behind a label", f+member('V', "label", "", gnuMagic...), mounted),
+		whole("no block of zeros behind a global header", f+member('g', "pax_global_header", record("comment", "x")), mounted),
+		whole("zeros that are no block", f+mark+zeros(7), mounted),
 		whole("nothing but the end", mark, Listing{}),
 		whole("nothing but one block of zeros", zeros(block), Listing{}),
 		whole("no bytes at all", "", Listing{}),
@@ -65,7 +65,7 @@ func endCases() []Case {
 	}
 }
 
-// noise is bytes of no pattern, the same each time.
+// noise is pseudorandom and the same each time.
 func noise(n int) string {
 	b := make([]byte, n)
 	x := uint64(88172645463325252)
@@ -86,7 +86,7 @@ func streamCases() (cases []Case) {
 	nothing := func(mediaType, name, content string) {
 		cases = append(cases, fine("stream/"+name, Listing{}, layer{mediaType: mediaType, content: content}))
 	}
-	shown := func(mediaType, name, content string) {
+	mounted := func(mediaType, name, content string) {
 		cases = append(cases, fine("stream/"+name, fs, layer{mediaType: mediaType, content: content}))
 	}
 	refuse := func(mediaType, name, content string, says ...string) {
@@ -98,17 +98,17 @@ func streamCases() (cases []Case) {
 		return "\x1f\x8b\x08" + string([]byte{flags}) + "\x00\x00\x00\x00\x00\xff" + extra + z[10:]
 	}
 	empty := gzipped("")
-	shown(gzipType, "gzip", z)
-	shown(gzipType, "gzip, two members", gzipped(f[:700])+gzipped(f[700:]))
-	shown(gzipType, "gzip, a member of each byte", eachByte(f))
-	shown(gzipType, "gzip, empty members around", empty+empty+z+empty)
-	shown(gzipType, "gzip, a name", head(8, "/etc/passwd\x00"))
-	shown(gzipType, "gzip, a comment", head(16, "comment\x00"))
-	shown(gzipType, "gzip, an extra field", head(4, "\x05\x00abcde"))
-	shown(gzipType, "gzip, said to be text", head(1, ""))
-	shown(gzipType, "gzip, a time in the future", z[:4]+"\xff\xff\xff\xff"+z[8:])
-	shown(gzipType, "gzip, no end", gzipped(f[:2*block]))
-	shown(gzipType, "gzip, 4 MiB of zeros", gzipped(f+strings.Repeat("\x00", 4<<20)))
+	mounted(gzipType, "gzip", z)
+	mounted(gzipType, "gzip, two members", gzipped(f[:700])+gzipped(f[700:]))
+	mounted(gzipType, "gzip, a member of each byte", eachByte(f))
+	mounted(gzipType, "gzip, empty members around", empty+empty+z+empty)
+	mounted(gzipType, "gzip, a name", head(8, "/etc/passwd\x00"))
+	mounted(gzipType, "gzip, a comment", head(16, "comment\x00"))
+	mounted(gzipType, "gzip, an extra field", head(4, "\x05\x00abcde"))
+	mounted(gzipType, "gzip, said to be text", head(1, ""))
+	mounted(gzipType, "gzip, a time in the future", z[:4]+"\xff\xff\xff\xff"+z[8:])
+	mounted(gzipType, "gzip, no end", gzipped(f[:2*block]))
+	mounted(gzipType, "gzip, 4 MiB of zeros", gzipped(f+strings.Repeat("\x00", 4<<20)))
 	nothing(gzipType, "gzip, nothing", "")
 	nothing(gzipType, "gzip, of nothing", empty)
 	nothing(gzipType, "gzip, of nothing, twice", empty+empty)
@@ -133,10 +133,10 @@ func streamCases() (cases []Case) {
 	refuse(gzipType, "gzip, a block of nobody", z[:10]+"\x07"+z[11:], unreadable)
 	refuse(gzipType, "gzip, gzip within", gzipped(z), "the archive")
 	refuse(gzipType, "gzip, zstd within", gzipped(zstded(f)), "the archive")
-	// The bytes say what a layer is, as for containerd.
+	// As in containerd, the bytes decide the compression, not the media type.
 	const notGzip, notZstd = "its media type says that it is gzip, and its bytes are not compressed", "its media type says that it is zstd, and its bytes are not compressed"
-	shown(gzipType, "gzip, zstd instead", zstded(f))
-	shown(gzipType, "gzip, an archive instead", f)
+	mounted(gzipType, "gzip, zstd instead", zstded(f))
+	mounted(gzipType, "gzip, an archive instead", f)
 	refuse(gzipType, "gzip, a method of nobody", z[:2]+"\x07"+z[3:], notGzip)
 	refuse(gzipType, "gzip, text instead", "text, and no gzip", notGzip)
 	refuse(gzipType, "gzip, seven bytes instead", "garbage", notGzip)
@@ -147,19 +147,19 @@ func streamCases() (cases []Case) {
 			refuse(mediaType, name+" instead of "+mediaType, magic+noise(1000), "its bytes are "+name+", which is not supported")
 		}
 	}
-	shown(tarType, "gzip instead of none", z)
-	shown(tarType, "zstd instead of none", zstded(f))
+	mounted(tarType, "gzip instead of none", z)
+	mounted(tarType, "zstd instead of none", zstded(f))
 
 	s := zstded(f)
 	skip := "\x50\x2a\x4d\x18\x04\x00\x00\x00skip"
-	shown(zstdType, "zstd", s)
-	shown(zstdType, "zstd, two frames", zstded(f[:700])+zstded(f[700:]))
-	shown(zstdType, "zstd, frames to skip around", skip+s+skip)
-	shown(zstdType, "zstd, an empty frame behind", s+"\x28\xb5\x2f\xfd\x20\x00\x01\x00\x00")
-	shown(zstdType, "zstd, without a check sum", zstded(f, zstd.WithEncoderCRC(false)))
-	shown(zstdType, "zstd, a window of 128 MiB", zstdFrame("\x00\x88", f))
-	shown(zstdType, "zstd, bytes as they are", zstdFrame("\x00\x00", f))
-	shown(zstdType, "zstd, no end", zstded(f[:2*block]))
+	mounted(zstdType, "zstd", s)
+	mounted(zstdType, "zstd, two frames", zstded(f[:700])+zstded(f[700:]))
+	mounted(zstdType, "zstd, frames to skip around", skip+s+skip)
+	mounted(zstdType, "zstd, an empty frame behind", s+"\x28\xb5\x2f\xfd\x20\x00\x01\x00\x00")
+	mounted(zstdType, "zstd, without a check sum", zstded(f, zstd.WithEncoderCRC(false)))
+	mounted(zstdType, "zstd, a window of 128 MiB", zstdFrame("\x00\x88", f))
+	mounted(zstdType, "zstd, bytes as they are", zstdFrame("\x00\x00", f))
+	mounted(zstdType, "zstd, no end", zstded(f[:2*block]))
 	refuse(zstdType, "zstd, a window of 256 MiB", zstdFrame("\x00\x90", f), unreadable, "128 MiB", "--long=27")
 	refuse(zstdType, "zstd, the largest window", zstdFrame("\x00\xff", f), unreadable, "128 MiB", "--long=27")
 	refuse(zstdType, "zstd, one segment of 256 MiB", zstdFrame("\xa0\x00\x00\x00\x10", f), unreadable, "128 MiB", "--long=27")
@@ -183,8 +183,8 @@ func streamCases() (cases []Case) {
 	refuse(zstdType, "zstd, a reserved bit", zstdFrame("\x08\x00", f), unreadable)
 	refuse(zstdType, "zstd, a block of nobody", "\x28\xb5\x2f\xfd\x00\x00\x07\x00\x00", unreadable)
 	refuse(zstdType, "zstd, a frame to skip that claims 4 GiB", s+"\x50\x2a\x4d\x18\xff\xff\xff\xffx", "the archive")
-	shown(zstdType, "zstd, gzip instead", z)
-	shown(zstdType, "zstd, an archive instead", f)
+	mounted(zstdType, "zstd, gzip instead", z)
+	mounted(zstdType, "zstd, an archive instead", f)
 	refuse(zstdType, "zstd, noise instead", noise(1000), notZstd, unreadable)
 
 	for _, mediaType := range []string{gzipType, zstdType} {
@@ -207,7 +207,7 @@ func streamCases() (cases []Case) {
 			Make: func() *Artifact {
 				return pack(good(), none).withDiffIDs(good().name().String(), digestOf("").String()).done()
 			},
-			Want: shows(Listing{"good.txt": isRaw("a good file\n")}),
+			Want: mounts(Listing{"good.txt": isRaw("a good file\n")}),
 		}, Case{
 			Name: "stream/DiffID in the config, of something for nothing, " + mediaType[len(tarType)+1:],
 			Make: func() *Artifact {
@@ -219,7 +219,7 @@ func streamCases() (cases []Case) {
 	return sorted(cases)
 }
 
-// withDiffIDs is the artifact with a config that lists these.
+// withDiffIDs is the artifact with a config that lists these DiffIDs.
 func (p *packed) withDiffIDs(ids ...string) *packed {
 	var texts []string
 	for _, id := range ids {
@@ -228,7 +228,7 @@ func (p *packed) withDiffIDs(ids ...string) *packed {
 	return p.withConfig(modelConfig, `{"modelfs":{"type":"layers","diffIds":`+array(texts...)+`}}`)
 }
 
-// eachByte is gzip with a member for each byte that is not compressed.
+// eachByte is gzip with one stored member for each byte.
 func eachByte(content string) string {
 	var b strings.Builder
 	for i := range len(content) {
@@ -240,8 +240,8 @@ func eachByte(content string) string {
 	return b.String()
 }
 
-// zstdFrame is a frame with a header (RFC 8878, 3.1.1.1) and content that is not
-// compressed, in blocks of no more than the least window.
+// zstdFrame is a frame with a header (RFC 8878, 3.1.1.1) and content in uncompressed
+// blocks no larger than the smallest window.
 func zstdFrame(header, content string) string {
 	var b strings.Builder
 	b.WriteString("\x28\xb5\x2f\xfd" + header)
@@ -258,7 +258,7 @@ func zstdFrame(header, content string) string {
 	return b.String()
 }
 
-// zstdRun is a frame of one byte, n times, in blocks of 128 KiB that take 4 bytes.
+// zstdRun is a frame that repeats one byte n times in blocks of 128 KiB, 4 bytes each.
 func zstdRun(c byte, n int64) string {
 	const most = 128 << 10
 	var b strings.Builder
@@ -276,7 +276,7 @@ func zstdRun(c byte, n int64) string {
 	return b.String()
 }
 
-// precedenceCases are layers that meet at a path.
+// precedenceCases are layers that share a path.
 func precedenceCases() (cases []Case) {
 	a, b := file("p", "a"), file("p", "b")
 	cases = append(cases,
@@ -327,9 +327,9 @@ func precedenceCases() (cases []Case) {
 	conflict("a directory over a symlink of another layer", "passes through a symlink", tarred(symlink("l", "/tmp")), tarred(dir("l")))
 	conflict("a file that some later layer replaces, and something below", "must be a directory", raw("p", "a"), tarred(b), raw("p/f", "x"))
 	// One of two files is lost; who unpacks layer by layer can tell only where it knows those below.
-	lost := func(name string, shown Listing, layers ...layer) {
+	lost := func(name string, mounted Listing, layers ...layer) {
 		conflict(name, "has the same path and other bytes", layers...)
-		cases[len(cases)-1] = cases[len(cases)-1].unlike(shows(shown), Files)
+		cases[len(cases)-1] = cases[len(cases)-1].unlike(mounts(mounted), Files)
 	}
 	lost("two raw layers of one path", Listing{"p": isRaw("b")}, raw("p", "a"), raw("p", "b"))
 	lost("two raw layers of one path, written in two ways", Listing{"d/p": isRaw("b")}, raw("d/p", "a"), raw("./d//./p", "b"))

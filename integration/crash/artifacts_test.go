@@ -23,7 +23,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// model is an artifact and what its volume has to show.
+// model is an artifact with the expected content of its volume.
 type model struct {
 	name     string
 	manifest ocispec.Descriptor
@@ -34,20 +34,20 @@ type model struct {
 	refused  string // why it is, if it is
 }
 
-// models are all kinds that there are.
+// models has one model of every kind.
 type models struct{ raw, tar, gzip, zstd, mixed, half, otherHalf, refused *model }
 
 func (m *models) all() []*model {
 	return []*model{m.raw, m.tar, m.gzip, m.zstd, m.mixed, m.half, m.otherHalf}
 }
 
-// packModels packs them, the same bytes each time.
+// packModels packs the models, the same bytes each time.
 func packModels(t testing.TB) *models {
 	t.Helper()
 	return packModelsOf(t, 1)
 }
 
-// packModelsOf is packModels with other weights for each seed.
+// packModelsOf is packModels with different weights for each seed.
 func packModelsOf(t testing.TB, seed byte) *models {
 	t.Helper()
 	src := t.TempDir()
@@ -65,7 +65,7 @@ func packModelsOf(t testing.TB, seed byte) *models {
 	of := func(name string, layers ...pack.Layer) *pack.Artifact {
 		return &pack.Artifact{ArtifactType: forms[pack.Raw].ArtifactType, Name: name, Layers: layers}
 	}
-	// One file of each form in turn.
+	// Cycle through the forms, one per file.
 	mixed := of("mixed")
 	for i := range forms[pack.Raw].Layers {
 		form := []pack.Form{pack.Raw, pack.TarGzip, pack.Tar, pack.TarZstd}[i%4]
@@ -86,7 +86,7 @@ func packModelsOf(t testing.TB, seed byte) *models {
 		gzip:  newModel(t, "tar+gzip", forms[pack.TarGzip], list(everything...)),
 		zstd:  newModel(t, "tar+zstd", forms[pack.TarZstd], list(everything...)),
 		mixed: newModel(t, "mixed", mixed, list(everything...)),
-		// Two that share a compressed layer, the weights.
+		// These two share a compressed layer, the weights.
 		half:      newModel(t, "half", of("half", gzip[0], gzip[weights]), list(0, weights)),
 		otherHalf: newModel(t, "other half", of("other half", gzip[1], gzip[weights]), list(1, weights)),
 		refused: func() *model {
@@ -103,7 +103,7 @@ const (
 	weightsFile = "weights.safetensors"
 )
 
-// writeFiles writes the files of all models, in the order of their layers.
+// writeFiles writes the files of all models, in layer order.
 func writeFiles(dir string, seed byte) error {
 	random := make([]byte, 600<<10+123)
 	if _, err := rand.NewChaCha8([32]byte{seed}).Read(random); err != nil {
@@ -134,25 +134,25 @@ func writeFiles(dir string, seed byte) error {
 	return os.Chown(filepath.Join(dir, "config.json"), 1234, 5678)
 }
 
-// listed is what a volume shows of the files in dir that the layers of these numbers
-// are of.
+// listed is the expected volume of the layers with these numbers, whose files are in
+// dir.
 func listed(t testing.TB, dir string, layers []pack.Layer, which []int) []treelist.Entry {
 	t.Helper()
 	all, err := treelist.List(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	shown := map[string]bool{}
+	mounted := map[string]bool{}
 	for _, i := range which {
 		rel, err := filepath.Rel(dir, layers[i].Path)
 		if err != nil {
 			t.Fatal(err)
 		}
 		for ; rel != "."; rel = filepath.Dir(rel) {
-			shown[rel] = true
+			mounted[rel] = true
 		}
 	}
-	all = slices.DeleteFunc(all, func(e treelist.Entry) bool { return !shown[e.Path] })
+	all = slices.DeleteFunc(all, func(e treelist.Entry) bool { return !mounted[e.Path] })
 	for i := range all {
 		if all[i].Type == "dir" { // no layer describes it
 			all[i].ModTime = pack.Created.UnixNano()
@@ -198,8 +198,8 @@ func newModel(t testing.TB, name string, a *pack.Artifact, want []treelist.Entry
 	return m
 }
 
-// deliver makes blob, one of files, appear in the content store content as containerd
-// does: complete, by a rename, and synced to the disk before.
+// deliver puts one of the blobs into the content store as containerd does: synced and
+// complete, by a rename.
 func (m *model) deliver(content, blob string, synced bool) error {
 	target := filepath.Join(content, blob)
 	if _, err := os.Lstat(target); err == nil {

@@ -17,15 +17,15 @@ import (
 	"testing"
 )
 
-// broken is a daemon that is not as careful as it has to be.
+// broken is a daemon with a deliberate durability bug.
 type broken struct {
 	name  string
 	edits []edit
-	// scenario is where it is killed, "" that the power is cut instead.
+	// scenario is where it is killed; "" cuts the power instead.
 	scenario string
 }
 
-// edit is a line, or several, of a source file that are other ones.
+// edit replaces lines of a source file.
 type edit struct{ pkg, file, old, new string }
 
 const module = "github.com/artifact-snapshotter/artifact-snapshotter/"
@@ -102,8 +102,8 @@ func (b broken) build(dir string) (program string, err error) {
 	return program, nil
 }
 
-// Tests that cannot fail prove nothing.
-func TestABrokenDaemonDoesNotSurvive(t *testing.T) {
+// The crash tests detect a daemon that is broken on purpose.
+func TestTheCrashTestsDetectABrokenDaemon(t *testing.T) {
 	if !long {
 		t.Skip("set ARTIFACT_SNAPSHOTTER_LONG to build daemons that are broken")
 	}
@@ -122,7 +122,8 @@ func TestABrokenDaemonDoesNotSurvive(t *testing.T) {
 	}
 }
 
-// losses is what is lost in a selection of crashes, of a daemon that works without one.
+// losses are the failures in a selection of crashes of this daemon, which works without
+// crashes.
 func (c campaign) losses(t *testing.T, name string, m *models) []error {
 	t.Helper()
 	all := scenarios(m)

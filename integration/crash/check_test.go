@@ -22,7 +22,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// checkPods checks that every running pod has read and reads the right bytes.
+// checkPods checks that every running pod still reads the right bytes.
 func (h *host) checkPods(when string) error {
 	for _, p := range h.pods {
 		if err := p.check(); err != nil {
@@ -32,8 +32,8 @@ func (h *host) checkPods(when string) error {
 	return nil
 }
 
-// checkSnapshots checks that what was acknowledged is there and shows the right files,
-// and that nothing else is.
+// checkSnapshots checks that exactly the acknowledged snapshots exist and have the
+// right files.
 func (h *host) checkSnapshots() error {
 	found, err := h.list()
 	if err != nil {
@@ -56,7 +56,7 @@ func (h *host) checkSnapshots() error {
 		mounts, err := h.Mounts(ctx, key)
 		cancel()
 		if err == nil {
-			err = h.shows(mounts, m)
+			err = h.compare(mounts, m)
 		}
 		if err != nil {
 			return fmt.Errorf("the snapshot %s of the model %q: %w", key, m.name, err)
@@ -65,9 +65,9 @@ func (h *host) checkSnapshots() error {
 	return nil
 }
 
-// shows mounts a volume and compares it with the model.
-func (h *host) shows(mounts []mount.Mount, m *model) error {
-	target := filepath.Join(h.dir, "shown")
+// compare mounts a volume and compares it with the model.
+func (h *host) compare(mounts []mount.Mount, m *model) error {
+	target := filepath.Join(h.dir, "mounted")
 	if err := os.MkdirAll(target, 0o755); err != nil {
 		return err
 	}
@@ -93,13 +93,13 @@ func compare(dir string, m *model, exact bool) error {
 		}
 	}
 	if difference := treelist.Diff(want, got); difference != "" {
-		return fmt.Errorf("it shows something else:\n%s", difference)
+		return fmt.Errorf("the volume differs:\n%s", difference)
 	}
 	return nil
 }
 
-// checkNext checks that the next pod with each model mounts the right tree, or is told
-// why it cannot, and runs these pods.
+// checkNext runs the next pod of each model and checks that it gets the right files or
+// a clear error.
 func (h *host) checkNext(all []*model) error {
 	for _, m := range all {
 		err := h.run(m)
@@ -113,8 +113,7 @@ func (h *host) checkNext(all []*model) error {
 	return h.checkPods("with the next ones")
 }
 
-// checkIdle checks that there is no more on the disk than that and these, and nothing
-// mounted.
+// checkIdle checks that nothing is mounted and that the disk holds only that and these.
 func (h *host) checkIdle(besides ...string) error {
 	left, err := h.leftovers()
 	for _, name := range left {
@@ -125,7 +124,7 @@ func (h *host) checkIdle(besides ...string) error {
 	return err
 }
 
-// leftovers is what there is on the disk and mounted.
+// leftovers lists what remains on the disk and mounted.
 func (h *host) leftovers() (left []string, err error) {
 	walk := func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -172,10 +171,10 @@ func (h *host) leftovers() (left []string, err error) {
 	return left, nil
 }
 
-// maxDatabase is more than the database has in any run.
+// maxDatabase exceeds the database's size in every run.
 const maxDatabase = 256 << 10
 
-// checkDatabase checks the database of the daemon, which does not run.
+// checkDatabase checks the stopped daemon's database.
 func (h *host) checkDatabase() error {
 	name := filepath.Join(h.root, "overlayfs", "metadata.db")
 	info, err := os.Stat(name)

@@ -21,7 +21,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
-// few is some of the scenarios: those in which the daemon runs, or all with long.
+// few is the scenarios in which the daemon runs, or all with long.
 func few(m *models) (some []*scenario) {
 	for i, s := range scenarios(m) {
 		if !s.starting && s.name != "stop" && (long || i%6 == 4) {
@@ -31,9 +31,9 @@ func few(m *models) (some []*scenario) {
 	return some
 }
 
-// Nothing that the daemon does may depend on the wall clock: it jumps a year ahead or
-// back in the middle of everything.
-func TestTheClockJumps(t *testing.T) {
+// The daemon does not depend on the wall clock: it jumps a year ahead or back during
+// every operation.
+func TestTheDaemonIgnoresTheWallClock(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)
 	c := campaign{shortDir(t), program, startContainerd(t)}
@@ -68,9 +68,9 @@ func TestTheClockJumps(t *testing.T) {
 	t.Logf("%d jumps of a year survived", jumps)
 }
 
-// A caller that can wait for a slow disk gets what it asked for, whoever else has given up
-// meanwhile, and nothing is left behind.
-func TestADiskIsSlow(t *testing.T) {
+// A caller that waits for a slow disk gets its volume even if other callers give up,
+// and nothing remains.
+func TestASlowDiskHarmsNoPatientCaller(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)
 	c := campaign{shortDir(t), program, startContainerd(t)}
@@ -91,8 +91,8 @@ func TestADiskIsSlow(t *testing.T) {
 				told <- err
 			}()
 			err := h.run(m)
-			// It may ask again, as kubelet does. Or it is told why the last build failed that
-			// nobody has waited for, of a caller who had gone when the blobs went.
+			// The caller may retry, as kubelet does. It may also get the error of an
+			// earlier build whose caller left before the blobs were deleted.
 			if terr := <-told; terr != nil && !errdefs.IsDeadlineExceeded(terr) && !errors.Is(terr, context.DeadlineExceeded) && !errdefs.IsUnavailable(terr) && !errdefs.IsNotFound(terr) {
 				err = errors.Join(err, fmt.Errorf("who cannot wait is told %w", terr))
 			}
@@ -124,8 +124,8 @@ func TestADiskIsSlow(t *testing.T) {
 	t.Logf("%d slow operations survived", slow)
 }
 
-// A second daemon on the root or the state directory of one is refused, in the middle of
-// the first one's start, too, and may start when that has been killed.
+// A second daemon on the same root or state directory is refused, even while the first
+// starts, and may start once the first is killed.
 func TestASecondDaemonIsRefusedFromTheFirstMoment(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)

@@ -23,15 +23,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A disk is emulated, and every write to it and every flush of its cache is recorded in
-// order: it is a loop device over the file that the program in recorder serves. From the
-// record, the contents of the disk after a power cut at any moment can be reproduced, as often
-// as needed.
+// A disk is a loop device over the file that the recorder program serves. The recorder
+// logs every write and cache flush in order. From the log we reproduce the disk's
+// content after a power cut at any moment, as often as needed.
 
 const (
 	diskSize = 96 << 20
-	// sector is what a disk writes whole or not at all: the block of the file system,
-	// which the journal relies on.
+	// sector is the unit that a disk writes atomically: the file system's block, which
+	// the journal relies on.
 	sector = 4096
 )
 
@@ -47,7 +46,7 @@ type disk struct {
 	log    []write // what has been read from record
 }
 
-// write is an entry of the log; one without data is a flush.
+// write is a log entry; one without data is a flush.
 type write struct {
 	off  int64
 	data []byte
@@ -85,8 +84,8 @@ func newDisk(dir string) (_ *disk, err error) {
 	if _, err := serving.Read(make([]byte, 1)); err != nil {
 		return nil, errors.Join(fmt.Errorf("the recorder does not serve: %w", err), d.recorder.Wait())
 	}
-	// ext4 commits a transaction every second, so that the disk changes while the daemon
-	// works, also when nobody syncs.
+	// ext4 commits every second, so the disk changes while the daemon works even if
+	// nobody syncs.
 	return d, mountFS(filepath.Join(d.files, "disk"), d.mounted, "commit=1")
 }
 
@@ -104,7 +103,7 @@ func makeFS(image string) error {
 	return nil
 }
 
-// mountFS mounts the ext4 in a file by a loop device, which goes with the mount.
+// mountFS mounts the ext4 in a file by a loop device that disappears with the mount.
 func mountFS(image, target, options string) error {
 	loop, err := mount.SetupLoop(image, mount.LoopParams{Autoclear: true})
 	if err != nil {
@@ -119,8 +118,8 @@ func (d *disk) position() (int, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for {
-		// Each entry is recorded before it is acknowledged. If the end of the record is
-		// incomplete, the entry is being written now.
+		// The recorder logs an entry before it acknowledges the write. An incomplete
+		// last entry is still being written.
 		var header [16]byte
 		start, err := d.record.Seek(0, io.SeekCurrent)
 		if err != nil {
@@ -145,14 +144,14 @@ func (d *disk) position() (int, error) {
 	}
 }
 
-// close unmounts the disk, ends its recorder and reads the rest of the log.
+// close unmounts the disk, stops its recorder and reads the rest of the log.
 func (d *disk) close() error {
 	errs := []error{unmountFS(d.mounted), unmountFS(d.files), d.recorder.Wait()}
 	_, err := d.position()
 	return errors.Join(append(errs, err, d.record.Close())...)
 }
 
-// unmountFS unmounts a file system whose users are about to go.
+// unmountFS unmounts a file system, retrying while processes that use it end.
 func unmountFS(target string) (err error) {
 	for range 100 {
 		if err = unix.Unmount(target, 0); !errors.Is(err, unix.EBUSY) {
@@ -163,16 +162,16 @@ func unmountFS(target string) (err error) {
 	return os.NewSyscallError("umount "+target, err)
 }
 
-// cut is a moment at which the power is cut: behind so many entries of the log. Of
-// what was written since the last flush a disk with a cache may have stored anything:
-// all of it, or the sectors that seed chooses.
+// cut is a power cut after that many log entries. A disk with a cache may have stored
+// any part of the writes since the last flush: all of them, or the sectors that seed
+// selects.
 type cut struct {
 	position int
 	some     bool
 	seed     uint64
 }
 
-// after makes image what the disk holds after the cut.
+// after writes the disk's content after the cut to image.
 func (d *disk) after(c cut, image string) error {
 	if err := copySparse(image, d.base); err != nil {
 		return err
@@ -209,7 +208,7 @@ func (d *disk) after(c cut, image string) error {
 	return nil
 }
 
-// copySparse copies a file without its holes.
+// copySparse copies a file and keeps its holes.
 func copySparse(target, source string) error {
 	if out, err := exec.Command("cp", "--sparse=always", source, target).CombinedOutput(); err != nil {
 		return fmt.Errorf("cp: %w\n%s", err, out)
@@ -217,9 +216,9 @@ func copySparse(target, source string) error {
 	return nil
 }
 
-// A disk that forgets must be told from one that does not, or nothing below proves
-// anything.
-func TestADiskForgetsWhatWasNotFlushed(t *testing.T) {
+// The emulated disk loses unflushed writes. If it did not, the other tests would prove
+// nothing.
+func TestAPowerCutLosesUnflushedWrites(t *testing.T) {
 	dir := t.TempDir()
 	d, err := newDisk(dir)
 	check(t, err)

@@ -1,13 +1,13 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package crash kills a program at a chosen operation on a file system, and tells
-// which there are.
+// Package crash kills a program at a chosen file system operation, and lists the
+// operations.
 //
-// The program is the real one and knows nothing of it. A seccomp filter, installed
-// before it is executed, stops it for its tracer (ptrace(2)) at every system call that
-// changes a file system, a mount or a lock; all others run at full speed. Where it is
-// stopped the call has not begun, and does not once the program has been killed.
+// The program is the unmodified binary. A seccomp filter, installed before execve(2),
+// stops it for its tracer (ptrace(2)) at every system call that changes a file system,
+// a mount or a lock; other calls run at full speed. At the stop the call has not begun;
+// if the program is killed there, it never does.
 //
-// It reads the registers of amd64, and is there on no other architecture.
+// It reads amd64 registers and supports no other architecture.
 package crash

@@ -14,25 +14,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Fault is what goes wrong at an operation of a program that goes on.
+// Fault is an error or delay at an operation of a program that continues.
 type Fault struct {
-	// At is where it begins; nil is from the first operation on.
+	// At is the first affected operation; nil is the next one.
 	At *Op
-	// Errno is what the operation fails with, without having begun; 0 is that it does
-	// not fail.
+	// Errno is the error of the operation, which is not executed; 0 executes it.
 	Errno unix.Errno
-	// Lasting has all operations fail from then on, until Heal, that are in the same
-	// directory of Dirs and can fail so: a disk that is full or dead, not one call.
+	// Lasting also affects all later operations, until Heal, that are in the same
+	// directory of Dirs and can fail with Errno: a full or dead disk, not a single
+	// error.
 	Lasting bool
-	// Delay is how long operations take more that are in the directory Slow of Dirs (its
-	// base name): all of them if it is Lasting, or the one.
+	// Delay slows the operation, or with Lasting all operations, in the directory of
+	// Dirs with the base name Slow.
 	Delay time.Duration
 	Slow  string
-	// Hook is called before the operation begins, while the program waits.
+	// Hook runs before the operation while the program waits.
 	Hook func(*Process)
 }
 
-// Inject begins to count as Arm does, and lets the fault happen.
+// Inject is Arm with a fault instead of a kill.
 func (p *Process) Inject(f Fault) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -40,8 +40,8 @@ func (p *Process) Inject(f Fault) {
 	p.fault = &f
 }
 
-// Heal ends what Inject has begun, and returns the operations since and how many of
-// them failed or were slow, or at how many the hook was called.
+// Heal ends the fault. It returns the operations since Inject and the number that
+// failed, were slow or called the hook.
 func (p *Process) Heal() (ops []Op, hit int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -49,14 +49,14 @@ func (p *Process) Heal() (ops []Op, hit int) {
 	return p.ops, p.hit
 }
 
-// Failed is whether an operation has failed by the fault, or was slow, since Inject.
+// Failed reports whether the fault has affected an operation since Inject.
 func (p *Process) Failed() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.fault != nil && p.hit > 0
 }
 
-// meet lets what is to happen at op happen to the thread that is about to begin it.
+// meet applies the fault to a thread that is about to begin op.
 func (p *Process) meet(tid int, regs *unix.PtraceRegs, op Op) verdict {
 	f := p.fault
 	switch {
@@ -79,21 +79,21 @@ func (p *Process) meet(tid int, regs *unix.PtraceRegs, op Op) verdict {
 	return goOn
 }
 
-// skip has a call that is about to begin return at once (seccomp(2), SECCOMP_RET_TRACE:
-// one with the number -1 is skipped).
+// skip makes the pending call return without executing it: a call number of -1 is
+// skipped (seccomp(2), SECCOMP_RET_TRACE).
 func skip(tid int, regs *unix.PtraceRegs, result int64) error {
 	regs.Orig_rax, regs.Rax = ^uint64(0), uint64(result)
 	return unix.PtraceSetRegs(tid, regs)
 }
 
-// dirOf is the base name of that of Dirs in which an operation is; "" for those of
-// mounts that are nowhere yet.
+// dirOf is the base name of the operation's directory among Dirs; "" for mounts that
+// are not attached yet.
 func dirOf(op Op) string {
 	dir, _, _ := strings.Cut(op.Path, "/")
 	return dir
 }
 
-// creating are the operations that need space, by whose lack they fail.
+// creating are the operations that need disk space.
 var creating = map[string]bool{
 	"openat": true, "write": true, "pwrite": true, "writev": true, "pwritev": true, "sendfile": true, "splice": true,
 	"copy_file_range": true, "fsync": true, "fdatasync": true, "fallocate": true, "fsetxattr": true, "setxattr": true,
@@ -101,17 +101,17 @@ var creating = map[string]bool{
 	"linkat": true, "rename": true, "renameat": true, "renameat2": true, "ioctl FICLONE": true, "bind": true,
 }
 
-// opening are those that make a file descriptor.
+// opening are the operations that create a file descriptor.
 var opening = map[string]bool{"openat": true, "open": true, "openat2": true, "open_tree": true, "fsopen": true, "fsmount": true}
 
-// diskless are those that no disk takes part in.
+// diskless are the operations that use no disk.
 var diskless = map[string]bool{
 	"flock": true, "umount2": true, "fsopen": true, "fsmount": true, "move_mount": true, "mount_setattr": true, "bind": true,
 	"inotify_add_watch": true,
 }
 
-// CanFail reports whether the kernel can let an operation fail so, by the manual page of
-// the call and the sources of ext4, XFS and the quotas.
+// CanFail reports whether the kernel can return this error for the operation, by the
+// call's manual page and the sources of ext4, XFS and quota.
 func CanFail(op Op, errno unix.Errno) bool {
 	switch errno {
 	case unix.ENOSPC:
@@ -127,10 +127,10 @@ func CanFail(op Op, errno unix.Errno) bool {
 	}
 }
 
-// inDirs is whether an operation is in a directory and not on /sys or a loop device.
+// inDirs reports whether an operation is in one of Dirs, not on /sys or a loop device.
 func inDirs(op Op) bool { return op.Path != "" && !strings.HasPrefix(op.Path, "/") }
 
-// reads are the system calls that only read; see calls. openat(2) is beside them.
+// reads are the system calls that only read; see calls. openat(2) is separate.
 var reads = map[uint64]call{
 	unix.SYS_READ:              byFD("read"),
 	unix.SYS_PREAD64:           byFD("pread"),
@@ -152,12 +152,11 @@ var reads = map[uint64]call{
 	unix.SYS_INOTIFY_ADD_WATCH: byPath("inotify_add_watch", 1),
 }
 
-// Skew is how far the wall clock of a program is from the machine's, as of a node whose
-// clock is set; only of one with Clock. The monotonic clock is the machine's, as it is
-// when clock_settime(2) is called.
+// Skew shifts the program's wall clock, as if the node's clock were set. It needs
+// Clock. The monotonic clock does not change, as with clock_settime(2).
 func (p *Process) Skew(by time.Duration) { p.skew.Store(int64(by)) }
 
-// tell answers a clock_gettime(2) of the wall clock.
+// tell answers clock_gettime(2) for the wall clock.
 func (p *Process) tell(tid int, regs *unix.PtraceRegs) error {
 	now, err := unix.TimeToTimespec(time.Now().Add(time.Duration(p.skew.Load())))
 	if err != nil {
@@ -170,9 +169,9 @@ func (p *Process) tell(tid int, regs *unix.PtraceRegs) error {
 	return skip(tid, regs, 0)
 }
 
-// withoutVDSO takes the vDSO from a program that is about to begin: clock_gettime(2) is
-// a system call then. The kernel has put where it is on the stack (getauxval(3)), behind
-// the arguments and the environment.
+// withoutVDSO removes the vDSO from a program that is about to begin, so that
+// clock_gettime(2) is a system call. The kernel puts the vDSO's address on the stack
+// (getauxval(3)) after the arguments and the environment.
 func withoutVDSO(tid int) error {
 	const sysinfoEHDR, word = 33, 8
 	var regs unix.PtraceRegs

@@ -23,10 +23,10 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
-// errnos are what operations fail with.
+// errnos are the injected errors.
 var errnos = []unix.Errno{unix.ENOSPC, unix.EDQUOT, unix.EIO, unix.EMFILE}
 
-// failure is a fault of a scenario.
+// failure is a fault in a scenario.
 type failure struct {
 	*scenario
 	Fault
@@ -40,7 +40,7 @@ func (f failure) String() string {
 	return fmt.Sprintf("%s, %v at %v%s", f.name, f.Errno, f.At, lasting)
 }
 
-// life is a daemon that goes from fault to fault of one scenario.
+// life is a daemon that meets the faults of one scenario in turn.
 type life struct {
 	campaign
 	*scenario
@@ -48,7 +48,7 @@ type life struct {
 	h     *host
 }
 
-// host has there be one, with a daemon.
+// host starts a host with a daemon unless there is one.
 func (l *life) host() (err error) {
 	if l.h != nil {
 		return nil
@@ -64,7 +64,7 @@ func (l *life) host() (err error) {
 	return nil
 }
 
-// end ends the daemon and removes all.
+// end stops the daemon and removes everything.
 func (l *life) end() error {
 	if l.h == nil {
 		return nil
@@ -74,15 +74,15 @@ func (l *life) end() error {
 	return h.clear()
 }
 
-// met is how a fault went.
+// met is the outcome of a fault.
 type met struct {
 	ops  []Op
 	hit  int
 	told error // what the daemon answered
 }
 
-// meet has the daemon meet a fault in the scenario, checks everything, and leaves the
-// daemon running with nothing, for the next one.
+// meet runs the scenario with a fault, checks everything, and leaves an idle daemon for
+// the next one.
 func (l *life) meet(f Fault) (done met, err error) {
 	if err := l.host(); err != nil {
 		return done, err
@@ -115,14 +115,15 @@ func (l *life) meet(f Fault) (done met, err error) {
 	if err := l.survived(done, f); err != nil {
 		return done, err
 	}
-	// Nothing is started anew that has not ended.
+	// The scenario's operations have ended before the next one starts.
 	for _, step := range []func() error{
 		func() error { return h.checkPods("after the fault") },
 		h.checkSnapshots,
 		func() error {
 			err := errors.Join(h.pull(l.next...), h.checkNext(l.next))
 			if err != nil && errors.Is(done.told, errNotDone) && h.understood(err.Error(), f) == nil {
-				// The build that met the fault was still about to fail, with whoever asks meanwhile.
+				// The build that met the fault was still failing and took this caller
+				// along.
 				err = h.checkNext(l.next)
 			}
 			return err
@@ -145,11 +146,11 @@ func (l *life) meet(f Fault) (done met, err error) {
 	return done, nil
 }
 
-// survived checks what the daemon has said of a fault, and that it runs; one that ended
-// when it was being started is started again.
+// survived checks what the daemon said about a fault and that it runs. It restarts a
+// daemon that failed to start.
 func (l *life) survived(done met, f Fault) error {
 	h := l.h
-	// A machine that is busy may need longer than whoever asked can wait.
+	// A busy machine may exceed the caller's time limit.
 	busy := errdefs.IsUnavailable(done.told) && strings.Contains(done.told.Error(), "is still being unpacked")
 	if done.told != nil && !busy && (done.hit == 0 || f.Errno == 0) {
 		return fmt.Errorf("with nothing that failed: %w", done.told)
@@ -188,7 +189,7 @@ func (l *life) survived(done met, f Fault) error {
 	return h.understood(done.told.Error(), f)
 }
 
-// understood checks that a person can tell from a text what has failed.
+// understood checks that an error tells a person what failed.
 func (h *host) understood(text string, f Fault) error {
 	if !strings.Contains(text, f.Errno.Error()) {
 		return fmt.Errorf("it does not say %q: %s", f.Errno.Error(), text)
@@ -208,17 +209,17 @@ func (h *host) lastWords() (string, error) {
 	return lines[len(lines)-1], err
 }
 
-// awaitIdle waits until there is no more than an idle daemon has, which collects garbage by itself,
-// too.
+// awaitIdle waits until the daemon, which also collects garbage by itself, holds no
+// more than an idle one.
 func (h *host) awaitIdle() (err error) {
 	for limit := time.Now().Add(patience); time.Now().Before(limit); time.Sleep(5 * time.Millisecond) {
-		// A request whose caller has gone may make its snapshot only now. containerd's
-		// collector removes those that containerd does not know (core/metadata/snapshot.go,
+		// An abandoned request may create its snapshot only now. containerd's collector
+		// removes snapshots that containerd does not know (core/metadata/snapshot.go,
 		// pruneBranch).
 		if err = h.empty(); err != nil {
 			continue
 		}
-		// Where the records of NRI cannot be looked for, their directory is made.
+		// The daemon creates the directory of NRI's records if it cannot look for them.
 		if err = h.checkIdle("state/artifact-snapshotter.sock", "root/nri"); err == nil {
 			return nil
 		}
@@ -226,8 +227,8 @@ func (h *host) awaitIdle() (err error) {
 	return err
 }
 
-// failures are the faults of a scenario with these operations: each that can be, for that
-// call alone; at every third operation for all from then on.
+// failures are the possible faults at these operations: each for one call, and at every
+// third operation for all later calls.
 func failures(s *scenario, ops []Op) (all []failure) {
 	for i, op := range ops {
 		for j, errno := range errnos {
@@ -243,7 +244,7 @@ func failures(s *scenario, ops []Op) (all []failure) {
 	return all
 }
 
-// tally counts how faults went.
+// tally counts outcomes.
 type tally struct {
 	mu    sync.Mutex
 	rows  map[string]*counts // by errno and directory
@@ -283,10 +284,10 @@ func (t *tally) add(f failure, done met, err error) {
 	}
 }
 
-// selectedFaults is how many faults a selection has.
+// selectedFaults is the number of faults in a selection.
 const selectedFaults = 80
 
-func TestTheDaemonOutlivesEveryFault(t *testing.T) {
+func TestTheDaemonSurvivesEveryFault(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)
 	c := campaign{shortDir(t), program, startContainerd(t)}
@@ -348,7 +349,7 @@ func TestTheDaemonOutlivesEveryFault(t *testing.T) {
 	}
 }
 
-// spread is n of all, or all if there are no more.
+// spread is n elements evenly spaced, or all if there are fewer.
 func spread[T any](all []T, n int) (some []T) {
 	if len(all) <= n {
 		return all

@@ -18,13 +18,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// launching is set in the environment of a program that is to become the traced one, to
-// what it is to be stopped at.
+// launching is the environment variable that turns the launcher into the traced
+// program. Its value says which calls stop it.
 const launching = "ARTIFACT_SNAPSHOTTER_TEST_LAUNCH"
 
-// Main must be called first thing by a program that calls Start or has a Wrapper: the
-// process that is traced is that program again, until it has installed its filter, and
-// so is the wrapper. There it does not return.
+// Main must be the first call of a program that uses Start or a Wrapper: that program
+// runs again as the launcher, until the filter is installed, and as the wrapper. There
+// it does not return.
 func Main() {
 	var err error
 	switch {
@@ -42,7 +42,7 @@ func Main() {
 	os.Exit(0)
 }
 
-// What it is to be stopped at, beside what changes something.
+// Optional stops, beside calls that change something.
 const (
 	stopReads = "reads"
 	stopClock = "clock"
@@ -59,8 +59,8 @@ func (program Program) stops() string {
 	return stops
 }
 
-// launch becomes the program args, with every system call of the table stopping for
-// the tracer. Filters are kept by execve(2).
+// launch executes args after installing a filter that stops at the system calls of the
+// table. Filters survive execve(2).
 func launch(args []string) error {
 	runtime.LockOSThread() // a filter is a thread's
 	stops := os.Getenv(launching)
@@ -83,9 +83,9 @@ const (
 	dataArg2   = 16 + 2*8
 )
 
-// filterOf is a program that stops at the system calls of the table, at openat(2)
-// only if it may change something; with reading at those that only read, too, and with
-// clock when the wall clock is asked for.
+// filterOf builds a filter that stops at the system calls of the table, and at
+// openat(2) only if it may change something. With reading it also stops at calls that
+// only read, with clock at reads of the wall clock.
 func filterOf(reading, clock bool) []unix.SockFilter {
 	statement := func(code uint16, k uint32) unix.SockFilter { return unix.SockFilter{Code: code, K: k} }
 	load := func(offset uint32) unix.SockFilter { return statement(unix.BPF_LD|unix.BPF_W|unix.BPF_ABS, offset) }

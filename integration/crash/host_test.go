@@ -36,16 +36,15 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
-// namespace is one of containerd's in which there are no images, so that none is taken
-// for another.
+// namespace is a containerd namespace without images, so that no test sees another
+// one's.
 const namespace = "crash"
 
-// patience is how long the daemon may take for anything: a machine that does other
-// things, too, may stop for many seconds.
+// patience is the time limit for the daemon: a busy machine may stall for many seconds.
 const patience = time.Minute
 
-// host is what there is on a node of the daemon and of those it works for: its
-// directories, containerd's content, the snapshots that containerd knows, and pods.
+// host is the daemon's part of a node: its directories, containerd's content, the
+// snapshots that containerd knows, and pods.
 type host struct {
 	dir        string // of what a reboot takes
 	containerd string // its socket
@@ -54,27 +53,27 @@ type host struct {
 	content    string
 	root       string
 	state      string
-	exact      bool // volumes show attributes as they were packed
+	exact      bool // volumes have attributes as they were packed
 
 	daemon *daemon
-	// The daemon's services, by the clients of containerd's proxy plugins.
+	// The daemon's services, through containerd's proxy plugin clients.
 	snapshots.Snapshotter
 	applier diff.Applier
 
 	number int // of keys and of pods
 	pods   []*pod
 	there  map[*model]bool // whose blobs are in content
-	// must are the snapshots that the daemon has acknowledged and that nobody has asked
-	// it to remove, by their keys; may are those for which a request was not answered.
+	// must are the acknowledged snapshots that nobody has asked to remove, by key; may
+	// are those whose request was not answered.
 	must map[string]*model
 	may  map[string]bool
-	// noted, if it is not nil, is called when these have changed.
+	// noted, if not nil, is called after each change of must and may.
 	noted func()
-	// synced has containerd sync what it has fetched to the disk.
+	// synced makes containerd sync fetched content to the disk.
 	synced bool
-	// reads has a traced daemon's reads count, too, and those of containerd's content;
-	// clock is whether its clock can be set, and fault what a daemon meets that is
-	// started armed.
+	// reads counts the traced daemon's reads too, also those of containerd's content;
+	// clock makes its clock adjustable; fault is injected into a daemon that is started
+	// armed.
 	reads, clock bool
 	fault        *Fault
 }
@@ -312,7 +311,7 @@ func (h *host) forget(key string) error {
 	return nil
 }
 
-// volumeKey is that of an image volume of a new pod.
+// volumeKey is the snapshot key of an image volume of a new pod.
 func (h *host) volumeKey(m *model) string {
 	return h.key(filepath.Join(h.dir, "io.containerd.grpc.v1.cri/image-volumes", fmt.Sprintf("sandbox-%d", h.number), m.manifest.Digest.Encoded()))
 }
@@ -327,7 +326,7 @@ func (h *host) run(m *model, opts ...snapshots.Opt) error {
 	return h.runWith(key, m, mounts)
 }
 
-// runWith runs a pod in which mounts show the model.
+// runWith runs a pod with these mounts, which must have the model's files.
 func (h *host) runWith(key string, m *model, mounts []mount.Mount) error {
 	h.number++
 	p, err := startPod(filepath.Join(h.dir, "pods", fmt.Sprint(h.number)), key, m, mounts, h.exact)
@@ -338,8 +337,8 @@ func (h *host) runWith(key string, m *model, mounts []mount.Mount) error {
 	return nil
 }
 
-// drop ends a pod and removes its snapshot.
-func (h *host) drop(p *pod) error {
+// end ends a pod and removes its snapshot.
+func (h *host) end(p *pod) error {
 	h.pods = slices.DeleteFunc(h.pods, func(other *pod) bool { return other == p })
 	if err := p.end(); err != nil {
 		return err
@@ -358,8 +357,8 @@ func (h *host) cleanup() error {
 	return unlessEmpty(cleaner.Cleanup(ctx))
 }
 
-// unlessEmpty is err, but for that of a database in which there has never been a
-// snapshot, whose kind containerd's gRPC service loses.
+// unlessEmpty ignores the error of a database without any snapshot ever, whose kind is
+// lost in containerd's gRPC service.
 func unlessEmpty(err error) error {
 	if err != nil && strings.HasPrefix(err.Error(), "bucket does not exist") {
 		return nil
@@ -367,7 +366,7 @@ func unlessEmpty(err error) error {
 	return err
 }
 
-// list is the keys of all snapshots.
+// list returns all snapshots' keys.
 func (h *host) list() (map[string]snapshots.Info, error) {
 	ctx, cancel := h.context()
 	defer cancel()
@@ -379,18 +378,17 @@ func (h *host) list() (map[string]snapshots.Info, error) {
 	return found, unlessEmpty(err)
 }
 
-// empty removes everything that there is, as containerd does when all pods and images
-// are deleted.
+// empty removes everything, as containerd does when all pods and images are deleted.
 func (h *host) empty() error {
 	for len(h.pods) > 0 {
-		if err := h.drop(h.pods[0]); err != nil {
+		if err := h.end(h.pods[0]); err != nil {
 			return err
 		}
 	}
 	if err := h.remove(slices.Collect(maps.Keys(h.there))...); err != nil {
 		return err
 	}
-	// Children first.
+	// Remove children first.
 	for {
 		found, err := h.list()
 		if err != nil {
@@ -414,14 +412,14 @@ func (h *host) empty() error {
 	return h.cleanup()
 }
 
-// idle is what the daemon has on the disk when there is nothing. The database keeps
-// pages that it needs no more; it is checked by itself.
+// idle is an idle daemon's disk state. The database is checked separately, because it
+// keeps free pages.
 var idle = []string{
 	"root", "root/blobs", "root/blobs/sha256", "root/boot, 37 bytes", "root/lock, 0 bytes", "root/overlayfs",
 	"root/overlayfs/metadata.db", "root/overlayfs/snapshots", "root/trees", "state", "state/mounts", "state/state.lock, 0 bytes",
 }
 
-// clear ends whatever is left and removes all: for the next run, and when one failed.
+// clear ends and removes everything, for the next run or after a failed one.
 func (h *host) clear() error {
 	errs := []error{h.stop(syscall.SIGKILL)}
 	for _, p := range h.pods {

@@ -25,11 +25,11 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
-// long is whether all is run that there is, some minutes of it, and not a selection.
+// long runs everything, some minutes, instead of a selection.
 var long = os.Getenv("ARTIFACT_SNAPSHOTTER_LONG") != ""
 
-// TestMain gives all hosts one temporary directory and fails the run if, at its end,
-// anything is mounted or running there.
+// TestMain gives all hosts one temporary directory and fails if anything is mounted or
+// running there at the end.
 func TestMain(m *testing.M) {
 	Main()
 	dir, err := os.MkdirTemp("", "as-")
@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// left removes dir, and returns what should not have been there any more.
+// left removes dir and returns what should already have been gone.
 func left(dir string) error {
 	mounts, merr := node.Mounts(dir)
 	processes, perr := node.Processes(dir)
@@ -69,14 +69,14 @@ type run struct {
 	after               bool // kill when the operation has been done
 }
 
-// result is how it went.
+// result is a run's outcome.
 type result struct {
 	ops    []Op
 	killed bool
 }
 
 // run runs the scenario in dir, which must not exist, and checks everything. An error
-// is one of the daemon, or of the harness.
+// is the daemon's or the harness's.
 func (r run) run(dir string) (done result, err error) {
 	h, err := r.host(dir)
 	if err != nil {
@@ -95,12 +95,12 @@ func (r run) run(dir string) (done result, err error) {
 	return done, h.checkIdle()
 }
 
-// host makes a host in dir for the scenario.
+// host creates the scenario's host in dir.
 func (r run) host(dir string) (*host, error) {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return nil, err
 	}
-	h, err := newHost(dir, dir, r.program, r.containerd, fmt.Sprintf("decompress_on_pull = %v\n%s", r.early, r.toml))
+	h, err := newHost(dir, dir, r.program, r.containerd, fmt.Sprintf("decompress_on_pull = %v\n%s", r.decompressOnPull, r.toml))
 	if err != nil {
 		return nil, err
 	}
@@ -112,7 +112,7 @@ func (r run) host(dir string) (*host, error) {
 	return h, nil
 }
 
-// withLog is err, if it is one, with the end of the daemon's log.
+// withLog adds the end of the daemon's log to an error.
 func (h *host) withLog(err error) error {
 	if err == nil {
 		return nil
@@ -122,7 +122,8 @@ func (h *host) withLog(err error) error {
 	return fmt.Errorf("%w\nthe end of its log:\n%s", err, strings.Join(lines[max(0, len(lines)-25):], "\n"))
 }
 
-// crash does what is before and what is to be crashed. The daemon does not run then.
+// crash runs the preparation and the operation to be killed. The daemon does not run
+// afterwards.
 func (r run) crash(h *host) (ops []Op, killed bool, err error) {
 	if r.before != nil || !r.starting {
 		if err := h.start(!r.starting, false, nil, false); err != nil {
@@ -159,7 +160,7 @@ func (r run) crash(h *host) (ops []Op, killed bool, err error) {
 	return ops, false, err
 }
 
-// check checks the host after the crash, and starts the daemon again.
+// check checks the host after the crash and restarts the daemon.
 func (r run) check(h *host) error {
 	if err := errors.Join(h.checkPods("while the daemon is dead"), h.checkDatabase()); err != nil {
 		return err
@@ -173,7 +174,7 @@ func (r run) check(h *host) error {
 	if err := h.checkSnapshots(); err != nil {
 		return err
 	}
-	// What has been deleted is pulled again for the next pods.
+	// Deleted images are pulled again for the next pods.
 	if err := errors.Join(h.pull(r.next...), h.checkNext(r.next)); err != nil {
 		return err
 	}
@@ -192,12 +193,12 @@ type point struct {
 	after bool
 }
 
-// campaign is many runs, several at a time.
+// campaign is many runs, several in parallel.
 type campaign struct {
 	dir, program, containerd string
 }
 
-// listed is the operations of each scenario, when the daemon is not killed.
+// listed are the operations of each scenario without a kill.
 func (c campaign) listed(all []*scenario) (map[*scenario][]Op, error) {
 	runs := pool{dir: c.dir}
 	var mu sync.Mutex
@@ -218,14 +219,14 @@ func (c campaign) listed(all []*scenario) (map[*scenario][]Op, error) {
 	return points, errors.Join(errs...)
 }
 
-// outcome is how runs went.
+// outcome sums up runs.
 type outcome struct {
 	survived, after, missed []point // after are those that were killed right after it
 	lost                    []error
 	in                      map[*scenario]int // how many of these
 }
 
-// killed kills the daemon at each of the points.
+// killed kills the daemon at each point.
 func (c campaign) killed(at []point) *outcome {
 	runs := pool{dir: c.dir}
 	var mu sync.Mutex
@@ -252,7 +253,7 @@ func (c campaign) killed(at []point) *outcome {
 	return o
 }
 
-func TestTheDaemonIsKilledAtEveryOperation(t *testing.T) {
+func TestTheDaemonSurvivesAKillAtEveryOperation(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)
 	c := campaign{shortDir(t), program, startContainerd(t)}
@@ -282,13 +283,13 @@ func TestTheDaemonIsKilledAtEveryOperation(t *testing.T) {
 	if want := 1000; long && only == "" && len(o.survived) < want {
 		t.Errorf("these are fewer than %d", want)
 	}
-	// What a run does is not the same each time: several things are done at once.
+	// Runs differ, because the daemon works in parallel.
 	if len(o.missed)*10 > len(chosen) {
 		t.Errorf("%d of %d operations were not met again", len(o.missed), len(chosen))
 	}
 }
 
-// table says it by scenario.
+// table prints the outcome by scenario.
 func (o *outcome) table(all []*scenario, points map[*scenario][]Op) string {
 	var table strings.Builder
 	row := func(name string, s *scenario, operations int) {
@@ -316,8 +317,8 @@ func (o *outcome) table(all []*scenario, points map[*scenario][]Op) string {
 	return table.String()
 }
 
-// startContainerd starts a containerd and returns its socket. The daemon asks it which
-// images there are: none in the namespace of the tests.
+// startContainerd starts a containerd and returns its socket. The daemon asks it for
+// images: the tests' namespace has none.
 func startContainerd(t *testing.T) (address string) {
 	t.Helper()
 	n, err := node.Start(t.Context(), node.Options{Stock: true})
@@ -336,11 +337,11 @@ func byCall(calls map[string]int) string {
 	return strings.Join(names, ", ")
 }
 
-// selected is how many kill points a selection has.
+// selected is the number of kill points in a selection.
 const selected = 80
 
-// choose is where to kill: before every operation, and after every fifth; or some of
-// those, spread over all.
+// choose returns the kill points: before every operation and after every fifth, or an
+// evenly spaced selection.
 func choose(all []*scenario, points map[*scenario][]Op) (chosen []point) {
 	for _, s := range all {
 		for i, op := range points[s] {
@@ -359,14 +360,14 @@ func choose(all []*scenario, points map[*scenario][]Op) (chosen []point) {
 	return chosen[:selected]
 }
 
-// pool runs functions, two at a time, each with a directory of its own.
+// pool runs functions, two in parallel, each in its own directory.
 type pool struct {
 	dir     string
 	running sync.WaitGroup
 	tokens  chan struct{}
 }
 
-// directories numbers them: those of one test are all different.
+// directories numbers the directories of one test.
 var directories atomic.Int64
 
 func (c campaign) newDir() string { return filepath.Join(c.dir, fmt.Sprint(directories.Add(1))) }
@@ -383,7 +384,7 @@ func (p *pool) add(f func(dir string)) {
 	})
 }
 
-// shortDir is a directory for a test; below it are sockets, whose paths have a limit.
+// shortDir is a test directory whose path leaves room for sockets.
 func shortDir(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "")

@@ -17,12 +17,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Op is an operation that changes a file system, a mount or a lock: a point at which a
-// program can be killed. Two are the same if they are the same call on the same path,
-// where what is random in a name does not count, for the same time.
+// Op is an operation that changes a file system, a mount or a lock: a point where a
+// program can be killed. Two are the same if they are the same call on the same path
+// for the same time; random parts of names are ignored.
 type Op struct {
 	Call string
-	// Path is what it is about, and of a rename or a link the new name.
+	// Path is the operation's path, the new name for a rename or link.
 	Path string
 	// Nth counts from 1 since Arm.
 	Nth int
@@ -30,8 +30,8 @@ type Op struct {
 
 func (o Op) String() string { return fmt.Sprintf("%s %s, the %d. time", o.Call, o.Path, o.Nth) }
 
-// call is how to tell what a system call is about: its name, and which arguments are
-// an open file, or a path (with the directory that it may be relative to).
+// call describes a system call: its name, and which arguments are an open file or a
+// path (with the directory to which it may be relative).
 type call struct {
 	name string
 	fd   int // -1: none
@@ -44,9 +44,8 @@ func byPath(name string, path int) call  { return call{name, -1, path, -1} }
 func at(name string, dir, path int) call { return call{name, -1, path, dir} }
 func whatever(name string) call          { return call{name, -1, -1, -1} }
 
-// calls are the system calls that change something that outlives a process. Reading,
-// and what happens in memory alone, nobody finds after a crash. openat(2) is beside
-// them: see filterOf.
+// calls are the system calls whose effect outlives a process. Reads and changes in
+// memory leave no trace after a crash. openat(2) is separate: see filterOf.
 var calls = map[uint64]call{
 	unix.SYS_WRITE:           byFD("write"),
 	unix.SYS_PWRITE64:        byFD("pwrite"),
@@ -96,7 +95,7 @@ var calls = map[uint64]call{
 	unix.SYS_BIND:            whatever("bind"),
 }
 
-// read tells what a call is about; false if it is none that counts.
+// read returns the operation of a call; false if it does not count.
 func (p *Process) read(tid int, r *unix.PtraceRegs) (op Op, ok bool) {
 	args := [6]uint64{r.Rdi, r.Rsi, r.Rdx, r.R10, r.R8, r.R9}
 	how, known := calls[r.Orig_rax]
@@ -159,8 +158,7 @@ func (p *Process) read(tid int, r *unix.PtraceRegs) (op Op, ok bool) {
 	return op, ok
 }
 
-// about is the path as it is told, without what is different each time; false if it
-// is none that counts.
+// about normalizes a path by removing random parts; false if it does not count.
 func (p *Process) about(path string) (string, bool) {
 	for _, system := range []string{"/sys/", "/dev/loop"} {
 		if strings.HasPrefix(path, system) {
@@ -175,12 +173,11 @@ func (p *Process) about(path string) (string, bool) {
 	return "", false
 }
 
-// random is what the daemon makes up: the names of directories that are being made or
-// to be removed, of probes, and of the overlayfs snapshotter's temporary ones; and the
-// number of a loop device.
+// random matches names that the daemon makes up: temporary directories, trash, probes,
+// temporary directories of the overlayfs snapshotter, and loop device numbers.
 var random = regexp.MustCompile(`\b(new-|probe-|fuse-overlayfs-)[0-9a-z]+\b|\b(loop)[0-9]+\b|erofs-[0-9]+`)
 
-// text reads a string of a stopped process.
+// text reads a string from a stopped process.
 func text(tid int, address uint64) string {
 	buf := make([]byte, 4096)
 	n := len(buf) - int(address%4096) // what is behind the page may not be there
@@ -198,5 +195,5 @@ func text(tid int, address uint64) string {
 	return string(buf[:got]) + rest
 }
 
-// Key names the operation among those of a run.
+// Key identifies the operation in a run.
 func (o Op) Key() string { return o.Call + " " + o.Path + " " + strconv.Itoa(o.Nth) }

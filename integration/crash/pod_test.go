@@ -24,8 +24,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// pod is what a container does with a volume: it has it mounted for itself, has a file
-// of it open and mapped, and reads over and over.
+// pod is a container that uses a volume: it has its own mount, keeps a file open and
+// mapped, and reads continuously.
 type pod struct {
 	dir   string
 	key   string
@@ -64,8 +64,8 @@ func startPod(dir, key string, m *model, mounts []mount.Mount, exact bool) (_ *p
 	return p, nil
 }
 
-// read reads the open file, some of it at a time so that a hundred pods can, until the
-// pod ends.
+// read reads the open file until the pod ends, in small parts so that a hundred pods
+// can.
 func (p *pod) read() {
 	buf := make([]byte, 64<<10)
 	for off := int64(0); ; off += int64(len(buf)) {
@@ -92,7 +92,7 @@ func (p *pod) read() {
 	}
 }
 
-// check checks all that the pod sees.
+// check checks everything that the pod sees.
 func (p *pod) check() (err error) {
 	select {
 	case err := <-p.ended:
@@ -100,7 +100,7 @@ func (p *pod) check() (err error) {
 		return fmt.Errorf("reading: %w", err)
 	default:
 	}
-	// A page of a mapped file that cannot be read is a signal.
+	// An unreadable page of a mapped file raises a signal.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if r := recover(); r != nil {

@@ -24,24 +24,23 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
-// cuts is how many times the power is cut: cutsSelected in a selection.
+// cuts is the number of power cuts, cutsSelected in a selection.
 const (
 	cuts         = 400
 	cutsSelected = 12
 )
 
-// moment is what the daemon had acknowledged, and what it had been asked for, when the
-// disk had seen so many writes and flushes.
+// moment is what the daemon had acknowledged, and been asked for, after that many
+// writes and flushes.
 type moment struct {
 	position int
 	must     map[string]*model
 	may      map[string]bool
 }
 
-// The daemon's root and containerd's content are on a disk whose power is cut at random
-// moments of an hour in the life of a node, which takes some seconds here. In every
-// other case the disk has lost some of what it was not told to keep.
-func TestThePowerIsCutAtAnyMoment(t *testing.T) {
+// The daemon's root and containerd's content survive a power cut at random moments of a
+// busy node's life. In every other case the disk also loses unflushed writes.
+func TestTheDaemonSurvivesAPowerCutAtAnyMoment(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)
 	number := cutsSelected
@@ -59,13 +58,13 @@ func TestThePowerIsCutAtAnyMoment(t *testing.T) {
 	t.Logf("%d distinct cuts survived, %d lost, in %v", p.distinct-len(p.lost), len(p.lost), time.Since(began).Round(time.Second))
 }
 
-// powerCuts is how many cuts went.
+// powerCuts counts the outcomes.
 type powerCuts struct {
 	writes, bytes, flushes, acknowledged, distinct int
 	lost                                           []error
 }
 
-// powerCut has the daemon live once, and the power cut so many times.
+// powerCut runs the daemon once and cuts the power that many times.
 func (c campaign) powerCut(m *models, number int) (done powerCuts, err error) {
 	dir := filepath.Join(c.dir, "live")
 	if err := os.Mkdir(dir, 0o755); err != nil {
@@ -118,8 +117,8 @@ func acknowledged(moments []moment) (number int) {
 	return number
 }
 
-// live has the daemon do everything that it does, with the disk, and returns what it
-// had acknowledged when.
+// live makes the daemon do everything it can on the disk, and returns what it had
+// acknowledged when.
 func (c campaign) live(d *disk, m *models) (moments []moment, err error) {
 	h, err := newHost(filepath.Join(d.dir, "host"), d.mounted, c.program, c.containerd, "")
 	if err != nil {
@@ -141,34 +140,34 @@ func (c campaign) live(d *disk, m *models) (moments []moment, err error) {
 	if err := h.start(false, false, nil, false); err != nil {
 		return nil, err
 	}
-	drop := func(n int) func() error {
+	endPods := func(n int) func() error {
 		return func() error {
 			for range n {
-				if err := h.drop(h.pods[0]); err != nil {
+				if err := h.end(h.pods[0]); err != nil {
 					return err
 				}
 			}
 			return nil
 		}
 	}
-	show := func(of *model) func() error {
+	mountModel := func(of *model) func() error {
 		return func() error { return do(h.pull(of), func() error { return h.run(of) }) }
 	}
-	// Longer than the file system waits until it commits by itself.
+	// Wait longer than the file system's commit interval.
 	wait := func() error { time.Sleep(1100 * time.Millisecond); return nil }
 	for range 2 {
 		if err := do(nil,
-			show(m.raw), show(m.mixed), show(m.raw), wait,
+			mountModel(m.raw), mountModel(m.mixed), mountModel(m.raw), wait,
 			func() error { return do(h.pull(m.gzip), func() error { return h.unpack(m.gzip) }) },
 			func() error { return do(h.pull(m.zstd), func() error { return h.record(m.zstd) }) },
 			h.image,
-			drop(2), wait,
-			show(m.half), show(m.otherHalf), show(m.tar), drop(2),
+			endPods(2), wait,
+			mountModel(m.half), mountModel(m.otherHalf), mountModel(m.tar), endPods(2),
 			func() error { return h.remove(m.half, m.mixed) }, h.cleanup,
 			func() error { return h.stop(syscall.SIGTERM) }, func() error { return h.start(false, false, nil, false) },
-			show(m.mixed), wait,
+			mountModel(m.mixed), wait,
 			func() error { return h.stop(syscall.SIGKILL) }, func() error { return h.start(false, false, nil, false) },
-			drop(1), h.cleanup,
+			endPods(1), h.cleanup,
 		); err != nil {
 			return nil, err
 		}
@@ -176,9 +175,9 @@ func (c campaign) live(d *disk, m *models) (moments []moment, err error) {
 	return moments, do(wait(), h.empty, wait)
 }
 
-// writeBack writes now this file to the disk and now that one, as the kernel does: it
-// may write any of them at any moment, and half a minute is too long to wait for it. No
-// more is synced than that: sync_file_range(2) flushes and commits nothing.
+// writeBack writes random files to the disk, as the kernel may at any moment after half
+// a minute, for which we cannot wait. sync_file_range(2) flushes and commits nothing
+// else.
 func writeBack(root string) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var done sync.WaitGroup
@@ -207,7 +206,7 @@ func writeBack(root string) (stop func()) {
 	}
 }
 
-// recovered boots a node with what the disk holds after the cut, and checks it.
+// recovered boots a node with the disk's content after the cut and checks it.
 func (c campaign) recovered(dir string, d *disk, at cut, moments []moment, m *models) (err error) {
 	image, mounted := filepath.Join(dir, "image"), filepath.Join(dir, "disk")
 	if err := os.MkdirAll(mounted, 0o755); err != nil {
@@ -233,7 +232,7 @@ func (c campaign) recovered(dir string, d *disk, at cut, moments []moment, m *mo
 	if err := h.start(false, false, nil, false); err != nil {
 		return fmt.Errorf("start again: %w", err)
 	}
-	// The pods' images are pulled again where they are not there.
+	// Missing images of the pods are pulled again.
 	if err := do(h.pull(m.all()...), h.checkSnapshots, func() error { return h.checkNext(m.all()) }); err != nil {
 		return err
 	}

@@ -27,25 +27,24 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
-// scenario is something that the daemon does, at every operation of which it is
-// killed.
+// scenario is a task of the daemon; the daemon is killed at each of its operations.
 type scenario struct {
 	name string
 	toml string // of the daemon's configuration
-	// early has it decompress layers while they are pulled. Elsewhere it does not, so
-	// that it is known what it does when.
-	early bool
-	// apart has containerd's content on another file system than the daemon's root.
+	// decompressOnPull lets the daemon decompress layers during a pull. Otherwise this
+	// is off, so that the order of operations is known.
+	decompressOnPull bool
+	// apart puts containerd's content on another file system than the daemon's root.
 	apart bool
-	// before makes what there is before; the daemon runs, and if act is its start is
-	// then killed.
+	// before prepares the host while the daemon runs. If act is nil, the daemon's next
+	// start is killed.
 	before func(*host) error
-	// starting has the daemon killed from the first operation of its start on.
+	// starting kills the daemon from the first operation of its start.
 	starting bool
-	// act does it; nil is the start alone. A daemon that is killed makes it fail.
+	// act runs the task; nil is the start alone. It fails when the daemon is killed.
 	act func(*host) error
-	// next are the models of the pods that are run when the daemon has been started
-	// again. again is what else must work then.
+	// next are the models of pods that must run after the restart; again is what else
+	// must work then.
 	next  []*model
 	again func(*host) error
 }
@@ -53,39 +52,39 @@ type scenario struct {
 // modes is a configuration with these modes.
 func modes(raw, tar string) string { return fmt.Sprintf("raw_mode = %q\ntar_mode = %q\n", raw, tar) }
 
-// scenarios are all of them.
+// scenarios returns all scenarios.
 func scenarios(m *models) (all []*scenario) {
-	shown := func(name, toml string, of *model) *scenario {
+	mounted := func(name, toml string, of *model) *scenario {
 		return &scenario{
 			name: name, toml: toml, next: []*model{of},
 			before: func(h *host) error { return h.pull(of) },
 			act:    func(h *host) error { return h.run(of) },
 		}
 	}
-	// Building a tree and taking its first view, of every kind and by every mode.
+	// Build and mount a tree of every kind by every mode.
 	for _, of := range m.all()[:5] {
-		all = append(all, quietly(shown("mount "+of.name, "", of)))
+		all = append(all, quietly(mounted("mount "+of.name, "", of)))
 	}
 	for _, way := range [][2]string{{"overlay", "erofs-loop"}, {"overlay", "extract"}, {"link", "extract"}, {"copy", "erofs-buffered"}, {"copy", "extract"}} {
-		all = append(all, quietly(shown("mount mixed, "+way[0]+" and "+way[1], modes(way[0], way[1]), m.mixed)))
+		all = append(all, quietly(mounted("mount mixed, "+way[0]+" and "+way[1], modes(way[0], way[1]), m.mixed)))
 	}
-	apart := quietly(shown("mount mixed, whose blobs cannot be linked", "", m.mixed))
+	apart := quietly(mounted("mount mixed, whose blobs cannot be linked", "", m.mixed))
 	apart.apart = true
-	refused := quietly(shown("refuse a wrong DiffID", "", m.refused))
+	refused := quietly(mounted("refuse a wrong DiffID", "", m.refused))
 	refused.act = func(h *host) error {
 		if err := h.run(m.refused); err == nil || !strings.Contains(err.Error(), m.refused.refused) {
 			return fmt.Errorf("the pod is told %w", err)
 		}
 		return nil
 	}
-	shifted := shown("mount mixed in a user namespace, and unmount it", "", m.mixed)
+	shifted := mounted("mount mixed in a user namespace, and unmount it", "", m.mixed)
 	shifted.act = func(h *host) error {
 		if err := h.run(inUserns(m.mixed), userns); err != nil {
 			return err
 		}
-		return do(h.drop(h.pods[0]), h.cleanup)
+		return do(h.end(h.pods[0]), h.cleanup)
 	}
-	copied := shown("mount mixed in a user namespace, of a tree of files", modes("overlay", "extract"), m.mixed)
+	copied := mounted("mount mixed in a user namespace, of a tree of files", modes("overlay", "extract"), m.mixed)
 	copied.act = func(h *host) error { return h.run(inUserns(m.mixed), userns) }
 
 	runs := func(of ...*model) func(*host) error {
@@ -99,7 +98,7 @@ func scenarios(m *models) (all []*scenario) {
 	}
 	dropAll := func(h *host) error {
 		for len(h.pods) > 0 {
-			if err := h.drop(h.pods[0]); err != nil {
+			if err := h.end(h.pods[0]); err != nil {
 				return err
 			}
 		}
@@ -116,7 +115,7 @@ func scenarios(m *models) (all []*scenario) {
 			name: "unmount one that shares a compressed layer, and delete it", next: []*model{m.half, m.otherHalf},
 			before: runs(m.half, m.otherHalf),
 			act: func(h *host) error {
-				return do(h.drop(h.pods[0]), func() error { return h.remove(m.half) }, h.cleanup)
+				return do(h.end(h.pods[0]), func() error { return h.remove(m.half) }, h.cleanup)
 			},
 		},
 		&scenario{
@@ -129,7 +128,7 @@ func scenarios(m *models) (all []*scenario) {
 					}
 				}
 				for range 3 {
-					if err := h.drop(h.pods[1]); err != nil {
+					if err := h.end(h.pods[1]); err != nil {
 						return err
 					}
 				}
@@ -163,7 +162,7 @@ func scenarios(m *models) (all []*scenario) {
 			},
 		},
 		&scenario{
-			name: "decompress during a pull", early: true, next: []*model{m.zstd},
+			name: "decompress during a pull", decompressOnPull: true, next: []*model{m.zstd},
 			act: func(h *host) error {
 				if err := h.pull(m.zstd); err != nil {
 					return err
@@ -175,7 +174,7 @@ func scenarios(m *models) (all []*scenario) {
 			},
 		},
 		&scenario{
-			name: "give up a pull", early: true, next: []*model{m.gzip},
+			name: "give up a pull", decompressOnPull: true, next: []*model{m.gzip},
 			act: func(h *host) error {
 				for _, blob := range m.gzip.files[:len(m.gzip.files)-1] {
 					if err := m.gzip.deliver(h.content, blob, false); err != nil {
@@ -233,7 +232,7 @@ func scenarios(m *models) (all []*scenario) {
 			name: "start after a reboot", starting: true, next: everything,
 			before: func(h *host) error { return do(runs(everything...)(h), h.reboot) },
 			act: func(h *host) error {
-				// containerd starts the pods again, whose snapshots it knows.
+				// containerd restarts the pods, whose snapshots it knows.
 				for key, of := range h.must {
 					ctx, cancel := h.context()
 					mounts, err := h.Mounts(ctx, key)
@@ -251,7 +250,7 @@ func scenarios(m *models) (all []*scenario) {
 		&scenario{
 			name: "start with another mode", starting: true, next: everything,
 			before: func(h *host) error {
-				if err := do(runs(everything...)(h), func() error { return h.drop(h.pods[2]) }, h.cleanup); err != nil {
+				if err := do(runs(everything...)(h), func() error { return h.end(h.pods[2]) }, h.cleanup); err != nil {
 					return err
 				}
 				return h.configure(modes("overlay", "extract"))
@@ -284,7 +283,7 @@ func scenarios(m *models) (all []*scenario) {
 	)
 }
 
-// do does one thing after the other, until one fails; the first has been done already.
+// do runs functions until one fails; the first error is of one that already ran.
 func do(err error, steps ...func() error) error {
 	for _, step := range steps {
 		if err != nil {
@@ -295,7 +294,8 @@ func do(err error, steps ...func() error) error {
 	return err
 }
 
-// quietly adds a garbage collection to a scenario, so that all that it does has been done.
+// quietly adds a garbage collection to a scenario, so that all its background work has
+// ended.
 func quietly(s *scenario) *scenario {
 	act := s.act
 	s.act = func(h *host) error {
@@ -317,14 +317,13 @@ func entries(dir string) []string {
 	return found
 }
 
-// treeOf is the directory of the model's Tree, below trees/ and below mounts/.
+// treeOf is the directory name of the model's tree, below trees/ and mounts/.
 func treeOf(m *model) string { return "sha256-" + m.manifest.Digest.Encoded() }
 
-// errNotDone is that of something that the daemon does by itself.
+// errNotDone means that the daemon did not do something by itself.
 var errNotDone = errors.New("the daemon does not do what is waited for")
 
-// await waits until the daemon has done something by itself, which after a fault it need
-// not.
+// await waits until the daemon has done something by itself; after a fault it need not.
 func (h *host) await(done func() bool) error {
 	limit, failed := time.After(patience), false
 	for !done() {
@@ -350,7 +349,7 @@ func userns(i *snapshots.Info) error {
 	})(i)
 }
 
-// inUserns is the model as such a pod has it.
+// inUserns is the model as such a pod sees it.
 func inUserns(m *model) *model {
 	shifted := *m
 	shifted.want = slices.Clone(m.want)
@@ -361,9 +360,8 @@ func inUserns(m *model) *model {
 	return &shifted
 }
 
-// reboot is what a reboot does to a node: pods, mounts and the state directory have
-// gone, and the kernel has another boot ID than the one that the daemon has written
-// down. What containerd knows of its snapshots it still knows.
+// reboot simulates a reboot: pods, mounts and the state directory are gone, and the
+// kernel's boot ID differs from the recorded one. containerd still knows its snapshots.
 func (h *host) reboot() error {
 	if err := h.stop(syscall.SIGKILL); err != nil {
 		return err
@@ -383,7 +381,7 @@ func (h *host) reboot() error {
 	return h.bootedBefore()
 }
 
-// bootedBefore makes the boot that the daemon has written down one of before.
+// bootedBefore changes the recorded boot ID to an earlier boot's.
 func (h *host) bootedBefore() error {
 	name := filepath.Join(h.root, "boot")
 	boot, err := os.ReadFile(name)
@@ -397,7 +395,7 @@ func (h *host) bootedBefore() error {
 	return os.WriteFile(name, boot, 0o600)
 }
 
-// killedAt starts the daemon, to be killed at op while it shows the model.
+// killedAt starts the daemon, to be killed at op while it mounts the model.
 func (h *host) killedAt(op Op, m *model) error {
 	if err := h.stop(syscall.SIGKILL); err != nil {
 		return err
@@ -416,8 +414,8 @@ func (h *host) killedAt(op Op, m *model) error {
 	return nil
 }
 
-// record unpacks the model by the protocol of the remote snapshotters and runs a pod
-// with the committed snapshot.
+// record unpacks the model by the remote snapshotters' protocol and runs a pod on the
+// committed snapshot.
 func (h *host) record(m *model) error {
 	key := h.key(snapshot.UnpackKey("crash", m.manifest.Digest))
 	name := key + "/committed"
@@ -463,8 +461,8 @@ func (h *host) commit(name, key string, m *model) error {
 	return nil
 }
 
-// unpack unpacks the model as containerd's own unpacker does, layer by layer, and runs
-// a pod with it.
+// unpack unpacks the model layer by layer, as containerd's own unpacker does, and runs
+// a pod on it.
 func (h *host) unpack(m *model) error {
 	parent := ""
 	for i, layer := range m.layers {
@@ -488,7 +486,7 @@ func (h *host) unpack(m *model) error {
 	return h.view(parent, ofLayers(m))
 }
 
-// ofLayers is the model as its layers alone show it, without the time in the config.
+// ofLayers is the model from its layers alone, without the config's time.
 func ofLayers(m *model) *model {
 	alone := *m
 	alone.want = slices.Clone(m.want)
@@ -500,7 +498,7 @@ func ofLayers(m *model) *model {
 	return &alone
 }
 
-// image does with the snapshots of an container image what a container of it takes.
+// image creates the snapshots of a container image and of a container on it.
 func (h *host) image() error {
 	key, name := h.key("extract-1 layer"), h.key("layer")
 	mounts, err := h.ask(key, nil, func(ctx context.Context) ([]mount.Mount, error) { return h.Prepare(ctx, key, "") })
@@ -517,7 +515,7 @@ func (h *host) image() error {
 	if mounts, err = h.ask(container, nil, func(ctx context.Context) ([]mount.Mount, error) { return h.Prepare(ctx, container, name) }); err != nil {
 		return err
 	}
-	root := filepath.Join(h.dir, "shown")
+	root := filepath.Join(h.dir, "mounted")
 	if err := errors.Join(os.MkdirAll(root, 0o755), mount.All(mounts, root)); err != nil {
 		return err
 	}

@@ -22,7 +22,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
-// tampering is what somebody does to a blob in containerd's content store.
+// tampering is a change to a blob in containerd's content store.
 type tampering struct {
 	name string
 	do   func(blob string, other []byte) error
@@ -39,26 +39,25 @@ var tamperings = []tampering{
 		return errors.Join(err, f.Close())
 	}},
 	{"another file", func(blob string, other []byte) error {
-		aside := filepath.Join(filepath.Dir(blob), "aside")
-		return errors.Join(os.WriteFile(aside, other, 0o444), os.Rename(aside, blob))
+		replacement := filepath.Join(filepath.Dir(blob), "replacement")
+		return errors.Join(os.WriteFile(replacement, other, 0o444), os.Rename(replacement, blob))
 	}},
 	{"gone", func(blob string, _ []byte) error { return os.Remove(blob) }},
 }
 
-// store is how the daemon comes by the content of the weights.
+// store is a way of the daemon to obtain the content of the weights.
 type store struct {
 	*scenario
 	of, other *model
-	// linked is whether a tree has the very file of the content store.
+	// linked reports whether the tree hard-links the content store's file.
 	linked bool
 }
 
-// What has passed the daemon by is right or refused: what is decompressed or copied is
-// checked. A file that is linked is the content store's, whose bytes containerd has
-// checked when it stored them: whatever becomes of its name, the tree has the file; what
-// is done to its bytes, or was done before it was linked, the volume shows as the store
-// has it, and neither more nor anything else.
-func TestABlobIsTamperedWithDuringABuild(t *testing.T) {
+// Tampered content is never mounted silently: decompressed or copied content is
+// verified, so it is right or refused. containerd verified a linked file's bytes when
+// it stored them: if its name changes, the tree still has the file; if its bytes
+// change, the volume has the content store's bytes and nothing else.
+func TestATamperedBlobIsNotMountedSilently(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)
 	c := campaign{shortDir(t), program, startContainerd(t)}
@@ -119,9 +118,9 @@ func TestABlobIsTamperedWithDuringABuild(t *testing.T) {
 	t.Logf("%v in %v", total, time.Since(began).Round(time.Second))
 }
 
-// tampered tampers with the blob of the weights at an operation of a build and says what
-// the volume shows: "right", "refused", or "as the store has it".
-func (l *life) tampered(s store, at Op, how tampering) (shown string, err error) {
+// tampered changes the weights' blob at an operation of a build and returns what the
+// volume contains: "right", "refused", or "as the store has it".
+func (l *life) tampered(s store, at Op, how tampering) (mounted string, err error) {
 	if err := l.host(); err != nil {
 		return "", err
 	}
@@ -152,16 +151,16 @@ func (l *life) tampered(s store, at Op, how tampering) (shown string, err error)
 	case err != nil && !strings.Contains(err.Error(), "layer "):
 		return "", fmt.Errorf("it does not say where: %w", err)
 	case err != nil:
-		shown = "refused"
+		mounted = "refused"
 	default:
-		if shown, err = s.compare(h, mounts); err != nil {
+		if mounted, err = s.compare(h, mounts); err != nil {
 			return "", err
 		}
 		if hit == 0 {
-			shown = "not met"
+			mounted = "not met"
 		}
 	}
-	// The advice is to delete the image and to pull it again.
+	// The error advises to delete the image and to pull it again.
 	delete(h.must, key)
 	h.may[key] = true
 	steps := []func() error{
@@ -175,24 +174,23 @@ func (l *life) tampered(s store, at Op, how tampering) (shown string, err error)
 	}
 	for _, step := range steps {
 		if err := step(); err != nil {
-			return shown, fmt.Errorf("pulled again after it was %s: %w", shown, err)
+			return mounted, fmt.Errorf("pulled again after it was %s: %w", mounted, err)
 		}
 	}
 	clear(h.may)
-	return shown, nil
+	return mounted, nil
 }
 
-// compare compares a volume with the model, and where that may be, with what the content
-// store has.
+// compare compares a volume with the model or, where allowed, with the content store.
 func (s store) compare(h *host, mounts []mount.Mount) (string, error) {
-	err := h.shows(mounts, s.of)
+	err := h.compare(mounts, s.of)
 	if err == nil {
 		return "right", nil
 	}
 	if !s.linked {
 		return "", err
 	}
-	target := filepath.Join(h.dir, "shown")
+	target := filepath.Join(h.dir, "mounted")
 	if err := mount.All(mounts, target); err != nil {
 		return "", err
 	}
@@ -210,7 +208,7 @@ func (s store) compare(h *host, mounts []mount.Mount) (string, error) {
 	return "", errors.Join(err, rerr)
 }
 
-// blob is that of the weights, as it was packed.
+// blob is the weights' packed blob.
 func (m *model) blob() string {
 	return filepath.Join(m.blobs, "blobs", "sha256", m.layers[weights].Digest.Encoded())
 }

@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Process is a program that is traced.
+// Process is a traced program.
 type Process struct {
 	pid  int
 	dirs []string
@@ -44,8 +44,8 @@ type Process struct {
 type Program struct {
 	Args, Env []string
 	Log       *os.File // its output
-	// Dirs are those in which operations count; those on mounts and on loop devices
-	// always do.
+	// Dirs are the directories whose operations count. Operations on mounts and loop
+	// devices always count.
 	Dirs []string
 	// Armed arms it from the beginning, with Target and After.
 	Armed  bool
@@ -53,13 +53,13 @@ type Program struct {
 	After  bool
 	// Fault is injected from the beginning; see Inject.
 	Fault *Fault
-	// Reads has operations that only read count, too.
+	// Reads also counts operations that only read.
 	Reads bool
-	// Clock lets Skew work.
+	// Clock enables Skew.
 	Clock bool
 }
 
-// Start starts the program and returns when it runs.
+// Start returns once the program runs.
 func (program Program) Start() (*Process, error) {
 	p := &Process{dirs: program.Dirs, done: make(chan struct{})}
 	if p.Arm(program.Target, program.After); !program.Armed {
@@ -82,9 +82,9 @@ func (p *Process) PID() int { return p.pid }
 // Done is closed when it has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
-// Arm begins to count, and if target is not nil has the program killed there: before
-// the operation begins, or after it has ended. A target without a call is whatever is
-// the Nth operation.
+// Arm starts counting. If target is not nil, the program is killed there: before the
+// operation, or after it. A target without a call matches the Nth operation of any
+// kind.
 func (p *Process) Arm(target *Op, after bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -92,13 +92,13 @@ func (p *Process) Arm(target *Op, after bool) {
 	p.target, p.after = target, after
 }
 
-// begin begins to count.
+// begin starts counting.
 func (p *Process) begin() {
 	p.armed, p.target, p.fault, p.hit = true, nil, nil, 0
 	p.counts, p.ops = map[string]int{}, nil
 }
 
-// Disarm ends that and returns the operations since.
+// Disarm stops counting and returns the operations since Arm.
 func (p *Process) Disarm() []Op {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -106,7 +106,7 @@ func (p *Process) Disarm() []Op {
 	return p.ops
 }
 
-// Killed is where the program was killed, nil if it was not.
+// Killed is the operation at which the program was killed, or nil.
 func (p *Process) Killed() *Op {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -122,10 +122,10 @@ func (p *Process) Signal(s syscall.Signal) error {
 	return err
 }
 
-// Status is how it ended; only when Done is closed.
+// Status is the exit status, valid once Done is closed.
 func (p *Process) Status() unix.WaitStatus { return p.status }
 
-// trace is the tracer, which the kernel takes for one thread.
+// trace is the tracer; it must stay on one thread.
 func (p *Process) trace(program Program, started chan<- error) {
 	runtime.LockOSThread() // for good: the thread ends with the goroutine
 	defer close(p.done)
@@ -145,7 +145,7 @@ func (p *Process) trace(program Program, started chan<- error) {
 		if len(due) > 0 {
 			options |= unix.WNOHANG
 		}
-		// By its process group: the thread may have had other children before.
+		// Wait by process group: the thread may have other children.
 		tid, err := unix.Wait4(-p.pid, &status, options, nil)
 		if errors.Is(err, unix.EINTR) {
 			continue
@@ -206,7 +206,7 @@ func (p *Process) trace(program Program, started chan<- error) {
 	}
 }
 
-// launch starts the launcher, which becomes the program, and lets it go.
+// launch starts the launcher, which executes the program.
 func (p *Process) launch(self string, program Program) (err error) {
 	p.pid, err = syscall.ForkExec(self, append([]string{self}, program.Args...), &syscall.ProcAttr{
 		Env:   append(program.Env, launching+"="+program.stops()),
@@ -228,7 +228,7 @@ func (p *Process) launch(self string, program Program) (err error) {
 	return os.NewSyscallError("ptrace PTRACE_CONT", unix.PtraceCont(p.pid, 0))
 }
 
-// verdict is what becomes of a process that has stopped.
+// verdict is what to do with a stopped process.
 type verdict int
 
 const (
@@ -247,7 +247,7 @@ func (p *Process) delay() time.Duration {
 	return p.fault.Delay
 }
 
-// stopped is told that a thread is about to do something that may count.
+// stopped handles a thread that is about to begin an operation that may count.
 func (p *Process) stopped(tid int) verdict {
 	p.mu.Lock()
 	defer p.mu.Unlock()

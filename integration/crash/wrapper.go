@@ -19,26 +19,26 @@ import (
 	"time"
 )
 
-// Wrapper is a program that somebody else starts in the place of the daemon, and that
-// starts the daemon traced. It ends with it, and the daemon with it.
+// Wrapper is a program that others start in place of the daemon. It starts the daemon
+// traced; each ends with the other.
 type Wrapper struct {
-	// Path is where it is.
+	// Path is the wrapper's path.
 	Path string
 	dir  string
 }
 
-// wrapping is set in the environment of the wrapper to the directory in which it is
-// told what to do.
+// wrapping is the environment variable with the directory of the wrapper's control
+// files.
 const wrapping = "ARTIFACT_SNAPSHOTTER_TEST_WRAP"
 
-// The files in it.
+// The control files.
 const (
 	orderFile  = "order"  // the number of an operation; removed when it is armed
 	pidFile    = "pid"    // the wrapper's
 	killedFile = "killed" // where the daemon was killed
 )
 
-// NewWrapper makes a wrapper of the program in dir.
+// NewWrapper creates a wrapper of the program in dir.
 func NewWrapper(dir, program string) (*Wrapper, error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -49,7 +49,7 @@ func NewWrapper(dir, program string) (*Wrapper, error) {
 	return w, os.WriteFile(w.Path, []byte(script), 0o755)
 }
 
-// Arm has the daemon killed at its nth operation from now on.
+// Arm kills the daemon at its nth operation from now on.
 func (w *Wrapper) Arm(nth int) error {
 	order := filepath.Join(w.dir, orderFile)
 	text, err := os.ReadFile(filepath.Join(w.dir, pidFile))
@@ -75,7 +75,8 @@ func (w *Wrapper) Arm(nth int) error {
 	return errors.New("the wrapper does not take orders")
 }
 
-// Killed is where the daemon was killed since Arm; false if it was not yet.
+// Killed is the operation at which the daemon was killed since Arm; false if it was
+// not.
 func (w *Wrapper) Killed() (at string, ok bool) {
 	text, err := os.ReadFile(filepath.Join(w.dir, killedFile))
 	return string(text), err == nil

@@ -300,7 +300,7 @@ func modesOf(t *testing.T, series map[string]float64) (raw, tar string) {
 			continue
 		}
 		if raw != "" {
-			t.Errorf("Trees are laid out in several ways: %q", key)
+			t.Errorf("trees have several modes: %q", key)
 		}
 		_, err := fmt.Sscanf(strings.ReplaceAll(key, ",", " "), "trees{raw=%q tar=%q}", &raw, &tar)
 		check(t, err)

@@ -99,7 +99,7 @@ func supportProbes() (probes []probe) {
 	}{
 		{"raw layers", pack.Raw}, {"tar layers", pack.Tar}, {"tar+gzip layers", pack.TarGzip}, {"tar+zstd layers", pack.TarZstd},
 		{"layers that are not ModelPack's, with titles", pack.Generic},
-		{"raw layers with the names from before the CNCF", pack.Legacy}, {"tar layers with the names from before the CNCF", pack.LegacyTar},
+		{"raw layers with the legacy media types", pack.Legacy}, {"tar layers with the legacy media types", pack.LegacyTar},
 	} {
 		probes = append(probes, probe{of.name, func(t *testing.T, n *node.Node, src string) string {
 			return filesOf(wantTree(t, src, of.form), shown(t, n, node.PodSpec{Volumes: []node.Volume{{Image: pulled(t, n, src, of.form), Path: "/model"}}}))

@@ -281,7 +281,7 @@ func (d *demo) compareInodes() error {
 	return nil
 }
 
-// tree is where the daemon keeps the model's Tree (package view).
+// tree is where the daemon keeps the model's tree (package store).
 func (d *demo) tree() string {
 	return filepath.Join(d.ours.DaemonRoot, "trees", d.model.Algorithm().String()+"-"+d.model.Encoded())
 }
@@ -405,7 +405,7 @@ func (d *demo) remove() error {
 		return err
 	}
 	// Both remove what they have on the disk in the background; where no event
-	// tells the daemon, it looks every minute (package view).
+	// tells the daemon, it looks every minute (package store).
 	for deadline := time.Now().Add(90 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 		now, err := d.diskUse()
 		if err != nil {

@@ -12,9 +12,9 @@ import (
 	"text/template"
 )
 
-// containerdConfig keeps all that containerd writes below the node's directory
-// (before 2.3 the sockets of its shims are in /run/containerd/s). Every containerd
-// from 2.1 on reads this version.
+// containerdConfig keeps everything that containerd writes below the node's directory
+// (before 2.3 its shims' sockets are in /run/containerd/s). Every containerd from 2.1
+// on reads this version.
 const containerdConfig = `version = 3
 root = '{{.Root}}'
 state = '{{.State}}'
@@ -50,7 +50,7 @@ imports = ['{{.Dir}}/containerd.d/*.toml']
     conf_dir = '{{.Dir}}/cni'
 `
 
-// daemonConfig is the daemon's, beside its flags.
+// daemonConfig is the daemon's configuration, beside its flags.
 const daemonConfig = `{{.DaemonConfig}}
 {{if or .NRI .NRIConfig -}}
 [nri]
@@ -59,9 +59,9 @@ socket = '{{.Dir}}/nri.sock'
 {{.NRIConfig}}
 {{end}}`
 
-// snippetConfig is what the daemon has to know to print the part of containerd's
-// configuration that makes it the snapshotter of the whole node, and the tool to
-// find the two.
+// snippetConfig tells the daemon where containerd is, so that it can print the
+// containerd configuration that makes it the whole node's snapshotter; the tool finds
+// both by it.
 const snippetConfig = `root = '{{.DaemonRoot}}'
 state = '{{.DaemonState}}'
 address = '{{.Dir}}/daemon.sock'
@@ -79,8 +79,8 @@ const handlerConfig = `version = 3
   Root = '{{.Dir}}/runc'
 `
 
-// cniConfig gives a pod that has a network of its own a pair of devices, which
-// go with the pod; a bridge would stay.
+// cniConfig gives a pod with its own network a pair of devices, which disappear with
+// the pod; a bridge would stay.
 const cniConfig = `{
   "cniVersion": "1.0.0",
   "name": "test",
@@ -156,7 +156,7 @@ func (n *Node) writeConfig() error {
 	return errors.Join(errs...)
 }
 
-// writeSnippet gives containerd the very text that users paste.
+// writeSnippet gives containerd exactly the text that users paste.
 func (n *Node) writeSnippet() error {
 	bin, err := findDaemon()
 	if err != nil {
@@ -189,7 +189,7 @@ func (n *Node) startRegistry() (err error) {
 	return err
 }
 
-// spawnRegistry lets the kernel choose the port, which the log tells.
+// spawnRegistry lets the kernel choose the port and reads it from the log.
 func (n *Node) spawnRegistry(name, config string) (p *process, host string, err error) {
 	if err := n.writeFile(name+".yaml", config); err != nil {
 		return nil, "", err

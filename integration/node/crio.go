@@ -15,11 +15,11 @@ import (
 	"syscall"
 )
 
-// ErrNoCRIO is what a node with Options.CRIO needs and the machine does not have.
+// ErrNoCRIO means that Options.CRIO needs CRI-O and the machine has none.
 var ErrNoCRIO = errors.New("CRI-O was not found: CONTRIBUTING.md says how to get crio, pinns and conmon; " +
 	"put them into PATH or the tools' directory, or set ARTIFACT_SNAPSHOTTER_CRIO to the directory that has them")
 
-// crioConfig keeps all that CRI-O writes below the node's directory.
+// crioConfig keeps everything that CRI-O writes below the node's directory.
 const crioConfig = `[crio]
 root = '{{.Root}}'
 runroot = '{{.State}}'
@@ -75,7 +75,7 @@ location = '{{.Registry}}'
 insecure = true
 `
 
-// crioStorage stands for the machine's own file, which is not the node's.
+// crioStorage replaces the machine's own storage configuration.
 const crioStorage = `[storage]
 driver = 'overlay'
 graphroot = '{{.Root}}'
@@ -84,11 +84,10 @@ runroot = '{{.State}}'
 
 const crioPolicy = `{"default": [{"type": "insecureAcceptAnything"}]}`
 
-// crioCache is where CRI-O notes which registry has which blob, whatever its
-// configuration says.
+// crioCache is where CRI-O caches blob locations; no configuration changes it.
 const crioCache = "/var/lib/containers"
 
-// crioPrograms are the paths of what CRI-O consists of.
+// crioPrograms are the paths of CRI-O's programs.
 type crioPrograms struct{ Crio, Pinns, Conmon string }
 
 // FindCRIO returns CRI-O's program, or ErrNoCRIO.
@@ -101,8 +100,8 @@ func FindCRIO() (string, error) {
 	return programs.Crio, err
 }
 
-// findCRIO looks in ARTIFACT_SNAPSHOTTER_CRIO, PATH and the tools' directory, each
-// program for itself: a distribution has conmon where a checkout has the others.
+// findCRIO searches ARTIFACT_SNAPSHOTTER_CRIO, PATH and the tools' directory for each
+// program separately, because distributions install conmon elsewhere.
 func findCRIO(tools string) (found crioPrograms, err error) {
 	for _, p := range []struct {
 		name string
@@ -125,8 +124,7 @@ func findCRIO(tools string) (found crioPrograms, err error) {
 	return found, nil
 }
 
-// CRIOVersion is what CRI-O says it is: its version and the commit that it was built of,
-// if it knows that.
+// CRIOVersion is CRI-O's version, with its commit if known.
 func CRIOVersion() (string, error) {
 	program, err := FindCRIO()
 	if err != nil {

@@ -10,8 +10,8 @@ import (
 	"go.etcd.io/bbolt"
 )
 
-// CheckDatabase checks a bbolt database that nobody writes to, as `bbolt check` does. One
-// that is locked for longer than five seconds is an error.
+// CheckDatabase checks a bbolt database without writers, as `bbolt check` does. It
+// fails if the database is locked for more than five seconds.
 func CheckDatabase(path string) error {
 	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, Timeout: 5 * time.Second})
 	if err != nil {

@@ -17,13 +17,12 @@ import (
 	"time"
 )
 
-// kubeletName is the name of the Kubernetes node. An address spares kubelet a
-// question to a name server.
+// kubeletName is the Kubernetes node's name. An address needs no name server.
 const kubeletName = "127.0.0.1"
 
-// kubeletConfig is a KubeletConfiguration (kubelet.config.k8s.io/v1beta1) for a
-// kubelet without a cluster, on a machine that is not its own: no control
-// group, mount, firewall rule or file outside of the node's directory.
+// kubeletConfig is a KubeletConfiguration (kubelet.config.k8s.io/v1beta1) without a
+// cluster, on a machine that kubelet does not own: no control group, mount, firewall
+// rule or file outside the node's directory.
 func (n *Node) kubeletConfig(port int) map[string]any {
 	return map[string]any{
 		"apiVersion":                      "kubelet.config.k8s.io/v1beta1",
@@ -53,12 +52,11 @@ func (n *Node) kubeletConfig(port int) map[string]any {
 	}
 }
 
-// kubeletScript starts kubelet in a mount namespace of its own, in which the
-// kernel parameters that kubelet would set have the values that it wants, and
-// /var/log and /var/lib, where it makes links to logs and a directory whatever
-// its configuration says, are empty. What this node and other tests have mounted must
-// not be kept mounted by the namespace, which hears of no unmount where the host's mounts
-// are private. A machine's /var is its own.
+// kubeletScript starts kubelet in its own mount namespace. There, the kernel parameters
+// that kubelet would set already have its values, and /var/log and /var/lib, where it
+// always creates links and a directory, are empty. The namespace must not pin mounts of
+// this node or of other tests: it learns of no unmount if the host's mounts are
+// private. A machine has its own /var.
 const kubeletScript = `#!/bin/sh
 set -e
 awk -v tmp='{{.Temporary}}/' -v needed='{{.Dir}}/ {{.Tools}}/ {{.Containerd}}/' '
@@ -84,11 +82,10 @@ exec '{{.Tools}}/kubelet' --config '{{.Dir}}/kubelet.json' --root-dir '{{.Dir}}/
 	--hostname-override ` + kubeletName + ` --v 2 "$@"
 `
 
-// runcScript lets the pods of a kubelet run where not every OOM score is
-// allowed, since kubelet lowers that of static pods, and puts their control
-// groups, which have containerd's namespace for a parent because this kubelet
-// names none, where Stop looks for them.
-// Neither pattern can match inside of a string: its quotes are escaped there.
+// runcScript drops OOM scores that are not permitted here, because kubelet lowers those
+// of static pods. It also moves the pods' control groups, which this kubelet leaves to
+// containerd's namespace, to where Stop looks. Neither pattern can match inside a JSON
+// string, whose quotes are escaped.
 const runcScript = `#!/bin/sh
 set -e
 previous=
@@ -106,7 +103,7 @@ done
 exec '{{.Tools}}/runc' "$@"
 `
 
-// writeKubelet writes what kubelet needs before containerd starts.
+// writeKubelet writes kubelet's files, before containerd starts.
 func (n *Node) writeKubelet() error {
 	if err := os.MkdirAll(n.path("static-pods"), 0o711); err != nil {
 		return err
@@ -117,9 +114,8 @@ func (n *Node) writeKubelet() error {
 	)
 }
 
-// StartKubelet starts kubelet and returns when it answers. The fields of
-// config, a KubeletConfiguration, replace those of the node's; nil is none. The
-// node must have been started with Options.Kubelet.
+// StartKubelet starts kubelet and returns when it answers. The fields of config, a
+// KubeletConfiguration or nil, replace the node's. The node needs Options.Kubelet.
 func (n *Node) StartKubelet(config map[string]any) error {
 	if _, err := os.Stat(filepath.Join(n.tools, "kubelet")); err != nil {
 		return fmt.Errorf("kubelet is missing: run `make kubelet`: %w", err)
@@ -161,7 +157,7 @@ func (n *Node) StartKubelet(config map[string]any) error {
 	})
 }
 
-// freePort is a TCP port of the loopback interface that nobody listens on.
+// freePort is a free TCP port of the loopback interface.
 func freePort() (int, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -180,10 +176,9 @@ func (n *Node) StopKubelet() error {
 	return n.kubelet.stop(syscall.SIGTERM)
 }
 
-// RunStaticPod gives kubelet the pod, in the place of one of the same name, and
-// does not wait for it. Its name must be given; no image needs to have been
-// pulled but the containers'. A RuntimeHandler is not possible without a
-// cluster.
+// RunStaticPod gives kubelet a named pod, replacing one of the same name, and does not
+// wait. Only the containers' images must have been pulled. RuntimeHandler needs a
+// cluster and is not possible.
 func (n *Node) RunStaticPod(spec PodSpec) error {
 	if len(spec.Containers) == 0 {
 		spec.Containers = []Container{{}}
@@ -253,8 +248,8 @@ func (n *Node) RunStaticPod(spec PodSpec) error {
 // RunStaticManifest gives kubelet a pod of this name by its manifest, JSON or YAML,
 // as RunStaticPod does.
 func (n *Node) RunStaticManifest(name, text string) error {
-	// kubelet does not look at names that begin with a dot, and reads the file
-	// as soon as it has its name.
+	// kubelet ignores names that begin with a dot, and reads a file as soon as it has
+	// its final name.
 	draft := filepath.Join(n.path("static-pods"), ".draft")
 	if err := os.WriteFile(draft, []byte(text), 0o644); err != nil {
 		return err
@@ -280,14 +275,14 @@ func (n *Node) RemoveStaticPod(name string) error {
 	})
 }
 
-// StaticPod is what kubelet tells of a pod. Of a Pod's methods it has those that
-// do something in a container that runs; it is removed with RemoveStaticPod.
+// StaticPod is kubelet's status of a pod. It has the methods of Pod that work on a
+// running container; remove it with RemoveStaticPod.
 type StaticPod struct {
 	Pod
 	Status map[string]ContainerStatus // by the container's name
 }
 
-// ContainerStatus is Kubernetes' status of a container, as far as it is needed.
+// ContainerStatus is the part of Kubernetes' container status that tests need.
 type ContainerStatus struct {
 	ID        string // without "containerd://"
 	Restarts  int
@@ -297,7 +292,7 @@ type ContainerStatus struct {
 	Message   string    // what `kubectl describe pod` shows of that
 }
 
-// StaticPods returns what kubelet tells of all pods, by the names of their specs.
+// StaticPods returns the status of all pods by the names of their specs.
 func (n *Node) StaticPods() (map[string]StaticPod, error) {
 	client := http.Client{Timeout: 10 * time.Second}
 	resp, err := client.Get(n.kubeletPods)

@@ -18,8 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Mounts returns the mount points at or below dir, in the order in which they
-// were mounted.
+// Mounts returns the mount points at or below dir in mount order.
 func Mounts(dir string) ([]string, error) {
 	text, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -41,9 +40,9 @@ func Mounts(dir string) ([]string, error) {
 
 func within(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
 
-// Processes returns the processes with an argument that is a path at or below
-// dir, by process ID, with their command lines. A node's shims are among them:
-// their arguments name containerd's socket.
+// Processes returns command lines by process ID of processes with an argument that is a
+// path at or below dir. This includes the node's shims, whose arguments name
+// containerd's socket.
 func Processes(dir string) (map[int]string, error) {
 	names, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
@@ -67,8 +66,8 @@ func Processes(dir string) (map[int]string, error) {
 	return found, nil
 }
 
-// cleanUp removes what is left when all daemons have ended, and returns what
-// should not have been.
+// cleanUp removes leftovers once all daemons have ended, and returns those that should
+// already have been gone.
 func (n *Node) cleanUp() error {
 	var errs []error
 	if err := n.endProcesses(); err != nil {
@@ -84,7 +83,7 @@ func (n *Node) cleanUp() error {
 		errs = append(errs, os.RemoveAll(stray))
 	}
 	n.lastLogs = n.Logs()
-	// Never through a mount that is still there.
+	// Never delete through a remaining mount.
 	if left, err := Mounts(n.Dir); err != nil || len(left) > 0 {
 		errs = append(errs, fmt.Errorf("not removed because of mounts that stay: %q", left), err)
 	} else {
@@ -93,9 +92,9 @@ func (n *Node) cleanUp() error {
 	return errors.Join(errs...)
 }
 
-// endProcesses gives the shims, or conmons, which end by themselves after their last
-// container, ten seconds, and kills what is still there: containers, and shims
-// that name this node's containerd.
+// endProcesses waits ten seconds for shims or conmons, which end after their last
+// container, and kills the rest: containers, and shims that name this node's
+// containerd.
 func (n *Node) endProcesses() error {
 	left, err := n.waitForProcesses(10 * time.Second)
 	errs := []error{err}
@@ -111,8 +110,8 @@ func (n *Node) endProcesses() error {
 	return errors.Join(errs...)
 }
 
-// waitForProcesses returns the node's containers and shims as soon as there
-// are none, and at the latest after the given time.
+// waitForProcesses waits until the node has no containers and shims, at most the given
+// time, and returns the remaining ones.
 func (n *Node) waitForProcesses(limit time.Duration) (left map[int]string, err error) {
 	for deadline := time.Now().Add(limit); ; time.Sleep(10 * time.Millisecond) {
 		if left, err = n.processes(); err != nil || len(left) == 0 || time.Now().After(deadline) {
@@ -145,8 +144,8 @@ func (n *Node) processes() (map[int]string, error) {
 	return found, nil
 }
 
-// unmount unmounts all below the node's directory and the daemon's root, the
-// last mounted first.
+// unmount unmounts everything below the node's directory and the daemon's root in
+// reverse mount order.
 func (n *Node) unmount() error {
 	points, err := Mounts(n.Dir)
 	if err != nil {
@@ -157,7 +156,7 @@ func (n *Node) unmount() error {
 		if err != nil {
 			return err
 		}
-		// DaemonRoot itself may be a mount of the caller's.
+		// DaemonRoot may be a mount of the caller.
 		points = append(points, slices.DeleteFunc(daemons, func(point string) bool { return point == n.DaemonRoot })...)
 	}
 	var errs []error
@@ -172,9 +171,8 @@ func (n *Node) unmount() error {
 	return errors.Join(errs...)
 }
 
-// cgroups returns the directories of the pods' parent control group and all
-// below it, parents first, in every hierarchy: version 1 has one per
-// controller, version 2 one at all.
+// cgroups returns the pods' parent control group and all below it, parents first, in
+// every hierarchy: version 1 has one per controller, version 2 a single one.
 func (n *Node) cgroups() []string {
 	var found []string
 	tops, _ := filepath.Glob("/sys/fs/cgroup/*/" + n.cgroup) // the pattern is not malformed

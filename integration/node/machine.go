@@ -14,11 +14,11 @@ import (
 	"syscall"
 )
 
-// machineScript becomes systemd, the first process of a machine with namespaces of
-// its own for mounts, processes, control groups, host name and IPC. It has the
-// host's network, and /usr and kernel parameters that it cannot change. Its /etc,
-// /var, /usr/local and what containerd has in /run are in the node's directory,
-// which is at the same path as on the host, and so are the tools.
+// machineScript becomes systemd, the first process of a machine with its own namespaces
+// for mounts, processes, control groups, host name and IPC. It shares the host's
+// network, and cannot change /usr and kernel parameters. Its /etc, /var, /usr/local and
+// containerd's files in /run are in the node's directory, which has the same path as on
+// the host; so have the tools.
 const machineScript = `set -e
 root='{{.Dir}}/machine/root'
 mkdir -p "$root"
@@ -82,7 +82,7 @@ TasksMax=infinity
 WantedBy=multi-user.target
 `
 
-// machineKubelet is kubelet as a service, with what the host's runc is started by.
+// machineKubelet is kubelet as a service, with the script that starts the host's runc.
 const machineKubelet = `[Unit]
 Description=kubelet
 After=containerd.service
@@ -113,8 +113,8 @@ version = 3
       BinaryName = '{{.Dir}}/machine-runc.sh'
 `
 
-// machineRunc lets pods run where version 2 of control groups has no controller,
-// since the host uses those of version 1: no limit is set.
+// machineRunc sets no limits, so that pods run where control groups version 2 has no
+// controllers because the host uses version 1.
 const machineRunc = `#!/bin/sh
 set -e
 previous=
@@ -127,8 +127,7 @@ done
 exec '{{.Runc}}' "$@"
 `
 
-// masked are units of systemd that a machine without hardware of its own has no
-// use for, or that would reach the host's kernel.
+// masked are systemd units that need hardware or would affect the host's kernel.
 var masked = []string{
 	"dev-hugepages.mount", "sys-kernel-debug.mount", "sys-kernel-tracing.mount", "sys-fs-fuse-connections.mount",
 	"proc-sys-fs-binfmt_misc.automount", "systemd-sysctl.service", "systemd-modules-load.service", "systemd-binfmt.service",
@@ -183,10 +182,10 @@ func (n *Node) link(target, name string) error {
 	return os.Symlink(target, n.path(name))
 }
 
-// Boot starts the machine of a node with Options.Systemd that was shut down, and
-// returns when systemd has started all units and CRI answers.
+// Boot starts the machine of a node with Options.Systemd after Shutdown, and returns
+// when systemd has started all units and CRI answers.
 func (n *Node) Boot() error {
-	// With control groups of version 1, that of version 2 is beside them.
+	// With control groups version 1, version 2 has its own directory beside them.
 	groups := "/sys/fs/cgroup/unified"
 	if _, err := os.Stat(groups); errors.Is(err, fs.ErrNotExist) {
 		groups = "/sys/fs/cgroup"
@@ -219,8 +218,8 @@ func (n *Node) Boot() error {
 	})
 }
 
-// Shutdown ends the machine as `systemctl poweroff` does: every service is
-// stopped, and pods end. What is in memory alone is gone then, mounts and /run.
+// Shutdown ends the machine as `systemctl poweroff` does: services are stopped, pods
+// end, mounts and /run are gone.
 func (n *Node) Shutdown() error {
 	if !n.machine.running() {
 		return nil
@@ -230,12 +229,12 @@ func (n *Node) Shutdown() error {
 	if _, err := n.Run("systemctl", "--no-block", "poweroff"); err != nil {
 		return errors.Join(err, n.machine.stop(syscall.SIGKILL))
 	}
-	// unshare leaves SIGTERM to systemd, and ends with it.
+	// unshare forwards SIGTERM to systemd, and ends with it.
 	return errors.Join(err, n.machine.stop(syscall.SIGTERM))
 }
 
-// Run runs a command in the machine of a node with Options.Systemd, as its root
-// user, and returns what it printed. The error holds its standard error.
+// Run runs a command as root in the machine of a node with Options.Systemd and returns
+// its output. The error includes standard error.
 func (n *Node) Run(args ...string) (string, error) {
 	pid := n.machine.cmd.Process.Pid
 	children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))

@@ -1,10 +1,10 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package node runs a real node in a temporary directory: a registry,
-// containerd with its CRI service or CRI-O, the artifact-snapshotter daemon and,
-// if wanted, kubelet. Tests, the demo and benchmarks use it; nothing in it is
-// simulated, and nothing of it outlives [Node.Stop]. It needs root.
+// Package node runs a real node in a temporary directory: a registry, containerd with
+// its CRI service or CRI-O, the artifact-snapshotter daemon and optionally kubelet.
+// Tests, the demo and benchmarks use it. Nothing is simulated, and nothing outlives
+// [Node.Stop]. It needs root.
 package node
 
 import (
@@ -22,15 +22,15 @@ import (
 	"time"
 )
 
-// Options say what node to start. The zero value is a node whose snapshotter
-// is the daemon.
+// Options configure a node. The zero value is a node with the daemon as its
+// snapshotter.
 type Options struct {
 	// Stock leaves the daemon out: stock containerd, with overlayfs.
 	Stock bool
 
-	// NRI leaves stock containerd, with overlayfs, and makes the daemon a plugin of
-	// its NRI. [Node.WaitForNRI] waits until it is one. NRIConfig are more keys of the
-	// table of that name in the daemon's configuration file.
+	// NRI runs stock containerd, with overlayfs, and the daemon as its NRI plugin.
+	// [Node.WaitForNRI] waits for the registration. NRIConfig adds keys to the nri
+	// table of the daemon's configuration file.
 	NRI       bool
 	NRIConfig string
 
@@ -48,35 +48,34 @@ type Options struct {
 	// NativeUnpack lets containerd's own unpacker unpack artifacts.
 	NativeUnpack bool
 
-	// RaceDaemon runs a daemon that is built with Go's race detector.
+	// RaceDaemon builds the daemon with Go's race detector.
 	RaceDaemon bool
 
-	// Traces is the URL of a receiver of OTLP, to which containerd and the daemon
-	// send their spans; "" is none.
+	// Traces is the URL of an OTLP receiver for the spans of containerd and the daemon;
+	// "" is none.
 	Traces string
 
 	// Kubelet prepares the node for StartKubelet.
 	Kubelet bool
 
-	// CRIO runs CRI-O in containerd's place. Stock is stock CRI-O; otherwise
-	// the daemon is its NRI plugin. [ErrNoCRIO] is the error where there is none.
+	// CRIO runs CRI-O instead of containerd. With Stock it is stock CRI-O; otherwise
+	// the daemon is its NRI plugin. If CRI-O is missing, Start returns [ErrNoCRIO].
 	// CRIOConfig is TOML that CRI-O reads after its own configuration.
 	CRIO       bool
 	CRIOConfig string
 
-	// Systemd boots a machine in namespaces of its own, whose first process is
-	// systemd and where containerd is a service at its default places, with an
-	// /etc/containerd/config.toml that knows nothing of the daemon. What it takes
-	// to have that is for the caller, with Run. Only Stock goes with it, and the
-	// methods that start and stop daemons are not for it.
+	// Systemd boots a machine in its own namespaces. Its first process is systemd,
+	// containerd is a service at its default paths, and /etc/containerd/config.toml
+	// does not mention the daemon: the caller installs it, with Run. It requires Stock;
+	// the methods that start and stop daemons do not work with it.
 	Systemd bool
 
-	// DaemonRoot is where the daemon keeps what it keeps, "" a directory of
-	// the node's own, on the filesystem of containerd's content.
+	// DaemonRoot is the daemon's root; "" is a directory of the node on the file system
+	// of containerd's content.
 	DaemonRoot string
 
-	// ContainerdRoot is where containerd keeps what it keeps, its content included; ""
-	// is a directory of the node's own. Not with CRIO or Systemd.
+	// ContainerdRoot is containerd's root, including its content; "" is a directory of
+	// the node. It does not work with CRIO or Systemd.
 	ContainerdRoot string
 }
 
@@ -94,7 +93,7 @@ type Node struct {
 	GuestImage  string // reference of the test image, whose only program is Guest
 	Minor       int    // containerd is of version 2.Minor; 0 with CRI-O
 
-	// ctx is Start's: when it ends, so do the commands in flight.
+	// ctx is Start's context: when it ends, running commands end too.
 	ctx     context.Context
 	options Options
 	tools   string
@@ -108,7 +107,7 @@ type Node struct {
 	runtime    *process // containerd or CRI-O
 	kubelet    *process
 	machine    *process // of Options.Systemd
-	// kubeletPods is where it answers.
+	// kubeletPods is the URL of kubelet's pod list.
 	kubeletPods  string
 	kubeletFlags []string // of ProvideCredentials
 	cgroup       string   // parent of all containers' cgroups
@@ -117,14 +116,13 @@ type Node struct {
 	lastLogs     string // of a node that was stopped
 }
 
-// temporary is the directory in which other tests have theirs, too: the one of this
-// process when it began, since tests set TMPDIR to one of their own.
+// temporary is this process's first temporary directory. Tests set TMPDIR to their own
+// later.
 var temporary = os.TempDir()
 
-// Start starts a node and returns when pods can run on it; with the daemon,
-// when the daemon has also pre-created the empty blob, without which artifacts
-// with an empty file cannot be pulled. Cancelling ctx ends the commands in
-// flight, not the node: that is for Stop.
+// Start starts a node and returns when pods can run on it. With the daemon, it also
+// waits for the pre-created empty blob, without which artifacts with an empty file
+// cannot be pulled. Cancelling ctx ends running commands, not the node: call Stop.
 func Start(ctx context.Context, o Options) (*Node, error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("a node needs root: run it with sudo")
@@ -218,8 +216,8 @@ func (n *Node) start() error {
 	return err
 }
 
-// ForTest starts a node for one test. When the test ends, the node is stopped;
-// what Stop finds left over fails the test, and a failed test shows the logs.
+// ForTest starts a node for one test and stops it at the end. Leftovers fail the test,
+// and a failed test prints the logs.
 func ForTest(t testing.TB, o Options) *Node {
 	t.Helper()
 	n, err := Start(t.Context(), o)
@@ -237,11 +235,10 @@ func ForTest(t testing.TB, o Options) *Node {
 	return n
 }
 
-// Stop removes all pods, ends every process of the node, unmounts and removes
-// everything below Dir. The error lists what should have been gone by then and
-// was not: processes, mounts, control groups. Mounts below DaemonRoot and
-// DaemonState do not count: the daemon keeps an artifact's mount over its own
-// end on purpose.
+// Stop removes all pods, ends all processes of the node, and unmounts and removes
+// everything below Dir. The error lists processes, mounts and control groups that
+// should already have been gone. Mounts below DaemonRoot and DaemonState do not count,
+// because the daemon leaves volumes mounted when it stops.
 func (n *Node) Stop() error {
 	var errs []error
 	n.ctx = context.WithoutCancel(n.ctx)
@@ -278,7 +275,7 @@ func (n *Node) StartContainerd() error {
 		return err
 	}
 	n.runtime = p
-	// CRI starts after containerd has said that it is ready.
+	// CRI starts after containerd reports that it is ready.
 	return n.await("CRI", func() error {
 		_, err := n.Crictl("version")
 		return err
@@ -302,7 +299,7 @@ func (n *Node) StartDaemon() error {
 	if err != nil {
 		return err
 	}
-	// Beside CRI-O there is no containerd, and its store is one of blob_roots.
+	// With CRI-O there is no containerd, and CRI-O's store is one of blob_roots.
 	contentRoot, containerd := n.ContentRoot, n.Address
 	if n.options.CRIO {
 		contentRoot, containerd = n.path("containerd"), n.path("containerd.sock")
@@ -321,8 +318,8 @@ func (n *Node) StartDaemon() error {
 	return err
 }
 
-// WaitForNRI waits until containerd has taken the daemon as a plugin of NRI, after either
-// has been started.
+// WaitForNRI waits until containerd has registered the daemon as an NRI plugin, after
+// either has been started.
 func (n *Node) WaitForNRI() error {
 	bin, err := findDaemon()
 	if err != nil {
@@ -360,8 +357,8 @@ func (n *Node) QuitDaemon() (goroutines int, err error) {
 // DaemonPID is the daemon's process ID.
 func (n *Node) DaemonPID() int { return n.daemon.cmd.Process.Pid }
 
-// Crictl runs crictl against the node and returns what it printed. The error
-// holds its standard error word for word: what kubectl describe would show.
+// Crictl runs crictl against the node and returns its output. The error contains
+// standard error verbatim, as kubectl describe would.
 func (n *Node) Crictl(args ...string) (string, error) { return n.CrictlContext(n.ctx, args...) }
 
 // CrictlContext is Crictl, killed when ctx ends.
@@ -369,9 +366,8 @@ func (n *Node) CrictlContext(ctx context.Context, args ...string) (string, error
 	return n.runContext(ctx, filepath.Join(n.tools, "crictl"), append([]string{"--config", n.path("crictl.yaml")}, args...)...)
 }
 
-// Critest runs Kubernetes' CRI validation suite against the node, with env
-// ("NAME=value") added to its environment, and returns what it printed. That a
-// spec fails is an error.
+// Critest runs Kubernetes' CRI validation suite against the node with env
+// ("NAME=value") and returns its output. A failed spec is an error.
 func (n *Node) Critest(env []string, args ...string) (string, error) {
 	endpoint := "unix://" + n.Address
 	command := []string{filepath.Join(n.tools, "critest"), "--runtime-endpoint", endpoint, "--image-endpoint", endpoint}
@@ -390,7 +386,7 @@ func (n *Node) Pull(ref string) (string, error) {
 	return strings.TrimPrefix(strings.TrimSpace(out), "Image is up to date for "), err
 }
 
-// waitForEmptyBlob waits until containerd has the blob of no bytes.
+// waitForEmptyBlob waits until containerd has the empty blob.
 func (n *Node) waitForEmptyBlob() error {
 	const empty = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 	return n.await("the empty blob that the daemon pre-creates in containerd's content store", func() error {

@@ -24,8 +24,7 @@ type Volume struct {
 	// PullPolicy is Kubernetes', for static pods; "" is its default.
 	PullPolicy string
 
-	// HostPath is a directory that is mounted instead of an image; not for
-	// static pods.
+	// HostPath is a directory to mount instead of an image; not for static pods.
 	HostPath string
 }
 
@@ -40,8 +39,7 @@ type Container struct {
 	// SecurityContext is Kubernetes', for static pods.
 	SecurityContext map[string]any
 
-	// MemoryLimit is the bytes of memory that the container may have, 0 is any
-	// number; not for static pods.
+	// MemoryLimit is the container's limit in bytes, 0 is none; not for static pods.
 	MemoryLimit int64
 }
 
@@ -51,18 +49,18 @@ type PodSpec struct {
 	Volumes    []Volume    // mounted in every container
 	Containers []Container // none means one that has all defaults and waits
 
-	// EmptyDir is where each container of a static pod has an empty directory,
-	// Kubernetes' emptyDir; "" is nowhere.
+	// EmptyDir is the path of an emptyDir in each container of a static pod; "" is
+	// none.
 	EmptyDir string
 
 	// Annotations are the pod's, not for static pods.
 	Annotations map[string]string
 
-	// RuntimeHandler is what a RuntimeClass names; "" is the node's default.
+	// RuntimeHandler is the handler of a RuntimeClass; "" is the default.
 	RuntimeHandler string
 
-	// OwnNetwork gives the pod a network namespace, for which the CNI plugins
-	// ptp and host-local must be installed; otherwise it has the host's.
+	// OwnNetwork gives the pod its own network namespace, which needs the CNI plugins
+	// ptp and host-local; otherwise it uses the host's.
 	OwnNetwork bool
 
 	// UserNamespace gives the pod a user namespace: its IDs from 0 to 65535
@@ -74,8 +72,7 @@ type PodSpec struct {
 	SecurityContext map[string]any
 }
 
-// UserNamespaceBase is the host's ID for the root of a pod with UserNamespace
-// that asks for no other.
+// UserNamespaceBase is the default host ID of root in a pod with UserNamespace.
 const UserNamespaceBase = 200000
 
 // idMap is cri-api's IDMapping for such a pod.
@@ -104,8 +101,8 @@ const (
 	namespaceNode      = 2
 )
 
-// RunPod runs a pod and returns when its containers have started. If one of
-// them does not, the pod is removed again.
+// RunPod runs a pod and returns when its containers have started. If one fails to
+// start, the pod is removed.
 func (n *Node) RunPod(spec PodSpec) (*Pod, error) {
 	if len(spec.Containers) == 0 {
 		spec.Containers = []Container{{}}
@@ -163,8 +160,8 @@ func (p *Pod) securityContext() map[string]any {
 	return map[string]any{"namespace_options": namespaces}
 }
 
-// Start creates and starts a container of the pod, with the pod's volumes and
-// its own. The error has crictl's message word for word.
+// Start creates and starts a container with the pod's volumes and its own. The error
+// contains crictl's message verbatim.
 func (p *Pod) Start(c Container) error {
 	id, err := p.Create(c)
 	if err != nil {
@@ -177,7 +174,7 @@ func (p *Pod) Start(c Container) error {
 // Create is Start without starting, and returns the container's ID.
 func (p *Pod) Create(c Container) (id string, err error) { return p.CreateContext(p.node.ctx, c) }
 
-// CreateContext is Create by a client that goes away when ctx ends.
+// CreateContext is Create by a client that disconnects when ctx ends.
 func (p *Pod) CreateContext(ctx context.Context, c Container) (id string, err error) {
 	if c.Name == "" {
 		c.Name = "main"
@@ -191,7 +188,7 @@ func (p *Pod) CreateContext(ctx context.Context, c Container) (id string, err er
 		if v.HostPath != "" {
 			mount["host_path"] = v.HostPath
 		} else {
-			// As kubelet does; CRI-O wants the latter for an image's signature.
+			// As kubelet does; CRI-O needs the latter to check an image's signature.
 			mount["image"] = map[string]any{"image": v.Image, "user_specified_image": v.Image}
 			mount["image_sub_path"] = v.SubPath
 		}
@@ -233,9 +230,8 @@ func (p *Pod) write(name string, config map[string]any) (string, error) {
 	return path, os.WriteFile(path, text, 0o644)
 }
 
-// Exec runs a command in a container and returns what it printed, standard
-// error after standard output. That the command fails is an error, which has
-// the same text.
+// Exec runs a command in a container and returns standard output followed by standard
+// error. A failed command is an error with the same text.
 func (p *Pod) Exec(container string, args ...string) (string, error) {
 	out, err := p.node.Crictl(append([]string{"exec", "--sync", p.Containers[container]}, args...)...)
 	out = strings.TrimSuffix(out, "\n\n") // crictl ends both streams with one more
@@ -255,8 +251,8 @@ func (p *Pod) PID(container string) (string, error) {
 	return strings.TrimSpace(out), err
 }
 
-// Tree lists everything below a directory as the container sees it. The
-// container must be of the test image.
+// Tree lists a directory recursively as the container sees it. The container must use
+// the test image.
 func (p *Pod) Tree(container, dir string) ([]treelist.Entry, error) {
 	out, err := p.Exec(container, Guest, "tree", dir)
 	if err != nil {
@@ -267,8 +263,7 @@ func (p *Pod) Tree(container, dir string) ([]treelist.Entry, error) {
 	return entries, err
 }
 
-// Log returns what the container has printed so far, line by line, without
-// CRI's prefixes of time and stream.
+// Log returns the container's output so far by line, without CRI's time and stream.
 func (p *Pod) Log(container string) ([]string, error) {
 	text, err := os.ReadFile(filepath.Join(p.dir, container+".log"))
 	if err != nil {

@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// process is a daemon of the node. A nil process is one that was never started.
+// process is a daemon of the node; nil if it was never started.
 type process struct {
 	name string
 	cmd  *exec.Cmd
@@ -36,8 +36,8 @@ func (p *process) running() bool {
 	}
 }
 
-// stop sends the signal and waits; what has not ended after 30 seconds is
-// killed, which is an error.
+// stop sends the signal and waits. After 30 seconds it kills the process and returns an
+// error.
 func (p *process) stop(signal os.Signal) error {
 	if !p.running() {
 		return nil
@@ -72,8 +72,7 @@ func (n *Node) spawn(name string, args []string, notify bool) (*process, error) 
 	if n.options.Traces != "" && notify {
 		cmd.Env = append(cmd.Env, "OTEL_TRACES_EXPORTER=otlp", "OTEL_EXPORTER_OTLP_ENDPOINT="+n.options.Traces, "OTEL_BSP_SCHEDULE_DELAY=100")
 	}
-	// A group of its own, so that a Ctrl-C at the terminal reaches only the
-	// program that has to clean up.
+	// Its own process group keeps Ctrl-C from a daemon: the test program must clean up.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 
 	var ready *net.UnixConn
@@ -149,8 +148,8 @@ func (n *Node) runContext(ctx context.Context, program string, args ...string) (
 	return stdout.String(), nil
 }
 
-// env puts the tools first, where containerd finds its shim, keeps the registry from
-// exporting traces, and CRI-O from the machine's storage.
+// env puts the tools first in PATH, where containerd finds its shim, disables the
+// registry's traces, and keeps CRI-O from the machine's storage.
 func (n *Node) env() []string {
 	return append(os.Environ(), "PATH="+n.containerd+":"+n.tools+":"+os.Getenv("PATH"), "OTEL_TRACES_EXPORTER=none",
 		"CONTAINERS_STORAGE_CONF="+n.path("storage.conf"))
@@ -158,8 +157,8 @@ func (n *Node) env() []string {
 
 func (n *Node) logPath(name string) string { return filepath.Join(n.path("logs"), name) }
 
-// Logs returns the last lines of every daemon's log, under a heading each.
-// After Stop they are those of the moment of stopping.
+// Logs returns the last lines of every daemon's log, each under a heading; after Stop,
+// as they were at Stop.
 func (n *Node) Logs() string {
 	if n.lastLogs != "" {
 		return n.lastLogs

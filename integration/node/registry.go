@@ -12,8 +12,8 @@ import (
 	"syscall"
 )
 
-// StartMirror starts another registry with the content of the first, and returns
-// its host:port.
+// StartMirror starts a second registry with the first one's content and returns its
+// host:port.
 func (n *Node) StartMirror() (string, error) {
 	var host string
 	var err error
@@ -24,9 +24,9 @@ func (n *Node) StartMirror() (string, error) {
 // StopRegistry ends the registry at Registry, by SIGTERM.
 func (n *Node) StopRegistry() error { return n.registry.stop(syscall.SIGTERM) }
 
-// ProvideCredentials gives each kubelet that is started from then on an image
-// credential provider: a CredentialProviderConfig, YAML or JSON, and the program that
-// it names. WithdrawCredentials takes it away again.
+// ProvideCredentials gives kubelets that are started later an image credential
+// provider: a CredentialProviderConfig, YAML or JSON, and the program that it names.
+// WithdrawCredentials undoes it.
 func (n *Node) ProvideCredentials(config, name, program string) error {
 	const bin, file = "credential-providers", "credential-providers.yaml"
 	n.kubeletFlags = []string{"--image-credential-provider-bin-dir", n.path(bin), "--image-credential-provider-config", n.path(file)}
@@ -40,7 +40,7 @@ func (n *Node) ProvideCredentials(config, name, program string) error {
 // WithdrawCredentials undoes ProvideCredentials.
 func (n *Node) WithdrawCredentials() { n.kubeletFlags = nil }
 
-// KubeletMetrics is what kubelet counts, in Prometheus' format.
+// KubeletMetrics is kubelet's metrics in Prometheus' format.
 func (n *Node) KubeletMetrics() (string, error) {
 	resp, err := http.Get(strings.TrimSuffix(n.kubeletPods, "/pods") + "/metrics")
 	if err != nil {

@@ -11,8 +11,8 @@ import (
 	"strings"
 )
 
-// Tool runs a program of the tools' directory, or one in PATH if it is not
-// there, and returns what it printed. The error holds its standard error.
+// Tool runs a program from the tools' directory or else from PATH, and returns its
+// output. The error includes standard error.
 func (n *Node) Tool(name string, args ...string) (string, error) {
 	program := filepath.Join(n.tools, name)
 	if _, err := os.Stat(program); err != nil {
@@ -21,8 +21,8 @@ func (n *Node) Tool(name string, args ...string) (string, error) {
 	return n.run(program, args...)
 }
 
-// Artifact runs artifact-snapshotter as the tool of the node and returns what it
-// printed. The error holds its standard error, too. See [Node.ArtifactCommand].
+// Artifact runs the artifact-snapshotter tool on the node and returns its output. The
+// error includes standard error. See [Node.ArtifactCommand].
 func (n *Node) Artifact(args ...string) (stdout, stderr string, err error) {
 	cmd, err := n.ArtifactCommand(args...)
 	if err != nil {
@@ -36,9 +36,9 @@ func (n *Node) Artifact(args ...string) (stdout, stderr string, err error) {
 	return out.String(), errs.String(), err
 }
 
-// ArtifactCommand is artifact-snapshotter with a command of its and its arguments,
-// for this node's containerd and daemon and in CRI's namespace, unless args say
-// otherwise. It ends with the node's context.
+// ArtifactCommand prepares artifact-snapshotter with these arguments for the node's
+// containerd and daemon in CRI's namespace, unless args say otherwise. It ends with the
+// node's context.
 func (n *Node) ArtifactCommand(args ...string) (*exec.Cmd, error) {
 	bin, err := findDaemon()
 	if err != nil {
@@ -49,12 +49,11 @@ func (n *Node) ArtifactCommand(args ...string) (*exec.Cmd, error) {
 	return cmd, nil
 }
 
-// ConfigFile is a configuration file for artifact-snapshotter that names the
-// directories and sockets of the node.
+// ConfigFile is an artifact-snapshotter configuration file with the node's directories
+// and sockets.
 func (n *Node) ConfigFile() string { return n.path("snippet.toml") }
 
-// PrivateUser and PrivatePassword are let in by the registry of
-// StartPrivateRegistry.
+// PrivateUser and PrivatePassword are the credentials of StartPrivateRegistry.
 const (
 	PrivateUser     = "reader"
 	PrivatePassword = "secret"
@@ -69,8 +68,8 @@ const privateConfig = registryConfig + `auth:
     path: {{.Dir}}/htpasswd
 `
 
-// StartPrivateRegistry starts another registry with the content of the first, which
-// asks for a password, and returns its host:port.
+// StartPrivateRegistry starts another registry with the first one's content and a
+// password, and returns its host:port.
 func (n *Node) StartPrivateRegistry() (string, error) {
 	if err := n.writeVerbatim("htpasswd", privateUsers); err != nil {
 		return "", err

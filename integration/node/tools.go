@@ -20,12 +20,11 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// Guest is the path of the test image's only program; see integration/guest
-// for what it does.
+// Guest is the path of the test image's only program; see integration/guest.
 const Guest = "/guest"
 
-// findTools returns the directory of the tools, and that of containerd, ctr and
-// the shim, which ARTIFACT_SNAPSHOTTER_CONTAINERD makes another one.
+// findTools returns the directories of the tools and of containerd, ctr and the shim,
+// which ARTIFACT_SNAPSHOTTER_CONTAINERD overrides.
 func findTools() (tools, containerd string, err error) {
 	dir := os.Getenv("ARTIFACT_SNAPSHOTTER_TOOLS")
 	if dir == "" {
@@ -52,7 +51,7 @@ func findTools() (tools, containerd string, err error) {
 	return tools, containerd, nil
 }
 
-// Minor asks the containerd of the nodes for its version, which is 2.Minor.
+// Minor is the minor version of the nodes' containerd 2.
 func Minor() (minor int, err error) {
 	_, dir, err := findTools()
 	if err != nil {
@@ -86,8 +85,8 @@ func findDaemon() (string, error) {
 	return filepath.Abs(bin)
 }
 
-// findRepository looks from this source file, or from the working directory if
-// the source is not where it was compiled, for the directory of go.mod.
+// findRepository searches for go.mod's directory from this source file, or from the
+// working directory if the sources have moved.
 func findRepository() (string, error) {
 	_, source, _, _ := runtime.Caller(0)
 	wd, err := os.Getwd()
@@ -105,8 +104,8 @@ func findRepository() (string, error) {
 	return "", errors.New("the repository was not found: run this inside it, or set ARTIFACT_SNAPSHOTTER_TOOLS and ARTIFACT_SNAPSHOTTER_BIN")
 }
 
-// daemonBinary returns the path of the daemon to run; one with the race detector is
-// built for the node.
+// daemonBinary returns the daemon's path; with the race detector it is built for the
+// node.
 func (n *Node) daemonBinary() (string, error) {
 	if !n.options.RaceDaemon {
 		return findDaemon()
@@ -127,8 +126,8 @@ func (n *Node) daemonBinary() (string, error) {
 	return bin, nil
 }
 
-// guest is the guest's program: one among the tools, where there is no Go to build it
-// with, else what is built.
+// guest is the guest's program: a prebuilt tool where Go is not installed, else a fresh
+// build.
 func (n *Node) guest() ([]byte, error) {
 	program, err := os.ReadFile(filepath.Join(n.tools, "guest"))
 	if !errors.Is(err, os.ErrNotExist) {
@@ -173,8 +172,7 @@ func (n *Node) pushGuest() error {
 	return err
 }
 
-// Program is the binary under test, and Containerd that of the containerd which the
-// nodes run.
+// Program is the binary under test, Containerd the nodes' containerd.
 func Program() (string, error) { return findDaemon() }
 
 // Containerd is containerd's binary.

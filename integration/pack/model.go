@@ -34,13 +34,13 @@ const (
 	Tar       Form = "tar"        // ModelPack, a tar of one file, with its full relative path inside
 	TarGzip   Form = "tar+gzip"   // the same, compressed
 	TarZstd   Form = "tar+zstd"   //
-	Legacy    Form = "legacy"     // as Raw, with the names from before ModelPack was in the CNCF
+	Legacy    Form = "legacy"     // as Raw, with the legacy media types
 	LegacyTar Form = "legacy-tar" // as Tar, with their one media type for all files
 	Docker    Form = "docker"     // a model of Docker's, with rootfs in its config
 	Generic   Form = "generic"    // not a model: titles, an artifact type of its own and the empty config
 )
 
-// The names of ModelPack before it was in the CNCF.
+// The legacy ModelPack media types, from before the project joined the CNCF.
 const (
 	legacyPrefix       = "application/vnd.cnai.model."
 	legacyManifestType = legacyPrefix + "manifest.v1+json"
@@ -58,8 +58,7 @@ const DockerConfigType = "application/vnd.docker.ai.model.config.v0.1+json"
 // GenericType is the artifact type of the form Generic.
 const GenericType = "application/vnd.example.files.v1"
 
-// form is how a Form is written. KIND in a media type stands for the kind of
-// the file.
+// form describes how to write a Form. KIND in a media type stands for the file's kind.
 type form struct {
 	artifactType, configType string
 	mediaType                string
@@ -92,14 +91,14 @@ type Options struct {
 	Form    Form   // "" means Raw
 	Scratch string // a directory for the tars; the caller removes it. Not needed for the forms without tars
 
-	// RootOwner makes every owner in a tar 0:0, as the reference packer does;
-	// otherwise the tars have the real ones, so that they can be compared.
+	// RootOwner sets every owner in a tar to 0:0, as the reference packer does;
+	// otherwise tars have the files' owners.
 	RootOwner bool
 }
 
-// Model packs the regular files below dir, in lexical order, one layer each.
-// The artifact refers to the files, and to those in Scratch, by path: leave
-// them alone until it is pushed or written.
+// Model packs the regular files below dir in lexical order, one layer each. The
+// artifact refers to the files, and to those in Scratch, by path: do not change them
+// until it is pushed or written.
 func Model(dir string, o Options) (*Artifact, error) {
 	if o.Form == "" {
 		o.Form = Raw
@@ -189,8 +188,8 @@ func dockerKind(name string) string {
 	return "license"
 }
 
-// fileMetadata is the file metadata annotation as the reference packer writes
-// it: in its mode are the permission bits and no type.
+// fileMetadata is the file metadata annotation as the reference packer writes it: its
+// mode has permission bits only.
 func fileMetadata(name string) (string, error) {
 	info, err := os.Stat(name)
 	if err != nil {
@@ -231,8 +230,8 @@ func (f form) writeTar(name, dir, rel string, rootOwner bool) (digest.Digest, er
 	return diffID.Digest(), err
 }
 
-// WriteModel writes a small model into the empty directory dir: all that a
-// volume has to show right. It needs root, for the owner of one file.
+// WriteModel writes a small model with everything that a volume must reproduce into the
+// empty directory dir. It needs root, for one file's owner.
 //
 //	README.md
 //	config.json                       mode 0600

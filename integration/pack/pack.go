@@ -1,11 +1,10 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package pack builds model artifacts, and container images beside them, for
-// tests, the demo and benchmarks: Model from a directory, or Artifact from any
-// layers one likes, hostile ones included. It pushes them to a registry or
-// writes them into a blob directory. It checks nothing: what it packs is what
-// the snapshotter has to judge.
+// Package pack builds model artifacts and container images for tests, the demo and
+// benchmarks: Model packs a directory, Artifact any layers, hostile ones included. It
+// pushes them to a registry or writes them into a blob directory. It validates nothing,
+// because the snapshotter must.
 package pack
 
 import (
@@ -39,8 +38,8 @@ type Layer struct {
 	// DiffID goes into the model config; "" means the blob's own digest.
 	DiffID digest.Digest
 
-	// Digest and Size replace what the descriptor would truthfully say. A
-	// layer with a Digest and neither Data nor Path has no blob at all.
+	// Digest and Size override the descriptor's true values. A layer with a Digest and
+	// neither Data nor Path has no blob.
 	Digest digest.Digest
 	Size   int64
 }

@@ -125,8 +125,8 @@ func unzstd(data []byte) io.Reader {
 	return r
 }
 
-// onlyMember returns the content of a tar's only member, whose attributes must
-// be those of source.
+// onlyMember returns the content of a tar's only member and checks its attributes
+// against source.
 func onlyMember(t *testing.T, data []byte, source, name string) []byte {
 	t.Helper()
 	r := tar.NewReader(bytes.NewReader(data))

@@ -83,7 +83,7 @@ func pushBlob(ctx context.Context, base *url.URL, b blob) error {
 	return err
 }
 
-// request sends b, if there is one, and fails unless the status is want.
+// request sends b, if not nil, and fails unless the status is want.
 func request(ctx context.Context, method string, to *url.URL, contentType string, b *blob, want int) (http.Header, error) {
 	var body io.Reader = http.NoBody
 	if b != nil && b.Size > 0 {

@@ -21,15 +21,13 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Member is one member of a tar made by hand. Size is taken from Data when the
-// header has none.
+// Member is one member of a hand-made tar. If the header has no Size, it is Data's.
 type Member struct {
 	tar.Header
 	Data []byte
 }
 
-// TarOf returns a tar of the members as they are: names, types, owners and
-// xattrs (PAXRecords) are written unchecked.
+// TarOf writes the members unchecked: names, types, owners and xattrs (PAXRecords).
 func TarOf(members ...Member) ([]byte, error) {
 	var out bytes.Buffer
 	w := tar.NewWriter(&out)

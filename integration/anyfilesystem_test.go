@@ -208,7 +208,7 @@ func (p pair) prove(t *testing.T, everyMode bool) outcome {
 			least, most = largeSize, largeSize+8<<20
 		}
 		if g := o.grown[format]; g < least || g > most {
-			t.Errorf("showing a %s file of %d bytes took %d of root's disk, want %d to %d", format, largeSize, g, least, most)
+			t.Errorf("mounting a %s file of %d bytes took %d of root's disk, want %d to %d", format, largeSize, g, least, most)
 		}
 	}
 

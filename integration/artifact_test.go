@@ -41,7 +41,7 @@ func pulled(t *testing.T, n *node.Node, src string, form pack.Form) string {
 	return ref
 }
 
-// wantTree is what a volume must show of the files in src, packed in a form.
+// wantTree is the expected volume of the files in src, packed in a form.
 func wantTree(t *testing.T, src string, form pack.Form) []treelist.Entry {
 	t.Helper()
 	entries, err := treelist.List(src)

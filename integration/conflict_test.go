@@ -40,7 +40,7 @@ func plain(name string) *pack.Artifact {
 	}
 }
 
-// shownPlain is what a volume shows of it.
+// shownPlain is its expected volume.
 func shownPlain(name string) []treelist.Entry {
 	entry := fileEntry(name, []byte(name))
 	entry.ModTime = 0 // the empty config names no time

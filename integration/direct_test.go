@@ -16,11 +16,11 @@ import (
 func TestFilesCanBeReadWithODirectWhereItIsRequired(t *testing.T) {
 	raws, tars := modesOfTheKernel(rawModes), modesOfTheKernel(tarModes)
 	n := node.ForTest(t, node.Options{})
-	layers, shown := mixture(t)
+	layers, expected := mixture(t)
 	mixed := push(t, n, "mixture", layers...)
 	plain := push(t, n, "plain", tarLayer(t, modelspec.MediaTypeModelWeight, archiveOf(t, file("before"), file("f"))))
 	want := map[string]string{"/plain/f": fileEntry("f", []byte("f")).SHA256}
-	for _, e := range shown {
+	for _, e := range expected {
 		if e.Type == "file" {
 			want["/mixture/"+e.Path] = e.SHA256
 		}
@@ -48,7 +48,7 @@ func TestFilesCanBeReadWithODirectWhereItIsRequired(t *testing.T) {
 				}
 			}
 			check(t, pod.Remove())
-			// What a pod shows keeps its mode.
+			// A mounted volume keeps its mode.
 			waitFor(t, "the daemon's mounts to go", func() bool {
 				mounts, err := node.Mounts(n.DaemonState)
 				return err == nil && len(mounts) == 0

@@ -14,7 +14,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// A daemon that looks for containerd, or for its blobs, in the wrong place can show no
+// A daemon that looks for containerd, or for its blobs, in the wrong place can mount no
 // artifact, and says so. What is none does not need it.
 func TestADaemonThatLooksElsewhereIsInTheWayOfArtifactsAlone(t *testing.T) {
 	for frontEnd, o := range map[string]node.Options{"snapshotter": {}, "NRI": {NRI: true}} {

@@ -101,7 +101,7 @@ func TestHostileArtifactsOnANode(t *testing.T) {
 	watch, err := fswatch.Start([]int{n.DaemonPID()}, n.Dir, "/sys/devices/virtual/bdi/*/read_ahead_kb", "/sys/devices/virtual/block/*/queue/read_ahead_kb")
 	check(t, err)
 	cases := corpus.Cases()
-	var byRegistry, byPull, byDaemon, shown int
+	var byRegistry, byPull, byDaemon, mounted int
 	for i, name := range sample {
 		at := slices.IndexFunc(cases, func(c corpus.Case) bool { return c.Name == name })
 		if at < 0 {
@@ -147,7 +147,7 @@ func TestHostileArtifactsOnANode(t *testing.T) {
 			case err != nil:
 				t.Errorf("it is refused: %v", err)
 			default:
-				shown++
+				mounted++
 				mounts, err := node.Mounts(n.DaemonState)
 				check(t, err)
 				if len(mounts) != 1 {
@@ -169,8 +169,8 @@ func TestHostileArtifactsOnANode(t *testing.T) {
 		t.Errorf("outside has changed: %q; inside %d times (%v)", changes, seen, err)
 	}
 	check(t, pod.Remove())
-	t.Logf("%d artifacts: %d shown, refused by the daemon %d, by containerd's pull %d, by the registry %d", len(sample), shown, byDaemon, byPull, byRegistry)
-	if byDaemon < 15 || shown < 10 {
+	t.Logf("%d artifacts: %d mounted, refused by the daemon %d, by containerd's pull %d, by the registry %d", len(sample), mounted, byDaemon, byPull, byRegistry)
+	if byDaemon < 15 || mounted < 10 {
 		t.Error("too few have got to the daemon")
 	}
 }

@@ -165,7 +165,7 @@ func TestContainerdUnpacksAModelOfDockers(t *testing.T) {
 	got := mustPullNatively(t, n, model, "artifact", dockerPlatform, "raw")
 	want, err := treelist.List(src)
 	check(t, err)
-	wantShown(t, n, got.last(), atTheEpoch(want))
+	wantSnapshot(t, n, got.last(), atTheEpoch(want))
 
 	// The first snapshot shows the first layer.
 	target := viewed(t, n, got.chain[0])
@@ -237,7 +237,7 @@ func TestContainerdUnpacksTars(t *testing.T) {
 	for _, compression := range []string{"", "gzip", "zstd"} {
 		t.Run("tar "+compression, func(t *testing.T) {
 			got := mustPullNatively(t, n, tarred(t, src, compression), "artifact", dockerPlatform, "tar"+compression)
-			wantShown(t, n, got.last(), want)
+			wantSnapshot(t, n, got.last(), want)
 			wantGone(t, n, got, before)
 		})
 	}
@@ -282,7 +282,7 @@ func TestContainerdUnpacksAModelPackWithARootFS(t *testing.T) {
 	got := mustPullNatively(t, n, model, "artifact", modelPackPlatform, "both")
 	want, err := treelist.List(src)
 	check(t, err)
-	wantShown(t, n, got.last(), atTheEpoch(want))
+	wantSnapshot(t, n, got.last(), atTheEpoch(want))
 }
 
 // With these entries in containerd's configuration everything else is pulled as
@@ -306,7 +306,7 @@ func TestOtherPullsAreAsWithoutNativeUnpacking(t *testing.T) {
 	image, err := pack.Image(ocispec.ImageConfig{}, true, layer)
 	check(t, err)
 	got := mustPullNatively(t, n, image, "artifact", "linux", "image")
-	wantShown(t, n, got.last(), want)
+	wantSnapshot(t, n, got.last(), want)
 	for _, platform := range []string{dockerPlatform, modelPackPlatform} {
 		check(t, pullNatively(n, "artifact", platform, got.ref))
 	}
@@ -438,7 +438,7 @@ func TestViewsOfAChainOutliveEverything(t *testing.T) {
 	check(t, n.StartDaemon())
 	check(t, n.RestartContainerd())
 	shows("after restarts", target)
-	wantShown(t, n, name, want)
+	wantSnapshot(t, n, name, want)
 
 	// As a reboot leaves it.
 	check(t, n.StopDaemon())
@@ -453,7 +453,7 @@ func TestViewsOfAChainOutliveEverything(t *testing.T) {
 	check(t, err)
 	shows("after a reboot", target)
 	check(t, mount.Unmount(target, 0))
-	wantShown(t, n, name, want)
+	wantSnapshot(t, n, name, want)
 }
 
 // The snapshot that the tool makes has no chain ID for a name, so containerd unpacks the layers
@@ -481,7 +481,7 @@ func TestContainerdUnpacksBesideWhatTheToolHas(t *testing.T) {
 	}
 	want, err := treelist.List(src)
 	check(t, err)
-	wantShown(t, n, name, want)
+	wantSnapshot(t, n, name, want)
 	removeImage(t, n, below)
 	target := viewed(t, n, above.last())
 	for name, want := range map[string]string{"config.json": "of the upper one", "scripts/run.sh": "#!/bin/sh\nexec python3 -m src\n"} {
@@ -518,7 +518,7 @@ func TestADifferThatIsKilledLeavesNothing(t *testing.T) {
 	want, err := treelist.List(dir)
 	check(t, err)
 	got := mustPullNatively(t, n, a, "artifact", dockerPlatform, "killed")
-	wantShown(t, n, got.last(), want)
+	wantSnapshot(t, n, got.last(), want)
 	// containerd could not tell the daemon to remove the snapshot of the first attempt
 	// while that was down, and does with the next ones.
 	wantGone(t, n, got, before)

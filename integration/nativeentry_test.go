@@ -39,7 +39,7 @@ func TestOneEntryUnpacksAModelOfDockers(t *testing.T) {
 	got := mustPullNatively(t, n, model, "artifact", "", "raw")
 	want, err := treelist.List(src)
 	check(t, err)
-	wantShown(t, n, got.last(), atTheEpoch(want))
+	wantSnapshot(t, n, got.last(), atTheEpoch(want))
 	files := kept(t, n)
 	for _, l := range got.manifest.Layers {
 		if l.Size > 0 && files[stat(t, blobPath(n, l.Digest.Encoded())).Ino] == "" {

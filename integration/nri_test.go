@@ -460,7 +460,7 @@ func TestByNRIARequiredPluginThatIsNotThereStopsContainers(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-// Both front ends of one daemon: the snapshotter has shown the volume before NRI is asked.
+// Both front ends of one daemon: the snapshotter has mounted the volume before NRI is asked.
 func TestByNRIAndBySnapshotterAVolumeIsTheSame(t *testing.T) {
 	n := node.ForTest(t, node.Options{DaemonFlags: []string{"--nri"}, NRIConfig: "name = 'second-front-end'"})
 	check(t, n.WaitForNRI())

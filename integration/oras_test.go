@@ -74,7 +74,7 @@ func asORASWrites(entries []treelist.Entry) []treelist.Entry {
 	return entries
 }
 
-// mountedAt shows an artifact by the tool and lists what is there.
+// mountedAt mounts an artifact by the tool and lists what is there.
 func mountedAt(t *testing.T, n *node.Node, ref string) []treelist.Entry {
 	t.Helper()
 	target := filepath.Join(t.TempDir(), "volume")
@@ -203,7 +203,7 @@ func TestCRIOMountsFilesWithALegacyPathBesideTheirTitle(t *testing.T) {
 		paths = append(paths, e.Path)
 	}
 	if !slices.Equal(paths, want) {
-		t.Errorf("it shows %q, want %q", paths, want)
+		t.Errorf("the volume has %q, want %q", paths, want)
 	}
 	wantMounts(t, pod, "main", "/model")
 	check(t, pod.Remove())
@@ -221,7 +221,7 @@ func TestAnAttachmentOfORASWithoutFilesIsAnEmptyVolume(t *testing.T) {
 	check(t, json.Unmarshal([]byte(out), &attached))
 	tool(t, n, "pull", "--plain-http", attached.Reference)
 	if got := mountedAt(t, n, attached.Reference); len(got) != 0 {
-		t.Errorf("it shows %v", got)
+		t.Errorf("the volume has %v", got)
 	}
 	if log := n.Logs(); !strings.Contains(log, "its volume is empty") {
 		t.Errorf("the log does not say so:\n%s", log)

@@ -112,7 +112,7 @@ func repositoryOf(ref string) string {
 // config.
 func TestWhatCanBeAVolume(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
-	// containerd shows a volume once for all containers of a pod, so the second
+	// containerd mounts a volume once for all containers of a pod, so the second
 	// answer needs a pod of its own.
 	first, err := n.RunSandbox(node.PodSpec{})
 	check(t, err)

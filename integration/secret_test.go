@@ -14,10 +14,10 @@ import (
 // that asks for a password.
 func privateModel(t *testing.T, n *node.Node, private, text string) (ref string, want func(t *testing.T, pod *node.Pod)) {
 	t.Helper()
-	ref, _, shown := pushText(t, n, "private/"+text, text)
+	ref, _, expected := pushText(t, n, "private/"+text, text)
 	return strings.Replace(ref, n.Registry, private, 1), func(t *testing.T, pod *node.Pod) {
 		t.Helper()
-		wantVolume(t, pod, "main", "/model", shown)
+		wantVolume(t, pod, "main", "/model", expected)
 	}
 }
 

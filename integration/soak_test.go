@@ -36,9 +36,9 @@ type soak struct {
 	metrics  string // socket
 	subPaths bool   // whether containerd has them, and can share a volume in a user namespace
 
-	shown, bad []*soaked
-	restarts   windows
-	failures   atomic.Int64 // in this round
+	mountable, bad []*soaked
+	restarts       windows
+	failures       atomic.Int64 // in this round
 	// when the workers have done so many operations in all, at is closed
 	after atomic.Int64
 	at    chan struct{}
@@ -83,7 +83,7 @@ func TestNothingIsLostOrLeftByAnythingAtOnce(t *testing.T) {
 
 	n, metrics := metered(t, node.Options{RaceDaemon: true, DaemonConfig: "tar_mode = 'auto'\n"})
 	s := &soak{n: n, c: connect(t, n), metrics: metrics, subPaths: !older(t, n, 2, noSubPaths)}
-	s.shown, s.bad = soakedShown(t, n), soakedRefused(t, n)
+	s.mountable, s.bad = soakedMounted(t, n), soakedRefused(t, n)
 	workers := make([]*worker, soakWorkers)
 	forms := []pack.Form{pack.Raw, pack.TarGzip, pack.TarZstd, pack.Tar}
 	for i := range workers {

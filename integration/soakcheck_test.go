@@ -343,7 +343,7 @@ func (s *soak) readLog(t *testing.T) {
 // wantGone deletes all, and wants the daemon to have what it had in the beginning.
 func (s *soak) wantGone(t *testing.T, idle holding) {
 	t.Helper()
-	for _, a := range slices.Concat(s.shown, s.bad) {
+	for _, a := range slices.Concat(s.mountable, s.bad) {
 		for _, ref := range a.refs() { // what was pulled by its digest has no tag to be removed by
 			if _, err := s.n.Crictl("rmi", ref); err != nil && !vanished.MatchString(err.Error()) {
 				t.Error(err)

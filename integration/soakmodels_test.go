@@ -86,8 +86,8 @@ func pushSoaked(t *testing.T, n *node.Node, name string, p pusher) *soaked {
 	return &soaked{ref: n.Registry + "/soak/" + name + ":v1", target: target, manifest: target, removals: &windows{}}
 }
 
-// soakedShown are artifacts of every form, with layers in common, and an image.
-func soakedShown(t *testing.T, n *node.Node) (all []*soaked) {
+// soakedMounted are artifacts of every form, with layers in common, and an image.
+func soakedMounted(t *testing.T, n *node.Node) (all []*soaked) {
 	t.Helper()
 	add := func(name string, p pusher, want []treelist.Entry) *soaked {
 		a := pushSoaked(t, n, name, p)

@@ -93,7 +93,7 @@ type soakPod struct {
 	volumes []*soaked
 }
 
-// want is what its volume i must show.
+// want is the expected content of its volume i.
 func (p *soakPod) want(i int) []treelist.Entry {
 	want := p.volumes[i].below(p.spec.Volumes[i].SubPath)
 	if p.spec.UserNamespace {
@@ -102,7 +102,7 @@ func (p *soakPod) want(i int) []treelist.Entry {
 	return want
 }
 
-// compare compares all that its volumes show.
+// compare compares all its volumes.
 func (p *soakPod) compare() error {
 	for i, v := range p.spec.Volumes {
 		got, err := p.Tree("reader", v.Path)
@@ -196,7 +196,7 @@ func (w *worker) try(ctx context.Context, artifacts []*soaked, do func() error) 
 }
 
 // any is an artifact of those that are mounted, or the image.
-func (w *worker) any() *soaked { return w.shown[w.random.IntN(len(w.shown))] }
+func (w *worker) any() *soaked { return w.mountable[w.random.IntN(len(w.mountable))] }
 
 // anyRef is one of its names.
 func (w *worker) anyRef(a *soaked) string { refs := a.refs(); return refs[w.random.IntN(len(refs))] }
@@ -403,10 +403,10 @@ func (w *worker) mountOnly(ctx context.Context, image images.Image) error {
 
 // prune removes what nobody uses, but not what one worker alone comes and goes with.
 func (w *worker) prune(ctx context.Context) error {
-	for _, a := range slices.Concat(w.shown, w.bad) {
+	for _, a := range slices.Concat(w.mountable, w.bad) {
 		defer a.removals.begin()()
 	}
-	return w.try(ctx, w.shown, func() error {
+	return w.try(ctx, w.mountable, func() error {
 		unused, err := w.c.Unused(ctx)
 		if err != nil {
 			return err

@@ -102,7 +102,7 @@ func supportProbes() (probes []probe) {
 		{"raw layers with the legacy media types", pack.Legacy}, {"tar layers with the legacy media types", pack.LegacyTar},
 	} {
 		probes = append(probes, probe{of.name, func(t *testing.T, n *node.Node, src string) string {
-			return filesOf(wantTree(t, src, of.form), shown(t, n, node.PodSpec{Volumes: []node.Volume{{Image: pulled(t, n, src, of.form), Path: "/model"}}}))
+			return filesOf(wantTree(t, src, of.form), inPod(t, n, node.PodSpec{Volumes: []node.Volume{{Image: pulled(t, n, src, of.form), Path: "/model"}}}))
 		}})
 	}
 	for _, of := range []struct {
@@ -110,7 +110,7 @@ func supportProbes() (probes []probe) {
 		form pack.Form
 	}{{"mode, owner and time of a file of a raw layer", pack.Raw}, {"mode, owner and time of a member of a tar", pack.TarGzip}} {
 		probes = append(probes, probe{of.name, func(t *testing.T, n *node.Node, src string) string {
-			return attributesOf(wantTree(t, src, of.form), shown(t, n, node.PodSpec{Volumes: []node.Volume{{Image: pulled(t, n, src, of.form), Path: "/model"}}}))
+			return attributesOf(wantTree(t, src, of.form), inPod(t, n, node.PodSpec{Volumes: []node.Volume{{Image: pulled(t, n, src, of.form), Path: "/model"}}}))
 		}})
 	}
 	return append(probes,
@@ -122,17 +122,17 @@ func supportProbes() (probes []probe) {
 			return "no: " + strings.TrimSpace(out)
 		}},
 		probe{"a sub path", func(t *testing.T, n *node.Node, src string) string {
-			return filesOf(below(wantTree(t, src, pack.Raw), "tokenizer/deep/"), shown(t, n, node.PodSpec{
+			return filesOf(below(wantTree(t, src, pack.Raw), "tokenizer/deep/"), inPod(t, n, node.PodSpec{
 				Volumes: []node.Volume{{Image: pulled(t, n, src, pack.Raw), Path: "/model", SubPath: "tokenizer/deep"}},
 			}))
 		}},
 		probe{"a sub path of a tar", func(t *testing.T, n *node.Node, src string) string {
-			return filesOf(below(wantTree(t, src, pack.TarGzip), "tokenizer/deep/"), shown(t, n, node.PodSpec{
+			return filesOf(below(wantTree(t, src, pack.TarGzip), "tokenizer/deep/"), inPod(t, n, node.PodSpec{
 				Volumes: []node.Volume{{Image: pulled(t, n, src, pack.TarGzip), Path: "/model", SubPath: "tokenizer/deep"}},
 			}))
 		}},
 		probe{"owners in a user namespace", func(t *testing.T, n *node.Node, src string) string {
-			return attributesOf(wantTree(t, src, pack.Raw), shown(t, n, node.PodSpec{
+			return attributesOf(wantTree(t, src, pack.Raw), inPod(t, n, node.PodSpec{
 				OwnNetwork: true, UserNamespace: true,
 				Volumes: []node.Volume{{Image: pulled(t, n, src, pack.Raw), Path: "/model"}},
 			}))
@@ -145,7 +145,7 @@ func supportProbes() (probes []probe) {
 			pushModel(t, n, writeModel(t, "README.md"), pack.Generic, "other")
 			_, err := n.Pull(n.Registry + "/models/tiny:other")
 			check(t, err)
-			return filesOf(wantTree(t, src, pack.Generic), shown(t, n, node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}}))
+			return filesOf(wantTree(t, src, pack.Generic), inPod(t, n, node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}}))
 		}},
 	)
 }
@@ -156,8 +156,8 @@ type seen struct {
 	err     error
 }
 
-// shown runs a pod, looks, and removes it.
-func shown(t *testing.T, n *node.Node, spec node.PodSpec) seen {
+// inPod runs a pod, looks, and removes it.
+func inPod(t *testing.T, n *node.Node, spec node.PodSpec) seen {
 	t.Helper()
 	pod, err := n.RunPod(spec)
 	if err != nil {

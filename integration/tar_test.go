@@ -73,7 +73,7 @@ func archiveOf(t *testing.T, members ...pack.Member) []byte {
 	return archive
 }
 
-// fileEntry is what a volume shows of a file in a tar of archiveOf.
+// fileEntry is the expected entry of a file in a tar of archiveOf.
 func fileEntry(path string, content []byte) treelist.Entry {
 	sum := sha256.Sum256(content)
 	return treelist.Entry{Path: path, Type: "file", Mode: 0o644, Size: int64(len(content)), ModTime: pack.Created.UnixNano(), SHA256: hex.EncodeToString(sum[:])}
@@ -95,7 +95,7 @@ func push(t *testing.T, n *node.Node, name string, layers ...pack.Layer) string 
 	return ref
 }
 
-// mixture is a model with layers of every kind, and what a volume shows of it.
+// mixture is a model with layers of every kind, with its expected volume.
 func mixture(t *testing.T) ([]pack.Layer, []treelist.Entry) {
 	t.Helper()
 	raw, plain, zipped, holed := random(70001, "raw"), random(5000, "plain"), random(1<<20+77, "zipped"), make([]byte, 3<<20)

@@ -255,7 +255,7 @@ func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 				t.Errorf("%d bytes are shared with the content store, want %d", l.Layout.Shared, want)
 			}
 
-			// A pod and two mounts show the same.
+			// A pod and two mounts have the same content.
 			pod, err := n.RunPod(node.PodSpec{Name: "llama", Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
 			check(t, err)
 			dir := t.TempDir()

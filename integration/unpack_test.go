@@ -69,7 +69,7 @@ func snapshotName(t *testing.T, n *node.Node, ref string) string {
 	return digest.FromString("artifact " + identity.ChainID(config.ModelFS.DiffIDs).String() + " " + a.Manifest.Digest.String()).String()
 }
 
-// snapshotsOf are the kinds of the snapshots that show an artifact, by key.
+// snapshotsOf are the kinds of the snapshots of an artifact, by key.
 func snapshotsOf(t *testing.T, n *node.Node) map[string]string {
 	t.Helper()
 	c, err := client.Connect(t.Context(), n.Address, "k8s.io", "artifact")
@@ -85,8 +85,8 @@ func snapshotsOf(t *testing.T, n *node.Node) map[string]string {
 	return found
 }
 
-// wantShown has ctr view the snapshot, and compares what it shows.
-func wantShown(t *testing.T, n *node.Node, name string, want []treelist.Entry) {
+// wantSnapshot has ctr view the snapshot, and compares its content.
+func wantSnapshot(t *testing.T, n *node.Node, name string, want []treelist.Entry) {
 	t.Helper()
 	target := t.TempDir()
 	key := "view of " + name
@@ -161,7 +161,7 @@ func TestAnUnpackedArtifactIsASnapshotThatGoesWithItsImage(t *testing.T) {
 			if byDigest := unpack(t, n, manifest.String()); byDigest != name {
 				t.Errorf("by its digest it is %s, want %s", byDigest, name)
 			}
-			wantShown(t, n, name, wantTree(t, src, form))
+			wantSnapshot(t, n, name, wantTree(t, src, form))
 
 			out, _, err := n.Artifact("unpack", "--output", "json", ref)
 			check(t, err)
@@ -189,7 +189,7 @@ func TestAnUnpackedArtifactIsASnapshotThatGoesWithItsImage(t *testing.T) {
 	}
 }
 
-// A pod, and a view of the snapshot, keep what they show when the image goes, and
+// A pod, and a view of the snapshot, keep their content when the image goes, and
 // the snapshot is no obstacle to either.
 func TestAPodHasAnUnpackedArtifact(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
@@ -222,7 +222,7 @@ func TestArtifactsWithTheSameChainIDHaveSnapshotsOfTheirOwn(t *testing.T) {
 		return ref
 	}
 	content := []byte("the same bytes")
-	shown := func(name string) []treelist.Entry {
+	expected := func(name string) []treelist.Entry {
 		entry := fileEntry(name, content)
 		entry.Mode, entry.UID, entry.GID, entry.ModTime = 0o640, 1234, 5678, 1612325106789000000 // as rawLayer has it
 		return []treelist.Entry{entry}
@@ -236,15 +236,15 @@ func TestArtifactsWithTheSameChainIDHaveSnapshotsOfTheirOwn(t *testing.T) {
 	if want := snapshotName(t, n, two); second != want {
 		t.Errorf("the second snapshot is %s, want %s", second, want)
 	}
-	wantShown(t, n, first, shown("one"))
-	wantShown(t, n, second, shown("two"))
+	wantSnapshot(t, n, first, expected("one"))
+	wantSnapshot(t, n, second, expected("two"))
 	_, err := n.Crictl("rmi", one)
 	check(t, err)
 	waitFor(t, "the snapshot of the first to go", func() bool { return snapshotsOf(t, n)[first] == "" })
 	if again := unpack(t, n, two); again != second {
 		t.Errorf("the second snapshot is %s now, and was %s", again, second)
 	}
-	wantShown(t, n, second, shown("two"))
+	wantSnapshot(t, n, second, expected("two"))
 
 	archive := archiveOf(t, file("in the layer"))
 	image, err := pack.Image(ocispec.ImageConfig{}, false, archive)
@@ -259,7 +259,7 @@ func TestArtifactsWithTheSameChainIDHaveSnapshotsOfTheirOwn(t *testing.T) {
 	if want := snapshotName(t, n, three); third != want {
 		t.Errorf("the snapshot is %s, want %s", third, want)
 	}
-	wantShown(t, n, third, []treelist.Entry{fileEntry("in the layer", []byte("in the layer"))})
+	wantSnapshot(t, n, third, []treelist.Entry{fileEntry("in the layer", []byte("in the layer"))})
 }
 
 func TestAnIndexIsUnpackedForThisPlatform(t *testing.T) {
@@ -274,7 +274,7 @@ func TestAnIndexIsUnpackedForThisPlatform(t *testing.T) {
 		t.Errorf("by the digest of the manifest it is %s, want %s", again, name)
 	}
 	collect(t, connect(t, n))
-	wantShown(t, n, name, wantTree(t, src, pack.Raw))
+	wantSnapshot(t, n, name, wantTree(t, src, pack.Raw))
 	removeImage(t, n, ref)
 	if left := snapshotsOf(t, n); len(left) > 0 {
 		t.Errorf("the snapshots %v are left", left)

@@ -152,7 +152,7 @@ func TestUnpackGoesOnWhenTheDaemonIsKilled(t *testing.T) {
 	if got, want := snapshotsOf(t, n), map[string]string{name: "Committed"}; !maps.Equal(got, want) {
 		t.Errorf("the snapshots are %v, want %v", got, want)
 	}
-	wantShown(t, n, name, []treelist.Entry{want})
+	wantSnapshot(t, n, name, []treelist.Entry{want})
 	removeImage(t, n, ref)
 	wantUsage(t, n, before)
 }

@@ -86,9 +86,9 @@ func (k keys) sign(t *testing.T, n *node.Node, repository string, target, about 
 	check(t, err)
 }
 
-// pushText pushes a model of one file with the text, and says what a volume shows
+// pushText pushes a model of one file with the text, and returns the expected volume
 // of it.
-func pushText(t *testing.T, n *node.Node, repository, text string) (ref string, manifest digest.Digest, shown []treelist.Entry) {
+func pushText(t *testing.T, n *node.Node, repository, text string) (ref string, manifest digest.Digest, expected []treelist.Entry) {
 	t.Helper()
 	layer := pack.Layer{MediaType: modelspec.MediaTypeModelWeightRaw, Data: []byte(text), Annotations: map[string]string{modelspec.AnnotationFilepath: "text"}}
 	model := pack.Artifact{ArtifactType: modelspec.ArtifactTypeModelManifest, Layers: []pack.Layer{layer}}
@@ -132,11 +132,11 @@ func TestVerifierChecksSignatures(t *testing.T) {
 	check(t, os.WriteFile(key, ours.public(t), 0o600))
 	addVerifier(t, dir, "signature", "#!/bin/sh\nexec '"+program+"' -key '"+key+"' \"$@\"\n")
 
-	signed, manifest, shown := pushText(t, n, "models/signed", "signed")
+	signed, manifest, expected := pushText(t, n, "models/signed", "signed")
 	ours.sign(t, n, "models/signed", manifest, manifest)
 	_, err = n.Pull(signed)
 	check(t, err)
-	wantServed(t, n, signed, shown)
+	wantServed(t, n, signed, expected)
 
 	unsigned, _, shownUnsigned := pushText(t, n, "models/unsigned", "unsigned")
 	wantBlocked(t, n, unsigned, "image verifier bindir blocked pull of "+unsigned, "verifier signature rejected image (exit code 1)", "no signature")
@@ -154,7 +154,7 @@ func TestVerifierChecksSignatures(t *testing.T) {
 	if _, err := n.Pull(signed); err == nil || !strings.Contains(err.Error(), "no signature") {
 		t.Errorf("the pull of the tag that has moved: %v", err)
 	}
-	wantServed(t, n, signed, shown)
+	wantServed(t, n, signed, expected)
 
 	// The tool pulls by the transfer service, too.
 	if _, _, err := n.Artifact("pull", "--plain-http", unsigned); err == nil || !strings.Contains(err.Error(), "no signature") {
@@ -165,7 +165,7 @@ func TestVerifierChecksSignatures(t *testing.T) {
 }
 
 // What docs/kubernetes.md says that verifiers do not see.
-func testNotVerified(t *testing.T, n *node.Node, dir, unsigned string, shown []treelist.Entry) {
+func testNotVerified(t *testing.T, n *node.Node, dir, unsigned string, expected []treelist.Entry) {
 	// An import.
 	_, err := n.Ctr("images", "pull", "--plain-http", "--local", unsigned)
 	check(t, err)
@@ -175,7 +175,7 @@ func testNotVerified(t *testing.T, n *node.Node, dir, unsigned string, shown []t
 	removeByNameAndWait(t, n, unsigned)
 	_, err = n.Ctr("images", "import", archive)
 	check(t, err)
-	wantEventuallyServed(t, n, unsigned, shown)
+	wantEventuallyServed(t, n, unsigned, expected)
 	removeByNameAndWait(t, n, unsigned)
 
 	// Pulls that containerd does not do by its transfer service.
@@ -184,7 +184,7 @@ func testNotVerified(t *testing.T, n *node.Node, dir, unsigned string, shown []t
 	check(t, n.RestartContainerd())
 	_, err = n.Pull(unsigned)
 	check(t, err)
-	wantServed(t, n, unsigned, shown)
+	wantServed(t, n, unsigned, expected)
 	log, err := os.ReadFile(filepath.Join(n.Dir, "logs", "containerd"))
 	check(t, err)
 	if !strings.Contains(string(log), "Falling back to local image pull mode") {
@@ -217,12 +217,12 @@ func TestVerifierAllowsDigests(t *testing.T) {
 	check(t, os.WriteFile(list, nil, 0o600))
 	addVerifier(t, dir, "allowed-digests", recipe(t, "allowed digests", "/etc/containerd/allowed-digests", list))
 
-	ref, manifest, shown := pushText(t, n, "models/listed", "listed")
+	ref, manifest, expected := pushText(t, n, "models/listed", "listed")
 	wantBlocked(t, n, ref, "verifier allowed-digests rejected image (exit code 1): "+manifest.String()+" is not in "+list)
 	check(t, os.WriteFile(list, []byte(manifest.String()+"\n"), 0o600))
 	_, err := n.Pull(ref) // no restart
 	check(t, err)
-	wantServed(t, n, ref, shown)
+	wantServed(t, n, ref, expected)
 
 	// What cannot be run, or does not end, blocks: containerd does not guess.
 	other, _, _ := pushText(t, n, "models/other", "other")

@@ -115,7 +115,7 @@ func build(program []byte, architecture, version string, created time.Time) (v1.
 		Env:        []string{"PATH=" + directory},
 		Labels: map[string]string{ // https://specs.opencontainers.org/image-spec/annotations/
 			"org.opencontainers.image.title":       "artifact-snapshotter",
-			"org.opencontainers.image.description": "containerd snapshotter that shows OCI model artifacts as read-only volumes",
+			"org.opencontainers.image.description": "mounts OCI artifacts, such as AI models, as read-only volumes",
 			"org.opencontainers.image.licenses":    "Apache-2.0",
 			"org.opencontainers.image.source":      "https://github.com/artifact-snapshotter/artifact-snapshotter",
 			"org.opencontainers.image.version":     version,

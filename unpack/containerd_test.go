@@ -17,7 +17,6 @@ import (
 
 	containerdarchive "github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/containerd/errdefs"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
@@ -30,11 +29,10 @@ var epoch = time.Unix(0, 0)
 func (s site) extract(t *testing.T, l artifact.Layer) (dir string, err error) {
 	t.Helper()
 	dir = t.TempDir()
-	_, err = s.extractInto(t, l, Target{Upper: dir}, s.options(Modes{}))
-	return dir, err
+	return dir, s.extractInto(t, l, Target{Upper: dir}, s.options(Modes{}))
 }
 
-func (s site) extractInto(t *testing.T, l artifact.Layer, into Target, o Options) (ocispec.Descriptor, error) {
+func (s site) extractInto(t *testing.T, l artifact.Layer, into Target, o Options) error {
 	t.Helper()
 	listed, err := artifact.NewLayer(unpacktest.Descriptor(l))
 	if err != nil {
@@ -45,7 +43,8 @@ func (s site) extractInto(t *testing.T, l artifact.Layer, into Target, o Options
 		t.Fatal(err)
 	}
 	defer os.RemoveAll(scratch)
-	return ExtractLayer(t.Context(), listed, into, scratch, o)
+	_, err = ExtractLayer(t.Context(), listed, into, scratch, o)
+	return err
 }
 
 // In the snapshots of other snapshotters these layers are refused, because containerd would

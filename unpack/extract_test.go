@@ -49,7 +49,7 @@ func TestFilesAreReflinksWhereTheFileSystemHasThem(t *testing.T) {
 	counted := map[Retention]int64{}
 	o := s.options(Modes{})
 	o.Counted = func(how Retention, n int64) { counted[how] += n }
-	if _, err := s.extractInto(t, l, Target{Upper: upper}, o); err != nil {
+	if err := s.extractInto(t, l, Target{Upper: upper}, o); err != nil {
 		t.Fatal(err)
 	}
 	if got := read(t, upper, "dir/weights"); int64(len(got)) != l.Descriptor.Size || !strings.HasPrefix(got, "weights weights") {

@@ -7,7 +7,6 @@ import (
 	"archive/tar"
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -459,8 +458,6 @@ func TestProbeTakesTheBestModeThatWorks(t *testing.T) {
 }
 
 func itoa(n int) string { return strconv.Itoa(n) }
-
-func octal6(n int) string { return fmt.Sprintf("%06o", n) }
 
 // Contents without visible files are removed when all layers are retained, since a much
 // later layer may have the same blob.

@@ -41,7 +41,6 @@ var capabilities = []struct {
 	{"containerd's own unpacker, with the differ", []string{"TestContainerdUnpacksAModelOfDockers", "TestContainerdUnpacksTars", "TestTheDifferUnpacksForStockOverlayfs"}},
 	{"`unpack`, the protocol of remote snapshotters", []string{"TestAnUnpackedArtifactIsASnapshotThatGoesWithItsImage", "TestAPodHasAnUnpackedArtifact", "TestUnpackMayBeKilledAtAnyMoment"}},
 	{"`pull`, by the transfer service", []string{"TestTheToolPullsMountsVerifiesAndPrunes", "TestPullOnATerminalAndWithAPassword"}},
-	{"unpacking on pull, by image events", []string{"TestArtifactsAreUnpackedWhenTheyArePulled"}},
 	{"shared configs, by image events", []string{"TestArtifactsWithOneConfigAreNotMixedUp"}},
 	{"`doctor`", []string{"TestDoctorHasNothingToSayOnAGoodNode", "TestDoctorsLinesMakeAContainerdWork", "TestDoctorFindsWhatIsWrongOnANode"}},
 	{"[`install` and `uninstall`](install.md), the systemd unit", []string{"TestInstallFitsTheFilesOfNodes", "TestInstallAndUninstall", "TestTheUnit"}},

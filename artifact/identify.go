@@ -28,6 +28,10 @@ type reference struct {
 	Platform  *ocispec.Platform
 }
 
+// configured is what counts in a manifest. Config is not a pointer, as in containerd: null
+// sets a pointer to nil, and leaves a struct as it is.
+type configured struct{ Config reference }
+
 // Identify returns what containerd's CRI knows any image by, a container image included:
 // the digest of the manifest that it takes for this platform, and media type and digest of
 // that manifest's config, which is the image's ID.
@@ -40,12 +44,12 @@ func Identify(ctx context.Context, blobs content.Provider, target ocispec.Descri
 	next := &reference{MediaType: target.MediaType, Digest: target.Digest}
 	for {
 		var doc struct {
-			Config    reference
+			configured
 			Manifests []reference
 		}
 		isManifest, limit, parsed := images.IsManifestType(next.MediaType), int64(maxIdentifiedIndex), any(&doc)
 		if isManifest {
-			limit, parsed = maxIdentifiedManifest, &struct{ Config *reference }{&doc.Config}
+			limit, parsed = maxIdentifiedManifest, &doc.configured
 		}
 		// containerd compares neither the size nor the digest of what it has stored.
 		raw, err := readUnverified(ctx, blobs, ocispec.Descriptor{Digest: next.Digest}, "manifest", limit)

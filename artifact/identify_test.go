@@ -77,6 +77,9 @@ func TestIdentifyReadsJSONAsCRIDoes(t *testing.T) {
 	for _, text := range []string{
 		`{"config": {"digest": %[1]q}, "Config": {"mediaType": "application/x"}}`,
 		`{"config": {"digest": "x"}, "config": {"digest": %[1]q}, "layers": [{}, {}, {}]}`,
+		`{"config": {"digest": %[1]q}, "config": null}`,
+		`{"config": null, "config": {"digest": %[1]q}}`,
+		`{"config": {"digest": "x"}, "config": null, "config": {"digest": %[1]q}}`,
 		"{\"config\": {\"digest\": %[1]q}, \"\xff\": 1}",
 	} {
 		wantConfigOfCRI(t, b, b.add(ocispec.MediaTypeImageManifest, fmt.Appendf(nil, text, config)), true)

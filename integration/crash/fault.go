@@ -49,11 +49,13 @@ func (p *Process) Heal() (ops []Op, hit int) {
 	return p.ops, p.hit
 }
 
-// Failed reports whether the fault has affected an operation since Inject.
+// Failed reports whether the fault has made an operation fail since Inject. An operation
+// that was only slow, or at which the hook was called, has not failed: the program must
+// still do everything that is expected of it.
 func (p *Process) Failed() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.fault != nil && p.hit > 0
+	return p.fault != nil && p.fault.Errno != 0 && p.hit > 0
 }
 
 // meet applies the fault to a thread that is about to begin op.

@@ -323,6 +323,9 @@ func treeOf(m *model) string { return "sha256-" + m.manifest.Digest.Encoded() }
 // errNotDone means that the daemon did not do something by itself.
 var errNotDone = errors.New("the daemon does not do what is waited for")
 
+// afterFailure is how long await waits when an operation of the daemon has failed.
+const afterFailure = 200 * time.Millisecond
+
 // await waits until the daemon has done something by itself; after a fault it need not.
 func (h *host) await(done func() bool) error {
 	limit, failed := time.After(patience), false

@@ -5,6 +5,7 @@ package snapshot
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -53,6 +54,9 @@ func TestAnImageVolumeOfAnImageNeedsNothingOfContainerd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// containerd looks into the first manifest. For an artifact this is an error.
+	manifest := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: d.Digest, Size: d.Size}
+	index := n.index(t, manifest, manifest)
 	elsewhere := ocispec.Descriptor{Digest: "sha256:" + ocispecHex} // in another content root
 	for _, tt := range []struct {
 		name   string
@@ -61,6 +65,7 @@ func TestAnImageVolumeOfAnImageNeedsNothingOfContainerd(t *testing.T) {
 		want   error // nil is a snapshot of overlayfs
 	}{
 		{"an image", d, "chain", nil},
+		{"an image whose index names no platforms", index, "chain", nil},
 		{"an image in another content root", elsewhere, "chain", nil},
 		{"an image without layers, which may be in the place of an artifact", d, "", unknown},
 		{"an artifact", n.pack(t), "", unknown},
@@ -71,6 +76,20 @@ func TestAnImageVolumeOfAnImageNeedsNothingOfContainerd(t *testing.T) {
 			t.Errorf("%s: %v, %v; want %v", tt.name, mounts, err, tt.want)
 		}
 	}
+}
+
+// index writes an index of the manifests.
+func (n *node) index(t *testing.T, manifests ...ocispec.Descriptor) ocispec.Descriptor {
+	t.Helper()
+	text, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: manifests})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageIndex, Digest: digest.FromBytes(text), Size: int64(len(text))}
+	if err := os.WriteFile(filepath.Join(n.content, "blobs", "sha256", d.Digest.Encoded()), text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return d
 }
 
 // containerd holds a lock while its images are waited for, and while a tree is.

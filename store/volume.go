@@ -146,8 +146,10 @@ func (s *Store) identify(ctx context.Context, v *Volume) (err error) {
 	if v.Unpacked != NotUnpacked || v.Refused != nil {
 		switch _, err := s.read(ctx, v.Target); {
 		case err == nil:
-		case v.Unpacked != IsUnpacked, errors.Is(err, artifact.ErrNotArtifact), errdefs.IsInvalidArgument(err), errdefs.IsNotImplemented(err):
+		case v.Unpacked != IsUnpacked, errors.Is(err, artifact.ErrNotArtifact):
 			return err
+		case (errdefs.IsInvalidArgument(err) || errdefs.IsNotImplemented(err)) && !s.isImageToCRI(ctx, v.Target):
+			return err // an artifact that breaks a rule
 		default:
 			return isImage(ctx, err)
 		}
@@ -161,6 +163,13 @@ func (s *Store) identify(ctx context.Context, v *Volume) (err error) {
 		}
 	}
 	return v.Refused
+}
+
+// isImageToCRI reports whether CRI finds an image's config. The rules of artifacts are stricter
+// than those of images: an index, for example, need not name platforms.
+func (s *Store) isImageToCRI(ctx context.Context, target ocispec.Descriptor) bool {
+	_, config, err := artifact.Identify(ctx, s.content, target)
+	return err == nil && artifact.IsImageConfig(config.MediaType)
 }
 
 // isImage returns artifact.ErrNotArtifact for a volume that the runtime has unpacked and

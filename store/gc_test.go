@@ -84,6 +84,22 @@ func TestAnUnusedTreeIsNoSecondCopy(t *testing.T) {
 	s.wantState(v.ID, false, false)
 }
 
+// containerd sets the times of a blob after it has renamed it into place, and a build may begin
+// in between.
+func TestATreeIsNotStaleWhenItsManifestGetsItsTimesLate(t *testing.T) {
+	s := newSite(t)
+	v := s.acquire(s.pack("bytes"))
+	v.Release()
+	for _, blob := range s.blobs() {
+		late := time.Now().Add(time.Hour)
+		if err := os.Chtimes(blob, late, late); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.collect()
+	s.wantState(v.ID, true, false)
+}
+
 func (s *site) blobs() []string {
 	s.t.Helper()
 	blobs, err := filepath.Glob(filepath.Join(s.config.Content.String(), "blobs/*/*"))

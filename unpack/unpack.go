@@ -383,13 +383,20 @@ func (t *Tree) Stale(blobs blobs.Source) bool {
 }
 
 // source identifies the file of a blob, so that another file with the same content differs;
-// "" if there is none. The inode number alone would not do, since it may be used again.
+// "" if there is none. The inode number alone would not do, since it may be used again, and
+// neither would the time of modification: containerd sets that after it has renamed the blob
+// into place (plugins/content/local/writer.go, Commit), when a build may have begun. Where the
+// file system does not know when a file was made, that time has to do.
 func source(blobs blobs.Source, blob digest.Digest) string {
-	var st unix.Stat_t
-	if err := unix.Lstat(blobs.Path(blob), &st); err != nil {
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, blobs.Path(blob), unix.AT_SYMLINK_NOFOLLOW, unix.STATX_INO|unix.STATX_MTIME|unix.STATX_BTIME, &st); err != nil {
 		return ""
 	}
-	return fmt.Sprintf("%d at %d.%09d", st.Ino, st.Mtim.Sec, st.Mtim.Nsec)
+	made := st.Btime
+	if st.Mask&unix.STATX_BTIME == 0 {
+		made = st.Mtime
+	}
+	return fmt.Sprintf("%d at %d.%09d", st.Ino, made.Sec, made.Nsec)
 }
 
 // outOfSpace is OutOfSpace for files below the snapshotter's root.

@@ -138,8 +138,11 @@ func (w *Watcher) follow(ctx context.Context, s stream, handle func(*events.Enve
 		case <-changed:
 		case e := <-s.envelopes:
 			if number, ok := s.number(e); ok {
-				w.set(func() { w.seen = max(w.seen, number) })
-				overdue = nil
+				w.set(func() {
+					if w.seen = max(w.seen, number); w.seen >= w.said {
+						overdue = nil
+					}
+				})
 			} else if err := handle(e); err != nil {
 				return err
 			}

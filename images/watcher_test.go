@@ -158,6 +158,22 @@ func TestAStreamThatIsSilentEnds(t *testing.T) {
 	})
 }
 
+// An event that begin published may come back late. It is not the one that is waited for.
+func TestAStreamThatIsSilentAfterAnOldEventEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := NewWatcher("", "")
+		w.ask()
+		s, _ := fakeStream(1)
+		if err := s.hello(t.Context(), 0); err != nil {
+			t.Fatal(err)
+		}
+		s.publish = func(context.Context, string, events.Event) error { return nil }
+		if err := w.follow(t.Context(), s, noImages); !errdefs.IsUnavailable(err) {
+			t.Errorf("got %v, want that it is unavailable", err)
+		}
+	})
+}
+
 func TestAStreamThatFailsEnds(t *testing.T) {
 	w, _ := newTestWatcher(t)
 	failed := make(chan error, 1)

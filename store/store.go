@@ -59,7 +59,7 @@ type Config struct {
 	Modes unpack.Modes
 	// DirectIO allows only modes whose files can be read with O_DIRECT.
 	DirectIO bool
-	// Limits bound the memory and the threads that building trees uses.
+	// Limits bound the memory and the disk space that building trees uses.
 	Limits unpack.Limits
 	// DecompressOnPull lets Run build the trees of artifacts with compressed layers while the
 	// runtime pulls them.

@@ -4,8 +4,10 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"regexp"
 	"time"
@@ -130,7 +132,7 @@ func (s *Store) MountVolume(ctx context.Context, v *Volume, accept func(context.
 // about both.
 func (s *Store) identify(ctx context.Context, v *Volume) (err error) {
 	if v.Hex == "" && v.Target.Digest == "" {
-		return v.Refused
+		return cmp.Or(v.Refused, fmt.Errorf("the volume names no image: %w", errdefs.ErrInvalidArgument))
 	}
 	if v.Target.Digest == "" {
 		found, err := s.content.Find(v.Hex)

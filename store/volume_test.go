@@ -100,6 +100,7 @@ func TestAnImageVolumeIsMountedRefusedOrTheRuntimes(t *testing.T) {
 		{"an artifact for owners that are not known", Volume{Hex: model, Refused: unmapped}, nil, nil, unmapped, true},
 		{"an image for owners that are not known", Volume{Hex: image, Refused: unmapped}, nil, nil, artifact.ErrNotArtifact, false},
 		{"what has no name", Volume{Refused: unmapped}, nil, nil, unmapped, true},
+		{"what has neither a name nor an error", Volume{}, nil, nil, errdefs.ErrInvalidArgument, true},
 		{"an image", Volume{Hex: image, Unpacked: IsUnpacked}, conflict, nil, artifact.ErrNotArtifact, false},
 		{"an image that may be unpacked", Volume{Hex: image, Unpacked: MaybeUnpacked}, conflict, nil, artifact.ErrNotArtifact, false},
 		{"an image without layers", Volume{Hex: image}, nil, nil, artifact.ErrNotArtifact, false},

@@ -334,8 +334,8 @@ func linkCases() (cases []Case) {
 	s, owned := symlink("s", "/etc/shadow", edit{fUID, "0000007\x00"}), edit{fUID, "0000007\x00"}
 	is := isLink("/etc/shadow").owner(7, 0)
 	cases = append(cases,
-		bad("link/symlink of no target", tarred(symlink("l", "")), "a target of 0 bytes"),
-		bad("link/symlink of 4096 bytes", tarred(pax(record("linkpath", strings.Repeat("x", 4096)))+symlink("l", "x")), "a target of 4096 bytes"),
+		bad("link/symlink of no target", tarred(symlink("l", "")), "and this one has 0 bytes"),
+		bad("link/symlink of 4096 bytes", tarred(pax(record("linkpath", strings.Repeat("x", 4096)))+symlink("l", "x")), "and this one has 4096 bytes"),
 		bad("link/symlink with a NUL", tarred(pax(record("linkpath", "a\x00b"))+symlink("l", "x")), "the archive cannot be read"),
 		bad("link/hard link to no name", tarred(hardLink("h", "")), "names no file"),
 		bad("link/directory and hard link of it", tarred(dir("d"), file("f", "x"), hardLink("d", "f")), "is a directory"),

@@ -34,6 +34,9 @@ suite unpack begins
 --- SKIP: TestOverlay (0.00s)
 --- PASS: TestLink (0.00s)
 suite unpack ends 0
+suite unpack/differ begins
+--- PASS: TestApply (0.00s)
+suite unpack/differ ends 0
 suite store begins
 --- PASS: TestView (0.00s)
 suite store ends 0

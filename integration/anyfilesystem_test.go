@@ -317,7 +317,7 @@ func (p pair) wantAdvice(t *testing.T, n *node.Node) {
 		"advice: move root to ext4, xfs or btrfs: tars take no loop devices": p.tar == layout.EROFSLoop,
 		"whose own root filesystem overlayfs cannot have on an overlay":      p.byNRI(),
 		"blobs are linked into root, without a copy":                         p.by == layout.Linked,
-		"are reflinked into root, without a copy":                             p.by == layout.Reflinked,
+		"are reflinked into root, without a copy":                            p.by == layout.Reflinked,
 		"are copied into root":                                               p.by == layout.Copied,
 	} {
 		if strings.Contains(text, advice) != wanted {

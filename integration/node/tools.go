@@ -14,7 +14,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"sync"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -105,18 +104,20 @@ func findRepository() (string, error) {
 	return "", errors.New("the repository was not found: run this inside it, or set ARTIFACT_SNAPSHOTTER_TOOLS and ARTIFACT_SNAPSHOTTER_BIN")
 }
 
-// daemonBinary returns the daemon's path; one with the race detector is built if the
-// source has changed.
+// daemonBinary returns the daemon's path; with the race detector it is built for the
+// node.
 func (n *Node) daemonBinary() (string, error) {
 	if !n.options.RaceDaemon {
 		return findDaemon()
+	}
+	bin := n.path("artifact-snapshotter-race")
+	if _, err := os.Stat(bin); err == nil {
+		return bin, nil
 	}
 	repository, err := findRepository()
 	if err != nil {
 		return "", err
 	}
-	// go build does not link a program again that is up to date.
-	bin := filepath.Join(repository, "bin", "artifact-snapshotter-race")
 	build := exec.CommandContext(n.ctx, "go", "build", "-race", "-o", bin, "./cmd/artifact-snapshotter")
 	build.Dir = repository
 	if out, err := build.CombinedOutput(); err != nil {
@@ -132,22 +133,11 @@ func (n *Node) guest() ([]byte, error) {
 	if !errors.Is(err, os.ErrNotExist) {
 		return program, err
 	}
-	return builtGuest()
+	if err := BuildGuest(n.ctx, n.path("guest")); err != nil {
+		return nil, err
+	}
+	return os.ReadFile(n.path("guest"))
 }
-
-// builtGuest builds the guest once for all nodes of the process.
-var builtGuest = sync.OnceValues(func() ([]byte, error) {
-	dir, err := os.MkdirTemp("", "guest-")
-	if err != nil {
-		return nil, err
-	}
-	defer os.RemoveAll(dir)
-	program := filepath.Join(dir, "guest")
-	if err := BuildGuest(context.Background(), program); err != nil {
-		return nil, err
-	}
-	return os.ReadFile(program)
-})
 
 // BuildGuest builds the guest's program.
 func BuildGuest(ctx context.Context, path string) error {

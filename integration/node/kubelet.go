@@ -250,7 +250,7 @@ func (n *Node) RunStaticPod(spec PodSpec) error {
 func (n *Node) RunStaticManifest(name, text string) error {
 	// kubelet ignores names that begin with a dot, and reads a file as soon as it has
 	// its final name.
-	draft := filepath.Join(n.path("static-pods"), ".draft")
+	draft := filepath.Join(n.path("static-pods"), "."+name) // one for each, since tests run pods at once
 	if err := os.WriteFile(draft, []byte(text), 0o644); err != nil {
 		return err
 	}

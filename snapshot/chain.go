@@ -126,19 +126,6 @@ func withLayers(id digest.Digest) snapshots.Opt {
 	return snapshots.WithLabels(map[string]string{LabelLayers: id.String()})
 }
 
-// extend prepares the snapshot of an artifact for layers on top of it: it makes the directory,
-// which overlayfs and the Applier look into.
-func (s *snapshotter) extend(of subject) error {
-	if of.artifact == "" {
-		return nil
-	}
-	dir := s.dir(of.id)
-	if err := os.MkdirAll(filepath.Join(dir, "fs"), 0o755); err != nil {
-		return err
-	}
-	return differ.Promise(dir, of.artifact)
-}
-
 // layersOf returns the ID of the layers that the active snapshot retains together with those of
 // its parent; "" if it retains none.
 func (s *snapshotter) layersOf(ctx context.Context, key string, below subject) (digest.Digest, error) {
@@ -154,7 +141,7 @@ func (s *snapshotter) layersOf(ctx context.Context, key string, below subject) (
 		return "", err
 	}
 	// No manifest has this digest, because the text is not JSON.
-	return digest.FromString(fmt.Sprintf("layers %s%s %s", below.artifact, below.layers, own)), nil
+	return digest.FromString(fmt.Sprintf("layers %s %s", below.layers, own)), nil
 }
 
 // committing checks that the snapshot may be committed on top of parent, and returns the label

@@ -265,38 +265,6 @@ func TestRetainedLayersAreNotCommittedOnTopOfOrdinaryOnes(t *testing.T) {
 	}
 }
 
-func TestAViewHasTheArtifactAndTheLayersOnTopOfIt(t *testing.T) {
-	n := newNode(t)
-	a := pack.Artifact{Layers: []pack.Layer{{
-		MediaType: modelspec.MediaTypeModelWeightRaw, Data: []byte("bytes of a"),
-		Annotations: map[string]string{modelspec.AnnotationFilepath: "a"},
-	}}}
-	d, err := a.WriteTo(n.content)
-	if err != nil {
-		t.Fatal(err)
-	}
-	record := n.unpacked(t, d, "sha256:chain")
-	upper := n.extract(t, "upper", record, n.layer(t, "b", "bytes of b"))
-	// Its layers are retained, so the artifact may be deleted.
-	if err := os.RemoveAll(n.content); err != nil {
-		t.Fatal(err)
-	}
-	mounts, err := n.View(ctx, "view", upper)
-	if err != nil {
-		t.Fatal(err)
-	}
-	wantFiles(t, files(t, mounts), "a", "b")
-	for _, name := range []string{"view", upper, record} {
-		if err := n.Remove(ctx, name); err != nil {
-			t.Fatal(err)
-		}
-	}
-	n.cleanup(t)
-	if left, err := os.ReadDir(filepath.Join(n.root, "overlayfs", "snapshots")); err != nil || len(left) > 0 {
-		t.Errorf("left: %v, %v", left, err)
-	}
-}
-
 func TestAnImageVolumeOfAChainIsServedByItsManifest(t *testing.T) {
 	n := newNode(t)
 	_, upper := n.chained(t)

@@ -185,11 +185,8 @@ func (s *snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	switch {
 	case err != nil:
 		return nil, err
-	case !of.ordinary() && !extraction.MatchString(key):
+	case of.artifact != "", of.layers != "" && !extraction.MatchString(key):
 		return nil, fmt.Errorf("snapshot %q is %s, which cannot be written to or be the root of a container; make a view of it, or if an image has this snapshot, delete the image of the artifact (artifact-snapshotter ls) and pull that image again: %w", parent, of, errdefs.ErrFailedPrecondition)
-	}
-	if err := s.extend(of); err != nil {
-		return nil, err
 	}
 	if opts, err = s.chowned(of, opts); err != nil {
 		return nil, err

@@ -88,7 +88,7 @@ func (a *Applier) apply(ctx context.Context, l artifact.Layer, into unpack.Targe
 	if err != nil {
 		return content, l.Wrap(err)
 	}
-	dir, retains, err := a.retains(ctx, into)
+	dir, retains, err := a.retains(into)
 	if err != nil {
 		return content, l.Wrap(err)
 	}
@@ -145,17 +145,19 @@ func targetOf(mounts []mount.Mount) (into unpack.Target, err error) {
 // retains returns the directory of the snapshot at into, and whether layers are retained
 // in it: it and all snapshots below it must be our own, and each below must retain
 // layers.
-func (a *Applier) retains(ctx context.Context, into unpack.Target) (dir string, retains bool, err error) {
+func (a *Applier) retains(into unpack.Target) (dir string, retains bool, err error) {
 	dir, ours := a.snapshotOf(into.Upper)
 	if !ours {
 		return "", false, nil
 	}
 	for _, lower := range into.Lower {
-		below, ok := a.snapshotOf(lower)
-		if ok {
-			ok, err = a.fulfil(ctx, below)
+		below, ours := a.snapshotOf(lower)
+		if !ours {
+			return "", false, nil
 		}
-		if !ok || err != nil {
+		if _, err := os.Lstat(RetainedDir(below)); errors.Is(err, os.ErrNotExist) {
+			return "", false, nil
+		} else if err != nil {
 			return "", false, err
 		}
 	}
@@ -166,29 +168,4 @@ func (a *Applier) retains(ctx context.Context, into unpack.Target) (dir string, 
 func (a *Applier) snapshotOf(fs string) (dir string, ours bool) {
 	dir = filepath.Dir(filepath.Clean(fs))
 	return dir, a.Snapshots != "" && filepath.Dir(dir) == filepath.Clean(a.Snapshots) && filepath.Base(fs) == "fs"
-}
-
-// fulfil reports whether the snapshot in dir retains layers, and first retains those
-// that were promised (see [Promise]).
-func (a *Applier) fulfil(ctx context.Context, dir string) (bool, error) {
-	unlock, err := a.Options.Budget.Lock(ctx, dir)
-	if err != nil {
-		return false, err
-	}
-	defer unlock()
-	if _, err := os.Lstat(RetainedDir(dir)); !errors.Is(err, os.ErrNotExist) {
-		return err == nil, err
-	}
-	manifest, err := promised(dir)
-	if manifest == "" || err != nil {
-		return false, err
-	}
-	below, err := artifact.Read(ctx, a.Options.Blobs, ocispec.Descriptor{Digest: manifest})
-	if err == nil {
-		_, err = retain(ctx, dir, below.Layers, a.Options)
-	}
-	if err != nil {
-		return false, fmt.Errorf("the layer is on top of artifact %s, whose layers cannot be retained any more; delete the images of both and pull them again: %w", manifest, err)
-	}
-	return true, nil
 }

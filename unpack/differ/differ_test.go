@@ -7,7 +7,6 @@ import (
 	"archive/tar"
 	"context"
 	"errors"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -367,75 +366,6 @@ func TestProgressCountsAllBytes(t *testing.T) {
 				t.Errorf("layer of %d bytes, ours %v: %d are done", l.Descriptor.Size, ours, last)
 			}
 		}
-	}
-}
-
-// promisedChain returns a chain on top of the snapshot of an artifact of one file.
-func promisedChain(t *testing.T, s site) (*chain, digest.Digest) {
-	t.Helper()
-	config := s.Blob(t, []byte(`{}`))
-	layer := descriptor(s.Raw(t, "weights", "weights"))
-	manifest := s.Blob(t, []byte(`{"schemaVersion": 2, "mediaType": "`+ocispec.MediaTypeImageManifest+`", "config": {"mediaType": "application/x", "digest": "`+
-		config.Digest.String()+`", "size": 2}, "layers": [{"mediaType": "application/x", "digest": "`+layer.Digest.String()+`", "size": 7, "annotations": {"`+
-		ocispec.AnnotationTitle+`": "weights"}}]}`))
-	c := newChain(t, s, true)
-	c.prepare(t)
-	if err := Promise(filepath.Dir(c.fs[0]), manifest.Digest); err != nil {
-		t.Fatal(err)
-	}
-	return c, manifest.Digest
-}
-
-func TestAPromiseIsFulfilledByTheNextApply(t *testing.T) {
-	s := newSite(t)
-	c, manifest := promisedChain(t, s)
-	c.mustAdd(t, s.Raw(t, "more", "more"))
-	dir, err := c.mountRetained(t)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if read(t, dir, "weights") != "weights" || read(t, dir, "more") != "more" {
-		t.Error("not all is shown")
-	}
-	// The promise is fulfilled once.
-	if err := os.Remove(s.Content.Path(manifest)); err != nil {
-		t.Fatal(err)
-	}
-	c.mustAdd(t, s.Raw(t, "third", "third"))
-
-	c, manifest = promisedChain(t, newSite(t))
-	if err := os.Remove(c.Content.Path(manifest)); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := c.add(t, c.Raw(t, "more", "more")); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), manifest.String()) {
-		t.Errorf("without the artifact: %v", err)
-	}
-}
-
-// Two images may be unpacked on top of one artifact at a time, so one may read the promise
-// while the other replaces it.
-func TestAPromiseIsReplacedAtomically(t *testing.T) {
-	dir := t.TempDir()
-	before, after := digest.FromString("before"), digest.FromString("after")
-	if err := Promise(dir, before); err != nil {
-		t.Fatal(err)
-	}
-	reader, err := os.Open(filepath.Join(dir, promiseFile))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer reader.Close()
-	if err := Promise(dir, after); err != nil {
-		t.Fatal(err)
-	}
-	if got, err := io.ReadAll(reader); err != nil || string(got) != before.String() {
-		t.Errorf("who reads meanwhile gets %q, %v; want %s", got, err, before)
-	}
-	if got, err := promised(dir); err != nil || got != after {
-		t.Errorf("who reads afterwards gets %q, %v; want %s", got, err, after)
-	}
-	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
-		t.Errorf("left are %v, %v; want the promise alone", entries, err)
 	}
 }
 

@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/containerd/containerd/v2/pkg/atomicfile"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -33,8 +32,6 @@ import (
 //	                               runtime's blobs where possible
 //	    layers.json                this struct
 //	layer-new/                     work in progress, or what a killed process left
-//	promise                        the digest of a manifest whose layers are to be
-//	                               retained when they are needed, see Promise
 type Retained struct {
 	// Format is the version of the layout of the directory.
 	Format int `json:"format"`
@@ -45,7 +42,6 @@ const (
 	retainedDir    = "layer"
 	newRetainedDir = "layer-new"
 	retainedFile   = "layers.json"
-	promiseFile    = "promise"
 	// retainedFormat is the format that this version writes and reads.
 	retainedFormat = 1
 )
@@ -173,34 +169,4 @@ func LinkRetained(into blobs.Dir, dirs []string) error {
 		}
 	}
 	return nil
-}
-
-// Promise records that the snapshot in dir is to retain the layers of an artifact.
-// Retaining takes time, so the next Apply on top of the snapshot does it. The record is
-// replaced atomically, since another Apply may read it at the same time.
-func Promise(dir string, manifest digest.Digest) error {
-	f, err := atomicfile.New(filepath.Join(dir, promiseFile), 0o600)
-	if err != nil {
-		return err
-	}
-	if _, err := f.Write([]byte(manifest)); err != nil {
-		return errors.Join(err, f.Cancel())
-	}
-	return f.Close()
-}
-
-// promised returns the manifest that Promise has recorded, "" if there is none.
-func promised(dir string) (digest.Digest, error) {
-	b, err := os.ReadFile(filepath.Join(dir, promiseFile))
-	if errors.Is(err, os.ErrNotExist) {
-		return "", nil
-	}
-	if err != nil {
-		return "", err
-	}
-	manifest, err := digest.Parse(string(b))
-	if err != nil {
-		return "", fmt.Errorf("%s holds %.100q, which is not a digest; delete the image and pull it again: %w", filepath.Join(dir, promiseFile), b, err)
-	}
-	return manifest, nil
 }

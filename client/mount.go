@@ -190,7 +190,9 @@ func outlive(ctx context.Context, by time.Duration) (context.Context, context.Ca
 
 // withoutView removes a view because of err, also if ctx has ended.
 func (c *Client) withoutView(ctx context.Context, key string, err error) error {
-	if left := c.SnapshotService(c.Snapshotter).Remove(context.WithoutCancel(ctx), key); left != nil {
+	outliving, cancel := outlive(ctx, viewTimeout)
+	defer cancel()
+	if left := c.SnapshotService(c.Snapshotter).Remove(outliving, key); left != nil && !errdefs.IsNotFound(left) {
 		return fmt.Errorf("%w; the snapshot %s could not be removed: %v", err, key, left)
 	}
 	return err
@@ -199,7 +201,7 @@ func (c *Client) withoutView(ctx context.Context, key string, err error) error {
 // Unmount undoes [Client.Mount]: it unmounts the artifact if it is still mounted, and then the
 // artifact is no longer in use. It returns target as Mount does. If target is not one of
 // Mount's, the error is errdefs.ErrNotFound; if something else is mounted there, it is
-// errdefs.ErrInvalidArgument.
+// errdefs.ErrInvalidArgument; if another process is mounting there, errdefs.ErrUnavailable.
 func (c *Client) Unmount(ctx context.Context, target string) (path string, err error) {
 	path, err = resolve(target)
 	if err != nil && target != "" { // the directory above may not exist any more
@@ -223,6 +225,21 @@ func (c *Client) unmount(ctx context.Context, target string) error {
 	mounted, err := isMounted(target)
 	if err != nil {
 		return err
+	}
+	if !mounted {
+		// Mount makes its view before it mounts, and holds the lock until it has mounted. The
+		// directory may not exist any more.
+		if dir, err := os.OpenFile(target, unix.O_DIRECTORY, 0); err == nil {
+			defer dir.Close()
+			if err := lockTarget(target, dir); err != nil {
+				return err
+			}
+			if mounted, err := isMounted(target); err != nil {
+				return err
+			} else if mounted { // before we had the lock
+				return fmt.Errorf("another process has just mounted at %s; try again: %w", target, errdefs.ErrUnavailable)
+			}
+		}
 	}
 	ctx = c.Context(ctx)
 	service := c.SnapshotService(c.Snapshotter)

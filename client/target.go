@@ -67,12 +67,8 @@ func makeTarget(target string) (made bool, dir *os.File, err error) {
 // checkTarget locks dir, which was at target, and refuses it if target is a mount point by now,
 // or if it is not empty.
 func checkTarget(target string, dir *os.File) error {
-	err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return fmt.Errorf("another process is about to mount at %s, or has locked it; try again: %w", target, errdefs.ErrUnavailable)
-	}
-	if err != nil {
-		return fmt.Errorf("lock %s: %w", target, err)
+	if err := lockTarget(target, dir); err != nil {
+		return err
 	}
 	mounted, err := mountinfo.Mounted(target)
 	if err != nil {
@@ -89,6 +85,18 @@ func checkTarget(target string, dir *os.File) error {
 	default:
 		return err
 	}
+}
+
+// lockTarget locks dir, which was at target, until it is closed. It does not wait.
+func lockTarget(target string, dir *os.File) error {
+	err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return fmt.Errorf("another process is about to mount at %s, or has locked it; try again: %w", target, errdefs.ErrUnavailable)
+	}
+	if err != nil {
+		return fmt.Errorf("lock %s: %w", target, err)
+	}
+	return nil
 }
 
 // isBindOf reports whether target is a bind of the artifact's mount.

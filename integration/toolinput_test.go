@@ -179,6 +179,12 @@ func TestAMountThatWasCutOffIsRepaired(t *testing.T) {
 	check(t, unix.Unmount(target, 0))
 	tool(t, n, "unmount", target)
 	cutOff(target)
+	// A mount that has made its view and not mounted yet holds the directory.
+	busy, err := os.Open(target)
+	check(t, err)
+	check(t, unix.Flock(int(busy.Fd()), unix.LOCK_EX))
+	wantRefusal(t, n, []string{"another process is about to mount at " + target, "try again"}, "unmount", target)
+	check(t, busy.Close())
 	tool(t, n, "unmount", target)
 	wantNone := func() {
 		t.Helper()

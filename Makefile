@@ -116,7 +116,7 @@ test-soak: build tools
 
 # All of what `make test` has a selection of (docs/reliability.md): the kills and power
 # cuts, the soak, every file system, other kernels, and the hostile artifacts on every way
-# to show them, those of a million files included.
+# to mount them, those of a million files included.
 test-all: test test-crash test-soak test-filesystems test-kernels
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -timeout 120m -v -run Verdict ./integration/hostile
 

@@ -64,7 +64,7 @@ type Observer struct {
 type Plugin struct {
 	Config
 	records         *records
-	registerTimeout time.Duration // registerTimeout, but for tests
+	registerTimeout time.Duration // a field because tests shorten it
 	addressWarning  sync.Once
 }
 

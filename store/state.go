@@ -53,7 +53,7 @@ type entry struct {
 	progress *progress
 	pull     *pull        // set if the state is pulling
 	modes    unpack.Modes // set if the state is mounted
-	failure  *failure     // set if the state is failed, and while the next work runs
+	failure  *failure     // the last failure of which no request has been told, if any
 	// source has the Manifest and the Source of the tree, once garbage collection has read
 	// them.
 	source *unpack.Tree
@@ -273,18 +273,19 @@ func (s *Store) acquire(ctx context.Context, id ID, from *source) (_ *Reference,
 	}
 	wait := s.maxWait
 	if deadline, ok := ctx.Deadline(); ok {
-		// So that the answer, which says how far the build is, still gets there.
+		// The rest of the time is for the answer, which says how far the build is.
 		wait = min(wait, time.Until(deadline)*9/10)
 	}
 	select {
 	case <-w.done:
 		if w.err != nil {
 			s.mu.Lock()
-			s.entry(id).forgetFailure() // this is it
+			s.entry(id).forgetFailure() // this request is told now
 			s.mu.Unlock()
+			return nil, w.err
 		}
 		ref.Modes, ref.Built = w.modes, w.built
-		return ref, w.err
+		return ref, nil
 	case <-ctx.Done():
 		return nil, s.unfinished(id, ctx.Err())
 	case <-time.After(wait):

@@ -57,8 +57,8 @@ func wantKind(t *testing.T, err error) {
 // errHuge is the error for a sparse member that would take the fuzzer too long.
 var errHuge = fmt.Errorf("huge: %w", errdefs.ErrInvalidArgument)
 
-// mended returns an archive with correct checksums of the headers, and with an end;
-// otherwise a changed byte would not get far.
+// mended returns data with an end mark and with correct header checksums. Without them the
+// reader would refuse every changed byte at once.
 func mended(data []byte) []byte {
 	data = slices.Concat(data, make([]byte, roundUp(int64(len(data)))-int64(len(data))), endMark)
 	for h := range slices.Chunk(data, tarBlock) {

@@ -114,7 +114,7 @@ func probe(ctx context.Context, root string, forced Mode, direct bool, all []Mod
 				return "", errors.Join(why, err)
 			}
 		}
-		if errors.Is(err, errNoDirectIO) { // the configuration excludes it, so it is no reason to report
+		if errors.Is(err, errNoDirectIO) { // the configuration asks for direct I/O, so this matters only if no mode is left
 			unfit = append(unfit, err)
 			continue
 		}

@@ -53,10 +53,9 @@ type store struct {
 	linked bool
 }
 
-// Tampered content is never mounted silently: decompressed or copied content is
-// verified, so it is right or refused. containerd verified a linked file's bytes when
-// it stored them: if its name changes, the tree still has the file; if its bytes
-// change, the volume has the content store's bytes and nothing else.
+// Decompressed and copied content is verified, and refused if it is wrong. A hard link is
+// not verified again, because containerd did that when it stored the file. If the file's
+// name changes, the tree still has the file. If its bytes change, the volume changes too.
 func TestATamperedBlobIsNotMountedSilently(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)

@@ -31,7 +31,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// The filter cannot be removed, so it is tried in a process of its own.
+// A process cannot remove its filter, so the test starts another process to install it.
 func TestForbiddenSystemCallsAreRefused(t *testing.T) {
 	for _, network := range []string{"", "network"} {
 		cmd := exec.CommandContext(t.Context(), "/proc/self/exe")

@@ -16,8 +16,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// ErrTooLarge is returned by [Identify] for a manifest or an index that is too large to be
-// looked into: CRI may know its config, and we do not.
+// ErrTooLarge is returned by [Identify] for a manifest or an index that is too large, or too
+// many indexes deep, to be looked into: CRI may know its config, and we do not.
 var ErrTooLarge = fmt.Errorf("too large: %w", errdefs.ErrInvalidArgument)
 
 // reference is what decides in a descriptor which config an image has. It is small, since
@@ -42,7 +42,7 @@ type configured struct{ Config reference }
 // target. Other errors than ErrTooLarge are those of Read, but never errdefs.ErrDataLoss.
 func Identify(ctx context.Context, blobs content.Provider, target ocispec.Descriptor) (manifest digest.Digest, config ocispec.Descriptor, err error) {
 	next := &reference{MediaType: target.MediaType, Digest: target.Digest}
-	for {
+	for range maxIdentifiedDepth + 1 {
 		var doc struct {
 			configured
 			Manifests []reference
@@ -71,6 +71,7 @@ func Identify(ctx context.Context, blobs content.Provider, target ocispec.Descri
 			return "", config, fmt.Errorf("index %s: no manifest for %s: %w", index, platforms.DefaultString(), errdefs.ErrNotFound)
 		}
 	}
+	return "", config, fmt.Errorf("index %s: more than %d indexes lead to a manifest: %w", target.Digest, maxIdentifiedDepth, ErrTooLarge)
 }
 
 // first returns the manifest of an index that CRI looks into; CRI looks into no other.

@@ -135,6 +135,19 @@ func TestIdentifyIsBounded(t *testing.T) {
 	}
 }
 
+func TestIdentifyEndsInACircleOfIndexes(t *testing.T) {
+	b := blobs{}
+	circle := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageIndex, Digest: digest.FromString("circle")}
+	text, err := json.Marshal(ocispec.Index{Manifests: []ocispec.Descriptor{circle}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b[circle.Digest] = text
+	if _, _, err := Identify(t.Context(), b, circle); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("%v", err)
+	}
+}
+
 func TestIdentifySaysWhatIsWrong(t *testing.T) {
 	b := blobs{}
 	for text, want := range map[string]struct {

@@ -24,6 +24,9 @@ const (
 	// An index takes up to 30 times its size in memory, a manifest once.
 	maxIdentifiedManifest = 64 << 20
 	maxIdentifiedIndex    = 8 << 20
+	// maxIdentifiedDepth is the number of indexes that Identify follows. Digests allow no
+	// circle, but Identify does not verify them, and a damaged disk could have one.
+	maxIdentifiedDepth = 16
 
 	// maxMediaType, in bytes, bounds a media type, so that errors stay readable. RFC 6838,
 	// section 4.2, allows 127 for each of its two names.

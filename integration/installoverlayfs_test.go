@@ -30,7 +30,6 @@ func TestInstallTakesOverTheOptionsOfOverlayfs(t *testing.T) {
 	program := filepath.Join(n.Dir, "artifact-snapshotter")
 	copyBinary(t, n, program)
 	ours := filepath.Join(etc, "artifact-snapshotter", "config.toml")
-	check(t, os.MkdirAll(filepath.Dir(ours), 0o755))
 
 	for name, test := range map[string]struct {
 		file string // the daemon's; "" is none
@@ -40,6 +39,8 @@ func TestInstallTakesOverTheOptionsOfOverlayfs(t *testing.T) {
 		"an administrator's, without a last newline": {"log_level = 'debug'\n[nri]\nenabled = false", "log_level = 'debug'\n[nri]\nenabled = false"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			check(t, os.RemoveAll(filepath.Dir(ours))) // of the case before, in whatever order
+			check(t, os.Mkdir(filepath.Dir(ours), 0o755))
 			if test.file != "" {
 				writeFile(t, ours, test.file, 0o640)
 			}

@@ -63,8 +63,8 @@ func wantSame(t *testing.T, dir string, want map[string]string) {
 // pod that mounts a model, and back.
 func TestInstallAndUninstall(t *testing.T) {
 	for _, test := range []struct{ name, flags, handler string }{
-		{"the node", "", ""},
-		{"a runtime handler", "--scope runtime-handler --runtime-handler models", "models"},
+		{"the node", "--scope node", ""},
+		{"a runtime handler", "--runtime-handler models", "models"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			n := node.ForTest(t, node.Options{Systemd: true})

@@ -45,19 +45,19 @@ func TestInstallTakesOverTheOptionsOfOverlayfs(t *testing.T) {
 				writeFile(t, ours, test.file, 0o640)
 			}
 			before := files(t, etc)
-			preview := run(t, n, program, "install", "--dry-run")
+			preview := run(t, n, program, "install", "--scope", "node", "--dry-run")
 			if !strings.Contains(preview, "+mount_options = ['volatile', 'redirect_dir=on']\n") {
 				t.Errorf("the dry run says\n%s", preview)
 			}
 			wantSame(t, etc, before)
-			t.Log(run(t, n, program, "install"))
+			t.Log(run(t, n, program, "install", "--scope", "node"))
 			waitForCRI(t, n)
 			got := files(t, etc)[ours]
 			if head, ok := strings.CutPrefix(got, test.want+"\n# From containerd's configuration"); !ok || !strings.Contains(head, "\n[overlayfs]\nmount_options = ['volatile', 'redirect_dir=on']\nupperdir_label = true\n") {
 				t.Errorf("the daemon's file is\n%s", got)
 			}
 			installed := files(t, etc)
-			if said := run(t, n, program, "install"); said != "nothing to do" {
+			if said := run(t, n, program, "install", "--scope", "node"); said != "nothing to do" {
 				t.Errorf("a second time it said %q", said)
 			}
 			wantSame(t, etc, installed)
@@ -91,7 +91,7 @@ func TestInstallTakesOverTheOptionsOfOverlayfs(t *testing.T) {
 	t.Run("an administrator who has decided", func(t *testing.T) {
 		check(t, os.MkdirAll(filepath.Dir(ours), 0o755))
 		writeFile(t, ours, "[overlayfs]\nmount_options = ['redirect_dir=on']\n", 0o644)
-		preview := run(t, n, program, "install", "--dry-run")
+		preview := run(t, n, program, "install", "--scope", "node", "--dry-run")
 		if strings.Contains(preview, "+++ /etc/artifact-snapshotter/config.toml") || !strings.Contains(preview, "unless that is intended, write this into /etc/artifact-snapshotter/config.toml") ||
 			!strings.Contains(preview, "    mount_options = ['redirect_dir=on', 'volatile']\n") {
 			t.Errorf("the dry run says\n%s", preview)

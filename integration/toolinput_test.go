@@ -99,8 +99,8 @@ func TestTheToolRefusesBadInput(t *testing.T) {
 		"no namespace":                    {[]string{"mount", "-n", "", ref, free}, []string{"the namespace is empty", "-n"}},
 		"unmount of another mount":        {[]string{"unmount", other}, []string{"no artifact is mounted at " + other}},
 		"an unknown form of output":       {[]string{"ls", "--output", "xml"}, []string{"xml", "json"}},
-		"an argument too few":             {[]string{"mount", ref}, []string{"REF TARGET"}},
-		"an argument too many":            {[]string{"prune", ref}, []string{"no argument"}},
+		"an argument too few":             {[]string{"mount", ref}, []string{"mount requires exactly 2 arguments (REF TARGET), got 1"}},
+		"an argument too many":            {[]string{"prune", ref}, []string{"prune accepts no arguments"}},
 	}
 	before := state(t, n, dir)
 	for name, c := range cases {

@@ -179,7 +179,7 @@ func TestBashCompletesReferences(t *testing.T) {
 		"artifact-snapshotter verify x":                     nil,
 		"artifact-snapshotter verify zz":                    nil,
 		"artifact-snapshotter completion ":                  {"bash", "zsh", "fish"},
-		"artifact-snapshotter ls --output ":                 nil,
+		"artifact-snapshotter ls --output ":                 {"text", "json"},
 		"artifact-snapshotter ls -n ":                       nil,
 		"artifact-snapshotter verify -n nowhere ":           nil,
 		"artifact-snapshotter unmount ":                     nil,

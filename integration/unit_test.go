@@ -74,7 +74,7 @@ func installByHand(t *testing.T, n *node.Node) {
 	t.Helper()
 	copyBinary(t, n, machineFile(n, deploy.UnitBinary))
 	writeFile(t, machineFile(n, "/etc/systemd/system/"+unitName), deploy.Unit, 0o644)
-	snippet := run(t, n, deploy.UnitBinary, "config", "containerd")
+	snippet := run(t, n, deploy.UnitBinary, "config", "containerd", "--scope", "node")
 	writeFile(t, machineFile(n, "/etc/containerd/conf.d/artifact-snapshotter.toml"), snippet, 0o644)
 	config := machineFile(n, "/etc/containerd/config.toml")
 	text, err := os.ReadFile(config)

@@ -28,11 +28,7 @@ func clientFlags() []cli.Flag {
 	return []cli.Flag{
 		namespaceFlag(),
 		addressFlag(),
-		&cli.StringFlag{
-			Name:  "snapshotter",
-			Usage: "name of the snapshotter in containerd",
-			Value: containerdconfig.Snapshotter,
-		},
+		snapshotterFlag(),
 		configFlag(),
 		outputFlag(),
 	}
@@ -58,12 +54,21 @@ func addressFlag() *cli.StringFlag {
 	}
 }
 
+func snapshotterFlag() *cli.StringFlag {
+	return &cli.StringFlag{
+		Name:  "snapshotter",
+		Usage: "name of the snapshotter in containerd",
+		Value: containerdconfig.Snapshotter,
+	}
+}
+
 // outputFlag selects what a command prints.
 func outputFlag() *cli.StringFlag {
 	return &cli.StringFlag{
-		Name:  "output",
-		Usage: outputText + " or " + outputJSON,
-		Value: outputText,
+		Name:    "output",
+		Aliases: []string{"o"},
+		Usage:   outputText + " or " + outputJSON,
+		Value:   outputText,
 	}
 }
 

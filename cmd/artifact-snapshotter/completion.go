@@ -16,6 +16,7 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/images"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/install"
 )
 
 // scripts ask the program for candidates, one per line. The scripts of the cli library take
@@ -62,9 +63,16 @@ func completable(root *cli.Command) {
 	}
 }
 
+// valuesOf are the values of the flags that have few.
+var valuesOf = map[string][]string{
+	"output":    {outputText, outputJSON},
+	"scope":     {install.ScopeHandler, install.ScopeNode},
+	"log-level": {"trace", "debug", "info", "warn", "error", "fatal", "panic"},
+}
+
 // completeNames prints the flags if the word begins with a dash, and the commands
-// otherwise. It reports which. It prints nothing for the value of a flag: the shell
-// completes that.
+// otherwise. It reports which. Behind a flag it prints the values of valuesOf; all others
+// are the shell's to complete.
 func completeNames(command *cli.Command) (flag bool) {
 	var names []string
 	// The last argument is --generate-shell-completion, the one before it the word.
@@ -73,12 +81,13 @@ func completeNames(command *cli.Command) (flag bool) {
 		for _, f := range command.Flags {
 			value, ok := f.(interface{ TakesValue() bool })
 			if ok && value.TakesValue() && slices.Contains(f.Names(), strings.TrimLeft(os.Args[n-2], "-")) {
+				printCandidates(command, valuesOf[f.Names()[0]])
 				return true
 			}
 			names = append(names, "--"+f.Names()[0])
 		}
 	} else {
-		for _, sub := range command.Commands {
+		for _, sub := range command.VisibleCommands() {
 			names = append(names, sub.Name)
 		}
 	}

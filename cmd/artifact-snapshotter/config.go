@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"regexp"
 
@@ -20,16 +21,16 @@ import (
 var dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
 
 // scopeFlags say which pods use the snapshotter.
-func scopeFlags(name string) []cli.Flag {
+func scopeFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{
-			Name:  name,
-			Usage: "which pods use the snapshotter: all pods of the node (" + install.ScopeNode + "), or those of one runtime handler (" + install.ScopeHandler + ")",
-			Value: install.ScopeNode,
+			Name:  "scope",
+			Usage: "which pods use the snapshotter: those of one runtime handler (" + install.ScopeHandler + "), or all pods of the node (" + install.ScopeNode + ")",
+			Value: install.ScopeHandler,
 		},
 		&cli.StringFlag{
 			Name:  "runtime-handler",
-			Usage: "the handler that a RuntimeClass names, with --" + name + " " + install.ScopeHandler,
+			Usage: "the handler that a RuntimeClass names, with --scope " + install.ScopeHandler,
 			Value: "artifact",
 		},
 	}
@@ -56,8 +57,8 @@ func configCommand() *cli.Command {
 				Description: "Write it into a file of its own that containerd's configuration file imports.\n\n" +
 					"Examples:\n\n" +
 					"  artifact-snapshotter config containerd > /etc/containerd/conf.d/artifact-snapshotter.toml\n" +
-					"  artifact-snapshotter config containerd --snapshotter-scope runtime-handler --runtime-handler models",
-				Flags: append(scopeFlags("snapshotter-scope"),
+					"  artifact-snapshotter config containerd --scope node",
+				Flags: append(scopeFlags(),
 					&cli.BoolFlag{
 						Name:  "native-unpack",
 						Usage: "let containerd's own unpacker unpack artifacts, too; requires containerd 2.3",
@@ -78,7 +79,7 @@ func configContainerd(_ context.Context, command *cli.Command) error {
 	if err := cfg.Validate(); err != nil {
 		return err
 	}
-	handler, err := handlerOf(command, "snapshotter-scope")
+	handler, err := handlerOf(command)
 	if err != nil {
 		return err
 	}
@@ -91,12 +92,12 @@ func configContainerd(_ context.Context, command *cli.Command) error {
 }
 
 // handlerOf returns the runtime handler of scopeFlags, "" for the whole node.
-func handlerOf(command *cli.Command, scopeFlag string) (string, error) {
-	scope, handler := command.String(scopeFlag), command.String("runtime-handler")
+func handlerOf(command *cli.Command) (string, error) {
+	scope, handler := command.String("scope"), command.String("runtime-handler")
 	switch scope {
 	case install.ScopeNode:
 		if command.IsSet("runtime-handler") {
-			return "", fmt.Errorf("--runtime-handler needs --%s %s", scopeFlag, install.ScopeHandler)
+			return "", errors.New("--runtime-handler needs --scope " + install.ScopeHandler)
 		}
 		return "", nil
 	case install.ScopeHandler:
@@ -105,6 +106,6 @@ func handlerOf(command *cli.Command, scopeFlag string) (string, error) {
 		}
 		return handler, nil
 	default:
-		return "", fmt.Errorf("--%s %q is neither %s nor %s", scopeFlag, scope, install.ScopeNode, install.ScopeHandler)
+		return "", fmt.Errorf("--scope %q is neither %s nor %s", scope, install.ScopeHandler, install.ScopeNode)
 	}
 }

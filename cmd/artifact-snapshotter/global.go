@@ -15,7 +15,7 @@ import (
 // A flag after the command takes precedence over one before it, and both over the
 // environment.
 func globalFlags() (flags []cli.Flag) {
-	for _, flag := range []*cli.StringFlag{namespaceFlag(), addressFlag(), outputFlag()} {
+	for _, flag := range []*cli.StringFlag{namespaceFlag(), addressFlag(), snapshotterFlag(), configFlag(), outputFlag()} {
 		flag.Local = true                     // otherwise every command would have it
 		flag.Sources = cli.ValueSourceChain{} // the command's own flag reads the environment
 		flags = append(flags, flag)
@@ -53,7 +53,7 @@ func inherit(globals []cli.Flag, command *cli.Command) {
 	command.Before = func(ctx context.Context, command *cli.Command) (context.Context, error) {
 		for _, global := range others {
 			if global.IsSet() {
-				return ctx, fmt.Errorf("%s does not take --%s, which is before the command (see %[1]s --help)", command.FullName(), global.Names()[0])
+				return ctx, fmt.Errorf("%s does not take %s, which is before the command %s", called(command), dashed(global.Names()[0]), see(command))
 			}
 		}
 		return ctx, nil

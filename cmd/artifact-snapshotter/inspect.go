@@ -30,14 +30,14 @@ func inspectCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "inspect",
 		Usage:     "print the layers of an artifact",
-		ArgsUsage: "REF|DIGEST",
+		ArgsUsage: "REF",
 		Description: "A digest is that of a manifest or an index, with or without its algorithm. If no image of the\n" +
 			"namespace has it, or containerd does not run, it is looked up in containerd's content store.\n\n" +
 			"Examples:\n\n" +
 			"  artifact-snapshotter inspect registry.example.com/models/llama:v1\n" +
 			"  artifact-snapshotter inspect -n k8s.io --output json sha256:2474bb13…",
 		Flags:         append(clientFlags(), rootFlags()...),
-		ArgValidator:  arguments("REF|DIGEST"),
+		ArgValidator:  arguments("REF"),
 		ShellComplete: completeReference,
 		Action:        inspect,
 	}

@@ -16,7 +16,7 @@ import (
 
 // installFlags are those of install and uninstall.
 func installFlags() []cli.Flag {
-	return append(scopeFlags("scope"),
+	return append(scopeFlags(),
 		&cli.StringFlag{Name: "containerd-config", Usage: "containerd's main configuration file", TakesFile: true, DefaultText: "that of containerd, k3s or RKE2, whichever exists"},
 		&cli.StringFlag{Name: "binary", Usage: "path to install the program at", Value: deploy.UnitBinary},
 		&cli.BoolFlag{Name: "no-service", Usage: "do not install the program and its systemd service: something else runs the daemon"},
@@ -36,7 +36,7 @@ func installCommand() *cli.Command {
 			"Examples:\n\n" +
 			"  artifact-snapshotter install --dry-run\n" +
 			"  artifact-snapshotter install\n" +
-			"  artifact-snapshotter install --scope runtime-handler --runtime-handler models",
+			"  artifact-snapshotter install --scope node",
 		Flags:  installFlags(),
 		Action: installAction(install.Install),
 	}
@@ -69,7 +69,7 @@ func installAction(do func(context.Context, install.Options) error) cli.ActionFu
 		if err := cfg.Validate(); err != nil {
 			return err
 		}
-		handler, err := handlerOf(command, "scope")
+		handler, err := handlerOf(command)
 		if err != nil {
 			return err
 		}

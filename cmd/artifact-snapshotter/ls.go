@@ -21,8 +21,9 @@ import (
 
 func lsCommand() *cli.Command {
 	return &cli.Command{
-		Name:  "ls",
-		Usage: "list the artifacts of a namespace, and what uses them",
+		Name:    "ls",
+		Aliases: []string{"list"},
+		Usage:   "list the artifacts of a namespace, and what uses them",
 		Description: "SHARED is how many bytes of an artifact are containerd's own files, without a copy, and MODE the\n" +
 			"modes of its layers. Both are \"-\" if the artifact is not unpacked, or the daemon's root is not\n" +
 			"readable. CRI takes artifacts with the same config for one image, and may mount one for another.\n\n" +

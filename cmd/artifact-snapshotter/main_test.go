@@ -80,8 +80,10 @@ func writeFile(t *testing.T, text string) string {
 
 func TestVersion(t *testing.T) {
 	want := fmt.Sprintf("artifact-snapshotter v1.2.3 %s %s/%s\n", runtime.Version(), runtime.GOOS, runtime.GOARCH)
-	if got := output(t, "version"); got != want {
-		t.Errorf("got %q, want %q", got, want)
+	for _, args := range []string{"version", "--version", "-v"} {
+		if got := output(t, args); got != want {
+			t.Errorf("%s: got %q, want %q", args, got, want)
+		}
 	}
 }
 
@@ -100,23 +102,33 @@ func TestErrors(t *testing.T) {
 		want []string
 	}{
 		"an unknown command":              {[]string{"server"}, []string{"server", "artifact-snapshotter --help"}},
+		"an unknown command with a flag":  {[]string{"server", "--root", "/r"}, []string{"no such command: artifact-snapshotter server (see artifact-snapshotter --help)"}},
 		"an unknown subcommand":           {[]string{"config", "docker"}, []string{"config docker", "config --help"}},
-		"an unknown flag":                 {[]string{"serve", "--rooot", "/r"}, []string{"rooot", "serve --help"}},
-		"a flag without its value":        {[]string{"serve", "--root"}, []string{"root"}},
-		"an argument too many":            {[]string{"version", "now"}, []string{"version", `"now"`}},
-		"inspect without a digest":        {[]string{"inspect"}, []string{"REF|DIGEST"}},
-		"inspect of two digests":          {[]string{"inspect", "a", "b"}, []string{"REF|DIGEST", "got 2"}},
+		"an unknown subcommand and flag":  {[]string{"config", "docker", "--x"}, []string{"config docker", "config --help"}},
+		"an unknown flag":                 {[]string{"serve", "--rooot", "/r"}, []string{"unknown flag: --rooot (see artifact-snapshotter serve --help)"}},
+		"an unknown flag with a value":    {[]string{"ls", "-nk8s.io=x"}, []string{"unknown flag: -nk8s.io (see artifact-snapshotter ls --help)"}},
+		"a flag without its value":        {[]string{"serve", "--root"}, []string{"flag --root needs a value"}},
+		"a long flag with one dash":       {[]string{"ls", "-output"}, []string{"flag -output needs a value (see artifact-snapshotter ls --help)"}},
+		"a number that is no duration":    {[]string{"health", "--timeout", "5"}, []string{`invalid value "5" for --timeout: it is no duration like 5s`}},
+		"no bool":                         {[]string{"doctor", "--nri=x"}, []string{`invalid value "x" for --nri: it is neither true nor false`}},
+		"an argument too many":            {[]string{"version", "now"}, []string{": version accepts no arguments, got 1 (now)"}},
+		"inspect without a digest":        {[]string{"inspect"}, []string{": inspect requires exactly 1 argument (REF), got 0 (see artifact-snapshotter inspect --help)"}},
+		"inspect of two digests":          {[]string{"inspect", "a", "b"}, []string{"requires exactly 1 argument (REF), got 2"}},
+		"mount without a target":          {[]string{"mount", "a"}, []string{"requires exactly 2 arguments (REF TARGET), got 1"}},
+		"an alias":                        {[]string{"umount"}, []string{": unmount requires exactly 1 argument (TARGET), got 0"}},
+		"another alias":                   {[]string{"list", "a"}, []string{": ls accepts no arguments"}},
+		"a flag of completion":            {[]string{"completion", "--x"}, []string{"unknown flag: --x (see artifact-snapshotter completion --help)"}},
 		"a missing configuration":         {[]string{"serve", "--config", "/none.toml"}, []string{"/none.toml"}},
 		"unknown keys":                    {[]string{"serve", "--config", unknown}, []string{unknown, "rooot (line 1)", "other (line 2)"}},
 		"bad values":                      {[]string{"serve", "--config", bad}, []string{"root", "absolute", "stairs"}},
 		"a bad flag":                      {[]string{"serve", "--log-level", "loud"}, []string{"log_level", "loud"}},
-		"an unknown scope":                {[]string{"config", "containerd", "--snapshotter-scope", "pod"}, []string{"pod", "node", "runtime-handler"}},
-		"a handler of the whole node":     {[]string{"config", "containerd", "--runtime-handler", "x"}, []string{"--snapshotter-scope runtime-handler"}},
-		"a handler that is not a label":   {[]string{"config", "containerd", "--snapshotter-scope", "runtime-handler", "--runtime-handler", "a.b"}, []string{"a.b", "DNS label"}},
+		"an unknown scope":                {[]string{"config", "containerd", "--scope", "pod"}, []string{"pod", "node", "runtime-handler"}},
+		"a handler of the whole node":     {[]string{"config", "containerd", "--scope", "node", "--runtime-handler", "x"}, []string{"--scope runtime-handler"}},
+		"a handler that is not a label":   {[]string{"config", "containerd", "--runtime-handler", "a.b"}, []string{"a.b", "DNS label"}},
 		"containerd config, bad file":     {[]string{"config", "containerd", "--config", bad}, []string{"stairs"}},
 		"containerd config, no file":      {[]string{"config", "containerd", "--config", "/none.toml"}, []string{"/none.toml"}},
 		"a flag of the command before it": {[]string{"--root", "/r", "serve"}, []string{"root"}},
-		"help is a flag, not a command":   {[]string{"help"}, []string{"--help"}},
+		"help of an unknown command":      {[]string{"help", "config", "docker"}, []string{"no such command: artifact-snapshotter config docker (see artifact-snapshotter config --help)"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			stdout, stderr, exit := run(t, test.args...)
@@ -143,20 +155,23 @@ func TestGlobalFlags(t *testing.T) {
 		"all of them":           {[]string{"--output", "json", "-n", "k8s.io", "-a", "/before.sock", "ls"}, "not answer on /before.sock"},
 		"an empty namespace":    {[]string{"-n", "", "ls"}, "the namespace is empty"},
 		"an empty one replaced": {[]string{"-n", "", "ls", "-n", "k8s.io"}, "not answer on /env.sock"},
+		"a missing file":        {[]string{"--config", "/none.toml", "-a", "", "ls"}, "/none.toml"},
+		"a short name":          {[]string{"-o", "json", "list"}, "not answer on /env.sock"},
 		"a bad form":            {[]string{"--output", "xml", "ls"}, `--output "xml" is neither`},
 		"a bad form, doctor":    {[]string{"--output", "xml", "doctor"}, `--output "xml" is neither`},
 		"a bad form replaced":   {[]string{"--output", "xml", "ls", "--output", "json"}, "not answer on /env.sock"},
 
-		"-n of another command":      {[]string{"-n", "k8s.io", "install", "--dry-run"}, "artifact-snapshotter install does not take --namespace, which is before the command (see artifact-snapshotter install --help)"},
+		"-n of another command":      {[]string{"-n", "k8s.io", "install", "--dry-run"}, ": install does not take --namespace, which is before the command (see artifact-snapshotter install --help)"},
 		"-a of another command":      {[]string{"-a", "/x.sock", "serve", "--address", "/y.sock"}, "serve does not take --address"},
 		"-a of doctor":               {[]string{"-a", "/x.sock", "doctor"}, "doctor does not take --address"},
 		"--output of another":        {[]string{"--output", "json", "version"}, "version does not take --output"},
-		"of a command of a command":  {[]string{"-n", "x", "config", "default"}, "artifact-snapshotter config default does not take --namespace"},
-		"of completion":              {[]string{"-n", "x", "completion", "bash"}, "artifact-snapshotter completion bash does not take --namespace"},
-		"behind one without it":      {[]string{"install", "-n", "x"}, "flag provided but not defined: -n"},
-		"a local flag of a command":  {[]string{"--snapshotter", "x", "ls"}, "flag provided but not defined: -snapshotter"},
-		"a flag without its value":   {[]string{"-n"}, "flag needs an argument: -n"},
-		"and then no such a command": {[]string{"-n", "x", "list"}, "no such command"},
+		"of a command of a command":  {[]string{"-n", "x", "config", "default"}, ": config default does not take --namespace"},
+		"of completion":              {[]string{"-n", "x", "completion", "bash"}, ": completion bash does not take --namespace"},
+		"behind one without it":      {[]string{"install", "-n", "x"}, "unknown flag: -n"},
+		"--config of another":        {[]string{"--config", "/x", "config", "default"}, ": config default does not take --config"},
+		"a local flag of a command":  {[]string{"--mounts", "ls"}, "unknown flag: --mounts (see artifact-snapshotter --help)"},
+		"a flag without its value":   {[]string{"-n"}, "flag -n needs a value"},
+		"and then no such a command": {[]string{"-n", "x", "lst"}, "no such command"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			stdout, stderr, exit := run(t, test.args...)
@@ -167,7 +182,13 @@ func TestGlobalFlags(t *testing.T) {
 		})
 	}
 	t.Run("help", func(t *testing.T) {
-		for _, flag := range []string{"--namespace string, -n string", "--address string, -a string", "--output string"} {
+		for _, words := range []string{"", "pull", "config default"} {
+			want := output(t, append(strings.Fields(words), "--help")...)
+			if got := output(t, append([]string{"help"}, strings.Fields(words)...)...); got != want {
+				t.Errorf("help %s prints\n%s\nand --help\n%s", words, got, want)
+			}
+		}
+		for _, flag := range []string{"--namespace string, -n string", "--address string, -a string", "--output string, -o string", "--snapshotter string", "--config string"} {
 			if help := output(t, "--help"); !strings.Contains(help, flag) {
 				t.Errorf("the help does not say %q:\n%s", flag, help)
 			}
@@ -176,6 +197,26 @@ func TestGlobalFlags(t *testing.T) {
 			t.Errorf("install does not take --namespace, and its help says:\n%s", help)
 		}
 	})
+}
+
+// What the scripts of completion ask for.
+func TestCompletion(t *testing.T) {
+	for words, want := range map[string]string{
+		"ls --output":       "text\njson\n",
+		"-o":                "text\njson\n",
+		"install --scope":   "runtime-handler\nnode\n",
+		"serve --log-level": "trace\ndebug\ninfo\nwarn\nerror\nfatal\npanic\n",
+		"ls --root":         "",
+		"config":            "default\ncontainerd\n",
+	} {
+		got := output(t, append(strings.Fields(words), "--generate-shell-completion")...)
+		if got != want {
+			t.Errorf("%s: got %q, want %q", words, got, want)
+		}
+	}
+	if got := output(t, "--generate-shell-completion"); strings.Contains(got, "pause") || !strings.Contains(got, "verify\n") {
+		t.Errorf("the commands are %q", got)
+	}
 }
 
 func wantErrorLine(t *testing.T, stderr string, words ...string) {
@@ -202,19 +243,24 @@ func TestConfigContainerd(t *testing.T) {
 		root    string
 	}{
 		"for the node": {
+			args:  []string{"--scope", "node"},
 			image: "artifact", address: "/run/artifact-snapshotter/artifact-snapshotter.sock", root: "/var/lib/artifact-snapshotter",
 		},
 		"for the node, with a file": {
-			args:  []string{"--snapshotter-scope", "node", "--config", ours},
+			args:  []string{"--scope", "node", "--config", ours},
 			image: "artifact", address: "/run/other/artifact-snapshotter.sock", root: "/srv/artifacts",
 		},
+		"by default": {
+			image: "overlayfs", handler: "artifact",
+			address: "/run/artifact-snapshotter/artifact-snapshotter.sock", root: "/var/lib/artifact-snapshotter",
+		},
 		"for a runtime handler": {
-			args:  []string{"--snapshotter-scope", "runtime-handler"},
+			args:  []string{"--scope", "runtime-handler"},
 			image: "overlayfs", handler: "artifact",
 			address: "/run/artifact-snapshotter/artifact-snapshotter.sock", root: "/var/lib/artifact-snapshotter",
 		},
 		"for a runtime handler with a name": {
-			args:  []string{"--snapshotter-scope", "runtime-handler", "--runtime-handler", "models-1"},
+			args:  []string{"--runtime-handler", "models-1"},
 			image: "overlayfs", handler: "models-1",
 			address: "/run/artifact-snapshotter/artifact-snapshotter.sock", root: "/var/lib/artifact-snapshotter",
 		},

@@ -47,6 +47,7 @@ func mountCommand() *cli.Command {
 func unmountCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "unmount",
+		Aliases:   []string{"umount"},
 		Usage:     "undo mount",
 		ArgsUsage: "TARGET",
 		Description: "After a reboot, too, when the mount is gone but the artifact still stays for it.\n\n" +

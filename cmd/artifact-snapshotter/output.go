@@ -6,7 +6,6 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -19,7 +18,6 @@ import (
 	modelspec "github.com/modelpack/model-spec/specs-go/v1"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"github.com/urfave/cli/v3"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/images"
@@ -105,21 +103,6 @@ func printableList(names []string) string {
 		quoted = append(quoted, printable(name))
 	}
 	return strings.Join(quoted, ", ")
-}
-
-// arguments requires as many arguments as there are names.
-func arguments(names ...string) cli.ArgValidatorFunc {
-	return func(_ context.Context, command *cli.Command) error {
-		got := command.Args().Len()
-		if got == len(names) {
-			return nil
-		}
-		want := "no argument"
-		if len(names) > 0 {
-			want = strings.Join(names, " ")
-		}
-		return fmt.Errorf("%s takes %s, but got %d (see %s --help)", command.Name, want, got, command.FullName())
-	}
 }
 
 // packedAs is the path of a layer's file or, for an archive, of what it was packed from,

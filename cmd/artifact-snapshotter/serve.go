@@ -16,7 +16,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/install"
 )
 
-func configFlag() cli.Flag {
+func configFlag() *cli.StringFlag {
 	return &cli.StringFlag{
 		Name:      "config",
 		Usage:     "configuration file; the default one need not exist",

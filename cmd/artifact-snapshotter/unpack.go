@@ -17,14 +17,14 @@ func unpackCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "unpack",
 		Usage:     "create the snapshot of an artifact that containerd has, and print its name",
-		ArgsUsage: "REF|DIGEST",
+		ArgsUsage: "REF",
 		Description: "containerd deletes the snapshot together with the image. To see its files:\n\n" +
 			"  ctr snapshots --snapshotter artifact view KEY $(artifact-snapshotter unpack REF)\n\n" +
 			"Examples:\n\n" +
 			"  artifact-snapshotter unpack registry.example.com/models/llama:v1\n" +
 			"  artifact-snapshotter unpack -n k8s.io --output json registry.example.com/models/llama:v1",
 		Flags:         clientFlags(),
-		ArgValidator:  arguments("REF|DIGEST"),
+		ArgValidator:  arguments("REF"),
 		ShellComplete: completeReference,
 		Action:        clientAction(unpackImage),
 	}

@@ -22,12 +22,14 @@ func versionCommand() *cli.Command {
 		Usage: "print the version",
 		Description: "Examples:\n\n" +
 			"  artifact-snapshotter version",
-		Action: func(_ context.Context, command *cli.Command) error {
-			_, err := fmt.Fprintf(command.Root().Writer, "%s %s %s %s/%s\n",
-				name, buildVersion(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
-			return err
-		},
+		Action: func(_ context.Context, command *cli.Command) error { return printVersion(command) },
 	}
+}
+
+func printVersion(command *cli.Command) error {
+	_, err := fmt.Fprintf(command.Root().Writer, "%s %s %s %s/%s\n",
+		name, buildVersion(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	return err
 }
 
 func buildVersion() string {

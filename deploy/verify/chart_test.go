@@ -287,6 +287,9 @@ func TestChartOfAPod(t *testing.T) {
 	if len(spec.InitContainers) != 1 || install.Args[0] != "install" || !slices.Contains(install.Args, "--no-service") {
 		t.Errorf("the install of a pod: %q", install.Args)
 	}
+	if help, err := exec.Command(binary, "install", "--help").Output(); err != nil || !strings.Contains(string(help), `(default: "runtime-handler")`) || !slices.Contains(install.Args, "--scope=runtime-handler") {
+		t.Errorf("the program and the chart have different scopes by default: %q, %v, and\n%s", install.Args, err, help)
+	}
 	if spec.HostNetwork {
 		t.Error("the pod has the host's network for nothing")
 	}

@@ -165,13 +165,14 @@ func (n *Node) writeSnippet() error {
 	if err := n.writeFile("snippet.toml", snippetConfig); err != nil {
 		return err
 	}
-	args := []string{"config", "containerd", "--config", n.path("snippet.toml")}
+	scope := "node"
 	if n.options.HandlerScope {
-		args = append(args, "--snapshotter-scope", "runtime-handler")
+		scope = "runtime-handler"
 		if err := n.writeFile("containerd.d/15-handler.toml", handlerConfig); err != nil {
 			return err
 		}
 	}
+	args := []string{"config", "containerd", "--config", n.path("snippet.toml"), "--scope", scope}
 	if n.options.NativeUnpack {
 		args = append(args, "--native-unpack")
 	}

@@ -219,7 +219,7 @@ func (r *run) templateError() error {
 	if r.Handler == "" {
 		return fmt.Errorf("%s is generated whenever its service starts, and imports nothing: use --scope %s, or a release of k3s or RKE2 whose file has imports: %w", r.main, ScopeHandler, errdefs.ErrFailedPrecondition)
 	}
-	return fmt.Errorf("%s is generated whenever its service starts, and imports nothing: write {{ template \"base\" . }} into config-v3.toml.tmpl beside it, then what `%s config containerd --snapshotter-scope %s --runtime-handler %s` prints except the version, and restart the service; or use a release of k3s or RKE2 whose file has imports: %w",
+	return fmt.Errorf("%s is generated whenever its service starts, and imports nothing: write {{ template \"base\" . }} into config-v3.toml.tmpl beside it, then what `%s config containerd --scope %s --runtime-handler %s` prints except the version, and restart the service; or use a release of k3s or RKE2 whose file has imports: %w",
 		r.main, program, ScopeHandler, r.Handler, errdefs.ErrFailedPrecondition)
 }
 
@@ -243,9 +243,9 @@ func (r *run) checkNames(read *containerdconfig.Config, d containerdconfig.DropI
 	// Pods that run use it and would be lost.
 	switch {
 	case len(handlers) > 0:
-		return fmt.Errorf("it is installed for the runtime handler %s: `%s uninstall` first: %w", strings.Join(handlers, ", "), program, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("it is installed for the runtime handler %s: use --scope %s --runtime-handler %[1]s, or `%[3]s uninstall` first: %[4]w", strings.Join(handlers, ", "), ScopeHandler, program, errdefs.ErrFailedPrecondition)
 	case r.Handler != "" && node:
-		return fmt.Errorf("it is installed for all pods of the node: `%s uninstall` first: %w", program, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("it is installed for all pods of the node: use --scope %s, or `%s uninstall` first: %w", ScopeNode, program, errdefs.ErrFailedPrecondition)
 	case r.Handler != "":
 		if table, ok := read.Runtimes[r.Handler].(map[string]any); ok && table["snapshotter"] != containerdconfig.Snapshotter {
 			return fmt.Errorf("containerd already has a runtime handler %s: choose another name with --runtime-handler, or set its snapshotter to %q by hand: %w", r.Handler, containerdconfig.Snapshotter, errdefs.ErrAlreadyExists)

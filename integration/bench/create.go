@@ -21,17 +21,17 @@ const (
 	createFiles  = 200
 )
 
-// creator is a node with a sandbox, in which containers are created.
+// creator is a node with one sandbox; its containers are measured.
 type creator struct {
 	*node.Node
 	*node.Pod
-	before measure.Sample // without a volume
-	first  measure.Sample // the first container with an artifact
-	second measure.Sample // another one
+	before measure.Sample // before: without a volume
+	first  measure.Sample // first: the first container with an artifact
+	second measure.Sample // second: another container with the same artifact
 }
 
-// measureCreate creates containers with a volume of 200 raw files, on nodes with and
-// without the NRI plugin in turns.
+// measureCreate measures CreateContainer with a volume of 200 raw files. It alternates
+// between nodes with and without the NRI plugin.
 func measureCreate(ctx context.Context, r *report) {
 	kinds := []struct {
 		runtime, how string
@@ -63,7 +63,7 @@ func measureCreate(ctx context.Context, r *report) {
 	}
 	r.version(creators[0].Node)
 	for round := range createRounds + 1 {
-		// Artifacts that differ in one file, so that each is new to its node.
+		// Change one file each round, so that the artifact is new to every node.
 		measure.Check(os.WriteFile(filepath.Join(dir, name(0)), fmt.Appendf(nil, "round %d", round), 0o644))
 		for _, c := range creators {
 			model := measure.Must(pack.Model(dir, pack.Options{}))
@@ -72,10 +72,10 @@ func measureCreate(ctx context.Context, r *report) {
 		}
 		r.disk.Sync()
 		for turn := range creators {
-			c := creators[(turn+round)%len(creators)] // none is always the first
+			c := creators[(turn+round)%len(creators)] // rotate the order
 			volumes := []node.Volume{{Image: fmt.Sprintf("%s/models/create:%d", c.Registry, round), Path: "/model"}}
 			before, first, second := c.create(nil), c.create(volumes), c.create(volumes)
-			if round > 0 { // the first one wakes up everything
+			if round > 0 { // round 0 is a warm-up
 				c.before, c.first, c.second = append(c.before, before), append(c.first, first), append(c.second, second)
 			}
 		}
@@ -86,15 +86,15 @@ func measureCreate(ctx context.Context, r *report) {
 		if runtime == "CRI-O" {
 			bound = 1 // stock containerd mounts an empty directory
 		}
-		what := fmt.Sprintf("`CreateContainer` of %s with the NRI plugin against without, ", runtime)
+		what := fmt.Sprintf("`CreateContainer` in %s, with the NRI plugin against without it, ", runtime)
 		r.compare(what+"no volume", plugin.before, stock.before, 0)
 		r.compare(what+fmt.Sprintf("%d raw files, first pod", createFiles), plugin.first, stock.first, bound)
 		r.compare(what+fmt.Sprintf("%d raw files, second pod", createFiles), plugin.second, stock.second, bound)
 	}
 }
 
-// create creates a container, removes it, and returns the milliseconds that creating
-// took, those of crictl's own start included.
+// create creates a container and removes it. It returns the milliseconds of the creation,
+// including the start of crictl.
 func (c *creator) create(volumes []node.Volume) float64 {
 	start := time.Now()
 	id := measure.Must(c.Create(node.Container{Volumes: volumes}))

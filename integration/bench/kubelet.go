@@ -18,13 +18,13 @@ import (
 
 const kubeletRounds = 20
 
-// measureKubelet lets kubelet start pods with and without a volume of 2 GiB,
-// in turns and one at a time. Nothing reads the model.
+// measureKubelet has kubelet start pods with and without a volume of 2 GiB, in turns and
+// one at a time. Nothing reads the model.
 //
-// A pod that has any volume waits for kubelet to look again whether it is
-// mounted, 300 ms later (podAttachAndMountRetryInterval in its volumemanager),
-// before it gets a sandbox. A pod of a cluster always has one, with the token of
-// its service account; hence the comparison with an emptyDir.
+// If a pod has a volume, kubelet checks that it is mounted, and checks again 300 ms later
+// (podAttachAndMountRetryInterval in pkg/kubelet/volumemanager) before it creates the
+// sandbox. A pod in a cluster always has the volume of its service account token, so the
+// comparison with an emptyDir is the fair one.
 func measureKubelet(ctx context.Context, r *report) {
 	measure.Progress("starting a node with kubelet, and packing, pushing and pulling a model of 2 GiB")
 	n := measure.Must(node.Start(ctx, node.Options{Kubelet: true}))
@@ -46,11 +46,11 @@ func measureKubelet(ctx context.Context, r *report) {
 	var whole, ofSandbox [len(kinds)]measure.Sample
 	for round := range kubeletRounds + 1 {
 		for turn := range kinds {
-			i := (turn + round) % len(kinds) // none is always the first
+			i := (turn + round) % len(kinds) // rotate the order
 			spec := kinds[i]
 			spec.Name = fmt.Sprintf("pod-%d-%d", round, i)
 			sinceGiven, sinceSandbox := startStatic(ctx, n, spec)
-			if round > 0 { // the first one wakes up everything
+			if round > 0 { // round 0 is a warm-up
 				whole[i] = append(whole[i], sinceGiven)
 				ofSandbox[i] = append(ofSandbox[i], sinceSandbox)
 			}
@@ -58,16 +58,16 @@ func measureKubelet(ctx context.Context, r *report) {
 		r.disk.Sync()
 	}
 	compare := func(what string, with, without measure.Sample) {
-		r.compare("kubelet, a container with a raw model of 2 GiB starts, "+what, with, without, 1.1)
+		r.compare("kubelet: start of a container with a raw model of 2 GiB, "+what, with, without, 1.1)
 	}
-	compare("from the pod's manifest on, against a pod with an `emptyDir`", whole[2], whole[1])
-	compare("from the pod's manifest on, against a pod with no volume", whole[2], whole[0])
-	compare("from the sandbox's creation on, against a pod with no volume", ofSandbox[2], ofSandbox[0])
+	compare("since the pod's manifest, against a pod with an `emptyDir`", whole[2], whole[1])
+	compare("since the pod's manifest, against a pod with no volume", whole[2], whole[0])
+	compare("since the sandbox's creation, against a pod with no volume", ofSandbox[2], ofSandbox[0])
 }
 
-// startStatic runs a pod, removes it, and returns the milliseconds to its
-// container's start by containerd's clock, from the moment at which kubelet
-// could see the manifest, and from the creation of the sandbox.
+// startStatic runs a pod and removes it. It returns the milliseconds until the container
+// starts, by containerd's clock: since the manifest was written for kubelet, and since the
+// sandbox was created.
 func startStatic(ctx context.Context, n *node.Node, spec node.PodSpec) (sinceGiven, sinceSandbox float64) {
 	given := time.Now()
 	measure.Check(n.RunStaticPod(spec))

@@ -1,10 +1,9 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Command bench measures on a real node what the snapshotter promises about
-// speed and memory, and prints it as a table. docs/benchmarks.md has the method
-// and the results. A promise that is not kept is a "NO" in the table and not a
-// failure: what fails a change is a test, never the clock.
+// Command bench measures on a real node whether the snapshotter keeps its bounds for speed
+// and memory, and prints a table. docs/benchmarks.md describes the method and the results.
+// A missed bound is a "NO" in the table, not a failure: no test depends on the clock.
 package main
 
 import (
@@ -19,7 +18,7 @@ import (
 
 func main() { measure.Main("bench", run) }
 
-// parts are what is measured, by the names that -run selects.
+// parts are the measurements, by the names for -run.
 var parts = []struct {
 	name    string
 	measure func(context.Context, *report)
@@ -33,8 +32,8 @@ var parts = []struct {
 }
 
 func run(ctx context.Context) {
-	only := flag.String("run", "", "measure only the parts with these names, separated by commas: prepare, pods, mmap, kubelet, create, many")
-	crowd := flag.Int("crowd", 0, "be one of the nodes of many, with so many artifacts")
+	only := flag.String("run", "", "measure only these parts, separated by commas: prepare, pods, mmap, kubelet, create, many")
+	crowd := flag.Int("crowd", 0, "internal: serve as a node of the part many with this number of artifacts")
 	flag.Parse()
 	if *crowd > 0 {
 		serveCrowd(ctx, *crowd)
@@ -45,7 +44,8 @@ func run(ctx context.Context) {
 	// Nothing large is ever deleted on it before the end.
 	r.disk = measure.NewDisk(ctx, "", "32G")
 	defer measure.Tidy(r.disk.Remove)
-	// All temporary files, those of nodes included, go to the disk.
+	// Files on it are deleted only at the end, because ext4 is slow where many inodes were
+	// just deleted (see measure.Disk).
 	measure.Check(os.Setenv("TMPDIR", r.disk.Root()))
 	for _, part := range parts {
 		if *only == "" || slices.Contains(strings.Split(*only, ","), part.name) {

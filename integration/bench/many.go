@@ -34,21 +34,21 @@ const (
 	manyRounds    = 31
 )
 
-// The questions that a crowd answers.
+// The measurements that a crowd makes on request.
 const (
-	askPrepare = "Prepare" // milliseconds, as the next three
+	askPrepare = "Prepare" // milliseconds, like the next three
 	askMount   = "mount"
 	askUnmount = "unmount"
 	askLs      = "ls"
-	askMinute  = "minute" // the daemon's processor time in one, in milliseconds
-	askMemory  = "memory" // the daemon's, in MiB
+	askMinute  = "minute" // the daemon's CPU time in one minute, in milliseconds
+	askMemory  = "memory" // the daemon's resident memory, in MiB
 )
 
-// measureMany compares a node with 1,000 artifacts, each mounted, with one that has one.
+// measureMany compares a node that has 1,000 mounted artifacts with a node that has one.
 func measureMany(ctx context.Context, r *report) {
 	var crowds []*crowd
 	for _, artifacts := range []int{1, manyArtifacts} {
-		measure.Progress("starting a node with tiny artifacts that are mounted: %d", artifacts)
+		measure.Progress("starting a node; number of small, mounted artifacts: %d", artifacts)
 		c := startCrowd(ctx, artifacts)
 		defer measure.Tidy(c.stop)
 		crowds = append(crowds, c)
@@ -57,10 +57,10 @@ func measureMany(ctx context.Context, r *report) {
 	took := map[string][2]measure.Sample{}
 	for round := range manyRounds + 1 {
 		for turn := range crowds {
-			i := (turn + round) % len(crowds) // neither is always the first
+			i := (turn + round) % len(crowds) // rotate the order
 			for _, question := range questions {
 				ms := crowds[i].ask(question)
-				if round > 0 { // the first one wakes up everything
+				if round > 0 { // round 0 is a warm-up
 					samples := took[question]
 					samples[i] = append(samples[i], ms)
 					took[question] = samples
@@ -77,23 +77,23 @@ func measureMany(ctx context.Context, r *report) {
 	}
 	r.add(fmt.Sprintf("`ls` of %d artifacts", manyArtifacts), ls.Format("%.0f", " ms"), "≤ 1 s", ls.Median() <= 1000)
 	idle := crowds[1].ask(askMinute)
-	r.add(fmt.Sprintf("daemon's processor time in an idle minute, %d artifacts and mounts", manyArtifacts),
+	r.add(fmt.Sprintf("daemon's CPU time in an idle minute, %d artifacts and mounts", manyArtifacts),
 		fmt.Sprintf("**%.0f** ms", idle), "≤ 50 ms", idle <= 50)
 	r.add(fmt.Sprintf("daemon's resident memory, %d artifacts and mounts against one", manyArtifacts),
 		fmt.Sprintf("**%.1f** against %.1f MiB", crowds[1].ask(askMemory), crowds[0].ask(askMemory)), "none", true)
 }
 
-// crowd is a process of this program, see serveCrowd.
+// crowd is a node in a process of its own; see serveCrowd.
 type crowd struct {
 	cmd     *exec.Cmd
 	in      io.WriteCloser
 	answers *bufio.Scanner
 }
 
-// startCrowd starts a node with so many artifacts in a mount namespace of its own: the
-// mounts of the one must not be in the way of the other.
+// startCrowd starts a node with this number of artifacts in its own mount namespace, so
+// that the nodes do not see each other's mounts.
 func startCrowd(ctx context.Context, artifacts int) *crowd {
-	measure.Progress("starting a node with %d artifacts that are mounted", artifacts)
+	measure.Progress("starting a node with %d mounted artifacts", artifacts)
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", "-crowd", strconv.Itoa(artifacts))
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Setpgid: true}
@@ -107,7 +107,7 @@ func startCrowd(ctx context.Context, artifacts int) *crowd {
 func (c *crowd) ask(question string) float64 {
 	measure.Must(fmt.Fprintln(c.in, question))
 	if !c.answers.Scan() {
-		measure.Check(fmt.Errorf("a node does not say how long %s took: %w", question, io.ErrUnexpectedEOF))
+		measure.Check(fmt.Errorf("the node did not answer %q: %w", question, io.ErrUnexpectedEOF))
 	}
 	return measure.Must(strconv.ParseFloat(c.answers.Text(), 64))
 }
@@ -117,14 +117,14 @@ func (c *crowd) stop() error {
 	return c.cmd.Wait()
 }
 
-// rareStats keeps CRI from asking about each snapshot every ten seconds, which is
-// containerd's work and the daemon's, and nobody's question here.
+// rareStats stops CRI from reading the usage of every snapshot every ten seconds, which
+// would add load that this benchmark does not measure.
 const rareStats = `
 [plugins.'io.containerd.cri.v1.images']
   stats_collect_period = 36000
 `
 
-// serveCrowd answers the questions on standard input.
+// serveCrowd starts the node and answers the requests on standard input.
 func serveCrowd(ctx context.Context, artifacts int) {
 	n := measure.Must(node.Start(ctx, node.Options{ContainerdConfig: rareStats}))
 	defer measure.Tidy(n.Stop)
@@ -186,7 +186,7 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// processorTime is what the process has taken, in milliseconds.
+// processorTime returns the CPU time of a process in milliseconds.
 func processorTime(pid int) float64 {
 	var total float64
 	for _, thread := range measure.Must(filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))) {
@@ -195,7 +195,7 @@ func processorTime(pid int) float64 {
 	return total
 }
 
-// tiny makes containerd know an artifact of one small file, as a pull does.
+// tiny adds an artifact of one small file to containerd, as a pull does.
 func tiny(ctx context.Context, c *client.Client, i int) (ref string) {
 	ctx, done, err := c.WithLease(c.Context(ctx))
 	measure.Check(err)

@@ -17,20 +17,22 @@ const (
 	mapRounds     = 51
 	coldMapRounds = 21
 
-	// mapSize is not a multiple of 2 MiB, as the sizes of models are not. The kernel places
-	// a mapping below the one before it, so a multiple could be aligned by chance.
+	// mapSize is not a multiple of 2 MiB, like the sizes of real models. The kernel places
+	// a mapping below the previous one, so with a multiple the address could be aligned by
+	// chance.
 	mapSize = measure.GiB + 12345
 )
 
-// The states of the page cache that a program may find a model in.
+// The states of the page cache when a program opens a model.
 const (
 	asPulled = "as pulled"
 	readBack = "warm, from the disk"
 	notRead  = "cold"
 )
 
-// measureMmap maps a model of 1 GiB through the volume of a pod, at the address that the
-// kernel chooses and at a multiple of 2 MiB, and compares both with a mapping of the blob.
+// measureMmap maps a model of 1 GiB through a pod's volume, once at the address that the
+// kernel chooses and once at a multiple of 2 MiB, and compares both with a mapping of the
+// blob.
 func measureMmap(ctx context.Context, r *report) {
 	measure.Progress("starting a node for a pod, and packing, pushing and pulling a model of 1 GiB")
 	n := measure.Must(node.Start(ctx, node.Options{}))
@@ -41,9 +43,9 @@ func measureMmap(ctx context.Context, r *report) {
 	volume := filepath.Join("/proc", measure.Must(pod.PID("main")), "root/model", weights)
 	r.disk.Sync()
 	if cached := measure.Cached(blob); cached < 0.99 {
-		measure.Check(fmt.Errorf("only %.2f GiB of the blob are in the page cache after the pull", cached))
+		measure.Check(fmt.Errorf("after the pull the page cache has only %.2f GiB of the blob", cached))
 	}
-	touch, copied := mapUse{"touch of every page", measure.Touch}, mapUse{"copy of every byte", measure.Copy}
+	touch, copied := mapUse{"read of one byte per page", measure.Touch}, mapUse{"copy of every byte", measure.Copy}
 	compareMaps(ctx, r, asPulled, blob, volume, touch, copied)
 	measure.Evict(blob)
 	measure.Read(blob, 0)
@@ -51,13 +53,13 @@ func measureMmap(ctx context.Context, r *report) {
 	compareMaps(ctx, r, notRead, blob, volume, touch)
 }
 
-// mapUse is what a program does with a mapping.
+// mapUse is a way to use a mapping.
 type mapUse struct {
 	name string
 	read func(text []byte)
 }
 
-// compareMaps reads a mapping of the blob and two of the volume in turns.
+// compareMaps reads one mapping of the blob and two of the volume in turns.
 func compareMaps(ctx context.Context, r *report, state, blob, volume string, uses ...mapUse) {
 	maps := []struct {
 		path    string
@@ -73,7 +75,7 @@ func compareMaps(ctx context.Context, r *report, state, blob, volume string, use
 		for round := range rounds {
 			measure.Check(ctx.Err())
 			for turn := range maps {
-				i := (turn + round) % len(maps) // none is always the first
+				i := (turn + round) % len(maps) // rotate the order
 				if state == notRead {
 					measure.Evict(blob)
 					_ = measure.DropCaches() // inodes and directories too, where that is permitted
@@ -90,7 +92,7 @@ func compareMaps(ctx context.Context, r *report, state, blob, volume string, use
 				}))
 			}
 		}
-		what := use.name + " of an `mmap` of the volume against one of the blob, " + state
+		what := use.name + " through an `mmap`, volume against blob, " + state
 		for i := 1; i < len(maps); i++ {
 			var ratios measure.Sample
 			for round := range rounds {

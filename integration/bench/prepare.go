@@ -30,14 +30,14 @@ import (
 )
 
 const (
-	smallRounds = 51 // of an artifact with 1 or 10 files
-	largeRounds = 11 // with 2,000
-	scaleRounds = 5  // with 2,000 and 20,000 in turns
+	smallRounds = 51 // artifacts with 1 or 10 files
+	largeRounds = 11 // with 2,000 files
+	scaleRounds = 5  // with 2,000 and with 20,000 files
 	artifacts   = 100
 )
 
-// preparer prepares image volumes through the daemon's socket, as containerd
-// does when it creates a pod's container.
+// preparer prepares image volumes through the daemon's socket, as containerd does when it
+// creates a container.
 type preparer struct {
 	snapshots.Snapshotter
 	*node.Node
@@ -63,14 +63,14 @@ const noCollection = `
 
 func measurePrepare(ctx context.Context, r *report) {
 	measure.Progress("starting a node for Prepare")
-	// The artifacts are put into the blob directory by hand, and containerd
-	// would collect them as garbage.
+	// The artifacts are written into the blob directory directly, without leases, so
+	// containerd would remove them as garbage.
 	n := measure.Must(node.Start(ctx, node.Options{ContainerdConfig: noCollection}))
 	defer measure.Tidy(n.Stop)
 	r.version(n)
 	p := newPreparer(ctx, n)
 	defer measure.Tidy(p.close)
-	for _, target := range p.some(ctx, 3, p.raw(1, measure.MiB)) { // the first ones wake up everything
+	for _, target := range p.some(ctx, 3, p.raw(1, measure.MiB)) { // warm-up
 		p.prepare(ctx, target)
 	}
 	p.bytes(ctx, r)
@@ -81,14 +81,14 @@ func measurePrepare(ctx context.Context, r *report) {
 	p.memory(ctx, r, "tar+gzip artifacts of 2.5 MiB in 10 files", gzipped)
 }
 
-// bytes compares artifacts whose only difference is the size of their file.
+// bytes compares artifacts that differ only in the size of their file.
 func (p *preparer) bytes(ctx context.Context, r *report) {
 	targets := [2][]digest.Digest{p.some(ctx, smallRounds, p.raw(1, measure.MiB)), p.some(ctx, smallRounds, p.raw(1, measure.TiB))}
 	r.disk.Sync()
 	var took [2]measure.Sample
 	for round := range smallRounds {
 		for turn := range 2 {
-			i := (turn + round) % 2 // neither is always the first
+			i := (turn + round) % 2 // rotate the order
 			took[i] = append(took[i], p.prepare(ctx, targets[i][round]))
 		}
 	}
@@ -96,13 +96,13 @@ func (p *preparer) bytes(ctx context.Context, r *report) {
 	for _, s := range took {
 		noise = max(noise, s.Quantile(0.75)-s.Quantile(0.25))
 	}
-	r.add("`Prepare`, one raw file of 1 TiB against one of 1 MiB",
+	r.add("`Prepare`, one raw file, 1 TiB against 1 MiB",
 		took[1].Format("%.2f", " ms")+" against "+took[0].Format("%.2f", " ms"),
-		fmt.Sprintf("same ± %.2f ms, the middle half of the rounds", noise),
+		fmt.Sprintf("± %.2f ms, the larger interquartile range", noise),
 		math.Abs(took[1].Median()-took[0].Median()) <= noise)
 }
 
-// files prepares artifacts of 1 GiB for two pods each.
+// files prepares artifacts of 1 GiB, each for two pods.
 func (p *preparer) files(ctx context.Context, r *report, files, rounds int, limit float64) {
 	targets := p.some(ctx, rounds, p.raw(files, measure.GiB/int64(files)))
 	before := r.disk.Used()
@@ -121,14 +121,15 @@ func (p *preparer) files(ctx context.Context, r *report, files, rounds int, limi
 		fmt.Sprintf("**%.0f KiB**, %.3f %%", added/1024, 100*added/measure.GiB), "≤ 1 %", added <= measure.GiB/100)
 }
 
-// scale compares the time for each file of artifacts whose only difference is
-// how many they have.
+// scale compares the time per file between artifacts that differ only in their number of
+// files.
 func (p *preparer) scale(ctx context.Context, r *report) {
 	files := [2]int{2000, 20000}
 	var targets [2][]digest.Digest
 	for i, n := range files {
 		targets[i] = p.some(ctx, scaleRounds, p.rawFiles(n, measure.GiB/int64(n), func(i int, _ int64) map[string]string {
-			// With all attributes the manifest would be larger than registries take.
+			// With all attributes the manifest would exceed the 4 MiB that the distribution
+			// registry accepts.
 			return map[string]string{modelspec.AnnotationFilepath: name(i)}
 		}))
 	}
@@ -136,18 +137,18 @@ func (p *preparer) scale(ctx context.Context, r *report) {
 	var each [2]measure.Sample
 	for round := range scaleRounds {
 		for turn := range files {
-			i := (turn + round) % 2 // neither is always the first
+			i := (turn + round) % 2 // rotate the order
 			each[i] = append(each[i], 1000*p.prepare(ctx, targets[i][round])/float64(files[i]))
 		}
 	}
-	r.add(fmt.Sprintf("`Prepare`, for each file, one of %d raw files against one of %d", files[1], files[0]),
+	r.add(fmt.Sprintf("`Prepare` per file, %d raw files against %d", files[1], files[0]),
 		each[1].Format("%.1f", " µs")+" against "+each[0].Format("%.1f", " µs"), "≤ 1.2 ×", each[1].Median() <= 1.2*each[0].Median())
 }
 
-// memory measures a daemon that was just started.
+// memory measures the memory of a daemon that was just started.
 func (p *preparer) memory(ctx context.Context, r *report, kind string, layer layerMaker) {
 	measure.Progress("making %d %s", artifacts, kind)
-	measure.Check(p.StopDaemon()) // or it would unpack what it sees arrive
+	measure.Check(p.StopDaemon()) // it would build trees as the blobs arrive
 	targets := p.some(ctx, artifacts, layer)
 	measure.Check(p.StartDaemon())
 	status := fmt.Sprintf("/proc/%d/status", p.DaemonPID())
@@ -160,11 +161,12 @@ func (p *preparer) memory(ctx context.Context, r *report, kind string, layer lay
 		fmt.Sprintf("**%.1f MiB** (%.1f at the start, peak %.1f)", end, start, measure.Mebibytes(status, "VmHWM")), "< 40 MiB", end < 40)
 }
 
-// prepare is the image volume of another pod; it returns the milliseconds.
+// prepare prepares an image volume for one more pod and returns the milliseconds.
 func (p *preparer) prepare(ctx context.Context, target digest.Digest) float64 {
 	p.volumes++
-	// internal/cri/server/container_image_mount.go of containerd, behind the
-	// prefix that containerd's metadata adds.
+	// The key is that of containerd's CRI plugin
+	// (internal/cri/server/container_image_mount.go), behind the prefix that containerd's
+	// metadata store adds.
 	key := fmt.Sprintf("k8s.io/%d/%s/io.containerd.grpc.v1.cri/image-volumes/%064x/%s", p.volumes, p.State, p.volumes, target.Encoded())
 	start := time.Now()
 	_, err := p.Prepare(ctx, key, "")
@@ -173,11 +175,11 @@ func (p *preparer) prepare(ctx context.Context, target digest.Digest) float64 {
 	return measure.Milliseconds(took)
 }
 
-// layerMaker makes the layers of the artifact with a number.
+// layerMaker makes the layers of the artifact with this number.
 type layerMaker func(artifact int) []pack.Layer
 
-// some writes artifacts that are all different into the blob directory, and tells
-// containerd of their images.
+// some writes distinct artifacts into the blob directory and creates their images in
+// containerd.
 func (p *preparer) some(ctx context.Context, count int, layers layerMaker) (targets []digest.Digest) {
 	for range count {
 		p.made++
@@ -189,7 +191,8 @@ func (p *preparer) some(ctx context.Context, count int, layers layerMaker) (targ
 	return targets
 }
 
-// raw makes files as sparse blobs under made-up digests: nothing reads them.
+// raw makes raw layers from sparse files whose digests are invented, since nothing reads
+// them.
 func (p *preparer) raw(files int, size int64) layerMaker {
 	return p.rawFiles(files, size, annotations)
 }
@@ -211,7 +214,7 @@ func (p *preparer) rawFiles(files int, size int64, annotations func(i int, size 
 	}
 }
 
-// gzipped makes ten tars of one file each that does not compress.
+// gzipped makes ten tars of one random file each.
 func gzipped(artifact int) (layers []pack.Layer) {
 	random := rand.NewChaCha8([32]byte{byte(artifact), byte(artifact >> 8)})
 	for i := range 10 {
@@ -227,10 +230,12 @@ func gzipped(artifact int) (layers []pack.Layer) {
 	return layers
 }
 
-// name is in a directory of a hundred, and in lexical order, as packers have it.
+// name returns a path in a directory of one hundred files; the paths are in lexical order,
+// as packers write them.
 func name(i int) string { return fmt.Sprintf("shards/%02d/%04d.safetensors", i/100, i) }
 
-// annotations are as the reference packer writes them, with a user that is not root.
+// annotations returns the annotations of the ModelPack reference packer, with an owner
+// other than root.
 func annotations(i int, size int64) map[string]string {
 	return map[string]string{
 		modelspec.AnnotationFilepath: name(i),

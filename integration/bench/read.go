@@ -21,7 +21,7 @@ import (
 
 const (
 	coldRounds  = 41
-	warmRounds  = 151 // they are short
+	warmRounds  = 151 // a round is short
 	cacheRounds = 5
 	pods        = 3
 	weights     = "model.safetensors"
@@ -46,8 +46,8 @@ func measurePods(ctx context.Context, r *report) {
 	measureCache(r, running, blob)
 }
 
-// pullModel pulls a model whose weights have so many bytes, and returns its reference and
-// the blob of the weights.
+// pullModel pulls a model with weights of this size, and returns its reference and the path
+// of the weights' blob.
 func pullModel(ctx context.Context, n *node.Node, size int64) (ref, blob string) {
 	dir := filepath.Join(n.Dir, "model")
 	measure.Check(os.Mkdir(dir, 0o755))
@@ -71,10 +71,10 @@ func compareReads(ctx context.Context, r *report, how string, rounds int, blob, 
 		measure.Check(ctx.Err())
 		var took [2]float64
 		for turn := range 2 {
-			i := (turn + round) % 2 // neither is always the first
+			i := (turn + round) % 2 // rotate the order
 			if how == "cold" {
 				measure.Evict(blob)
-				// Inodes and directories too, where that is permitted.
+				// Also drop inodes and directories, where that is permitted.
 				_ = measure.DropCaches()
 			}
 			took[i] = measure.Seconds(func() { measure.Read([2]string{blob, volume}[i], 0) })
@@ -86,17 +86,17 @@ func compareReads(ctx context.Context, r *report, how string, rounds int, blob, 
 		fmt.Sprintf("%s; %.1f GiB/s", ratios.Format("%.3f", ""), speeds.Median()), "≥ 0.97", ratios.Median() >= 0.97)
 }
 
-// measureCache lets every pod read the model, and looks how often it is in the
-// page cache then. The kernel's number is of the whole machine, hence the rounds.
+// measureCache lets every pod read the model, and measures how much the page cache grows.
+// The kernel's number covers the whole machine, hence several rounds.
 func measureCache(r *report, running []*node.Pod, blob string) {
 	var growth, ofBlob measure.Sample
 	for range cacheRounds {
 		measure.Evict(blob)
 		before := measure.Mebibytes("/proc/meminfo", "Cached")
 		for _, pod := range running {
-			// The list has the digests of the content.
+			// The listing has the SHA-256 of each file, so the pod has read it.
 			if seen := fmt.Sprint(measure.Must(pod.Tree("main", "/model"))); !strings.Contains(seen, filepath.Base(blob)) {
-				measure.Check(fmt.Errorf("a pod does not see the weights: %s", seen))
+				measure.Check(fmt.Errorf("the pod does not see the weights: %s", seen))
 			}
 		}
 		growth = append(growth, (measure.Mebibytes("/proc/meminfo", "Cached")-before)*measure.MiB/measure.GiB)

@@ -12,23 +12,23 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
-// report is the table and the machine that it is of.
+// report is the table, with the versions and the load of the machine.
 type report struct {
 	disk       measure.Disk
-	load       string // average of the minute before the run
+	load       string // the one-minute average before the run
 	containerd string // version
 	crio       string // version, "" where there is none
 	rows       []string
 }
 
-// version asks the runtime of a node.
+// version reads the version of a node's runtime.
 func (r *report) version(n *node.Node) {
 	_, version, _ := strings.Cut(measure.Must(n.Crictl("version")), "RuntimeVersion:")
 	r.containerd = strings.Fields(version)[0]
 }
 
-// compare adds a row about two samples of milliseconds: their medians' ratio may be at
-// most the bound, 0 is none.
+// compare adds a row for two samples in milliseconds. The ratio of their medians may be at
+// most bound; 0 means no bound.
 func (r *report) compare(what string, measured, against measure.Sample, bound float64) {
 	ratio := measured.Median() / against.Median()
 	text := fmt.Sprintf("**%.2f**: %s against %s", ratio, measured.Format("%.0f", " ms"), against.Format("%.0f", " ms"))
@@ -54,5 +54,5 @@ func (r *report) print() {
 		versions += ", CRI-O " + r.crio
 	}
 	fmt.Printf("%s, %s, %s; load average before the run %s.\n\n", measure.Machine(), versions, runtime.Version(), r.load)
-	fmt.Printf("| what | measured | bound | met |\n|---|---|---|---|\n%s\n", strings.Join(r.rows, "\n"))
+	fmt.Printf("| measurement | result | bound | met |\n|---|---|---|---|\n%s\n", strings.Join(r.rows, "\n"))
 }

@@ -14,29 +14,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Disk is a directory with a new ext4 in it. New, because ext4 walks past each
-// inode that was deleted in the last minutes before it allocates another one
-// (fs/ext4/ialloc.c, recently_deleted), so that making thousands of files where
-// thousands have just gone takes many times as long.
+// Disk is a directory with a new ext4 mounted in it. The file system must be new: before
+// ext4 allocates an inode it skips every inode that was deleted in the last minutes
+// (fs/ext4/ialloc.c, recently_deleted), so creating thousands of files after deleting
+// thousands is many times slower.
 type Disk string
 
-// Without lazy initialization no kernel thread writes beside the measurements;
-// without direct I/O the page cache has every byte twice, of the file and of
-// the image.
+// Lazy initialization would write in the background during the measurements. Without direct
+// I/O the page cache would hold every byte twice: once for the file, once for the disk
+// image.
 const mountDisk = `truncate --size "$1" "$0/ext4.img"
 mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 "$0/ext4.img"
 mkdir "$0/m"
 mount -o loop "$0/ext4.img" "$0/m"
 losetup --direct-io=on "$(findmnt --noheadings --output SOURCE "$0/m")"`
 
-// NewDisk makes a disk of a size that truncate(1) understands below dir, or
-// below the temporary directory if dir is "". It takes the space only of what
-// is written to it.
+// NewDisk makes a disk below dir, or below the temporary directory if dir is "". The size
+// is in the syntax of truncate(1). The image is sparse.
 func NewDisk(ctx context.Context, dir, size string) Disk {
 	if os.Geteuid() != 0 {
 		Check(errors.New("the benchmarks need root: run them with sudo"))
 	}
-	d := Disk(Must(os.MkdirTemp(dir, "b-"))) // short: containerd's sockets are below it
+	d := Disk(Must(os.MkdirTemp(dir, "b-"))) // short, because the paths of containerd's sockets are below it and limited to 107 bytes
 	if out, err := exec.CommandContext(ctx, "sh", "-ec", mountDisk, string(d), size).CombinedOutput(); err != nil {
 		Tidy(d.Remove)
 		Check(fmt.Errorf("make an ext4 on a loop device: %w: %s", err, out))
@@ -47,17 +46,17 @@ func NewDisk(ctx context.Context, dir, size string) Disk {
 // Root is where the disk is mounted.
 func (d Disk) Root() string { return filepath.Join(string(d), "m") }
 
-// Remove wants what was on the disk to have been stopped.
+// Remove unmounts and deletes the disk. Nothing may use it any more.
 func (d Disk) Remove() error {
-	// It may not be mounted, EINVAL, or not even be there.
+	// EINVAL: not mounted; ENOENT: not created yet.
 	if err := unix.Unmount(d.Root(), 0); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("unmount %s: %w", d.Root(), err)
 	}
 	return os.RemoveAll(string(d))
 }
 
-// Used is what is allocated, in bytes: blocks, and 256 bytes for each inode,
-// which ext4 has from the beginning but other filesystems allocate.
+// Used returns the allocated bytes: blocks, and 256 bytes per used inode. ext4 allocates
+// its inodes at mkfs, but other file systems allocate them when used.
 func (d Disk) Used() float64 {
 	d.Sync()
 	var st unix.Statfs_t
@@ -65,7 +64,8 @@ func (d Disk) Used() float64 {
 	return float64(int64(st.Blocks-st.Bfree)*st.Bsize + int64(st.Files-st.Ffree)*256)
 }
 
-// Sync writes out what is dirty, so that nobody else's write is measured.
+// Sync writes out dirty pages, so that their writeback does not disturb the next
+// measurement.
 func (d Disk) Sync() {
 	f := Must(os.Open(d.Root()))
 	defer f.Close()

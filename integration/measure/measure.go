@@ -1,13 +1,12 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package measure is what the benchmark programs share: the frame that cleans
-// up after them however they end, a new disk, reading files with and without
-// the page cache, and the statistics of rounds. It knows neither nodes nor
-// artifacts.
+// Package measure is shared by the benchmark programs: cleaning up however a program ends,
+// new disks, reading files with and without the page cache, and statistics. It knows
+// neither nodes nor artifacts.
 //
-// Its functions do not return errors. They end the program by a panic that
-// [Main] or [Try] catches, so that on the way all that was deferred cleans up.
+// Its functions do not return errors. They panic, which runs the deferred clean-up; [Main]
+// or [Try] recovers.
 package measure
 
 import (
@@ -30,15 +29,16 @@ const (
 	TiB = 1 << 40
 )
 
-// failure is what Check panics with.
+// failure is the value that Check panics with.
 type failure struct{ error }
 
-// status is what the program ends with.
+// status is the exit status of the program.
 var status int
 
 // Main runs a benchmark and ends the program. SIGINT and SIGTERM cancel ctx.
 func Main(name string, run func(ctx context.Context)) {
-	// Held to the end, so that a second Ctrl-C does not interrupt the cleaning up.
+	// The registration lasts until the end, so that a second Ctrl-C does not interrupt the
+	// clean-up.
 	ctx, _ := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	if err := Try(func() { run(ctx) }); err != nil {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", name, err)
@@ -75,8 +75,8 @@ func Try(f func()) (err error) {
 	return nil
 }
 
-// Tidy is for defer: cleaning up goes on after an error, which the program's
-// exit status tells.
+// Tidy runs a deferred clean-up. After an error the other clean-ups still run, and the
+// program exits with status 1.
 func Tidy(f func() error) {
 	if err := f(); err != nil {
 		Progress("cleaning up: %v", err)
@@ -84,25 +84,26 @@ func Tidy(f func() error) {
 	}
 }
 
-// Progress goes to standard error, where it does not get into the tables.
+// Progress prints to standard error, so that it stays out of the tables on standard output.
 func Progress(format string, args ...any) {
 	fmt.Fprintf(os.Stderr, "==> "+format+"\n", args...)
 }
 
-// Seconds is how long f takes.
+// Seconds returns the duration of f.
 func Seconds(f func()) float64 {
 	start := time.Now()
 	f()
 	return time.Since(start).Seconds()
 }
 
-// Milliseconds is a duration as a number.
+// Milliseconds converts a duration to a number.
 func Milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// Load is the machine's load average of the last minute.
+// Load returns the one-minute load average.
 func Load() string { return Field("/proc/loadavg", `^(\S+)`) }
 
-// Machine is a sentence's beginning about when and on what a table was measured.
+// Machine returns the beginning of the sentence that says when and where a table was
+// measured.
 func Machine() string {
 	var kernel unix.Utsname
 	Check(unix.Uname(&kernel))
@@ -111,7 +112,7 @@ func Machine() string {
 		Field("/proc/cpuinfo", `(?m)^model name\s*: (.*)$`), runtime.NumCPU())
 }
 
-// Field is what the pattern's group matches in a file, "" if nothing does.
+// Field returns the first group of pattern in a file, or "" without a match.
 func Field(file, pattern string) string {
 	found := regexp.MustCompile(pattern).FindSubmatch(Must(os.ReadFile(file)))
 	if found == nil {
@@ -120,7 +121,7 @@ func Field(file, pattern string) string {
 	return string(found[1])
 }
 
-// Mebibytes is the value of a line "name:  123 kB" of a file in /proc.
+// Mebibytes returns the value of a line "name:  123 kB" of a file in /proc.
 func Mebibytes(file, name string) float64 {
 	return Must(strconv.ParseFloat(Field(file, `(?m)^`+name+`:\s*(\d+) kB$`), 64)) / 1024
 }

@@ -13,15 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// HugePage is what a mapping must begin at a multiple of, for the kernel to map 2 MiB of
-// the page cache by one entry of the page table. The value is that of amd64, and of arm64
-// with pages of 4 KiB.
+// HugePage is the alignment that lets the kernel map 2 MiB of page cache with one page
+// table entry. The value is correct for amd64, and for arm64 with pages of 4 KiB.
 const HugePage = 2 * MiB
 
-// Map maps files with mmap(2) and the kernel's default read-ahead, as programs that load
-// models do, for as long as use takes. The kernel chooses the addresses; with aligned they
-// are multiples of 2 MiB. A page that cannot be read is an error of the file system, not
-// the end of the program.
+// Map maps files with mmap(2) and the default read-ahead, as programs that load models do,
+// and calls use. The kernel chooses the addresses; with aligned they are multiples of 2
+// MiB. A page that cannot be read is reported as an error and does not crash the program.
 func Map(paths []string, aligned bool, use func(texts [][]byte)) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
@@ -49,7 +47,8 @@ func mapFile(path string, aligned bool) (text []byte, unmap func() error) {
 		text := Must(unix.Mmap(int(f.Fd()), 0, int(size), unix.PROT_READ, unix.MAP_SHARED))
 		return text, func() error { return unix.Munmap(text) }
 	}
-	// A reservation in which an aligned address is certain to be, and then the file at it.
+	// Reserve an area that is certain to contain an aligned address, then map the file
+	// there.
 	reserved := uintptr(size) + HugePage
 	area := Must(unix.MmapPtr(-1, 0, nil, reserved, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE))
 	at := unsafe.Add(area, (HugePage-uintptr(area)%HugePage)%HugePage)
@@ -63,19 +62,19 @@ func Touch(text []byte) {
 	for at := 0; at < len(text); at += os.Getpagesize() {
 		sum += text[at]
 	}
-	runtime.KeepAlive(sum) // or the compiler may leave the reads out
+	runtime.KeepAlive(sum) // keeps the compiler from removing the reads
 }
 
-// Copy copies every byte, 1 MiB at a time to the same place, which is what read(2) does.
-// It is not to be called concurrently.
+// Copy copies every byte, 1 MiB at a time into the same buffer, as read(2) does. It must
+// not be called concurrently.
 func Copy(text []byte) {
 	for at := 0; at < len(text); at += len(buffer) {
 		copy(buffer, text[at:])
 	}
 }
 
-// Faults is how many page faults a call of f causes in its thread that read nothing from
-// the disk.
+// Faults returns the number of minor page faults (those without disk I/O) that f causes in
+// its thread.
 func Faults(f func()) float64 {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()

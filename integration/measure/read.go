@@ -12,12 +12,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// buffer is of all readers, so that allocating it is no part of what is measured.
+// buffer is shared by all readers, so that its allocation is not measured.
 var buffer = make([]byte, MiB)
 
-// Read reads a file from its beginning to its end, or only its first limit
-// bytes if that is not 0, with read(2) of 1 MiB at a time.
-// It is not to be called concurrently.
+// Read reads a file with read(2), 1 MiB at a time: all of it, or only the first limit bytes
+// if limit is not 0. It must not be called concurrently.
 func Read(path string, limit int64) {
 	f := Must(os.Open(path))
 	defer f.Close()
@@ -34,22 +33,21 @@ func Read(path string, limit int64) {
 	}
 }
 
-// Evict takes a file out of the page cache.
+// Evict removes a file from the page cache.
 func Evict(path string) {
 	f := Must(os.Open(path))
 	defer f.Close()
 	Check(unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
 	if left := Cached(path); left > 0.01 {
-		Check(fmt.Errorf("%.3f GiB of %s stay in the page cache", left, path))
+		Check(fmt.Errorf("%.3f GiB of %s remain in the page cache", left, path))
 	}
 }
 
-// DropCaches lets the kernel forget pages, inodes and directories of all
-// filesystems. What is dirty stays: sync before. It returns false where it is
-// not permitted.
+// DropCaches drops clean pages, inodes and dentries of all file systems; call Sync first,
+// because dirty pages stay. It returns false where this is not permitted.
 func DropCaches() bool { return os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0) == nil }
 
-// Cached is how much of a file is in the page cache, in GiB.
+// Cached returns how much of a file is in the page cache, in GiB.
 func Cached(path string) float64 {
 	f := Must(os.Open(path))
 	defer f.Close()

@@ -9,11 +9,11 @@ import (
 	"slices"
 )
 
-// Sample is what the rounds measured.
+// Sample has one value per round.
 type Sample []float64
 
-// Quantile q is between 0, the least, and 1, the greatest. Of no rounds it is
-// not a number.
+// Quantile returns the value at q, from 0, the least, to 1, the greatest. It is NaN for an
+// empty sample.
 func (s Sample) Quantile(q float64) float64 {
 	if len(s) == 0 {
 		return math.NaN()
@@ -21,10 +21,10 @@ func (s Sample) Quantile(q float64) float64 {
 	return slices.Sorted(slices.Values(s))[int(q*float64(len(s)-1)+0.5)]
 }
 
-// Median is the value of the round in the middle.
+// Median returns the middle value.
 func (s Sample) Median() float64 { return s.Quantile(0.5) }
 
-// Format gives the median and the range, each with a verb of package fmt.
+// Format prints the median and the range, each with a verb of package fmt.
 func (s Sample) Format(verb, unit string) string {
 	return fmt.Sprintf("**"+verb+"**%s ("+verb+" to "+verb+", %d rounds)", s.Median(), unit, s.Quantile(0), s.Quantile(1), len(s))
 }

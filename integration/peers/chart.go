@@ -14,12 +14,12 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/measure"
 )
 
-// chart is a bar chart with a line for each row of a dataset.
+// chart is a bar chart with one line per row of a data set.
 type chart struct {
-	name, title, axis string // the axis with its unit
+	name, title, axis string // axis includes the unit
 	series            []string
-	values            func(r *row) []float64 // one for each series; nil leaves the row out
-	side              bool                   // bars of a line are beside each other, not one after the other
+	values            func(r *row) []float64 // one value per series; nil leaves the row out
+	side              bool                   // the bars of a line are side by side instead of stacked
 }
 
 var charts = []chart{
@@ -62,7 +62,7 @@ var charts = []chart{
 	},
 }
 
-// The measures of a chart, in pixels.
+// The dimensions of a chart, in pixels.
 const (
 	chartWidth = 860
 	labelWidth = 330
@@ -73,8 +73,8 @@ const (
 	lineGap    = 8
 )
 
-// svg is what the template draws. A viewer in a dark window shows the light
-// text; one that knows nothing of windows, the dark on a light ground.
+// svg is the template of a chart. It has colors for light and dark windows; a viewer that
+// does not know prefers-color-scheme shows the light one.
 var svg = template.Must(template.New("chart").Parse(`<svg xmlns="http://www.w3.org/2000/svg" width="{{.Width}}" height="{{.Height}}" viewBox="0 0 {{.Width}} {{.Height}}" role="img" aria-label="{{html .Title}}">
 <style>
 .ground{fill:#fff}text{font:12px sans-serif;fill:#24292f}.title{font-size:15px;font-weight:bold}.ours{font-weight:bold}.grid{stroke:#d0d7de}
@@ -127,7 +127,7 @@ type svgChart struct {
 	Lines                            []svgLine
 }
 
-// draw writes all charts to a directory.
+// draw writes all charts into a directory.
 func (all *results) draw(dir string) {
 	for _, d := range all.Datasets {
 		for _, c := range charts {
@@ -139,7 +139,7 @@ func (all *results) draw(dir string) {
 	}
 }
 
-// layOut places everything.
+// layOut computes the positions.
 func (c chart) layOut(d *datasetResult) svgChart {
 	type line struct {
 		row    *row
@@ -217,7 +217,7 @@ func (c chart) layOut(d *datasetResult) svgChart {
 	return out
 }
 
-// tick is a distance between the axis' numbers that gives at most six of them.
+// tick returns a distance between the numbers on the axis that needs at most seven of them.
 func tick(longest float64) float64 {
 	if longest <= 0 {
 		return 1
@@ -231,5 +231,5 @@ func tick(longest float64) float64 {
 	return 5 * power
 }
 
-// round is to a tenth of a pixel.
+// round rounds to a tenth of a pixel.
 func round(v float64) float64 { return math.Round(v*10) / 10 }

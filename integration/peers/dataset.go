@@ -19,20 +19,20 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// dataset is a model whose bytes are the same at every run.
+// dataset is a model with the same bytes in every run.
 type dataset struct {
 	name, title string
 	files       []file // in lexical order
-	rounds      int    // of pulls, unless the command line has another number
+	rounds      int    // of pulls, if the command line does not set it
 }
 
-// file is a file of a dataset, or the beginning of it.
+// file is a file of a data set, or the beginning of one.
 type file struct {
 	path string // relative
 	size int64
 }
 
-// datasets have their sizes divided by scale.
+// datasets returns the data sets, with their sizes divided by scale.
 func datasets(scale int64) []*dataset {
 	few := &dataset{name: "11-files", title: "2 GiB in 11 files", rounds: 5}
 	few.files = append(few.files, file{"config.json", 1234})
@@ -56,8 +56,8 @@ func (d *dataset) bytes() (sum int64) {
 	return sum
 }
 
-// beginning is the first files, and of the last one only so much that all are
-// no more than limit bytes.
+// beginning returns the first limit bytes of the data set: whole files and the beginning of
+// the last one.
 func (d *dataset) beginning(limit int64) (files []file) {
 	for _, f := range d.files {
 		if limit == 0 {
@@ -70,8 +70,8 @@ func (d *dataset) beginning(limit int64) (files []file) {
 	return files
 }
 
-// write writes files of the dataset, or their beginnings, below dir and returns
-// their digests by path.
+// write writes files of the data set, or their beginnings, below dir. It returns their
+// SHA-256 by path.
 func (d *dataset) write(ctx context.Context, dir string, files []file) map[string]string {
 	sums := map[string]string{}
 	for i, f := range files {
@@ -89,10 +89,9 @@ func (d *dataset) write(ctx context.Context, dir string, files []file) map[strin
 	return sums
 }
 
-// weights are numbers of the type bfloat16 with a normal distribution around 0
-// and a standard deviation of 0.02, as those of trained models have it: their
-// sign and mantissa are noise, their exponents are not, and gzip and zstd make
-// about three quarters of them.
+// weights are bfloat16 numbers with a normal distribution around 0 and a standard deviation
+// of 0.02, as in trained models. Signs and mantissas are noise, exponents are not, so gzip
+// and zstd compress them to about three quarters.
 type weights struct {
 	random *rand.PCG
 	rest   []byte
@@ -113,7 +112,8 @@ func (w *weights) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// bfloat16 has the distribution's 65,536 quantiles: the upper halves of float32.
+// bfloat16 is a table of the 65,536 quantiles of the distribution, each the upper half of a
+// float32.
 var bfloat16 = func() (table [1 << 16]uint16) {
 	for i := range table {
 		p := (float64(i) + 0.5) / float64(len(table))
@@ -122,7 +122,7 @@ var bfloat16 = func() (table [1 << 16]uint16) {
 	return table
 }()
 
-// contextReader ends with the context, so that a run can be interrupted.
+// contextReader stops when the context ends, so that a run can be interrupted.
 type contextReader struct {
 	ctx context.Context
 	io.Reader

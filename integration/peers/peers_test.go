@@ -21,7 +21,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// given is the result of one round of a download, of an image and of this project.
+// given returns the result of one round of a download, an image and this project.
 func given(form pack.Form, pull, disk, cache, speed float64) *datasetResult {
 	reads := map[string]reading{}
 	for _, name := range readColumns() {
@@ -44,10 +44,10 @@ func TestABoundThatIsNotMetIsANo(t *testing.T) {
 		noes                     int
 	}{
 		"raw, all met":                         {pack.Raw, 10.3, 1010, 1050, 0.95, 0},
-		"raw, the pull is slow":                {pack.Raw, 10.4, 1010, 1050, 0.95, 1},
-		"raw, the disk has more":               {pack.Raw, 10.3, 1011, 1050, 0.95, 1},
-		"raw, the cache has it twice":          {pack.Raw, 10.3, 1010, 2000, 0.95, 1},
-		"raw, reads are slow":                  {pack.Raw, 10.3, 1010, 1050, 0.94, 1},
+		"raw, slow pull":                       {pack.Raw, 10.4, 1010, 1050, 0.95, 1},
+		"raw, too much disk":                   {pack.Raw, 10.3, 1011, 1050, 0.95, 1},
+		"raw, cached twice":                    {pack.Raw, 10.3, 1010, 2000, 0.95, 1},
+		"raw, slow reads":                      {pack.Raw, 10.3, 1010, 1050, 0.94, 1},
 		"tar, nothing met":                     {pack.Tar, 11, 2000, 2000, 0.5, 4},
 		"gzip, as fast as the image":           {pack.TarGzip, 20, 1818, 1050, 0.95, 0},
 		"gzip, slower than the image":          {pack.TarGzip, 20.1, 1818, 1050, 0.95, 1},
@@ -57,7 +57,7 @@ func TestABoundThatIsNotMetIsANo(t *testing.T) {
 			var out bytes.Buffer
 			(&results{Scale: 1, Datasets: []*datasetResult{given(c.form, c.pull, c.disk, c.cache, c.speed)}}).print(&out)
 			if noes := strings.Count(out.String(), "**NO**"); noes != c.noes {
-				t.Errorf("%d bounds are not met, want %d:\n%s", noes, c.noes, &out)
+				t.Errorf("%d bounds are missed, want %d:\n%s", noes, c.noes, &out)
 			}
 		})
 	}
@@ -70,7 +70,7 @@ func TestAFailureIsALineOfEachTable(t *testing.T) {
 	var out bytes.Buffer
 	(&results{Scale: 1, Datasets: []*datasetResult{d}}).print(&out)
 	if lines := strings.Count(out.String(), "| tar | image, overlayfs | not measured: it is / broken"); lines != len(tables) {
-		t.Errorf("%d lines say why there are no numbers, want %d:\n%s", lines, len(tables), &out)
+		t.Errorf("%d lines have the reason of the failure, want %d:\n%s", lines, len(tables), &out)
 	}
 }
 
@@ -96,7 +96,7 @@ func TestChartsAreXML(t *testing.T) {
 				bars++
 			}
 		}
-		if bars < 2 { // one is the ground
+		if bars < 2 { // one is the background
 			t.Errorf("%s has no bars", c.name)
 		}
 	}
@@ -113,7 +113,7 @@ func TestWeightsCompressAsThoseOfModelsDo(t *testing.T) {
 		t.Fatal(err)
 	}
 	if factor := size / float64(out.Len()); factor < 1.2 || factor > 1.4 {
-		t.Errorf("gzip makes them %.2f times smaller, want 1.2 to 1.4", factor)
+		t.Errorf("gzip's compression factor is %.2f, want 1.2 to 1.4", factor)
 	}
 }
 
@@ -128,14 +128,14 @@ func TestTheBeginningOfADatasetHasItsBytes(t *testing.T) {
 			t.Fatal(err)
 		}
 		if sum := sha256.Sum256(all); hex.EncodeToString(sum[:]) != sums[name] {
-			t.Errorf("%s has another digest than write says", name)
+			t.Errorf("the digest of %s is not the one that write returned", name)
 		}
 		begin, err := os.ReadFile(filepath.Join(part, name))
 		if err != nil {
 			t.Fatal(err)
 		}
 		if len(begin) != size || !bytes.Equal(begin, all[:size]) {
-			t.Errorf("the beginning of %s is not that of the whole, or not %d bytes", name, size)
+			t.Errorf("the beginning of %s differs from the whole file, or is not %d bytes", name, size)
 		}
 	}
 }

@@ -16,23 +16,22 @@ import (
 )
 
 const (
-	// window is how much of a model the reads are of, from its beginning: the
-	// plain files, the volume, and a volume that is cached twice have to fit
-	// into the memory at once.
+	// window limits the reads to the beginning of a model: the plain files, the volume, and
+	// a second cached copy of the volume must fit into memory together.
 	window = measure.GiB
 
-	touches    = 20000 // pages of a random read
-	warmRounds = 3     // for each cold one: they are short
+	touches    = 20000 // pages touched in a random read
+	warmRounds = 3     // warm rounds per cold round, because they are short
 )
 
-// reading is how fast a volume was read, and how fast in comparison with plain
-// files of the same bytes on the same disk.
+// reading is the speed of reads through a volume, and its ratio to the speed of plain files
+// with the same bytes on the same disk.
 type reading struct {
 	Speed measure.Sample // MiB/s
-	Ratio measure.Sample // over 1 the volume was faster
+	Ratio measure.Sample // greater than 1: the volume was faster
 }
 
-// pattern is a way to read files; it returns the bytes and the seconds.
+// pattern is a way to read files; read returns the bytes and the seconds.
 type pattern struct {
 	name string
 	read func(root string, files []file) (bytes, seconds float64)
@@ -75,13 +74,13 @@ var patterns = []pattern{
 				}
 			})
 		})
-		runtime.KeepAlive(touched) // or the compiler may leave the reads out
+		runtime.KeepAlive(touched) // keeps the compiler from removing the reads
 		return bytes, seconds
 	}},
 }
 
-// mapped maps files below root, which may be only the beginnings of what is there, for
-// as long as use takes.
+// mapped maps files below root and calls use. The files may be only the beginnings of those
+// on disk.
 func mapped(root string, files []file, use func(texts [][]byte)) {
 	var paths []string
 	for _, f := range files {
@@ -95,7 +94,7 @@ func mapped(root string, files []file, use func(texts [][]byte)) {
 	})
 }
 
-// reads compares the volume of a pod with plain files, in turns.
+// reads compares a pod's volume with plain files, in turns.
 func (b *bench) reads(ctx context.Context, r *row, disk measure.Disk, pod *node.Pod) {
 	files := b.data.beginning(window)
 	native := filepath.Join(disk.Root(), "native")
@@ -107,7 +106,7 @@ func (b *bench) reads(ctx context.Context, r *row, disk measure.Disk, pod *node.
 		rounds := b.options.reads
 		if !cold {
 			rounds *= warmRounds
-			makeCold(native, files) // so that all get into it in the same way
+			makeCold(native, files) // all paths below fill the cache in the same way
 			for _, root := range roots {
 				patterns[0].read(root, files)
 			}
@@ -119,7 +118,7 @@ func (b *bench) reads(ctx context.Context, r *row, disk measure.Disk, pod *node.
 				var took [2]float64
 				var bytes float64
 				for turn := range roots {
-					i := (turn + round) % len(roots) // neither is always the first
+					i := (turn + round) % len(roots) // rotate the order
 					if cold {
 						makeCold(native, files)
 					}
@@ -130,12 +129,12 @@ func (b *bench) reads(ctx context.Context, r *row, disk measure.Disk, pod *node.
 			}
 			name := p.name + ", " + map[bool]string{true: "cold", false: "warm"}[cold]
 			r.Reads[name] = got
-			measure.Progress("%s, %s: %s: %s of the plain files, %.0f MiB/s", r.Form, r.Variant, name, got.Ratio.Format("%.3f", ""), got.Speed.Median())
+			measure.Progress("%s, %s: %s: %s of the speed of plain files, %.0f MiB/s", r.Form, r.Variant, name, got.Ratio.Format("%.3f", ""), got.Speed.Median())
 		}
 	}
 }
 
-// makeCold empties the page cache, and looks whether it is.
+// makeCold empties the page cache and checks it.
 func makeCold(root string, files []file) {
 	measure.DropCaches()
 	largest := files[0]
@@ -145,6 +144,6 @@ func makeCold(root string, files []file) {
 		}
 	}
 	if left := measure.Cached(filepath.Join(root, largest.path)) * measure.GiB; left > 0.01*float64(largest.size) {
-		measure.Check(fmt.Errorf("%.0f bytes of %s stay in the page cache", left, largest.path))
+		measure.Check(fmt.Errorf("%.0f bytes of %s remain in the page cache", left, largest.path))
 	}
 }

@@ -21,37 +21,37 @@ import (
 
 // The bounds.
 const (
-	timeBound  = 1.03 // of a download and a pod without a volume
-	diskBound  = 1.01 // of a download
-	cacheBound = 1.05 // of the files' bytes: once
-	readBound  = 0.95 // of the plain files' speed
+	timeBound  = 1.03 // times a download plus a pod without a volume
+	diskBound  = 1.01 // times a download
+	cacheBound = 1.05 // times the bytes of the files: cached once
+	readBound  = 0.95 // times the speed of plain files
 )
 
-// results are all that was measured, as they are kept in a file.
+// results are all measurements, as saved in results.json.
 type results struct {
 	Scale    int64
 	Datasets []*datasetResult
 }
 
-// datasetResult is of one run.
+// datasetResult has the measurements of one data set.
 type datasetResult struct {
 	Name, Title string
 	Bytes       int64  // of the files
-	Machine     string // when and on what it was measured
+	Machine     string // date, hardware and versions
 	Rows        []*row
 }
 
-// row is a way to bring one form of a model into a pod. The samples have a value
-// for each round, the same round at the same place in all rows of a form.
+// row is one way to bring one form of a model into a pod. The samples have one value per
+// round; index i is the same round in all rows of a form.
 type row struct {
 	Form                     pack.Form
 	Variant                  string
 	Compressed, Uncompressed int64  // bytes of the form's layers
-	Failed                   string // why there are no numbers
+	Failed                   string // the reason why there are no numbers
 
 	Pull  measure.Sample     // seconds
-	Pod   measure.Sample     // seconds, to the first byte of the volume; none for a download alone
-	Bare  measure.Sample     // seconds, of a pod without a volume on the same node
+	Pod   measure.Sample     // seconds until the first byte of the volume is read; empty for a download alone
+	Bare  measure.Sample     // seconds until a pod without a volume runs, on the same node
 	Disk  measure.Sample     // bytes
 	Cache measure.Sample     // bytes
 	Reads map[string]reading // by the pattern's name
@@ -59,11 +59,11 @@ type row struct {
 	variant variant
 }
 
-// fail takes a row out, if err is not nil.
+// fail marks a row as failed if err is not nil.
 func (r *row) fail(err error) {
 	if err != nil && r.Failed == "" {
 		text := err.Error()
-		if _, said, ok := strings.Cut(text, `level=fatal msg="`); ok { // by crictl, below its command line
+		if _, said, ok := strings.Cut(text, `level=fatal msg="`); ok { // crictl's own message, without its command line
 			text = said
 		}
 		text, _, _ = strings.Cut(text, "\n")
@@ -72,8 +72,7 @@ func (r *row) fail(err error) {
 	}
 }
 
-// total is what a user waits for: the pull and the pod, and for a download alone
-// a pod that has no volume.
+// total is the time a user waits: pull and pod. For a download alone the pod has no volume.
 func (r *row) total() (total measure.Sample) {
 	pods := r.Pod
 	if len(pods) == 0 {
@@ -94,7 +93,7 @@ func (r *row) title() string {
 	return r.Variant
 }
 
-// ratio is the rounds' of two samples.
+// ratio returns the ratio of two samples for each round.
 func ratio(a, b measure.Sample) (out measure.Sample) {
 	for i := range min(len(a), len(b)) {
 		out = append(out, a[i]/b[i])
@@ -115,7 +114,7 @@ func (all *results) save(name string) {
 	measure.Check(os.WriteFile(name, append(measure.Must(json.MarshalIndent(all, "", " ")), '\n'), 0o644))
 }
 
-// dataset is the result of a dataset, a new one if there is none yet.
+// dataset returns the result of a data set, or adds an empty one.
 func (all *results) dataset(d *dataset) *datasetResult {
 	for _, r := range all.Datasets {
 		if r.Name == d.name {
@@ -126,7 +125,7 @@ func (all *results) dataset(d *dataset) *datasetResult {
 	return all.Datasets[len(all.Datasets)-1]
 }
 
-// replace forgets an earlier run of a form.
+// replace replaces the rows of a form by those of this run.
 func (d *datasetResult) replace(form pack.Form, rows []*row) {
 	d.Rows = append(slices.DeleteFunc(d.Rows, func(r *row) bool { return r.Form == form }), rows...)
 	slices.SortStableFunc(d.Rows, func(a, b *row) int {
@@ -134,13 +133,13 @@ func (d *datasetResult) replace(form pack.Form, rows []*row) {
 	})
 }
 
-// describe says on what the dataset has been measured.
+// describe records the machine and the versions.
 func (b *bench) describe() {
 	b.into.Machine = fmt.Sprintf("%s, containerd %s, %s, %s; load average before the run %s.",
 		measure.Machine(), b.containerd, b.mkfs, runtime.Version(), b.load)
 }
 
-// of is a row of a form, one without numbers if there is none.
+// of returns the row of a variant in a form, or an empty row.
 func (d *datasetResult) of(form pack.Form, variant string) *row {
 	for _, r := range d.Rows {
 		if r.Form == form && r.Variant == variant {
@@ -150,7 +149,7 @@ func (d *datasetResult) of(form pack.Form, variant string) *row {
 	return &row{}
 }
 
-// fastest is the image of a form that was there first, nil if there is none.
+// fastest returns the image row with the least total time in a form, or nil.
 func (d *datasetResult) fastest(form pack.Form) (found *row) {
 	for _, r := range d.Rows {
 		image := strings.HasPrefix(r.title(), "image")
@@ -161,8 +160,7 @@ func (d *datasetResult) fastest(form pack.Form) (found *row) {
 	return found
 }
 
-// table is one of the questions. A cell of a row is "" where there is nothing
-// to say.
+// table is one table of the report. An empty cell means that there is no value.
 type table struct {
 	title, note string
 	columns     []string
@@ -172,10 +170,10 @@ type table struct {
 var tables = []table{
 	{
 		title: "Seconds from the pull to the first byte in a pod",
-		note: "In parentheses is a pod without a volume, which a download alone has beside it. The bound is applied to \"÷ fetch and pod\": " +
-			"both sides include a pod, with the volume and without one. \"÷ fetch\" charges the pod's own start to the volume. " +
-			"\"÷ stock pull and pod\" is as the bound's, against `crictl pull` on a stock node, which does without the copy through ctr.",
-		columns: []string{"pull", "pod, to its first byte", "both", "÷ fetch", "÷ stock pull and pod", "÷ fetch and pod", "bound", "met"},
+		note: "In parentheses: a pod without a volume. The bound applies to \"÷ fetch and pod\": " +
+			"both sides include a pod, one with the volume and one without. \"÷ fetch\" counts the start of the pod itself as part of the volume. " +
+			"\"÷ stock pull and pod\" compares with `crictl pull` on a stock node, which does not copy the bytes through ctr.",
+		columns: []string{"pull", "pod to first byte", "total", "÷ fetch", "÷ stock pull and pod", "÷ fetch and pod", "bound", "met"},
 		cells: func(d *datasetResult, r *row) []string {
 			base := d.of(r.Form, download)
 			pod := fmt.Sprintf("(%.2f)", r.Bare.Median())
@@ -204,8 +202,8 @@ var tables = []table{
 	},
 	{
 		title: "Disk",
-		note: "Blocks and inodes that the pull and the first pod have added. For the compressed forms the bound is the compressed and the uncompressed layers, " +
-			"with 1 % for what the filesystem adds.",
+		note: "Blocks and inodes added by the pull and the first pod. The bound for compressed forms is the compressed plus the uncompressed layers, " +
+			"plus 1 % for the file system.",
 		columns: []string{"MiB", "÷ download only", "÷ bytes of the files", "bound", "met"},
 		cells: func(d *datasetResult, r *row) []string {
 			cells := []string{
@@ -239,7 +237,7 @@ var tables = []table{
 	},
 	{
 		title:   "Speed of reads against plain files of the same bytes",
-		note:    "The median of the rounds' ratios, and MiB/s.",
+		note:    "Median of the rounds' ratios; in parentheses the median MiB/s.",
 		columns: append(readColumns(), "bound", "met"),
 		cells: func(_ *datasetResult, r *row) []string {
 			if len(r.Reads) == 0 {
@@ -260,7 +258,7 @@ var tables = []table{
 	},
 }
 
-// readColumns are the names of the readings.
+// readColumns returns the names of the readings.
 func readColumns() (names []string) {
 	for _, p := range patterns {
 		names = append(names, p.name+", cold", p.name+", warm")
@@ -271,7 +269,7 @@ func readColumns() (names []string) {
 func median(s measure.Sample) string  { return format(s, "**%.2f**") }
 func median3(s measure.Sample) string { return format(s, "**%.3f**") }
 
-// format is empty for what was not measured.
+// format returns "" for an empty sample.
 func format(s measure.Sample, verb string) string {
 	if len(s) == 0 {
 		return ""
@@ -279,7 +277,7 @@ func format(s measure.Sample, verb string) string {
 	return fmt.Sprintf(verb, s.Median())
 }
 
-// bound is the cells of a bound and of whether the sample's median keeps it.
+// bound returns two cells: the bound, and whether the sample's median meets it.
 func bound(s measure.Sample, limit float64, format string) []string {
 	return []string{fmt.Sprintf(format, limit), answer(s.Median() <= limit)}
 }
@@ -293,7 +291,7 @@ func answer(met bool) string {
 
 func (all *results) print(out io.Writer) {
 	if all.Scale != 1 {
-		fmt.Fprintf(out, "A TRIAL: all sizes are divided by %d, and the numbers say nothing.\n\n", all.Scale)
+		fmt.Fprintf(out, "A TRIAL RUN: all sizes are divided by %d, so the numbers are not representative.\n\n", all.Scale)
 	}
 	for _, named := range datasets(all.Scale) {
 		i := slices.IndexFunc(all.Datasets, func(d *datasetResult) bool { return d.Name == named.name })
@@ -301,9 +299,9 @@ func (all *results) print(out io.Writer) {
 			continue
 		}
 		d := all.Datasets[i]
-		fmt.Fprintf(out, "### %s\n\n%s\n", d.Title, d.Machine)
+		fmt.Fprintf(out, "## %s\n\n%s\n", d.Title, d.Machine)
 		for _, t := range tables {
-			fmt.Fprintf(out, "\n#### %s: %s\n\n| layers | what | %s |\n|---|---|%s\n", d.Title, lower(t.title),
+			fmt.Fprintf(out, "\n### %s: %s\n\n| layers | variant | %s |\n|---|---|%s\n", d.Title, lower(t.title),
 				strings.Join(t.columns, " | "), strings.Repeat("---|", len(t.columns)))
 			for _, r := range d.Rows {
 				cells := []string{r.Failed}

@@ -142,11 +142,11 @@ func TestVerifierChecksSignatures(t *testing.T) {
 	wantBlocked(t, n, unsigned, "image verifier bindir blocked pull of "+unsigned, "verifier signature rejected image (exit code 1)", "no signature")
 	foreign, manifest, _ := pushText(t, n, "models/foreign", "foreign")
 	others.sign(t, n, "models/foreign", manifest, manifest)
-	wantBlocked(t, n, foreign, "none is by the key")
+	wantBlocked(t, n, foreign, "no signature was made with the key")
 	// A good signature of another artifact.
 	exchanged, target, _ := pushText(t, n, "models/exchanged", "exchanged")
 	ours.sign(t, n, "models/exchanged", target, manifest)
-	wantBlocked(t, n, exchanged, "none is by the key")
+	wantBlocked(t, n, exchanged, "no signature was made with the key")
 
 	// A tag that moves to what nobody has signed: the pull is refused, and what was
 	// there stays.

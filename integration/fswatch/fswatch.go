@@ -1,9 +1,9 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package fswatch watches whole file systems for what some processes change outside of
-// where they may: files and directories made, removed, renamed, written to, or given
-// other attributes, wherever that is. It is for tests only, and needs root.
+// Package fswatch watches all file systems for changes that given processes make outside
+// allowed paths: files and directories created, removed, renamed, written to, or given
+// other attributes. It is for tests only and needs root.
 package fswatch
 
 import (
@@ -22,30 +22,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Watch is of all file systems that are mounted when it starts and take a mark:
-// fanotify(7), with a mark for each. What is read-only needs none.
+// Watch uses fanotify(7) with one mark per file system. It covers the file systems that are
+// mounted at its start and support marks; read-only ones need none.
 type Watch struct {
 	fd, wake int
 	mounts   map[[2]int32]int // an open directory of each file system, by its fsid
 	done     chan struct{}
 
-	// last is the directory of the last event, if it is at or below where changes are
-	// allowed: most events are of the same one as those before them.
+	// last is the directory of the last event, if it is in an allowed path. Most events are
+	// in the same directory as the one before, so this saves the look-up.
 	last struct{ handle, prefix string }
 
 	mu      sync.Mutex
 	pids    map[int32]bool
 	allowed []string
 	changes map[string]bool
-	seen    map[string]int // changes where they are allowed, by the prefix that allows them
+	seen    map[string]int // allowed changes, by the prefix that allows them
 	err     error
 }
 
 const mask = unix.FAN_CREATE | unix.FAN_DELETE | unix.FAN_MOVED_FROM | unix.FAN_MOVED_TO | unix.FAN_MODIFY | unix.FAN_ATTRIB | unix.FAN_ONDIR
 
-// Start watches the processes pids, and such children of theirs as are still there
-// when it looks, for changes that are not at or below one of the allowed paths. In
-// an allowed path "*" stands for one name.
+// Start watches the processes pids and their children for changes that are not at or below
+// an allowed path. A child is recognised only if it still exists when its event is read. In
+// an allowed path "*" matches one name.
 func Start(pids []int, allowed ...string) (*Watch, error) {
 	fd, err := unix.FanotifyInit(unix.FAN_CLASS_NOTIF|unix.FAN_REPORT_DFID_NAME|unix.FAN_CLOEXEC|unix.FAN_NONBLOCK|unix.FAN_UNLIMITED_QUEUE, unix.O_RDONLY)
 	if err != nil {
@@ -66,8 +66,8 @@ func Start(pids []int, allowed ...string) (*Watch, error) {
 	return w, nil
 }
 
-// mark marks every file system of the mount namespace. Those without handles for
-// their files, such as proc, take none.
+// mark adds a mark to every file system of the mount namespace. Those without file handles,
+// such as proc, do not support marks.
 func (w *Watch) mark() error {
 	text, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -84,7 +84,7 @@ func (w *Watch) mark() error {
 		}
 		dir, err := unix.Open(at, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if err != nil {
-			continue // a file that is mounted, or it has gone
+			continue // a file mount, or unmounted in the meantime
 		}
 		if err := unix.FanotifyMark(w.fd, unix.FAN_MARK_ADD|unix.FAN_MARK_FILESYSTEM, mask, dir, "."); err != nil {
 			_ = unix.Close(dir)
@@ -98,7 +98,7 @@ func (w *Watch) mark() error {
 	return nil
 }
 
-// FileSystems is how many are watched.
+// FileSystems returns the number of watched file systems.
 func (w *Watch) FileSystems() int { return len(w.mounts) }
 
 // Add watches one more process.
@@ -126,7 +126,7 @@ func (w *Watch) run() {
 				w.fail(os.NewSyscallError("read events", err))
 				return
 			}
-			w.last.handle = "" // it may have been renamed
+			w.last.handle = "" // the directory may have been renamed
 			w.events(buf[:n])
 		}
 		if ready[1].Revents != 0 {
@@ -141,7 +141,7 @@ func (w *Watch) fail(err error) {
 	w.err = errors.Join(w.err, err)
 }
 
-// The layout of struct fanotify_event_metadata and of the information behind it
+// The layout of struct fanotify_event_metadata and of the info record that follows it
 // (linux/fanotify.h).
 const (
 	metadataLen = 24
@@ -165,7 +165,7 @@ func (w *Watch) events(b []byte) {
 	}
 }
 
-// ours reports whether the process is one of those that are watched, or a child.
+// ours reports whether the process is watched, or a child of one that is.
 func (w *Watch) ours(pid int32) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -177,7 +177,7 @@ func (w *Watch) ours(pid int32) bool {
 	if err != nil {
 		return false
 	}
-	// The name of the program, in parentheses, may have any byte.
+	// The program's name, in parentheses, may contain any byte.
 	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
 	parent, err := strconv.ParseInt(fields[1], 10, 32)
 	is = err == nil && w.pids[int32(parent)]
@@ -189,7 +189,7 @@ func (w *Watch) ours(pid int32) bool {
 
 func (w *Watch) event(eventMask uint64, pid int32, info []byte) {
 	if len(info) < infoHeader+fsidLen+handleLen {
-		w.fail(errors.New("an event without a name"))
+		w.fail(errors.New("an event has no file name"))
 		return
 	}
 	info = info[infoHeader:]
@@ -205,7 +205,7 @@ func (w *Watch) event(eventMask uint64, pid int32, info []byte) {
 	handle := unix.NewFileHandle(kind, rest[:size])
 	name, _, _ := bytes.Cut(rest[size:], []byte{0})
 	dir, err := unix.OpenByHandleAt(w.mounts[fsid], handle, unix.O_PATH|unix.O_CLOEXEC)
-	for range 100 { // so the kernel says of some that are just being removed
+	for range 100 { // the kernel returns ENOMEM for some directories that are just being removed
 		if !errors.Is(err, unix.ENOMEM) {
 			break
 		}
@@ -213,12 +213,12 @@ func (w *Watch) event(eventMask uint64, pid int32, info []byte) {
 		dir, err = unix.OpenByHandleAt(w.mounts[fsid], handle, unix.O_PATH|unix.O_CLOEXEC)
 	}
 	if errors.Is(err, unix.ESTALE) {
-		// The directory has gone since. Somebody has removed it, which is an event of
-		// the one above it; or has made it before, which was one, too.
+		// The directory no longer exists. Its removal is an event in its parent, and so is
+		// its creation.
 		return
 	}
 	if err != nil {
-		w.fail(fmt.Errorf("a directory with %q in it: %w", name, err))
+		w.fail(fmt.Errorf("open the directory that contains %q: %w", name, err))
 		return
 	}
 	defer func() { _ = unix.Close(dir) }()
@@ -243,7 +243,7 @@ func (w *Watch) event(eventMask uint64, pid int32, info []byte) {
 	w.changes[fmt.Sprintf("%s by process %d: %s", at, pid, what(eventMask))] = true
 }
 
-// within reports whether at is the path of a pattern or below one.
+// within reports whether at matches a pattern or is below a path that does.
 func within(at, pattern string) bool {
 	names, wanted := strings.Split(at, "/"), strings.Split(pattern, "/")
 	if len(names) < len(wanted) {
@@ -271,7 +271,7 @@ func what(eventMask uint64) string {
 	return strings.Join(all, ", ")
 }
 
-// Changes is what was changed where it is not allowed, so far.
+// Changes returns the changes so far outside the allowed paths.
 func (w *Watch) Changes() []string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -284,8 +284,8 @@ func (w *Watch) Changes() []string {
 	})
 }
 
-// Stop ends the watch, when it has seen all that has happened before, and returns what
-// was changed where it is not allowed, and how many changes there were where it is.
+// Stop handles all events so far and ends the watch. It returns the changes outside the
+// allowed paths, and the number of allowed ones.
 func (w *Watch) Stop() (changes []string, seen int, err error) {
 	one := binary.NativeEndian.AppendUint64(nil, 1)
 	if _, err := unix.Write(w.wake, one); err != nil {
@@ -293,8 +293,8 @@ func (w *Watch) Stop() (changes []string, seen int, err error) {
 	}
 	select {
 	case <-w.done:
-	case <-time.After(time.Minute):
-		return nil, 0, errors.New("the watch does not end")
+	case <-time.After(2 * time.Minute):
+		return nil, 0, errors.New("the watch did not end")
 	}
 	w.close()
 	for _, n := range w.seen {
@@ -311,8 +311,8 @@ func (w *Watch) close() {
 	_ = unix.Close(w.wake)
 }
 
-// OfTheTest is the files that go test has this process write, for its cache and for
-// coverage, and its output.
+// OfTheTest returns the files that go test lets this process write: its test log, its
+// coverage profile and its output.
 func OfTheTest() (files []string) {
 	for _, arg := range os.Args {
 		for _, name := range []string{"-test.testlogfile=", "-test.coverprofile="} {

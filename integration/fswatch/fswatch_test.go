@@ -5,6 +5,7 @@ package fswatch
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -51,8 +52,23 @@ func TestEveryChangeIsSeen(t *testing.T) {
 			"other time":       func(string) error { return os.Chtimes(old, time.Unix(1, 0), time.Unix(1, 0)) },
 			"other attributes": func(string) error { return unix.Setxattr(old, "user.x", []byte("x"), 0) },
 			"removed":          func(string) error { return os.Remove(old) },
-			"made and removed, by a child": func(to string) error {
-				return exec.Command("sh", "-c", `echo > "$0"; sleep 0.5`, to).Run()
+			"made, by a child": func(to string) error {
+				// The child must exist until the watch has read the event.
+				child := exec.Command("sh", "-c", `echo > "$0"; echo done; read line`, to)
+				in, err := child.StdinPipe()
+				if err != nil {
+					return err
+				}
+				out, err := child.StdoutPipe()
+				if err != nil {
+					return err
+				}
+				if err := child.Start(); err != nil {
+					return err
+				}
+				t.Cleanup(func() { _ = in.Close(); _ = child.Wait() })
+				_, err = io.ReadFull(out, make([]byte, len("done")))
+				return err
 			},
 		} {
 			t.Run(filepath.Base(parent)+"/"+what, func(t *testing.T) {
@@ -74,7 +90,7 @@ func TestEveryChangeIsSeen(t *testing.T) {
 					t.Fatal(err)
 				}
 				if !slices.ContainsFunc(changes, func(c string) bool { return strings.HasPrefix(c, dir+"/") }) {
-					t.Errorf("it was not seen, but %q", changes)
+					t.Errorf("the change was not seen; seen: %q", changes)
 				}
 			})
 		}
@@ -95,7 +111,8 @@ func TestWhatIsAllowedIsNoChange(t *testing.T) {
 	}
 }
 
-// What is done in an allowed directory does not hide what is done beside it in between.
+// Only runs of events in one directory are cached, so allowed changes must not hide others
+// between them.
 func TestAChangeBetweenThoseThatAreAllowedIsSeen(t *testing.T) {
 	dir := t.TempDir()
 	allowed := filepath.Join(dir, "allowed")

@@ -1,9 +1,9 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// The guest is the only program in the test image: it is the sandbox's pause,
-// the containers' default command, and the tests' eyes and hands inside a pod.
-// It is built without cgo, so that the image needs nothing else.
+// Command guest is the only program in the test image: the pause process of sandboxes, the
+// default command of containers, and the tests' tool inside a pod. It is built without cgo,
+// so that the image needs no libraries.
 package main
 
 import (
@@ -111,7 +111,7 @@ func ls(dir string) error {
 	return err
 }
 
-// direct succeeds when the kernel refuses, as write does.
+// direct also succeeds if the kernel refuses; see write.
 func direct(path string) error {
 	h := sha256.New()
 	err := func() error {
@@ -120,7 +120,7 @@ func direct(path string) error {
 			return err
 		}
 		defer f.Close()
-		// Aligned to a page, which is enough for every disk.
+		// A page is enough alignment for any disk.
 		buffer, err := unix.Mmap(-1, 0, 1<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 		if err != nil {
 			return err
@@ -147,8 +147,8 @@ func direct(path string) error {
 	return err
 }
 
-// write succeeds when the kernel refuses, because a refusal is what the caller
-// asks about.
+// write also succeeds if the kernel refuses, because the caller wants to know the error
+// number.
 func write(path string) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
 	if err == nil {
@@ -166,12 +166,11 @@ func write(path string) error {
 	return nil
 }
 
-// loop reads through one descriptor that stays open and through a new one each
-// time, so that it notices both a volume that loses its data and one that
-// loses its names. The page cache is dropped first where the kernel allows it,
-// so that the reads reach the filesystem.
+// loop reads through a descriptor that stays open and through a new one each time, so it
+// notices both lost data and lost names. It drops the page cache first, so that the reads
+// reach the file system.
 func loop(path string) error {
-	signal.Ignore(syscall.SIGPIPE) // a reader of the log that goes away must not end the reading
+	signal.Ignore(syscall.SIGPIPE) // if the reader of the log ends, the reads must go on
 	held, err := os.Open(path)
 	if err != nil {
 		return err

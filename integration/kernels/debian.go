@@ -16,12 +16,12 @@ import (
 	"strings"
 )
 
-// keyring has the keys that sign Debian's suites, of the package
+// keyring has the keys that sign Debian's suites. It belongs to the package
 // debian-archive-keyring.
 const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-// command runs a program in dir and returns what it printed; what it said to standard
-// error is in the error.
+// command runs a program in dir and returns its standard output. An error includes its
+// standard error.
 func command(ctx context.Context, dir, name string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir = dir
@@ -32,10 +32,10 @@ func command(ctx context.Context, dir, name string, args ...string) (string, err
 	return string(out), err
 }
 
-// download gets the newest kernel of a line of sources.list(5) and unpacks it below
-// dir, where it returns the release of that kernel: <dir>/boot/vmlinuz-<release> and
-// <dir>/lib/modules/<release>. apt checks the signatures; it has a state of its own in
-// dir, and that of the machine does not change.
+// download fetches the newest kernel of a line of sources.list(5) and unpacks it below dir:
+// <dir>/boot/vmlinuz-<release> and <dir>/lib/modules/<release>. It returns the release. apt
+// checks the signatures; its state is in dir, so the machine's package state does not
+// change.
 func download(ctx context.Context, dir, source string) (release string, err error) {
 	for _, d := range []string{"lists/partial", "cache/archives/partial"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
@@ -63,7 +63,7 @@ func download(ctx context.Context, dir, source string) (release string, err erro
 	if _, err := apt("apt-get", "-qq", "-o", "APT::Update::Error-Mode=any", "update"); err != nil {
 		return "", err
 	}
-	// linux-image-amd64 depends on the newest there is.
+	// linux-image-amd64 depends on the newest kernel.
 	depends, err := apt("apt-cache", "depends", "--important", "linux-image-amd64")
 	if err != nil {
 		return "", err
@@ -73,12 +73,13 @@ func download(ctx context.Context, dir, source string) (release string, err erro
 	if release = strings.TrimSpace(release); !found || release == "" {
 		return "", fmt.Errorf("linux-image-amd64 of %q depends on no kernel: %s", source, depends)
 	}
-	// The index of the modules is made last; with it, an earlier run has all the rest.
+	// modules.dep is written last, so if it exists an earlier download is complete.
 	if _, err := os.Stat(filepath.Join(dir, "lib/modules", release, "modules.dep")); err == nil {
 		return release, nil
 	}
 	fmt.Fprintf(os.Stderr, "==> downloading linux-image-%s\n", release)
-	// Debian's 7.3 is several packages, on which the one of that name depends.
+	// Debian splits its 7.3 kernel into several packages; linux-image-<release> depends on
+	// them.
 	parts, err := apt("apt-cache", "depends", "--important", "linux-image-"+release)
 	if err != nil {
 		return "", err
@@ -111,8 +112,8 @@ func download(ctx context.Context, dir, source string) (release string, err erro
 	return release, err
 }
 
-// merge makes the newer packages' /usr/lib/modules/<release>, with the kernel in it,
-// what older packages have: /lib/modules/<release> and /boot/vmlinuz-<release>.
+// merge gives packages with the kernel in /usr/lib/modules/<release> the layout of older
+// ones: /lib/modules/<release> and /boot/vmlinuz-<release>.
 func merge(dir, release string) error {
 	if _, err := os.Lstat(filepath.Join(dir, "lib")); !errors.Is(err, os.ErrNotExist) {
 		return err
@@ -124,8 +125,8 @@ func merge(dir, release string) error {
 	)
 }
 
-// modules returns the files that have the modules and all that these need, in the
-// order in which they can be loaded. What is built into the kernel has none.
+// modules returns the files of the modules and of their dependencies, in load order. A
+// module that is built into the kernel has no file.
 func modules(dir string, names ...string) (files []string, err error) {
 	built, err := os.ReadFile(filepath.Join(dir, "modules.builtin"))
 	if err != nil {
@@ -154,8 +155,8 @@ func modules(dir string, names ...string) (files []string, err error) {
 	return files, nil
 }
 
-// dependencies reads a modules.dep(5): for each module, by its name, the files to
-// load, itself the last.
+// dependencies parses modules.dep(5). It returns the files to load for each module, with
+// the module's own file last.
 func dependencies(index io.Reader) (map[string][]string, error) {
 	needs := map[string][]string{}
 	lines := bufio.NewScanner(index)
@@ -163,7 +164,7 @@ func dependencies(index io.Reader) (map[string][]string, error) {
 		file, rest, _ := strings.Cut(lines.Text(), ":")
 		name, _, _ := strings.Cut(filepath.Base(file), ".ko")
 		chain := strings.Fields(rest)
-		slices.Reverse(chain) // what is needed by others stands behind them
+		slices.Reverse(chain) // modules.dep lists a module before those that it needs
 		needs[name] = append(chain, file)
 	}
 	return needs, lines.Err()

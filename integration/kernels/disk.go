@@ -25,15 +25,15 @@ var (
 	guestScript []byte
 )
 
-// guestModules are what a node needs that no kernel has built in: the disk with its
-// file system and the checksums of that, those of the modes, and a network for pods.
+// guestModules are the modules that a node needs and no kernel has built in: for the disk
+// and its file system, for the modes, and for the pods' network.
 var guestModules = []string{"virtio_pci", "virtio_blk", checksums, "ext4", "xfs", "overlay", "erofs", "loop", "veth"}
 
-// checksums is a module that ext4 asks for by another name, which no index has. Linux 7.3
-// has none: its file systems call a library.
+// checksums is needed by ext4, which requests it by an alias, so modules.dep does not list
+// it as a dependency. Linux 7.3 does not have it: the file systems there call a library.
 const checksums = "crc32c_generic"
 
-// makeInitramfs makes an initramfs(cpio) of busybox, init.sh and the modules.
+// makeInitramfs makes a cpio initramfs of busybox, init.sh and the modules.
 func makeInitramfs(ctx context.Context, path, scratch string, modules []string) error {
 	if err := errors.Join(
 		os.MkdirAll(filepath.Join(scratch, "bin"), 0o755), os.MkdirAll(filepath.Join(scratch, "modules"), 0o755),
@@ -57,8 +57,8 @@ func makeInitramfs(ctx context.Context, path, scratch string, modules []string) 
 	return err
 }
 
-// makeDisk makes an ext4 with all that a node and its tests need, of the directory
-// scratch, which must be there.
+// makeDisk makes an ext4 image with everything that a node and its tests need. It collects
+// the files in scratch, which must exist.
 func makeDisk(ctx context.Context, path, scratch, tools string) error {
 	at := func(name string) string { return filepath.Join(scratch, name) }
 	for _, dir := range []string{"bin", "tools", "tests", "usr/sbin", "usr/lib/cni", "dev", "proc", "sys", "run", "tmp", "root", "etc", "var"} {
@@ -120,8 +120,8 @@ func makeDisk(ctx context.Context, path, scratch, tools string) error {
 
 var library = regexp.MustCompile(`/\S+`)
 
-// copyLibraries copies the shared libraries of the programs, as ldd(1) lists them, to
-// the same places below root.
+// copyLibraries copies the shared libraries of the programs, as listed by ldd(1), to the
+// same paths below root.
 func copyLibraries(ctx context.Context, root string, programs []string) error {
 	for _, p := range programs {
 		out, err := command(ctx, "", "ldd", p)
@@ -142,7 +142,7 @@ func copyLibraries(ctx context.Context, root string, programs []string) error {
 	return nil
 }
 
-// copyFile copies a program or what symlinks to one.
+// copyFile copies a program; it follows a symlink.
 func copyFile(to, from string) error {
 	src, err := os.Open(from)
 	if err != nil {

@@ -15,15 +15,15 @@ import (
 	"time"
 )
 
-// machine is a virtual machine with two processors and 3 GiB.
+// machine is a virtual machine with two processors and 3 GiB of memory.
 type machine struct {
 	accel             string // kvm or tcg, qemu's software emulation
 	kernel, initramfs string
-	disk              string // written to in vain
+	disk              string // opened with snapshot=on, so it does not change
 	console, results  string // files for the two serial ports
 }
 
-// limit is how long a machine may take: software emulation is ten times slower, or more.
+// limit is the time limit of a machine. Software emulation is at least ten times slower.
 func (m machine) limit() time.Duration {
 	if m.accel == "kvm" {
 		return 10 * time.Minute
@@ -31,24 +31,24 @@ func (m machine) limit() time.Duration {
 	return 90 * time.Minute
 }
 
-// firstLine is what the kernel prints first.
+// firstLine is the beginning of the kernel's first message.
 var firstLine = []byte("Linux version ")
 
-// errNoBoot is a machine whose kernel has not begun in a minute: there are hosts whose
-// /dev/kvm can run no kernels but such as are made for them.
-var errNoBoot = errors.New("the kernel did not begin")
+// errNoBoot means that the kernel printed nothing for a minute. On some hosts /dev/kvm can
+// run only kernels that are built for them.
+var errNoBoot = errors.New("the kernel did not start")
 
-// trouble is what the kernel says of its own errors (kernel/panic.c, kernel/hung_task.c,
-// fs/ext4/super.c).
+// trouble matches the kernel's reports of its own errors (kernel/panic.c,
+// kernel/hung_task.c, fs/ext4/super.c).
 var trouble = regexp.MustCompile(`(?m)^.*(Kernel panic|Oops|BUG: |general protection fault|blocked for more than|EXT4-fs error).*$`)
 
-// run boots the machine and waits until it is off.
+// run boots the machine and waits until it powers off.
 func (m machine) run(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, m.limit(), fmt.Errorf("it has not ended within %s", m.limit()))
+	ctx, cancel := context.WithTimeoutCause(ctx, m.limit(), fmt.Errorf("the machine did not power off within %s", m.limit()))
 	defer cancel()
 	cpu := "host"
 	if m.accel == "tcg" {
-		cpu = "Nehalem" // of what more there is nothing is needed, and all of it takes time
+		cpu = "Nehalem" // newer features are not needed and are slow to emulate
 	}
 	if err := errors.Join(os.WriteFile(m.console, nil, 0o644), os.WriteFile(m.results, nil, 0o644)); err != nil {
 		return err
@@ -101,7 +101,7 @@ func (m machine) began() bool {
 	return err == nil && bytes.Contains(text, firstLine)
 }
 
-// bestAccel is kvm if there is one, whether it can boot these kernels or not.
+// bestAccel returns kvm if there is a /dev/kvm, whether or not it can boot these kernels.
 func bestAccel() string {
 	if f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0); err == nil {
 		f.Close()

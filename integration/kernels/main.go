@@ -1,12 +1,12 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Command kernels boots Debian's kernels in virtual machines, and in each of them runs
-// the tests of what differs from one kernel to another: the packages that lay out layers,
-// and a node with containerd whose pods read image volumes by every mode that the kernel
-// has. It prints the table of docs/support.md, and fails if a mode does not work that the
-// kernel has, or is taken for one that it does not have. It needs root, qemu, and what
-// `make build tools` builds; kernels are downloaded to bin/kernels.
+// Command kernels boots Debian's kernels in virtual machines and runs the tests that depend
+// on the kernel: those of the packages that lay out layers, and a node with containerd
+// whose pods read image volumes in every mode. It prints the table of docs/support.md. It
+// fails if a mode that the kernel supports does not work, or if a mode is chosen that the
+// kernel does not support. It needs root, qemu, and what `make build tools` builds; it
+// downloads kernels to bin/kernels.
 //
 //	go run ./integration/kernels [-accel tcg] [5.10 …]
 package main
@@ -26,31 +26,31 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// kernel is one of Debian's.
+// kernel is a kernel of Debian.
 type kernel struct {
-	series string // as the first word of its release begins
-	source string // where it is, without the component, as in sources.list(5)
-	// modes are those that it has, the best of each format first.
+	series string // the beginning of its release
+	source string // its line of sources.list(5), without the component
+	// raws and tars are the modes that it supports, the best first.
 	raws, tars []string
-	// noUserNamespaces says why no pod can have one; "" where they can.
+	// noUserNamespaces is the reason why no pod can have a user namespace, or "".
 	noUserNamespaces string
 }
 
 var kernels = []kernel{
 	{"5.10", "http://deb.debian.org/debian-security bullseye-security", []string{"link", "copy"}, []string{"extract"}, "runc needs idmapped mounts, of Linux 5.12"},
 	{"6.1", "http://deb.debian.org/debian-security bookworm-security", []string{"link", "copy"}, []string{"erofs-loop", "extract"}, ""},
-	// Debian's 6.12 is a late one, with EROFS' option directio of 6.13.
+	// Debian's 6.12 has backports; it supports the EROFS option directio of 6.13.
 	{"6.12", "http://deb.debian.org/debian bookworm-backports", []string{"overlay", "link", "copy"}, []string{"erofs", "erofs-loop", "erofs-buffered", "extract"}, ""},
 	{"7.3", "http://deb.debian.org/debian trixie-backports", []string{"overlay", "link", "copy"}, []string{"erofs", "erofs-loop", "erofs-buffered", "extract"}, ""},
 }
 
-// suite is the tests of a package, and which of them are run.
+// suite selects the tests of one package.
 type suite struct {
 	pkg, run string
-	// long are tests that take minutes where a processor is emulated, and that no
-	// kernel is a matter of: they decompress or count at length.
+	// long are tests that take minutes on an emulated processor and do not depend on the
+	// kernel: they decompress or count a lot.
 	long []string
-	// modes are the tests that need a mode, by its name: they are impossible without.
+	// modes lists, for a mode, the tests that are impossible without it.
 	modes map[string][]string
 }
 
@@ -70,7 +70,7 @@ var suites = []suite{
 
 func (s suite) name() string { return strings.ReplaceAll(s.pkg, "/", "-") }
 
-// impossible are the tests for which k does not have a mode.
+// impossible returns the tests that need a mode that k does not support.
 func (s suite) impossible(k kernel) (tests []string) {
 	for mode, names := range s.modes {
 		if !slices.Contains(slices.Concat(k.raws, k.tars), mode) {
@@ -81,7 +81,8 @@ func (s suite) impossible(k kernel) (tests []string) {
 	return slices.Compact(tests)
 }
 
-// script is what the machine runs: every suite. Its last line says that all have ended.
+// script returns the shell script that runs every suite in the machine. Its last line marks
+// a complete run.
 func script(k kernel) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "export ARTIFACT_SNAPSHOTTER_BIN=/tests/artifact-snapshotter ARTIFACT_SNAPSHOTTER_TOOLS=/tools ARTIFACT_SNAPSHOTTER_MODES=%s\n",
@@ -95,7 +96,7 @@ func script(k kernel) string {
 }
 
 func main() {
-	accel := flag.String("accel", "", "kvm or tcg, instead of what the machine has")
+	accel := flag.String("accel", "", "kvm or tcg; default: kvm if the machine has it")
 	flag.Parse()
 	if err := run(*accel, flag.Args()); err != nil {
 		fmt.Fprintln(os.Stderr, "kernels:", err)
@@ -142,13 +143,13 @@ func run(accel string, series []string) (err error) {
 		fmt.Fprintf(os.Stderr, "==> Linux %s, %s: %s\n", r.release, time.Since(start).Round(time.Second), r.counts())
 	}
 	if len(results) == 0 {
-		return fmt.Errorf("there is no kernel of %q", series)
+		return fmt.Errorf("no kernel matches %q", series)
 	}
 	write(os.Stdout, results)
 	return errors.Join(failed...)
 }
 
-// boot runs the tests on k, and returns how the machine was accelerated in the end.
+// boot runs the tests on k. It also returns the acceleration that it used in the end.
 func boot(ctx context.Context, k kernel, accel, disk, scratch string) (result, string, error) {
 	r := result{kernel: k}
 	dir, err := filepath.Abs(filepath.Join("bin", "kernels", k.series))
@@ -160,7 +161,7 @@ func boot(ctx context.Context, k kernel, accel, disk, scratch string) (result, s
 		return r, accel, err
 	}
 	if !strings.HasPrefix(release, k.series+".") {
-		return r, accel, fmt.Errorf("%q has the kernel %s", k.source, release)
+		return r, accel, fmt.Errorf("%q has the unexpected kernel %s", k.source, release)
 	}
 	files, err := modules(filepath.Join(dir, "lib/modules", release), guestModules...)
 	if err != nil {
@@ -179,14 +180,14 @@ func boot(ctx context.Context, k kernel, accel, disk, scratch string) (result, s
 	fmt.Fprintf(os.Stderr, "==> booting Linux %s (%s)\n", release, m.accel)
 	err = m.run(ctx)
 	if errors.Is(err, errNoBoot) && m.accel == "kvm" {
-		fmt.Fprintln(os.Stderr, "==> KVM does not boot it here, software emulation will:", err)
+		fmt.Fprintln(os.Stderr, "==> KVM cannot boot it here; trying software emulation:", err)
 		m.accel = "tcg"
 		err = m.run(ctx)
 	}
 	return r, m.accel, errors.Join(err, r.read(m.results))
 }
 
-// writeToDisk makes the script of the tests on the disk another one.
+// writeToDisk replaces the script on the disk.
 func writeToDisk(ctx context.Context, disk, file, text string) error {
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		return err

@@ -12,7 +12,8 @@ import (
 	"testing"
 )
 
-// printed is what a machine with a kernel that has only link, copy and extract prints.
+// printed is the output of a machine whose kernel has only the modes link, copy and
+// extract.
 const printed = "suite integration begins\r\n" + `    kernel_test.go:1: kernel: release=5.10.0-46-amd64
     kernel_test.go:2: kernel: chosen raw=link
     kernel_test.go:3: kernel: no mode overlay: the kernel is older than Linux 6.5: invalid argument
@@ -69,12 +70,12 @@ func TestTheTableSaysWhatTheMachineSays(t *testing.T) {
 		"no mode overlay: the kernel is older than Linux 6.5", "not tested: this kernel does not have the mode overlay",
 	} {
 		if !strings.Contains(table.String(), want) {
-			t.Errorf("it does not say %q:\n%s", want, table.String())
+			t.Errorf("%q is missing in the table:\n%s", want, table.String())
 		}
 	}
 }
 
-// Whatever of a good run is not so must be noticed.
+// Each case changes one thing in the output of a good run.
 func TestABadRunFails(t *testing.T) {
 	for what, change := range map[string][2]string{
 		"it does not end":          {"all suites have ended\n", ""},
@@ -91,7 +92,7 @@ func TestABadRunFails(t *testing.T) {
 		"none by what it chooses":  {"volumes raw=auto tar=auto user-namespace=false", ""},
 	} {
 		if !strings.Contains(printed, change[0]) {
-			t.Fatalf("%s: %q is not printed", what, change[0])
+			t.Fatalf("%s: %q is not in the output of the good run", what, change[0])
 		}
 		if _, err := readPrinted(t, strings.Replace(printed, change[0], change[1], 1)); err == nil {
 			t.Errorf("%s: no error", what)
@@ -121,7 +122,7 @@ func TestTroubleOfTheKernelIsSeen(t *testing.T) {
 		"[    1.0] EXT4-fs (vda): mounted filesystem":                   false,
 	} {
 		if trouble.MatchString("before\n"+line+"\nafter") != want {
-			t.Errorf("%q is trouble: %t", line, !want)
+			t.Errorf("%q is reported as trouble: %t", line, !want)
 		}
 	}
 }

@@ -14,18 +14,18 @@ import (
 	"strings"
 )
 
-// result is what came of the tests on a kernel.
+// result is the outcome of the tests on one kernel.
 type result struct {
 	kernel
 	release string
-	refused string                    // why no pod had a user namespace
+	refused string                    // why no pod had a user namespace, or ""
 	chosen  map[string]string         // mode by format
 	found   []string                  // modes that work
-	absent  []string                  // modes that do not, and why
-	volumes map[bool][]string         // pairs of modes that pods have read by; with a user namespace or without
-	tests   map[string]map[string]int // by suite, how many tests, and tests within, have passed, failed or were skipped
+	absent  []string                  // modes that do not, each with the reason
+	volumes map[bool][]string         // pairs of modes that pods read through, by whether they had a user namespace
+	tests   map[string]map[string]int // number of tests and subtests by suite and outcome
 	exits   map[string]string         // by suite
-	reasons []string                  // of tests that were skipped
+	reasons []string                  // why tests were skipped
 	failed  []string                  // tests
 }
 
@@ -39,7 +39,8 @@ var (
 	volume  = regexp.MustCompile(`^volumes raw=(\S+) tar=(\S+) user-namespace=(\w+)$`)
 )
 
-// read reads what the machine has printed, and returns what of it is wrong.
+// read parses the output of the machine and returns an error for everything that is wrong
+// in it.
 func (r *result) read(path string) error {
 	f, err := os.Open(path)
 	if err != nil {
@@ -81,7 +82,7 @@ func (r *result) read(path string) error {
 	return errors.Join(lines.Err(), r.check(ended))
 }
 
-// learn takes a line of TestEveryModeOfTheKernel.
+// learn parses one line of TestEveryModeOfTheKernel.
 func (r *result) learn(said string) {
 	if m := chosen.FindStringSubmatch(said); m != nil {
 		r.chosen[m[1]] = m[2]
@@ -103,11 +104,11 @@ func (r *result) learn(said string) {
 	}
 }
 
-// check returns what is not as it should be on the kernel.
+// check compares the result with the expectations for this kernel.
 func (r *result) check(ended bool) error {
 	var errs []error
 	if !ended {
-		errs = append(errs, errors.New("the tests did not come to their end"))
+		errs = append(errs, errors.New("the tests did not run to the end"))
 	}
 	for _, s := range suites {
 		if r.exits[s.pkg] != "0" || r.tests[s.pkg]["PASS"] == 0 {
@@ -118,7 +119,7 @@ func (r *result) check(ended bool) error {
 		errs = append(errs, fmt.Errorf("failed: %s", f))
 	}
 	if !strings.HasPrefix(r.release, r.series+".") {
-		errs = append(errs, fmt.Errorf("the kernel says that it is %q", r.release))
+		errs = append(errs, fmt.Errorf("the release of the kernel is %q", r.release))
 	}
 	if want := slices.Concat(r.raws, r.tars); !slices.Equal(slices.Sorted(slices.Values(r.found)), slices.Sorted(slices.Values(want))) {
 		errs = append(errs, fmt.Errorf("the modes that work are %q, want %q", r.found, want))
@@ -135,14 +136,14 @@ func (r *result) check(ended bool) error {
 		}
 		for _, mode := range append(slices.Concat(r.raws, r.tars), "auto") {
 			if !slices.ContainsFunc(r.volumes[mapped], func(pair string) bool { return slices.Contains(strings.Fields(pair), mode) }) {
-				errs = append(errs, fmt.Errorf("no pod has read a volume by %s (user namespace: %t)", mode, mapped))
+				errs = append(errs, fmt.Errorf("no pod read a volume through the mode %s (user namespace: %t)", mode, mapped))
 			}
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// counts says how many tests there were of each suite.
+// counts summarises the tests of each suite.
 func (r *result) counts() string {
 	var all []string
 	for _, s := range suites {
@@ -170,13 +171,13 @@ func write(w io.Writer, results []result) {
 	row("Linux", func(r result) string { return r.release })
 	row("---", func(result) string { return "---" })
 	for _, format := range []string{"raw", "tar"} {
-		row(format+" layers, taken", func(r result) string { return "`" + r.chosen[format] + "`" })
+		row(format+" layers, chosen", func(r result) string { return "`" + r.chosen[format] + "`" })
 	}
 	row("modes that work", func(r result) string { return "`" + strings.Join(r.found, "`, `") + "`" })
 	volumes := func(mapped bool) func(result) string {
 		return func(r result) string { return yes(len(r.volumes[mapped]) == len(r.raws)+len(r.tars)) }
 	}
-	row("image volumes by each of them, with containerd", volumes(false))
+	row("image volumes in each mode, with containerd", volumes(false))
 	row("in a user namespace", func(r result) string {
 		if r.refused != "" {
 			return "no"

@@ -1,9 +1,9 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Command matrix runs the tests of package integration on several versions of
-// containerd and prints, as the Markdown table of docs/support.md, what works with
-// which. It needs root, and what `make tools` builds.
+// Command matrix runs the tests of package integration with several versions of containerd
+// and prints the Markdown table of docs/support.md: which feature works with which version.
+// It needs root, and the programs that `make tools` builds.
 //
 //	go run ./integration/matrix integration/tools/bin-2.1.9 integration/tools/bin
 package main
@@ -27,7 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// capabilities are the rows of the table, with the tests that prove each of them.
+// capabilities are the rows of the table, each with the tests that prove it.
 var capabilities = []struct {
 	name  string
 	tests []string
@@ -50,11 +50,11 @@ var capabilities = []struct {
 	{"traces that go on in the daemon", []string{"TestSpansOfTheDaemonAreInTheTracesOfContainerd"}},
 }
 
-// skipped need a kubelet, or are Kubernetes' own suite and take minutes each.
+// skipped are tests that need a kubelet, and the suite of Kubernetes, which takes minutes.
 const skipped = "^(TestKubelet.*|TestCRIValidationSuite)$"
 
 func main() {
-	only := flag.String("run", "", "run only the tests that match this")
+	only := flag.String("run", "", "run only the tests that match this pattern")
 	flag.Parse()
 	if err := run(os.Stdout, *only, flag.Args()); err != nil {
 		fmt.Fprintln(os.Stderr, "matrix:", err)
@@ -62,19 +62,19 @@ func main() {
 	}
 }
 
-// result is what came of all tests on one version.
+// result is the outcome of all tests with one version.
 type result struct {
 	version string
 	took    time.Duration
 	passed  map[string]bool     // by test
-	differs map[string][]string // by test, what is different on this version
+	differs map[string][]string // differences that the test logged, by test
 }
 
 func run(w io.Writer, only string, dirs []string) error {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
 	if len(dirs) == 0 {
-		return errors.New("name the directories that have a containerd, ctr and containerd-shim-runc-v2 each")
+		return errors.New("name at least one directory with containerd, ctr and containerd-shim-runc-v2")
 	}
 	tmp, err := os.MkdirTemp("", "matrix-")
 	if err != nil {
@@ -103,8 +103,8 @@ func run(w io.Writer, only string, dirs []string) error {
 	return errors.Join(failed...)
 }
 
-// runOn runs the tests with the containerd in dir. Their output is in a file beside
-// the daemon, bin/matrix-<version>.log.
+// runOn runs the tests with the containerd in dir. Their output goes to
+// bin/matrix-<version>.log.
 func runOn(ctx context.Context, tests, dir, only string) (result, error) {
 	r := result{passed: map[string]bool{}, differs: map[string][]string{}}
 	dir, err := filepath.Abs(dir)
@@ -150,7 +150,7 @@ var (
 	difference = regexp.MustCompile(`^ +\S+\.go:\d+: containerd (before 2\.\d+: .*)$`)
 )
 
-// read reads what the tests have printed.
+// read parses the output of the tests.
 func (r *result) read(log io.Reader) error {
 	lines := bufio.NewScanner(log)
 	lines.Buffer(nil, 16<<20)
@@ -178,7 +178,7 @@ func (r *result) count() (passed int) {
 	return passed
 }
 
-// write prints the table, and below it what is different on older versions.
+// write prints the table, and below it the differences of older versions as numbered notes.
 func write(w io.Writer, results []result) {
 	row := func(cells []string) { fmt.Fprintf(w, "| %s |\n", strings.Join(cells, " | ")) }
 	head, line := []string{"containerd"}, []string{"---"}
@@ -206,8 +206,8 @@ func write(w io.Writer, results []result) {
 	}
 }
 
-// cell says what came of the tests, with the numbers of the notes about what is
-// different.
+// cell returns the cell for some tests, with the numbers of their notes. It adds new notes
+// to the list.
 func (r *result) cell(tests []string, notes *[]string) string {
 	works := "yes"
 	var numbers []string

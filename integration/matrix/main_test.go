@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// printed is what tests print with -test.v.
+// printed is the output of a run with -test.v.
 const printed = `=== RUN   TestGood
 --- PASS: TestGood (0.10s)
 === RUN   TestDifferent

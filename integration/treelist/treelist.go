@@ -1,10 +1,9 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package treelist describes everything below a directory, so that what a pod
-// sees in a volume can be compared with the source on the host: the guest
-// program of the test image and the tests run the same code. It is for tests
-// only and reads every byte of every file.
+// Package treelist lists everything below a directory, so that tests can compare a volume
+// in a pod with its source on the host: the guest program of the test image runs the same
+// code. It is for tests only and reads every byte of every file.
 package treelist
 
 import (
@@ -25,22 +24,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Entry is one file, directory or other thing below the listed directory.
+// Entry is one file, directory or other entry below the listed directory.
 type Entry struct {
 	Path    string            `json:"path"`             // relative to the listed directory, slash-separated
 	Type    string            `json:"type"`             // "file", "dir", "symlink", "fifo", "socket", "char" or "block"
 	Mode    uint32            `json:"mode"`             // permission, setuid, setgid and sticky bits as in st_mode
 	UID     uint32            `json:"uid"`              // as seen by the caller's user namespace
 	GID     uint32            `json:"gid"`              //
-	Size    int64             `json:"size"`             // bytes; files only, because filesystems disagree about the rest
+	Size    int64             `json:"size"`             // bytes; files only, because file systems differ for other types
 	ModTime int64             `json:"mtime"`            // nanoseconds since the epoch
 	SHA256  string            `json:"sha256,omitempty"` // hex, of the content; files only
 	Target  string            `json:"target,omitempty"` // symlinks only
 	Xattrs  map[string][]byte `json:"xattrs,omitempty"` // those the caller may list
 }
 
-// List describes every entry below dir, in lexical order; dir itself is not
-// among them.
+// List returns every entry below dir in lexical order, without dir itself.
 func List(dir string) ([]Entry, error) {
 	entries := []Entry{} // never nil, so that an empty directory is [] in JSON
 	err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
@@ -134,7 +132,7 @@ func xattrs(path string) (map[string][]byte, error) {
 	return found, nil
 }
 
-// Diff says line by line how got differs from want, or "" if it does not.
+// Diff describes the differences line by line, or returns "" if there are none.
 func Diff(want, got []Entry) string {
 	index := func(entries []Entry) map[string]Entry {
 		m := make(map[string]Entry, len(entries))

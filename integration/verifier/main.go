@@ -1,13 +1,13 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// The verifier is an image verifier for containerd's plugin bindir: it lets a pull
-// go on if the artifact has a signature by the key of -key. The signature is where
-// cosign with a key of its own puts it, in the same repository under the tag
-// sha256-<hex>.sig: each layer of that manifest is a payload that names the digest,
-// and its annotation has the signature of the payload (ECDSA, SHA-256).
+// Command verifier is an image verifier for containerd's bindir verifier plugin: it allows
+// the pull of an artifact that is signed with the key of -key. The signature is where
+// cosign stores it: in the same repository under the tag sha256-<hex>.sig. Each layer of
+// that manifest is a payload that names the digest, and an annotation has the signature of
+// the payload (ECDSA, SHA-256).
 //
-// It is what the tests run, and an example; it knows no other kinds of signature.
+// The tests run it, and it is an example. It supports no other kinds of signature.
 package main
 
 import (
@@ -32,20 +32,20 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// signatureAnnotation is cosign's, see its specification of signatures.
+// signatureAnnotation is defined in cosign's signature specification.
 const signatureAnnotation = "dev.cosignproject.cosign/signature"
 
-// maxBlob is how many bytes of a manifest or a payload are read.
+// maxBlob limits the bytes that are read of a manifest or payload.
 const maxBlob = 1 << 20
 
 func main() {
 	name := flag.String("name", "", "the image's reference, from containerd")
-	target := flag.String("digest", "", "the digest that it has been resolved to, from containerd")
-	flag.String("stdin-media-type", "", "from containerd: what is on standard input, which is not needed here")
-	keyFile := flag.String("key", "", "a public key in PEM")
+	target := flag.String("digest", "", "the resolved digest, from containerd")
+	flag.String("stdin-media-type", "", "from containerd: the media type of standard input; not used")
+	keyFile := flag.String("key", "", "file with a public key in PEM")
 	flag.Parse()
 	if err := verify(context.Background(), *keyFile, *name, digest.Digest(*target)); err != nil {
-		// What is printed here is in the pod's event.
+		// The pod's event shows this output.
 		fmt.Println(err)
 		os.Exit(1)
 	}
@@ -65,7 +65,7 @@ func verify(ctx context.Context, keyFile, name string, target digest.Digest) err
 		return fmt.Errorf("reference %q: %w", name, err)
 	}
 	signatures := spec.Locator + ":" + strings.ReplaceAll(target.String(), ":", "-") + ".sig"
-	// As containerd does, plain HTTP for the loopback addresses alone.
+	// Like containerd, use plain HTTP only for loopback addresses.
 	resolver := docker.NewResolver(docker.ResolverOptions{
 		Hosts: docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchLocalhost)),
 	})
@@ -94,7 +94,7 @@ func verify(ctx context.Context, keyFile, name string, target digest.Digest) err
 			return nil
 		}
 	}
-	return errors.New("it has signatures, and none is by the key " + keyFile)
+	return errors.New("no signature was made with the key " + keyFile)
 }
 
 func readKey(file string) (*ecdsa.PublicKey, error) {
@@ -117,7 +117,7 @@ func readKey(file string) (*ecdsa.PublicKey, error) {
 	return key, nil
 }
 
-// fetch returns a blob whose digest it has checked.
+// fetch returns a blob after it has checked the digest.
 func fetch(ctx context.Context, from remotes.Fetcher, blob ocispec.Descriptor) ([]byte, error) {
 	r, err := from.Fetch(ctx, blob)
 	if err != nil {
@@ -129,12 +129,12 @@ func fetch(ctx context.Context, from remotes.Fetcher, blob ocispec.Descriptor) (
 		return nil, err
 	}
 	if digest.FromBytes(data) != blob.Digest {
-		return nil, fmt.Errorf("%s is not what the registry has sent", blob.Digest)
+		return nil, fmt.Errorf("the registry sent other bytes than %s", blob.Digest)
 	}
 	return data, nil
 }
 
-// signed says whether the payload has a signature by key and is about target.
+// signed reports whether the payload names target and has a valid signature by key.
 func signed(key *ecdsa.PublicKey, payload []byte, signature string, target digest.Digest) bool {
 	raw, err := base64.StdEncoding.DecodeString(signature)
 	if err != nil {

@@ -1,14 +1,13 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Command demo shows the project's main job on this machine: a pod that mounts
-// a model artifact, under containerd with artifact-snapshotter and under
-// stock containerd. It checks everything that it claims and ends with 1
-// if something is not so. It is for people to watch; the tests are in package
-// integration.
+// Command demo shows the main feature on this machine: a pod that mounts a model artifact,
+// under containerd with artifact-snapshotter and under stock containerd. It checks
+// everything that it prints and exits with 1 if a check fails. It is a demonstration; the
+// tests are in package integration.
 //
-// It needs root, and what `make build tools` builds. Everything it starts is in
-// temporary directories and gone at its end, also after Ctrl-C.
+// It needs root, and what `make build tools` builds. Everything that it starts is in
+// temporary directories and is removed at the end, also after Ctrl-C.
 package main
 
 import (
@@ -38,8 +37,8 @@ import (
 func main() { os.Exit(run()) }
 
 func run() (exitCode int) {
-	// A signal ends what is under way, and a second one does not keep the demo
-	// from cleaning up; neither does an output that nobody reads.
+	// A signal cancels the current step. Neither a second signal nor a closed output
+	// prevents the clean-up.
 	signal.Ignore(unix.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	defer stop()
@@ -50,35 +49,35 @@ func run() (exitCode int) {
 	switch {
 	case ctx.Err() != nil:
 		say("interrupted")
-		exitCode = 130 // as a shell has it
+		exitCode = 130 // like a shell
 	case err != nil:
-		say("NOT AS PROMISED: %v", err)
+		say("FAILED: %v", err)
 		exitCode = 1
 	}
 	if err := d.cleanUp(); err != nil {
-		say("NOT CLEAN: %v", err)
+		say("CLEAN-UP FAILED: %v", err)
 		exitCode = 1
 	}
 	switch {
 	case exitCode == 0:
-		say("all as promised, in %.0f seconds", time.Since(start).Seconds())
+		say("all checks passed in %.0f seconds", time.Since(start).Seconds())
 	case exitCode == 1 && d.ours != nil:
 		fmt.Println(d.ours.Logs())
 	}
 	return exitCode
 }
 
-// demo is what the steps share.
+// demo is the state that the steps share.
 type demo struct {
 	ctx    context.Context
 	dir    string     // everything is below it
 	ours   *node.Node // with artifact-snapshotter
 	stock  *node.Node // stock containerd
-	ref    string     // of the model, in ours' registry; the stock node pulls from there, too
+	ref    string     // the model in the registry of ours; the stock node pulls from there too
 	model  digest.Digest
 	source []treelist.Entry // the model's files as packed
-	size   int64            // of all of them, in bytes
-	mode   unpack.Mode      // that ours has chosen on this kernel
+	size   int64            // of all files, in bytes
+	mode   unpack.Mode      // that ours chose on this kernel
 	empty  int64            // disk use of ours before the pull, in bytes
 	pods   []*node.Pod      // of ours
 }
@@ -97,7 +96,8 @@ func (d *demo) run() error {
 
 func (d *demo) start() (err error) {
 	say("starting two nodes in temporary directories, each with containerd, runc and a registry of its own:")
-	// Short, because sockets are below it; searchable, as for any pod.
+	// The path is short because sockets are below it. It is searchable because user
+	// namespaces in pods must pass through it.
 	if d.dir, err = os.MkdirTemp("", "as-"); err != nil {
 		return err
 	}
@@ -127,7 +127,7 @@ func (d *demo) push() error {
 	files := 0
 	for i := range d.source {
 		if e := &d.source[i]; e.Type == "dir" {
-			e.ModTime = pack.Created.UnixNano() // no layer describes it, so the model's creation time
+			e.ModTime = pack.Created.UnixNano() // no layer describes directories; they get the model's creation time
 		} else {
 			files++
 			d.size += e.Size
@@ -160,7 +160,6 @@ func (d *demo) pull() error {
 	return nil
 }
 
-// show is the point of it all.
 func (d *demo) show() error {
 	say("running a pod on both nodes, with the model as an image volume at /model; ls in the pod:")
 	stock, err := d.stock.RunPod(d.podSpec())
@@ -173,7 +172,7 @@ func (d *demo) show() error {
 	}
 	line("stock containerd:\n%s", indent(listing))
 	if strings.TrimSpace(listing) != "(empty)" {
-		return errors.New("stock containerd now shows the model by itself")
+		return errors.New("stock containerd shows the model too, so the demo proves nothing")
 	}
 
 	before, err := d.diskUse()
@@ -197,9 +196,9 @@ func (d *demo) show() error {
 		return err
 	}
 	if d.mode == unpack.Link {
-		ok("every path and byte is as it was packed; modes, owners and mtimes would need Linux 6.5")
+		ok("every path and byte is as packed; modes, owners and mtimes need Linux 6.5")
 	} else {
-		ok("every path, byte, mode, owner and mtime is as it was packed")
+		ok("every path, byte, mode, owner and mtime is as packed")
 	}
 
 	after, err := d.diskUse()
@@ -229,14 +228,14 @@ func (d *demo) runPod() (*node.Pod, error) {
 	return pod, err
 }
 
-// compare compares what a pod sees with the source.
+// compare compares the volume in a pod with the source.
 func (d *demo) compare(pod *node.Pod) error {
 	seen, err := pod.Tree("main", "/model")
 	if err != nil {
 		return err
 	}
 	source := slices.Clone(d.source)
-	if d.mode == unpack.Link { // the attributes of files are the blobs'
+	if d.mode == unpack.Link { // with this mode files have the attributes of the blobs
 		for _, entries := range [][]treelist.Entry{source, seen} {
 			for i := range entries {
 				if e := &entries[i]; e.Type == "file" {
@@ -251,8 +250,8 @@ func (d *demo) compare(pod *node.Pod) error {
 	return nil
 }
 
-// compareInodes finds every byte that the snapshotter serves in containerd's
-// content store, in the very same inode.
+// compareInodes checks that every byte of the tree is an inode of containerd's content
+// store.
 func (d *demo) compareInodes() error {
 	theirs, err := inodes(d.ours.ContentRoot)
 	if err != nil {
@@ -277,17 +276,17 @@ func (d *demo) compareInodes() error {
 	if size != d.size {
 		return fmt.Errorf("the blobs in %s have %d bytes, the model has %d", data, size, d.size)
 	}
-	ok("all %d blobs that the volume is made of (%s) are containerd's own: the same inodes", len(served), mebibytes(size))
+	ok("all %d blobs of the volume (%s) are containerd's: the same inodes", len(served), mebibytes(size))
 	return nil
 }
 
-// tree is where the daemon keeps the model's tree (package store).
+// tree returns the directory of the model's tree (package store).
 func (d *demo) tree() string {
 	return filepath.Join(d.ours.DaemonRoot, "trees", d.model.Algorithm().String()+"-"+d.model.Encoded())
 }
 
-// diskUse is how many bytes the blobs of containerd and everything of the
-// daemon take on the disk, hard links counted once, as du does.
+// diskUse returns the disk usage of containerd's blobs and of the daemon's root in bytes.
+// Like du, it counts an inode once.
 func (d *demo) diskUse() (sum int64, err error) {
 	found, err := inodes(d.ours.ContentRoot, d.ours.DaemonRoot)
 	for _, allocated := range found {
@@ -298,8 +297,7 @@ func (d *demo) diskUse() (sum int64, err error) {
 
 type inode struct{ dev, ino uint64 }
 
-// inodes returns what is below the directories, each inode with the bytes that
-// it takes on the disk.
+// inodes returns every inode below the directories, with its disk usage in bytes.
 func inodes(dirs ...string) (map[inode]int64, error) {
 	found := map[inode]int64{}
 	for _, dir := range dirs {
@@ -337,9 +335,9 @@ func (d *demo) share() error {
 		return err
 	}
 	if len(mounts) != 1 {
-		return fmt.Errorf("the daemon has the mounts %q, want one for all pods", mounts)
+		return fmt.Errorf("the daemon has the mounts %q, want one mount for all pods", mounts)
 	}
-	ok("both pods see the same, through one mount of the daemon")
+	ok("both pods see the same files through one mount")
 	return nil
 }
 
@@ -354,16 +352,16 @@ func (d *demo) refuseWrite() error {
 			return fmt.Errorf("writing to %s: %q, want EROFS", path, out)
 		}
 	}
-	ok("refused with EROFS (read-only file system), for an old file and a new one")
+	ok("refused with EROFS (read-only file system), for an existing file and a new one")
 	return nil
 }
 
-// message finds what crictl says in the log line that it writes.
+// message matches the message in a log line of crictl.
 var message = regexp.MustCompile(`msg=("(?:[^"\\]|\\.)*")`)
 
 func (d *demo) refuseHostile() error {
 	const path = "../../etc/passwd"
-	say("mounting a hostile artifact, whose only file calls itself %s; crictl says:", path)
+	say("mounting a hostile artifact whose only file has the path %s; crictl says:", path)
 	hostile := pack.Artifact{ArtifactType: modelspec.ArtifactTypeModelManifest, Layers: []pack.Layer{{
 		MediaType:   modelspec.MediaTypeModelWeightRaw,
 		Data:        []byte("root::0:0::/:/bin/sh\n"),
@@ -404,28 +402,29 @@ func (d *demo) remove() error {
 	if _, err := d.ours.Crictl("rmi", d.ref); err != nil {
 		return err
 	}
-	// Both remove what they have on the disk in the background; where no event
-	// tells the daemon, it looks every minute (package store).
-	for deadline := time.Now().Add(90 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	// containerd and the daemon delete files in the background. If the daemon gets no
+	// event, it checks every minute (package store).
+	for deadline := time.Now().Add(3 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		now, err := d.diskUse()
 		if err != nil {
 			return err
 		}
 		rest := now - d.empty
 		if rest <= d.size/100 {
-			ok("the disk has all but %s of it back", mebibytes(rest))
+			ok("the disk space is free again, except for %s", mebibytes(rest))
 			return nil
 		}
 		if err := d.ctx.Err(); err != nil {
 			return err
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%d bytes more than before the pull stay on the disk", rest)
+			return fmt.Errorf("the disk usage is still %d bytes higher than before the pull", rest)
 		}
 	}
 }
 
-// cleanUp stops the nodes, which tell what they find left over, and looks again.
+// cleanUp stops the nodes, whose Stop reports leftovers, and then searches for leftovers
+// itself.
 func (d *demo) cleanUp() error {
 	if d.dir == "" {
 		return nil
@@ -438,8 +437,8 @@ func (d *demo) cleanUp() error {
 		}
 	}
 	left := d.left()
-	// The linker of an interrupted `go build` outlives it for a moment.
-	for deadline := time.Now().Add(10 * time.Second); left != nil && time.Now().Before(deadline); left = d.left() {
+	// The linker of an interrupted `go build` may outlive it for a moment.
+	for deadline := time.Now().Add(time.Minute); left != nil && time.Now().Before(deadline); left = d.left() {
 		time.Sleep(50 * time.Millisecond)
 	}
 	if left == nil { // never remove anything through a mount
@@ -452,7 +451,7 @@ func (d *demo) cleanUp() error {
 	return nil
 }
 
-// left says which mounts and processes there still are.
+// left returns an error that lists the remaining mounts and processes.
 func (d *demo) left() error {
 	mounts, err := node.Mounts(d.dir)
 	if err != nil {
@@ -463,13 +462,13 @@ func (d *demo) left() error {
 		return err
 	}
 	if len(mounts) > 0 || len(processes) > 0 {
-		return fmt.Errorf("mounts %q and processes %v stay in %s", mounts, processes, d.dir)
+		return fmt.Errorf("the mounts %q and the processes %v remain in %s", mounts, processes, d.dir)
 	}
 	return nil
 }
 
-// writeModel writes a small model, with one file that is executable and one
-// that only a user other than root may read.
+// writeModel writes a small model. One file is executable, and one is readable only for a
+// user other than root.
 func writeModel(dir string) error {
 	for i, f := range []struct {
 		name string
@@ -513,7 +512,7 @@ func indent(text string) string {
 	return "  " + strings.ReplaceAll(strings.TrimSpace(text), "\n", "\n      ")
 }
 
-// wrap breaks text between words into lines of at most width bytes, if it can.
+// wrap breaks text into lines of at most width bytes; it does not break words.
 func wrap(text string, width int) string {
 	var out strings.Builder
 	column := 0

@@ -66,7 +66,7 @@ func TestTheTableSaysWhatTheMachineSays(t *testing.T) {
 	var table strings.Builder
 	write(&table, []result{r})
 	for _, want := range []string{
-		"| Linux | 5.10.0-46-amd64 |", "| raw layers, taken | `link` |", "| in a user namespace | yes |", "| tests of unpack | 1 of 2, 1 impossible |",
+		"| Linux | 5.10.0-46-amd64 |", "| raw layers, chosen | `link` |", "| in a user namespace | yes |", "| tests of unpack | 1 of 2, 1 impossible |",
 		"no mode overlay: the kernel is older than Linux 6.5", "not tested: this kernel does not have the mode overlay",
 	} {
 		if !strings.Contains(table.String(), want) {

@@ -12,9 +12,9 @@ import (
 	"text/template"
 )
 
-// containerdConfig keeps everything that containerd writes below the node's directory
-// (before 2.3 its shims' sockets are in /run/containerd/s). Every containerd from 2.1
-// on reads this version.
+// containerdConfig keeps everything that containerd writes below the node's directory,
+// except for the shims' sockets in /run/containerd/s before 2.3. Every containerd since 2.1
+// reads this version.
 const containerdConfig = `version = 3
 root = '{{.Root}}'
 state = '{{.State}}'
@@ -50,7 +50,7 @@ imports = ['{{.Dir}}/containerd.d/*.toml']
     conf_dir = '{{.Dir}}/cni'
 `
 
-// daemonConfig is the daemon's configuration, beside its flags.
+// daemonConfig is the daemon's configuration file, in addition to its flags.
 const daemonConfig = `{{.DaemonConfig}}
 {{if or .NRI .NRIConfig -}}
 [nri]
@@ -59,9 +59,8 @@ socket = '{{.Dir}}/nri.sock'
 {{.NRIConfig}}
 {{end}}`
 
-// snippetConfig tells the daemon where containerd is, so that it can print the
-// containerd configuration that makes it the whole node's snapshotter; the tool finds
-// both by it.
+// snippetConfig lets `config containerd` print the containerd configuration for this node.
+// The client commands read it too.
 const snippetConfig = `root = '{{.DaemonRoot}}'
 state = '{{.DaemonState}}'
 address = '{{.Dir}}/daemon.sock'
@@ -72,15 +71,16 @@ containerd_address = '{{.Address}}'
 // ArtifactHandler is the runtime handler of Options.HandlerScope.
 const ArtifactHandler = "artifact"
 
-// handlerConfig repeats runc's options for it, as the snippet says.
+// handlerConfig sets runc's options for the handler, as the comments of the snippet ask
+// for.
 const handlerConfig = `version = 3
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.artifact.options]
   BinaryName = '{{.Runc}}'
   Root = '{{.Dir}}/runc'
 `
 
-// cniConfig gives a pod with its own network a pair of devices, which disappear with
-// the pod; a bridge would stay.
+// cniConfig uses ptp, whose devices disappear with the pod's network namespace. A bridge
+// would remain.
 const cniConfig = `{
   "cniVersion": "1.0.0",
   "name": "test",
@@ -156,7 +156,7 @@ func (n *Node) writeConfig() error {
 	return errors.Join(errs...)
 }
 
-// writeSnippet gives containerd exactly the text that users paste.
+// writeSnippet gives containerd the text that users paste, unchanged.
 func (n *Node) writeSnippet() error {
 	bin, err := findDaemon()
 	if err != nil {
@@ -190,7 +190,8 @@ func (n *Node) startRegistry() (err error) {
 	return err
 }
 
-// spawnRegistry lets the kernel choose the port and reads it from the log.
+// spawnRegistry starts a registry on a port that the kernel chooses, and reads the port
+// from the log.
 func (n *Node) spawnRegistry(name, config string) (p *process, host string, err error) {
 	if err := n.writeFile(name+".yaml", config); err != nil {
 		return nil, "", err
@@ -206,7 +207,7 @@ func (n *Node) spawnRegistry(name, config string) (p *process, host string, err 
 		}
 		found := listening.FindSubmatch(text)
 		if found == nil {
-			return errors.New("its log does not say where it listens")
+			return errors.New("its log does not have its address")
 		}
 		host = string(found[1])
 		return nil

@@ -75,7 +75,7 @@ location = '{{.Registry}}'
 insecure = true
 `
 
-// crioStorage replaces the machine's own storage configuration.
+// crioStorage overrides the machine's storage configuration.
 const crioStorage = `[storage]
 driver = 'overlay'
 graphroot = '{{.Root}}'
@@ -124,7 +124,7 @@ func findCRIO(tools string) (found crioPrograms, err error) {
 	return found, nil
 }
 
-// CRIOVersion is CRI-O's version, with its commit if known.
+// CRIOVersion returns CRI-O's version, with its commit if known.
 func CRIOVersion() (string, error) {
 	program, err := FindCRIO()
 	if err != nil {
@@ -142,7 +142,7 @@ func CRIOVersion() (string, error) {
 	return strings.TrimSpace(said["Version"] + " " + said["GitCommit"]), nil
 }
 
-// startCRIO writes CRI-O's configuration, and starts it and the daemon.
+// startCRIO writes CRI-O's configuration and starts CRI-O and the daemon.
 func (n *Node) startCRIO() error {
 	var err error
 	if n.crio, err = findCRIO(n.tools); err != nil {
@@ -165,7 +165,7 @@ func (n *Node) startCRIO() error {
 		return err
 	}
 	if _, err := os.Stat(crioCache); errors.Is(err, fs.ErrNotExist) {
-		n.strays = []string{crioCache} // it is not the machine's, but this node's
+		n.strays = []string{crioCache} // created by this node, so Stop removes it
 	}
 	if !n.options.Stock {
 		if err := n.StartDaemon(); err != nil {
@@ -201,10 +201,10 @@ func (n *Node) StartCRIO() error {
 	})
 }
 
-// StopCRIO ends CRI-O by SIGTERM and waits. Pods go on.
+// StopCRIO stops CRI-O with SIGTERM and waits for it. Pods keep running.
 func (n *Node) StopCRIO() error { return n.runtime.stop(syscall.SIGTERM) }
 
-// KillCRIO ends CRI-O by SIGKILL and waits. Pods go on.
+// KillCRIO kills CRI-O with SIGKILL and waits for it. Pods keep running.
 func (n *Node) KillCRIO() error { return n.runtime.stop(syscall.SIGKILL) }
 
 // startRuntime starts whichever of containerd and CRI-O the node has.

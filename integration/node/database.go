@@ -10,10 +10,10 @@ import (
 	"go.etcd.io/bbolt"
 )
 
-// CheckDatabase checks a bbolt database without writers, as `bbolt check` does. It
-// fails if the database is locked for more than five seconds.
+// CheckDatabase checks a bbolt database, as `bbolt check` does. Nothing may have it open
+// for writing: it fails if the database is locked for more than a minute.
 func CheckDatabase(path string) error {
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, Timeout: 5 * time.Second})
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, Timeout: time.Minute})
 	if err != nil {
 		return err
 	}

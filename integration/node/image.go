@@ -13,8 +13,8 @@ import (
 	"strings"
 )
 
-// BuildImage makes the daemon's container image for this machine, as `make image`
-// does, as an OCI image layout in dir, and returns the digest of its index.
+// BuildImage builds the daemon's container image for this machine, as `make image` does,
+// into an OCI image layout in dir. It returns the digest of its index.
 func (n *Node) BuildImage(dir string) (string, error) {
 	repository, err := findRepository()
 	if err != nil {
@@ -42,9 +42,8 @@ func (n *Node) PushImage(dir string) (string, error) {
 	return ref, err
 }
 
-// Chart renders the daemon's Helm chart with the values, names as in
-// `helm --set-json` with JSON, and returns the manifests that an installation of
-// the name "test" would create.
+// Chart renders the daemon's Helm chart. The values have names and JSON values as for `helm
+// --set-json`. It returns the manifests that `helm install test` would create.
 func (n *Node) Chart(values map[string]string) (string, error) {
 	repository, err := findRepository()
 	if err != nil {

@@ -20,9 +20,9 @@ import (
 // kubeletName is the Kubernetes node's name. An address needs no name server.
 const kubeletName = "127.0.0.1"
 
-// kubeletConfig is a KubeletConfiguration (kubelet.config.k8s.io/v1beta1) without a
-// cluster, on a machine that kubelet does not own: no control group, mount, firewall
-// rule or file outside the node's directory.
+// kubeletConfig is a KubeletConfiguration (kubelet.config.k8s.io/v1beta1) for a kubelet
+// without a cluster that changes nothing outside the node's directory: no control group,
+// mount, firewall rule or file.
 func (n *Node) kubeletConfig(port int) map[string]any {
 	return map[string]any{
 		"apiVersion":                      "kubelet.config.k8s.io/v1beta1",
@@ -45,7 +45,7 @@ func (n *Node) kubeletConfig(port int) map[string]any {
 		"oomScoreAdj":                     0,
 		"makeIPTablesUtilChains":          false,
 		"evictionHard":                    map[string]string{"imagefs.available": "0%", "nodefs.available": "0%", "nodefs.inodesFree": "0%", "imagefs.inodesFree": "0%", "memory.available": "1Mi"},
-		"imageGCHighThresholdPercent":     100, // never, unless a test asks for it
+		"imageGCHighThresholdPercent":     100, // never; a test can override it
 		"imageGCLowThresholdPercent":      99,
 		"shutdownGracePeriod":             "0s",
 		"shutdownGracePeriodCriticalPods": "0s",
@@ -53,10 +53,11 @@ func (n *Node) kubeletConfig(port int) map[string]any {
 }
 
 // kubeletScript starts kubelet in its own mount namespace. There, the kernel parameters
-// that kubelet would set already have its values, and /var/log and /var/lib, where it
-// always creates links and a directory, are empty. The namespace must not pin mounts of
-// this node or of other tests: it learns of no unmount if the host's mounts are
-// private. A machine has its own /var.
+// that kubelet sets already have its values, and /var/log and /var/lib, where it always
+// creates links and a directory, are empty. The namespace unmounts the mounts of this node
+// and of other tests, since it would otherwise pin them: with private mounts on the host,
+// unmounts do not propagate into it. In a machine (Options.Systemd) /var is the machine's
+// own.
 const kubeletScript = `#!/bin/sh
 set -e
 awk -v tmp='{{.Temporary}}/' -v needed='{{.Dir}}/ {{.Tools}}/ {{.Containerd}}/' '
@@ -65,7 +66,7 @@ awk -v tmp='{{.Temporary}}/' -v needed='{{.Dir}}/ {{.Tools}}/ {{.Containerd}}/' 
 		for (i = 1; i <= count; i++) if (index(dirs[i], $5 "/") == 1) next
 		print $5
 	}' /proc/self/mountinfo | tac | while read -r point; do
-	umount -l "$point" || ! mountpoint -q "$point" # its owner may have been first
+	umount -l "$point" || ! mountpoint -q "$point" # its owner may have unmounted it already
 done
 for parameter in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 \
 	kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000; do
@@ -82,10 +83,9 @@ exec '{{.Tools}}/kubelet' --config '{{.Dir}}/kubelet.json' --root-dir '{{.Dir}}/
 	--hostname-override ` + kubeletName + ` --v 2 "$@"
 `
 
-// runcScript drops OOM scores that are not permitted here, because kubelet lowers those
-// of static pods. It also moves the pods' control groups, which this kubelet leaves to
-// containerd's namespace, to where Stop looks. Neither pattern can match inside a JSON
-// string, whose quotes are escaped.
+// runcScript removes OOM scores that are not permitted here, because kubelet lowers those
+// of static pods. It also moves the pods' control groups to the one that Stop cleans up.
+// Neither pattern can match inside a JSON string, because quotes are escaped there.
 const runcScript = `#!/bin/sh
 set -e
 previous=
@@ -114,8 +114,8 @@ func (n *Node) writeKubelet() error {
 	)
 }
 
-// StartKubelet starts kubelet and returns when it answers. The fields of config, a
-// KubeletConfiguration or nil, replace the node's. The node needs Options.Kubelet.
+// StartKubelet starts kubelet and returns when it serves its pod list. The fields of
+// config, a KubeletConfiguration or nil, override the node's. It needs Options.Kubelet.
 func (n *Node) StartKubelet(config map[string]any) error {
 	if _, err := os.Stat(filepath.Join(n.tools, "kubelet")); err != nil {
 		return fmt.Errorf("kubelet is missing: run `make kubelet`: %w", err)
@@ -157,7 +157,7 @@ func (n *Node) StartKubelet(config map[string]any) error {
 	})
 }
 
-// freePort is a free TCP port of the loopback interface.
+// freePort returns a free TCP port of the loopback interface.
 func freePort() (int, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -167,7 +167,7 @@ func freePort() (int, error) {
 	return port, l.Close()
 }
 
-// StopKubelet ends kubelet by SIGTERM and waits. Pods go on.
+// StopKubelet stops kubelet with SIGTERM and waits for it. Pods keep running.
 func (n *Node) StopKubelet() error {
 	if n.machine.running() && n.options.Kubelet {
 		_, err := n.Run("systemctl", "stop", "kubelet")
@@ -176,9 +176,9 @@ func (n *Node) StopKubelet() error {
 	return n.kubelet.stop(syscall.SIGTERM)
 }
 
-// RunStaticPod gives kubelet a named pod, replacing one of the same name, and does not
-// wait. Only the containers' images must have been pulled. RuntimeHandler needs a
-// cluster and is not possible.
+// RunStaticPod writes the manifest of a named static pod and does not wait. It replaces a
+// pod of the same name. Only the containers' images must have been pulled. RuntimeHandler
+// does not work, because it needs a cluster.
 func (n *Node) RunStaticPod(spec PodSpec) error {
 	if len(spec.Containers) == 0 {
 		spec.Containers = []Container{{}}
@@ -245,12 +245,11 @@ func (n *Node) RunStaticPod(spec PodSpec) error {
 	return n.RunStaticManifest(spec.Name, string(text))
 }
 
-// RunStaticManifest gives kubelet a pod of this name by its manifest, JSON or YAML,
-// as RunStaticPod does.
+// RunStaticManifest is RunStaticPod with a manifest in JSON or YAML.
 func (n *Node) RunStaticManifest(name, text string) error {
-	// kubelet ignores names that begin with a dot, and reads a file as soon as it has
-	// its final name.
-	draft := filepath.Join(n.path("static-pods"), "."+name) // one for each, since tests run pods at once
+	// kubelet ignores names with a leading dot, and reads a file as soon as it has its
+	// final name.
+	draft := filepath.Join(n.path("static-pods"), "."+name) // one per pod, because tests start pods concurrently
 	if err := os.WriteFile(draft, []byte(text), 0o644); err != nil {
 		return err
 	}
@@ -261,7 +260,7 @@ func (n *Node) manifest(name string) string {
 	return filepath.Join(n.path("static-pods"), name+".json")
 }
 
-// RemoveStaticPod takes the pod from kubelet and waits until its sandbox is gone.
+// RemoveStaticPod deletes the pod's manifest and waits until its sandbox is gone.
 func (n *Node) RemoveStaticPod(name string) error {
 	if err := os.Remove(n.manifest(name)); err != nil {
 		return err
@@ -287,14 +286,14 @@ type ContainerStatus struct {
 	ID        string // without "containerd://"
 	Restarts  int
 	Running   bool
-	StartedAt time.Time // when it runs
-	Reason    string    // why it does not
-	Message   string    // what `kubectl describe pod` shows of that
+	StartedAt time.Time // if it runs
+	Reason    string    // if it does not run
+	Message   string    // as in `kubectl describe pod`
 }
 
 // StaticPods returns the status of all pods by the names of their specs.
 func (n *Node) StaticPods() (map[string]StaticPod, error) {
-	client := http.Client{Timeout: 10 * time.Second}
+	client := http.Client{Timeout: time.Minute}
 	resp, err := client.Get(n.kubeletPods)
 	if err != nil {
 		return nil, err
@@ -318,7 +317,7 @@ func (n *Node) StaticPods() (map[string]StaticPod, error) {
 		}
 	}
 	if err := json.NewDecoder(resp.Body).Decode(&list); err != nil {
-		return nil, fmt.Errorf("what kubelet tells of its pods: %w", err)
+		return nil, fmt.Errorf("kubelet's pod list: %w", err)
 	}
 	pods := map[string]StaticPod{}
 	for _, item := range list.Items {

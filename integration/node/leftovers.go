@@ -40,9 +40,8 @@ func Mounts(dir string) ([]string, error) {
 
 func within(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
 
-// Processes returns command lines by process ID of processes with an argument that is a
-// path at or below dir. This includes the node's shims, whose arguments name
-// containerd's socket.
+// Processes returns the processes that have an argument at or below dir: process ID to
+// command line. It includes the node's shims, whose arguments name containerd's socket.
 func Processes(dir string) (map[int]string, error) {
 	names, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
@@ -52,7 +51,7 @@ func Processes(dir string) (map[int]string, error) {
 	for _, name := range names {
 		text, err := os.ReadFile(name)
 		if err != nil {
-			continue // it has ended meanwhile
+			continue // it has ended in the meantime
 		}
 		args := strings.Split(strings.TrimSuffix(string(text), "\x00"), "\x00")
 		if slices.ContainsFunc(args, func(arg string) bool { return within(arg, dir) }) {
@@ -66,8 +65,8 @@ func Processes(dir string) (map[int]string, error) {
 	return found, nil
 }
 
-// cleanUp removes leftovers once all daemons have ended, and returns those that should
-// already have been gone.
+// cleanUp removes leftovers after all daemons have ended. The error lists those that the
+// daemons should have removed.
 func (n *Node) cleanUp() error {
 	var errs []error
 	if err := n.endProcesses(); err != nil {
@@ -85,18 +84,17 @@ func (n *Node) cleanUp() error {
 	n.lastLogs = n.Logs()
 	// Never delete through a remaining mount.
 	if left, err := Mounts(n.Dir); err != nil || len(left) > 0 {
-		errs = append(errs, fmt.Errorf("not removed because of mounts that stay: %q", left), err)
+		errs = append(errs, fmt.Errorf("not removed because of remaining mounts: %q", left), err)
 	} else {
 		errs = append(errs, os.RemoveAll(n.Dir))
 	}
 	return errors.Join(errs...)
 }
 
-// endProcesses waits ten seconds for shims or conmons, which end after their last
-// container, and kills the rest: containers, and shims that name this node's
-// containerd.
+// endProcesses waits for shims and conmons, which end after their last container. It kills
+// what remains after a minute: containers, and shims of this node's containerd.
 func (n *Node) endProcesses() error {
-	left, err := n.waitForProcesses(10 * time.Second)
+	left, err := n.waitForProcesses(time.Minute)
 	errs := []error{err}
 	for pid, command := range left {
 		errs = append(errs, fmt.Errorf("process %d: %s", pid, command))
@@ -104,14 +102,14 @@ func (n *Node) endProcesses() error {
 			errs = append(errs, fmt.Errorf("kill %d: %w", pid, err))
 		}
 	}
-	if left, err = n.waitForProcesses(10 * time.Second); err != nil || len(left) > 0 {
-		errs = append(errs, fmt.Errorf("not to be killed: %v", left), err)
+	if left, err = n.waitForProcesses(time.Minute); err != nil || len(left) > 0 {
+		errs = append(errs, fmt.Errorf("still alive after SIGKILL: %v", left), err)
 	}
 	return errors.Join(errs...)
 }
 
-// waitForProcesses waits until the node has no containers and shims, at most the given
-// time, and returns the remaining ones.
+// waitForProcesses waits until the node has no containers and shims, and returns those that
+// remain after the limit.
 func (n *Node) waitForProcesses(limit time.Duration) (left map[int]string, err error) {
 	for deadline := time.Now().Add(limit); ; time.Sleep(10 * time.Millisecond) {
 		if left, err = n.processes(); err != nil || len(left) == 0 || time.Now().After(deadline) {
@@ -123,7 +121,7 @@ func (n *Node) waitForProcesses(limit time.Duration) (left map[int]string, err e
 // processes returns the node's containers and shims.
 func (n *Node) processes() (map[int]string, error) {
 	mark := n.Address
-	if n.options.CRIO { // conmon is told of no socket, but of a container's directory
+	if n.options.CRIO { // conmon's arguments have no socket, but a container's directory
 		mark = n.State
 	}
 	found, err := Processes(mark)
@@ -133,7 +131,7 @@ func (n *Node) processes() (map[int]string, error) {
 	for _, dir := range n.cgroups() {
 		text, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
 		if err != nil {
-			continue // it has gone meanwhile
+			continue // it has been removed in the meantime
 		}
 		for field := range strings.FieldsSeq(string(text)) {
 			if pid, err := strconv.Atoi(field); err == nil {
@@ -181,7 +179,7 @@ func (n *Node) cgroups() []string {
 			if err == nil && d.IsDir() {
 				found = append(found, path)
 			}
-			return nil // what goes while we look is what we want
+			return nil // entries may disappear during the walk
 		})
 	}
 	return found

@@ -14,11 +14,11 @@ import (
 	"syscall"
 )
 
-// machineScript becomes systemd, the first process of a machine with its own namespaces
-// for mounts, processes, control groups, host name and IPC. It shares the host's
-// network, and cannot change /usr and kernel parameters. Its /etc, /var, /usr/local and
-// containerd's files in /run are in the node's directory, which has the same path as on
-// the host; so have the tools.
+// machineScript becomes systemd, the first process of a machine with its own namespaces for
+// mounts, processes, control groups, host name and IPC. It shares the host's network and
+// cannot change /usr or kernel parameters. Its /etc, /var, /usr/local and containerd's
+// files in /run are in the node's directory, which has the same path as on the host, like
+// the tools.
 const machineScript = `set -e
 root='{{.Dir}}/machine/root'
 mkdir -p "$root"
@@ -60,12 +60,11 @@ mkdir old
 pivot_root . old
 umount -l /old
 rmdir /old
-mount --make-rshared / # systemd does so where it is not in a container
+mount --make-rshared / # systemd does this only outside of containers
 exec env -i container=other PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin \
 	/lib/systemd/systemd --system --log-target=console --show-status=no < /dev/null
 `
 
-// machineUnit is containerd as a service, as distributions have it.
 const machineUnit = `[Unit]
 Description=containerd
 
@@ -151,14 +150,14 @@ func (n *Node) startMachine() error {
 		n.writeVerbatim("machine/etc/resolv.conf", ""),
 		n.writeFile("machine/etc/cni/net.d/10-test.conflist", cniConfig),
 		n.writeVerbatim("machine/etc/systemd/journald.conf", "[Journal]\nReadKMsg=no\n"),
-		n.writeVerbatim("machine/etc/tmpfiles.d/tmp.conf", ""), // or systemd would clear /tmp
+		n.writeVerbatim("machine/etc/tmpfiles.d/tmp.conf", ""), // otherwise systemd clears /tmp
 		n.writeVerbatim("machine/etc/machine-id", strings.Repeat("0123456789abcdef", 2)+"\n"),
 		n.link("../containerd.service", "machine/etc/systemd/system/multi-user.target.wants/containerd.service"),
 		n.link("/lib/systemd/system/multi-user.target", "machine/etc/systemd/system/default.target"),
 		os.MkdirAll(n.path("machine/var"), 0o755),
 		os.MkdirAll(n.path("machine/local/bin"), 0o755),
 	}
-	for _, name := range []string{"passwd", "group", "nsswitch.conf"} { // dbus-daemon has a user
+	for _, name := range []string{"passwd", "group", "nsswitch.conf"} { // dbus-daemon runs as a user of its own
 		text, err := os.ReadFile("/etc/" + name)
 		errs = append(errs, err, n.writeVerbatim("machine/etc/"+name, string(text)))
 	}
@@ -185,7 +184,7 @@ func (n *Node) link(target, name string) error {
 // Boot starts the machine of a node with Options.Systemd after Shutdown, and returns
 // when systemd has started all units and CRI answers.
 func (n *Node) Boot() error {
-	// With control groups version 1, version 2 has its own directory beside them.
+	// With control groups version 1, version 2 has its own directory next to them.
 	groups := "/sys/fs/cgroup/unified"
 	if _, err := os.Stat(groups); errors.Is(err, fs.ErrNotExist) {
 		groups = "/sys/fs/cgroup"
@@ -218,8 +217,8 @@ func (n *Node) Boot() error {
 	})
 }
 
-// Shutdown ends the machine as `systemctl poweroff` does: services are stopped, pods
-// end, mounts and /run are gone.
+// Shutdown ends the machine like `systemctl poweroff`: services stop, pods end, mounts and
+// /run are gone.
 func (n *Node) Shutdown() error {
 	if !n.machine.running() {
 		return nil
@@ -243,7 +242,7 @@ func (n *Node) Run(args ...string) (string, error) {
 	}
 	init, err := strconv.Atoi(strings.TrimSpace(string(children)))
 	if err != nil {
-		return "", fmt.Errorf("the machine's first process is not one: %w", err)
+		return "", fmt.Errorf("find the machine's first process: %w", err)
 	}
 	enter := []string{"--target", strconv.Itoa(init), "--mount", "--pid", "--uts", "--ipc", "--cgroup", "--",
 		"env", "-i", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:" + n.containerd + ":" + n.tools}

@@ -282,10 +282,10 @@ func (n *Node) StartContainerd() error {
 	})
 }
 
-// StopContainerd ends containerd by SIGTERM and waits. Pods go on.
+// StopContainerd stops containerd with SIGTERM and waits for it. Pods keep running.
 func (n *Node) StopContainerd() error { return n.runtime.stop(syscall.SIGTERM) }
 
-// KillContainerd ends containerd by SIGKILL and waits. Pods go on.
+// KillContainerd kills containerd with SIGKILL and waits for it. Pods keep running.
 func (n *Node) KillContainerd() error { return n.runtime.stop(syscall.SIGKILL) }
 
 // RestartContainerd is StopContainerd and StartContainerd.
@@ -293,7 +293,7 @@ func (n *Node) RestartContainerd() error {
 	return errors.Join(n.StopContainerd(), n.StartContainerd())
 }
 
-// StartDaemon starts the daemon and returns when it has said that it is ready.
+// StartDaemon starts the daemon and returns when it has reported that it is ready.
 func (n *Node) StartDaemon() error {
 	bin, err := n.daemonBinary()
 	if err != nil {
@@ -318,8 +318,8 @@ func (n *Node) StartDaemon() error {
 	return err
 }
 
-// WaitForNRI waits until containerd has registered the daemon as an NRI plugin, after
-// either has been started.
+// WaitForNRI waits until the runtime has registered the daemon as an NRI plugin. Call it
+// after a start of either.
 func (n *Node) WaitForNRI() error {
 	bin, err := findDaemon()
 	if err != nil {
@@ -331,14 +331,14 @@ func (n *Node) WaitForNRI() error {
 	})
 }
 
-// StopDaemon ends the daemon by SIGTERM and waits.
+// StopDaemon stops the daemon with SIGTERM and waits for it.
 func (n *Node) StopDaemon() error { return n.daemon.stop(syscall.SIGTERM) }
 
-// KillDaemon ends the daemon by SIGKILL and waits.
+// KillDaemon kills the daemon with SIGKILL and waits for it.
 func (n *Node) KillDaemon() error { return n.daemon.stop(syscall.SIGKILL) }
 
-// QuitDaemon ends the daemon by SIGQUIT, at which Go prints every goroutine,
-// and returns how many it had.
+// QuitDaemon ends the daemon with SIGQUIT and returns the number of its goroutines, which
+// the Go runtime prints.
 func (n *Node) QuitDaemon() (goroutines int, err error) {
 	before, err := os.ReadFile(n.logPath("daemon"))
 	if err != nil {
@@ -357,8 +357,8 @@ func (n *Node) QuitDaemon() (goroutines int, err error) {
 // DaemonPID is the daemon's process ID.
 func (n *Node) DaemonPID() int { return n.daemon.cmd.Process.Pid }
 
-// Crictl runs crictl against the node and returns its output. The error contains
-// standard error verbatim, as kubectl describe would.
+// Crictl runs crictl against the node and returns its standard output. The error contains
+// its standard error, with the message that `kubectl describe pod` would show.
 func (n *Node) Crictl(args ...string) (string, error) { return n.CrictlContext(n.ctx, args...) }
 
 // CrictlContext is Crictl, killed when ctx ends.
@@ -374,7 +374,7 @@ func (n *Node) Critest(env []string, args ...string) (string, error) {
 	return n.run("env", slices.Concat(env, command, args)...)
 }
 
-// Ctr runs ctr in CRI's namespace and returns what it printed.
+// Ctr runs ctr in CRI's namespace and returns its standard output.
 func (n *Node) Ctr(args ...string) (string, error) {
 	return n.run(filepath.Join(n.containerd, "ctr"), append([]string{"--address", n.Address, "--namespace", "k8s.io"}, args...)...)
 }
@@ -395,9 +395,9 @@ func (n *Node) waitForEmptyBlob() error {
 	})
 }
 
-// await calls done until it returns nil, for at most a minute.
+// await calls done until it returns nil, for at most three minutes.
 func (n *Node) await(what string, done func() error) error {
-	ctx, cancel := context.WithTimeout(n.ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(n.ctx, 3*time.Minute)
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()

@@ -17,9 +17,9 @@ import (
 
 // Volume is an image volume, or a directory of the host.
 type Volume struct {
-	Image   string // reference or image ID; it must have been pulled
+	Image   string // reference or image ID; it must be pulled
 	Path    string // in the container
-	SubPath string // in the volume; "" is all of it
+	SubPath string // path in the volume; "" means all of it
 
 	// PullPolicy is Kubernetes', for static pods; "" is its default.
 	PullPolicy string
@@ -39,18 +39,18 @@ type Container struct {
 	// SecurityContext is Kubernetes', for static pods.
 	SecurityContext map[string]any
 
-	// MemoryLimit is the container's limit in bytes, 0 is none; not for static pods.
+	// MemoryLimit is the container's memory limit in bytes; 0 means none; not for static
+	// pods.
 	MemoryLimit int64
 }
 
-// PodSpec says what RunPod runs.
+// PodSpec describes a pod for RunPod.
 type PodSpec struct {
-	Name       string      // "" means one of the node's choosing
+	Name       string      // "" means that the node chooses one
 	Volumes    []Volume    // mounted in every container
-	Containers []Container // none means one that has all defaults and waits
+	Containers []Container // none means one with all defaults, which waits
 
-	// EmptyDir is the path of an emptyDir in each container of a static pod; "" is
-	// none.
+	// EmptyDir is the path of an emptyDir in each container of a static pod; "" means none.
 	EmptyDir string
 
 	// Annotations are the pod's, not for static pods.
@@ -63,8 +63,8 @@ type PodSpec struct {
 	// ptp and host-local; otherwise it uses the host's.
 	OwnNetwork bool
 
-	// UserNamespace gives the pod a user namespace: its IDs from 0 to 65535
-	// are the host's from HostID on. It needs OwnNetwork.
+	// UserNamespace gives the pod a user namespace that maps its IDs from 0 to 65535 to the
+	// host's IDs from HostID. It needs OwnNetwork.
 	UserNamespace bool
 	HostID        uint32 // 0 means UserNamespaceBase
 
@@ -95,14 +95,14 @@ type Pod struct {
 	sandbox string // path of the sandbox's configuration
 }
 
-// The values of cri-api's NamespaceMode that are used here.
+// The values of cri-api's NamespaceMode.
 const (
 	namespaceContainer = 1
 	namespaceNode      = 2
 )
 
-// RunPod runs a pod and returns when its containers have started. If one fails to
-// start, the pod is removed.
+// RunPod runs a pod and returns when its containers have started. If one fails to start, it
+// removes the pod.
 func (n *Node) RunPod(spec PodSpec) (*Pod, error) {
 	if len(spec.Containers) == 0 {
 		spec.Containers = []Container{{}}
@@ -119,7 +119,7 @@ func (n *Node) RunPod(spec PodSpec) (*Pod, error) {
 	return pod, nil
 }
 
-// RunSandbox runs a pod without any of its containers, for [Pod.Start].
+// RunSandbox runs a pod without containers; [Pod.Start] adds them.
 func (n *Node) RunSandbox(spec PodSpec) (*Pod, error) {
 	number := n.pods.Add(1)
 	if spec.Name == "" {
@@ -174,7 +174,7 @@ func (p *Pod) Start(c Container) error {
 // Create is Start without starting, and returns the container's ID.
 func (p *Pod) Create(c Container) (id string, err error) { return p.CreateContext(p.node.ctx, c) }
 
-// CreateContext is Create by a client that disconnects when ctx ends.
+// CreateContext is Create with a client that disconnects when ctx ends.
 func (p *Pod) CreateContext(ctx context.Context, c Container) (id string, err error) {
 	if c.Name == "" {
 		c.Name = "main"
@@ -244,8 +244,8 @@ func (p *Pod) Exec(container string, args ...string) (string, error) {
 // Node is the node that the pod runs on.
 func (p *Pod) Node() *Node { return p.node }
 
-// PID is the host's process ID of the container's first process, so that
-// /proc/<pid>/root is its filesystem.
+// PID returns the host's process ID of the container's first process; /proc/<pid>/root is
+// the container's file system.
 func (p *Pod) PID(container string) (string, error) {
 	out, err := p.node.Crictl("inspect", "--output", "go-template", "--template", "{{.info.pid}}", p.Containers[container])
 	return strings.TrimSpace(out), err

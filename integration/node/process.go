@@ -21,7 +21,7 @@ import (
 type process struct {
 	name string
 	cmd  *exec.Cmd
-	done chan struct{} // closed when it has ended and was waited for
+	done chan struct{} // closed when it has ended and has been waited for
 }
 
 func (p *process) running() bool {
@@ -36,7 +36,7 @@ func (p *process) running() bool {
 	}
 }
 
-// stop sends the signal and waits. After 30 seconds it kills the process and returns an
+// stop sends the signal and waits. After two minutes it kills the process and returns an
 // error.
 func (p *process) stop(signal os.Signal) error {
 	if !p.running() {
@@ -48,15 +48,15 @@ func (p *process) stop(signal os.Signal) error {
 	select {
 	case <-p.done:
 		return nil
-	case <-time.After(30 * time.Second):
+	case <-time.After(2 * time.Minute):
 	}
 	err := p.cmd.Process.Kill()
 	<-p.done
-	return errors.Join(fmt.Errorf("%s did not end within 30 seconds of the signal %q and was killed", p.name, signal), err)
+	return errors.Join(fmt.Errorf("%s did not end within two minutes of the signal %q and was killed", p.name, signal), err)
 }
 
-// spawn starts a daemon that logs to logs/<name>. With notify it must say
-// READY=1 as in sd_notify(3) before spawn returns.
+// spawn starts a daemon that logs to logs/<name>. With notify it returns after the daemon
+// has sent READY=1, see sd_notify(3).
 func (n *Node) spawn(name string, args []string, notify bool) (*process, error) {
 	if err := os.MkdirAll(n.path("logs"), 0o755); err != nil {
 		return nil, err
@@ -72,7 +72,8 @@ func (n *Node) spawn(name string, args []string, notify bool) (*process, error) 
 	if n.options.Traces != "" && notify {
 		cmd.Env = append(cmd.Env, "OTEL_TRACES_EXPORTER=otlp", "OTEL_EXPORTER_OTLP_ENDPOINT="+n.options.Traces, "OTEL_BSP_SCHEDULE_DELAY=100")
 	}
-	// Its own process group keeps Ctrl-C from a daemon: the test program must clean up.
+	// A process group of its own keeps Ctrl-C from the daemon, because the test program
+	// must clean up.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 
 	var ready *net.UnixConn
@@ -92,7 +93,7 @@ func (n *Node) spawn(name string, args []string, notify bool) (*process, error) 
 	}
 	p := &process{name: name, cmd: cmd, done: make(chan struct{})}
 	go func() {
-		_ = cmd.Wait() // the state says it all
+		_ = cmd.Wait() // ProcessState has the result
 		close(p.done)
 	}()
 	if notify {
@@ -104,14 +105,14 @@ func (n *Node) spawn(name string, args []string, notify bool) (*process, error) 
 }
 
 func (n *Node) waitReady(p *process, ready *net.UnixConn) error {
-	ctx, cancel := context.WithTimeout(n.ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(n.ctx, 3*time.Minute)
 	defer cancel()
 	go func() {
 		select {
 		case <-p.done:
 		case <-ctx.Done():
 		}
-		_ = ready.SetReadDeadline(time.Now()) // ends the read below
+		_ = ready.SetReadDeadline(time.Now()) // ends the Read below
 	}()
 	buf := make([]byte, 4096)
 	for {
@@ -119,7 +120,7 @@ func (n *Node) waitReady(p *process, ready *net.UnixConn) error {
 		switch {
 		case err == nil && strings.Contains(string(buf[:size]), "READY=1"):
 			return nil
-		case err == nil: // STATUS= and the like
+		case err == nil: // STATUS= and others
 		case !p.running():
 			return fmt.Errorf("%s ended (%s) before it was ready", p.name, p.cmd.ProcessState)
 		default:
@@ -128,13 +129,13 @@ func (n *Node) waitReady(p *process, ready *net.UnixConn) error {
 	}
 }
 
-// run runs a program and returns its standard output; its standard error is in
-// the error.
+// run runs a program and returns its standard output. The error contains its standard
+// error.
 func (n *Node) run(program string, args ...string) (string, error) {
 	return n.runContext(n.ctx, program, args...)
 }
 
-// runContext is run, with a program that is killed when ctx ends.
+// runContext is run, but kills the program when ctx ends.
 func (n *Node) runContext(ctx context.Context, program string, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
@@ -149,7 +150,7 @@ func (n *Node) runContext(ctx context.Context, program string, args ...string) (
 }
 
 // env puts the tools first in PATH, where containerd finds its shim, disables the
-// registry's traces, and keeps CRI-O from the machine's storage.
+// registry's traces, and hides the machine's storage configuration from CRI-O.
 func (n *Node) env() []string {
 	return append(os.Environ(), "PATH="+n.containerd+":"+n.tools+":"+os.Getenv("PATH"), "OTEL_TRACES_EXPORTER=none",
 		"CONTAINERS_STORAGE_CONF="+n.path("storage.conf"))
@@ -157,8 +158,8 @@ func (n *Node) env() []string {
 
 func (n *Node) logPath(name string) string { return filepath.Join(n.path("logs"), name) }
 
-// Logs returns the last lines of every daemon's log, each under a heading; after Stop,
-// as they were at Stop.
+// Logs returns the last lines of every log, each under a heading. After Stop it returns
+// what it returned at Stop.
 func (n *Node) Logs() string {
 	if n.lastLogs != "" {
 		return n.lastLogs

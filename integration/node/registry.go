@@ -12,7 +12,7 @@ import (
 	"syscall"
 )
 
-// StartMirror starts a second registry with the first one's content and returns its
+// StartMirror starts a second registry with the content of the first one and returns its
 // host:port.
 func (n *Node) StartMirror() (string, error) {
 	var host string
@@ -21,12 +21,12 @@ func (n *Node) StartMirror() (string, error) {
 	return host, err
 }
 
-// StopRegistry ends the registry at Registry, by SIGTERM.
+// StopRegistry stops the registry at Registry with SIGTERM.
 func (n *Node) StopRegistry() error { return n.registry.stop(syscall.SIGTERM) }
 
-// ProvideCredentials gives kubelets that are started later an image credential
-// provider: a CredentialProviderConfig, YAML or JSON, and the program that it names.
-// WithdrawCredentials undoes it.
+// ProvideCredentials configures an image credential provider for kubelets that are started
+// later: a CredentialProviderConfig in YAML or JSON, and its program. WithdrawCredentials
+// undoes it.
 func (n *Node) ProvideCredentials(config, name, program string) error {
 	const bin, file = "credential-providers", "credential-providers.yaml"
 	n.kubeletFlags = []string{"--image-credential-provider-bin-dir", n.path(bin), "--image-credential-provider-config", n.path(file)}
@@ -40,7 +40,7 @@ func (n *Node) ProvideCredentials(config, name, program string) error {
 // WithdrawCredentials undoes ProvideCredentials.
 func (n *Node) WithdrawCredentials() { n.kubeletFlags = nil }
 
-// KubeletMetrics is kubelet's metrics in Prometheus' format.
+// KubeletMetrics returns kubelet's metrics in the Prometheus format.
 func (n *Node) KubeletMetrics() (string, error) {
 	resp, err := http.Get(strings.TrimSuffix(n.kubeletPods, "/pods") + "/metrics")
 	if err != nil {

@@ -11,8 +11,8 @@ import (
 	"strings"
 )
 
-// Tool runs a program from the tools' directory or else from PATH, and returns its
-// output. The error includes standard error.
+// Tool runs a program from the tools' directory, or else from PATH, and returns its
+// standard output. The error contains its standard error.
 func (n *Node) Tool(name string, args ...string) (string, error) {
 	program := filepath.Join(n.tools, name)
 	if _, err := os.Stat(program); err != nil {
@@ -21,8 +21,8 @@ func (n *Node) Tool(name string, args ...string) (string, error) {
 	return n.run(program, args...)
 }
 
-// Artifact runs the artifact-snapshotter tool on the node and returns its output. The
-// error includes standard error. See [Node.ArtifactCommand].
+// Artifact runs the artifact-snapshotter program on the node. The error contains its
+// standard error. See [Node.ArtifactCommand].
 func (n *Node) Artifact(args ...string) (stdout, stderr string, err error) {
 	cmd, err := n.ArtifactCommand(args...)
 	if err != nil {
@@ -36,9 +36,8 @@ func (n *Node) Artifact(args ...string) (stdout, stderr string, err error) {
 	return out.String(), errs.String(), err
 }
 
-// ArtifactCommand prepares artifact-snapshotter with these arguments for the node's
-// containerd and daemon in CRI's namespace, unless args say otherwise. It ends with the
-// node's context.
+// ArtifactCommand prepares artifact-snapshotter with these arguments. Its defaults are the
+// node's containerd and CRI's namespace. It ends with the node's context.
 func (n *Node) ArtifactCommand(args ...string) (*exec.Cmd, error) {
 	bin, err := findDaemon()
 	if err != nil {
@@ -49,7 +48,7 @@ func (n *Node) ArtifactCommand(args ...string) (*exec.Cmd, error) {
 	return cmd, nil
 }
 
-// ConfigFile is an artifact-snapshotter configuration file with the node's directories
+// ConfigFile returns an artifact-snapshotter configuration file with the node's directories
 // and sockets.
 func (n *Node) ConfigFile() string { return n.path("snippet.toml") }
 
@@ -68,8 +67,8 @@ const privateConfig = registryConfig + `auth:
     path: {{.Dir}}/htpasswd
 `
 
-// StartPrivateRegistry starts another registry with the first one's content and a
-// password, and returns its host:port.
+// StartPrivateRegistry starts another registry with the content of the first one and a
+// password. It returns its host:port.
 func (n *Node) StartPrivateRegistry() (string, error) {
 	if err := n.writeVerbatim("htpasswd", privateUsers); err != nil {
 		return "", err

@@ -51,7 +51,7 @@ func findTools() (tools, containerd string, err error) {
 	return tools, containerd, nil
 }
 
-// Minor is the minor version of the nodes' containerd 2.
+// Minor returns the minor version of the nodes' containerd, 2.Minor.
 func Minor() (minor int, err error) {
 	_, dir, err := findTools()
 	if err != nil {
@@ -64,12 +64,12 @@ func Minor() (minor int, err error) {
 	// "containerd github.com/containerd/containerd/v2 2.4.2+unknown"
 	fields := append(strings.Fields(string(out)), "", "", "")
 	if _, err := fmt.Sscanf(strings.TrimPrefix(fields[2], "v"), "2.%d.", &minor); err != nil {
-		return 0, fmt.Errorf("containerd says its version is %q: %w", out, err)
+		return 0, fmt.Errorf("unexpected version of containerd: %q: %w", out, err)
 	}
 	return minor, nil
 }
 
-// findDaemon returns the path of the daemon's binary.
+// findDaemon returns the path of the daemon's program.
 func findDaemon() (string, error) {
 	bin := os.Getenv("ARTIFACT_SNAPSHOTTER_BIN")
 	if bin == "" {
@@ -85,8 +85,8 @@ func findDaemon() (string, error) {
 	return filepath.Abs(bin)
 }
 
-// findRepository searches for go.mod's directory from this source file, or from the
-// working directory if the sources have moved.
+// findRepository searches upwards for go.mod, from this source file or, if the sources have
+// moved, from the working directory.
 func findRepository() (string, error) {
 	_, source, _, _ := runtime.Caller(0)
 	wd, err := os.Getwd()
@@ -104,8 +104,8 @@ func findRepository() (string, error) {
 	return "", errors.New("the repository was not found: run this inside it, or set ARTIFACT_SNAPSHOTTER_TOOLS and ARTIFACT_SNAPSHOTTER_BIN")
 }
 
-// daemonBinary returns the daemon's path; with the race detector it is built for the
-// node.
+// daemonBinary returns the path of the daemon's program. With RaceDaemon it builds it for
+// the node.
 func (n *Node) daemonBinary() (string, error) {
 	if !n.options.RaceDaemon {
 		return findDaemon()
@@ -126,8 +126,8 @@ func (n *Node) daemonBinary() (string, error) {
 	return bin, nil
 }
 
-// guest is the guest's program: a prebuilt tool where Go is not installed, else a fresh
-// build.
+// guest returns the guest program. It is one of the tools where Go is not installed, and is
+// built otherwise.
 func (n *Node) guest() ([]byte, error) {
 	program, err := os.ReadFile(filepath.Join(n.tools, "guest"))
 	if !errors.Is(err, os.ErrNotExist) {
@@ -139,7 +139,7 @@ func (n *Node) guest() ([]byte, error) {
 	return os.ReadFile(n.path("guest"))
 }
 
-// BuildGuest builds the guest's program.
+// BuildGuest builds the guest program.
 func BuildGuest(ctx context.Context, path string) error {
 	repository, err := findRepository()
 	if err != nil {
@@ -154,7 +154,7 @@ func BuildGuest(ctx context.Context, path string) error {
 	return nil
 }
 
-// pushGuest pushes the guest as the test image.
+// pushGuest pushes the test image, which has only the guest program.
 func (n *Node) pushGuest() error {
 	program, err := n.guest()
 	if err != nil {
@@ -172,10 +172,10 @@ func (n *Node) pushGuest() error {
 	return err
 }
 
-// Program is the binary under test, Containerd the nodes' containerd.
+// Program returns the path of the program under test.
 func Program() (string, error) { return findDaemon() }
 
-// Containerd is containerd's binary.
+// Containerd returns the path of the nodes' containerd.
 func Containerd() (string, error) {
 	_, containerd, err := findTools()
 	return filepath.Join(containerd, "containerd"), err

@@ -27,11 +27,11 @@ import (
 type model struct {
 	name     string
 	manifest ocispec.Descriptor
-	layers   []ocispec.Descriptor // of ModelPack's, for containerd's own unpacker
-	blobs    string               // a directory with blobs/, to be copied from
-	files    []string             // the blobs' there, the manifest first as a pull has it
+	layers   []ocispec.Descriptor // of ModelPack artifacts, for containerd's own unpacker
+	blobs    string               // the directory that contains blobs/
+	files    []string             // paths of the blobs, the manifest first, as in a pull
 	want     []treelist.Entry
-	refused  string // why it is, if it is
+	refused  string // the reason why the daemon refuses it, or ""
 }
 
 // models has one model of every kind.
@@ -97,7 +97,7 @@ func packModelsOf(t testing.TB, seed byte) *models {
 	}
 }
 
-// weights is the layer of the largest file.
+// weights is the index of the layer with the largest file.
 const (
 	weights     = 4
 	weightsFile = "weights.safetensors"
@@ -134,7 +134,7 @@ func writeFiles(dir string, seed byte) error {
 	return os.Chown(filepath.Join(dir, "config.json"), 1234, 5678)
 }
 
-// listed is the expected volume of the layers with these numbers, whose files are in
+// listed returns the expected volume of the layers with these numbers, whose files are in
 // dir.
 func listed(t testing.TB, dir string, layers []pack.Layer, which []int) []treelist.Entry {
 	t.Helper()
@@ -154,7 +154,7 @@ func listed(t testing.TB, dir string, layers []pack.Layer, which []int) []treeli
 	}
 	all = slices.DeleteFunc(all, func(e treelist.Entry) bool { return !mounted[e.Path] })
 	for i := range all {
-		if all[i].Type == "dir" { // no layer describes it
+		if all[i].Type == "dir" { // no layer describes directories
 			all[i].ModTime = pack.Created.UnixNano()
 		}
 	}
@@ -198,12 +198,12 @@ func newModel(t testing.TB, name string, a *pack.Artifact, want []treelist.Entry
 	return m
 }
 
-// deliver puts one of the blobs into the content store as containerd does: synced and
-// complete, by a rename.
+// deliver adds a blob to the content store like containerd: complete, optionally synced, by
+// a rename.
 func (m *model) deliver(content, blob string, synced bool) error {
 	target := filepath.Join(content, blob)
 	if _, err := os.Lstat(target); err == nil {
-		return nil // of another model, too
+		return nil // another model has the same blob
 	}
 	ingest := filepath.Join(content, "ingest")
 	for _, dir := range []string{ingest, filepath.Dir(target)} {

@@ -21,7 +21,7 @@ import (
 type broken struct {
 	name  string
 	edits []edit
-	// scenario is where it is killed; "" cuts the power instead.
+	// scenario is where the daemon is killed; "" means a power cut instead.
 	scenario string
 }
 
@@ -42,13 +42,13 @@ var brokens = []broken{
 	{"trees survive a reboot", []edit{
 		{module + "store", "open.go", "rebooted := !bytes.Equal(boot, last)", "rebooted := !bytes.Equal(boot, last) && len(last) == 0"},
 	}, ""},
-	{"a tree is there before it is complete", []edit{
+	{"a tree is published before it is complete", []edit{
 		{module + "store", "build.go", "if t, err = build(dir); err != nil {", "dir = s.path(id)\n\tif t, err = build(dir); err != nil {"},
 		{module + "store", "build.go", "if err := s.moveToTrash(s.path(id)); err != nil && !errors.Is(err, os.ErrNotExist) {", "if err := error(nil); err != nil && !errors.Is(err, os.ErrNotExist) {"},
 		{module + "store", "build.go", "if err := t.Rename(s.path(id)); err != nil {", "if err := error(nil); err != nil {"},
 		{module + "unpack", "unpack.go", "if err := guard(build); err != nil {", "t.Image, t.Redirects = true, true\n\tif err := errors.Join(t.save(), guard(build)); err != nil {"},
 	}, "mount tar+gzip"},
-	{"shared contents are never collected", []edit{
+	{"shared blobs are never removed", []edit{
 		{module + "store", "gc.go", "return linkCount(p) == 1", "return false && linkCount(p) == 1"},
 	}, "unmount one that shares a compressed layer, and delete it"},
 	{"mounts below trees stay after a crash", []edit{
@@ -80,7 +80,7 @@ func (b broken) build(dir string) (program string, err error) {
 			return "", err
 		}
 		if !bytes.Contains(text, []byte(e.old)) {
-			return "", fmt.Errorf("there is no %q in %s", e.old, file)
+			return "", fmt.Errorf("%q was not found in %s", e.old, file)
 		}
 		if err := os.WriteFile(edited, bytes.ReplaceAll(text, []byte(e.old), []byte(e.new)), 0o644); err != nil {
 			return "", err
@@ -102,10 +102,9 @@ func (b broken) build(dir string) (program string, err error) {
 	return program, nil
 }
 
-// The crash tests detect a daemon that is broken on purpose.
 func TestTheCrashTestsDetectABrokenDaemon(t *testing.T) {
 	if !long {
-		t.Skip("set ARTIFACT_SNAPSHOTTER_LONG to build daemons that are broken")
+		t.Skip("set ARTIFACT_SNAPSHOTTER_LONG to build broken daemons")
 	}
 	containerd, m := startContainerd(t), packModels(t)
 	for _, b := range brokens {
@@ -114,7 +113,7 @@ func TestTheCrashTestsDetectABrokenDaemon(t *testing.T) {
 			check(t, err)
 			lost := campaign{shortDir(t), program, containerd}.losses(t, b.scenario, m)
 			if len(lost) == 0 {
-				t.Fatal("nobody has noticed")
+				t.Fatal("no test noticed it")
 			}
 			first, _, _ := strings.Cut(lost[0].Error(), "\n")
 			t.Logf("noticed in %d runs: %s", len(lost), first)
@@ -122,7 +121,7 @@ func TestTheCrashTestsDetectABrokenDaemon(t *testing.T) {
 	}
 }
 
-// losses are the failures in a selection of crashes of this daemon, which works without
+// losses returns the failures in a selection of crashes of this daemon, which works without
 // crashes.
 func (c campaign) losses(t *testing.T, name string, m *models) []error {
 	t.Helper()
@@ -136,7 +135,7 @@ func (c campaign) losses(t *testing.T, name string, m *models) []error {
 	}
 	i := slices.IndexFunc(all, func(s *scenario) bool { return s.name == name })
 	points, err := c.listed(all[i : i+1])
-	if err != nil { // in what is before there is a crash
+	if err != nil { // one of the earlier steps crashes
 		return []error{err}
 	}
 	return c.killed(choose(all[i:i+1], points)).lost

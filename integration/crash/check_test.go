@@ -41,7 +41,7 @@ func (h *host) checkSnapshots() error {
 	}
 	for key := range found {
 		if _, ok := h.must[key]; !ok && !h.may[key] {
-			return fmt.Errorf("there is a snapshot that was removed, or that nobody has asked for: %s", key)
+			return fmt.Errorf("unexpected snapshot, which was removed or never requested: %s", key)
 		}
 	}
 	for key, m := range h.must {
@@ -84,7 +84,7 @@ func compare(dir string, m *model, exact bool) error {
 		return err
 	}
 	want := m.want
-	if !exact { // the attributes are those of the runtime's blobs
+	if !exact { // files have the attributes of the runtime's blobs
 		want = slices.Clone(want)
 		for _, list := range [][]treelist.Entry{want, got} {
 			for i := range list {
@@ -107,13 +107,14 @@ func (h *host) checkNext(all []*model) error {
 		case m.refused == "" && err != nil:
 			return fmt.Errorf("the next pod with the model %q: %w", m.name, err)
 		case m.refused != "" && (err == nil || !strings.Contains(err.Error(), m.refused)):
-			return fmt.Errorf("the next pod with the model %q is told %v", m.name, err)
+			return fmt.Errorf("the next pod with the model %q got the error %v", m.name, err)
 		}
 	}
-	return h.checkPods("with the next ones")
+	return h.checkPods("after the next pods started")
 }
 
-// checkIdle checks that nothing is mounted and that the disk holds only that and these.
+// checkIdle checks that nothing is mounted and that the disk has only the files of an idle
+// daemon and besides.
 func (h *host) checkIdle(besides ...string) error {
 	left, err := h.leftovers()
 	for _, name := range left {
@@ -124,7 +125,7 @@ func (h *host) checkIdle(besides ...string) error {
 	return err
 }
 
-// leftovers lists what remains on the disk and mounted.
+// leftovers lists all files and mounts.
 func (h *host) leftovers() (left []string, err error) {
 	walk := func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -155,7 +156,7 @@ func (h *host) leftovers() (left []string, err error) {
 		return nil, err
 	}
 	for _, m := range mounts {
-		if m != h.content && m != filepath.Dir(h.root) { // the harness's own
+		if m != h.content && m != filepath.Dir(h.root) { // mounted by the harness
 			left = append(left, "mount "+strings.TrimPrefix(m, h.dir))
 		}
 	}

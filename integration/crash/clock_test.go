@@ -22,7 +22,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
-// few is the scenarios in which the daemon runs, or all with long.
+// few returns a few of the scenarios without a start or stop, or all of them with long.
 func few(m *models) (some []*scenario) {
 	for i, s := range scenarios(m) {
 		if !s.starting && s.name != "stop" && (long || i%6 == 4) {
@@ -32,8 +32,8 @@ func few(m *models) (some []*scenario) {
 	return some
 }
 
-// The daemon does not depend on the wall clock: it jumps a year ahead or back during
-// every operation.
+// The wall clock jumps by a year, ahead or back, during every operation, and the daemon
+// does not depend on it.
 func TestTheDaemonIgnoresTheWallClock(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)
@@ -60,7 +60,7 @@ func TestTheDaemonIgnoresTheWallClock(t *testing.T) {
 			check(t, err)
 			for _, year := range []int{-1, 1} {
 				if when := fmt.Sprintf(`time="%d-`, time.Now().Year()+year); !strings.Contains(string(log), when) {
-					t.Errorf("%s: the daemon has not noticed: there is no %s in its log", s.name, when)
+					t.Errorf("%s: the clock did not jump for the daemon: its log has no %s", s.name, when)
 				}
 			}
 		}
@@ -69,8 +69,9 @@ func TestTheDaemonIgnoresTheWallClock(t *testing.T) {
 	t.Logf("%d jumps of a year survived", jumps)
 }
 
-// On a busy machine the daemon may take longer for what it does by itself than [host.await]
-// allows after an operation has failed. A jump of the clock is no failure: the test waits.
+// After a failed operation, [host.await] allows the daemon less time than it may need on a
+// busy machine. A jump of the clock is not a failure, so await must wait with its full
+// patience.
 func TestAJumpIsNoReasonToGiveUp(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)
@@ -87,8 +88,8 @@ func TestAJumpIsNoReasonToGiveUp(t *testing.T) {
 	check(t, l.end())
 }
 
-// A caller that waits for a slow disk gets its volume even if other callers give up,
-// and nothing remains.
+// A caller that waits for a slow disk gets its volume even if other callers give up, and
+// nothing is left over.
 func TestASlowDiskHarmsNoPatientCaller(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)
@@ -110,10 +111,10 @@ func TestASlowDiskHarmsNoPatientCaller(t *testing.T) {
 				told <- err
 			}()
 			err := h.run(m)
-			// The caller may retry, as kubelet does. It may also get the error of an
-			// earlier build whose caller left before the blobs were deleted.
+			// The caller may retry, like kubelet. It may also get the error of an earlier
+			// build whose caller left before the blobs were deleted.
 			if terr := <-told; terr != nil && !errdefs.IsDeadlineExceeded(terr) && !errors.Is(terr, context.DeadlineExceeded) && !errdefs.IsUnavailable(terr) && !errdefs.IsNotFound(terr) {
-				err = errors.Join(err, fmt.Errorf("who cannot wait is told %w", terr))
+				err = errors.Join(err, fmt.Errorf("the impatient caller got %w", terr))
 			}
 			return err
 		},
@@ -125,14 +126,14 @@ func TestASlowDiskHarmsNoPatientCaller(t *testing.T) {
 	for _, dir := range []string{"root", "state", "content"} {
 		done, err := l.meet(Fault{Lasting: true, Slow: dir, Delay: 20 * time.Millisecond})
 		if err != nil {
-			t.Errorf("all of %s is slow: %v", dir, err)
+			t.Errorf("with a slow %s: %v", dir, err)
 		}
 		slow += done.hit
 	}
 	for _, op := range spread(done.ops, 8) {
 		done, err := l.meet(Fault{At: &op, Slow: dirOf(op), Delay: time.Second})
 		if err != nil {
-			t.Errorf("a second at %v: %v", op, err)
+			t.Errorf("with a delay of one second at %v: %v", op, err)
 		}
 		slow += done.hit
 	}
@@ -143,8 +144,8 @@ func TestASlowDiskHarmsNoPatientCaller(t *testing.T) {
 	t.Logf("%d slow operations survived", slow)
 }
 
-// A second daemon on the same root or state directory is refused, even while the first
-// starts, and may start once the first is killed.
+// A second daemon with the same root or state directory is refused, even while the first
+// one starts. It may start after the first one is killed.
 func TestASecondDaemonIsRefusedFromTheFirstMoment(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)
@@ -155,7 +156,7 @@ func TestASecondDaemonIsRefusedFromTheFirstMoment(t *testing.T) {
 	check(t, err)
 	defer func() { check(t, h.clear()) }()
 	second := func(root, state string) string {
-		ctx, cancel := context.WithTimeout(t.Context(), patience) // it might run
+		ctx, cancel := context.WithTimeout(t.Context(), patience) // it may start by mistake and run
 		defer cancel()
 		out, err := exec.CommandContext(ctx, program, "serve", "--config", filepath.Join(h.dir, "daemon.toml"), "--root", root, "--state", state,
 			"--address", filepath.Join(h.dir, "second.sock"), "--content-root", h.content, "--containerd-address", h.containerd).CombinedOutput()
@@ -170,7 +171,7 @@ func TestASecondDaemonIsRefusedFromTheFirstMoment(t *testing.T) {
 			{filepath.Join(h.dir, "another"), h.state, "state directory " + h.state},
 		} {
 			if said := second(two.root, two.state); !strings.Contains(said, two.want+" belongs to another running artifact-snapshotter; stop it") {
-				errs = errors.Join(errs, fmt.Errorf("the second says %s", said))
+				errs = errors.Join(errs, fmt.Errorf("the second daemon printed %s", said))
 			}
 		}
 		return errs
@@ -181,15 +182,15 @@ func TestASecondDaemonIsRefusedFromTheFirstMoment(t *testing.T) {
 	check(t, h.start(true, true, nil, false))
 	ops, hit := h.daemon.traced.Heal()
 	if hit != 1 || during != nil {
-		t.Errorf("while the first was starting (%d times): %v; its operations were %v", hit, during, ops)
+		t.Errorf("at the start of the first daemon (hook called %d times): %v; operations: %v", hit, during, ops)
 	}
 	check(t, h.pull(m))
 	check(t, h.run(m))
 	check(t, refused())
-	check(t, h.checkPods("beside a second daemon"))
+	check(t, h.checkPods("after the second daemon was refused"))
 	check(t, h.checkNext(s.next))
 	check(t, h.stop(9))
 	check(t, h.start(false, false, nil, false))
-	check(t, h.checkPods("with the next daemon"))
+	check(t, h.checkPods("with the new daemon"))
 	check(t, h.empty())
 }

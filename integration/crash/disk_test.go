@@ -29,21 +29,21 @@ import (
 
 const (
 	diskSize = 96 << 20
-	// sector is the unit that a disk writes atomically: the file system's block, which
-	// the journal relies on.
+	// sector is the unit that a disk writes atomically. It is the block size of the file
+	// system, since the journal relies on atomic blocks.
 	sector = 4096
 )
 
 type disk struct {
-	dir      string // of its files
-	base     string // the contents at the beginning
-	mounted  string // where its file system is mounted
-	files    string // where the recorder's is
+	dir      string // directory of its files
+	base     string // the initial content
+	mounted  string // mount point of its file system
+	files    string // directory that the recorder serves
 	recorder *exec.Cmd
 
 	mu     sync.Mutex
 	record *os.File
-	log    []write // what has been read from record
+	log    []write // the entries read from record so far
 }
 
 // write is a log entry; one without data is a flush.
@@ -82,7 +82,7 @@ func newDisk(dir string) (_ *disk, err error) {
 		return nil, err
 	}
 	if _, err := serving.Read(make([]byte, 1)); err != nil {
-		return nil, errors.Join(fmt.Errorf("the recorder does not serve: %w", err), d.recorder.Wait())
+		return nil, errors.Join(fmt.Errorf("the recorder did not start: %w", err), d.recorder.Wait())
 	}
 	// ext4 commits every second, so the disk changes while the daemon works even if
 	// nobody syncs.
@@ -103,7 +103,7 @@ func makeFS(image string) error {
 	return nil
 }
 
-// mountFS mounts the ext4 in a file by a loop device that disappears with the mount.
+// mountFS mounts the ext4 in a file through a loop device that is freed at the unmount.
 func mountFS(image, target, options string) error {
 	loop, err := mount.SetupLoop(image, mount.LoopParams{Autoclear: true})
 	if err != nil {
@@ -151,9 +151,9 @@ func (d *disk) close() error {
 	return errors.Join(append(errs, err, d.record.Close())...)
 }
 
-// unmountFS unmounts a file system, retrying while processes that use it end.
+// unmountFS unmounts a file system. It retries until the processes that use it have ended.
 func unmountFS(target string) (err error) {
-	for range 100 {
+	for limit := time.Now().Add(patience); time.Now().Before(limit); {
 		if err = unix.Unmount(target, 0); !errors.Is(err, unix.EBUSY) {
 			break
 		}
@@ -162,16 +162,16 @@ func unmountFS(target string) (err error) {
 	return os.NewSyscallError("umount "+target, err)
 }
 
-// cut is a power cut after that many log entries. A disk with a cache may have stored
-// any part of the writes since the last flush: all of them, or the sectors that seed
-// selects.
+// cut is a power cut after position log entries. A disk with a cache may have stored any
+// part of the writes since the last flush: all of them, or, with some, the sectors that
+// seed selects.
 type cut struct {
 	position int
 	some     bool
 	seed     uint64
 }
 
-// after writes the disk's content after the cut to image.
+// after writes the content of the disk after the cut to image.
 func (d *disk) after(c cut, image string) error {
 	if err := copySparse(image, d.base); err != nil {
 		return err
@@ -208,7 +208,7 @@ func (d *disk) after(c cut, image string) error {
 	return nil
 }
 
-// copySparse copies a file and keeps its holes.
+// copySparse copies a file and preserves its holes.
 func copySparse(target, source string) error {
 	if out, err := exec.Command("cp", "--sparse=always", source, target).CombinedOutput(); err != nil {
 		return fmt.Errorf("cp: %w\n%s", err, out)
@@ -216,8 +216,7 @@ func copySparse(target, source string) error {
 	return nil
 }
 
-// The emulated disk loses unflushed writes. If it did not, the other tests would prove
-// nothing.
+// The emulated disk loses unflushed writes. Otherwise the other tests would prove nothing.
 func TestAPowerCutLosesUnflushedWrites(t *testing.T) {
 	dir := t.TempDir()
 	d, err := newDisk(dir)

@@ -14,21 +14,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Fault is an error or delay at an operation of a program that continues.
+// Fault is an error or a delay at an operation; the program continues.
 type Fault struct {
-	// At is the first affected operation; nil is the next one.
+	// At is the first affected operation; nil means the next one.
 	At *Op
-	// Errno is the error of the operation, which is not executed; 0 executes it.
+	// Errno is the error that the operation returns without being executed; 0 executes it.
 	Errno unix.Errno
-	// Lasting also affects all later operations, until Heal, that are in the same
-	// directory of Dirs and can fail with Errno: a full or dead disk, not a single
-	// error.
+	// Lasting also affects later operations until Heal, like a full or dead disk: those in
+	// the same directory of Dirs that can fail with Errno.
 	Lasting bool
 	// Delay slows the operation, or with Lasting all operations, in the directory of
 	// Dirs with the base name Slow.
 	Delay time.Duration
 	Slow  string
-	// Hook runs before the operation while the program waits.
+	// Hook runs before the operation, while the program is stopped.
 	Hook func(*Process)
 }
 
@@ -40,8 +39,8 @@ func (p *Process) Inject(f Fault) {
 	p.fault = &f
 }
 
-// Heal ends the fault. It returns the operations since Inject and the number that
-// failed, were slow or called the hook.
+// Heal ends the fault. It returns the operations since Inject, and how many failed, were
+// slow or called the hook.
 func (p *Process) Heal() (ops []Op, hit int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -49,9 +48,8 @@ func (p *Process) Heal() (ops []Op, hit int) {
 	return p.ops, p.hit
 }
 
-// Failed reports whether the fault has made an operation fail since Inject. An operation
-// that was only slow, or at which the hook was called, has not failed: the program must
-// still do everything that is expected of it.
+// Failed reports whether the fault made an operation fail since Inject. After a delay or a
+// hook the program must still do everything that is expected of it.
 func (p *Process) Failed() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -73,7 +71,7 @@ func (p *Process) meet(tid int, regs *unix.PtraceRegs, op Op) verdict {
 		f.Hook(p)
 	}
 	if f.Errno != 0 && skip(tid, regs, -int64(f.Errno)) != nil {
-		return goOn // it has been killed meanwhile
+		return goOn // the thread has been killed
 	}
 	if f.Delay > 0 {
 		return later
@@ -88,8 +86,8 @@ func skip(tid int, regs *unix.PtraceRegs, result int64) error {
 	return unix.PtraceSetRegs(tid, regs)
 }
 
-// dirOf is the base name of the operation's directory among Dirs; "" for mounts that
-// are not attached yet.
+// dirOf returns the base name of the directory among Dirs that has the operation's path, or
+// "" for mounts that are not attached yet.
 func dirOf(op Op) string {
 	dir, _, _ := strings.Cut(op.Path, "/")
 	return dir
@@ -112,8 +110,8 @@ var diskless = map[string]bool{
 	"inotify_add_watch": true,
 }
 
-// CanFail reports whether the kernel can return this error for the operation, by the
-// call's manual page and the sources of ext4, XFS and quota.
+// CanFail reports whether the kernel can return this error for the operation, according to
+// the manual pages and the sources of ext4, XFS and quota.
 func CanFail(op Op, errno unix.Errno) bool {
 	switch errno {
 	case unix.ENOSPC:
@@ -154,11 +152,11 @@ var reads = map[uint64]call{
 	unix.SYS_INOTIFY_ADD_WATCH: byPath("inotify_add_watch", 1),
 }
 
-// Skew shifts the program's wall clock, as if the node's clock were set. It needs
+// Skew shifts the program's wall clock, as if somebody set the node's clock. It needs
 // Clock. The monotonic clock does not change, as with clock_settime(2).
 func (p *Process) Skew(by time.Duration) { p.skew.Store(int64(by)) }
 
-// tell answers clock_gettime(2) for the wall clock.
+// tell answers a clock_gettime(2) of the wall clock.
 func (p *Process) tell(tid int, regs *unix.PtraceRegs) error {
 	now, err := unix.TimeToTimespec(time.Now().Add(time.Duration(p.skew.Load())))
 	if err != nil {
@@ -171,9 +169,9 @@ func (p *Process) tell(tid int, regs *unix.PtraceRegs) error {
 	return skip(tid, regs, 0)
 }
 
-// withoutVDSO removes the vDSO from a program that is about to begin, so that
-// clock_gettime(2) is a system call. The kernel puts the vDSO's address on the stack
-// (getauxval(3)) after the arguments and the environment.
+// withoutVDSO removes the vDSO from a program that is about to start, so that
+// clock_gettime(2) is a system call. The kernel puts the vDSO's address into the auxiliary
+// vector (getauxval(3)), which follows the arguments and the environment on the stack.
 func withoutVDSO(tid int) error {
 	const sysinfoEHDR, word = 33, 8
 	var regs unix.PtraceRegs

@@ -35,7 +35,7 @@ type failure struct {
 func (f failure) String() string {
 	lasting := ""
 	if f.Lasting {
-		lasting = " and from then on"
+		lasting = " and later"
 	}
 	return fmt.Sprintf("%s, %v at %v%s", f.name, f.Errno, f.At, lasting)
 }
@@ -44,11 +44,11 @@ func (f failure) String() string {
 type life struct {
 	campaign
 	*scenario
-	clock bool // can be set
+	clock bool // the clock can be set
 	h     *host
 }
 
-// host starts a host with a daemon unless there is one.
+// host starts a host with a daemon unless one is running.
 func (l *life) host() (err error) {
 	if l.h != nil {
 		return nil
@@ -64,7 +64,7 @@ func (l *life) host() (err error) {
 	return nil
 }
 
-// end stops the daemon and removes everything.
+// end stops the daemon and removes the host.
 func (l *life) end() error {
 	if l.h == nil {
 		return nil
@@ -78,11 +78,11 @@ func (l *life) end() error {
 type met struct {
 	ops  []Op
 	hit  int
-	told error // what the daemon answered
+	told error // the daemon's error
 }
 
-// meet runs the scenario with a fault, checks everything, and leaves an idle daemon for
-// the next one.
+// meet runs the scenario with a fault, checks everything, and leaves an idle daemon for the
+// next fault.
 func (l *life) meet(f Fault) (done met, err error) {
 	if err := l.host(); err != nil {
 		return done, err
@@ -115,15 +115,15 @@ func (l *life) meet(f Fault) (done met, err error) {
 	if err := l.survived(done, f); err != nil {
 		return done, err
 	}
-	// The scenario's operations have ended before the next one starts.
+	// The scenario's operations end before the next scenario starts.
 	for _, step := range []func() error{
 		func() error { return h.checkPods("after the fault") },
 		h.checkSnapshots,
 		func() error {
 			err := errors.Join(h.pull(l.next...), h.checkNext(l.next))
 			if err != nil && errors.Is(done.told, errNotDone) && h.understood(err.Error(), f) == nil {
-				// The build that met the fault was still failing and took this caller
-				// along.
+				// A build that met the fault was still failing, and its error reached this
+				// caller too.
 				err = h.checkNext(l.next)
 			}
 			return err
@@ -139,21 +139,21 @@ func (l *life) meet(f Fault) (done met, err error) {
 		h.awaitIdle,
 	} {
 		if err := step(); err != nil {
-			return done, fmt.Errorf("after the daemon has said %v: %w", done.told, err)
+			return done, fmt.Errorf("after the daemon returned %v: %w", done.told, err)
 		}
 	}
 	clear(h.may)
 	return done, nil
 }
 
-// survived checks what the daemon said about a fault and that it runs. It restarts a
-// daemon that failed to start.
+// survived checks the daemon's error and that it still runs. It restarts a daemon that
+// failed to start.
 func (l *life) survived(done met, f Fault) error {
 	h := l.h
-	// A busy machine may exceed the caller's time limit.
+	// On a busy machine the caller's time limit may expire.
 	busy := errdefs.IsUnavailable(done.told) && strings.Contains(done.told.Error(), "is still being unpacked")
 	if done.told != nil && !busy && (done.hit == 0 || f.Errno == 0) {
-		return fmt.Errorf("with nothing that failed: %w", done.told)
+		return fmt.Errorf("an error although no operation failed: %w", done.told)
 	}
 	ended := h.daemon == nil
 	if !ended {
@@ -165,7 +165,7 @@ func (l *life) survived(done met, f Fault) error {
 	}
 	switch {
 	case ended && h.daemon != nil && (!l.starting || !errors.Is(done.told, errEnded)):
-		return fmt.Errorf("the daemon has ended; it said %w", done.told)
+		return fmt.Errorf("the daemon has ended with %w", done.told)
 	case ended:
 		said, err := h.lastWords()
 		if err == nil && h.daemon != nil {
@@ -180,37 +180,35 @@ func (l *life) survived(done met, f Fault) error {
 		return err
 	case done.told == nil || busy || errors.Is(done.told, errNotDone):
 		return nil
-	case errdefs.IsUnavailable(done.told) && strings.Contains(done.told.Error(), "has just gone, try again"):
-		return nil // a Tree that could not be read is one that is not there
 	}
 	if (f.Errno == unix.ENOSPC || f.Errno == unix.EDQUOT) && !errdefs.IsResourceExhausted(done.told) {
-		return fmt.Errorf("the kind of the error is another one: %w", done.told)
+		return fmt.Errorf("the error is not of the kind ResourceExhausted: %w", done.told)
 	}
 	return h.understood(done.told.Error(), f)
 }
 
-// understood checks that an error tells a person what failed.
+// understood checks that an error says what failed and where.
 func (h *host) understood(text string, f Fault) error {
 	if !strings.Contains(text, f.Errno.Error()) {
-		return fmt.Errorf("it does not say %q: %s", f.Errno.Error(), text)
+		return fmt.Errorf("the error does not contain %q: %s", f.Errno.Error(), text)
 	}
 	for _, where := range []string{h.root, h.state, h.content, "layer ", `": `, "image of metadata"} { // or a file of the artifact
 		if strings.Contains(text, where) {
 			return nil
 		}
 	}
-	return fmt.Errorf("it does not say where: %s", text)
+	return fmt.Errorf("the error does not say where: %s", text)
 }
 
-// lastWords is the last line of the daemon's log.
+// lastWords returns the last line of the daemon's log.
 func (h *host) lastWords() (string, error) {
 	log, err := os.ReadFile(h.logPath())
 	lines := strings.Split(strings.TrimSpace(string(log)), "\n")
 	return lines[len(lines)-1], err
 }
 
-// awaitIdle waits until the daemon, which also collects garbage by itself, holds no
-// more than an idle one.
+// awaitIdle waits until the daemon, which also collects garbage by itself, has only the
+// files of an idle one.
 func (h *host) awaitIdle() (err error) {
 	for limit := time.Now().Add(patience); time.Now().Before(limit); time.Sleep(5 * time.Millisecond) {
 		// An abandoned request may create its snapshot only now. containerd's collector
@@ -219,7 +217,7 @@ func (h *host) awaitIdle() (err error) {
 		if err = h.empty(); err != nil {
 			continue
 		}
-		// The daemon creates the directory of NRI's records if it cannot look for them.
+		// The daemon creates the directory for the NRI records if it cannot read it.
 		if err = h.checkIdle("state/artifact-snapshotter.sock", "root/nri"); err == nil {
 			return nil
 		}
@@ -227,8 +225,8 @@ func (h *host) awaitIdle() (err error) {
 	return err
 }
 
-// failures are the possible faults at these operations: each for one call, and at every
-// third operation for all later calls.
+// failures returns the possible faults at these operations: one for each single call, and
+// for every third operation one that lasts.
 func failures(s *scenario, ops []Op) (all []failure) {
 	for i, op := range ops {
 		for j, errno := range errnos {
@@ -345,11 +343,11 @@ func TestTheDaemonSurvivesEveryFault(t *testing.T) {
 	t.Logf("faults by scenario:\n%s", counted.table(all))
 	t.Logf("%d scenarios, %d operations, %d faults possible; %v to list them, %v in all", len(all), operations, possible, listing.Round(time.Second), time.Since(began).Round(time.Second))
 	if n := counted.total; n.missed*5 > n.missed+n.injected {
-		t.Errorf("%d of %d operations were not met again", n.missed, n.missed+n.injected)
+		t.Errorf("%d of %d operations did not occur again", n.missed, n.missed+n.injected)
 	}
 }
 
-// spread is n elements evenly spaced, or all if there are fewer.
+// spread returns n evenly spaced elements, or all if there are fewer.
 func spread[T any](all []T, n int) (some []T) {
 	if len(all) <= n {
 		return all

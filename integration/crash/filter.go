@@ -18,13 +18,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// launching is the environment variable that turns the launcher into the traced
-// program. Its value says which calls stop it.
+// launching is the environment variable that makes this program the launcher of the traced
+// program. Its value lists the calls that stop it.
 const launching = "ARTIFACT_SNAPSHOTTER_TEST_LAUNCH"
 
-// Main must be the first call of a program that uses Start or a Wrapper: that program
-// runs again as the launcher, until the filter is installed, and as the wrapper. There
-// it does not return.
+// Main must be the first call of a program that uses Start or a Wrapper. The program is
+// also executed as the launcher, until the filter is installed, and as the wrapper. In
+// those processes Main does not return.
 func Main() {
 	var err error
 	switch {
@@ -42,7 +42,7 @@ func Main() {
 	os.Exit(0)
 }
 
-// Optional stops, beside calls that change something.
+// Optional stops, in addition to calls that change something.
 const (
 	stopReads = "reads"
 	stopClock = "clock"
@@ -59,10 +59,10 @@ func (program Program) stops() string {
 	return stops
 }
 
-// launch executes args after installing a filter that stops at the system calls of the
-// table. Filters survive execve(2).
+// launch installs a filter that stops at the system calls of the table, and executes args.
+// Filters survive execve(2).
 func launch(args []string) error {
-	runtime.LockOSThread() // a filter is a thread's
+	runtime.LockOSThread() // a filter belongs to a thread
 	stops := os.Getenv(launching)
 	if err := os.Unsetenv(launching); err != nil {
 		return err
@@ -79,13 +79,13 @@ func launch(args []string) error {
 const (
 	dataNumber = 0
 	dataArch   = 4
-	dataArg0   = 16 // its lower half
+	dataArg0   = 16 // the lower half
 	dataArg2   = 16 + 2*8
 )
 
-// filterOf builds a filter that stops at the system calls of the table, and at
-// openat(2) only if it may change something. With reading it also stops at calls that
-// only read, with clock at reads of the wall clock.
+// filterOf builds a filter that stops at the system calls of the table, and at openat(2)
+// only if it may change something. With reading it also stops at calls that only read, with
+// clock also at reads of the wall clock.
 func filterOf(reading, clock bool) []unix.SockFilter {
 	statement := func(code uint16, k uint32) unix.SockFilter { return unix.SockFilter{Code: code, K: k} }
 	load := func(offset uint32) unix.SockFilter { return statement(unix.BPF_LD|unix.BPF_W|unix.BPF_ABS, offset) }

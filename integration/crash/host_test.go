@@ -36,24 +36,24 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
-// namespace is a containerd namespace without images, so that no test sees another
-// one's.
+// namespace is a containerd namespace without images, so that the tests do not affect each
+// other through containerd.
 const namespace = "crash"
 
-// patience is the time limit for the daemon: a busy machine may stall for many seconds.
-const patience = time.Minute
+// patience is the time limit for the daemon. A busy machine may stall for many seconds.
+const patience = 2 * time.Minute
 
-// host is the daemon's part of a node: its directories, containerd's content, the
-// snapshots that containerd knows, and pods.
+// host is the daemon's part of a node: its directories, containerd's content, the snapshots
+// that containerd knows, and pods.
 type host struct {
-	dir        string // of what a reboot takes
+	dir        string // a reboot removes it
 	containerd string // its socket
 	program    string // the daemon
 	flags      []string
 	content    string
 	root       string
 	state      string
-	exact      bool // volumes have attributes as they were packed
+	exact      bool // volumes have the packed attributes
 
 	daemon *daemon
 	// The daemon's services, through containerd's proxy plugin clients.
@@ -62,31 +62,30 @@ type host struct {
 
 	number int // of keys and of pods
 	pods   []*pod
-	there  map[*model]bool // whose blobs are in content
-	// must are the acknowledged snapshots that nobody has asked to remove, by key; may
-	// are those whose request was not answered.
+	there  map[*model]bool // models whose blobs are in content
+	// must are the acknowledged snapshots whose removal was not requested, by key; may are
+	// those whose request was not answered.
 	must map[string]*model
 	may  map[string]bool
 	// noted, if not nil, is called after each change of must and may.
 	noted func()
-	// synced makes containerd sync fetched content to the disk.
+	// synced makes the emulated containerd sync fetched content.
 	synced bool
-	// reads counts the traced daemon's reads too, also those of containerd's content;
-	// clock makes its clock adjustable; fault is injected into a daemon that is started
-	// armed.
+	// reads also stops the traced daemon at reads, including those of containerd's content;
+	// clock makes its clock adjustable; fault is injected into a daemon that starts armed.
 	reads, clock bool
 	fault        *Fault
 }
 
-// daemon is a running one.
+// daemon is a running daemon.
 type daemon struct {
-	traced *Process  // or nil
-	cmd    *exec.Cmd // of one that is not traced
+	traced *Process  // nil if it is not traced
+	cmd    *exec.Cmd // nil if it is traced
 	done   chan struct{}
 	conn   *grpc.ClientConn
 }
 
-// newHost makes a host; what outlives a reboot is in disk.
+// newHost makes a host. Everything that survives a reboot is below disk.
 func newHost(dir, disk, program, containerd string, toml string) (*host, error) {
 	h := &host{
 		dir: dir, containerd: containerd, program: program,
@@ -121,11 +120,11 @@ func (h *host) args() []string {
 
 func (h *host) logPath() string { return filepath.Join(h.dir, "log") }
 
-// errEnded is that of a daemon that ended before it was ready.
+// errEnded means that the daemon ended before it was ready.
 var errEnded = errors.New("the daemon has ended")
 
-// start starts the daemon and returns when it is ready. A traced one is armed from its
-// first operation if arm is set, to be killed at target if it is not nil.
+// start starts the daemon and returns when it is ready. With arm, a traced daemon counts
+// from its first operation and is killed at target if that is not nil.
 func (h *host) start(traced, arm bool, target *Op, after bool) error {
 	log, err := os.OpenFile(h.logPath(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -167,7 +166,7 @@ func (h *host) start(traced, arm bool, target *Op, after bool) error {
 			return err
 		}
 		go func() {
-			_ = d.cmd.Wait() // the state says it all
+			_ = d.cmd.Wait() // ProcessState has the result
 			close(d.done)
 		}()
 	}
@@ -212,7 +211,7 @@ func (d *daemon) waitReady(ready *net.UnixConn) error {
 	}
 }
 
-// stop ends the daemon by a signal and waits.
+// stop sends the daemon a signal and waits for its end.
 func (h *host) stop(s syscall.Signal) error {
 	d := h.daemon
 	if d == nil {
@@ -231,7 +230,7 @@ func (h *host) stop(s syscall.Signal) error {
 	case <-d.done:
 		return nil
 	case <-time.After(patience):
-		return fmt.Errorf("the daemon does not end by signal %q", s)
+		return fmt.Errorf("the daemon did not end after the signal %q", s)
 	}
 }
 
@@ -239,13 +238,13 @@ func (h *host) context() (context.Context, context.CancelFunc) {
 	return context.WithTimeout(namespaces.WithNamespace(context.Background(), namespace), patience)
 }
 
-// key is a key as containerd hands it on, of its own each time.
+// key returns a new snapshot key in the form that containerd passes on.
 func (h *host) key(rest string) string {
 	h.number++
 	return fmt.Sprintf("%s/%d/%s", namespace, h.number, rest)
 }
 
-// pull has containerd fetch the model: its blobs appear.
+// pull adds the model's blobs to the content store, as a pull of containerd does.
 func (h *host) pull(all ...*model) error {
 	for _, m := range all {
 		for _, blob := range m.files {
@@ -258,7 +257,8 @@ func (h *host) pull(all ...*model) error {
 	return nil
 }
 
-// remove has containerd delete the images of the models, and collect their blobs.
+// remove deletes the blobs of the models, as containerd does after their images are
+// deleted.
 func (h *host) remove(all ...*model) error {
 	for _, m := range all {
 		delete(h.there, m)
@@ -274,7 +274,7 @@ func (h *host) remove(all ...*model) error {
 	return nil
 }
 
-// ask prepares a snapshot, and remembers it by how it was answered.
+// ask prepares a snapshot and records the result in must or may.
 func (h *host) ask(key string, m *model, call func(ctx context.Context) ([]mount.Mount, error)) ([]mount.Mount, error) {
 	ctx, cancel := h.context()
 	defer cancel()
@@ -311,7 +311,7 @@ func (h *host) forget(key string) error {
 	return nil
 }
 
-// volumeKey is the snapshot key of an image volume of a new pod.
+// volumeKey returns the snapshot key of an image volume in a new pod.
 func (h *host) volumeKey(m *model) string {
 	return h.key(filepath.Join(h.dir, "io.containerd.grpc.v1.cri/image-volumes", fmt.Sprintf("sandbox-%d", h.number), m.manifest.Digest.Encoded()))
 }
@@ -346,7 +346,7 @@ func (h *host) end(p *pod) error {
 	return h.forget(p.key)
 }
 
-// cleanup is what containerd calls after a garbage collection.
+// cleanup calls Cleanup, as containerd does after a garbage collection.
 func (h *host) cleanup() error {
 	ctx, cancel := h.context()
 	defer cancel()
@@ -357,8 +357,8 @@ func (h *host) cleanup() error {
 	return unlessEmpty(cleaner.Cleanup(ctx))
 }
 
-// unlessEmpty ignores the error of a database without any snapshot ever, whose kind is
-// lost in containerd's gRPC service.
+// unlessEmpty ignores the error of a database that never had a snapshot. Its kind is lost
+// in containerd's gRPC service.
 func unlessEmpty(err error) error {
 	if err != nil && strings.HasPrefix(err.Error(), "bucket does not exist") {
 		return nil
@@ -366,7 +366,7 @@ func unlessEmpty(err error) error {
 	return err
 }
 
-// list returns all snapshots' keys.
+// list returns all snapshots by key.
 func (h *host) list() (map[string]snapshots.Info, error) {
 	ctx, cancel := h.context()
 	defer cancel()
@@ -412,14 +412,14 @@ func (h *host) empty() error {
 	return h.cleanup()
 }
 
-// idle is an idle daemon's disk state. The database is checked separately, because it
-// keeps free pages.
+// idle is the disk state of an idle daemon. The database is checked separately, because it
+// has free pages.
 var idle = []string{
 	"root", "root/blobs", "root/blobs/sha256", "root/boot, 37 bytes", "root/lock, 0 bytes", "root/overlayfs",
 	"root/overlayfs/metadata.db", "root/overlayfs/snapshots", "root/trees", "state", "state/mounts", "state/state.lock, 0 bytes",
 }
 
-// clear ends and removes everything, for the next run or after a failed one.
+// clear ends and removes everything, for the next run or after a failure.
 func (h *host) clear() error {
 	errs := []error{h.stop(syscall.SIGKILL)}
 	for _, p := range h.pods {

@@ -25,11 +25,11 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
-// long runs everything, some minutes, instead of a selection.
+// long runs everything, which takes minutes, instead of a selection.
 var long = os.Getenv("ARTIFACT_SNAPSHOTTER_LONG") != ""
 
-// TestMain gives all hosts one temporary directory and fails if anything is mounted or
-// running there at the end.
+// TestMain gives all hosts one temporary directory, and fails if mounts or processes remain
+// there.
 func TestMain(m *testing.M) {
 	Main()
 	dir, err := os.MkdirTemp("", "as-")
@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// left removes dir and returns what should already have been gone.
+// left removes dir and returns an error if mounts or processes remain.
 func left(dir string) error {
 	mounts, merr := node.Mounts(dir)
 	processes, perr := node.Processes(dir)
@@ -56,7 +56,7 @@ func left(dir string) error {
 		return err
 	}
 	if len(mounts) > 0 || len(processes) > 0 {
-		return fmt.Errorf("the tests left mounts %q and processes %v in %s", mounts, processes, dir)
+		return fmt.Errorf("the tests left the mounts %q and the processes %v in %s", mounts, processes, dir)
 	}
 	return os.RemoveAll(dir)
 }
@@ -66,7 +66,7 @@ type run struct {
 	*scenario
 	program, containerd string
 	target              *Op  // nil: the daemon is not killed, and its operations are listed
-	after               bool // kill when the operation has been done
+	after               bool // kill after the operation instead of before it
 }
 
 // result is a run's outcome.
@@ -75,8 +75,8 @@ type result struct {
 	killed bool
 }
 
-// run runs the scenario in dir, which must not exist, and checks everything. An error
-// is the daemon's or the harness's.
+// run runs the scenario in dir, which must not exist, and checks everything. It returns
+// errors of the daemon and of the harness.
 func (r run) run(dir string) (done result, err error) {
 	h, err := r.host(dir)
 	if err != nil {
@@ -122,8 +122,8 @@ func (h *host) withLog(err error) error {
 	return fmt.Errorf("%w\nthe end of its log:\n%s", err, strings.Join(lines[max(0, len(lines)-25):], "\n"))
 }
 
-// crash runs the preparation and the operation to be killed. The daemon does not run
-// afterwards.
+// crash runs the preparation and then the task, during which the daemon is killed. It
+// returns with the daemon stopped.
 func (r run) crash(h *host) (ops []Op, killed bool, err error) {
 	if r.before != nil || !r.starting {
 		if err := h.start(!r.starting, false, nil, false); err != nil {
@@ -174,7 +174,7 @@ func (r run) check(h *host) error {
 	if err := h.checkSnapshots(); err != nil {
 		return err
 	}
-	// Deleted images are pulled again for the next pods.
+	// The next pods pull deleted images again.
 	if err := errors.Join(h.pull(r.next...), h.checkNext(r.next)); err != nil {
 		return err
 	}
@@ -186,7 +186,7 @@ func (r run) check(h *host) error {
 	return h.checkPods("at the end")
 }
 
-// point is where a run is killed.
+// point is an operation at which a run is killed.
 type point struct {
 	*scenario
 	Op
@@ -198,7 +198,7 @@ type campaign struct {
 	dir, program, containerd string
 }
 
-// listed are the operations of each scenario without a kill.
+// listed returns the operations of each scenario without a kill.
 func (c campaign) listed(all []*scenario) (map[*scenario][]Op, error) {
 	runs := pool{dir: c.dir}
 	var mu sync.Mutex
@@ -219,11 +219,11 @@ func (c campaign) listed(all []*scenario) (map[*scenario][]Op, error) {
 	return points, errors.Join(errs...)
 }
 
-// outcome sums up runs.
+// outcome has the results of many runs.
 type outcome struct {
-	survived, after, missed []point // after are those that were killed right after it
+	survived, after, missed []point // after: killed right after the operation
 	lost                    []error
-	in                      map[*scenario]int // how many of these
+	in                      map[*scenario]int // number of lost by scenario
 }
 
 // killed kills the daemon at each point.
@@ -281,11 +281,11 @@ func TestTheDaemonSurvivesAKillAtEveryOperation(t *testing.T) {
 	t.Logf("%d distinct kill points survived (%d if an operation counts once for all scenarios), and %d runs killed right after an operation; %d lost; %d not met again; %v to list them, %v in all",
 		len(o.survived), len(anywhere), len(o.after), len(o.lost), len(o.missed), listing.Round(time.Second), time.Since(began).Round(time.Second))
 	if want := 1000; long && only == "" && len(o.survived) < want {
-		t.Errorf("these are fewer than %d", want)
+		t.Errorf("want at least %d distinct kill points", want)
 	}
-	// Runs differ, because the daemon works in parallel.
+	// The daemon works in parallel, so runs differ.
 	if len(o.missed)*10 > len(chosen) {
-		t.Errorf("%d of %d operations were not met again", len(o.missed), len(chosen))
+		t.Errorf("%d of %d operations did not occur again", len(o.missed), len(chosen))
 	}
 }
 
@@ -318,7 +318,7 @@ func (o *outcome) table(all []*scenario, points map[*scenario][]Op) string {
 }
 
 // startContainerd starts a containerd and returns its socket. The daemon asks it for
-// images: the tests' namespace has none.
+// images; the tests' namespace has none.
 func startContainerd(t *testing.T) (address string) {
 	t.Helper()
 	n, err := node.Start(t.Context(), node.Options{Stock: true})
@@ -367,7 +367,7 @@ type pool struct {
 	tokens  chan struct{}
 }
 
-// directories numbers the directories of one test.
+// directories is the number of directories so far.
 var directories atomic.Int64
 
 func (c campaign) newDir() string { return filepath.Join(c.dir, fmt.Sprint(directories.Add(1))) }
@@ -384,7 +384,7 @@ func (p *pool) add(f func(dir string)) {
 	})
 }
 
-// shortDir is a test directory whose path leaves room for sockets.
+// shortDir returns a temporary directory with a path that is short enough for sockets.
 func shortDir(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "")

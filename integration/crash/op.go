@@ -17,21 +17,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Op is an operation that changes a file system, a mount or a lock: a point where a
-// program can be killed. Two are the same if they are the same call on the same path
-// for the same time; random parts of names are ignored.
+// Op is an operation that changes a file system, a mount or a lock: a point where a program
+// can be killed. It is identified by the call, the path and how often both have occurred;
+// random parts of names are ignored.
 type Op struct {
 	Call string
-	// Path is the operation's path, the new name for a rename or link.
+	// Path is the path of the operation; for a rename or link it is the new name.
 	Path string
 	// Nth counts from 1 since Arm.
 	Nth int
 }
 
-func (o Op) String() string { return fmt.Sprintf("%s %s, the %d. time", o.Call, o.Path, o.Nth) }
+func (o Op) String() string { return fmt.Sprintf("%s %s, number %d", o.Call, o.Path, o.Nth) }
 
-// call describes a system call: its name, and which arguments are an open file or a
-// path (with the directory to which it may be relative).
+// call describes a system call: its name, and which arguments are a file descriptor or a
+// path, with the directory of relative paths.
 type call struct {
 	name string
 	fd   int // -1: none
@@ -44,8 +44,8 @@ func byPath(name string, path int) call  { return call{name, -1, path, -1} }
 func at(name string, dir, path int) call { return call{name, -1, path, dir} }
 func whatever(name string) call          { return call{name, -1, -1, -1} }
 
-// calls are the system calls whose effect outlives a process. Reads and changes in
-// memory leave no trace after a crash. openat(2) is separate: see filterOf.
+// calls are the system calls whose effect outlives the process. Reads and changes in memory
+// leave no trace after a crash. openat(2) is separate: see filterOf.
 var calls = map[uint64]call{
 	unix.SYS_WRITE:           byFD("write"),
 	unix.SYS_PWRITE64:        byFD("pwrite"),
@@ -95,7 +95,7 @@ var calls = map[uint64]call{
 	unix.SYS_BIND:            whatever("bind"),
 }
 
-// read returns the operation of a call; false if it does not count.
+// read returns the operation of a call, or false if it does not count.
 func (p *Process) read(tid int, r *unix.PtraceRegs) (op Op, ok bool) {
 	args := [6]uint64{r.Rdi, r.Rsi, r.Rdx, r.R10, r.R8, r.R9}
 	how, known := calls[r.Orig_rax]
@@ -105,7 +105,7 @@ func (p *Process) read(tid int, r *unix.PtraceRegs) (op Op, ok bool) {
 	if r.Orig_rax == unix.SYS_OPENAT {
 		how, known = at("openat", 0, 1), true
 		if r.Rdx&(unix.O_CREAT|unix.O_TRUNC) == 0 {
-			how.name = "open" // only one that makes a file changes something
+			how.name = "open" // only an openat that creates or truncates changes something
 		}
 	}
 	if !known {
@@ -146,7 +146,7 @@ func (p *Process) read(tid int, r *unix.PtraceRegs) (op Op, ok bool) {
 		return op, true
 	case "fsmount":
 		return op, true
-	case "bind": // sun_path is behind two bytes of sun_family
+	case "bind": // sun_path follows the two bytes of sun_family
 		op.Path = text(tid, args[1]+2)
 	case "ioctl":
 		op.Call = fmt.Sprintf("ioctl %#x", args[1])
@@ -158,7 +158,8 @@ func (p *Process) read(tid int, r *unix.PtraceRegs) (op Op, ok bool) {
 	return op, ok
 }
 
-// about normalizes a path by removing random parts; false if it does not count.
+// about normalizes a path by removing random parts. It returns false if the path does not
+// count.
 func (p *Process) about(path string) (string, bool) {
 	for _, system := range []string{"/sys/", "/dev/loop"} {
 		if strings.HasPrefix(path, system) {
@@ -173,14 +174,14 @@ func (p *Process) about(path string) (string, bool) {
 	return "", false
 }
 
-// random matches names that the daemon makes up: temporary directories, trash, probes,
-// temporary directories of the overlayfs snapshotter, and loop device numbers.
+// random matches random names: temporary directories, trash, probes, temporary directories
+// of the overlayfs snapshotter, and loop device numbers.
 var random = regexp.MustCompile(`\b(new-|probe-|fuse-overlayfs-)[0-9a-z]+\b|\b(loop)[0-9]+\b|erofs-[0-9]+`)
 
 // text reads a string from a stopped process.
 func text(tid int, address uint64) string {
 	buf := make([]byte, 4096)
-	n := len(buf) - int(address%4096) // what is behind the page may not be there
+	n := len(buf) - int(address%4096) // the next page may not be mapped
 	got, err := unix.ProcessVMReadv(tid, []unix.Iovec{{Base: &buf[0], Len: uint64(n)}}, []unix.RemoteIovec{{Base: uintptr(address), Len: n}}, 0)
 	if err != nil {
 		return ""

@@ -24,8 +24,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// pod is a container that uses a volume: it has its own mount, keeps a file open and
-// mapped, and reads continuously.
+// pod stands for a container that uses a volume: it has its own mount, keeps a file open
+// and mapped, and reads continuously.
 type pod struct {
 	dir   string
 	key   string
@@ -64,8 +64,8 @@ func startPod(dir, key string, m *model, mounts []mount.Mount, exact bool) (_ *p
 	return p, nil
 }
 
-// read reads the open file until the pod ends, in small parts so that a hundred pods
-// can.
+// read reads the open file until the pod ends, in small parts, so that a hundred pods can
+// run.
 func (p *pod) read() {
 	buf := make([]byte, 64<<10)
 	for off := int64(0); ; off += int64(len(buf)) {
@@ -100,15 +100,15 @@ func (p *pod) check() (err error) {
 		return fmt.Errorf("reading: %w", err)
 	default:
 	}
-	// An unreadable page of a mapped file raises a signal.
+	// An unreadable page of a mapped file raises SIGBUS.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if r := recover(); r != nil {
-			err = fmt.Errorf("reading what is mapped: %v", r)
+			err = fmt.Errorf("reading the mapped file: %v", r)
 		}
 	}()
 	if sum := sha256.Sum256(p.mapped); hex.EncodeToString(sum[:]) != p.sum {
-		return errors.New("what is mapped has other bytes")
+		return errors.New("the mapped file has other bytes")
 	}
 	return compare(p.dir, p.model, p.exact)
 }

@@ -24,14 +24,14 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
-// cuts is the number of power cuts, cutsSelected in a selection.
+// cuts is the number of power cuts; cutsSelected is the number without long.
 const (
 	cuts         = 400
 	cutsSelected = 12
 )
 
-// moment is what the daemon had acknowledged, and been asked for, after that many
-// writes and flushes.
+// moment is what the daemon had acknowledged, and what was requested, after position log
+// entries.
 type moment struct {
 	position int
 	must     map[string]*model
@@ -39,7 +39,7 @@ type moment struct {
 }
 
 // The daemon's root and containerd's content survive a power cut at random moments of a
-// busy node's life. In every other case the disk also loses unflushed writes.
+// busy node. In every second case the disk also loses unflushed writes.
 func TestTheDaemonSurvivesAPowerCutAtAnyMoment(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)
@@ -64,7 +64,7 @@ type powerCuts struct {
 	lost                                           []error
 }
 
-// powerCut runs the daemon once and cuts the power that many times.
+// powerCut runs the daemon once and tries number power cuts.
 func (c campaign) powerCut(m *models, number int) (done powerCuts, err error) {
 	dir := filepath.Join(c.dir, "live")
 	if err := os.Mkdir(dir, 0o755); err != nil {
@@ -85,7 +85,7 @@ func (c campaign) powerCut(m *models, number int) (done powerCuts, err error) {
 	}
 	done.writes, done.acknowledged = len(d.log)-done.flushes, acknowledged(moments)
 
-	random := rand.New(rand.NewPCG(20, 0)) // another seed is as good
+	random := rand.New(rand.NewPCG(20, 0)) // any seed will do
 	runs := pool{dir: c.dir}
 	var mu sync.Mutex
 	distinct := map[cut]bool{}
@@ -117,8 +117,8 @@ func acknowledged(moments []moment) (number int) {
 	return number
 }
 
-// live makes the daemon do everything it can on the disk, and returns what it had
-// acknowledged when.
+// live runs every task of the daemon on the disk, and returns what was acknowledged at each
+// moment.
 func (c campaign) live(d *disk, m *models) (moments []moment, err error) {
 	h, err := newHost(filepath.Join(d.dir, "host"), d.mounted, c.program, c.containerd, "")
 	if err != nil {
@@ -153,7 +153,8 @@ func (c campaign) live(d *disk, m *models) (moments []moment, err error) {
 	mountModel := func(of *model) func() error {
 		return func() error { return do(h.pull(of), func() error { return h.run(of) }) }
 	}
-	// Wait longer than the file system's commit interval.
+	// The wait is longer than the commit interval of the file system, so that the file
+	// system commits by itself.
 	wait := func() error { time.Sleep(1100 * time.Millisecond); return nil }
 	for range 2 {
 		if err := do(nil,
@@ -175,9 +176,9 @@ func (c campaign) live(d *disk, m *models) (moments []moment, err error) {
 	return moments, do(wait(), h.empty, wait)
 }
 
-// writeBack writes random files to the disk, as the kernel may at any moment after half
-// a minute, for which we cannot wait. sync_file_range(2) flushes and commits nothing
-// else.
+// writeBack writes random files to the disk. The kernel does this at any time from 30
+// seconds after a change, which is too long for a test. sync_file_range(2) neither flushes
+// the disk's cache nor commits metadata.
 func writeBack(root string) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var done sync.WaitGroup
@@ -186,7 +187,7 @@ func writeBack(root string) (stop func()) {
 		for ctx.Err() == nil {
 			var files []string
 			_ = filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
-				if err == nil && entry.Type().IsRegular() { // else it has gone meanwhile
+				if err == nil && entry.Type().IsRegular() { // otherwise it has been removed
 					files = append(files, path)
 				}
 				return nil
@@ -206,7 +207,7 @@ func writeBack(root string) (stop func()) {
 	}
 }
 
-// recovered boots a node with the disk's content after the cut and checks it.
+// recovered boots a node with the content of the disk after the cut, and checks it.
 func (c campaign) recovered(dir string, d *disk, at cut, moments []moment, m *models) (err error) {
 	image, mounted := filepath.Join(dir, "image"), filepath.Join(dir, "disk")
 	if err := os.MkdirAll(mounted, 0o755); err != nil {
@@ -220,7 +221,7 @@ func (c campaign) recovered(dir string, d *disk, at cut, moments []moment, m *mo
 		return err
 	}
 	defer func() { err = errors.Join(h.withLog(err), h.clear()) }()
-	h.number = 1000 // keys of its own
+	h.number = 1000 // no key collides with an earlier one
 	for _, then := range moments {
 		if then.position <= at.position {
 			h.must, h.may = maps.Clone(then.must), maps.Clone(then.may)
@@ -232,12 +233,12 @@ func (c campaign) recovered(dir string, d *disk, at cut, moments []moment, m *mo
 	if err := h.start(false, false, nil, false); err != nil {
 		return fmt.Errorf("start again: %w", err)
 	}
-	// Missing images of the pods are pulled again.
+	// Pods pull missing images again.
 	if err := do(h.pull(m.all()...), h.checkSnapshots, func() error { return h.checkNext(m.all()) }); err != nil {
 		return err
 	}
 	if err := do(h.unpack(m.gzip), func() error { return h.record(m.zstd) }, h.image); err != nil {
-		return fmt.Errorf("what follows: %w", err)
+		return fmt.Errorf("later requests: %w", err)
 	}
 	return do(h.empty(), func() error { return h.stop(syscall.SIGTERM) }, h.checkDatabase, func() error { return h.checkIdle() })
 }

@@ -27,29 +27,29 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
-// scenario is a task of the daemon; the daemon is killed at each of its operations.
+// scenario is a task of the daemon. The daemon is killed at each operation of the task.
 type scenario struct {
 	name string
 	toml string // of the daemon's configuration
-	// decompressOnPull lets the daemon decompress layers during a pull. Otherwise this
-	// is off, so that the order of operations is known.
+	// decompressOnPull enables decompress on pull. It is off otherwise, so that the order
+	// of operations is known.
 	decompressOnPull bool
 	// apart puts containerd's content on another file system than the daemon's root.
 	apart bool
-	// before prepares the host while the daemon runs. If act is nil, the daemon's next
-	// start is killed.
+	// before prepares the host while the daemon runs. With starting and without it, the
+	// daemon only starts.
 	before func(*host) error
 	// starting kills the daemon from the first operation of its start.
 	starting bool
-	// act runs the task; nil is the start alone. It fails when the daemon is killed.
+	// act runs the task; nil means only a start. It fails when the daemon is killed.
 	act func(*host) error
-	// next are the models of pods that must run after the restart; again is what else
-	// must work then.
+	// next are the models of pods that must run after the restart; again is another request
+	// that must work then.
 	next  []*model
 	again func(*host) error
 }
 
-// modes is a configuration with these modes.
+// modes returns the configuration of these modes.
 func modes(raw, tar string) string { return fmt.Sprintf("raw_mode = %q\ntar_mode = %q\n", raw, tar) }
 
 // scenarios returns all scenarios.
@@ -73,7 +73,7 @@ func scenarios(m *models) (all []*scenario) {
 	refused := quietly(mounted("refuse a wrong DiffID", "", m.refused))
 	refused.act = func(h *host) error {
 		if err := h.run(m.refused); err == nil || !strings.Contains(err.Error(), m.refused.refused) {
-			return fmt.Errorf("the pod is told %w", err)
+			return fmt.Errorf("the pod got the error %w", err)
 		}
 		return nil
 	}
@@ -219,7 +219,7 @@ func scenarios(m *models) (all []*scenario) {
 			act:    func(h *host) error { return do(h.run(m.raw), h.cleanup) },
 		},
 		&scenario{
-			name: "start when pods and artifacts have gone meanwhile", starting: true, next: everything,
+			name: "start after pods and artifacts were removed", starting: true, next: everything,
 			before: func(h *host) error {
 				return do(runs(everything...)(h),
 					func() error { return dropAll(h) },
@@ -283,7 +283,7 @@ func scenarios(m *models) (all []*scenario) {
 	)
 }
 
-// do runs functions until one fails; the first error is of one that already ran.
+// do runs functions until one fails. err is the result of an earlier function.
 func do(err error, steps ...func() error) error {
 	for _, step := range steps {
 		if err != nil {
@@ -294,8 +294,8 @@ func do(err error, steps ...func() error) error {
 	return err
 }
 
-// quietly adds a garbage collection to a scenario, so that all its background work has
-// ended.
+// quietly adds a garbage collection to the end of a scenario, so that all its background
+// work has ended.
 func quietly(s *scenario) *scenario {
 	act := s.act
 	s.act = func(h *host) error {
@@ -317,16 +317,16 @@ func entries(dir string) []string {
 	return found
 }
 
-// treeOf is the directory name of the model's tree, below trees/ and mounts/.
+// treeOf returns the directory name of the model's tree below trees/ and mounts/.
 func treeOf(m *model) string { return "sha256-" + m.manifest.Digest.Encoded() }
 
-// errNotDone means that the daemon did not do something by itself.
-var errNotDone = errors.New("the daemon does not do what is waited for")
+// errNotDone means that the daemon did not do its background work in time.
+var errNotDone = errors.New("the daemon did not do its background work in time")
 
-// afterFailure is how long await waits when an operation of the daemon has failed.
+// afterFailure is how long await waits after an operation of the daemon has failed.
 const afterFailure = 200 * time.Millisecond
 
-// await waits until the daemon has done something by itself; after a fault it need not.
+// await waits for background work of the daemon. After a fault the daemon need not do it.
 func (h *host) await(done func() bool) error {
 	limit, failed := time.After(patience), false
 	for !done() {
@@ -337,14 +337,14 @@ func (h *host) await(done func() bool) error {
 			return errNotDone
 		case <-time.After(2 * time.Millisecond):
 			if !failed && h.daemon.traced != nil && h.daemon.traced.Failed() {
-				failed, limit = true, time.After(200*time.Millisecond)
+				failed, limit = true, time.After(afterFailure)
 			}
 		}
 	}
 	return nil
 }
 
-// userns asks for a snapshot as CRI does for a pod with a user namespace.
+// userns sets the labels that CRI sets for a pod with a user namespace.
 func userns(i *snapshots.Info) error {
 	return snapshots.WithLabels(map[string]string{
 		snapshots.LabelSnapshotUIDMapping: "0:200000:65536",
@@ -352,7 +352,7 @@ func userns(i *snapshots.Info) error {
 	})(i)
 }
 
-// inUserns is the model as such a pod sees it.
+// inUserns returns the model as a pod with that user namespace sees it.
 func inUserns(m *model) *model {
 	shifted := *m
 	shifted.want = slices.Clone(m.want)
@@ -364,7 +364,7 @@ func inUserns(m *model) *model {
 }
 
 // reboot simulates a reboot: pods, mounts and the state directory are gone, and the
-// kernel's boot ID differs from the recorded one. containerd still knows its snapshots.
+// recorded boot ID differs from the kernel's. containerd still knows its snapshots.
 func (h *host) reboot() error {
 	if err := h.stop(syscall.SIGKILL); err != nil {
 		return err
@@ -384,7 +384,7 @@ func (h *host) reboot() error {
 	return h.bootedBefore()
 }
 
-// bootedBefore changes the recorded boot ID to an earlier boot's.
+// bootedBefore changes the recorded boot ID, as if an earlier boot had written it.
 func (h *host) bootedBefore() error {
 	name := filepath.Join(h.root, "boot")
 	boot, err := os.ReadFile(name)
@@ -394,11 +394,11 @@ func (h *host) bootedBefore() error {
 	if err != nil {
 		return err
 	}
-	boot[0] ^= 1 // another one of its digits
+	boot[0] ^= 1 // changes one of its digits
 	return os.WriteFile(name, boot, 0o600)
 }
 
-// killedAt starts the daemon, to be killed at op while it mounts the model.
+// killedAt starts the daemon and kills it at op while it mounts the model.
 func (h *host) killedAt(op Op, m *model) error {
 	if err := h.stop(syscall.SIGKILL); err != nil {
 		return err
@@ -406,18 +406,18 @@ func (h *host) killedAt(op Op, m *model) error {
 	if err := h.start(true, true, &op, false); err != nil {
 		return err
 	}
-	_ = h.run(m) // the daemon ends in the middle of it
+	_ = h.run(m) // fails, because the daemon is killed
 	traced := h.daemon.traced
 	if err := h.stop(syscall.SIGKILL); err != nil {
 		return err
 	}
 	if traced.Killed() == nil {
-		return fmt.Errorf("the daemon was not killed at %v; there were %v", op, traced.Disarm())
+		return fmt.Errorf("the daemon was not killed at %v; operations: %v", op, traced.Disarm())
 	}
 	return nil
 }
 
-// record unpacks the model by the remote snapshotters' protocol and runs a pod on the
+// record unpacks the model with the protocol of remote snapshotters and runs a pod on the
 // committed snapshot.
 func (h *host) record(m *model) error {
 	key := h.key(snapshot.UnpackKey("crash", m.manifest.Digest))
@@ -464,8 +464,8 @@ func (h *host) commit(name, key string, m *model) error {
 	return nil
 }
 
-// unpack unpacks the model layer by layer, as containerd's own unpacker does, and runs
-// a pod on it.
+// unpack unpacks the model layer by layer, like containerd's own unpacker, and runs a pod
+// on it.
 func (h *host) unpack(m *model) error {
 	parent := ""
 	for i, layer := range m.layers {
@@ -489,7 +489,8 @@ func (h *host) unpack(m *model) error {
 	return h.view(parent, ofLayers(m))
 }
 
-// ofLayers is the model from its layers alone, without the config's time.
+// ofLayers returns the model as containerd's unpacker lays it out, without the creation
+// time of the config.
 func ofLayers(m *model) *model {
 	alone := *m
 	alone.want = slices.Clone(m.want)
@@ -527,7 +528,7 @@ func (h *host) image() error {
 		return err
 	}
 	if len(got) != 1 || got[0].Path != "file" || got[0].Size != 10 {
-		return fmt.Errorf("a container has the root %+v", got)
+		return fmt.Errorf("the root of the container is %+v", got)
 	}
 	return do(h.forget(container), func() error { return h.forget(name) }, h.cleanup)
 }

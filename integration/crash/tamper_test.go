@@ -45,17 +45,17 @@ var tamperings = []tampering{
 	{"gone", func(blob string, _ []byte) error { return os.Remove(blob) }},
 }
 
-// store is a way of the daemon to obtain the content of the weights.
+// store is one way in which the daemon obtains the content of the weights.
 type store struct {
 	*scenario
 	of, other *model
-	// linked reports whether the tree hard-links the content store's file.
+	// linked means that the tree hard-links the file of the content store.
 	linked bool
 }
 
 // Decompressed and copied content is verified, and refused if it is wrong. A hard link is
-// not verified again, because containerd did that when it stored the file. If the file's
-// name changes, the tree still has the file. If its bytes change, the volume changes too.
+// not verified again, because containerd verified the file when it stored it: if the file
+// is replaced, the tree keeps the old file; if its bytes change, the volume changes too.
 func TestATamperedBlobIsNotMountedSilently(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)
@@ -112,13 +112,13 @@ func TestATamperedBlobIsNotMountedSilently(t *testing.T) {
 		t.Logf("%s, linked: %v, %d operations: %v", s.name, s.linked, len(done.ops), got)
 	}
 	if total["right"] == 0 || total["refused"] == 0 {
-		t.Errorf("%v: too few are met", total)
+		t.Errorf("%v: want at least one volume that is right and one that is refused", total)
 	}
 	t.Logf("%v in %v", total, time.Since(began).Round(time.Second))
 }
 
-// tampered changes the weights' blob at an operation of a build and returns what the
-// volume contains: "right", "refused", or "as the store has it".
+// tampered changes the weights' blob at an operation of a build. It returns the content of
+// the volume: "right", "refused", or "as the store has it".
 func (l *life) tampered(s store, at Op, how tampering) (mounted string, err error) {
 	if err := l.host(); err != nil {
 		return "", err
@@ -133,7 +133,7 @@ func (l *life) tampered(s store, at Op, how tampering) (mounted string, err erro
 	if err != nil {
 		return "", err
 	}
-	if s.linked && int64(len(other)) != s.of.layers[weights].Size { // whose size is the first thing that is compared
+	if s.linked && int64(len(other)) != s.of.layers[weights].Size { // the daemon compares the size first
 		return "", fmt.Errorf("the other blob has %d bytes", len(other))
 	}
 	var failed error
@@ -146,9 +146,9 @@ func (l *life) tampered(s store, at Op, how tampering) (mounted string, err erro
 	}
 	switch {
 	case err != nil && hit == 0:
-		return "", fmt.Errorf("with nothing that was done to the blob: %w", err)
+		return "", fmt.Errorf("an error although the blob was not changed: %w", err)
 	case err != nil && !strings.Contains(err.Error(), "layer "):
-		return "", fmt.Errorf("it does not say where: %w", err)
+		return "", fmt.Errorf("the error does not name the layer: %w", err)
 	case err != nil:
 		mounted = "refused"
 	default:
@@ -159,7 +159,7 @@ func (l *life) tampered(s store, at Op, how tampering) (mounted string, err erro
 			mounted = "not met"
 		}
 	}
-	// The error advises to delete the image and to pull it again.
+	// The error tells the user to delete the image and to pull it again.
 	delete(h.must, key)
 	h.may[key] = true
 	steps := []func() error{
@@ -173,14 +173,15 @@ func (l *life) tampered(s store, at Op, how tampering) (mounted string, err erro
 	}
 	for _, step := range steps {
 		if err := step(); err != nil {
-			return mounted, fmt.Errorf("pulled again after it was %s: %w", mounted, err)
+			return mounted, fmt.Errorf("after pulling again (the volume was %q): %w", mounted, err)
 		}
 	}
 	clear(h.may)
 	return mounted, nil
 }
 
-// compare compares a volume with the model or, where allowed, with the content store.
+// compare compares a volume with the model or, where a hard link allows it, with the
+// content store.
 func (s store) compare(h *host, mounts []mount.Mount) (string, error) {
 	err := h.compare(mounts, s.of)
 	if err == nil {
@@ -195,7 +196,7 @@ func (s store) compare(h *host, mounts []mount.Mount) (string, error) {
 	}
 	defer func() { _ = mount.UnmountAll(target, unix.MNT_DETACH) }()
 	got, rerr := os.ReadFile(filepath.Join(target, weightsFile))
-	if errors.Is(rerr, unix.EIO) { // the rest of what was cut cannot be read
+	if errors.Is(rerr, unix.EIO) { // pages beyond the end of the truncated blob cannot be read
 		return "as the store has it", nil
 	}
 	for _, m := range []*model{s.of, s.other} {
@@ -207,7 +208,7 @@ func (s store) compare(h *host, mounts []mount.Mount) (string, error) {
 	return "", errors.Join(err, rerr)
 }
 
-// blob is the weights' packed blob.
+// blob returns the path of the weights' packed blob.
 func (m *model) blob() string {
 	return filepath.Join(m.blobs, "blobs", "sha256", m.layers[weights].Digest.Encoded())
 }

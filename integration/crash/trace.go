@@ -27,27 +27,27 @@ type Process struct {
 	mu     sync.Mutex
 	armed  bool
 	target *Op  // nil: only count
-	after  bool // kill when the operation has been done
+	after  bool // kill after the operation instead of before it
 	counts map[string]int
 	ops    []Op
 	killed *Op
 	status unix.WaitStatus
 
 	fault   *Fault // nil: nothing fails
-	hit     int    // how many times it has happened
-	failing string // the directory in which it has
+	hit     int    // how often the fault has occurred
+	failing string // the directory of the last occurrence
 
 	skew atomic.Int64
 }
 
-// Program is what to start.
+// Program describes a program to start.
 type Program struct {
 	Args, Env []string
 	Log       *os.File // its output
 	// Dirs are the directories whose operations count. Operations on mounts and loop
 	// devices always count.
 	Dirs []string
-	// Armed arms it from the beginning, with Target and After.
+	// Armed arms the program from its first operation, with Target and After.
 	Armed  bool
 	Target *Op
 	After  bool
@@ -59,7 +59,7 @@ type Program struct {
 	Clock bool
 }
 
-// Start returns once the program runs.
+// Start starts the program and returns when it runs.
 func (program Program) Start() (*Process, error) {
 	p := &Process{dirs: program.Dirs, done: make(chan struct{})}
 	if p.Arm(program.Target, program.After); !program.Armed {
@@ -76,15 +76,15 @@ func (program Program) Start() (*Process, error) {
 	return p, nil
 }
 
-// PID is its process ID.
+// PID returns the process ID.
 func (p *Process) PID() int { return p.pid }
 
-// Done is closed when it has ended.
+// Done is closed when the program has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
-// Arm starts counting. If target is not nil, the program is killed there: before the
-// operation, or after it. A target without a call matches the Nth operation of any
-// kind.
+// Arm starts counting. If target is not nil, the program is killed at that operation:
+// before it or, with after, after it. A target without a call matches the Nth operation of
+// any kind.
 func (p *Process) Arm(target *Op, after bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -106,14 +106,14 @@ func (p *Process) Disarm() []Op {
 	return p.ops
 }
 
-// Killed is the operation at which the program was killed, or nil.
+// Killed returns the operation at which the program was killed, or nil.
 func (p *Process) Killed() *Op {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.killed
 }
 
-// Signal sends a signal to it.
+// Signal sends a signal to the program.
 func (p *Process) Signal(s syscall.Signal) error {
 	err := syscall.Kill(p.pid, s)
 	if errors.Is(err, syscall.ESRCH) {
@@ -122,12 +122,12 @@ func (p *Process) Signal(s syscall.Signal) error {
 	return err
 }
 
-// Status is the exit status, valid once Done is closed.
+// Status returns the exit status. It is valid after Done is closed.
 func (p *Process) Status() unix.WaitStatus { return p.status }
 
-// trace is the tracer; it must stay on one thread.
+// trace is the tracer. ptrace(2) requires that it stays on one thread.
 func (p *Process) trace(program Program, started chan<- error) {
-	runtime.LockOSThread() // for good: the thread ends with the goroutine
+	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
 	defer close(p.done)
 	self, err := os.Executable()
 	if err == nil {
@@ -138,7 +138,7 @@ func (p *Process) trace(program Program, started chan<- error) {
 		return
 	}
 	threads := map[int]bool{p.pid: true}
-	due := map[int]time.Time{} // threads that are slow
+	due := map[int]time.Time{} // threads that are being delayed
 	for {
 		var status unix.WaitStatus
 		options := unix.WALL | unix.WNOTHREAD
@@ -155,12 +155,12 @@ func (p *Process) trace(program Program, started chan<- error) {
 			for slow, until := range due {
 				if time.Now().After(until) {
 					delete(due, slow)
-					_ = unix.PtraceCont(slow, 0) // ESRCH: it has been killed meanwhile
+					_ = unix.PtraceCont(slow, 0) // ESRCH: it has been killed
 				}
 			}
 			continue
 		}
-		if err != nil { // ECHILD: all have ended
+		if err != nil { // ECHILD: all threads have ended
 			return
 		}
 		if !status.Stopped() {
@@ -191,18 +191,18 @@ func (p *Process) trace(program Program, started chan<- error) {
 		case signal == unix.SIGTRAP && event == unix.PTRACE_EVENT_EXEC && program.Clock:
 			signal = 0
 			if err := withoutVDSO(tid); err != nil {
-				fmt.Fprintln(program.Log, "the clock is the machine's:", err)
+				fmt.Fprintln(program.Log, "the clock cannot be adjusted:", err)
 			}
-		case signal == unix.SIGTRAP|0x80: // the call has ended
+		case signal == unix.SIGTRAP|0x80: // the call has returned
 			_ = p.Signal(unix.SIGKILL)
 			continue
 		case signal == unix.SIGTRAP && event > 0:
 			signal = 0
-		case signal == unix.SIGSTOP && !threads[tid]: // how a new thread begins
+		case signal == unix.SIGSTOP && !threads[tid]: // a new thread starts with this
 			signal = 0
 		}
 		threads[tid] = true
-		_ = resume(tid, int(signal)) // ESRCH: it has been killed meanwhile
+		_ = resume(tid, int(signal)) // ESRCH: it has been killed
 	}
 }
 
@@ -228,14 +228,14 @@ func (p *Process) launch(self string, program Program) (err error) {
 	return os.NewSyscallError("ptrace PTRACE_CONT", unix.PtraceCont(p.pid, 0))
 }
 
-// verdict is what to do with a stopped process.
+// verdict is the decision about a stopped thread.
 type verdict int
 
 const (
 	goOn verdict = iota
 	kill
 	killAfter
-	later // when the delay of the fault has passed
+	later // continue after the delay of the fault
 )
 
 func (p *Process) delay() time.Duration {
@@ -247,13 +247,13 @@ func (p *Process) delay() time.Duration {
 	return p.fault.Delay
 }
 
-// stopped handles a thread that is about to begin an operation that may count.
+// stopped handles a thread that is about to begin a system call of the filter.
 func (p *Process) stopped(tid int) verdict {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var regs unix.PtraceRegs
 	if unix.PtraceGetRegs(tid, &regs) != nil {
-		return goOn // it has been killed meanwhile
+		return goOn // it has been killed
 	}
 	if regs.Orig_rax == unix.SYS_CLOCK_GETTIME {
 		_ = p.tell(tid, &regs) // ESRCH as above

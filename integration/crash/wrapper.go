@@ -19,26 +19,25 @@ import (
 	"time"
 )
 
-// Wrapper is a program that others start in place of the daemon. It starts the daemon
-// traced; each ends with the other.
+// Wrapper is a program to start instead of the daemon. It starts the daemon traced; each
+// ends when the other one ends.
 type Wrapper struct {
 	// Path is the wrapper's path.
 	Path string
 	dir  string
 }
 
-// wrapping is the environment variable with the directory of the wrapper's control
-// files.
+// wrapping is the environment variable with the directory of the control files.
 const wrapping = "ARTIFACT_SNAPSHOTTER_TEST_WRAP"
 
 // The control files.
 const (
-	orderFile  = "order"  // the number of an operation; removed when it is armed
-	pidFile    = "pid"    // the wrapper's
-	killedFile = "killed" // where the daemon was killed
+	orderFile  = "order"  // the number of an operation; removed when the daemon is armed
+	pidFile    = "pid"    // the wrapper's process ID
+	killedFile = "killed" // the operation at which the daemon was killed
 )
 
-// NewWrapper creates a wrapper of the program in dir.
+// NewWrapper creates a wrapper for the program in dir.
 func NewWrapper(dir, program string) (*Wrapper, error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -49,7 +48,7 @@ func NewWrapper(dir, program string) (*Wrapper, error) {
 	return w, os.WriteFile(w.Path, []byte(script), 0o755)
 }
 
-// Arm kills the daemon at its nth operation from now on.
+// Arm kills the daemon at its nth operation from now.
 func (w *Wrapper) Arm(nth int) error {
 	order := filepath.Join(w.dir, orderFile)
 	text, err := os.ReadFile(filepath.Join(w.dir, pidFile))
@@ -66,23 +65,22 @@ func (w *Wrapper) Arm(nth int) error {
 	if err := syscall.Kill(pid, syscall.SIGUSR1); err != nil {
 		return err
 	}
-	for range 1000 {
+	for limit := time.Now().Add(2 * time.Minute); time.Now().Before(limit); {
 		if _, err := os.Stat(order); errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
-	return errors.New("the wrapper does not take orders")
+	return errors.New("the wrapper did not read its orders")
 }
 
-// Killed is the operation at which the daemon was killed since Arm; false if it was
-// not.
+// Killed returns the operation at which the daemon was killed since Arm, or false.
 func (w *Wrapper) Killed() (at string, ok bool) {
 	text, err := os.ReadFile(filepath.Join(w.dir, killedFile))
 	return string(text), err == nil
 }
 
-// wrap is the wrapper.
+// wrap is the wrapper's main function.
 func wrap(dir string, args []string) error {
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGUSR1, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT)
@@ -127,7 +125,7 @@ func wrap(dir string, args []string) error {
 				return os.WriteFile(filepath.Join(dir, killedFile), []byte(at.String()), 0o600)
 			}
 			if !p.Status().Exited() || p.Status().ExitStatus() != 0 {
-				return fmt.Errorf("the daemon has ended: %v", p.Status())
+				return fmt.Errorf("the daemon ended with %v", p.Status())
 			}
 			return nil
 		}

@@ -25,19 +25,19 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Form is a way to pack a directory.
+// Form is a packing of a directory.
 type Form string
 
-// The forms, one layer per file each, as the reference packer has it.
+// The forms. Each has one layer per file, like the reference packer.
 const (
-	Raw       Form = "raw"        // ModelPack, the file itself, attributes in an annotation
-	Tar       Form = "tar"        // ModelPack, a tar of one file, with its full relative path inside
+	Raw       Form = "raw"        // ModelPack: the file itself, with its attributes in an annotation
+	Tar       Form = "tar"        // ModelPack: a tar of one file under its full relative path
 	TarGzip   Form = "tar+gzip"   // the same, compressed
 	TarZstd   Form = "tar+zstd"   //
-	Legacy    Form = "legacy"     // as Raw, with the legacy media types
-	LegacyTar Form = "legacy-tar" // as Tar, with their one media type for all files
-	Docker    Form = "docker"     // a model of Docker's, with rootfs in its config
-	Generic   Form = "generic"    // not a model: titles, an artifact type of its own and the empty config
+	Legacy    Form = "legacy"     // Raw with the legacy media types
+	LegacyTar Form = "legacy-tar" // Tar with the one legacy media type for all files
+	Docker    Form = "docker"     // Docker's model format, with rootfs in the config
+	Generic   Form = "generic"    // not a model: title annotations, an artifact type of its own and the empty config
 )
 
 // The legacy ModelPack media types, from before the project joined the CNCF.
@@ -51,19 +51,19 @@ const (
 )
 
 // DockerConfigType is the config type of Docker's models
-// (https://github.com/docker/model-spec/blob/main/config.md), whose config has
-// rootfs.diff_ids as an image's.
+// (https://github.com/docker/model-spec/blob/main/config.md). Like an image's, the config
+// has rootfs.diff_ids.
 const DockerConfigType = "application/vnd.docker.ai.model.config.v0.1+json"
 
 // GenericType is the artifact type of the form Generic.
 const GenericType = "application/vnd.example.files.v1"
 
-// form describes how to write a Form. KIND in a media type stands for the file's kind.
+// form describes how to write a Form. KIND in a media type stands for the kind of the file.
 type form struct {
 	artifactType, configType string
 	mediaType                string
 	kind                     func(name string) string // nil means kind
-	path, metadata           string                   // annotations; without metadata there is none
+	path, metadata           string                   // annotation keys; "" means no such annotation
 	tar                      func(io.Writer) (io.WriteCloser, error)
 }
 
@@ -86,19 +86,19 @@ type nopCloser struct{ io.Writer }
 
 func (nopCloser) Close() error { return nil }
 
-// Options say how Model packs.
+// Options configure Model.
 type Options struct {
 	Form    Form   // "" means Raw
-	Scratch string // a directory for the tars; the caller removes it. Not needed for the forms without tars
+	Scratch string // directory for the tars, needed by the forms with tars; the caller removes it
 
-	// RootOwner sets every owner in a tar to 0:0, as the reference packer does;
-	// otherwise tars have the files' owners.
+	// RootOwner sets every owner in a tar to 0:0, like the reference packer. Otherwise tars
+	// have the owners of the files.
 	RootOwner bool
 }
 
-// Model packs the regular files below dir in lexical order, one layer each. The
-// artifact refers to the files, and to those in Scratch, by path: do not change them
-// until it is pushed or written.
+// Model packs the regular files below dir in lexical order, one layer each. The artifact
+// refers to the files, and to those in Scratch, by path, so they must not change until it
+// is pushed or written.
 func Model(dir string, o Options) (*Artifact, error) {
 	if o.Form == "" {
 		o.Form = Raw
@@ -111,7 +111,7 @@ func Model(dir string, o Options) (*Artifact, error) {
 		return nil, fmt.Errorf("the form %q needs Options.Scratch", o.Form)
 	}
 	a := &Artifact{ArtifactType: how.artifactType, ConfigType: how.configType}
-	if o.Form != Raw { // the DiffIDs are the same, and CRI takes what has one config for one image
+	if o.Form != Raw { // the DiffIDs are equal, and CRI treats all images with one config as one image
 		a.Name = "tiny, " + string(o.Form)
 	}
 	err := filepath.WalkDir(dir, func(name string, d fs.DirEntry, err error) error {
@@ -139,7 +139,7 @@ func Model(dir string, o Options) (*Artifact, error) {
 	return a, err
 }
 
-// layer is the layer of one file as it is.
+// layer returns the layer of one file as it is.
 func (f form) layer(dir, rel string) (Layer, error) {
 	of := f.kind
 	if of == nil {
@@ -158,7 +158,7 @@ func (f form) layer(dir, rel string) (Layer, error) {
 	return layer, err
 }
 
-// kind is the ModelPack type of a file by its name.
+// kind returns the ModelPack kind of a file by its name.
 func kind(name string) string {
 	switch path.Ext(name) {
 	case ".safetensors", ".bin", ".gguf":
@@ -173,7 +173,7 @@ func kind(name string) string {
 	return "dataset"
 }
 
-// dockerKind is the type of a file in a model of Docker's.
+// dockerKind returns the kind of a file in Docker's model format.
 func dockerKind(name string) string {
 	switch path.Ext(name) {
 	case ".safetensors":
@@ -188,8 +188,8 @@ func dockerKind(name string) string {
 	return "license"
 }
 
-// fileMetadata is the file metadata annotation as the reference packer writes it: its
-// mode has permission bits only.
+// fileMetadata returns the file metadata annotation as the reference packer writes it: the
+// mode has only permission bits.
 func fileMetadata(name string) (string, error) {
 	info, err := os.Stat(name)
 	if err != nil {
@@ -197,7 +197,7 @@ func fileMetadata(name string) (string, error) {
 	}
 	st, ok := info.Sys().(*syscall.Stat_t)
 	if !ok {
-		return "", errors.New("stat tells no owner")
+		return "", errors.New("stat returned no owner")
 	}
 	text, err := json.Marshal(modelspec.FileMetadata{
 		Name:    info.Name(),
@@ -231,7 +231,7 @@ func (f form) writeTar(name, dir, rel string, rootOwner bool) (digest.Digest, er
 }
 
 // WriteModel writes a small model with everything that a volume must reproduce into the
-// empty directory dir. It needs root, for one file's owner.
+// empty directory dir. It needs root to set the owner of one file.
 //
 //	README.md
 //	config.json                       mode 0600
@@ -240,7 +240,7 @@ func (f form) writeTar(name, dir, rel string, rootOwner bool) (digest.Digest, er
 //	src/__init__.py                   empty
 //	tokenizer/a name with spaces.json owner 1234:5678
 //	tokenizer/Wörter 语.txt            mtime in 2021 with nanoseconds
-//	tokenizer/deep/er/copy.txt        same bytes as the one before
+//	tokenizer/deep/er/copy.txt        same bytes as the previous file
 func WriteModel(dir string) error {
 	weights := make([]byte, 3<<20+1234)
 	if _, err := rand.NewChaCha8([32]byte{}).Read(weights); err != nil {
@@ -268,7 +268,7 @@ func WriteModel(dir string) error {
 		if err := os.WriteFile(name, []byte(f.content), f.mode); err != nil {
 			return err
 		}
-		if err := os.Chmod(name, f.mode); err != nil { // whatever the umask is
+		if err := os.Chmod(name, f.mode); err != nil { // independent of the umask
 			return err
 		}
 		mtime := Created.Add(time.Duration(len(f.name)) * time.Hour)

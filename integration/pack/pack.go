@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package pack builds model artifacts and container images for tests, the demo and
-// benchmarks: Model packs a directory, Artifact any layers, hostile ones included. It
-// pushes them to a registry or writes them into a blob directory. It validates nothing,
-// because the snapshotter must.
+// benchmarks: Model packs a directory, Artifact any layers, even hostile ones. It pushes
+// them to a registry or writes them into a blob directory. It validates nothing, because
+// that is the task of the code under test.
 package pack
 
 import (
@@ -24,11 +24,10 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Created is the creation time in the config of every model packed here.
+// Created is the creation time in the config of every model.
 var Created = time.Date(2024, time.February, 3, 4, 5, 6, 0, time.UTC)
 
-// Layer is a layer of an Artifact. Its blob is the file at Path, or Data when
-// Path is "".
+// Layer is a layer of an Artifact. Its blob is the file at Path, or Data if Path is "".
 type Layer struct {
 	MediaType   string
 	Data        []byte
@@ -54,7 +53,7 @@ type Artifact struct {
 	Annotations  map[string]string
 }
 
-// blob is a descriptor and where its bytes are.
+// blob is a descriptor with its bytes.
 type blob struct {
 	ocispec.Descriptor
 	data   []byte
@@ -177,8 +176,8 @@ func File(path, content string) *Artifact {
 	}}}
 }
 
-// WriteTo writes the blobs to dir/blobs/<algorithm>/<hex>, mode 0444, as in
-// containerd's content store, and returns the manifest's descriptor.
+// WriteTo writes the blobs to dir/blobs/<algorithm>/<hex> with mode 0444, like containerd's
+// content store. It returns the manifest's descriptor.
 func (a *Artifact) WriteTo(dir string) (ocispec.Descriptor, error) {
 	blobs, err := a.blobs()
 	if err != nil {
@@ -187,7 +186,7 @@ func (a *Artifact) WriteTo(dir string) (ocispec.Descriptor, error) {
 	return writeBlobs(dir, blobs)
 }
 
-// writeBlobs returns the descriptor of the last blob.
+// writeBlobs writes the blobs and returns the descriptor of the last one.
 func writeBlobs(dir string, blobs []blob) (ocispec.Descriptor, error) {
 	for _, b := range blobs {
 		if b.absent {
@@ -232,7 +231,7 @@ type IndexEntry struct {
 	Platform *ocispec.Platform
 }
 
-// blobs returns those of every artifact and, last, the index.
+// blobs returns the blobs of every artifact and, last, the index.
 func (x *Index) blobs() ([]blob, error) {
 	index := ocispec.Index{
 		Versioned:    specs.Versioned{SchemaVersion: 2},

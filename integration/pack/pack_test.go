@@ -29,7 +29,7 @@ func check(t *testing.T, err error) {
 	}
 }
 
-// read returns a blob that was written to dir and checks its digest and mode.
+// read reads a blob from dir and checks its digest and mode.
 func read(t *testing.T, dir string, d ocispec.Descriptor) []byte {
 	t.Helper()
 	name := filepath.Join(dir, "blobs", "sha256", d.Digest.Encoded())
@@ -59,7 +59,7 @@ func TestModelHasEveryFileInEveryForm(t *testing.T) {
 	check(t, WriteModel(src))
 	for _, tt := range []struct {
 		form             Form
-		weight, filepath string // the weight layer's media type, the annotation of the path
+		weight, filepath string // media type of the weight layer; key of the path annotation
 		open             func([]byte) io.Reader
 	}{
 		{Raw, "application/vnd.cncf.model.weight.v1.raw", "org.cncf.model.filepath", nil},
@@ -97,7 +97,7 @@ func TestModelHasEveryFileInEveryForm(t *testing.T) {
 					got = onlyMember(t, flat, filepath.Join(src, modelFiles[i]), modelFiles[i])
 				}
 				if !bytes.Equal(got, want) {
-					t.Errorf("%s has %d bytes, want %d, or differs", modelFiles[i], len(got), len(want))
+					t.Errorf("%s has %d bytes and differs from the source of %d bytes", modelFiles[i], len(got), len(want))
 				}
 			}
 			if got := manifest.Layers[2].MediaType; got != tt.weight {
@@ -125,8 +125,8 @@ func unzstd(data []byte) io.Reader {
 	return r
 }
 
-// onlyMember returns the content of a tar's only member and checks its attributes
-// against source.
+// onlyMember returns the content of a tar's only member and compares its attributes with
+// source.
 func onlyMember(t *testing.T, data []byte, source, name string) []byte {
 	t.Helper()
 	r := tar.NewReader(bytes.NewReader(data))
@@ -186,7 +186,7 @@ func TestLayerCanLieAndBeMissing(t *testing.T) {
 		t.Errorf("the missing layer is %+v", l)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "blobs", "sha256", missing.Encoded())); !os.IsNotExist(err) {
-		t.Errorf("the missing blob: %v, want that it does not exist", err)
+		t.Errorf("the missing blob: %v, want ErrNotExist", err)
 	}
 	if l := manifest.Layers[1]; l.Digest != digest.FromString("abc") || l.Size != 1<<40 {
 		t.Errorf("the lying layer is %+v", l)
@@ -234,9 +234,9 @@ func TestSparseMemberHasItsHoles(t *testing.T) {
 	want := make([]byte, 100000)
 	copy(want[77777:], "data")
 	if header.Name != "sparse" || header.Mode != 0o644 || !bytes.Equal(content, want) {
-		t.Errorf("it is %+v, %d bytes that differ from the %d wanted", header, len(content), len(want))
+		t.Errorf("the member is %+v with %d bytes; it differs from the %d bytes expected", header, len(content), len(want))
 	}
 	if header, err = r.Next(); err != nil || header.Name != "next" {
-		t.Errorf("then comes %+v (%v)", header, err)
+		t.Errorf("the next member is %+v (%v)", header, err)
 	}
 }

@@ -14,10 +14,9 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Push uploads the artifact over plain HTTP to the registry at host
-// ("127.0.0.1:5000") as repository repo ("models/tiny") and tag, and returns
-// the manifest's digest. With the tag "" it can be pulled by digest alone.
-// The API is that of the distribution specification, "Push".
+// Push uploads the artifact over plain HTTP to the registry host ("127.0.0.1:5000"),
+// repository repo ("models/tiny") and tag, and returns the manifest's digest. With an empty
+// tag it can be pulled only by digest. See "Push" in the OCI distribution specification.
 func (a *Artifact) Push(ctx context.Context, host, repo, tag string) (digest.Digest, error) {
 	blobs, err := a.blobs()
 	if err != nil {
@@ -26,8 +25,8 @@ func (a *Artifact) Push(ctx context.Context, host, repo, tag string) (digest.Dig
 	return push(ctx, host, repo, tag, blobs)
 }
 
-// Push uploads the index and its artifacts as [Artifact.Push] does and returns
-// the index's digest.
+// Push uploads the index and its artifacts like [Artifact.Push] and returns the digest of
+// the index.
 func (x *Index) Push(ctx context.Context, host, repo, tag string) (digest.Digest, error) {
 	blobs, err := x.blobs()
 	if err != nil {
@@ -36,8 +35,7 @@ func (x *Index) Push(ctx context.Context, host, repo, tag string) (digest.Digest
 	return push(ctx, host, repo, tag, blobs)
 }
 
-// push uploads blobs in order, and the last one, which must be a manifest or
-// an index, under tag.
+// push uploads the blobs in order. The last one, a manifest or index, gets the tag.
 func push(ctx context.Context, host, repo, tag string, blobs []blob) (digest.Digest, error) {
 	base := &url.URL{Scheme: "http", Host: host, Path: "/v2/" + repo + "/"}
 	last := len(blobs) - 1
@@ -83,7 +81,7 @@ func pushBlob(ctx context.Context, base *url.URL, b blob) error {
 	return err
 }
 
-// request sends b, if not nil, and fails unless the status is want.
+// request sends b, if it is not nil, and fails unless the response has the status want.
 func request(ctx context.Context, method string, to *url.URL, contentType string, b *blob, want int) (http.Header, error) {
 	var body io.Reader = http.NoBody
 	if b != nil && b.Size > 0 {

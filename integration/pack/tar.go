@@ -21,13 +21,13 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Member is one member of a hand-made tar. If the header has no Size, it is Data's.
+// Member is a member of a tar. If the header has no Size, it is that of Data.
 type Member struct {
 	tar.Header
 	Data []byte
 }
 
-// TarOf writes the members unchecked: names, types, owners and xattrs (PAXRecords).
+// TarOf writes the members without checks: names, types, owners and xattrs (PAXRecords).
 func TarOf(members ...Member) ([]byte, error) {
 	var out bytes.Buffer
 	w := tar.NewWriter(&out)
@@ -46,8 +46,8 @@ func TarOf(members ...Member) ([]byte, error) {
 	return out.Bytes(), err
 }
 
-// SparseMember returns a member of size bytes that are zero but for data at an
-// offset, in the old format of GNU tar, to be put before a tar.
+// SparseMember returns a member of size bytes in the old sparse format of GNU tar: zeros,
+// and data at the offset. The caller puts it before a tar.
 func SparseMember(name string, size, offset int64, data []byte) ([]byte, error) {
 	var out bytes.Buffer
 	w := tar.NewWriter(&out)
@@ -61,7 +61,8 @@ func SparseMember(name string, size, offset int64, data []byte) ([]byte, error) 
 	if err := w.Flush(); err != nil {
 		return nil, fmt.Errorf("tar %q: %w", name, err)
 	}
-	// GNU tar, "Basic Tar Format": the type, where the data are, and the size.
+	// See "Basic Tar Format" in the GNU tar manual: the type, the data's position, and the
+	// real size.
 	member := out.Bytes()
 	member[156] = tar.TypeGNUSparse
 	copy(member[386:], fmt.Sprintf("%011o\x00%011o\x00", offset, len(data)))
@@ -75,8 +76,8 @@ func SparseMember(name string, size, offset int64, data []byte) ([]byte, error) 
 	return member, nil
 }
 
-// TarDir returns a tar of everything below dir, directories and symlinks
-// included, with its real attributes.
+// TarDir returns a tar of everything below dir, with directories, symlinks and the real
+// attributes.
 func TarDir(dir string) ([]byte, error) {
 	var out bytes.Buffer
 	w := tar.NewWriter(&out)
@@ -96,8 +97,8 @@ func TarDir(dir string) ([]byte, error) {
 	return out.Bytes(), err
 }
 
-// addToTar adds dir/rel under its full relative path, in PAX format so that
-// the mtime keeps its nanoseconds.
+// addToTar adds dir/rel under its full relative path. The PAX format keeps the nanoseconds
+// of the mtime.
 func addToTar(w *tar.Writer, dir, rel string, rootOwner bool) error {
 	path := filepath.Join(dir, rel)
 	info, err := os.Lstat(path)
@@ -119,7 +120,7 @@ func addToTar(w *tar.Writer, dir, rel string, rootOwner bool) error {
 		header.Name += "/"
 	}
 	header.Format, header.Uname, header.Gname = tar.FormatPAX, "", ""
-	header.AccessTime, header.ChangeTime = time.Time{}, time.Time{} // the same tar at each call
+	header.AccessTime, header.ChangeTime = time.Time{}, time.Time{} // every call returns the same tar
 	if rootOwner {
 		header.Uid, header.Gid = 0, 0
 	}
@@ -138,7 +139,7 @@ func addToTar(w *tar.Writer, dir, rel string, rootOwner bool) error {
 	return err
 }
 
-// Gzip returns data compressed.
+// Gzip compresses data with gzip.
 func Gzip(data []byte) ([]byte, error) {
 	var out bytes.Buffer
 	w := gzip.NewWriter(&out)
@@ -149,7 +150,7 @@ func Gzip(data []byte) ([]byte, error) {
 	return out.Bytes(), err
 }
 
-// Zstd returns data compressed.
+// Zstd compresses data with zstd.
 func Zstd(data []byte) ([]byte, error) {
 	w, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
 	if err != nil {
@@ -159,8 +160,8 @@ func Zstd(data []byte) ([]byte, error) {
 	return out, w.Close()
 }
 
-// Image returns an ordinary OCI image of this platform with the given tars as
-// layers, compressed with gzip if asked.
+// Image returns a container image for this platform with the tars as layers, optionally
+// compressed with gzip.
 func Image(config ocispec.ImageConfig, compressed bool, tars ...[]byte) (*Artifact, error) {
 	image := ocispec.Image{
 		Created:  &Created,

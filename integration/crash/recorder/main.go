@@ -1,18 +1,19 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Command recorder serves one file, and records every write to it and every flush in their
-// order. The file is for a loop device, so that the tests of power loss know everything that
-// the disk was told, as dm-log-writes does on kernels that have it.
+// Command recorder serves one file and records every write and flush in order. The tests of
+// power loss attach a loop device to the file, so they know everything that the disk was
+// told. dm-log-writes does the same, but few kernels have it.
 //
 //	recorder FILE DIR LOG
 //
-// mounts a FUSE file system at DIR, whose only file, "disk", has the contents of FILE. For each
-// write LOG gets the offset and the length as big-endian 64-bit numbers and the data; a flush
-// is a write of length 0. LOG has an entry before the write or the flush is acknowledged.
+// mounts a FUSE file system at DIR. Its only file, "disk", has the contents of FILE. For
+// each write, LOG gets the offset and the length as big-endian 64-bit numbers, and the
+// data; a flush is a write of length 0. The entry is in LOG before the write or flush is
+// acknowledged.
 //
-// The command prints a line when it serves, and ends when DIR is unmounted. It is a module of
-// its own, so that the main module does not depend on a FUSE library.
+// The command prints a line when it is ready and ends when DIR is unmounted. It is a
+// separate module, so that the main module does not depend on a FUSE library.
 package main
 
 import (
@@ -88,7 +89,7 @@ func (d *disk) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) sy
 // Open implements fs.NodeOpener.
 func (*disk) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) { return nil, 0, 0 }
 
-// Read implements fs.NodeReader. A read of 0 bytes is the end of the file.
+// Read implements fs.NodeReader. It returns 0 bytes at the end of the file.
 func (d *disk) Read(_ context.Context, _ fs.FileHandle, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
 	n, err := d.file.ReadAt(dest, off)
 	if info, serr := d.file.Stat(); n == 0 && err != nil && (serr != nil || off < info.Size()) {
@@ -107,7 +108,7 @@ func (d *disk) Write(_ context.Context, _ fs.FileHandle, data []byte, off int64)
 	return uint32(len(data)), d.record(off, data)
 }
 
-// Fsync implements fs.NodeFsyncer: the disk is told to flush its cache.
+// Fsync implements fs.NodeFsyncer: a flush of the disk's cache.
 func (d *disk) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno {
 	d.mu.Lock()
 	defer d.mu.Unlock()

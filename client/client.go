@@ -12,6 +12,7 @@ package client
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -56,16 +57,25 @@ func (c *Client) explain(err error) error {
 	case strings.Contains(err.Error(), "snapshotter not loaded"): // containerd's plugins/services/snapshots
 		return fmt.Errorf("containerd has no snapshotter %q; add to its configuration what `artifact-snapshotter config containerd` prints, and restart it: %w", c.Snapshotter, errdefs.ErrFailedPrecondition)
 	case isUnreachable(err):
-		return fmt.Errorf("containerd cannot reach the daemon; check that `artifact-snapshotter serve` runs and that its address is the one of [proxy_plugins.%s] in containerd's configuration: %w", c.Snapshotter, err)
+		return unreachable{fmt.Sprintf("containerd cannot reach the daemon; check that `artifact-snapshotter serve` runs and that its address is the one of [proxy_plugins.%s] in containerd's configuration", c.Snapshotter), err}
 	}
 	return err
 }
+
+// unreachable is the error of explain for a daemon that containerd cannot reach.
+type unreachable struct {
+	text string
+	err  error // gRPC's
+}
+
+func (u unreachable) Error() string { return u.text }
+func (u unreachable) Unwrap() error { return u.err }
 
 // isUnreachable reports whether err is gRPC's error for a server that cannot be reached, as
 // opposed to an answer. Its kind is lost when snapshots are listed (containerd's
 // plugins/services/snapshots/service.go, List).
 func isUnreachable(err error) bool {
-	return err != nil && strings.Contains(err.Error(), "connection error: desc = ")
+	return err != nil && (errors.As(err, new(unreachable)) || strings.Contains(err.Error(), "connection error: desc = "))
 }
 
 // foreign is the error for a snapshotter that has made an ordinary snapshot in place of an

@@ -271,7 +271,7 @@ func (c *Client) notMounted(ctx context.Context, target string) error {
 			hint = fmt.Sprintf("; one is in namespace %s: use -n %[1]s", namespace)
 		}
 	}
-	return fmt.Errorf("no artifact is mounted at %s with snapshotter %s in namespace %s%s: %w", target, c.Snapshotter, c.Namespace, hint, errdefs.ErrNotFound)
+	return errdefs.ErrNotFound.WithMessage(fmt.Sprintf("no artifact is mounted at %s with snapshotter %s in namespace %s%s", target, c.Snapshotter, c.Namespace, hint))
 }
 
 // Mounts returns the mounts of [Client.Mount] in the order of the targets.
@@ -347,7 +347,7 @@ func (c *Client) ImageAt(ctx context.Context, ref, target string) (images.Image,
 		return images.Image{}, err
 	}
 	m, odd := c.mountedAt(ctx, path)
-	if odd != nil || m == nil || !slices.Contains([]string{m.image, m.target.String(), m.Manifest.String()}, ref) {
+	if odd != nil || m == nil || m.image != ref && !images.HasPrefix(m.target, ref) && !images.HasPrefix(m.Manifest, ref) {
 		return images.Image{}, err
 	}
 	return c.Read(ctx, coreimages.Image{Name: m.image, Target: ocispec.Descriptor{Digest: m.target}})

@@ -6,10 +6,13 @@ package client
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -26,6 +29,7 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/images"
@@ -84,7 +88,7 @@ type Fetched struct {
 // which is errdefs.ErrInvalidArgument, if the artifact is one that is refused, or if the
 // snapshotter does not answer.
 func (c *Client) Pull(ctx context.Context, ref string, r Registry, progress func([]Fetched)) (images.Image, error) {
-	if err := validReference(ref); err != nil {
+	if err := ValidReference(ref); err != nil {
 		return images.Image{}, err
 	}
 	// There is no use in pulling what cannot be unpacked.
@@ -110,10 +114,8 @@ func (c *Client) Pull(ctx context.Context, ref string, r Registry, progress func
 	switch {
 	case errors.Is(err, artifact.ErrNotArtifact):
 		return images.Image{}, fmt.Errorf("%q is a container image, not an artifact; pull it with ctr or crictl: %w", ref, errdefs.ErrInvalidArgument)
-	case errdefs.IsNotFound(err):
-		return images.Image{}, fmt.Errorf("pull %s: the registry does not have it, or only some users may pull it (-u): %w", ref, err)
 	case err != nil:
-		return images.Image{}, fmt.Errorf("pull %s: %w", ref, err)
+		return images.Image{}, fmt.Errorf("pull %s: %w", ref, ofRegistry(err))
 	}
 	ctx = c.Context(ctx)
 	ctx, done, err := c.WithLease(ctx, leases.WithRandomID(), leases.WithExpiration(pullLease))
@@ -136,15 +138,35 @@ func (c *Client) Pull(ctx context.Context, ref string, r Registry, progress func
 	return c.Image(ctx, ref)
 }
 
+// ofRegistry words an error of the registry for people.
+func ofRegistry(err error) error {
+	var errno unix.Errno
+	var dns *net.DNSError
+	var unknown x509.UnknownAuthorityError
+	switch {
+	case errdefs.IsNotFound(err):
+		return errdefs.ErrNotFound.WithMessage("the registry does not have it, or only some users may pull it (-u)")
+	case errors.As(err, &dns):
+		return fmt.Errorf("there is no host %s: %s: %w", dns.Name, dns.Err, errdefs.ErrUnavailable)
+	case errors.As(err, &errno):
+		return fmt.Errorf("the registry does not answer: %w", errno)
+	case errors.As(err, &unknown):
+		return fmt.Errorf("this node does not trust the registry's certificate; name its CA in a hosts.toml (--hosts-dir): %v: %w", unknown, errdefs.ErrUnavailable)
+	case strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"): // net/http has no type for it
+		return fmt.Errorf("the registry speaks HTTP and not HTTPS: use --plain-http, or a hosts.toml (--hosts-dir): %w", errdefs.ErrUnavailable)
+	}
+	return err
+}
+
 // reach returns an error if the snapshotter does not answer.
 func (c *Client) reach(ctx context.Context) error {
 	walk := func(context.Context, snapshots.Info) error { return nil }
 	return c.explain(c.SnapshotService(c.Snapshotter).Walk(c.Context(ctx), walk))
 }
 
-// validReference refuses references that containerd's resolver misunderstands, or refuses
-// without saying how to correct them.
-func validReference(ref string) error {
+// ValidReference returns errdefs.ErrInvalidArgument for a reference that [Client.Pull] refuses:
+// one that containerd's resolver misunderstands, or refuses without saying how to correct it.
+func ValidReference(ref string) error {
 	spec, err := reference.Parse(ref)
 	if err == nil && spec.Object == "" {
 		err = errors.New("it has neither a tag nor a digest")

@@ -5,9 +5,12 @@ package client
 
 import (
 	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/transfer"
@@ -30,7 +33,7 @@ func TestOnlyFullReferencesAreValid(t *testing.T) {
 		"http://registry.example.com/llama:v1":  false,
 		"registry.example.com/models/\x1b[2J:v": false,
 	} {
-		if err := validReference(ref); (err == nil) != ok {
+		if err := ValidReference(ref); (err == nil) != ok {
 			t.Errorf("%q: %v, want that it is valid: %v", ref, err, ok)
 		}
 	}
@@ -117,6 +120,30 @@ func TestTheEmptyBlobIsCreatedForEveryAlgorithmThatNamesIt(t *testing.T) {
 	} {
 		if got := emptyBlobs(&c.artifact); !slices.Equal(got, c.want) {
 			t.Errorf("%s: got %q, want %q", what, got, c.want)
+		}
+	}
+}
+
+// What net/http says is not for people.
+func TestErrorsOfARegistryAreForPeople(t *testing.T) {
+	secret, bare := httptest.NewTLSServer(http.NotFoundHandler()), httptest.NewServer(http.NotFoundHandler())
+	defer secret.Close()
+	defer bare.Close()
+	gone := httptest.NewServer(http.NotFoundHandler())
+	gone.Close()
+	for url, want := range map[string]string{
+		secret.URL: "does not trust the registry's certificate; name its CA in a hosts.toml (--hosts-dir): ",
+		"https" + strings.TrimPrefix(bare.URL, "http"): "speaks HTTP and not HTTPS: use --plain-http",
+		gone.URL:                 "the registry does not answer: connection refused",
+		"http://nowhere.invalid": "there is no host nowhere.invalid: ",
+	} {
+		answer, err := http.Get(url)
+		if err == nil {
+			answer.Body.Close()
+			t.Fatalf("%s has answered", url)
+		}
+		if got := ofRegistry(fmt.Errorf("failed to do request: %w", err)).Error(); !strings.Contains(got, want) || strings.Contains(got, "failed to do request") {
+			t.Errorf("%s: %s", url, got)
 		}
 	}
 }

@@ -83,7 +83,8 @@ func Serve(ctx context.Context, cfg Config, version string) (err error) {
 		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize))...)
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(s))
 	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(s, nil))
-	grpc_health_v1.RegisterHealthServer(server, healthy) // its status is SERVING: the service is open
+	healthy.SetServingStatus(healthDaemon, grpc_health_v1.HealthCheckResponse_SERVING) // the service is open
+	grpc_health_v1.RegisterHealthServer(server, healthy)
 
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()

@@ -15,9 +15,15 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 )
 
-// HealthNRI is the service whose health says whether a runtime accepted the daemon's NRI
-// plugin. If the plugin is not enabled it is errdefs.ErrNotFound.
-const HealthNRI = "nri"
+// The services of the daemon.
+const (
+	// healthDaemon is the daemon itself. Every gRPC server may answer for the service "",
+	// and containerd does.
+	healthDaemon = "artifact-snapshotter"
+	// HealthNRI is the service whose health says whether a runtime accepted the daemon's NRI
+	// plugin. If the plugin is not enabled it is errdefs.ErrNotFound.
+	HealthNRI = "nri"
+)
 
 func servingIf(yes bool) grpc_health_v1.HealthCheckResponse_ServingStatus {
 	if yes {
@@ -28,24 +34,34 @@ func servingIf(yes bool) grpc_health_v1.HealthCheckResponse_ServingStatus {
 
 // Health asks the daemon that serves on the Unix socket address for its health, by the gRPC
 // health service. If the daemon is stopping or does not answer before ctx ends, the error is
-// errdefs.ErrUnavailable.
-func Health(ctx context.Context, address string) error { return HealthOf(ctx, address, "") }
+// errdefs.ErrUnavailable. If another server answers there, it is errdefs.ErrFailedPrecondition.
+func Health(ctx context.Context, address string) error { return healthOf(ctx, address, healthDaemon) }
 
-// HealthOf is Health for one service of the daemon; "" is the whole daemon.
-func HealthOf(ctx context.Context, address, service string) error {
+// HealthOfNRI is Health for the daemon's NRI plugin.
+func HealthOfNRI(ctx context.Context, address string) error {
+	if err := Health(ctx, address); err != nil {
+		return err
+	}
+	return healthOf(ctx, address, HealthNRI)
+}
+
+func healthOf(ctx context.Context, address, service string) error {
 	conn, err := grpc.NewClient(dialer.DialAddress(address), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		return err
 	}
 	defer func() { _ = conn.Close() }()
 	answer, err := grpc_health_v1.NewHealthClient(conn).Check(ctx, &grpc_health_v1.HealthCheckRequest{Service: service})
-	if native := errgrpc.ToNative(err); errdefs.IsNotFound(native) {
-		return fmt.Errorf("the daemon on %s has no service %q: is it enabled? %w", address, service, errdefs.ErrNotFound)
-	}
-	if err != nil {
-		return fmt.Errorf("the daemon does not answer on %s: %v: %w", address, errgrpc.ToNative(err), errdefs.ErrUnavailable)
-	}
-	switch {
+	native := errgrpc.ToNative(err)
+	switch known := !errdefs.IsNotFound(native) && !errdefs.IsNotImplemented(native); {
+	case !known && service == HealthNRI:
+		return errdefs.ErrNotFound.WithMessage(fmt.Sprintf("the daemon on %s runs no NRI plugin: enable it with --nri or in its configuration", address))
+	case !known:
+		return fmt.Errorf("what answers on %s is not the daemon of artifact-snapshotter, or an older one: %w", address, errdefs.ErrFailedPrecondition)
+	case ctx.Err() != nil:
+		return fmt.Errorf("the daemon does not answer on %s in time: %w", address, errdefs.ErrUnavailable)
+	case err != nil:
+		return fmt.Errorf("the daemon does not answer on %s: %v: %w", address, native, errdefs.ErrUnavailable)
 	case answer.GetStatus() == grpc_health_v1.HealthCheckResponse_SERVING:
 		return nil
 	case service == HealthNRI:

@@ -5,15 +5,42 @@ package daemon
 
 import (
 	"context"
+	"net"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdtest"
 )
+
+// Every gRPC server may have the health service.
+func TestOnlyTheDaemonIsHealthy(t *testing.T) {
+	for name, register := range map[string]func(*grpc.Server){
+		"healthy": func(s *grpc.Server) { grpc_health_v1.RegisterHealthServer(s, health.NewServer()) },
+		"silent":  func(*grpc.Server) {},
+	} {
+		address := filepath.Join(t.TempDir(), name+".sock")
+		listener, err := net.Listen("unix", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		server := grpc.NewServer()
+		register(server)
+		go func() { _ = server.Serve(listener) }()
+		for _, ask := range []func(context.Context, string) error{Health, HealthOfNRI} {
+			if err := ask(t.Context(), address); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), address+" is not the daemon") {
+				t.Errorf("%s: got %v, want that it is not the daemon", name, err)
+			}
+		}
+		server.Stop()
+	}
+}
 
 func TestHealthFollowsTheDaemon(t *testing.T) {
 	cfg := testConfig(t)

@@ -69,7 +69,7 @@ func TestHealthSaysWhetherARuntimeAcceptedThePlugin(t *testing.T) {
 		if err := Health(ctx, cfg.SocketAddress()); err != nil {
 			t.Error(err)
 		}
-		if err := HealthOf(ctx, cfg.SocketAddress(), HealthNRI); !is(err) {
+		if err := HealthOfNRI(ctx, cfg.SocketAddress()); !is(err) {
 			t.Errorf("enabled: %v, health: %v", enabled, err)
 		}
 		if err := stop(); err != nil {

@@ -64,9 +64,10 @@ func (r Reader) Context(ctx context.Context) context.Context {
 }
 
 // Image returns the artifact that has the name ref, or else whose target or manifest has
-// the digest ref. Of several images with the digest it returns the first by name.
+// the digest ref. The algorithm and the last digits of a digest may be left out if only one
+// digest begins so. Of several images with the digest it returns the first by name.
 //
-// If there is no such image, or no such namespace, the error is errdefs.ErrNotFound. For a
+// If several digests begin so, the error is errdefs.ErrInvalidArgument. If there is no such image, or no such namespace, the error is errdefs.ErrNotFound. For a
 // container image it is errdefs.ErrInvalidArgument. Other errors are those of package
 // artifact.
 func (r Reader) Image(ctx context.Context, ref string) (Image, error) {
@@ -82,13 +83,22 @@ func (r Reader) Image(ctx context.Context, ref string) (Image, error) {
 
 // byDigest returns the artifact with the digest ref, see Image.
 func (r Reader) byDigest(ctx context.Context, ref string) (Image, error) {
-	dgst, err := digest.Parse(ref)
-	if err != nil {
+	if !digestPrefix.MatchString(ref) {
 		return Image{}, r.notFound(ctx, ref)
 	}
 	all, err := r.list(ctx)
+	if errdefs.IsNotFound(err) { // the namespace; another may have the image
+		return Image{}, r.notFound(ctx, ref)
+	}
 	if err != nil {
 		return Image{}, err
+	}
+	dgst, err := r.complete(ctx, ref, all)
+	if err != nil {
+		return Image{}, err
+	}
+	if dgst == "" {
+		return Image{}, r.notFound(ctx, ref)
 	}
 	var id Image // an image that has only its ID for a name
 	for _, i := range all {
@@ -260,7 +270,7 @@ func (r Reader) exists(ctx context.Context) error {
 		return nil
 	}
 	slices.Sort(all)
-	return fmt.Errorf("containerd has no namespace %q, choose one with -n; it has %s: %w", r.Namespace, cmp.Or(strings.Join(all, ", "), "none"), errdefs.ErrNotFound)
+	return errdefs.ErrNotFound.WithMessage(fmt.Sprintf("containerd has no namespace %q, choose one with -n; it has %s", r.Namespace, cmp.Or(strings.Join(all, ", "), "none")))
 }
 
 // notFound returns the error for an image that is not in the namespace. It names the
@@ -273,7 +283,11 @@ func (r Reader) notFound(ctx context.Context, ref string) error {
 	var others []string
 	for _, namespace := range all {
 		ctx := namespaces.WithNamespace(ctx, namespace)
-		same, err := r.ImageService().List(ctx, fmt.Sprintf("name==%q", ref), fmt.Sprintf("target.digest==%q", ref))
+		filters := []string{fmt.Sprintf("name==%q", ref)}
+		if m := digestPrefix.FindStringSubmatch(ref); m != nil {
+			filters = append(filters, fmt.Sprintf("target.digest~=%q", "^"+cmp.Or(m[1], "[a-z0-9]+")+":"+m[2]))
+		}
+		same, err := r.ImageService().List(ctx, filters...)
 		if err == nil && len(same) > 0 {
 			others = append(others, namespace)
 		}
@@ -281,9 +295,9 @@ func (r Reader) notFound(ctx context.Context, ref string) error {
 	slices.Sort(others)
 	switch {
 	case len(others) > 0:
-		return fmt.Errorf("no image %q in namespace %s; it is in namespace %s: use -n %s: %w", ref, r.Namespace, strings.Join(others, ", "), others[0], errdefs.ErrNotFound)
+		return errdefs.ErrNotFound.WithMessage(fmt.Sprintf("no image %q in namespace %s; it is in namespace %s: use -n %s", ref, r.Namespace, strings.Join(others, ", "), others[0]))
 	case !slices.Contains(all, r.Namespace):
 		return r.exists(ctx)
 	}
-	return fmt.Errorf("no image %q in namespace %s; pull it, or look for the full name with `ctr -n %[2]s images ls`: %w", ref, r.Namespace, errdefs.ErrNotFound)
+	return errdefs.ErrNotFound.WithMessage(fmt.Sprintf("no image %q in namespace %s; pull it, or look for its name with `artifact-snapshotter -n %[2]s ls`", ref, r.Namespace))
 }

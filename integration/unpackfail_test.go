@@ -193,7 +193,7 @@ func TestUnpackSaysWhatIsWrong(t *testing.T) {
 		{"another snapshotter", n, []string{"--snapshotter", "overlayfs", good}, []string{`the snapshotter "overlayfs" is not artifact-snapshotter`}},
 		{"a container image", n, []string{n.GuestImage}, []string{n.GuestImage, "is a container image, not an artifact"}},
 		{"an artifact that is refused", n, []string{bad}, []string{"layer 0", `path "../../etc/passwd" contains ".."`}},
-		{"no argument", n, nil, []string{"unpack takes REF|DIGEST"}},
+		{"no argument", n, nil, []string{"unpack requires exactly 1 argument (REF), got 0"}},
 		{"an unknown output", n, []string{"--output", "yaml", good}, []string{`--output "yaml" is neither text nor json`}},
 	} {
 		t.Run(tt.name, func(t *testing.T) { wantUnpackFails(t, tt.node, tt.args, tt.want...) })

@@ -95,15 +95,15 @@ func completeNames(command *cli.Command) (flag bool) {
 	return flag
 }
 
-// plain matches what every shell reads as a word. An image may have any name, and bash
+// shellWord matches what every shell reads as a word. An image may have any name, and bash
 // does not quote what it inserts.
-var plain = regexp.MustCompile(`^[A-Za-z0-9._:/@+-]+$`)
+var shellWord = regexp.MustCompile(`^[A-Za-z0-9._:/@+-]+$`)
 
-// printCandidates prints the plain candidates. A completion has nobody to report errors
+// printCandidates prints the candidates that are shell words. A completion has nobody to report errors
 // to, here and below.
 func printCandidates(command *cli.Command, candidates []string) {
 	for _, c := range candidates {
-		if plain.MatchString(c) {
+		if shellWord.MatchString(c) {
 			_, _ = fmt.Fprintln(command.Root().Writer, c)
 		}
 	}

@@ -47,11 +47,11 @@ func health(ctx context.Context, command *cli.Command) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	service := ""
+	ask := daemon.Health
 	if command.Bool("nri") {
-		service = daemon.HealthNRI
+		ask = daemon.HealthOfNRI
 	}
-	if err := daemon.HealthOf(ctx, address, service); err != nil {
+	if err := ask(ctx, address); err != nil {
 		return err
 	}
 	_, err := fmt.Fprintln(command.Root().Writer, "ok")

@@ -23,6 +23,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
@@ -109,10 +110,7 @@ func inspect(ctx context.Context, command *cli.Command) error {
 // find returns the artifact of the argument, and its image if it has one.
 func find(ctx context.Context, command *cli.Command) (*inspectedImage, *artifact.Artifact, error) {
 	ref := command.Args().First()
-	hex, isDigest, err := digestOf(ref)
-	if err != nil {
-		return nil, nil, err
-	}
+	isDigest := images.IsDigest(ref)
 	_, content, err := roots(command)
 	if err != nil {
 		return nil, nil, err
@@ -121,9 +119,6 @@ func find(ctx context.Context, command *cli.Command) (*inspectedImage, *artifact
 	switch {
 	case err == nil:
 		defer func() { _ = c.Close() }()
-		if d, err := content.Find(hex); isDigest && err == nil {
-			ref = d.Digest.String() // with the algorithm
-		}
 		var image *inspectedImage
 		var a *artifact.Artifact
 		image, a, err = findImage(ctx, c, ref)
@@ -133,21 +128,11 @@ func find(ctx context.Context, command *cli.Command) (*inspectedImage, *artifact
 	case !isDigest:
 		return nil, nil, err
 	}
-	a, err := findBlob(ctx, content, hex)
-	return nil, a, err
-}
-
-// digestOf returns the hex of a digest, with or without its algorithm. It returns false if
-// ref is not a digest.
-func digestOf(ref string) (hex string, ok bool, err error) {
-	if algorithm, _, found := strings.Cut(ref, ":"); found && digest.Algorithm(algorithm).Available() {
-		d, err := digest.Parse(ref)
-		if err != nil {
-			return "", false, fmt.Errorf("%q: %w", ref, err)
-		}
-		return d.Encoded(), true, nil
+	a, missing := findBlob(ctx, content, ref)
+	if errdefs.IsNotFound(missing) && c != nil {
+		return nil, nil, err // which names the namespace
 	}
-	return ref, len(ref) >= 64 && !strings.ContainsFunc(ref, func(r rune) bool { return !strings.ContainsRune("0123456789abcdef", r) }), nil
+	return nil, a, missing
 }
 
 func findImage(ctx context.Context, c *client.Client, ref string) (*inspectedImage, *artifact.Artifact, error) {
@@ -179,7 +164,11 @@ func settle(ctx context.Context, a *artifact.Artifact, blobs content.Provider) {
 }
 
 // findBlob returns an artifact without asking containerd.
-func findBlob(ctx context.Context, blobs blobs.Source, hex string) (*artifact.Artifact, error) {
+func findBlob(ctx context.Context, blobs blobs.Source, ref string) (*artifact.Artifact, error) {
+	hex, err := images.Complete(ref, blobs)
+	if err != nil {
+		return nil, err
+	}
 	target, err := blobs.Find(hex)
 	if err != nil {
 		return nil, err

@@ -103,6 +103,8 @@ hi.txt (or unpacked at the root, if it is an archive)  7.0 B    -           -   
 	for name, argument := range map[string]string{
 		"digest":          manifest.Digest.String(),
 		"bare hex":        manifest.Digest.Encoded(),
+		"first digits":    manifest.Digest.Encoded()[:12],
+		"an abbreviation": manifest.Digest.String()[:19],
 		"digest of index": index.Digest.String(),
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -129,6 +131,7 @@ hi.txt (or unpacked at the root, if it is an archive)  7.0 B    -           -   
 	}{
 		"image":          {image.Digest.String(), []string{image.Digest.String(), "a container image"}},
 		"missing":        {missing.String(), []string{missing.Encoded(), "content root"}},
+		"no such digits": {"0123456789", []string{"0123456789", "content root"}},
 		"no digest":      {"model:v1", []string{"containerd does not answer on " + none}},
 		"no hex":         {"../../etc/passwd", []string{"containerd does not answer on " + none}},
 		"not a manifest": {readme.Digest.String(), []string{readme.Digest.Encoded()}},

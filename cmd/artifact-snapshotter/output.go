@@ -21,6 +21,7 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/images"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/plain"
 )
 
 // printTable prints lines with tabs between their columns.
@@ -87,7 +88,7 @@ func harmless(text string) string {
 }
 
 // oneLine is an error for a terminal. Registries write parts of some errors.
-func oneLine(err error) string { return harmless(strings.ReplaceAll(err.Error(), "\n", "; ")) }
+func oneLine(err error) string { return harmless(strings.ReplaceAll(plain.Error(err), "\n", "; ")) }
 
 // maxListed is the number of names in a cell of a table; JSON has all.
 const maxListed = 5

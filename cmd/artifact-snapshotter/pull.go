@@ -45,9 +45,26 @@ func pullCommand() *cli.Command {
 			},
 			&cli.BoolFlag{Name: "plain-http", Usage: "use HTTP for hosts without a hosts.toml"},
 		),
-		ArgValidator: arguments("REF"),
-		Action:       clientAction(pull),
+		ArgValidator: func(ctx context.Context, command *cli.Command) error {
+			if err := arguments("REF")(ctx, command); err != nil {
+				return err
+			}
+			if err := client.ValidReference(command.Args().First()); err != nil {
+				return err
+			}
+			return checkHostsDir(command)
+		},
+		Action: clientAction(pull),
 	}
+}
+
+// checkHostsDir refuses a --hosts-dir that is no directory. The default one need not exist.
+func checkHostsDir(command *cli.Command) error {
+	dir := command.String("hosts-dir")
+	if info, err := os.Stat(dir); command.IsSet("hosts-dir") && (err != nil || !info.IsDir()) {
+		return fmt.Errorf("--hosts-dir %s is not a directory", dir)
+	}
+	return nil
 }
 
 // pulled is the result of pull in JSON.

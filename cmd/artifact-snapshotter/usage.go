@@ -13,6 +13,8 @@ import (
 	"unicode/utf8"
 
 	"github.com/urfave/cli/v3"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 )
 
 // quietly makes the library return usage errors like others and not print the usage.
@@ -95,9 +97,23 @@ func unknownCommand(command *cli.Command) error {
 	return fmt.Errorf("no such command: %s %s %s", command.FullName(), command.Args().First(), see(command))
 }
 
-// arguments requires as many arguments as there are names.
+// arguments requires as many arguments as there are names. One called REF must look like a
+// reference or a digest.
 func arguments(names ...string) cli.ArgValidatorFunc {
-	return func(_ context.Context, command *cli.Command) error { return requireArguments(command, names...) }
+	return func(_ context.Context, command *cli.Command) error {
+		if err := requireArguments(command, names...); err != nil {
+			return err
+		}
+		for i, name := range names {
+			if name != "REF" {
+				continue
+			}
+			if err := images.CheckRef(command.Args().Get(i)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
 }
 
 func requireArguments(command *cli.Command, names ...string) error {

@@ -91,7 +91,7 @@ func startNRI(t *testing.T, dir string, blobs shelf, way Way) nriFrontEnd {
 	if frontEnd.process, err = start(t, dir, config, unpack.Modes{Raw: unpack.Overlay, Tar: unpack.EROFS}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the runtime has the plugin", func() error { return daemon.HealthOf(t.Context(), frontEnd.socket(), daemon.HealthNRI) })
+	eventually(t, "the runtime has the plugin", func() error { return daemon.HealthOfNRI(t.Context(), frontEnd.socket()) })
 	return frontEnd
 }
 

@@ -26,6 +26,7 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdconfig"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/plain"
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
@@ -56,7 +57,7 @@ type ContainerdFacts struct {
 func checkContainerd(ctx context.Context, n Node) (found Finding) {
 	facts := ContainerdFacts{Address: n.ContainerdAddress}
 	if n.Unanswered != nil {
-		found = Finding{Facts: facts, Unknown: n.Unanswered.Error(), Text: []string{notExamined}}
+		found = Finding{Facts: facts, Unknown: plain.Error(n.Unanswered), Text: []string{notExamined}}
 		found.advise("start containerd, or set containerd_address to its socket", "the daemon creates the empty blob, and doctor sees what containerd has loaded")
 		return found
 	}
@@ -135,12 +136,12 @@ func checkSocket(ctx context.Context, n Node) (found Finding) {
 		found.sayf("the daemon answers on %s", address)
 	case errdefs.IsUnavailable(err) || errdefs.IsDeadlineExceeded(err):
 		found.sayf(notExamined)
-		found.Unknown = fmt.Sprintf("no daemon answers on %s: %s", address, err)
+		found.Unknown = fmt.Sprintf("no daemon answers on %s: %s", address, plain.Error(err))
 		found.advise("start the daemon (artifact-snapshotter serve)", "pods with the snapshotter start")
 		return found
 	default:
 		found.sayf("something answers on %s", address)
-		found.problemf("it is not a snapshotter, and the daemon cannot serve there: %s; stop it, or set address to another path", err)
+		found.problemf("it is not a snapshotter, and the daemon cannot serve there: %s; stop it, or set address to another path", plain.Error(err))
 		return found
 	}
 	if n.Unanswered != nil {
@@ -154,7 +155,7 @@ func checkSocket(ctx context.Context, n Node) (found Finding) {
 	facts.Reached, err = askThrough(ctx, n.Containerd)
 	switch {
 	case err != nil:
-		found.problemf("containerd does not reach it: %v", err)
+		found.problemf("containerd does not reach it: %s", plain.Error(err))
 	case facts.Reached == nil:
 		found.Unknown = "whether containerd reaches it: containerd has no namespace yet, pull something first"
 	default:

@@ -15,6 +15,7 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/plain"
 )
 
 // Node is what is examined: the daemon's configuration, and the containerd that it names.
@@ -94,7 +95,7 @@ func Examine(ctx context.Context, n Node) ([]Finding, error) {
 
 // failed is the finding of a check that cannot be made.
 func failed(err error) Finding {
-	return Finding{Problem: "the check failed: " + err.Error(), Text: []string{"unknown"}}
+	return Finding{Problem: "the check failed: " + plain.Error(err), Text: []string{"unknown"}}
 }
 
 func (f *Finding) sayf(format string, args ...any) {

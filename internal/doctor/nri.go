@@ -35,7 +35,7 @@ func checkNRI(ctx context.Context, n Node) (found Finding) {
 	_, missing := os.Stat(n.NRI.Socket)
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	err := daemon.HealthOf(ctx, n.SocketAddress(), daemon.HealthNRI)
+	err := daemon.HealthOfNRI(ctx, n.SocketAddress())
 	switch {
 	case errors.Is(missing, fs.ErrNotExist):
 		found.sayf("there is no socket %s", n.NRI.Socket)

@@ -39,7 +39,7 @@ func (r *run) configChange(theirs snapshot.Overlayfs) (change, error) {
 	text := withoutAdopted(config.before)
 	if r.configText != nil {
 		if config.before != nil && !ours(config.before) {
-			return config, fmt.Errorf("%s was not written by install, which would replace it: move it away: %w", config.path, errdefs.ErrAlreadyExists)
+			return config, errdefs.ErrAlreadyExists.WithMessage(fmt.Sprintf("%s was not written by install, which would replace it: move it away", config.path))
 		}
 		text = r.configText
 	}

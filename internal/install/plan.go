@@ -176,7 +176,7 @@ func (r *run) containerdChanges(ctx context.Context, now *current) ([]change, er
 		case missing == nil && main.before != nil: // somebody has done it by hand
 			return nil, nil
 		case foreign:
-			return nil, fmt.Errorf("%s was not written by install, which would replace it: move it away: %w", d.Path, errdefs.ErrAlreadyExists)
+			return nil, errdefs.ErrAlreadyExists.WithMessage(fmt.Sprintf("%s was not written by install, which would replace it: move it away", d.Path))
 		default:
 			return nil, r.templateError()
 		}
@@ -232,8 +232,8 @@ func (r *run) checkNames(read *containerdconfig.Config, d containerdconfig.DropI
 	} {
 		p, ok := read.Proxies[name]
 		if ok && (!slices.Contains(kinds, p.Type) || containerdconfig.Socket(p.Address) != r.Daemon.SocketAddress()) {
-			return fmt.Errorf("containerd already has another plugin called %s (type %q, address %q; the daemon's is %q): remove [proxy_plugins.%[1]s] from %[5]s or from what it imports, or give the daemon that address: %[6]w",
-				name, p.Type, p.Address, r.Daemon.SocketAddress(), r.main, errdefs.ErrAlreadyExists)
+			return errdefs.ErrAlreadyExists.WithMessage(fmt.Sprintf("containerd already has another plugin called %s (type %q, address %q; the daemon's is %q): remove [proxy_plugins.%[1]s] from %[5]s or from what it imports, or give the daemon that address",
+				name, p.Type, p.Address, r.Daemon.SocketAddress(), r.main))
 		}
 	}
 	node, handlers := d.Scope()
@@ -248,14 +248,14 @@ func (r *run) checkNames(read *containerdconfig.Config, d containerdconfig.DropI
 		return fmt.Errorf("it is installed for all pods of the node: use --scope %s, or `%s uninstall` first: %w", ScopeNode, program, errdefs.ErrFailedPrecondition)
 	case r.Handler != "":
 		if table, ok := read.Runtimes[r.Handler].(map[string]any); ok && table["snapshotter"] != containerdconfig.Snapshotter {
-			return fmt.Errorf("containerd already has a runtime handler %s: choose another name with --runtime-handler, or set its snapshotter to %q by hand: %w", r.Handler, containerdconfig.Snapshotter, errdefs.ErrAlreadyExists)
+			return errdefs.ErrAlreadyExists.WithMessage(fmt.Sprintf("containerd already has a runtime handler %s: choose another name with --runtime-handler, or set its snapshotter to %q by hand", r.Handler, containerdconfig.Snapshotter))
 		}
 		return nil
 	}
 	known := []string{"", defaults.DefaultSnapshotter, containerdconfig.Snapshotter}
 	for whose, snapshotter := range map[string]string{"the node": read.NodeSnapshotter, "its default runtime handler " + read.DefaultHandler: read.OtherHandlers()[read.DefaultHandler]} {
 		if !slices.Contains(known, snapshotter) {
-			return fmt.Errorf("the snapshotter of %s is %s, which pods would lose: use --scope %s, or set it to %q by hand: %w", whose, snapshotter, ScopeHandler, containerdconfig.Snapshotter, errdefs.ErrAlreadyExists)
+			return errdefs.ErrAlreadyExists.WithMessage(fmt.Sprintf("the snapshotter of %s is %s, which pods would lose: use --scope %s, or set it to %q by hand", whose, snapshotter, ScopeHandler, containerdconfig.Snapshotter))
 		}
 	}
 	return nil

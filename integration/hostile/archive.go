@@ -13,14 +13,13 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// block is the size of an archive's blocks in bytes.
+// block is the block size of an archive in bytes.
 const block = 512
 
-// mark ends an archive: two blocks of zeros.
+// mark is the end of an archive: two blocks of zeros.
 var mark = strings.Repeat("\x00", 2*block)
 
-// The fields of a header, by their offsets and lengths (POSIX pax, "ustar Interchange
-// Format").
+// The fields of a header: offset and length (POSIX pax, "ustar Interchange Format").
 var (
 	fName     = field{0, 100}
 	fMode     = field{100, 8}
@@ -43,16 +42,16 @@ var (
 
 type field struct{ at, length int }
 
-// edit overwrites a field with a value and zeros behind it.
+// edit overwrites a field with a value, padded with zeros.
 type edit struct {
 	field
 	value string
 }
 
-// at is the default time of members.
+// at is the default modification time of members.
 const at = 1700000000
 
-// member is one header with its data.
+// member returns one header with its data.
 func member(flag byte, name, content string, edits ...edit) string {
 	h := make([]byte, block)
 	put := func(f field, value string) {
@@ -107,7 +106,7 @@ func hardLink(name, target string, edits ...edit) string {
 	return member('1', name, "", append([]edit{{fLink, target}}, edits...)...)
 }
 
-// record is a pax record. Its length includes the length field itself.
+// record returns a pax record. Its length includes the length field itself.
 func record(key, value string) string {
 	body := " " + key + "=" + value + "\n"
 	n := len(body) + 1
@@ -117,17 +116,17 @@ func record(key, value string) string {
 	return strconv.Itoa(n) + body
 }
 
-// pax is an extended header for the next member.
+// pax returns an extended header for the next member.
 func pax(records ...string) string {
 	return member('x', "PaxHeaders/x", strings.Join(records, ""))
 }
 
-// named is a member whose name may have any length and bytes.
+// named returns a member whose name may have any length and any bytes.
 func named(name string, flag byte, content string, edits ...edit) string {
 	return pax(record("path", name)) + member(flag, "name", content, edits...)
 }
 
-// base256 encodes a number as GNU tar does when octal digits are too few.
+// base256 encodes a number like GNU tar if it does not fit into octal digits.
 func base256(n int64, length int) string {
 	b := make([]byte, length)
 	for i := range b {
@@ -142,7 +141,6 @@ func base256(n int64, length int) string {
 	return string(b)
 }
 
-// is is the expected entry of a member.
 func isFile(content string) Entry {
 	return Entry{Type: File, Mode: 0o644, Sec: at, Size: int64(len(content)), SHA256: sum(content)}
 }
@@ -164,7 +162,7 @@ func (e Entry) attrs(set map[string]string) Entry { e.Xattrs = xattrs(set); retu
 func gzipped(content string) string {
 	var b bytes.Buffer
 	w := gzip.NewWriter(&b)
-	_, _ = w.Write([]byte(content)) // a buffer takes all
+	_, _ = w.Write([]byte(content)) // a bytes.Buffer accepts everything
 	_ = w.Close()
 	return b.String()
 }

@@ -13,8 +13,9 @@ import (
 	"strings"
 )
 
-// zeros is gzip of that many MiB of zeros, about a thousandth in size. Only the first
-// two MiB are compressed; the second is repeated, because each ends on a byte boundary.
+// zeros returns gzip of this many MiB of zeros, about a thousandth of the size. It
+// compresses only two of them and repeats the second, which ends on a byte boundary like
+// the first.
 func zeros(mib int) string {
 	zero := make([]byte, 1<<20)
 	var b bytes.Buffer
@@ -39,7 +40,7 @@ func zeros(mib int) string {
 	return stream + string(binary.LittleEndian.AppendUint32(end, uint32(mib)<<20))
 }
 
-// compressedMembers is gzip of n members and the end.
+// compressedMembers returns gzip of n members and the end marker.
 func compressedMembers(n int, f func(i int) string) string {
 	var b bytes.Buffer
 	w, err := gzip.NewWriterLevel(&b, gzip.BestSpeed)
@@ -54,8 +55,8 @@ func compressedMembers(n int, f func(i int) string) string {
 	return b.String()
 }
 
-// members is n uncompressed members and the end marker. Expansion has a limit of its
-// own.
+// members returns n uncompressed members and the end marker, for cases that the limit on
+// expansion must not refuse.
 func members(n int, f func(i int) string) string {
 	var b strings.Builder
 	for i := range n {
@@ -64,12 +65,12 @@ func members(n int, f func(i int) string) string {
 	return b.String() + mark
 }
 
-// later defers a slow or large case: layers and verdict are made on demand.
+// later returns a slow or large case. Its layers and verdict are made on demand.
 func later(name string, want func() Verdict, layers func() []layer) Case {
 	return Case{Name: name, Make: func() *Artifact { return pack(layers()...).ofLayers() }, want: want}
 }
 
-// bombCases demand far more disk, memory or time than their size suggests.
+// bombCases need far more disk, memory or time than their size suggests.
 func bombCases() (cases []Case) {
 	add := func(name string, long bool, want func() Verdict, layers func() []layer) {
 		c := later("bomb/"+name, want, layers)
@@ -80,8 +81,8 @@ func bombCases() (cases []Case) {
 	of := func(mediaType string, content func() string) func() []layer {
 		return func() []layer { return []layer{good(), {mediaType: mediaType, content: content()}} }
 	}
-	// A million equal members expand more than a layer may, so each has a different
-	// owner name, which is ignored.
+	// A million equal members would compress too well and exceed max_expansion, so each has
+	// a different owner name, which is ignored.
 	salt := func(i int) edit {
 		return edit{fUname, fmt.Sprintf("%08x%08x", uint32(i)*2654435761, uint32(i)*2246822519)}
 	}
@@ -101,7 +102,7 @@ func bombCases() (cases []Case) {
 		return gzipped(member('0', "f", "", edit{fSize, "04000000000\x00"})) + zeros(512)
 	}))
 	add("zstd, thirty thousand to one", false, says(expands), of(zstdType, func() string { return zstdRun(0, 1<<36) }))
-	add("zstd, a petabyte of frames to skip and then a run", false, says(expands), of(zstdType, func() string {
+	add("zstd, a thousand skippable frames and then a run", false, says(expands), of(zstdType, func() string {
 		return strings.Repeat("\x50\x2a\x4d\x18\x00\x00\x00\x00", 1000) + zstdRun('x', 1<<30)
 	}))
 	add("gzip within gzip within gzip", false, says("the archive"), of(gzipType, func() string { return gzipped(gzipped(zeros(64))) }))
@@ -164,14 +165,14 @@ func bombCases() (cases []Case) {
 			return hardLink(fmt.Sprintf("h%d", i-1), "f")
 		})}}
 	})
-	add("10,000 hard links to a file of 8 GiB of hole", false, says("more than 1048576 files and directories"), func() []layer {
+	add("10,000 hard links to a file with a hole of 8 GiB", false, says("more than 1048576 files and directories"), func() []layer {
 		all := []string{sparse1("s", fmt.Sprint(int64(8)<<30), "0\n", "")}
 		for i := range 10000 {
 			all = append(all, hardLink(fmt.Sprint(i), "s"))
 		}
 		return []layer{good(), tarred(all...)}
 	})
-	const fragments = 20000 // of a byte, with a hole of a block around each
+	const fragments = 20000 // of one byte, with a hole of one block around each
 	add(fmt.Sprintf("a sparse file of %d fragments", fragments), false, func() Verdict {
 		var pieces []piece
 		for i := range fragments {
@@ -220,7 +221,7 @@ func bombCases() (cases []Case) {
 			return layer{mediaType: gzipType, content: gzipped(file(fmt.Sprint(i), "x") + mark)}
 		})
 	})
-	add("an archive of nothing but holes, 64 times", false, func() Verdict {
+	add("an archive of holes only, 64 times", false, func() Verdict {
 		l := Listing{}
 		for i := range 64 {
 			l[fmt.Sprintf("%d", i)] = isFile(whole(1 << 20))

@@ -13,7 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// wrong holds a JSON value of every type.
+// wrong has JSON values of every type.
 var wrong = []struct{ what, text, kind string }{
 	{"null", "null", "null"},
 	{"true", "true", "boolean"},
@@ -31,20 +31,20 @@ var wrong = []struct{ what, text, kind string }{
 	{"an object", `{"x":{}}`, "object of objects"},
 }
 
-// manifestCases give each manifest field every JSON type.
+// manifestCases set each manifest field to every JSON type.
 func manifestCases() (cases []Case) {
 	base := func() *packed { return pack(good(), raw("f", "x")) }
 	mounted := mounts(Listing{"good.txt": isRaw(good().content), "f": isRaw("x")})
 	add := func(name string, want Verdict, make func() *Artifact) {
 		cases = append(cases, Case{Name: "manifest/" + name, Make: make, Want: want})
 	}
-	// Fields that say nothing about files are not checked.
+	// Fields that do not describe files are not checked.
 	for _, key := range []string{"schemaVersion", "annotations", "subject", "x-unknown"} {
 		for _, w := range wrong {
 			add(key+" is "+w.what, mounted, func() *Artifact { p := base(); return p.asText(p.manifest.set(key, w.text).String()) })
 		}
 	}
-	// The others must have the right type; null counts as absent.
+	// All other fields must have the right type; null counts as absent.
 	malformed := refused("malformed JSON")
 	for _, w := range wrong {
 		edit := func(key string) func() *Artifact {
@@ -103,8 +103,8 @@ func manifestCases() (cases []Case) {
 	whole("with a byte order mark", malformed, func(s string) string { return "\ufeff" + s })
 	whole("in UTF-16", malformed, func(s string) string { return "\xff\xfe" + strings.Join(strings.Split(s, ""), "\x00") + "\x00" })
 	whole("twice", malformed, func(s string) string { return s + s })
-	whole("with text behind", malformed, func(s string) string { return s + "x" })
-	whole("with a NUL behind", malformed, func(s string) string { return s + "\x00" })
+	whole("with trailing text", malformed, func(s string) string { return s + "x" })
+	whole("with a trailing NUL", malformed, func(s string) string { return s + "\x00" })
 	whole("with a comment", malformed, func(s string) string { return "// a manifest\n" + s })
 	whole("with a comma at the end", malformed, func(s string) string { return s[:len(s)-1] + ",}" })
 	whole("in single quotes", malformed, func(s string) string { return strings.ReplaceAll(s, `"`, `'`) })
@@ -126,8 +126,8 @@ func manifestCases() (cases []Case) {
 		return s[:len(s)-1] + b.String() + "}"
 	})
 	whole("over 8 MiB", refused("over the limit of"), func(s string) string { return s + strings.Repeat(" ", 8<<20) })
-	whole("with a million layers that are none", refused("descriptors in", "cannot have digests"), fixed(`{"layers":[`+strings.Repeat("{},", 1000000)+"{}]}"))
-	whole("with a million manifests that are none", refused("descriptors in", "cannot have digests"), fixed(`{"manifests":[`+strings.Repeat("{},", 1000000)+"{}]}"))
+	whole("with a million empty layers", refused("descriptors in", "cannot have digests"), fixed(`{"layers":[`+strings.Repeat("{},", 1000000)+"{}]}"))
+	whole("with a million empty manifests", refused("descriptors in", "cannot have digests"), fixed(`{"manifests":[`+strings.Repeat("{},", 1000000)+"{}]}"))
 	whole("of no media type", mounted, func(s string) string {
 		return strings.Replace(s, `"mediaType":`+quote(ocispec.MediaTypeImageManifest)+",", "", 1)
 	})
@@ -140,12 +140,13 @@ func manifestCases() (cases []Case) {
 	whole("of Docker's first schema", refused("is not the media type"), func(s string) string {
 		return strings.Replace(s, ocispec.MediaTypeImageManifest, "application/vnd.docker.distribution.manifest.v1+json", 1)
 	})
-	whole("said to be an index", refused("does not match the media type"), func(s string) string {
+	whole("with the media type of an index", refused("does not match the media type"), func(s string) string {
 		return strings.Replace(s, ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex, 1)
 	})
 	whole("of the OCI artifact manifest, with blobs", refused("is not the media type"), fixed(`{"mediaType":"application/vnd.oci.artifact.manifest.v1+json","blobs":[]}`))
 
-	// Of two values of one name each reader may take another one (RFC 8259, 4).
+	// JSON readers differ in which of two members with the same name they use (RFC 8259,
+	// section 4).
 	twice := refused("duplicate object member name")
 	second := array(raw("f", "y").descriptor().String())
 	add("layers twice", twice, func() *Artifact {
@@ -184,7 +185,7 @@ func manifestCases() (cases []Case) {
 	return cases
 }
 
-// descriptorCases give each field of the layer and config descriptors every type.
+// descriptorCases set each field of the layer and config descriptors to every JSON type.
 func descriptorCases() (cases []Case) {
 	content := "content"
 	l := raw("f", content)
@@ -203,7 +204,7 @@ func descriptorCases() (cases []Case) {
 		case w.kind == "null", w.text == `""`:
 			want = refused("layer 0: \"\" is not a media type")
 		case w.text == `"x"`:
-			want = mounted // a type of no rule is a file
+			want = mounted // an unknown media type is a file
 		}
 		add("mediaType is "+w.what, want, l.descriptor().set("mediaType", w.text))
 
@@ -215,7 +216,7 @@ func descriptorCases() (cases []Case) {
 
 		want = malformed
 		switch {
-		case w.kind == "null", w.text == "0": // the size of no bytes, and the digest is not theirs
+		case w.kind == "null", w.text == "0": // the size of an empty blob, whose digest differs
 			want = refused("layer 0 (", "0 bytes")
 		case w.text == "-1":
 			want = refused("layer 0 (", "negative size -1")
@@ -237,12 +238,12 @@ func descriptorCases() (cases []Case) {
 		}
 		add("a path is "+w.what, want, l.descriptor().set("annotations", object{{filepathKey, w.text}}.String()))
 
-		// Even an annotation that we ignore must be a string.
+		// Even an ignored annotation must be a string.
 		want = malformed
 		if w.kind == "null" || w.kind == "string" {
 			want = mounted
 		}
-		add("an annotation of no meaning is "+w.what, want, l.descriptor().set("annotations", append(l.annotations, property{"x", w.text}).String()))
+		add("an unknown annotation is "+w.what, want, l.descriptor().set("annotations", append(l.annotations, property{"x", w.text}).String()))
 
 		for _, key := range []string{"urls", "platform", "data", "artifactType"} {
 			want = malformed
@@ -255,7 +256,7 @@ func descriptorCases() (cases []Case) {
 				want = mounted
 			}
 			if key == "data" && w.kind == "list" {
-				continue // encoding/json takes it for no bytes, and they mean nothing here
+				continue // encoding/json reads [] as no bytes, which is valid here
 			}
 			add(key+" is "+w.what, want, l.descriptor().set(key, w.text))
 		}
@@ -275,7 +276,7 @@ func descriptorCases() (cases []Case) {
 	for what, d := range map[string]string{
 		"of nothing": "", "without an algorithm": hex, "of no hex": "sha256:", "too short": "sha256:" + hex[:63], "too long": "sha256:" + hex + "0",
 		"in capitals": "sha256:" + strings.ToUpper(hex), "of an algorithm in capitals": "SHA256:" + hex, "of MD5": "md5:d41d8cd98f00b204e9800998ecf8427e",
-		"of an algorithm of nobody": "sha257:" + hex, "of BLAKE3": "blake3:" + hex, "that leaves the directory": "sha256:../../../../../../etc/passwd",
+		"of an unknown algorithm": "sha257:" + hex, "of BLAKE3": "blake3:" + hex, "that leaves the directory": "sha256:../../../../../../etc/passwd",
 		"that is a path": "/etc/passwd", "that leaves it by its algorithm": "../../..:" + hex, "with a NUL": "sha256:" + hex[:63] + "\x00", "with a newline": "sha256:" + hex + "\n",
 		"of a megabyte": "sha256:" + strings.Repeat("0", 1<<20), "with a slash": "sha256:" + hex[:32] + "/" + hex[:31], "of two": "sha256:" + hex + ",sha256:" + hex,
 	} {
@@ -286,11 +287,10 @@ func descriptorCases() (cases []Case) {
 		l.digest = algorithm.FromString(content)
 		cases = append(cases, fine("descriptor/digest of "+string(algorithm), Listing{"f": isRaw(content)}, l))
 	}
-	add("digest of a blob that is not there", Verdict{Refused: errdefs.ErrNotFound, Says: []string{"layer 0 (", "delete the image and pull it again"}}, l.descriptor().set("digest", quote(digestOf("absent").String())))
+	add("digest of a missing blob", Verdict{Refused: errdefs.ErrNotFound, Says: []string{"layer 0 (", "delete the image and pull it again"}}, l.descriptor().set("digest", quote(digestOf("absent").String())))
 	add("digest of the manifest's config", Verdict{Refused: errdefs.ErrFailedPrecondition, Says: []string{"layer 0 ("}}, l.descriptor().set("digest", quote(digestOf("{}").String())))
-	add("digest of no bytes, for a size", Verdict{Refused: errdefs.ErrNotFound, Says: []string{"layer 0 ("}}, l.descriptor().set("digest", quote(digestOf("").String())))
+	add("digest of no bytes, with another size", Verdict{Refused: errdefs.ErrNotFound, Says: []string{"layer 0 ("}}, l.descriptor().set("digest", quote(digestOf("").String())))
 
-	// The config's descriptor.
 	configured := func(name string, want Verdict, change func(object) object) {
 		cases = append(cases, Case{Name: "descriptor/config, " + name, Want: want, Make: func() *Artifact {
 			p := pack(l)
@@ -306,7 +306,7 @@ func descriptorCases() (cases []Case) {
 	configured("a size of a fraction", malformed, set("size", "2.5"))
 	configured("no digest", refused("config: digest"), func(o object) object { return o.without("digest") })
 	configured("a digest that leaves the directory", refused("config: digest"), set("digest", `"sha256:../../../../etc/passwd"`))
-	configured("a digest of no blob", Verdict{Refused: errdefs.ErrNotFound, Says: []string{"config ", "pull it again"}}, set("digest", quote(digestOf("absent").String())))
+	configured("a digest of a missing blob", Verdict{Refused: errdefs.ErrNotFound, Says: []string{"config ", "pull it again"}}, set("digest", quote(digestOf("absent").String())))
 	configured("the digest of a layer", refused("malformed model config"), func(o object) object {
 		return o.set("digest", quote(digestOf(content).String())).set("size", fmt.Sprint(len(content)))
 	})
@@ -316,7 +316,7 @@ func descriptorCases() (cases []Case) {
 	configured("of an image of Docker", ordinary(), set("mediaType", `"application/vnd.docker.container.image.v1+json"`))
 	configured("of almost an image", mounted, set("mediaType", quote(ocispec.MediaTypeImageConfig+"x")))
 	cases = append(cases, Case{
-		Name: "descriptor/config, the blob of which has other bytes", Want: Verdict{Refused: errdefs.ErrDataLoss, Says: []string{"is corrupt"}},
+		Name: "descriptor/config, whose blob has other bytes", Want: Verdict{Refused: errdefs.ErrDataLoss, Says: []string{"is corrupt"}},
 		Make: func() *Artifact {
 			const config = `{"other":"bytes"}`
 			a := pack(l).withConfig(modelConfig, config).done()
@@ -324,7 +324,7 @@ func descriptorCases() (cases []Case) {
 			return a
 		},
 	}, Case{
-		Name: "descriptor/a manifest, the blob of which has other bytes", Want: Verdict{Refused: errdefs.ErrDataLoss, Says: []string{"is corrupt"}},
+		Name: "descriptor/a manifest, whose blob has other bytes", Want: Verdict{Refused: errdefs.ErrDataLoss, Says: []string{"is corrupt"}},
 		Make: func() *Artifact {
 			a := pack(l, raw("other", "bytes")).done()
 			a.Blobs[a.Target] = []byte(`{"layers":[]}`)
@@ -334,7 +334,7 @@ func descriptorCases() (cases []Case) {
 	return sorted(cases)
 }
 
-// indexCases are indexes of manifests.
+// indexCases are image indexes.
 func indexCases() (cases []Case) {
 	inner := func() *Artifact { return pack(raw("f", "x")).done() }
 	mounted := mounts(Listing{"f": isRaw("x")})
@@ -372,9 +372,9 @@ func indexCases() (cases []Case) {
 	add("of 10,000 for other platforms", refused("no manifest for"), func(d digest.Digest) []string {
 		return strings.Split(strings.Repeat(entry(d, foreign)+"|", 9999)+entry(d, foreign), "|")
 	})
-	add("of one that is not there", Verdict{Refused: errdefs.ErrNotFound, Says: []string{"manifest ", "pull it again"}}, func(digest.Digest) []string { return []string{entry(absent, "")} })
+	add("of one that is missing", Verdict{Refused: errdefs.ErrNotFound, Says: []string{"manifest ", "pull it again"}}, func(digest.Digest) []string { return []string{entry(absent, "")} })
 	add("of a digest that leaves the directory", refused("digest"), func(digest.Digest) []string { return []string{entry("sha256:../../../etc/passwd", "")} })
-	add("of a digest of nothing", refused("digest"), func(digest.Digest) []string { return []string{entry("", "")} })
+	add("of an empty digest", refused("digest"), func(digest.Digest) []string { return []string{entry("", "")} })
 	add("of a layer", refused("malformed JSON"), func(digest.Digest) []string { return []string{entry(digestOf("x"), "")} })
 	add("of a platform of letters in capitals and slashes", refused("no manifest for"), func(d digest.Digest) []string {
 		odd := `{"os":"../..\u001b","architecture":"` + strings.Repeat("A", 5000) + `"}`

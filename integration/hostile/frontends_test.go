@@ -39,18 +39,18 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// shelf is a content store's directory of blobs.
+// shelf is the blob directory of a content store.
 type shelf string
 
 func (s shelf) path(d digest.Digest) (string, bool) {
 	if d.Validate() != nil {
-		return "", false // no runtime stores it
+		return "", false // no runtime stores such a blob
 	}
 	return filepath.Join(string(s), "blobs", d.Algorithm().String(), d.Encoded()), true
 }
 
-// put stores an artifact's blobs as containerd does: whole files by rename, the
-// manifest last.
+// put stores an artifact's blobs like containerd: complete files, by rename, the manifest
+// last.
 func (s shelf) put(a *Artifact) error {
 	names := slices.DeleteFunc(slices.Collect(func(yield func(digest.Digest) bool) {
 		for d := range a.Blobs {
@@ -80,26 +80,26 @@ func (s shelf) drop(a *Artifact) error {
 	return errors.Join(errs...)
 }
 
-// process is a daemon with its own modes over the shared blobs.
+// process is a daemon with its own modes; all daemons share the blobs.
 type process struct {
 	modes unpack.Modes
 	dir   string
 	cmd   *exec.Cmd
 	conn  *grpc.ClientConn
 	count atomic.Int64
-	ended <-chan struct{} // closed when it has ended, with err
+	ended <-chan struct{} // closed when the daemon has ended, with its error in err
 	err   error
 }
 
 const hostileNamespace = "k8s.io"
 
-// alone configures a daemon without containerd.
+// alone returns the configuration of a daemon without containerd.
 func alone(dir string, blobs shelf, decompressOnPull bool) string {
 	return fmt.Sprintf("content_root = %q\ncontainerd_address = %q\ndecompress_on_pull = %v\n", string(blobs), filepath.Join(dir, "none.sock"), decompressOnPull)
 }
 
-// start starts a daemon with these modes and extra configuration. The command must exec
-// the daemon.
+// start starts a daemon with these modes and additional configuration. The command by, if
+// any, must exec the daemon.
 func start(t *testing.T, dir, more string, modes unpack.Modes, by ...string) (*process, error) {
 	t.Helper()
 	program, err := node.Program()
@@ -131,13 +131,13 @@ func start(t *testing.T, dir, more string, modes unpack.Modes, by ...string) (*p
 	t.Cleanup(func() {
 		d.stop(t)
 		if t.Failed() {
-			t.Logf("the daemon's last words:\n%s", tail(filepath.Join(d.dir, "log")))
+			t.Logf("end of the daemon's log:\n%s", tail(filepath.Join(d.dir, "log")))
 		}
 	})
 	if d.conn, err = grpc.NewClient("unix://"+d.socket(), grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	ended := make(chan struct{})
 	d.ended = ended
 	go func() {
@@ -171,11 +171,11 @@ func (d *process) stop(t *testing.T) {
 		if d.err != nil {
 			t.Errorf("the daemon: %v", d.err)
 		}
-	} else { // it could not start, which is for start to say
+	} else { // it did not start, which start reports
 		<-d.ended
 	}
 	if left, err := node.Mounts(d.dir); err != nil || len(left) > 0 {
-		t.Errorf("mounts are left: %q (%v)", left, err)
+		t.Errorf("remaining mounts: %q (%v)", left, err)
 		for _, at := range slices.Backward(left) {
 			_ = unix.Unmount(at, unix.MNT_DETACH)
 		}
@@ -192,7 +192,7 @@ func (d *process) applier() diff.Applier {
 	return diffproxy.NewDiffApplier(diffapi.NewDiffClient(d.conn)).(diff.Applier)
 }
 
-// peak is the daemon's peak resident memory in bytes since the last call.
+// peak returns the daemon's peak resident memory in bytes since the last call.
 func (d *process) peak(t *testing.T) int64 {
 	t.Helper()
 	proc := fmt.Sprintf("/proc/%d/", d.pid())
@@ -212,7 +212,7 @@ func (d *process) peak(t *testing.T) int64 {
 	return kib << 10
 }
 
-// again retries while the answer is "try again".
+// again retries while the error is Unavailable, as kubelet does.
 func again(f func() error) error {
 	for deadline := time.Now().Add(5 * time.Minute); ; {
 		err := f()
@@ -222,8 +222,8 @@ func again(f func() error) error {
 	}
 }
 
-// treeFrontEnd mounts an artifact as `artifact-snapshotter mount` and an image volume
-// do; only the key differs.
+// treeFrontEnd mounts an artifact like `artifact-snapshotter mount`. An image volume
+// differs only in the key.
 type treeFrontEnd struct{ *process }
 
 func (d treeFrontEnd) Way() Way { return Way(string(d.modes.Raw) + "+" + string(d.modes.Tar)) }
@@ -245,32 +245,32 @@ func (d treeFrontEnd) Mount(ctx context.Context, a *Artifact) (string, func() er
 	}, err
 }
 
-// boundIn is the source of the view's one bind mount.
+// boundIn returns the source of the view's single bind mount.
 func boundIn(mounts []mount.Mount) (string, error) {
 	if len(mounts) != 1 {
-		return "", fmt.Errorf("the view is %+v, and not one mount", mounts)
+		return "", fmt.Errorf("the view has the mounts %+v, want one", mounts)
 	}
 	return bound(mounts[0].Type, mounts[0].Source, mounts[0].Options)
 }
 
-// bound is the source of a read-only bind, whose underlying mount must be read-only,
+// bound returns the source of a read-only bind. The mount below it must be read-only,
 // nosuid and nodev too.
 func bound(kind, source string, options []string) (string, error) {
 	if kind != "bind" || !slices.Contains(options, "ro") {
-		return "", fmt.Errorf("%s is mounted as %s with %q, and not as a bind that is read-only", source, kind, options)
+		return "", fmt.Errorf("%s is mounted as %s with %q, want a read-only bind", source, kind, options)
 	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(source, &st); err != nil {
 		return "", err
 	}
 	if want := int64(unix.ST_RDONLY | unix.ST_NOSUID | unix.ST_NODEV); st.Flags&want != want {
-		return "", fmt.Errorf("the mount %s has the flags %x, and must be ro, nosuid and nodev", source, st.Flags)
+		return "", fmt.Errorf("the mount %s has the flags %x, want ro, nosuid and nodev", source, st.Flags)
 	}
 	return source, nil
 }
 
-// layersFrontEnd unpacks layer by layer into a snapshotter, as containerd's own
-// unpacker does (core/unpack).
+// layersFrontEnd unpacks layer by layer into a snapshotter, like containerd's own unpacker
+// (core/unpack).
 type layersFrontEnd struct {
 	*process
 	way Way
@@ -286,20 +286,20 @@ const maxLayers = 100
 func (d layersFrontEnd) Skip(c Case, a *Artifact) (why string) {
 	switch {
 	case a.Layers == nil:
-		return "what is odd is not in the layers"
+		return "the oddity is not in the layers"
 	case len(a.Layers) > maxLayers:
-		return "more layers than an overlay has"
+		return "more layers than an overlay supports"
 	}
-	// containerd measures a snapshot by whole paths, which are too long for this case
-	// too (core/snapshots/storage, fs.DiskUsage).
+	// containerd measures the usage of a snapshot by path names, which are too long in this
+	// case (core/snapshots/storage, fs.DiskUsage).
 	if d.way == Files && strings.HasSuffix(c.Name, "a path of 4095 bytes") {
-		return "containerd cannot count a path of that length"
+		return "containerd cannot measure a path of this length"
 	}
-	// A registry would not know these.
+	// A registry would not accept these manifests.
 	if slices.ContainsFunc(a.Layers, func(l descriptor) bool {
 		return !utf8Descriptor(l) || len(l.MediaType) > 1<<16 || len(fmt.Sprint(l.Annotations)) > 1<<20
 	}) {
-		return "gRPC cannot say it"
+		return "gRPC cannot transport the descriptor"
 	}
 	return ""
 }
@@ -317,7 +317,7 @@ func (d layersFrontEnd) Mount(ctx context.Context, a *Artifact) (_ string, _ fun
 	defer func() {
 		if err != nil {
 			if uerr := done(); uerr != nil {
-				err = fmt.Errorf("%w, and then %v", err, uerr)
+				err = fmt.Errorf("%w; cleaning up: %v", err, uerr)
 			}
 		}
 	}()
@@ -358,7 +358,7 @@ func (d layersFrontEnd) Mount(ctx context.Context, a *Artifact) (_ string, _ fun
 	return d.dir, done, nil
 }
 
-// frontEnds starts every front end and mode that this kernel supports, each with its
+// frontEnds starts every front end and mode that this kernel supports, each with its own
 // daemon.
 func frontEnds(t *testing.T, dir string, blobs shelf, ways []Way) (frontEnds []FrontEnd, daemons []*process) {
 	t.Helper()
@@ -398,7 +398,7 @@ func frontEnds(t *testing.T, dir string, blobs shelf, ways []Way) (frontEnds []F
 	return frontEnds, daemons
 }
 
-// cleanup asks a daemon to collect unreferenced trees.
+// cleanup makes a daemon collect garbage.
 func cleanup(t *testing.T, d *process) error {
 	t.Helper()
 	c, ok := d.snapshotter().(snapshots.Cleaner)

@@ -13,7 +13,7 @@ import (
 
 var gnuMagic = []edit{{fMagic, "ustar "}, {fVersion, " \x00"}}
 
-// gnuCases are GNU tar's long names.
+// gnuCases are long names and other extensions of GNU tar.
 func gnuCases() []Case {
 	const unreadable = "the archive cannot be read"
 	long := func(flag byte, value string) string {
@@ -24,17 +24,17 @@ func gnuCases() []Case {
 	return []Case{
 		fine("gnu/a long name", Listing{deep: isFile("x")}, tarred(long('L', deep+"\x00"), gnu("cut"))),
 		fine("gnu/a long name without its NUL", Listing{deep: isFile("x")}, tarred(long('L', deep), gnu("cut"))),
-		fine("gnu/a long name and what is behind its NUL", Listing{"f": isFile("x")}, tarred(long('L', "f\x00/../../escaped"), gnu("cut"))),
-		fine("gnu/an empty long name is none", Listing{"f": isFile("x")}, tarred(long('L', ""), gnu("f"))),
-		fine("gnu/two long names, of which the last counts", Listing{"g": isFile("x")}, tarred(long('L', "f\x00"), long('L', "g\x00"), gnu("cut"))),
+		fine("gnu/a long name and text after its NUL", Listing{"f": isFile("x")}, tarred(long('L', "f\x00/../../escaped"), gnu("cut"))),
+		fine("gnu/an empty long name is ignored", Listing{"f": isFile("x")}, tarred(long('L', ""), gnu("f"))),
+		fine("gnu/two long names, the last one counts", Listing{"g": isFile("x")}, tarred(long('L', "f\x00"), long('L', "g\x00"), gnu("cut"))),
 		fine("gnu/a long target", Listing{"l": isLink(deep)}, tarred(long('K', deep+"\x00"), symlink("l", "cut", gnuMagic...))),
 		fine("gnu/a long name and a long target", Listing{deep: isLink(deep)}, tarred(long('K', deep+"\x00"), long('L', deep+"\x00"), symlink("l", "cut", gnuMagic...))),
-		fine("gnu/a long target of a file means nothing", Listing{"f": isFile("x")}, tarred(long('K', "/etc/shadow\x00"), gnu("f"))),
-		fine("gnu/a long name is not of the next member", Listing{"f": isFile("x"), "g": isFile("x")}, tarred(long('L', "f\x00"), gnu("cut"), gnu("g"))),
+		fine("gnu/a long target of a file is ignored", Listing{"f": isFile("x")}, tarred(long('K', "/etc/shadow\x00"), gnu("f"))),
+		fine("gnu/a long name applies to one member only", Listing{"f": isFile("x"), "g": isFile("x")}, tarred(long('L', "f\x00"), gnu("cut"), gnu("g"))),
 		bad("gnu/a long name that leaves the volume", tarred(long('L', strings.Repeat("../", 50)+"escaped\x00"), gnu("cut")), `contains ".."`),
 		fine("gnu/a long name that is absolute", Listing{strings.Repeat("d/", 60) + "f": isFile("x")}, tarred(long('L', "/"+strings.Repeat("d/", 60)+"f\x00"), gnu("cut"))),
 		fine("gnu/a long name that ends in a slash", Listing{deep: isDir().mode(0o644)}, tarred(long('L', deep+"/\x00"), file("cut", "", gnuMagic...))).notAsFiles(),
-		bad("gnu/a long name of nothing", tarred(long('L', "f\x00")), "the archive"),
+		bad("gnu/a long name without a member", tarred(long('L', "f\x00")), "the archive"),
 		bad("gnu/a long name of 2 MiB", tarred(long('L', strings.Repeat("n", 2<<20)), gnu("cut")), unreadable),
 		bad("gnu/a long name that claims 8 GiB", tarred(member('L', "././@LongLink", "", append(slices.Clone(gnuMagic), edit{fSize, "77777777777\x00"})...), gnu("f")), "the archive"),
 		bad("gnu/a long target that leaves the volume, of a hard link", tarred(long('K', "../../etc/shadow\x00"), hardLink("h", "cut", gnuMagic...)), `contains ".."`),
@@ -42,7 +42,7 @@ func gnuCases() []Case {
 		fine("gnu/a volume's label alone", Listing{}, tarred(member('V', "label", "", gnuMagic...))),
 		fine("gnu/a volume's label that is a path", Listing{"f": isFile("x")}, tarred(member('V', "/../../etc/passwd", "", gnuMagic...), gnu("f"))),
 		fine("gnu/a volume's label that is the name of a file", Listing{"f": isFile("x"), "g": isFile("x")}, tarred(gnu("f"), member('V', "f", "", gnuMagic...), gnu("g"))),
-		fine("gnu/a volume's label with the owner of nobody", Listing{"f": isFile("x")}, tarred(member('V', "label", "", append(slices.Clone(gnuMagic), edit{fUID, base256(-1, 8)})...), gnu("f"))),
+		fine("gnu/a volume's label with an invalid owner", Listing{"f": isFile("x")}, tarred(member('V', "label", "", append(slices.Clone(gnuMagic), edit{fUID, base256(-1, 8)})...), gnu("f"))),
 		fine("gnu/a volume's label with content", Listing{"f": isFile("x")}, tarred(member('V', "label", file("hidden", "x"), gnuMagic...), gnu("f"))),
 		bad("gnu/a volume's label whose content is cut off", tarred(member('V', "label", "", append(slices.Clone(gnuMagic), edit{fSize, "00000077777\x00"})...)), "the archive is truncated"),
 		bad("gnu/a volume's label with holes", tarred(pax(record("GNU.sparse.major", "1"), record("GNU.sparse.minor", "0"), record("GNU.sparse.realsize", "1048576"))+member('V', "label", "0\n"+strings.Repeat("\x00", block-2))), "cannot be sparse"),
@@ -62,7 +62,7 @@ type piece struct {
 	data string
 }
 
-// whole is the full content of a sparse file.
+// whole returns the full content of a sparse file.
 func whole(size int64, pieces ...piece) string {
 	b := make([]byte, size)
 	for _, p := range pieces {
@@ -78,7 +78,8 @@ func joined(pieces []piece) (data string) {
 	return data
 }
 
-// oldSparse is GNU tar's format before pax, with up to four segments in the header.
+// oldSparse returns a member in GNU tar's sparse format before pax, with up to four
+// segments in the header.
 func oldSparse(name string, size int64, pieces ...piece) string {
 	return sparseHeader(name, base256(size, 12), joined(pieces), pieces...)
 }
@@ -91,19 +92,19 @@ func sparseHeader(name, size, data string, pieces ...piece) string {
 	return member('S', name, data, append(edits, edit{field{483, 12}, size})...)
 }
 
-// sparse1 is GNU's pax format 1.0: the map precedes the data.
+// sparse1 returns a member in GNU's pax format 1.0, where the map precedes the data.
 func sparse1(name, size, table, data string, more ...string) string {
 	table += strings.Repeat("\x00", (block-len(table)%block)%block)
 	records := append([]string{record("GNU.sparse.major", "1"), record("GNU.sparse.minor", "0"), record("GNU.sparse.name", name), record("GNU.sparse.realsize", size)}, more...)
 	return pax(records...) + file("GNUSparseFile.0/f", table+data)
 }
 
-// sparse0 is format 0.1, whose map is a pax record, for a file of 20,000 bytes.
+// sparse0 returns a member of 20,000 bytes in format 0.1, whose map is a pax record.
 func sparse0(blocks, table, data string) string {
 	return pax(record("GNU.sparse.size", "20000"), record("GNU.sparse.numblocks", blocks), record("GNU.sparse.name", "s"), record("GNU.sparse.map", table)) + file("f", data)
 }
 
-// sparseCases are files with holes in GNU tar's four formats.
+// sparseCases are sparse files in GNU tar's four formats.
 func sparseCases() (cases []Case) {
 	const unreadable = "the archive cannot be read"
 	mounted := func(name, content, members string) {
@@ -127,51 +128,51 @@ func sparseCases() (cases []Case) {
 	mounted("1.0, pieces that touch", "abcdef", sparse1("s", "6", "2\n0\n3\n3\n3\n", "abcdef"))
 	mounted("1.0, a piece of no bytes at the end", whole(100), sparse1("s", "100", "1\n100\n0\n", ""))
 
-	refuse("1.0, pieces over each other", unreadable, sparse1("s", "20000", "2\n0\n3\n1\n3\n", "abcdef"))
+	refuse("1.0, overlapping pieces", unreadable, sparse1("s", "20000", "2\n0\n3\n1\n3\n", "abcdef"))
 	refuse("1.0, pieces in the wrong order", unreadable, sparse1("s", "20000", "2\n9000\n3\n0\n3\n", "abcdef"))
-	refuse("1.0, a piece behind the end", unreadable, sparse1("s", "10", "1\n8\n3\n", "abc"))
-	refuse("1.0, a piece below zero", unreadable, sparse1("s", "10", "1\n-1\n3\n", "abc"))
-	refuse("1.0, a piece of fewer than no bytes", unreadable, sparse1("s", "10", "1\n0\n-3\n", "abc"))
+	refuse("1.0, a piece beyond the end", unreadable, sparse1("s", "10", "1\n8\n3\n", "abc"))
+	refuse("1.0, a negative offset", unreadable, sparse1("s", "10", "1\n-1\n3\n", "abc"))
+	refuse("1.0, a negative length", unreadable, sparse1("s", "10", "1\n0\n-3\n", "abc"))
 	refuse("1.0, a piece at 2^63", unreadable, sparse1("s", "10", "1\n9223372036854775808\n3\n", "abc"))
 	refuse("1.0, a piece that ends at 2^63", unreadable, sparse1("s", "9223372036854775807", "1\n9223372036854775806\n3\n", "abc"))
-	refuse("1.0, a piece of letters", unreadable, sparse1("s", "10", "1\nzero\n3\n", "abc"))
-	refuse("1.0, fewer than no pieces", unreadable, sparse1("s", "10", "-1\n", ""))
+	refuse("1.0, an offset of letters", unreadable, sparse1("s", "10", "1\nzero\n3\n", "abc"))
+	refuse("1.0, a negative number of pieces", unreadable, sparse1("s", "10", "-1\n", ""))
 	refuse("1.0, 2^62 pieces", unreadable, sparse1("s", "10", "4611686018427387904\n", ""))
 	refuse("1.0, 2^63-1 pieces", unreadable, sparse1("s", "10", "9223372036854775807\n", ""))
-	refuse("1.0, a million pieces that are not there", "the archive", sparse1("s", "10", "1000000\n", ""))
+	refuse("1.0, a million missing pieces", "the archive", sparse1("s", "10", "1000000\n", ""))
 	refuse("1.0, no table", "the archive", sparse1("s", "10", "", ""))
-	refuse("1.0, a size below zero", unreadable, sparse1("s", "-1", "0\n", ""))
+	refuse("1.0, a negative size", unreadable, sparse1("s", "-1", "0\n", ""))
 	refuse("1.0, a size over 64 bits", unreadable, sparse1("s", "9223372036854775808", "0\n", ""))
 	refuse("1.0, a size of letters", unreadable, sparse1("s", "large", "0\n", ""))
 	refuse("1.0, less data than pieces", "the archive", sparse1("s", "20000", "1\n0\n2000\n", "abc"))
 	refuse("1.0, more data than pieces", "", sparse1("s", "10", "1\n0\n3\n", "abcdef"))
 	refuse("1.0, a name that leaves the volume", `contains ".."`, sparse1("../escaped", "10", "1\n0\n3\n", "abc"))
 	cases = append(cases, fine("sparse/1.0, a name that is absolute", Listing{"etc/passwd": isFile(whole(10, piece{0, "abc"}))}, tarred(sparse1("/etc/passwd", "10", "1\n0\n3\n", "abc"))))
-	refuse("0.1, an odd number of places", unreadable, sparse0("2", "4096,3,9000", "abc"))
+	refuse("0.1, an odd number of values", unreadable, sparse0("2", "4096,3,9000", "abc"))
 	refuse("0.1, more pieces than said", unreadable, sparse0("1", "0,1,4,1", "ab"))
 	refuse("0.1, fewer pieces than said", unreadable, sparse0("9", "0,1", "a"))
-	refuse("0.1, pieces over each other", unreadable, sparse0("2", "0,3,1,3", "abcdef"))
-	refuse("0.1, a number that is none", unreadable, sparse0("1", "x,3", "abc"))
-	refuse("0.1, pieces below zero", unreadable, sparse0("-1", "0,3", "abc"))
+	refuse("0.1, overlapping pieces", unreadable, sparse0("2", "0,3,1,3", "abcdef"))
+	refuse("0.1, an invalid number", unreadable, sparse0("1", "x,3", "abc"))
+	refuse("0.1, a negative number of pieces", unreadable, sparse0("-1", "0,3", "abc"))
 	refuse("0.1, no pieces", "a sparse file in an unknown format", sparse0("0", "", ""))
 	refuse("0.0, no pieces", "a sparse file in an unknown format", pax(record("GNU.sparse.size", "20000"), record("GNU.sparse.numblocks", "0"))+file("s", ""))
-	refuse("0.0, a length without a place", unreadable, pax(record("GNU.sparse.size", "10"), record("GNU.sparse.numblocks", "1"), record("GNU.sparse.numbytes", "3"))+file("s", "abc"))
-	refuse("0.0, a place with a comma", unreadable, pax(record("GNU.sparse.size", "10"), record("GNU.sparse.numblocks", "1"), record("GNU.sparse.offset", "0,3,4"), record("GNU.sparse.numbytes", "3"))+file("s", "abc"))
-	refuse("old, pieces over each other", unreadable, oldSparse("s", 20000, piece{0, "abc"}, piece{1, "def"}))
-	refuse("old, a piece behind the end", unreadable, oldSparse("s", 2, piece{0, "abc"}))
-	refuse("old, a size below zero", unreadable, sparseHeader("s", base256(-1, 12), ""))
+	refuse("0.0, a length without an offset", unreadable, pax(record("GNU.sparse.size", "10"), record("GNU.sparse.numblocks", "1"), record("GNU.sparse.numbytes", "3"))+file("s", "abc"))
+	refuse("0.0, an offset with a comma", unreadable, pax(record("GNU.sparse.size", "10"), record("GNU.sparse.numblocks", "1"), record("GNU.sparse.offset", "0,3,4"), record("GNU.sparse.numbytes", "3"))+file("s", "abc"))
+	refuse("old, overlapping pieces", unreadable, oldSparse("s", 20000, piece{0, "abc"}, piece{1, "def"}))
+	refuse("old, a piece beyond the end", unreadable, oldSparse("s", 2, piece{0, "abc"}))
+	refuse("old, a negative size", unreadable, sparseHeader("s", base256(-1, 12), ""))
 	refuse("old, a size of letters", unreadable, sparseHeader("s", "large", ""))
 	refuse("old, in an archive of another format", unreadable, member('S', "s", ""))
 	refuse("old, a name that leaves the volume", `contains ".."`, oldSparse("../escaped", 100, piece{0, "abc"}))
-	refuse("old, more headers that are not there", "the archive", member('S', "s", "", append(slices.Clone(gnuMagic), edit{field{482, 1}, "\x01"}, edit{field{483, 12}, "00000000100\x00"})...))
-	// A reader that does not know the format would read the map as content.
-	refuse("of a format to come, 2.0", "sparse", sparse1("s", "10", "1\n0\n3\n", "abc", record("GNU.sparse.major", "2")))
-	refuse("of a format to come, 1.1", "sparse", sparse1("s", "10", "1\n0\n3\n", "abc", record("GNU.sparse.minor", "1")))
+	refuse("old, a missing extension header", "the archive", member('S', "s", "", append(slices.Clone(gnuMagic), edit{field{482, 1}, "\x01"}, edit{field{483, 12}, "00000000100\x00"})...))
+	// A reader that ignores the version would read the map as content.
+	refuse("of an unknown format, 2.0", "sparse", sparse1("s", "10", "1\n0\n3\n", "abc", record("GNU.sparse.major", "2")))
+	refuse("of an unknown format, 1.1", "sparse", sparse1("s", "10", "1\n0\n3\n", "abc", record("GNU.sparse.minor", "1")))
 	refuse("of a format of letters", "sparse", sparse1("s", "10", "1\n0\n3\n", "abc", record("GNU.sparse.major", "one")))
 	refuse("of half a format", "sparse", pax(record("GNU.sparse.minor", "0"))+file("s", "1\n0\n3\nabc"))
-	refuse("that says only how large it is", "sparse", pax(record("GNU.sparse.realsize", "20000"))+file("s", "abc"))
+	refuse("that states only its size", "sparse", pax(record("GNU.sparse.realsize", "20000"))+file("s", "abc"))
 
-	// Copying the file would fill any disk with its holes.
+	// Copying the file would fill any disk with zeros.
 	for _, c := range []struct {
 		what string
 		size int64
@@ -186,7 +187,7 @@ func sparseCases() (cases []Case) {
 	return sorted(cases)
 }
 
-// xattrCases are extended attributes: user.* belongs to the artifact, all others would
+// xattrCases are extended attributes. The volume has those in user.*; all others would
 // affect the node.
 func xattrCases() (cases []Case) {
 	mounted := func(name string, want map[string]string, set ...string) Case {
@@ -201,23 +202,23 @@ func xattrCases() (cases []Case) {
 	for what, attr := range map[string]string{
 		"file capabilities": "security.capability", "an SELinux label": "security.selinux", "a signature for IMA": "security.ima", "one for EVM": "security.evm",
 		"a Smack label": "security.SMACK64", "an access list": "system.posix_acl_access", "a default access list": "system.posix_acl_default",
-		"a list of NFS": "system.nfs4_acl", "inode flags": "btrfs.compression", "of no namespace": "plain", "of an empty namespace": ".x", "a name that only begins like user": "username",
+		"a list of NFS": "system.nfs4_acl", "inode flags": "btrfs.compression", "without a namespace": "plain", "of an empty namespace": ".x", "a name that only begins like user": "username",
 	} {
 		cases = append(cases, mounted("dropped, "+what, kept, attr, "\x01\x00\x00\x02", "user.kept", "v").notAsFiles())
 	}
 	for _, attr := range []string{"metacopy", "redirect", "opaque", "origin", "upper", "impure", "whiteout", "xattr.whiteout", "overlay.metacopy"} {
-		cases = append(cases, mounted("dropped, an order to overlayfs, "+attr, kept, "trusted.overlay."+attr, "/0", "user.kept", "v"))
+		cases = append(cases, mounted("dropped, an attribute of overlayfs, "+attr, kept, "trusted.overlay."+attr, "/0", "user.kept", "v"))
 	}
 	cases = append(cases,
-		mounted("dropped, of this program", nil, "trusted.artifact", "x"),
+		mounted("dropped, of this project", nil, "trusted.artifact", "x"),
 		mounted("dropped, user alone", kept, "user", "v", "user.kept", "v").notAsFiles(),
-		mounted("kept, an order to an overlay of users", map[string]string{"user.overlay.opaque": "y", "user.overlay.redirect": "/etc"}, "user.overlay.opaque", "y", "user.overlay.redirect", "/etc"),
+		mounted("kept, an attribute of an unprivileged overlay", map[string]string{"user.overlay.opaque": "y", "user.overlay.redirect": "/etc"}, "user.overlay.opaque", "y", "user.overlay.redirect", "/etc"),
 		mounted("kept, no value", map[string]string{"user.x": ""}, "user.x", ""),
 		mounted("kept, any bytes", map[string]string{"user.\xff\n": "\x00\xff\n="}, "user.\xff\n", "\x00\xff\n="),
 		mounted("kept, a name of 255 bytes", map[string]string{"user." + strings.Repeat("n", 250): "v"}, "user."+strings.Repeat("n", 250), "v"),
 		mounted("kept, slashes and dots", map[string]string{"user.../../x": "v"}, "user.../../x", "v"),
 		bad("xattr/a name of 256 bytes", tarred(pax(record("SCHILY.xattr.user."+strings.Repeat("n", 251), "v")), file("f", "x")), "exceeds the limits of Linux or EROFS"),
-		bad("xattr/a name of nothing behind user", tarred(pax(record("SCHILY.xattr.user.", "v")), file("f", "x")), "exceeds the limits of Linux or EROFS"),
+		bad("xattr/an empty name in user", tarred(pax(record("SCHILY.xattr.user.", "v")), file("f", "x")), "exceeds the limits of Linux or EROFS"),
 		bad("xattr/a value of 65536 bytes", tarred(pax(record("SCHILY.xattr.user.x", strings.Repeat("v", 1<<16))), file("f", "x")), "exceeds the limits of Linux or EROFS"),
 		bad("xattr/300 names of 255 bytes", tarred(pax(manyAttrs(300, 250)), file("f", "x")), "exceeds the limits of Linux or EROFS"),
 		fine("xattr/none of a symlink", Listing{"l": isLink("x")}, tarred(pax(record("SCHILY.xattr.user.x", "v")), symlink("l", "x"))),

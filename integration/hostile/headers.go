@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// typeCases are members of every header type.
+// typeCases are members of every type.
 func typeCases() (cases []Case) {
 	for _, c := range []struct {
 		flag byte
@@ -18,17 +18,17 @@ func typeCases() (cases []Case) {
 		{'3', "a character device"}, {'4', "a block device"}, {'6', "a FIFO"},
 	} {
 		for what, edits := range map[string][]edit{
-			"no numbers":             nil,
-			"the numbers of a disk":  {{fMajor, "0000010\x00"}, {fMinor, "0000000\x00"}},
-			"the numbers of nothing": {{fMajor, "0000000\x00"}, {fMinor, "0000000\x00"}}, // a whiteout of overlayfs
-			"huge numbers":           {{fMajor, base256(math.MaxInt64, 8)}, {fMinor, base256(math.MinInt32, 8)}},
+			"no device numbers":            nil,
+			"the device numbers of a disk": {{fMajor, "0000010\x00"}, {fMinor, "0000000\x00"}},
+			"the device numbers 0, 0":      {{fMajor, "0000000\x00"}, {fMinor, "0000000\x00"}}, // a whiteout of overlayfs
+			"huge device numbers":          {{fMajor, base256(math.MaxInt64, 8)}, {fMinor, base256(math.MinInt32, 8)}},
 		} {
 			cases = append(cases, bad(fmt.Sprintf("type/%s with %s", c.says, what), tarred(member(c.flag, "special", "", edits...)), `member "special"`, c.says))
 		}
 	}
-	// '0', '7' and NUL are files, '1', '2' and '5' links and directories, 'x', 'g',
-	// 'L', 'K' and 'S' headers, 'V' and 'D' GNU tar's, 'X' Solaris's: these have their
-	// own cases. The rest is vendor-specific.
+	// These types have their own cases: files ('0', '7' and NUL), links and directories
+	// ('1', '2' and '5'), headers ('x', 'g', 'L', 'K' and 'S'), GNU tar's 'V' and 'D', and
+	// Solaris's 'X'. The rest is vendor-specific.
 	for c := range 256 {
 		flag := byte(c)
 		printable := flag >= 'A' && flag <= 'Z' || flag >= 'a' && flag <= 'z' || flag == '8' || flag == '9' || flag == ' '
@@ -75,7 +75,7 @@ func fieldCases() (cases []Case) {
 	mounted("mode with spaces around", f.mode(0o640), edit{fMode, "  640 \x00"})
 	mounted("mode that fills its field", f.mode(0o777), edit{fMode, "00000777"})
 	cases = append(cases, fine("field/mode of all bits", Listing{"f": f.mode(0o777)}, tarred(file("f", "x", edit{fMode, "77777777"}))).notAsFiles())
-	mounted("mode of a million bits", f.mode(0o001), edit{fMode, base256(1<<52|1, 8)})
+	mounted("mode of 52 bits", f.mode(0o001), edit{fMode, base256(1<<52|1, 8)})
 	cases = append(cases, fine("field/mode below zero", Listing{"f": f.mode(0o777)}, tarred(file("f", "x", edit{fMode, base256(-1, 8)}))).notAsFiles())
 	for _, c := range []struct{ what, mode string }{{"setuid", "0004755"}, {"setgid", "0002755"}, {"sticky", "0001755"}, {"all special bits", "0007755"}} {
 		cases = append(cases,
@@ -83,7 +83,7 @@ func fieldCases() (cases []Case) {
 	}
 	cases = append(cases,
 		fine("field/mode of a directory, special bits", Listing{"d": isDir().mode(0o7755)}, tarred(dir("d", edit{fMode, "0007755\x00"}))),
-		fine("field/mode of a directory that nobody may enter", Listing{"d": isDir().mode(0), "d/f": f}, tarred(dir("d", edit{fMode, "0000000\x00"}), file("d/f", "x"))),
+		fine("field/mode of a directory without permissions", Listing{"d": isDir().mode(0), "d/f": f}, tarred(dir("d", edit{fMode, "0000000\x00"}), file("d/f", "x"))),
 		fine("field/mode of a symlink", Listing{"l": isLink("x")}, tarred(symlink("l", "x", edit{fMode, "0007777\x00"}))))
 	refuse("mode of no octal digits", unreadable, edit{fMode, "0000888\x00"})
 	refuse("mode of letters", unreadable, edit{fMode, "rw-r--r-"})
@@ -117,7 +117,7 @@ func fieldCases() (cases []Case) {
 	mounted("time empty", f.time(0, 0), edit{fMTime, ""})
 	mounted("time 0", f.time(0, 0), edit{fMTime, "00000000000\x00"})
 	mounted("time 2038-01-19", f.time(1<<31, 0), edit{fMTime, "20000000000\x00"})
-	// Extracted files cannot have later times than 2446 (ext4).
+	// ext4 has no times after 2446 for extracted files.
 	late := fine("field/time of all digits, in 4147", Listing{"f": f.time(0o777777777777, 0)}, tarred(file("f", "x", edit{fMTime, "777777777777"})))
 	cases = append(cases, late.clamped(f, maxTime))
 	cases = append(cases, fine("field/time of the year 9999", Listing{"f": f.time(253402300799, 0)}, tarred(file("f", "x", edit{fMTime, base256(253402300799, 12)}))).clamped(f, maxTime))
@@ -143,31 +143,30 @@ func fieldCases() (cases []Case) {
 		fine("field/size of a whole block", Listing{"f": isFile(strings.Repeat("x", block)), "g": isFile("y")}, tarred(file("f", strings.Repeat("x", block)), file("g", "y"))),
 		fine("field/content that is a header", Listing{"f": isFile(file("/etc/passwd", "x"))}, tarred(file("f", file("/etc/passwd", "x")))),
 		fine("field/content that is the end of an archive", Listing{"f": isFile(mark + mark)}, tarred(file("f", mark+mark))),
-		fine("field/padding that is not of zeros", Listing{"f": isFile("x"), "g": isFile("y")}, tarred(file("f", "x")[:block+1]+strings.Repeat("p", block-1), file("g", "y"))),
+		fine("field/padding that is not zero", Listing{"f": isFile("x"), "g": isFile("y")}, tarred(file("f", "x")[:block+1]+strings.Repeat("p", block-1), file("g", "y"))),
 	)
 
 	refuse("checksum wrong by one", unreadable, edit{fChecksum, "000000\x00 "})
 	refuse("checksum empty", unreadable, edit{fChecksum, ""})
 	refuse("checksum of letters", unreadable, edit{fChecksum, "checksum"})
-	mounted("names of owners that mean nothing here", f, edit{fUname, "root"}, edit{fGname, "wheel"})
+	mounted("owner names, which are ignored", f, edit{fUname, "root"}, edit{fGname, "wheel"})
 	mounted("names of owners that fill their fields", f, edit{fUname, strings.Repeat("u", 32)}, edit{fGname, strings.Repeat("\xff", 32)})
 	mounted("magic of GNU tar", f, edit{fMagic, "ustar "}, edit{fVersion, " \x00"})
-	mounted("magic of nobody", f, edit{fMagic, "USTAR\x00"})
-	mounted("version of nobody", f, edit{fVersion, "99"})
-	mounted("bytes behind the last field", f, edit{fRest, "\xff\xff\xff\xffabcdefgh"})
+	mounted("unknown magic", f, edit{fMagic, "USTAR\x00"})
+	mounted("unknown version", f, edit{fVersion, "99"})
+	mounted("bytes after the last field", f, edit{fRest, "\xff\xff\xff\xffabcdefgh"})
 	refuse("numbers of a device of letters", unreadable, edit{fMajor, "letters\x00"})
 	return cases
 }
 
-// The times that ext4 can hold (Documentation/filesystems/ext4/inodes.rst, "Inode
-// Timestamps"); the kernel moves others to the nearest of them (fs/inode.c,
-// timestamp_truncate).
+// The times that ext4 can store (Documentation/filesystems/ext4/inodes.rst, "Inode
+// Timestamps"). The kernel clamps others (fs/inode.c, timestamp_truncate).
 const (
 	minTime = -1 << 31
 	maxTime = 1<<34 - 1<<31 - 1
 )
 
-// clamped expects a clamped time for files on disk.
+// clamped expects the clamped time for files on disk.
 func (c Case) clamped(e Entry, sec int64) Case {
 	c.Ext4 = true
 	return c.unlike(mounts(Listing{"f": e.time(sec, 0)}), Extracted, Linked, Copied, Files)
@@ -186,11 +185,11 @@ func paxCases() (cases []Case) {
 	mounted("no records", f)
 	mounted("an empty value", f, record("path", ""), record("uid", ""), record("size", ""), record("mtime", ""))
 	mounted("the last of two counts", f.owner(2, 0), record("uid", "1"), record("uid", "2"))
-	mounted("records of no meaning", f, record("comment", "x"), record("charset", "BINARY"), record("hdrcharset", "BINARY"), record("realtime.x", "y"))
+	mounted("unknown records", f, record("comment", "x"), record("charset", "BINARY"), record("hdrcharset", "BINARY"), record("realtime.x", "y"))
 	mounted("records of vendors", f, record("SCHILY.dev", "1"), record("SCHILY.ino", "-1"), record("SCHILY.nlink", "9"), record("LIBARCHIVE.creationtime", "x"), record("SCHILY.fflags", "immutable"))
 	mounted("labels and lists of vendors", f, record("RHT.security.selinux", "unconfined"), record("SCHILY.acl.access", "user::rwx"), record("LIBARCHIVE.xattr.user.x", "eA=="))
 	mounted("names of owners", f, record("uname", "root"), record("gname", strings.Repeat("g", 5000)))
-	mounted("times nobody keeps", f, record("atime", "-1.5"), record("ctime", "99999999999"))
+	mounted("access and change times", f, record("atime", "-1.5"), record("ctime", "99999999999"))
 	mounted("a value with an equals sign and newlines", f, record("comment", "a=b\n12 path=/etc\n"))
 	mounted("a record of 5 bytes", f, "5 a=\n")
 	mounted("a length with zeros before it", f.owner(7, 0), "0011 uid=7\n")
@@ -217,7 +216,7 @@ func paxCases() (cases []Case) {
 	mounted("time before the epoch, with a fraction", f.time(-2, 500000000), record("mtime", "-1.5"))
 	for _, c := range []struct {
 		what, value string
-	}{{"of two points", "1.5.5"}, {"of letters", "now"}, {"over 64 bits", "9223372036854775808"}, {"with an exponent", "1e9"}, {"of a fraction alone", ".5"}} {
+	}{{"of two points", "1.5.5"}, {"of letters", "now"}, {"over 64 bits", "9223372036854775808"}, {"with an exponent", "1e9"}, {"without an integer part", ".5"}} {
 		refuse("time "+c.what, unreadable, record("mtime", c.value))
 	}
 	for _, c := range []struct {
@@ -242,9 +241,9 @@ func paxCases() (cases []Case) {
 		bad("pax/size with a fraction", tarred(pax(record("size", "1.0")), file("f", "x")), unreadable),
 		fine("pax/a listed directory", Listing{"d": isDir(), "d/f": f}, tarred(pax(record("GNU.dumpdir", "Yf\x00Ygone\x00\x00")), dir("d"), file("d/f", "x"))),
 		fine("pax/size of a directory", Listing{"d": isDir(), "f": f}, tarred(pax(record("size", "4096")), dir("d"), file("f", "x"))),
-		fine("pax/two headers, of which the second counts", Listing{"f": f.owner(0, 2)}, tarred(pax(record("uid", "1")), pax(record("gid", "2")), file("f", "x"))),
-		fine("pax/a header of one member is not of the next", Listing{"f": f.owner(1, 0), "g": f}, tarred(pax(record("uid", "1")), file("f", "x"), file("g", "x"))),
-		bad("pax/a header of nothing", tarred(file("f", "x"), pax(record("path", "g"))), "the archive"),
+		fine("pax/two headers, the second one counts", Listing{"f": f.owner(0, 2)}, tarred(pax(record("uid", "1")), pax(record("gid", "2")), file("f", "x"))),
+		fine("pax/a header applies to one member only", Listing{"f": f.owner(1, 0), "g": f}, tarred(pax(record("uid", "1")), file("f", "x"), file("g", "x"))),
+		bad("pax/a header without a member", tarred(file("f", "x"), pax(record("path", "g"))), "the archive"),
 		bad("pax/a header of 2 MiB", tarred(pax(record("comment", strings.Repeat("c", 2<<20))), file("f", "x")), unreadable),
 		bad("pax/a header that claims 8 GiB", tarred(member('x', "p", "", edit{fSize, "77777777777\x00"}), file("f", "x")), "the archive"),
 	)
@@ -265,15 +264,15 @@ func paxCases() (cases []Case) {
 	return append(cases, globalCases()...)
 }
 
-// globalCases are global extended headers. No reader of containerd or Docker applies
-// them. Ignoring them would mount files without attributes that the archive states, and
-// applying them would mount other files than everybody else does.
+// globalCases are global extended headers. Neither containerd nor Docker applies them.
+// Ignoring them would mount files without attributes that the archive states, and applying
+// them would mount other files than those tools do.
 func globalCases() (cases []Case) {
 	global := func(records ...string) string { return member('g', "pax_global_header", strings.Join(records, "")) }
 	f := isFile("x")
 	for what, records := range map[string][]string{
 		"of a commit, by git": {record("comment", strings.Repeat("0", 40))}, "of no records": nil, "of names of owners": {record("uname", "root")},
-		"of times that nobody keeps": {record("atime", "1"), record("ctime", "1")}, "of a character set": {record("hdrcharset", "BINARY")},
+		"of access and change times": {record("atime", "1"), record("ctime", "1")}, "of a character set": {record("hdrcharset", "BINARY")},
 		"of empty values": {record("path", ""), record("uid", "")}, "of a volume's label": {record("GNU.volume.label", "label")},
 	} {
 		cases = append(cases, fine("pax/global header "+what, Listing{"f": f}, tarred(global(records...), file("f", "x"))))
@@ -285,7 +284,7 @@ func globalCases() (cases []Case) {
 		cases = append(cases, bad("pax/global header with "+r[0]+" "+r[1], tarred(global(record(r[0], r[1])), file("f", "x")), "global"))
 	}
 	return append(sorted(cases),
-		bad("pax/global header with a number that is none, and a path", tarred(global(record("uid", "x"), record("path", "g")), file("f", "x")), "the archive cannot be read"),
+		bad("pax/global header with an invalid number, and a path", tarred(global(record("uid", "x"), record("path", "g")), file("f", "x")), "the archive cannot be read"),
 		bad("pax/global header that is malformed", tarred(global("99 path=g\n"), file("f", "x")), "the archive cannot be read"),
 		fine("pax/global header alone", Listing{}, tarred(global(record("comment", "x")))),
 		fine("pax/global header between a header and its member", Listing{"f": f}, tarred(global(record("comment", "x")), pax(), file("f", "x"))),

@@ -2,15 +2,15 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package hostile is a corpus of artifacts that an attacker might publish, or that no
-// packer would make. Each has a verdict: the exact content of the volume, or the reason
-// for the refusal. It is for tests only.
+// packer would make. Each has a verdict: the exact content of the volume, or the reason for
+// the refusal. It is for tests only.
 //
 // The verdicts are written by hand from docs/design.md and the specifications of OCI,
-// ModelPack, tar (POSIX pax, GNU tar's manual), gzip (RFC 1952), Zstandard (RFC 8878)
-// and JSON (RFC 8259), never from the snapshotter's output. Archives and manifests are
-// built byte by byte, because no library writes invalid ones.
+// ModelPack, tar (POSIX pax, GNU tar's manual), gzip (RFC 1952), Zstandard (RFC 8878) and
+// JSON (RFC 8259), never from the snapshotter's output. Archives and manifests are built
+// byte by byte, because no library writes invalid ones.
 //
-// A [FrontEnd] serves artifacts; [Check] tries a [Case] on it.
+// A [FrontEnd] mounts artifacts; [Check] tries a [Case] with it.
 package hostile
 
 import (
@@ -33,22 +33,22 @@ import (
 
 // Case is one artifact and its verdict.
 type Case struct {
-	// Name is unique and says what is odd: "group/what".
+	// Name is unique and describes the oddity: "group/oddity".
 	Name string
 	// Make returns the same artifact each time.
 	Make func() *Artifact
-	// Want is the verdict for every way. If want is set, it is called instead.
+	// Want is the verdict for every way. If want is set, its result is used instead.
 	Want Verdict
 	want func() Verdict
 	// Unlike overrides the verdict for single ways.
 	Unlike map[Way]Verdict
 	// Long marks cases that take minutes or gigabytes.
 	Long bool
-	// Ext4 marks verdicts whose files on disk are those of ext4.
+	// Ext4 marks verdicts that are valid only if files are on ext4.
 	Ext4 bool
 }
 
-// For is the verdict of a way.
+// For returns the verdict for a way.
 func (c Case) For(w Way) Verdict {
 	if v, ok := c.Unlike[w]; ok {
 		return v
@@ -61,21 +61,21 @@ func (c Case) For(w Way) Verdict {
 
 // Verdict is the expected outcome for an artifact.
 type Verdict struct {
-	// Entries is the whole volume by path, if Refused is nil. "." is compared only if it
-	// is listed.
+	// Entries is the whole volume by path, if Refused is nil. "." is compared only if it is
+	// listed.
 	Entries Listing
 	// Refused is the kind of the error: one of errdefs, or artifact.ErrNotArtifact for a
 	// container image.
 	Refused error
-	// Says is a text that the error must contain.
+	// Says are texts that the error must contain.
 	Says []string
 }
 
-// Way is how a front end prepares a volume: by one of the store's modes, or without a
+// Way is how a front end prepares a volume: with one of the store's modes, or without a
 // tree.
 type Way string
 
-// The ways. With those of [Way.Links] a raw layer has its blob's attributes.
+// The ways. With those of [Way.Links] a raw layer has the attributes of its blob.
 const (
 	Index         Way = "overlay+erofs"
 	IndexOnLoops  Way = "overlay+erofs-loop"
@@ -84,13 +84,12 @@ const (
 	LinkedIndex   Way = "link+erofs"
 	Linked        Way = "link+extract"
 	Copied        Way = "copy+extract"
-	// Layers stay in snapshots that containerd's own unpacker made, mounted as one
-	// overlay.
+	// Layers are snapshots made by containerd's own unpacker and mounted as one overlay.
 	Layers Way = "layers"
-	// Files are extracted by our differ into another snapshotter's snapshots.
+	// Files are extracted by our differ into snapshots of another snapshotter.
 	Files Way = "files"
-	// NRIOfContainerd and NRIOfCRIO replace these runtimes' image volume mounts with
-	// what Index mounts.
+	// NRIOfContainerd and NRIOfCRIO replace the image volume mounts of these runtimes by
+	// the mounts of Index.
 	NRIOfContainerd Way = "nri-containerd"
 	NRIOfCRIO       Way = "nri-cri-o"
 )
@@ -108,34 +107,34 @@ type Artifact struct {
 	// Target is the manifest or index, MediaType its type as pushed to a registry.
 	Target    digest.Digest
 	MediaType string
-	// Layers are the descriptors for layer-by-layer unpacking; nil if the oddity is not
-	// in the layers.
+	// Layers are the descriptors for unpacking layer by layer; nil if the oddity is not in
+	// the layers.
 	Layers []ocispec.Descriptor
 }
 
-// FrontEnd mounts artifacts. It finds their blobs where it looks for them.
+// FrontEnd mounts artifacts whose blobs are in the store that it reads.
 type FrontEnd interface {
-	// Way is how it prepares volumes.
+	// Way returns how it prepares volumes.
 	Way() Way
-	// Mount mounts the artifact at a path until done is called.
+	// Mount mounts the artifact at path. done unmounts it.
 	Mount(ctx context.Context, a *Artifact) (path string, done func() error, err error)
 }
 
 // Skips is a [FrontEnd] that cannot receive some artifacts.
 type Skips interface {
 	FrontEnd
-	// Skip is the reason, or "" if the artifact can be received.
+	// Skip returns the reason, or "" if the artifact can be received.
 	Skip(c Case, a *Artifact) (why string)
 }
 
-// Rules is a [FrontEnd] with its own rule for some artifacts.
+// Rules is a [FrontEnd] with additional rules.
 type Rules interface {
 	FrontEnd
-	// Rule is its verdict for an artifact whose verdict elsewhere is v.
+	// Rule returns its verdict for an artifact whose general verdict is v.
 	Rule(v Verdict, a *Artifact) Verdict
 }
 
-// Check mounts a case's artifact and compares the result with its verdict.
+// Check mounts the artifact of a case and compares the result with the verdict.
 func Check(ctx context.Context, t testing.TB, frontEnd FrontEnd, c Case, a *Artifact) {
 	t.Helper()
 	way := frontEnd.Way()
@@ -160,38 +159,38 @@ func Check(ctx context.Context, t testing.TB, frontEnd FrontEnd, c Case, a *Arti
 	case err != nil:
 		t.Errorf("%s, %s: cannot be listed: %v", c.Name, way, err)
 	case want.Refused != nil:
-		t.Errorf("%s, %s: it is mounted, and must be refused (%v, %q):\n%.1000s", c.Name, way, want.Refused, want.Says, fmt.Sprint(got))
+		t.Errorf("%s, %s: it was mounted, want a refusal (%v, %q):\n%.1000s", c.Name, way, want.Refused, want.Says, fmt.Sprint(got))
 	default:
 		if diff := want.Diff(way, got); diff != "" {
-			t.Errorf("%s, %s: the volume is not as it must be:\n%s", c.Name, way, diff)
+			t.Errorf("%s, %s: the volume differs:\n%s", c.Name, way, diff)
 		}
 	}
 }
 
-// longest limits an error's length in bytes: Kubernetes truncates an event's message at
-// 1024 bytes.
+// longest limits the length of an error in bytes. Kubernetes truncates the message of an
+// event at 1024 bytes, so the beginning of a longer error must be enough.
 const longest = 4096
 
 func (v Verdict) judge(way Way, err error) (problem string) {
 	text := err.Error()
 	switch {
 	case v.Refused == nil:
-		return fmt.Sprintf("it is refused, and must be mounted: %.1000v", err)
+		return fmt.Sprintf("it was refused, want it mounted: %.1000v", err)
 	case len(text) > longest || strings.ContainsAny(text, "\n\x00\x1b"):
 		return fmt.Sprintf("the error is not one short line: %d bytes, %.500q", len(text), text)
 	case !is(err, v.Refused):
-		return fmt.Sprintf("the error is of another kind than %v: %.1000v", v.Refused, err)
+		return fmt.Sprintf("the error is not of the kind %v: %.1000v", v.Refused, err)
 	}
 	for _, says := range v.Says {
 		switch way {
-		case Files: // of layers below it knows but the files
+		case Files: // the differ knows only the files of the layers below
 			return ""
-		case Layers: // which is the how manieth is not always known
+		case Layers: // the number of the layer is not always known
 			says = number.ReplaceAllString(says, "")
 		default:
 		}
 		if !strings.Contains(text, says) {
-			return fmt.Sprintf("the error does not say %q: %.1000v", says, err)
+			return fmt.Sprintf("the error does not contain %q: %.1000v", says, err)
 		}
 	}
 	return ""
@@ -199,10 +198,10 @@ func (v Verdict) judge(way Way, err error) (problem string) {
 
 var number = regexp.MustCompile(`^layer \d+ `)
 
-// is is errors.Is that also understands errors received by gRPC.
+// is is errors.Is, but also understands errors that gRPC transported.
 func is(err, kind error) bool {
 	switch {
-	case kind == artifact.ErrNotArtifact: //nolint:errorlint // it is a verdict, and not wrapped
+	case kind == artifact.ErrNotArtifact: //nolint:errorlint // kind is a verdict and never wrapped
 		return strings.Contains(err.Error(), "is a container image") || strings.Contains(err.Error(), artifact.ErrNotArtifact.Error())
 	case errdefs.IsInvalidArgument(kind):
 		return errdefs.IsInvalidArgument(err)
@@ -220,7 +219,7 @@ func is(err, kind error) bool {
 	return false
 }
 
-// Cases is the corpus, in order.
+// Cases returns the corpus, in a fixed order.
 func Cases() []Case {
 	return slices.Concat(
 		pathCases(), unicodeCases(), linkCases(), typeCases(), fieldCases(), paxCases(), gnuCases(), sparseCases(),
@@ -229,8 +228,8 @@ func Cases() []Case {
 	)
 }
 
-// mounts is the verdict that the volume has these entries, and the directories above
-// them that no layer describes.
+// mounts returns the verdict that the volume has these entries, and parent directories that
+// no layer describes.
 func mounts(l Listing) Verdict {
 	all := maps.Clone(l)
 	if all == nil {
@@ -259,10 +258,10 @@ func sum(content string) string {
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
 
-// sortCases sorts cases that come from a map.
+// sortCases sorts cases that were made from a map.
 func sortCases(cases []Case) {
 	slices.SortFunc(cases, func(a, b Case) int { return strings.Compare(a.Name, b.Name) })
 }
 
-// Diff describes how a volume differs from the verdict.
+// Diff describes the differences between a volume and the verdict.
 func (v Verdict) Diff(w Way, got Listing) string { return v.Entries.on(w).diff(got.on(w), w) }

@@ -42,25 +42,24 @@ func utf8Descriptor(d descriptor) bool {
 // Filters for debugging single cases or ways.
 var (
 	only   = flag.String("cases", "", "a regular expression for the names of the cases")
-	onlyOn = flag.String("ways", "", "a regular expression for the ways to show them")
+	onlyOn = flag.String("ways", "", "a regular expression for the ways to mount them")
 )
 
-// long includes the cases that take minutes or gigabytes.
+// long enables the cases that take minutes or gigabytes.
 func long() bool { return os.Getenv("ARTIFACT_SNAPSHOTTER_LONG") != "" }
 
 const (
 	// maxResident is a daemon's memory limit without the long cases: a plan of 100,000
-	// entries (150 MB), a zstd window of 128 MiB, a decoded manifest of 8 MiB, and the
-	// same again for garbage, because Go's heap may double before a collection.
+	// entries (150 MB), a zstd window of 128 MiB, a decoded manifest of 8 MiB, and the same
+	// amount of garbage, because Go's heap may double before a collection.
 	maxResident = 512 << 20
-	// maxResidentLong is the limit with the long cases: docs/operations.md says 1.5 GB
-	// for a plan of 1,048,576 entries, of which there is one at a time, in addition to
-	// the above.
+	// maxResidentLong is the limit with the long cases: docs/operations.md says 1.5 GB for
+	// a plan of 1,048,576 entries, one at a time, in addition to the above.
 	maxResidentLong = 2560 << 20
 )
 
-// chosen are the front ends for the ith case: all in a long run, else the next one in
-// turn that can receive it.
+// chosen returns the front ends for the ith case: all of them in a long run, otherwise the
+// next one in turn that can receive it.
 func chosen(frontEnds []FrontEnd, i int, c Case, a *Artifact) []FrontEnd {
 	if long() {
 		return frontEnds
@@ -73,10 +72,10 @@ func chosen(frontEnds []FrontEnd, i int, c Case, a *Artifact) []FrontEnd {
 	return nil
 }
 
-// skipped is the reason why a front end cannot receive a case, or "".
+// skipped returns the reason why a front end cannot receive a case, or "".
 func skipped(frontEnd FrontEnd, c Case, a *Artifact) string {
 	if c.Ext4 && frontEnd.Way().Extracts() && !isExt4() {
-		return "the test's directory is on another file system than ext4"
+		return "the test's directory is not on ext4"
 	}
 	if s, ok := frontEnd.(Skips); ok {
 		return s.Skip(c, a)
@@ -84,7 +83,7 @@ func skipped(frontEnd FrontEnd, c Case, a *Artifact) string {
 	return ""
 }
 
-// ways are the tested pairs of modes: each mode at least once.
+// ways returns the tested pairs of modes, with each mode at least once.
 func ways() []Way {
 	w := []Way{Index, Extracted, Linked, Copied}
 	if long() {
@@ -97,13 +96,13 @@ func TestNamesAreUnique(t *testing.T) {
 	seen := map[string]bool{}
 	for _, c := range Cases() {
 		if seen[c.Name] {
-			t.Errorf("two cases are called %q", c.Name)
+			t.Errorf("two cases have the name %q", c.Name)
 		}
 		seen[c.Name] = true
 	}
 	t.Logf("%d cases", len(seen))
 	if len(seen) < 300 {
-		t.Errorf("%d cases are too few", len(seen))
+		t.Errorf("%d cases, want at least 300", len(seen))
 	}
 }
 
@@ -120,8 +119,8 @@ func TestCasesAreTheSameEachTime(t *testing.T) {
 }
 
 // Every front end and mode mounts an artifact exactly or refuses it with the reason.
-// Nothing outside the daemons' state changes, no daemon exceeds its memory limit, and
-// nothing remains.
+// Nothing changes outside the daemons' state, no daemon exceeds its memory limit, and
+// nothing is left over.
 func TestEveryArtifactGetsItsVerdict(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.Chmod(dir, 0o711); err != nil {
@@ -138,7 +137,7 @@ func TestEveryArtifactGetsItsVerdict(t *testing.T) {
 		pids = append(pids, d.pid())
 		d.peak(t)
 	}
-	// The daemon sets read-ahead for every mount (docs/design.md).
+	// The daemon sets the read-ahead of every mount (docs/design.md).
 	watch, err := fswatch.Start(pids, append(fswatch.OfTheTest(), dir, "/sys/devices/virtual/bdi/*/read_ahead_kb", "/sys/devices/virtual/block/*/queue/read_ahead_kb")...)
 	if err != nil {
 		t.Fatal(err)
@@ -167,7 +166,7 @@ func TestEveryArtifactGetsItsVerdict(t *testing.T) {
 				Check(t.Context(), t, frontEnd, c, a)
 				counts.add(c, frontEnd)
 			})
-			if c.Long { // what one daemon takes of the memory, ten would not find
+			if c.Long { // the machine has not enough memory for all daemons at once
 				group.Wait()
 			}
 		}
@@ -180,47 +179,47 @@ func TestEveryArtifactGetsItsVerdict(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, change := range watch.Changes() {
-			t.Fatalf("%s: something outside has changed: %s", c.Name, change)
+			t.Fatalf("%s: a change outside of the daemons' state: %s", c.Name, change)
 		}
 		if t.Failed() && counts.failed(t) {
-			t.Fatal("too many have failed")
+			t.Fatal("too many failures")
 		}
 	}
 	took := time.Since(began)
 	wantNothingLeft(t, daemons)
 	changes, seen, err := watch.Stop()
 	if err != nil || len(changes) > 0 {
-		t.Errorf("outside has changed: %q (%v)", changes, err)
+		t.Errorf("changes outside of the daemons' state: %q (%v)", changes, err)
 	}
 	if seen == 0 {
-		t.Error("the watch has not seen what was made inside either")
+		t.Error("the watch saw no change inside either, so it proves nothing")
 	}
 	limit := int64(maxResident)
 	if long() {
 		limit = maxResidentLong
 	}
 	if counts.most > limit {
-		t.Errorf("a daemon had %d MiB of memory resident, with %s; the limit is %d", counts.most>>20, counts.mostBy, limit>>20)
+		t.Errorf("a daemon had %d MiB of resident memory in the case %q; the limit is %d", counts.most>>20, counts.mostBy, limit>>20)
 	}
-	t.Logf("%s\nin %s; %d changes on %d file systems watched, none outside", counts, took.Round(time.Second), seen, watch.FileSystems())
+	t.Logf("%s\nin %s; %d changes on %d watched file systems, none outside of the daemons' state", counts, took.Round(time.Second), seen, watch.FileSystems())
 }
 
-// wantNothingLeft checks that the daemons have no trees, mounts and contents once all
+// wantNothingLeft checks that the daemons have no trees, mounts and contents after all
 // mounts and blobs are gone.
 func wantNothingLeft(t *testing.T, daemons []*process) {
 	t.Helper()
 	for _, d := range daemons {
-		if left := left(t, d); left != "" {
+		if left := left(t, d, 2*time.Minute); left != "" {
 			t.Errorf("%s: %s", treeFrontEnd{d}.Way(), left)
 		}
 	}
 }
 
-// left is what a daemon should have removed and has not after a while.
-func left(t *testing.T, d *process) string {
+// left describes what a daemon has not removed within the limit, or returns "".
+func left(t *testing.T, d *process, limit time.Duration) string {
 	t.Helper()
 	var left []string
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(limit); ; time.Sleep(50 * time.Millisecond) {
 		left = nil
 		for _, pattern := range []string{"root/trees/*", "root/blobs/*/*", "root/overlayfs/snapshots/*", "state/mounts/*"} {
 			found, err := filepath.Glob(filepath.Join(d.dir, pattern))
@@ -234,7 +233,7 @@ func left(t *testing.T, d *process) string {
 		}
 		err := cleanup(t, d)
 		if time.Now().After(deadline) {
-			return fmt.Sprintf("%d things are left, such as %q: %v", len(left), left[0], err)
+			return fmt.Sprintf("%d entries are left, for example %q: %v", len(left), left[0], err)
 		}
 	}
 }
@@ -254,7 +253,7 @@ type tally struct {
 	cases                    map[string]bool
 	mounted, refused, images int
 	ways                     map[Way]int
-	skipped                  map[Way]map[string]int // by the reason
+	skipped                  map[Way]map[string]int // by reason
 	most                     int64
 	mostBy                   string
 	slowest                  time.Duration
@@ -304,7 +303,7 @@ func (n *tally) memory(c Case, bytes int64) {
 	}
 }
 
-// failed reports whether continuing makes no sense.
+// failed reports whether there are too many failures to continue.
 func (n *tally) failed(*testing.T) bool {
 	n.failures++
 	return n.failures > 2000
@@ -320,14 +319,14 @@ func (n *tally) String() string {
 	var skipped strings.Builder
 	for _, way := range slices.Sorted(maps.Keys(n.skipped)) {
 		for _, why := range slices.Sorted(maps.Keys(n.skipped[way])) {
-			fmt.Fprintf(&skipped, "\nnot on %s, for %s: %d", way, why, n.skipped[way][why])
+			fmt.Fprintf(&skipped, "\nskipped with %s, %s: %d", way, why, n.skipped[way][why])
 		}
 	}
-	return fmt.Sprintf("%d cases: %d are mounted, %d refused, %d are container images; %d verdicts (%s); at most %d MiB resident (%s); the slowest took %s (%s)%s",
+	return fmt.Sprintf("%d cases: %d mounted, %d refused, %d container images; %d verdicts (%s); at most %d MiB resident (%s); the slowest took %s (%s)%s",
 		len(n.cases), n.mounted, n.refused, n.images, total, strings.Join(by, ", "), n.most>>20, n.mostBy, n.slowest.Round(time.Millisecond), n.slowestBy, &skipped)
 }
 
-// The listing sees every kind of difference that verdicts depend on.
+// A listing shows every difference that verdicts depend on.
 func TestAListingDetectsEveryDifference(t *testing.T) {
 	want := Listing{"d": isDir(), "d/f": isFile("content"), "l": isLink("d")}
 	make := func(t *testing.T) string {
@@ -357,7 +356,7 @@ func TestAListingDetectsEveryDifference(t *testing.T) {
 		return want.diff(got, Index)
 	}
 	if diff := differs(t, make(t)); diff != "" {
-		t.Errorf("what is as it must be differs:\n%s", diff)
+		t.Errorf("an unchanged directory differs:\n%s", diff)
 	}
 	for what, change := range map[string]func(dir string) error{
 		"a mode":        func(dir string) error { return os.Chmod(filepath.Join(dir, "d"), 0o700) },
@@ -380,16 +379,17 @@ func TestAListingDetectsEveryDifference(t *testing.T) {
 				t.Fatal(err)
 			}
 			if differs(t, dir) == "" {
-				t.Error("it is not seen")
+				t.Error("the difference was not detected")
 			}
 		})
 	}
 	if _, err := List(filepath.Join(t.TempDir(), "absent")); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("a directory that is not there: %v", err)
+		t.Errorf("a missing directory: %v, want ErrNotExist", err)
 	}
 }
 
-// The bombs are not read to their ends here.
+// zeros writes its streams by hand, and the bombs made of them are refused before their
+// end.
 func TestZerosAreGzipOfZeros(t *testing.T) {
 	for _, mib := range []int{1, 2, 5} {
 		r, err := gzip.NewReader(strings.NewReader(zeros(mib)))
@@ -398,7 +398,7 @@ func TestZerosAreGzipOfZeros(t *testing.T) {
 		}
 		b, err := io.ReadAll(r)
 		if err != nil || len(b) != mib<<20 || strings.Trim(string(b), "\x00") != "" {
-			t.Errorf("of %d MiB: %d bytes, %v", mib, len(b), err)
+			t.Errorf("zeros(%d): %d bytes, %v", mib, len(b), err)
 		}
 	}
 }

@@ -35,20 +35,20 @@ type Entry struct {
 	Type      Type
 	Mode      uint32 // permission, setuid, setgid and sticky bits
 	UID, GID  uint32
-	Sec, Nsec int64  // the time
+	Sec, Nsec int64  // the modification time
 	Size      int64  // of files
 	SHA256    string // of files, in hex
 	Target    string // of symlinks
-	Xattrs    string // all that root can list, sorted, as name="value" lines
-	// Raw marks a raw layer's file, whose attributes some ways cannot provide.
+	Xattrs    string // all that root can list, sorted, one name="value" per line
+	// Raw marks the file of a raw layer, whose attributes some ways cannot provide.
 	Raw bool
 }
 
 // Listing maps paths, as raw bytes, to entries.
 type Listing map[string]Entry
 
-// List lists dir as "." and everything below it. It walks by directory descriptors,
-// because paths may exceed PATH_MAX, and follows no link.
+// List lists dir as "." and everything below it. It uses directory descriptors, because
+// paths may exceed PATH_MAX, and follows no symlink.
 func List(dir string) (Listing, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -59,14 +59,14 @@ func List(dir string) (Listing, error) {
 	return r.Listing, r.add(root, "")
 }
 
-// reader makes a Listing. Its reused buffers have the kernel's maximum size of extended
-// attributes.
+// reader makes a Listing. It reuses its buffers, which have the kernel's maximum size for
+// extended attributes.
 type reader struct {
 	Listing
 	names, values []byte
 }
 
-// add adds the directory root under the path prefix, and its content.
+// add adds the directory root with the path prefix, and its content.
 func (r reader) add(root *os.Root, prefix string) error {
 	self, err := root.Open(".")
 	if err != nil {
@@ -131,12 +131,12 @@ func (r reader) addEntry(root *os.Root, prefix, name string) error {
 	}
 	defer f.Close()
 	h := sha256.New()
-	n, err := io.CopyBuffer(h, struct{ io.Reader }{f}, r.values) // a file would take one of its own
+	n, err := io.CopyBuffer(h, struct{ io.Reader }{f}, r.values) // io.CopyBuffer ignores the buffer if the reader has WriteTo, as os.File has
 	if err != nil {
 		return err
 	}
 	if n != e.Size {
-		return fmt.Errorf("it has %d bytes and says %d", n, e.Size)
+		return fmt.Errorf("read %d bytes of %d", n, e.Size)
 	}
 	e.SHA256 = hex.EncodeToString(h.Sum(nil))
 	if e.Xattrs, err = r.xattrs(int(f.Fd())); err != nil {
@@ -160,12 +160,12 @@ func entryOf(fi fs.FileInfo) (Entry, error) {
 	case unix.S_IFLNK:
 		e.Type = Symlink
 	default:
-		return e, fmt.Errorf("it is neither file, directory nor symlink: mode %o", st.Mode)
+		return e, fmt.Errorf("neither a file, a directory nor a symlink: mode %o", st.Mode)
 	}
 	return e, nil
 }
 
-// xattrs leaves out our internal attribute, which only root sees (unpack, aligned).
+// xattrs omits our internal attribute, which only root sees (unpack, aligned).
 func (r reader) xattrs(fd int) (string, error) {
 	n, err := unix.Flistxattr(fd, r.names)
 	if errors.Is(err, unix.ENOTSUP) || n == 0 {
@@ -186,7 +186,7 @@ func (r reader) xattrs(fd int) (string, error) {
 	return xattrs(found), nil
 }
 
-// xattrs formats extended attributes for an Entry; long values are hashed.
+// xattrs formats extended attributes for an Entry. It hashes long values.
 func xattrs(set map[string]string) string {
 	var out strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(set)) {
@@ -199,8 +199,8 @@ func xattrs(set map[string]string) string {
 	return out.String()
 }
 
-// on reduces a listing to what a way can provide: containerd merges an image's layers,
-// so the root and times of Files are not compared.
+// on reduces a listing to what a way can provide. containerd merges the layers of an image
+// itself, so the root and the times are not compared with Files.
 func (l Listing) on(w Way) Listing {
 	if w != Files {
 		return l
@@ -214,8 +214,8 @@ func (l Listing) on(w Way) Listing {
 	return l
 }
 
-// like compares the actual entry with e. A hard link to a blob has the blob's
-// attributes.
+// like compares the actual entry with e. A hard link to a blob has the attributes of the
+// blob.
 func (e Entry) like(got Entry, w Way) bool {
 	if e.Raw && w.Links() {
 		e.Mode, e.UID, e.GID, e.Sec, e.Nsec = got.Mode, got.UID, got.GID, got.Sec, got.Nsec
@@ -224,7 +224,7 @@ func (e Entry) like(got Entry, w Way) bool {
 	return e == got
 }
 
-// diff lists at most ten differences between got and l. The root is compared only if l
+// diff lists at most ten differences between got and l. It compares the root only if l
 // lists it.
 func (l Listing) diff(got Listing, w Way) string {
 	var out strings.Builder
@@ -239,12 +239,12 @@ func (l Listing) diff(got Listing, w Way) string {
 		case !ok:
 			line("%.300q is missing", name)
 		case !l[name].like(e, w):
-			line("%.300q is\n\t%.2000q, and must be\n\t%.2000q", name, fmt.Sprintf("%+v", e), fmt.Sprintf("%+v", l[name]))
+			line("%.300q is\n\t%.2000q, want\n\t%.2000q", name, fmt.Sprintf("%+v", e), fmt.Sprintf("%+v", l[name]))
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(got)) {
 		if _, ok := l[name]; !ok && name != "." {
-			line("%.300q must not be there: %+v", name, got[name])
+			line("%.300q is unexpected: %+v", name, got[name])
 		}
 	}
 	if lines > 10 {

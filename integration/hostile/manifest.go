@@ -25,7 +25,7 @@ const (
 	titleKey    = "org.opencontainers.image.title"
 )
 
-// object is a JSON object whose keys and values may be invalid JSON.
+// object is a JSON object. Its keys and values may be invalid JSON.
 type object []property
 
 type property struct{ key, text string }
@@ -38,7 +38,7 @@ func (o object) String() string {
 	return "{" + strings.Join(parts, ",") + "}"
 }
 
-// set replaces or adds a key.
+// set replaces or adds a member.
 func (o object) set(key, text string) object {
 	c := append(object{}, o...)
 	for i := range c {
@@ -50,7 +50,7 @@ func (o object) set(key, text string) object {
 	return append(c, property{key, text})
 }
 
-// without is the object without a key.
+// without removes a member.
 func (o object) without(key string) object {
 	var c object
 	for _, p := range o {
@@ -61,7 +61,7 @@ func (o object) without(key string) object {
 	return c
 }
 
-// quote is s as a JSON string. Invalid UTF-8 stays unchanged.
+// quote returns s as a JSON string. Invalid UTF-8 stays unchanged.
 func quote(s string) string {
 	var b strings.Builder
 	b.WriteByte('"')
@@ -83,13 +83,13 @@ func array(texts ...string) string { return "[" + strings.Join(texts, ",") + "]"
 
 func digestOf(content string) digest.Digest { return digest.FromString(content) }
 
-// layer is a descriptor with its blob, unless the blob is absent.
+// layer is a descriptor with its blob, if that is not absent.
 type layer struct {
 	mediaType   string
 	content     string
 	annotations object
-	digest      digest.Digest // "" is that of the content
-	size        string        // JSON; "" is that of the content
+	digest      digest.Digest // "" means the digest of the content
+	size        string        // JSON; "" means the size of the content
 	absent      bool
 }
 
@@ -97,7 +97,7 @@ func raw(path, content string) layer {
 	return layer{mediaType: rawType, content: content, annotations: object{{filepathKey, quote(path)}}}
 }
 
-// described is a raw layer with file metadata.
+// described returns a raw layer with file metadata.
 func described(path, content, metadata string) layer {
 	l := raw(path, content)
 	l.annotations = append(l.annotations, property{metadataKey, quote(metadata)})
@@ -189,7 +189,7 @@ func (p *packed) ofLayers() *Artifact {
 	return a
 }
 
-// unquote is the string in a JSON text.
+// unquote decodes a JSON string.
 func unquote(text string) (s string) {
 	if err := json.Unmarshal([]byte(text), &s); err != nil {
 		panic(err)
@@ -206,10 +206,10 @@ func (p *packed) asText(manifest string) *Artifact {
 	return &Artifact{Blobs: p.blobs, Target: digestOf(manifest), MediaType: ocispec.MediaTypeImageManifest}
 }
 
-// good is a valid layer: a refusal must refuse it too.
+// good is a valid layer. A refusal must refuse the whole artifact, including this layer.
 func good() layer { return raw("good.txt", "a good file\n") }
 
-// bad is an artifact that is refused because of its second layer.
+// bad is a case that is refused because of its second layer.
 func bad(name string, l layer, says ...string) Case {
 	return Case{
 		Name: name,
@@ -218,16 +218,16 @@ func bad(name string, l layer, says ...string) Case {
 	}
 }
 
-// fine is an artifact that mounts with these entries.
+// fine is a case that is mounted with these entries.
 func fine(name string, l Listing, layers ...layer) Case {
 	return Case{Name: name, Make: func() *Artifact { return pack(layers...).ofLayers() }, Want: mounts(l)}
 }
 
-// imageLayer is the reason why no files are made, in the snapshot of another
-// snapshotter, of what would be something else in an image.
+// imageLayer is part of the error of the differ for a layer that containerd would extract
+// differently in an image.
 const imageLayer = "snapshot would be used"
 
-// notAsFiles expects that refusal for Files.
+// notAsFiles expects this error with Files.
 func (c Case) notAsFiles() Case {
 	return c.unlike(refused(imageLayer), Files)
 }

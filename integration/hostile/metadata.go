@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// configCases are configs. A model's config must be well-formed; other configs are
+// configCases are configs. The config of a model must be well-formed; other configs are
 // ignored if they cannot be parsed.
 func configCases() (cases []Case) {
 	const other = "application/vnd.example.config.v1+json"
@@ -29,7 +29,7 @@ func configCases() (cases []Case) {
 	broken := func(name, text string) { add(name, text, malformed, epoch) }
 
 	both("an empty object", "{}", epoch)
-	both("keys of no meaning", `{"x":[{}],"config":1,"history":[[]]}`, epoch)
+	both("unknown keys", `{"x":[{}],"config":1,"history":[[]]}`, epoch)
 	broken("a list", "[]")
 	broken("null", "null")
 	broken("text", "config")
@@ -37,7 +37,7 @@ func configCases() (cases []Case) {
 	broken("a byte order mark", "\ufeff{}")
 	broken("cut off", `{"created":`)
 	broken("nested too deep", strings.Repeat("[", 1000000))
-	both("nested deep in what means nothing", `{"x":`+strings.Repeat("[", 5000)+strings.Repeat("]", 5000)+"}", epoch)
+	both("nested deep in an unknown key", `{"x":`+strings.Repeat("[", 5000)+strings.Repeat("]", 5000)+"}", epoch)
 	both("a time", `{"descriptor":{"createdAt":"2001-02-03T04:05:06Z"}}`, at(when))
 	both("a time of an image's config", `{"created":"2001-02-03T04:05:06Z"}`, at(when))
 	both("two times", `{"created":"1999-01-01T00:00:00Z","descriptor":{"createdAt":"2001-02-03T04:05:06Z"}}`, at(when))
@@ -60,7 +60,7 @@ func configCases() (cases []Case) {
 	}
 	add("a time twice", `{"created":"1999-01-01T00:00:00Z","created":"2001-02-03T04:05:06Z"}`, refused("malformed model config", "duplicate object member name"), epoch)
 	add("DiffIDs twice, once in capitals", `{"modelfs":{"diffIds":[]},"ModelFS":{"diffIds":["sha256:x"]}}`, refused("malformed model config", "duplicate object member name"), epoch)
-	add("bytes that are no UTF-8", "{\"name\":\"\xff\"}", refused("malformed model config", "UTF-8"), epoch)
+	add("invalid UTF-8", "{\"name\":\"\xff\"}", refused("malformed model config", "UTF-8"), epoch)
 	own := quote(digestOf("x").String())
 	both("the layer's DiffID", `{"modelfs":{"diffIds":[`+own+`]}}`, epoch)
 	both("the layer's DiffID, as in an image", `{"rootfs":{"diff_ids":[`+own+`]}}`, epoch)
@@ -68,9 +68,9 @@ func configCases() (cases []Case) {
 	both("another DiffID", `{"modelfs":{"diffIds":[`+quote(digestOf("y").String())+`]}}`, refused("layer 0 (", "the config's DiffID is"))
 	both("a DiffID too many", `{"modelfs":{"diffIds":[`+own+","+own+`]}}`, refused("lists 2 DiffIDs for 1 layers"))
 	both("10,000 DiffIDs", `{"modelfs":{"diffIds":[`+strings.Repeat(own+",", 9999)+own+`]}}`, refused("lists 10000 DiffIDs for 1 layers"))
-	both("a DiffID that is none", `{"modelfs":{"diffIds":["sha256:x"]}}`, refused("layer 0 (", "DiffID in the config"))
+	both("an invalid DiffID", `{"modelfs":{"diffIds":["sha256:x"]}}`, refused("layer 0 (", "DiffID in the config"))
 	both("a DiffID that leaves the directory", `{"modelfs":{"diffIds":["sha256:../../../etc/passwd"]}}`, refused("layer 0 (", "DiffID in the config"))
-	both("a DiffID of nothing", `{"modelfs":{"diffIds":[""]}}`, refused("layer 0 (", "DiffID in the config"))
+	both("an empty DiffID", `{"modelfs":{"diffIds":[""]}}`, refused("layer 0 (", "DiffID in the config"))
 	broken("a DiffID that is a number", `{"modelfs":{"diffIds":[1]}}`)
 	broken("DiffIDs in an object", `{"modelfs":{"diffIds":{}}}`)
 	cases = append(cases, Case{
@@ -82,7 +82,7 @@ func configCases() (cases []Case) {
 	return sorted(cases)
 }
 
-// metadataCases are annotations with file attributes of raw layers.
+// metadataCases are annotations with the file attributes of raw layers.
 func metadataCases() (cases []Case) {
 	f := isRaw("x")
 	mounted := func(name, text string, e Entry) {
@@ -97,7 +97,7 @@ func metadataCases() (cases []Case) {
 	mounted("all of it", `{"name":"x","mode":416,"uid":1,"gid":2,"size":1,"mtime":"2001-02-03T04:05:06.000000007Z","typeflag":48}`, f.mode(0o640).owner(1, 2).time(981173106, 7))
 	mounted("a name that is another path", `{"name":"../../etc/passwd"}`, f)
 	mounted("a size that is another", `{"size":9223372036854775807}`, f)
-	mounted("keys of no meaning", `{"x":[[]],"xattrs":{"security.capability":"x"}}`, f)
+	mounted("unknown keys", `{"x":[[]],"xattrs":{"security.capability":"x"}}`, f)
 	for _, w := range wrong {
 		if w.kind != "object" && w.kind != "object of objects" {
 			refuse("it is "+w.what, w.text, malformed)
@@ -131,7 +131,7 @@ func metadataCases() (cases []Case) {
 	mounted("mode, setuid, setgid and sticky", `{"mode":36351}`, f.mode(0o777))
 	mounted("mode, of 16 bits", `{"mode":65535}`, f.mode(0o777))
 	refuse("mode, of 17 bits", `{"mode":65536}`, "is not a Unix file mode")
-	refuse("mode, as Go has it for setuid", `{"mode":8389101}`, "is not a Unix file mode")
+	refuse("mode, setuid in Go's fs.FileMode", `{"mode":8389101}`, "is not a Unix file mode")
 	refuse("mode, of 32 bits", `{"mode":4294967295}`, "is not a Unix file mode")
 	refuse("mode, of 33 bits", `{"mode":4294967296}`, malformed)
 	refuse("mode, in octal", `{"mode":0644}`, malformed)
@@ -142,7 +142,7 @@ func metadataCases() (cases []Case) {
 		refuse(id+" 4294967296", `{"`+id+`":4294967296}`, malformed)
 	}
 	mounted("time of the year 0", `{"mtime":"0000-01-01T00:00:00Z"}`, f.time(-62167219200, 0))
-	mounted("time of the year 1, which stands for none", `{"mtime":"0001-01-01T00:00:00Z"}`, f)
+	mounted("time of the year 1, which means no time", `{"mtime":"0001-01-01T00:00:00Z"}`, f)
 	mounted("time of the year 9999", `{"mtime":"9999-12-31T23:59:59.999999999Z"}`, f.time(253402300799, 999999999))
 	cases[len(cases)-1] = onExt4(cases[len(cases)-1].unlike(mounts(Listing{"f": f.time(maxTime, 0)}), Copied, Extracted))
 	cases[len(cases)-3] = onExt4(cases[len(cases)-3].unlike(mounts(Listing{"f": f.time(minTime, 0)}), Copied, Extracted))

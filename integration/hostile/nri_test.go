@@ -30,21 +30,21 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// nriFrontEnd is the runtime's side of NRI. It asks the daemon's plugin before it
-// creates a container with the runtime's mounts of an image volume.
+// nriFrontEnd is the runtime's side of NRI. It calls the daemon's plugin before it creates
+// a container that has the runtime's mounts of an image volume.
 type nriFrontEnd struct {
 	*process
 	way     Way
 	runtime *adaptation.Adaptation
-	// mounts are the runtime's mounts and annotations for an artifact.
+	// mounts returns the runtime's mounts and annotations for an artifact.
 	mounts func(a *Artifact) (mounts []*api.Mount, annotations map[string]string)
 }
 
 const (
 	sandbox = "0123456789abcdef"
 	volume  = "/model"
-	// patience replaces the default plugin timeout of two seconds, because the machine
-	// may be busy.
+	// patience replaces the default plugin timeout of two seconds, which is too short on a
+	// busy machine.
 	patience = 10 * time.Second
 )
 
@@ -86,17 +86,17 @@ func startNRI(t *testing.T, dir string, blobs shelf, way Way) nriFrontEnd {
 	if err := frontEnd.runtime.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(frontEnd.runtime.Stop) // when the plugin has gone
+	t.Cleanup(frontEnd.runtime.Stop) // after the plugin has ended
 	config += fmt.Sprintf("[nri]\nenabled = true\nsocket = %q\n", socket)
 	if frontEnd.process, err = start(t, dir, config, unpack.Modes{Raw: unpack.Overlay, Tar: unpack.EROFS}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the runtime has the plugin", func() error { return daemon.HealthOfNRI(t.Context(), frontEnd.socket()) })
+	eventually(t, "registration of the plugin", func() error { return daemon.HealthOfNRI(t.Context(), frontEnd.socket()) })
 	return frontEnd
 }
 
-// startContainerd starts a containerd without images and CRI: the daemon asks it for
-// images.
+// startContainerd starts a containerd without CRI and without images, because the daemon
+// asks containerd for its images.
 func startContainerd(t *testing.T, dir string) (socket string) {
 	t.Helper()
 	program, err := node.Containerd()
@@ -136,20 +136,20 @@ disabled_plugins = ['io.containerd.grpc.v1.cri', 'io.containerd.cri.v1.images', 
 
 func eventually(t *testing.T, what string, f func() error) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(3 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		err := f()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within a minute: %v", what, err)
+			t.Fatalf("%s: not within three minutes: %v", what, err)
 		}
 	}
 }
 
-// crioLayers are the layers that CRI-O mounts, by name: the title, or else ModelPack's
-// path (internal/ociartifact/store.go, artifactName). CRI-O parses the manifest with
-// encoding/json.
+// crioLayers returns the layers that CRI-O mounts, by name: the title, or else ModelPack's
+// path (internal/ociartifact/store.go, artifactName). Like CRI-O it parses the manifest
+// with encoding/json.
 func crioLayers(a *Artifact) (names []string, layers []descriptor) {
 	var m ocispec.Manifest
 	if a.MediaType != ocispec.MediaTypeImageManifest || json.Unmarshal(a.Blobs[a.Target], &m) != nil {
@@ -167,7 +167,7 @@ func crioLayers(a *Artifact) (names []string, layers []descriptor) {
 	return names, layers
 }
 
-// ofCRIO are CRI-O's mounts of an artifact, one for each layer, and an annotation that
+// ofCRIO returns CRI-O's mounts of an artifact, one per layer, and an annotation that
 // identifies the artifact.
 func (s shelf) ofCRIO(a *Artifact) (mounts []*api.Mount, annotations map[string]string) {
 	type image struct {
@@ -199,19 +199,19 @@ func (d nriFrontEnd) Skip(_ Case, a *Artifact) (why string) {
 		return ""
 	}
 	if _, layers := crioLayers(a); len(layers) == 0 {
-		return "CRI-O mounts no layer of it, so that NRI hears of none"
+		return "CRI-O mounts no layer of it, so NRI sees no mount"
 	}
 	return ""
 }
 
-// maxMessage limits a ttrpc message, hence an NRI message, in bytes (channel.go,
-// messageLengthMax).
+// maxMessage is the maximum size of a ttrpc message, and therefore of an NRI message
+// (channel.go, messageLengthMax).
 const maxMessage = 4 << 20
 
-// Rule follows docs/nri.md: CRI-O's mounts must fit into one message; NRI can remove
-// only one of two mounts at the same place; a layer whose name is the volume's path is
-// mounted over the volume. The runtime keeps non-artifacts before these rules apply.
-// Errors of the manifest come after the first rule and before the second.
+// Rule follows docs/nri.md: CRI-O's mounts must fit into one message; NRI can remove only
+// one of two mounts at the same path; a layer with the path of the volume is mounted over
+// the volume. Before these rules, the runtime keeps its mounts if it is not an artifact.
+// Errors in the manifest come after the first rule and before the second.
 func (d nriFrontEnd) Rule(v Verdict, a *Artifact) Verdict {
 	if d.way != NRIOfCRIO || errors.Is(v.Refused, artifact.ErrNotArtifact) {
 		return v
@@ -240,7 +240,7 @@ func (d nriFrontEnd) Mount(ctx context.Context, a *Artifact) (_ string, done fun
 	c.Mounts, c.Annotations = d.mounts(a)
 	var answer *adaptation.CreateContainerResponse
 	err = again(func() (err error) {
-		// A runtime creates no container while a plugin registers.
+		// A runtime creates no container during the registration of a plugin.
 		defer d.runtime.BlockPluginSync().Unblock()
 		answer, err = d.runtime.CreateContainer(ctx, &adaptation.CreateContainerRequest{Pod: pod, Container: c})
 		return kindOf(err)
@@ -262,28 +262,28 @@ func (d nriFrontEnd) Mount(ctx context.Context, a *Artifact) (_ string, done fun
 		}
 	}
 	if len(mounted) == 0 && len(removed) == 0 {
-		// In both cases the runtime continues with its own mounts.
-		return "", nil, errors.Join(fmt.Errorf("the mounts are left alone: %w", artifact.ErrNotArtifact), done())
+		// In both cases the runtime keeps its own mounts.
+		return "", nil, errors.Join(fmt.Errorf("the plugin did not change the mounts: %w", artifact.ErrNotArtifact), done())
 	}
 	path, err := d.adjusted(mounted, removed, c.Mounts)
 	return path, done, err
 }
 
-// adjusted is the source of the one mount that replaces the runtime's mounts.
+// adjusted returns the source of the mount that replaces the runtime's mounts.
 func (d nriFrontEnd) adjusted(mounted []*api.Mount, removed map[string]bool, before []*api.Mount) (string, error) {
 	if len(mounted) != 1 || mounted[0].Destination != volume {
-		return "", fmt.Errorf("the mounts are %+v, and not one at %s", mounted, volume)
+		return "", fmt.Errorf("the mounts are %+v, want one at %s", mounted, volume)
 	}
 	for _, m := range before {
 		if m.Destination != volume && !removed[m.Destination] {
-			return "", fmt.Errorf("the runtime's mount at %q is still there", m.Destination)
+			return "", fmt.Errorf("the runtime's mount at %q was not removed", m.Destination)
 		}
 	}
 	return bound(mounted[0].Type, mounted[0].Source, mounted[0].Options)
 }
 
-// kindOf restores an error's kind from its text, because NRI transports only text: from
-// its end, or else from the advice in it.
+// kindOf restores the kind of an error from its text, because NRI transports only text:
+// from its end, or else from the advice in it.
 func kindOf(err error) error {
 	if err == nil {
 		return nil
@@ -298,5 +298,5 @@ func kindOf(err error) error {
 	if strings.Contains(err.Error(), "try again") {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 	}
-	return errgrpc.ToNative(err) // of ttrpc itself
+	return errgrpc.ToNative(err) // errors of ttrpc itself
 }

@@ -11,19 +11,19 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// name255 has the maximum length of a file name (NAME_MAX).
+// name255 is as long as a file name can be (NAME_MAX).
 var name255 = strings.Repeat("n", 255)
 
-// badPaths are invalid file names with the expected reason.
+// badPaths are invalid file names, each with the reason.
 var badPaths = map[string]struct{ name, says string }{
 	"above the volume":                  {"../escaped", `contains ".."`},
 	"far above the volume":              {strings.Repeat("../", 60) + "tmp/escaped", `contains ".."`},
 	"above the volume, from a file":     {"a/../../escaped", `contains ".."`},
-	"above, that comes back":            {"a/../b", `contains ".."`},
-	"above, that is the volume":         {"a/..", `contains ".."`},
+	"above and back":                    {"a/../b", `contains ".."`},
+	"above, back to the volume":         {"a/..", `contains ".."`},
 	"above, alone":                      {"..", `contains ".."`},
-	"above, behind a dot":               {"./..", `contains ".."`},
-	"above, behind slashes":             {"a///..///b", `contains ".."`},
+	"above, after a dot":                {"./..", `contains ".."`},
+	"above, after slashes":              {"a///..///b", `contains ".."`},
 	"above, at the end":                 {"a/b/..", `contains ".."`},
 	"above, alone, in a directory":      {"a/b/../../..", `contains ".."`},
 	"a dot alone":                       {".", "names no file"},
@@ -39,8 +39,8 @@ var badPaths = map[string]struct{ name, says string }{
 	"below 2,000 directories, and back": {strings.Repeat("d/", 2000) + strings.Repeat("../", 2000) + "f", `contains ".."`},
 }
 
-// absolutePaths are refused for a raw layer. For tar members and hard link targets,
-// every tar strips leading slashes; the value is the rest.
+// absolutePaths are refused for a raw layer. Every tar program strips leading slashes of
+// members and hard link targets; the second value is the rest.
 var absolutePaths = map[string][2]string{
 	"absolute":                     {"/etc/passwd", "etc/passwd"},
 	"absolute, of two slashes":     {"//etc/passwd", "etc/passwd"},
@@ -48,8 +48,8 @@ var absolutePaths = map[string][2]string{
 	"absolute, of one letter":      {"/x", "x"},
 }
 
-// finePaths look invalid and are valid: Linux names are bytes. The value is the mounted
-// path, or "" if it is the same.
+// finePaths look invalid but are valid, because Linux names are bytes. The second value is
+// the mounted path, or "" if it is equal.
 var finePaths = map[string][2]string{
 	"three dots":                     {"...", ""},
 	"dots before a name":             {"..a", ""},
@@ -114,7 +114,7 @@ func pathCases() (cases []Case) {
 			bad("path/tar, "+what, tarred(named(p.name, '0', "content")), "member ", p.says),
 			bad("path/target of a hard link, "+what, tarred(file("f", "content"), pax(record("linkpath", p.name))+hardLink("l", "x")), "hard link to ", p.says),
 		)
-		// Some invalid file names are valid names of the volume's root directory.
+		// Some names that are invalid for files are valid for the volume's root directory.
 		if p.says != "names no file" {
 			cases = append(cases, bad("path/tar directory, "+what, tarred(named(p.name, '5', "")), "member ", p.says))
 		}
@@ -159,7 +159,7 @@ func pathCases() (cases []Case) {
 	return append(cases, namesOfAWay()...)
 }
 
-// namesOfAWay test which annotation or header takes precedence.
+// namesOfAWay tests the precedence of annotations and headers.
 func namesOfAWay() []Case {
 	hexName := digestOf("content").Encoded()
 	annotated := func(a object) layer {
@@ -182,7 +182,7 @@ func namesOfAWay() []Case {
 		mounted("a key in capitals is another key", hexName, object{{"ORG.CNCF.MODEL.FILEPATH", `"f"`}}),
 		mounted("an escaped name", "a/é\nb", object{{filepathKey, `"a\/\u00e9\nb"`}}),
 		mounted("a name of two surrogates", "😀", object{{filepathKey, `"\ud83d\ude00"`}}),
-		bad("path/annotations, a legacy path of no file and a good title behind it", annotated(object{{legacy, `".."`}, {titleKey, `"f"`}}), `contains ".."`),
+		bad("path/annotations, an invalid legacy path before a good title", annotated(object{{legacy, `".."`}, {titleKey, `"f"`}}), `contains ".."`),
 		bad("path/annotations, an escaped NUL", annotated(object{{filepathKey, `"a\u0000b"`}}), "contains a NUL byte"),
 		bad("path/annotations, dots in escapes", annotated(object{{filepathKey, `"\u002e\u002e\u002fescaped"`}}), `contains ".."`),
 		bad("path/annotations, a slash in an escape", annotated(object{{filepathKey, `"\u002fetc"`}}), "is absolute"),
@@ -190,15 +190,15 @@ func namesOfAWay() []Case {
 		fine("path/ustar, a prefix", Listing{"p/r/f": isFile("x")}, tarred(file("f", "x", edit{fPrefix, "p/r"}))),
 		fine("path/ustar, a prefix that fills its field", Listing{strings.Repeat("p", 155) + "/f": isFile("x")}, tarred(file("f", "x", edit{fPrefix, strings.Repeat("p", 155)}))),
 		fine("path/ustar, a name that fills its field", Listing{strings.Repeat("n", 100): isFile("x")}, tarred(file(strings.Repeat("n", 100), "x"))),
-		fine("path/ustar, what stands behind the end of a name", Listing{"f": isFile("x")}, tarred(file("f\x00/../../escaped", "x"))),
+		fine("path/ustar, text after the end of a name", Listing{"f": isFile("x")}, tarred(file("f\x00/../../escaped", "x"))),
 		fine("path/ustar, a prefix before a PAX path", Listing{"g": isFile("x")}, tarred(pax(record("path", "g")), file("f", "x", edit{fPrefix, "p"}))),
-		fine("path/ustar, a prefix in the oldest format is none", Listing{"f": isFile("x")}, tarred(file("f", "x", edit{fMagic, ""}, edit{fVersion, ""}, edit{fPrefix, "../.."}))),
+		fine("path/ustar, a prefix in the oldest format is ignored", Listing{"f": isFile("x")}, tarred(file("f", "x", edit{fMagic, ""}, edit{fVersion, ""}, edit{fPrefix, "../.."}))),
 		bad("path/ustar, dots in the prefix", tarred(file("f", "x", edit{fPrefix, "a/../.."})), `contains ".."`),
 		fine("path/ustar, an absolute prefix", Listing{"etc/f": isFile("x")}, tarred(file("f", "x", edit{fPrefix, "/etc"}))),
 		bad("path/raw, the root of the node", raw("/", "content"), "is absolute"),
 		bad("path/raw, absolute, with dots", raw("/../etc/passwd", "content"), "is absolute"),
 		bad("path/tar, absolute, with dots", tarred(file("/../etc/passwd", "x")), `contains ".."`),
-		bad("path/tar, absolute, with dots behind", tarred(file("/etc/../../passwd", "x")), `contains ".."`),
+		bad("path/tar, absolute, with dots inside", tarred(file("/etc/../../passwd", "x")), `contains ".."`),
 		bad("path/target of a hard link, absolute, with dots", tarred(file("f", "x"), hardLink("l", "/../f")), `hard link to "/../f"`, `contains ".."`),
 		bad("path/target of a hard link, the root of the node", tarred(hardLink("l", "/")), "names no file"),
 		bad("path/tar, a symlink in the place of the root of the node", tarred(symlink("/", "/etc")), "names no file"),
@@ -212,24 +212,24 @@ func namesOfAWay() []Case {
 		fine("path/tar, a directory of no name", Listing{".": isDir()}, tarred(dir(""))),
 		bad("path/tar, a symlink in the place of the volume", tarred(symlink(".", "/etc")), "names no file"),
 		bad("path/tar, a hard link in the place of the volume", tarred(file("f", "x"), hardLink("./", "f")), "names no file"),
-		// GNU tar and bsdtar make a directory of a file with such a name, containerd a
-		// file.
-		fine("path/tar, a slash behind a file makes a directory", Listing{"d": isDir().mode(0o644)}, tarred(file("d/", ""))).notAsFiles(),
-		fine("path/tar, slashes behind a file make a directory", Listing{"d": isDir().mode(0o644), "d/f": isFile("x")}, tarred(file("d//", ""), file("d/f", "x"))).notAsFiles(),
-		fine("path/tar, a slash behind a contiguous file makes a directory", Listing{"d": isDir().mode(0o644)}, tarred(member('7', "d/", ""))),
-		fine("path/tar, a slash behind a file's PAX name makes a directory", Listing{"d": isDir().mode(0o644)}, tarred(pax(record("path", "d/")), file("f", ""))).notAsFiles(),
+		// GNU tar and bsdtar extract a file with such a name as a directory, containerd as
+		// a file.
+		fine("path/tar, a slash after a file makes a directory", Listing{"d": isDir().mode(0o644)}, tarred(file("d/", ""))).notAsFiles(),
+		fine("path/tar, slashes after a file make a directory", Listing{"d": isDir().mode(0o644), "d/f": isFile("x")}, tarred(file("d//", ""), file("d/f", "x"))).notAsFiles(),
+		fine("path/tar, a slash after a contiguous file makes a directory", Listing{"d": isDir().mode(0o644)}, tarred(member('7', "d/", ""))),
+		fine("path/tar, a slash after a file's PAX name makes a directory", Listing{"d": isDir().mode(0o644)}, tarred(pax(record("path", "d/")), file("f", ""))).notAsFiles(),
 		fine("path/tar, a file that is the volume by its slash", Listing{".": isDir().mode(0o711)}, tarred(file("./", "", edit{fMode, "0000711\x00"}))).notAsFiles(),
-		bad("path/tar, a slash behind a file with content", tarred(file("d/", "x")), "its name ends in a slash"),
-		bad("path/tar, a slash behind a sparse file", tarred(sparse1("d/", "1048576", "0\n", "")), "its name ends in a slash"),
-		bad("path/tar, a slash behind a file, in the place of one", tarred(file("d", "x"), file("d/", "")), "must be a directory"),
-		bad("path/tar, a slash behind a file, in the place of a symlink", tarred(symlink("d", "/etc"), file("d/", "")), "passes through a symlink"),
-		fine("path/tar, a slash behind a file of the old format makes a directory", Listing{"d": isDir().mode(0o644)}, tarred(member(0, "d/", "", edit{fMagic, ""}, edit{fVersion, ""}))),
-		fine("path/tar, a slash behind a symlink", Listing{"l": isLink("x")}, tarred(symlink("l/", "x"))),
+		bad("path/tar, a slash after a file with content", tarred(file("d/", "x")), "its name ends in a slash"),
+		bad("path/tar, a slash after a sparse file", tarred(sparse1("d/", "1048576", "0\n", "")), "its name ends in a slash"),
+		bad("path/tar, a slash after a file, in the place of one", tarred(file("d", "x"), file("d/", "")), "must be a directory"),
+		bad("path/tar, a slash after a file, in the place of a symlink", tarred(symlink("d", "/etc"), file("d/", "")), "passes through a symlink"),
+		fine("path/tar, a slash after a file of the old format makes a directory", Listing{"d": isDir().mode(0o644)}, tarred(member(0, "d/", "", edit{fMagic, ""}, edit{fVersion, ""}))),
+		fine("path/tar, a slash after a symlink", Listing{"l": isLink("x")}, tarred(symlink("l/", "x"))),
 	}
 }
 
-// unicodeCases are names that look or sort alike: each is a separate file with exactly
-// its bytes.
+// unicodeCases are names that look or sort alike. Each is a separate file with exactly
+// these bytes.
 func unicodeCases() (cases []Case) {
 	for _, c := range []struct {
 		what  string
@@ -247,14 +247,14 @@ func unicodeCases() (cases []Case) {
 		{"capitals in Turkish", []string{"I", "i", "\u0130", "\u0131"}},
 		{"a sharp s", []string{"\u00df", "ss", "SS", "\u1e9e"}},
 		{"Latin and Cyrillic", []string{"a", "\u0430"}},
-		{"a slash that is none", []string{"a\u2215b", "a\u2044b", "a\uff0fb"}},
-		{"dots that are none", []string{"\u2024\u2024", "\uff0e\uff0e", "\u2025"}},
-		{"no width at all", []string{"a", "a\u200b", "a\u200d", "a\ufeff", "a\u00ad"}},
+		{"characters similar to a slash", []string{"a\u2215b", "a\u2044b", "a\uff0fb"}},
+		{"characters similar to dots", []string{"\u2024\u2024", "\uff0e\uff0e", "\u2025"}},
+		{"characters without width", []string{"a", "a\u200b", "a\u200d", "a\ufeff", "a\u00ad"}},
 		{"written from right to left", []string{"gpj.exe", "\u202egpj.exe"}},
 		{"a byte order mark", []string{"f", "\ufefff"}},
 		{"spaces", []string{"a b", "a\u00a0b", "a\u2003b", "a\u3000b"}},
 		{"line ends", []string{"a\u0085b", "a\u2028b"}},
-		{"characters of no meaning", []string{"\ufffe", "\uffff", "\U0010ffff"}},
+		{"noncharacters", []string{"\ufffe", "\uffff", "\U0010ffff"}},
 		{"the replacement character", []string{"\ufffd", "\ufffd\ufffd"}},
 		{"255 bytes of marks", []string{"a" + strings.Repeat("\u0301", 127)}},
 		{"a dot and a space at the end", []string{"f", "f.", "f ", "f. "}},
@@ -272,22 +272,22 @@ func unicodeCases() (cases []Case) {
 			fine("unicode/tar, "+c.what, inTar, tarred(members...)),
 			fine("unicode/raw, "+c.what, inLayers, layers...))
 	}
-	// An archive holds bytes, JSON holds text.
+	// A tar can contain any bytes, JSON only text.
 	for what, name := range map[string]string{
 		"a lone byte": "\xff", "an overlong slash": "\xc0\xaf", "overlong dots": "\xc0\xae\xc0\xae", "a surrogate": "\xed\xa0\x80",
 		"a cut letter": "caf\xc3", "Latin 1": "caf\xe9", "beyond Unicode": "\xf4\x90\x80\x80", "UTF-16": "\xff\xfef",
 	} {
 		cases = append(cases,
-			fine("unicode/no UTF-8 in a tar, "+what, Listing{name: isFile("x")}, tarred(named(name, '0', "x"))),
+			fine("unicode/invalid UTF-8 in a tar, "+what, Listing{name: isFile("x")}, tarred(named(name, '0', "x"))),
 			Case{
-				Name: "unicode/no UTF-8 in a manifest, " + what,
+				Name: "unicode/invalid UTF-8 in a manifest, " + what,
 				Make: func() *Artifact { return pack(good(), raw(name, "x")).done() },
 				Want: refused("UTF-8"),
 			})
 	}
 	sortCases(cases)
 	return append(cases, Case{
-		Name: "unicode/two names that are no UTF-8 and would become one",
+		Name: "unicode/two names with invalid UTF-8 that would become equal",
 		Make: func() *Artifact { return pack(raw("a\xfe", "1"), raw("a\xff", "2")).done() },
 		Want: refused("UTF-8"),
 	})
@@ -298,7 +298,7 @@ func linkCases() (cases []Case) {
 	// The container resolves symlinks in its own root; our code follows none.
 	for what, target := range map[string]string{
 		"to the node's root": "/", "to a file of the node": "/etc/shadow", "above the volume": "../../../../etc/shadow", "to itself": "l",
-		"to nothing": "absent", "to the volume": ".", "above": "..", "of one space": " ", "with a newline": "a\nb", "of no UTF-8": "\xff\xfe",
+		"to nothing": "absent", "to the volume": ".", "above": "..", "of one space": " ", "with a newline": "a\nb", "of invalid UTF-8": "\xff\xfe",
 		"to proc": "/proc/self/root/etc/shadow", "of 4095 bytes": strings.Repeat("a/", 2047) + "b", "to an absolute path of many slashes": "////etc",
 	} {
 		cases = append(cases, fine("link/symlink "+what, Listing{"l": isLink(target)}, tarred(pax(record("linkpath", target))+symlink("l", "x"))))
@@ -321,10 +321,10 @@ func linkCases() (cases []Case) {
 		"to nothing":                     {hardLink("h", "absent")},
 		"to itself":                      {hardLink("h", "h")},
 		"to a directory":                 {dir("d"), hardLink("h", "d")},
-		"to the volume's file to come":   {hardLink("h", "f"), file("f", "x")},
+		"to a later file":                {hardLink("h", "f"), file("f", "x")},
 		"through a symlink":              {symlink("s", "/etc"), hardLink("h", "s/shadow")},
 		"to what a symlink points to":    {symlink("s", "absent"), hardLink("h", "absent")},
-		"to a symlink to come":           {hardLink("h", "s"), symlink("s", "x")},
+		"to a later symlink":             {hardLink("h", "s"), symlink("s", "x")},
 		"to a directory's name, twice":   {dir("d"), file("d/f", "x"), hardLink("h", "d/")},
 		"to another layer's file":        {hardLink("h", "good.txt")},
 		"to two that lead to each other": {hardLink("a", "b"), hardLink("b", "a")},
@@ -339,8 +339,8 @@ func linkCases() (cases []Case) {
 		bad("link/symlink with a NUL", tarred(pax(record("linkpath", "a\x00b"))+symlink("l", "x")), "the archive cannot be read"),
 		bad("link/hard link to no name", tarred(hardLink("h", "")), "names no file"),
 		bad("link/directory and hard link of it", tarred(dir("d"), file("f", "x"), hardLink("d", "f")), "is a directory"),
-		// The second symlink's attributes are the first one's here; containerd gives
-		// both the second one's.
+		// Here both names have the attributes of the first symlink; containerd gives both
+		// those of the second.
 		fine("link/hard link to a symlink", Listing{"s": is, "h": is}, tarred(s, hardLink("h", "s", owned))),
 		fine("link/hard link to a symlink, with an owner of its own", Listing{"s": is, "h": is}, tarred(s, hardLink("h", "s"))).notAsFiles(),
 		fine("link/hard link to a symlink, with attributes", Listing{"s": is, "h": is}, tarred(s, pax(record("SCHILY.xattr.user.x", "y")), hardLink("h", "s", owned))),
@@ -359,7 +359,7 @@ func linkCases() (cases []Case) {
 		fine("link/hard link over a symlink", Listing{"f": isFile("x"), "h": isFile("x")}, tarred(file("f", "x"), symlink("h", "/etc/shadow"), hardLink("h", "f"))),
 		fine("link/hard link of a file that is replaced", Listing{"f": isFile("new"), "h": isFile("old")}, tarred(file("f", "old"), hardLink("h", "f"), file("f", "new"))),
 		fine("link/chain of hard links", Listing{"a": isFile("x"), "b": isFile("x"), "c": isFile("x")}, tarred(file("a", "x"), hardLink("b", "a"), hardLink("c", "./b"))),
-		fine("link/hard link into a directory that none describes", Listing{"a": isFile("x"), "d/e/b": isFile("x")}, tarred(file("a", "x"), hardLink("d/e/b", "a"))),
+		fine("link/hard link into a directory that no layer describes", Listing{"a": isFile("x"), "d/e/b": isFile("x")}, tarred(file("a", "x"), hardLink("d/e/b", "a"))),
 		fine("link/attributes of a hard link are the file's", Listing{"f": isFile("x").mode(0o600), "h": isFile("x").mode(0o600)},
 			tarred(file("f", "x", edit{fMode, "0000600\x00"}), hardLink("h", "f", edit{fMode, "0000777\x00"}, edit{fUID, "0000011\x00"}))).notAsFiles(),
 	)

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -18,18 +19,18 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// needs maps each capability of the systemd unit to an artifact that cannot be mounted,
-// or not removed, without it.
+// needs has for each capability of the systemd unit an artifact that cannot be mounted, or
+// not be removed, without it.
 var needs = map[string]layer{
-	// To mount.
+	// mount(2)
 	"sys_admin": raw("f", "x"),
 	// A file with another owner.
 	"chown": tarred(file("f", "x", edit{fUID, "0000007\x00"})),
-	// Mode and time of a file with another owner.
+	// The mode and time of a file with another owner.
 	"fowner": tarred(file("f", "x", edit{fUID, "0000007\x00"})),
-	// A setgid directory of a group without root.
+	// A setgid directory of a group that root is not in.
 	"fsetid": tarred(dir("d", edit{fGID, "0000007\x00"}, edit{fMode, "0002755\x00"})),
-	// Removing a directory without permissions.
+	// The removal of a directory without permissions.
 	"dac_override": tarred(dir("d", edit{fMode, "0000000\x00"}), file("d/f", "x")),
 }
 
@@ -54,16 +55,16 @@ func TestTheUnitHasExactlyTheNeededCapabilities(t *testing.T) {
 			some := slices.DeleteFunc(slices.Clone(all), func(c string) bool { return c == without })
 			problem := servedWith(t, some, without)
 			if problem == "" {
-				t.Errorf("nothing is amiss without CAP_%s: the unit need not have it", strings.ToUpper(without))
+				t.Errorf("everything works without CAP_%s, so the unit need not have it", strings.ToUpper(without))
 			}
 			t.Log(problem)
 		})
 	}
 }
 
-// A container that mounts for the host must be privileged and starts with all
-// capabilities. In each thread the daemon keeps only the unit's and cannot regain
-// others. A privileged container can have no seccomp filter.
+// A container that mounts for the host must be privileged, so it starts with all
+// capabilities and without a seccomp filter. The daemon itself keeps only the unit's
+// capabilities, in each thread, and cannot regain others.
 func TestTheDaemonConfinesItself(t *testing.T) {
 	dir := t.TempDir()
 	d, err := start(t, dir, alone(dir, shelf(filepath.Join(dir, "content")), false), unpack.Modes{Raw: unpack.Copy, Tar: unpack.Extract})
@@ -96,8 +97,8 @@ func TestTheDaemonConfinesItself(t *testing.T) {
 }
 
 // servedWith mounts and removes the artifacts of needs as files, which needs the most
-// capabilities, by a daemon with only these capabilities and no groups, and returns the
-// first failure.
+// capabilities, with a daemon that has only these capabilities and no groups. It returns
+// the first failure.
 func servedWith(t *testing.T, capabilities []string, artifacts ...string) (problem string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -143,5 +144,6 @@ func servedWith(t *testing.T, capabilities []string, artifacts ...string) (probl
 	if problem != "" {
 		return problem
 	}
-	return left(t, d)
+	// Without a capability the daemon cannot remove them, however long we wait.
+	return left(t, d, 20*time.Second)
 }

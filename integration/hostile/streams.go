@@ -12,7 +12,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// endCases are ways to end an archive.
+// endCases are endings of an archive.
 func endCases() []Case {
 	stream := func(name, content string, says ...string) Case {
 		return bad("end/"+name, layer{mediaType: tarType, content: content}, says...)
@@ -30,12 +30,12 @@ func endCases() []Case {
 		whole("4 MiB of zeros", f+zeros(4<<20), mounted),
 		whole("4 MiB of zeros and a bit", f+zeros(4<<20+1), mounted),
 		whole("no block of zeros", f, mounted),
-		whole("no block of zeros behind a directory", f+dir("d"), Listing{"f": isFile("x"), "d": isDir()}),
-		whole("no block of zeros behind a label", f+member('V', "label", "", gnuMagic...), mounted),
-		whole("no block of zeros behind a global header", f+member('g', "pax_global_header", record("comment", "x")), mounted),
-		whole("zeros that are no block", f+mark+zeros(7), mounted),
-		whole("nothing but the end", mark, Listing{}),
-		whole("nothing but one block of zeros", zeros(block), Listing{}),
+		whole("no block of zeros after a directory", f+dir("d"), Listing{"f": isFile("x"), "d": isDir()}),
+		whole("no block of zeros after a label", f+member('V', "label", "", gnuMagic...), mounted),
+		whole("no block of zeros after a global header", f+member('g', "pax_global_header", record("comment", "x")), mounted),
+		whole("zeros that are not a whole block", f+mark+zeros(7), mounted),
+		whole("only the end marker", mark, Listing{}),
+		whole("only one block of zeros", zeros(block), Listing{}),
 		whole("no bytes at all", "", Listing{}),
 		stream("one byte", "x", truncated),
 		stream("half a header", f[:100], truncated),
@@ -43,29 +43,29 @@ func endCases() []Case {
 		stream("half a file", f[:block+1], truncated),
 		stream("a file without its padding", f[:2*block-1], truncated),
 		stream("half a block of zeros", f+zeros(100), truncated),
-		stream("half a header behind a file", f+f[:100], truncated),
+		stream("half a header after a file", f+f[:100], truncated),
 		stream("an extended header without its member", f+header, truncated),
 		stream("an extended header without its member, and zeros", f+header+mark, truncated),
 		stream("an extended header that is cut off", f+header[:block], truncated),
 		stream("a long name without its member", f+member('L', "././@LongLink", "name\x00", gnuMagic...), truncated),
-		stream("a byte of garbage behind 4 MiB", f+zeros(4<<20)+"x", garbage),
-		stream("a member behind 4 MiB", f+zeros(4<<20)+file("g", "x"), garbage),
-		stream("text behind", f+mark+"text", garbage),
-		stream("an archive behind", f+mark+file("g", "x")+mark, garbage),
-		stream("a byte behind a MiB", f+zeros(1<<20-1)+"x", garbage),
-		stream("one block of zeros and a member behind", f+zeros(block)+file("g", "x")+mark, unreadable),
-		stream("zeros before", zeros(2*block)+f+mark, garbage),
-		stream("one block of zeros before", zeros(block)+f+mark, unreadable),
+		stream("a byte of garbage after 4 MiB of zeros", f+zeros(4<<20)+"x", garbage),
+		stream("a member after 4 MiB of zeros", f+zeros(4<<20)+file("g", "x"), garbage),
+		stream("trailing text", f+mark+"text", garbage),
+		stream("a trailing archive", f+mark+file("g", "x")+mark, garbage),
+		stream("a trailing byte after a MiB of zeros", f+zeros(1<<20-1)+"x", garbage),
+		stream("one block of zeros and a trailing member", f+zeros(block)+file("g", "x")+mark, unreadable),
+		stream("leading zeros", zeros(2*block)+f+mark, garbage),
+		stream("one leading block of zeros", zeros(block)+f+mark, unreadable),
 		stream("text", strings.Repeat("This is no archive. ", 100), unreadable),
 		stream("noise", noise(4096), unreadable),
 		stream("JSON", `{"schemaVersion": 2}`+strings.Repeat(" ", 1000), unreadable),
 		stream("an executable", "\x7fELF"+zeros(1020), unreadable),
-		stream("gzip that is said to be none, and zeros behind", gzipped(f+mark)+zeros(1024), "bytes follow the end of the gzip stream"),
+		stream("gzip with the media type of a tar, and trailing zeros", gzipped(f+mark)+zeros(1024), "bytes follow the end of the gzip stream"),
 		stream("an archive within an archive that is cut off", file("f", f+mark)[:block+100], truncated),
 	}
 }
 
-// noise is pseudorandom and the same each time.
+// noise returns pseudorandom bytes, always the same.
 func noise(n int) string {
 	b := make([]byte, n)
 	x := uint64(88172645463325252)
@@ -93,7 +93,7 @@ func streamCases() (cases []Case) {
 		cases = append(cases, bad("stream/"+name, layer{mediaType: mediaType, content: content}, says...))
 	}
 	z := gzipped(f)
-	// The header of RFC 1952, 2.3: magic, method, flags, time, extra flags, system.
+	// The header of RFC 1952, section 2.3: magic, method, flags, time, extra flags, system.
 	head := func(flags byte, extra string) string {
 		return "\x1f\x8b\x08" + string([]byte{flags}) + "\x00\x00\x00\x00\x00\xff" + extra + z[10:]
 	}
@@ -109,35 +109,35 @@ func streamCases() (cases []Case) {
 	mounted(gzipType, "gzip, a time in the future", z[:4]+"\xff\xff\xff\xff"+z[8:])
 	mounted(gzipType, "gzip, no end", gzipped(f[:2*block]))
 	mounted(gzipType, "gzip, 4 MiB of zeros", gzipped(f+strings.Repeat("\x00", 4<<20)))
-	nothing(gzipType, "gzip, nothing", "")
-	nothing(gzipType, "gzip, of nothing", empty)
-	nothing(gzipType, "gzip, of nothing, twice", empty+empty)
+	nothing(gzipType, "gzip, no bytes", "")
+	nothing(gzipType, "gzip of no bytes", empty)
+	nothing(gzipType, "gzip of no bytes, twice", empty+empty)
 	refuse(gzipType, "gzip, half a header", z[:5], truncated)
 	refuse(gzipType, "gzip, a header alone", z[:10], truncated)
 	refuse(gzipType, "gzip, half", z[:len(z)/2], truncated)
-	refuse(gzipType, "gzip, without its check sum", z[:len(z)-8], truncated)
-	refuse(gzipType, "gzip, half a check sum", z[:len(z)-5], truncated)
-	refuse(gzipType, "gzip, a wrong check sum", z[:len(z)-8]+"\x00\x00\x00\x00"+z[len(z)-4:], unreadable)
+	refuse(gzipType, "gzip, without its checksum", z[:len(z)-8], truncated)
+	refuse(gzipType, "gzip, half a checksum", z[:len(z)-5], truncated)
+	refuse(gzipType, "gzip, a wrong checksum", z[:len(z)-8]+"\x00\x00\x00\x00"+z[len(z)-4:], unreadable)
 	refuse(gzipType, "gzip, a wrong size", z[:len(z)-4]+"\x00\x00\x00\x00", unreadable)
 	refuse(gzipType, "gzip, half a second header", z+z[:5], truncated)
-	refuse(gzipType, "gzip, zeros behind", z+strings.Repeat("\x00", 512), noGzip)
-	refuse(gzipType, "gzip, a byte behind", z+"x", noGzip)
-	refuse(gzipType, "gzip, seven bytes behind", z+"garbage", noGzip)
-	refuse(gzipType, "gzip, text behind", z+"text that is longer than a header", noGzip)
-	refuse(gzipType, "gzip, an archive behind", z+f, noGzip)
+	refuse(gzipType, "gzip, trailing zeros", z+strings.Repeat("\x00", 512), noGzip)
+	refuse(gzipType, "gzip, a trailing byte", z+"x", noGzip)
+	refuse(gzipType, "gzip, seven trailing bytes", z+"garbage", noGzip)
+	refuse(gzipType, "gzip, trailing text", z+"text that is longer than a header", noGzip)
+	refuse(gzipType, "gzip, a trailing archive", z+f, noGzip)
 	refuse(gzipType, "gzip, a byte of another member", z+"\x1f", truncated)
 	refuse(gzipType, "gzip, garbage in its archive", gzipped(f+"text"), "garbage follows the end")
 	refuse(gzipType, "gzip, a name without end", head(8, ""), "the archive")
 	refuse(gzipType, "gzip, an extra field without end", head(4, "\xff\xff"), "the archive")
-	refuse(gzipType, "gzip, a wrong sum of the header", head(2, "\x00\x00"), unreadable)
-	refuse(gzipType, "gzip, a block of nobody", z[:10]+"\x07"+z[11:], unreadable)
+	refuse(gzipType, "gzip, a wrong header checksum", head(2, "\x00\x00"), unreadable)
+	refuse(gzipType, "gzip, an unknown block type", z[:10]+"\x07"+z[11:], unreadable)
 	refuse(gzipType, "gzip, gzip within", gzipped(z), "the archive")
 	refuse(gzipType, "gzip, zstd within", gzipped(zstded(f)), "the archive")
-	// As in containerd, the bytes decide the compression, not the media type.
+	// Like in containerd, the bytes decide about the compression, not the media type.
 	const notGzip, notZstd = "its media type says that it is gzip, and its bytes are not compressed", "its media type says that it is zstd, and its bytes are not compressed"
 	mounted(gzipType, "gzip, zstd instead", zstded(f))
 	mounted(gzipType, "gzip, an archive instead", f)
-	refuse(gzipType, "gzip, a method of nobody", z[:2]+"\x07"+z[3:], notGzip)
+	refuse(gzipType, "gzip, an unknown method", z[:2]+"\x07"+z[3:], notGzip)
 	refuse(gzipType, "gzip, text instead", "text, and no gzip", notGzip)
 	refuse(gzipType, "gzip, seven bytes instead", "garbage", notGzip)
 	refuse(gzipType, "gzip, noise instead", noise(1000), notGzip, unreadable)
@@ -154,35 +154,35 @@ func streamCases() (cases []Case) {
 	skip := "\x50\x2a\x4d\x18\x04\x00\x00\x00skip"
 	mounted(zstdType, "zstd", s)
 	mounted(zstdType, "zstd, two frames", zstded(f[:700])+zstded(f[700:]))
-	mounted(zstdType, "zstd, frames to skip around", skip+s+skip)
-	mounted(zstdType, "zstd, an empty frame behind", s+"\x28\xb5\x2f\xfd\x20\x00\x01\x00\x00")
-	mounted(zstdType, "zstd, without a check sum", zstded(f, zstd.WithEncoderCRC(false)))
+	mounted(zstdType, "zstd, skippable frames around it", skip+s+skip)
+	mounted(zstdType, "zstd, a trailing empty frame", s+"\x28\xb5\x2f\xfd\x20\x00\x01\x00\x00")
+	mounted(zstdType, "zstd, without a checksum", zstded(f, zstd.WithEncoderCRC(false)))
 	mounted(zstdType, "zstd, a window of 128 MiB", zstdFrame("\x00\x88", f))
-	mounted(zstdType, "zstd, bytes as they are", zstdFrame("\x00\x00", f))
+	mounted(zstdType, "zstd, uncompressed blocks", zstdFrame("\x00\x00", f))
 	mounted(zstdType, "zstd, no end", zstded(f[:2*block]))
 	refuse(zstdType, "zstd, a window of 256 MiB", zstdFrame("\x00\x90", f), unreadable, "128 MiB", "--long=27")
 	refuse(zstdType, "zstd, the largest window", zstdFrame("\x00\xff", f), unreadable, "128 MiB", "--long=27")
 	refuse(zstdType, "zstd, one segment of 256 MiB", zstdFrame("\xa0\x00\x00\x00\x10", f), unreadable, "128 MiB", "--long=27")
 	refuse(zstdType, "zstd, a window of 256 MiB in the second frame", s+zstdFrame("\x00\x90", f), unreadable, "128 MiB", "--long=27")
-	nothing(zstdType, "zstd, nothing", "")
-	nothing(zstdType, "zstd, of nothing", "\x28\xb5\x2f\xfd\x20\x00\x01\x00\x00")
-	nothing(zstdType, "zstd, only what is to be skipped", skip)
+	nothing(zstdType, "zstd, no bytes", "")
+	nothing(zstdType, "zstd of no bytes", "\x28\xb5\x2f\xfd\x20\x00\x01\x00\x00")
+	nothing(zstdType, "zstd, only a skippable frame", skip)
 	refuse(zstdType, "zstd, half a header", s[:5], truncated)
 	refuse(zstdType, "zstd, half", s[:len(s)/2], truncated)
-	refuse(zstdType, "zstd, without its check sum", s[:len(s)-4], truncated)
-	refuse(zstdType, "zstd, a wrong check sum", s[:len(s)-4]+"\x00\x00\x00\x00", unreadable)
+	refuse(zstdType, "zstd, without its checksum", s[:len(s)-4], truncated)
+	refuse(zstdType, "zstd, a wrong checksum", s[:len(s)-4]+"\x00\x00\x00\x00", unreadable)
 	refuse(zstdType, "zstd, half a second header", s+s[:3], truncated)
-	refuse(zstdType, "zstd, zeros behind", s+strings.Repeat("\x00", 512), noZstd)
-	refuse(zstdType, "zstd, text behind", s+"text that is no frame", noZstd)
-	refuse(zstdType, "zstd, seven bytes behind", s+"garbage", noZstd)
-	refuse(zstdType, "zstd, two bytes behind", s+"ab", "or up to 3 bytes follow the last frame")
-	refuse(zstdType, "zstd, text behind what is to be skipped", skip+"text that is no frame", noZstd)
+	refuse(zstdType, "zstd, trailing zeros", s+strings.Repeat("\x00", 512), noZstd)
+	refuse(zstdType, "zstd, trailing text", s+"text that is no frame", noZstd)
+	refuse(zstdType, "zstd, seven trailing bytes", s+"garbage", noZstd)
+	refuse(zstdType, "zstd, two trailing bytes", s+"ab", "or up to 3 bytes follow the last frame")
+	refuse(zstdType, "zstd, text after a skippable frame", skip+"text that is no frame", noZstd)
 	refuse(zstdType, "zstd, a wrong size of its content", zstdFrame("\x20\x05", f), unreadable)
 	refuse(zstdType, "zstd, a size of 2^63", zstdFrame("\xc0\x00\xff\xff\xff\xff\xff\xff\xff\x7f", f), "")
-	refuse(zstdType, "zstd, a dictionary that is nowhere", zstdFrame("\x01\x00\x07", f), unreadable)
+	refuse(zstdType, "zstd, a missing dictionary", zstdFrame("\x01\x00\x07", f), unreadable)
 	refuse(zstdType, "zstd, a reserved bit", zstdFrame("\x08\x00", f), unreadable)
-	refuse(zstdType, "zstd, a block of nobody", "\x28\xb5\x2f\xfd\x00\x00\x07\x00\x00", unreadable)
-	refuse(zstdType, "zstd, a frame to skip that claims 4 GiB", s+"\x50\x2a\x4d\x18\xff\xff\xff\xffx", "the archive")
+	refuse(zstdType, "zstd, an unknown block type", "\x28\xb5\x2f\xfd\x00\x00\x07\x00\x00", unreadable)
+	refuse(zstdType, "zstd, a skippable frame that claims 4 GiB", s+"\x50\x2a\x4d\x18\xff\xff\xff\xffx", "the archive")
 	mounted(zstdType, "zstd, gzip instead", z)
 	mounted(zstdType, "zstd, an archive instead", f)
 	refuse(zstdType, "zstd, noise instead", noise(1000), notZstd, unreadable)
@@ -203,13 +203,13 @@ func streamCases() (cases []Case) {
 		}
 		none := layer{mediaType: mediaType}
 		cases = append(cases, Case{
-			Name: "stream/DiffID in the config, of nothing, " + mediaType[len(tarType)+1:],
+			Name: "stream/DiffID in the config, of an empty blob, " + mediaType[len(tarType)+1:],
 			Make: func() *Artifact {
 				return pack(good(), none).withDiffIDs(good().name().String(), digestOf("").String()).done()
 			},
 			Want: mounts(Listing{"good.txt": isRaw("a good file\n")}),
 		}, Case{
-			Name: "stream/DiffID in the config, of something for nothing, " + mediaType[len(tarType)+1:],
+			Name: "stream/DiffID in the config, of a content for an empty blob, " + mediaType[len(tarType)+1:],
 			Make: func() *Artifact {
 				return pack(good(), none).withDiffIDs(good().name().String(), digestOf("x").String()).done()
 			},
@@ -219,7 +219,7 @@ func streamCases() (cases []Case) {
 	return sorted(cases)
 }
 
-// withDiffIDs is the artifact with a config that lists these DiffIDs.
+// withDiffIDs sets a config that lists these DiffIDs.
 func (p *packed) withDiffIDs(ids ...string) *packed {
 	var texts []string
 	for _, id := range ids {
@@ -228,7 +228,7 @@ func (p *packed) withDiffIDs(ids ...string) *packed {
 	return p.withConfig(modelConfig, `{"modelfs":{"type":"layers","diffIds":`+array(texts...)+`}}`)
 }
 
-// eachByte is gzip with one stored member for each byte.
+// eachByte returns gzip with one stored member per byte.
 func eachByte(content string) string {
 	var b strings.Builder
 	for i := range len(content) {
@@ -240,8 +240,8 @@ func eachByte(content string) string {
 	return b.String()
 }
 
-// zstdFrame is a frame with a header (RFC 8878, 3.1.1.1) and content in uncompressed
-// blocks no larger than the smallest window.
+// zstdFrame returns a frame with a header (RFC 8878, section 3.1.1.1) and content in
+// uncompressed blocks that fit the smallest window.
 func zstdFrame(header, content string) string {
 	var b strings.Builder
 	b.WriteString("\x28\xb5\x2f\xfd" + header)
@@ -258,7 +258,8 @@ func zstdFrame(header, content string) string {
 	return b.String()
 }
 
-// zstdRun is a frame that repeats one byte n times in blocks of 128 KiB, 4 bytes each.
+// zstdRun returns a frame that repeats one byte n times, in blocks of 128 KiB that take 4
+// bytes each.
 func zstdRun(c byte, n int64) string {
 	const most = 128 << 10
 	var b strings.Builder
@@ -297,7 +298,7 @@ func precedenceCases() (cases []Case) {
 		fine("layers/the same blob as file and as archive", Listing{"p": isFile("a"), "p.tar": isRaw(a + mark)}, tarred(a), raw("p.tar", a+mark)).notAsFiles(),
 		fine("layers/the same blob under two names", Listing{"p": isRaw("a"), "q": isRaw("a")}, raw("p", "a"), raw("q", "a")),
 		fine("layers/one file twice", Listing{"d/p": isRaw("a").mode(0o600)}, raw("d/p", "a"), described("./d//./p", "a", `{"mode":384}`)),
-		fine("layers/a raw layer whose content is JSON of a manifest", Listing{"p": isRaw(`{"schemaVersion":2,"layers":[]}`)}, raw("p", `{"schemaVersion":2,"layers":[]}`)),
+		fine("layers/a raw layer whose content is a manifest", Listing{"p": isRaw(`{"schemaVersion":2,"layers":[]}`)}, raw("p", `{"schemaVersion":2,"layers":[]}`)),
 		fine("layers/an empty file", Listing{"p": isRaw("")}, raw("p", "")).notAsFiles(),
 		fine("layers/a thousand tars of one path", Listing{"p": isFile("999")}, many(1000, func(i int) layer { return tarred(file("p", fmt.Sprint(i))) })...),
 		fine("layers/a whiteout of images is a file", Listing{"p": isRaw("a"), ".wh.p": isFile("")}, raw("p", "a"), tarred(file(".wh.p", ""))).notAsFiles(),
@@ -325,16 +326,17 @@ func precedenceCases() (cases []Case) {
 	conflict("a raw file through a symlink", "passes through a symlink", tarred(symlink("l", "/tmp")), raw("l/f", "x"))
 	conflict("a tar's file through a symlink of another layer", "passes through a symlink", tarred(symlink("l", "/tmp")), tarred(file("l/f", "x")))
 	conflict("a directory over a symlink of another layer", "passes through a symlink", tarred(symlink("l", "/tmp")), tarred(dir("l")))
-	conflict("a file that some later layer replaces, and something below", "must be a directory", raw("p", "a"), tarred(b), raw("p/f", "x"))
-	// One of two files is lost; who unpacks layer by layer can tell only where it knows those below.
+	conflict("a file that a later layer replaces, and a path below it", "must be a directory", raw("p", "a"), tarred(b), raw("p/f", "x"))
+	// One of two files is lost. A client that unpacks layer by layer detects it only if it
+	// knows the layers below.
 	lost := func(name string, mounted Listing, layers ...layer) {
 		conflict(name, "has the same path and other bytes", layers...)
 		cases[len(cases)-1] = cases[len(cases)-1].unlike(mounts(mounted), Files)
 	}
 	lost("two raw layers of one path", Listing{"p": isRaw("b")}, raw("p", "a"), raw("p", "b"))
-	lost("two raw layers of one path, written in two ways", Listing{"d/p": isRaw("b")}, raw("d/p", "a"), raw("./d//./p", "b"))
+	lost("two raw layers of one path, spelled in two ways", Listing{"d/p": isRaw("b")}, raw("d/p", "a"), raw("./d//./p", "b"))
 	lost("two raw layers of one path, and a tar between", Listing{"p": isRaw("c")}, raw("p", "a"), tarred(b), raw("p", "c"))
-	lost("two files of ORAS of one title", Listing{"p": isRaw("b")}, titled(imageType, "p", "a"), titled(imageType, "p", "b"))
+	lost("two ORAS files with one title", Listing{"p": isRaw("b")}, titled(imageType, "p", "a"), titled(imageType, "p", "b"))
 	return cases
 }
 

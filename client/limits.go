@@ -18,6 +18,9 @@ const (
 	collectLease = time.Minute
 )
 
+// maxUsers of an artifact are named in an error.
+const maxUsers = 4
+
 // viewTimeout bounds how long View goes on after the caller has given up.
 const viewTimeout = 5 * time.Second
 

@@ -7,7 +7,9 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"slices"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -48,6 +50,30 @@ type Use struct {
 
 // InUse reports whether the artifact is in use.
 func (u Use) InUse() bool { return len(u.Pods)+len(u.Targets)+len(u.Views)+len(u.Containers) > 0 }
+
+// String lists the first users.
+func (u Use) String() string {
+	var all []string
+	for _, p := range u.Pods {
+		if p.Name == "" {
+			p.Name, p.Namespace = p.Sandbox, "sandbox"
+		}
+		all = append(all, fmt.Sprintf("the pod %s/%s", p.Namespace, p.Name))
+	}
+	for _, target := range u.Targets {
+		all = append(all, "the mount "+target)
+	}
+	for _, view := range u.Views {
+		all = append(all, "the snapshot "+view)
+	}
+	for _, id := range u.Containers {
+		all = append(all, "the container "+id)
+	}
+	if more := len(all) - maxUsers; more > 0 {
+		all = append(all[:maxUsers], fmt.Sprintf("%d more", more))
+	}
+	return strings.Join(all, ", ")
+}
 
 // Uses returns, by manifest, who uses the artifacts. An artifact that is neither in use nor
 // unpacked is not in the result. The caller passes all artifacts of the namespace. Uses asks
@@ -194,6 +220,18 @@ func (c *Client) Chain(ctx context.Context, image images.Image) (string, error) 
 // once.
 func Size(a *artifact.Artifact) (size int64) {
 	for _, blob := range blobsOf(a) {
+		size += blob
+	}
+	return size
+}
+
+// TotalSize is Size of all the artifacts: a blob that several have counts once.
+func TotalSize(all []Unused) (size int64) {
+	blobs := map[digest.Digest]int64{}
+	for _, u := range all {
+		maps.Copy(blobs, blobsOf(u.Artifact))
+	}
+	for _, blob := range blobs {
 		size += blob
 	}
 	return size

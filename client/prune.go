@@ -31,9 +31,10 @@ type Unused struct {
 	Images   []images.Image
 }
 
-// Unused returns the artifacts of the namespace that are not in use, see [Use.InUse], and
-// have no pinned name. They are in the order of their first names.
-func (c *Client) Unused(ctx context.Context) ([]Unused, error) {
+// Unused returns the artifacts of the namespace that are not in use, see [Use.InUse], have no
+// pinned name, and whose names that are meant for people all pass the filter, which may be
+// nil. They are in the order of their first names.
+func (c *Client) Unused(ctx context.Context, filter Filter) ([]Unused, error) {
 	all, err := c.Images(ctx)
 	if err != nil {
 		return nil, err
@@ -56,12 +57,53 @@ func (c *Client) Unused(ctx context.Context) ([]Unused, error) {
 	}
 	var unused []Unused
 	for manifest, u := range byManifest {
-		if !needed[manifest] {
+		passes := func(i images.Image) bool { return filter == nil || filter(i) }
+		if !needed[manifest] && !slices.ContainsFunc(images.Named(u.Images), func(i images.Image) bool { return !passes(i) }) {
 			unused = append(unused, *u)
 		}
 	}
 	slices.SortFunc(unused, func(a, b Unused) int { return cmp.Compare(a.Images[0].Name, b.Images[0].Name) })
 	return unused, nil
+}
+
+// Names returns the names that go with ref, for Remove: ref itself, if people have another
+// name for the artifact, and otherwise all of them, as if ref is a digest. If the artifact is
+// in use or pinned and would lose its last name, the error is errdefs.ErrFailedPrecondition,
+// unless force is set.
+func (c *Client) Names(ctx context.Context, ref string, force bool) (Unused, error) {
+	image, err := c.Image(ctx, ref)
+	if err != nil {
+		return Unused{}, err
+	}
+	all, err := c.Images(ctx)
+	if err != nil {
+		return Unused{}, err
+	}
+	u := Unused{Artifact: image.Artifact}
+	for _, i := range all {
+		if i.Manifest == image.Manifest {
+			u.Images = append(u.Images, i)
+		}
+	}
+	others := func(i images.Image) bool { return i.Name != ref }
+	if image.Name == ref && slices.ContainsFunc(images.Named(u.Images), others) {
+		u.Images = []images.Image{image}
+		return u, nil
+	}
+	if force {
+		return u, nil
+	}
+	uses, err := c.Uses(ctx, all)
+	if err != nil {
+		return Unused{}, err
+	}
+	if use := uses[image.Manifest]; use != nil && use.InUse() {
+		return Unused{}, fmt.Errorf("%q is in use by %s; --force removes its name, and its content when nothing uses it any more: %w", ref, use, errdefs.ErrFailedPrecondition)
+	}
+	if i := slices.IndexFunc(u.Images, func(i images.Image) bool { return i.Labels[labelPinned] == pinned }); i >= 0 {
+		return Unused{}, fmt.Errorf("%q is pinned by the label %s of %s; --force removes it all the same: %w", ref, labelPinned, u.Images[i].Name, errdefs.ErrFailedPrecondition)
+	}
+	return u, nil
 }
 
 // Remove removes the names of the artifacts, and waits until containerd's garbage collection

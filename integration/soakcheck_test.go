@@ -351,7 +351,7 @@ func (s *soak) wantGone(t *testing.T, idle holding) {
 		}
 	}
 	s.endShims(t)
-	unused, err := s.c.Unused(t.Context())
+	unused, err := s.c.Unused(t.Context(), nil)
 	check(t, err)
 	_, _, err = s.c.Remove(t.Context(), unused)
 	check(t, err)

@@ -407,7 +407,7 @@ func (w *worker) prune(ctx context.Context) error {
 		defer a.removals.begin()()
 	}
 	return w.try(ctx, w.mountable, func() error {
-		unused, err := w.c.Unused(ctx)
+		unused, err := w.c.Unused(ctx, nil)
 		if err != nil {
 			return err
 		}

@@ -109,6 +109,7 @@ type (
 			Manifest   digest.Digest `json:"manifest"`
 			Size       int64         `json:"size"`
 		} `json:"artifacts"`
+		Size  int64 `json:"size"`
 		Freed int64 `json:"freed"`
 	}
 )
@@ -317,20 +318,20 @@ func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 				func() { tool(t, n, "unmount", filepath.Join(dir, "link")) },
 				func() { tool(t, n, "unmount", fresh) },
 			} {
-				if got := toolJSON[jsonPruned](t, n, "prune"); len(got.Artifacts) != 0 || got.Freed != 0 {
+				if got := toolJSON[jsonPruned](t, n, "prune", "-f"); len(got.Artifacts) != 0 || got.Freed != 0 {
 					t.Fatalf("prune deletes what is used: %+v", got)
 				}
 				stop()
 			}
 			wantFiles(t, fresh, nil)
 			dry := toolJSON[jsonPruned](t, n, "prune", "--dry-run")
-			if !dry.DryRun || len(dry.Artifacts) != 1 || dry.Artifacts[0].Manifest != d || !slices.Equal(dry.Artifacts[0].References, []string{ref}) || dry.Freed != 0 {
+			if !dry.DryRun || len(dry.Artifacts) != 1 || dry.Artifacts[0].Manifest != d || !slices.Equal(dry.Artifacts[0].References, []string{ref}) || dry.Size != pulled.Size || dry.Freed != 0 {
 				t.Errorf("prune --dry-run says %+v", dry)
 			}
 			if len(toolJSON[[]jsonListed](t, n, "ls")) != 1 {
 				t.Error("prune --dry-run has deleted an artifact")
 			}
-			pruned := toolJSON[jsonPruned](t, n, "prune")
+			pruned := toolJSON[jsonPruned](t, n, "prune", "--force")
 			if len(pruned.Artifacts) != 1 || pruned.Freed != pulled.Size {
 				t.Errorf("prune says %+v, want that %d bytes are free", pruned, pulled.Size)
 			}
@@ -393,7 +394,7 @@ func TestAMountOutlivesEverythingButAReboot(t *testing.T) {
 		t.Errorf("ls --mounts lists %+v, want nothing", mounts)
 	}
 	wantRefusal(t, n, []string{"no artifact is mounted at " + target}, "unmount", target)
-	tool(t, n, "prune")
+	tool(t, n, "prune", "--force")
 	if _, err := os.Stat(manifest); !os.IsNotExist(err) {
 		t.Errorf("the content of an artifact that nothing uses is there: %v", err)
 	}

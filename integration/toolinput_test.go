@@ -108,6 +108,10 @@ func TestTheToolRefusesBadInput(t *testing.T) {
 		"unmount of another mount":        {[]string{"unmount", other}, []string{"no artifact is mounted at " + other}},
 		"an unknown form of output":       {[]string{"ls", "--output", "xml"}, []string{"xml", "json"}},
 		"an argument too few":             {[]string{"mount", ref}, []string{"mount requires exactly 2 arguments (REF TARGET), got 1"}},
+		"prune without a terminal":        {[]string{"prune"}, []string{"prune would delete 1 artifact (3.0 MiB): use --force, or --dry-run"}},
+		"prune by no such filter":         {[]string{"prune", "-f", "--filter", "before=1h"}, []string{`"before=1h"`, "until, label and reference"}},
+		"rm of nothing":                   {[]string{"rm"}, []string{"rm requires at least 1 argument (REF), got 0"}},
+		"rm of what is not there":         {[]string{"rm", ref, unknown}, []string{unknown, "in namespace k8s.io"}},
 		"an argument too many":            {[]string{"prune", ref}, []string{"prune accepts no arguments"}},
 	}
 	before := state(t, n, dir)
@@ -170,7 +174,7 @@ func TestAMountThatWasCutOffIsRepaired(t *testing.T) {
 	}
 	target := toolTarget(t)
 	cutOff(target)
-	if got := toolJSON[jsonPruned](t, n, "prune"); len(got.Artifacts) != 0 {
+	if got := toolJSON[jsonPruned](t, n, "prune", "--dry-run"); len(got.Artifacts) != 0 {
 		t.Errorf("prune deletes what should be mounted: %+v", got)
 	}
 	another := &pack.Artifact{Layers: []pack.Layer{goodLayer()}}
@@ -453,7 +457,7 @@ func TestLsMarksArtifactsThatShareAConfig(t *testing.T) {
 			t.Errorf("the text does not name %s:\n%s", refs[0], text)
 		}
 	}
-	if pruned := toolJSON[jsonPruned](t, n, "prune", "-n", "default"); len(pruned.Artifacts) != 2 {
+	if pruned := toolJSON[jsonPruned](t, n, "prune", "-f", "-n", "default"); len(pruned.Artifacts) != 2 {
 		t.Errorf("prune says %+v", pruned)
 	}
 }
@@ -472,14 +476,14 @@ func TestPruneTakesAllNamesAndLeavesWhatIsPinnedOrRuns(t *testing.T) {
 	running := containers.Container{ID: "odd", Image: gone, Runtime: containers.RuntimeInfo{Name: "io.containerd.runc.v2"}}
 	_, err = c.ContainerService().Create(ctx, running)
 	check(t, err)
-	if got := toolJSON[jsonPruned](t, n, "prune"); len(got.Artifacts) != 0 {
+	if got := toolJSON[jsonPruned](t, n, "prune", "--dry-run"); len(got.Artifacts) != 0 {
 		t.Errorf("prune deletes the image of a container: %+v", got)
 	}
 	if l := toolJSON[[]jsonListed](t, n, "ls"); len(l) != 2 || !slices.Equal(slices.Concat(l[0].Containers, l[1].Containers), []string{"odd"}) {
 		t.Errorf("ls lists %+v", l)
 	}
 	check(t, c.ContainerService().Delete(ctx, "odd"))
-	got := toolJSON[jsonPruned](t, n, "prune")
+	got := toolJSON[jsonPruned](t, n, "prune", "-f")
 	if len(got.Artifacts) != 1 || !slices.Equal(got.Artifacts[0].References, []string{gone}) || got.Freed == 0 {
 		t.Errorf("prune says %+v", got)
 	}
@@ -501,9 +505,9 @@ func TestPruneTakesAllNamesAndLeavesWhatIsPinnedOrRuns(t *testing.T) {
 	check(t, c.LeasesService().AddResource(ctx, lease, leases.Resource{ID: "sha256:" + manifestOf(t, n, pinned), Type: "content"}))
 	_, err = n.Ctr("images", "label", pinned, "io.cri-containerd.pinned=")
 	check(t, err)
-	_, progress, err := n.Artifact("prune")
+	_, progress, err := n.Artifact("prune", "-f")
 	check(t, err)
-	if !strings.HasPrefix(progress, "0.0 B freed; ") || !strings.Contains(progress, "a lease needs it") {
+	if !strings.HasPrefix(progress, "total: 1 artifact (3.0 MiB), 0 B freed; ") || !strings.Contains(progress, "a lease needs it") {
 		t.Errorf("prune says %q", progress)
 	}
 }

@@ -142,6 +142,68 @@ func withoutDirs(state string) string {
 	return state[:strings.LastIndex(strings.TrimSpace(state), "\n")]
 }
 
+// Nothing that somebody needs goes without a question, and a name goes alone.
+func TestPruneAsksAndRmTakesOneName(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	src := writeModel(t)
+	one, two := pulled(t, n, src, pack.Raw), pulled(t, n, src, pack.TarGzip)
+	other := strings.Replace(one, "/models/", "/other/", 1)
+	_, err := n.Ctr("images", "tag", one, other)
+	check(t, err)
+	left := func() (refs []string) {
+		for _, l := range toolJSON[[]jsonListed](t, n, "list") {
+			refs = append(refs, l.Reference)
+		}
+		return refs
+	}
+	want := func(refs ...string) {
+		t.Helper()
+		slices.Sort(refs)
+		if got := left(); !slices.Equal(got, refs) {
+			t.Errorf("%q are left, want %q", got, refs)
+		}
+	}
+	asked := func(answer string, args ...string) string {
+		master, cmd := onTerminal(t, n, args...)
+		_, err := master.Write([]byte(answer + "\n"))
+		check(t, err)
+		var shown bytes.Buffer
+		_, _ = io.Copy(&shown, master)
+		_ = cmd.Wait()
+		return shown.String()
+	}
+	for _, answer := range []string{"", "n", "yeah"} {
+		if shown := asked(answer, "prune"); !strings.Contains(shown, one) || !strings.Contains(shown, "Delete 2 artifacts (6.0 MiB)? [y/N]") || !strings.Contains(shown, "nothing was deleted") {
+			t.Errorf("%q: the terminal shows\n%s", answer, shown)
+		}
+	}
+	want(one, two, other)
+	// One of its names does not match, and all names would go.
+	for _, filter := range []string{"reference=*/other/*", "label=nobody", "until=24h"} {
+		if got := toolJSON[jsonPruned](t, n, "prune", "-f", "--filter", filter); len(got.Artifacts) != 0 {
+			t.Errorf("--filter %s lets %+v go", filter, got)
+		}
+	}
+	target := toolTarget(t)
+	tool(t, n, "mount", one, target)
+	if out := tool(t, n, "rm", other); !strings.Contains(out, other) || strings.Contains(out, one) {
+		t.Errorf("rm prints\n%s", out)
+	}
+	want(one, two)
+	for _, ref := range []string{one, manifestOf(t, n, one)[:12]} {
+		wantRefusal(t, n, []string{"is in use by the mount " + target, "--force"}, "rm", two, ref)
+	}
+	want(one, two)
+	if shown := asked("y", "prune", "--filter", "reference=*/models/*", "--filter", "until=1ms"); !strings.Contains(shown, "Delete 1 artifact (3.0 MiB)? [y/N]") || !strings.Contains(shown, "total: 1 artifact (3.0 MiB), ") {
+		t.Errorf("the terminal shows\n%s", shown)
+	}
+	want(one)
+	tool(t, n, "rm", "--force", one)
+	want()
+	wantFiles(t, target, wantTree(t, src, pack.Raw))
+	tool(t, n, "unmount", target)
+}
+
 func TestBashCompletesReferences(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	ref := pulled(t, n, writeModel(t, "src/__init__.py"), pack.Raw)
@@ -173,6 +235,7 @@ func TestBashCompletesReferences(t *testing.T) {
 		"artifact-snapshotter config d":                   {"default"},
 		"artifact-snapshotter ls --mo":                    {"--mounts"},
 		"artifact-snapshotter verify ":                    {ref},
+		"artifact-snapshotter rm ":                        {ref},
 		"artifact-snapshotter mount -n k8s.io " + ref[:5]: {ref},
 		// To bash a word begins behind the colon.
 		"artifact-snapshotter inspect " + ref[:len(host)+3]: {strings.TrimPrefix(ref, host+":")},

@@ -15,7 +15,6 @@ import (
 	"unicode"
 
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/pkg/progress"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/urfave/cli/v3"
@@ -24,6 +23,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/images"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/plain"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
@@ -247,7 +247,7 @@ func printArtifact(w io.Writer, a *artifact.Artifact) error {
 			owner = fmt.Sprintf("%d:%d", layer.File.UID, layer.File.GID)
 		default:
 		}
-		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\t%s\t%s\n", path, progress.Bytes(layer.Descriptor.Size),
+		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\t%s\t%s\n", path, plain.Size(layer.Descriptor.Size),
 			mode, owner, printable(layer.Descriptor.MediaType), cmp.Or(string(layer.Compression), "-"))
 	}
 	return printTable(w, text.String())

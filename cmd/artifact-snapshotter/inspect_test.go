@@ -94,10 +94,10 @@ func TestInspect(t *testing.T) {
 	want := manifest.Digest.String() + "  " + configType + `  created 2025-01-02T03:04:05Z
 PATH                                                   SIZE     MODE        OWNER     LAYER TYPE                                 COMPRESSION
 dir one/model.bin                                      1.5 KiB  -rwxr-x---  1000:100  application/vnd.cncf.model.weight.v1.raw   -
-README.md                                              7.0 B    -rw-r--r--  0:0       application/vnd.cncf.model.doc.v1.raw      -
-hi.txt                                                 2.0 B    -rw-r--r--  0:0       application/vnd.oci.image.layer.v1.tar     -
-hi.txt (or unpacked at the root, if it is an archive)  7.0 B    -           -         application/vnd.oci.image.layer.v1.tar     -
-(empty)                                                2.0 B    -           -         application/vnd.oci.empty.v1+json          -
+README.md                                              7 B      -rw-r--r--  0:0       application/vnd.cncf.model.doc.v1.raw      -
+hi.txt                                                 2 B      -rw-r--r--  0:0       application/vnd.oci.image.layer.v1.tar     -
+hi.txt (or unpacked at the root, if it is an archive)  7 B      -           -         application/vnd.oci.image.layer.v1.tar     -
+(empty)                                                2 B      -           -         application/vnd.oci.empty.v1+json          -
 (unpacked at the root)                                 3.0 MiB  -           -         application/vnd.cncf.model.dataset.v1.tar  gzip
 `
 	for name, argument := range map[string]string{

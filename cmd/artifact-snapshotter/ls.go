@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"strings"
 
-	"github.com/containerd/containerd/v2/pkg/progress"
 	"github.com/opencontainers/go-digest"
 	"github.com/urfave/cli/v3"
 
@@ -16,6 +15,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/images"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/plain"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
@@ -143,7 +143,7 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client, 
 	for _, l := range list {
 		shared, mode, config := "-", "-", "own"
 		if l.Layout != nil {
-			shared = progress.Bytes(l.Layout.Shared).String()
+			shared = plain.Size(l.Layout.Shared)
 			mode = strings.Trim(fmt.Sprintf("%s %s", l.Layout.Raw, l.Layout.Tar), " ")
 		}
 		if len(l.Conflicts) > 0 {
@@ -153,7 +153,7 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client, 
 		for _, p := range l.Pods {
 			pods = append(pods, p.String())
 		}
-		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", printable(l.Reference), short(l.Digest), progress.Bytes(l.Size),
+		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", printable(l.Reference), short(l.Digest), plain.Size(l.Size),
 			shared, mode, config, orNone(printableList(pods)))
 	}
 	return printTable(command.Root().Writer, text.String())

@@ -42,7 +42,7 @@ func command() *cli.Command {
 		Commands: []*cli.Command{
 			serveCommand(), installCommand(), uninstallCommand(), configCommand(), doctorCommand(), healthCommand(),
 			pullCommand(), unpackCommand(), mountCommand(), unmountCommand(), lsCommand(),
-			inspectCommand(), verifyCommand(), pruneCommand(), versionCommand(), helpCommand(), pauseCommand(),
+			inspectCommand(), verifyCommand(), rmCommand(), pruneCommand(), versionCommand(), helpCommand(), pauseCommand(),
 		},
 		EnableShellCompletion: true,
 		// Errors are printed by main alone.

@@ -19,6 +19,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/plain"
 )
 
 func pullCommand() *cli.Command {
@@ -101,7 +102,7 @@ func pull(ctx context.Context, command *cli.Command, c *client.Client, asJSON bo
 		return printJSON(command.Root().Writer, p)
 	}
 	return printTable(command.Root().Writer, fmt.Sprintf("REFERENCE\tDIGEST\tSIZE\tSNAPSHOT\n%s\t%s\t%s\t%s\n",
-		printable(p.Reference), p.Digest, progress.Bytes(p.Size), p.Snapshot))
+		printable(p.Reference), p.Digest, plain.Size(p.Size), p.Snapshot))
 }
 
 // isTerminal reports whether bars can be drawn: they go to standard error, and package
@@ -159,7 +160,7 @@ func printLines(w io.Writer) func([]client.Fetched) {
 			if l.Present {
 				how = "already present"
 			}
-			_, _ = fmt.Fprintf(w, "%s: %s (%d bytes)\n", layerName(l.Layer), how, l.Descriptor.Size)
+			_, _ = fmt.Fprintf(w, "%s: %s (%s)\n", layerName(l.Layer), how, plain.Size(l.Descriptor.Size))
 		}
 	}
 }
@@ -248,5 +249,5 @@ func bar(w *strings.Builder, name string, got, all int64, done bool) {
 		part = float64(got) / float64(all)
 	}
 	pad := strings.Repeat(" ", nameWidth-len(name))
-	fmt.Fprintf(w, "%s%s %*r %9s/%s\n", name, pad, barWidth, progress.Bar(part), progress.Bytes(got), progress.Bytes(all))
+	fmt.Fprintf(w, "%s%s %*r %9s/%s\n", name, pad, barWidth, progress.Bar(part), plain.Size(got), plain.Size(all))
 }

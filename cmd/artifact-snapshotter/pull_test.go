@@ -74,7 +74,7 @@ func TestEachLayerThatArrivesIsOneLine(t *testing.T) {
 	there := fetched(0, "a", 100)
 	there.Present = true
 	progressed([]client.Fetched{there})
-	if want := fmt.Sprintln("b: pulled (100 bytes)\na: already present (100 bytes)"); out.String() != want {
+	if want := fmt.Sprintln("b: pulled (100 B)\na: already present (100 B)"); out.String() != want {
 		t.Errorf("got %q, want %q", out.String(), want)
 	}
 }

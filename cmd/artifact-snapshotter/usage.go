@@ -132,6 +132,19 @@ func requireArguments(command *cli.Command, names ...string) error {
 	return fmt.Errorf("%s %s %s", called(command), want, see(command))
 }
 
+// atLeastOneRef requires at least one argument, which like all others is a REF.
+func atLeastOneRef(_ context.Context, command *cli.Command) error {
+	if !command.Args().Present() {
+		return fmt.Errorf("%s requires at least 1 argument (REF), got 0 %s", called(command), see(command))
+	}
+	for _, ref := range command.Args().Slice() {
+		if err := images.CheckRef(ref); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // helpCommand is that of docker and kubectl. The library's would be a command of every
 // command, and an argument could not be called help.
 func helpCommand() *cli.Command {

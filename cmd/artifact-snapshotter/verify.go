@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/containerd/containerd/v2/pkg/progress"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -18,6 +17,7 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/client"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/plain"
 )
 
 func verifyCommand() *cli.Command {
@@ -88,7 +88,7 @@ func verify(ctx context.Context, command *cli.Command, c *client.Client, asJSON 
 			printLine("BLOB", "DIGEST", "SIZE", "RESULT", "PATH")
 		}
 		v.Blobs = append(v.Blobs, b)
-		printLine(b.Kind, short(b.Digest), progress.Bytes(b.Size), result, printable(b.Path))
+		printLine(b.Kind, short(b.Digest), plain.Size(b.Size), result, printable(b.Path))
 	}
 	if err := c.Verify(ctx, v.Reference, cfg.Limits(), report); err != nil {
 		return err

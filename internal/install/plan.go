@@ -22,6 +22,7 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/deploy"
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdconfig"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/plain"
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
@@ -98,7 +99,7 @@ func (r *run) serviceChanges(theirs snapshot.Overlayfs) (changes []change, err e
 	if err != nil {
 		return nil, err
 	}
-	binary.note = fmt.Sprintf("a program of %d bytes", len(r.program))
+	binary.note = "a program of " + plain.Size(int64(len(r.program)))
 	service, err := changed(installedUnit, []byte(unit), 0o644)
 	if err != nil {
 		return nil, err

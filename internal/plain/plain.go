@@ -1,15 +1,17 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package plain words errors for people. Errors carry a kind (package errdefs of containerd)
+// Package plain words errors and sizes for people. Errors carry a kind (package errdefs of containerd)
 // and what connected to a socket, which are for programs.
 package plain
 
 import (
 	"errors"
+	"fmt"
 	"regexp"
 	"strings"
 
+	"github.com/containerd/containerd/v2/pkg/progress"
 	"github.com/containerd/errdefs"
 )
 
@@ -40,4 +42,12 @@ func Error(err error) string {
 		}
 	}
 	return dialUnix.ReplaceAllString(grpcDial.ReplaceAllString(text, "$1"), "")
+}
+
+// Size is a number of bytes as all commands print it: 59 B, 3.0 MiB.
+func Size(bytes int64) string {
+	if bytes < 1<<10 {
+		return fmt.Sprintf("%d B", bytes)
+	}
+	return progress.Bytes(bytes).String()
 }

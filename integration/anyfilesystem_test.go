@@ -24,14 +24,14 @@ import (
 	layout "github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// pair is where the daemon's root and containerd's content are, and what there must be
-// of it.
+// pair is the placement of the daemon's root and containerd's content, with the expected
+// layout.
 type pair struct {
-	root, content fileSystem // one and the same if they are of one kind,
+	root, content fileSystem // equal names: one file system, unless apart says otherwise
 	apart         layout.Boundary
-	tar           layout.Mode      // of tar layers; raw ones are always laid out by overlay
-	by            layout.Retention // of blobs in root
-	short         bool             // in `make test`, too
+	tar           layout.Mode // of tar layers; the mode of raw layers is always overlay
+	by            layout.Retention // how root retains blobs
+	short         bool // also part of a short run
 }
 
 var pairs = []pair{
@@ -55,7 +55,7 @@ var pairs = []pair{
 	{root: overlayOnExt4, content: ext4, tar: layout.EROFSLoop, by: layout.Copied},
 }
 
-// cells are the file systems in the table of docs/support.md.
+// cells returns the names of the file systems for the table of docs/support.md.
 func (p pair) cells() (root, content string) {
 	switch {
 	case p.root.name != p.content.name:
@@ -69,17 +69,18 @@ func (p pair) cells() (root, content string) {
 	}
 }
 
-// byNRI: overlayfs does not take an overlay as its upper layer, so that there no
-// container can have its root file system from the daemon, and image volumes are mounted
-// by NRI.
+// byNRI reports whether image volumes must be mounted by NRI: the overlayfs snapshotter in
+// the daemon's root cannot serve root file systems, because overlayfs does not accept an
+// overlay as its upper layer.
 func (p pair) byNRI() bool { return p.root.fsType == "overlay" }
 
-// nativeImages: nor has containerd's own overlayfs an upper layer there, and each container
-// gets a copy of its image.
+// nativeImages reports whether containerd's overlayfs has the same problem, so that
+// containerd must use its native snapshotter, which copies the image for each container.
 func (p pair) nativeImages() bool { return p.byNRI() && p.content.fsType == "overlay" }
 
-// userns: the kernel maps no owners on an overlay, and runc has to of what containerd
-// keeps for a pod, such as its hostname.
+// userns reports whether pods can have user namespaces. The kernel does not ID-map an
+// overlay, but runc must ID-map files that containerd keeps for a pod, such as its
+// hostname.
 func (p pair) userns() bool { return p.content.fsType != "overlay" }
 
 func (p pair) dirs(t *testing.T) (root, content string) {
@@ -113,7 +114,7 @@ func (p pair) node(t *testing.T) (n *node.Node, socket string) {
 	return metered(t, o)
 }
 
-// restart starts the daemon again after it has been ended.
+// restart starts the daemon again.
 func (p pair) restart(t *testing.T, n *node.Node) {
 	t.Helper()
 	check(t, n.StartDaemon())
@@ -124,7 +125,7 @@ func (p pair) restart(t *testing.T, n *node.Node) {
 	}
 }
 
-// anything is artifacts of all forms, pulled, with what a pod must see of each.
+// anything pulls artifacts of all forms, and returns volumes and their expected content.
 func anything(t *testing.T, n *node.Node) (volumes []node.Volume, want [][]treelist.Entry) {
 	t.Helper()
 	src := writeOwnedModel(t)
@@ -142,9 +143,9 @@ const largeSize = 64 << 20
 // outcome is a row of the table.
 type outcome struct {
 	pair
-	raw, tar string             // the modes that were taken
-	grown    map[string]int64   // bytes of root's disk for the two large artifacts, by their format
-	counted  map[string]float64 // content_bytes_total by how
+	raw, tar string // the chosen modes
+	grown    map[string]int64 // growth of root's disk in bytes for the two large artifacts, by format
+	counted  map[string]float64 // content_bytes_total by method
 }
 
 func TestVolumesAreTheSameOnAnyFileSystem(t *testing.T) {
@@ -183,7 +184,8 @@ func (p pair) prove(t *testing.T, everyMode bool) outcome {
 		pods = append(pods, pod)
 		return pod
 	}
-	// What a large file takes of the disk when it is mounted, beside the pulled blob.
+	// Measure the disk space that a large file needs when it is mounted, in addition to its
+	// blob.
 	weights := random(largeSize, "weights")
 	raw := rawLayer("weights", weights)
 	for format, layer := range map[string]pack.Layer{
@@ -208,7 +210,7 @@ func (p pair) prove(t *testing.T, everyMode bool) outcome {
 			least, most = largeSize, largeSize+8<<20
 		}
 		if g := o.grown[format]; g < least || g > most {
-			t.Errorf("mounting a %s file of %d bytes took %d of root's disk, want %d to %d", format, largeSize, g, least, most)
+			t.Errorf("mounting a %s file of %d bytes took %d bytes of root's disk, want %d to %d", format, largeSize, g, least, most)
 		}
 	}
 
@@ -239,13 +241,13 @@ func (p pair) prove(t *testing.T, everyMode bool) outcome {
 		key := fmt.Sprintf("content_bytes_total{method=%q}", how)
 		o.counted[string(how)] = counted[key]
 		if now := series(t, socket)[key]; now != counted[key] {
-			t.Errorf("another pod has made %s %f, which was %f", key, now, counted[key])
+			t.Errorf("after another pod %s is %f, want %f as before", key, now, counted[key])
 		}
 	}
 	p.wantCounted(t, o.counted)
 	o.raw, o.tar = modesOf(t, counted)
 	if o.raw != string(layout.Overlay) || o.tar != string(p.tar) {
-		t.Errorf("layers are laid out by %s and %s, want %s and %s", o.raw, o.tar, layout.Overlay, p.tar)
+		t.Errorf("the modes are %s and %s, want %s and %s", o.raw, o.tar, layout.Overlay, p.tar)
 	}
 	p.wantAdvice(t, n)
 
@@ -273,11 +275,11 @@ func (p pair) prove(t *testing.T, everyMode bool) outcome {
 	return o
 }
 
-// wantCounted checks how the daemon says that it has come by the two large files, and
-// all others.
+// wantCounted checks the metrics about how the daemon got the two large files and the small
+// ones.
 func (p pair) wantCounted(t *testing.T, counted map[string]float64) {
 	t.Helper()
-	// Sparse members are always copied: a little more than 4 KiB, in each of two trees.
+	// Sparse members are always copied: about 4 KiB in each of the two trees.
 	const sparse = 32 << 10
 	for how, bounds := range map[layout.Retention][2]float64{
 		layout.Copied:    {1, sparse},
@@ -287,12 +289,12 @@ func (p pair) wantCounted(t *testing.T, counted map[string]float64) {
 			bounds = [2]float64{2 * largeSize, 3 * largeSize}
 		}
 		if n := counted[string(how)]; n < bounds[0] || n > bounds[1] {
-			t.Errorf("the daemon says that %.0f bytes came by %s, want %.0f to %.0f", n, how, bounds[0], bounds[1])
+			t.Errorf("%.0f bytes by the method %s, want %.0f to %.0f", n, how, bounds[0], bounds[1])
 		}
 	}
 }
 
-// modesOf is those of the trees there are.
+// modesOf returns the modes of the trees.
 func modesOf(t *testing.T, series map[string]float64) (raw, tar string) {
 	t.Helper()
 	for key, count := range series {
@@ -300,7 +302,7 @@ func modesOf(t *testing.T, series map[string]float64) (raw, tar string) {
 			continue
 		}
 		if raw != "" {
-			t.Errorf("trees have several modes: %q", key)
+			t.Errorf("the trees have different modes: %q", key)
 		}
 		_, err := fmt.Sscanf(strings.ReplaceAll(key, ",", " "), "trees{raw=%q tar=%q}", &raw, &tar)
 		check(t, err)
@@ -308,8 +310,8 @@ func modesOf(t *testing.T, series map[string]float64) (raw, tar string) {
 	return raw, tar
 }
 
-// wantAdvice checks that doctor says what would be better elsewhere, and nothing where
-// all is well.
+// wantAdvice checks the advice of doctor: what another file system would improve, and
+// nothing if there is nothing to improve.
 func (p pair) wantAdvice(t *testing.T, n *node.Node) {
 	t.Helper()
 	_, text := doctor(t, n)
@@ -321,14 +323,14 @@ func (p pair) wantAdvice(t *testing.T, n *node.Node) {
 		"are copied into root":                                               p.by == layout.Copied,
 	} {
 		if strings.Contains(text, advice) != wanted {
-			t.Errorf("doctor says %q: %v, want %v, in\n%s", advice, !wanted, wanted, text)
+			t.Errorf("doctor prints %q: %v, want %v, in\n%s", advice, !wanted, wanted, text)
 		}
 	}
 }
 
-// wantNothingLeft waits until the daemon has what it had: its files, its mounts, no loop
-// device; and its disk is as full as it was, but for what databases and directories
-// have grown.
+// wantNothingLeft waits until the daemon has the same files and mounts as at the beginning
+// and no loop device. Its disk must be as full as before, except for the growth of
+// databases and directories.
 func (p pair) wantNothingLeft(t *testing.T, n *node.Node, files, mounts []string, used int64) {
 	t.Helper()
 	const slack = 4 << 20
@@ -340,22 +342,22 @@ func (p pair) wantNothingLeft(t *testing.T, n *node.Node, files, mounts []string
 		if slices.Equal(now, files) && slices.Equal(mounted, mounts) && len(devices) == 0 {
 			return ""
 		}
-		return fmt.Sprintf("the daemon has the files %q, mounts %q and loop devices %q, and had %q and %q", now, mounted, devices, files, mounts)
+		return fmt.Sprintf("the daemon has the files %q, the mounts %q and the loop devices %q, want the files %q and the mounts %q", now, mounted, devices, files, mounts)
 	})
 	var grown int64
 	waitFor(t, "the disk to be as full as before", func() bool {
 		grown = usedBytes(t, n.DaemonRoot) - used
 		return grown < slack
 	})
-	t.Logf("at the end root's disk had %d bytes more than at the beginning", grown)
+	t.Logf("root's disk grew by %d bytes", grown)
 }
 
-// filesBelow is all below dir that is no directory, in lexical order.
+// filesBelow returns everything below dir except directories, in lexical order.
 func filesBelow(t *testing.T, dir string) (names []string) {
 	t.Helper()
 	check(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if os.IsNotExist(err) {
-			return nil // it has just gone
+			return nil // removed in the meantime
 		}
 		if err == nil && !d.IsDir() {
 			names = append(names, path)

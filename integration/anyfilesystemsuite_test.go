@@ -19,24 +19,27 @@ import (
 	layout "github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// everyMode starts the daemon with each mode: the same is mounted, or the daemon does not
-// start and says why.
+// everyMode starts the daemon with each mode. Either pods see the same files, or the daemon
+// does not start and says why.
 func (p pair) everyMode(t *testing.T, n *node.Node) {
 	t.Helper()
 	config := filepath.Join(n.Dir, "daemon.toml")
 	before, err := os.ReadFile(config)
 	check(t, err)
 	layers, want := mixture(t)
-	for format, modes := range map[string][]layout.Mode{"raw": layout.RawModes, "tar": layout.TarModes} {
-		for _, mode := range modes {
-			t.Run(format+" by "+string(mode), func(t *testing.T) {
+	for _, of := range []struct {
+		format string
+		modes  []layout.Mode
+	}{{"raw", layout.RawModes}, {"tar", layout.TarModes}} {
+		for _, mode := range of.modes {
+			t.Run(of.format+" in mode "+string(mode), func(t *testing.T) {
 				check(t, n.StopDaemon())
-				forced := fmt.Appendf(nil, "%s_mode = %q\n%s", format, mode, before)
+				forced := fmt.Appendf(nil, "%s_mode = %q\n%s", of.format, mode, before)
 				check(t, os.WriteFile(config, forced, 0o600))
 				if p.tar == layout.EROFSLoop && (mode == layout.EROFS || mode == layout.EROFSBuffered) {
 					err := n.StartDaemon()
 					if want := fmt.Sprintf("mode %q does not work in %s", mode, n.DaemonRoot); err == nil || !strings.Contains(strings.ReplaceAll(err.Error()+daemonLog(t, n), `\`, ""), want) {
-						t.Errorf("the daemon: %v, want that it says %q", err, want)
+						t.Errorf("start of the daemon: %v, want the message %q", err, want)
 					}
 					check(t, os.WriteFile(config, before, 0o600))
 					p.restart(t, n)
@@ -70,18 +73,18 @@ func (p pair) everyMode(t *testing.T, n *node.Node) {
 	p.restart(t, n)
 }
 
-// suites are the packages whose own tests are run on each file system.
+// suites are the packages whose own tests run on each file system.
 var suites = []string{"unpack", "unpack/differ", "snapshot", "store"}
 
-// withoutUpper are those of them that an overlay cannot pass: overlayfs does not take it
-// as an upper layer, nor can whiteouts be made there.
+// withoutUpper matches tests that fail on an overlay: it cannot be the upper layer of an
+// overlayfs, and it cannot store whiteouts.
 const withoutUpper = `^(TestContainerdsOwnSuite|TestEntriesHiddenByOverlayfsDoNotCount)$`
 
 var result = regexp.MustCompile(`(?m)^ *--- (PASS|FAIL|SKIP): (\S+)`)
 
-// runSuites runs the tests of the packages with their temporary directories on each file
-// system that a root of pairs is on, containerd's own suite for snapshotters among
-// them, and returns how that went. None may be skipped.
+// runSuites runs the tests of the packages, which include containerd's suite for
+// snapshotters, with their temporary directories on each file system of pairs. It returns
+// the cells of the table. No test may be skipped.
 func runSuites(t *testing.T) map[string]string {
 	t.Helper()
 	bin, cells := t.TempDir(), map[string]string{}
@@ -131,7 +134,7 @@ func runSuites(t *testing.T) map[string]string {
 	return cells
 }
 
-// table is what docs/support.md has of the rows.
+// table returns the table of docs/support.md.
 func table(rows []outcome, suites map[string]string) string {
 	var out strings.Builder
 	out.WriteString("| root | content | raw | tar | blobs in root | disk for 64 MiB, raw and tar | image volumes | user namespaces | tests of `unpack`, `unpack/differ`, `snapshot`, `store` |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n")

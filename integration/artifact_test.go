@@ -41,14 +41,14 @@ func pulled(t *testing.T, n *node.Node, src string, form pack.Form) string {
 	return ref
 }
 
-// wantTree is the expected volume of the files in src, packed in a form.
+// wantTree returns the expected volume of the files in src, packed in a form.
 func wantTree(t *testing.T, src string, form pack.Form) []treelist.Entry {
 	t.Helper()
 	entries, err := treelist.List(src)
 	check(t, err)
 	created := pack.Created.UnixNano()
 	if form == pack.Generic {
-		created = 0 // the empty config names no time
+		created = 0 // the empty config has no time
 	}
 	for i := range entries {
 		e := &entries[i]
@@ -95,8 +95,8 @@ func TestAModelIsMountedAsItWasPacked(t *testing.T) {
 	}
 }
 
-// pulledIndex is an index that is pulled, with the model of src for this platform and
-// another one for another.
+// pulledIndex pulls an index with the model of src for this platform and another model for
+// another platform.
 func pulledIndex(t *testing.T, n *node.Node, src string) (ref string) {
 	t.Helper()
 	model, err := pack.Model(src, pack.Options{})
@@ -147,7 +147,7 @@ func TestTwoContainersAndTwoPodsShareOneMount(t *testing.T) {
 	mounts, err := node.Mounts(n.DaemonState)
 	check(t, err)
 	if len(mounts) != 1 {
-		t.Errorf("the daemon's mounts are %q, want one for all", mounts)
+		t.Errorf("the daemon's mounts are %q, want one for all containers", mounts)
 	}
 	check(t, first.Remove())
 	wantVolume(t, second, "a", "/model", want)
@@ -194,8 +194,8 @@ func TestAVolumeCannotBeWritten(t *testing.T) {
 				t.Errorf("%s: writing %s: %q, want EROFS", form, path, out)
 			}
 		}
-		// The daemon's mount and containerd's bind of it; those inside the
-		// container are the OCI runtime's.
+		// The daemon's mount and containerd's bind mount of it. The OCI runtime makes the
+		// mounts inside the container.
 		var mounts []string
 		for _, dir := range []string{n.DaemonState, filepath.Join(n.State, "io.containerd.grpc.v1.cri", "image-volumes")} {
 			found, err := node.Mounts(dir)
@@ -203,17 +203,17 @@ func TestAVolumeCannotBeWritten(t *testing.T) {
 			mounts = append(mounts, found...)
 		}
 		if len(mounts) != 2 {
-			t.Errorf("%s: the mounts are %q, want the daemon's and containerd's", form, mounts)
+			t.Errorf("%s: the mounts are %q, want one of the daemon and one of containerd", form, mounts)
 		}
 		for _, mount := range mounts {
 			var st unix.Statfs_t
 			check(t, unix.Statfs(mount, &st))
 			if want := int64(unix.ST_RDONLY | unix.ST_NOSUID | unix.ST_NODEV); st.Flags&want != want {
-				t.Errorf("%s: the flags of mount %s are %#x, which lacks some of %#x", form, mount, st.Flags, want)
+				t.Errorf("%s: the flags of mount %s are %#x, want %#x to be set", form, mount, st.Flags, want)
 			}
 		}
 		check(t, pod.Remove())
-		waitFor(t, "the daemon's mount to go", func() bool {
+		waitFor(t, "removal of the daemon's mount", func() bool {
 			mounts, err := node.Mounts(n.DaemonState)
 			return err == nil && len(mounts) == 0
 		})
@@ -263,7 +263,7 @@ func TestAPodWithAUserNamespaceSeesItsOwnOwners(t *testing.T) {
 	}
 }
 
-// A moved tag: the old pod keeps the old model, a new pod gets the new one.
+// After a tag has moved, the old pod keeps the old model and a new pod gets the new one.
 func TestAMovedTag(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	before := writeModel(t)

@@ -23,11 +23,10 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// CRI takes artifacts with one config for one image; most tools give all of them
-// the empty one.
+// CRI identifies an image by its config, so it treats artifacts with one config as one
+// image. Most tools give all artifacts the same empty config.
 
-// plain is an artifact with the empty config and one file, which has its name and
-// is named like it.
+// plain returns an artifact with the empty config and one file, whose content is its name.
 func plain(name string) *pack.Artifact {
 	return &pack.Artifact{
 		ArtifactType: pack.GenericType,
@@ -40,14 +39,14 @@ func plain(name string) *pack.Artifact {
 	}
 }
 
-// shownPlain is its expected volume.
+// shownPlain returns its expected volume.
 func shownPlain(name string) []treelist.Entry {
 	entry := fileEntry(name, []byte(name))
-	entry.ModTime = 0 // the empty config names no time
+	entry.ModTime = 0 // the empty config has no time
 	return []treelist.Entry{entry}
 }
 
-// pulledPlain pushes it to files/<repository>:v1 and pulls that.
+// pulledPlain pushes it to files/<repository>:v1 and pulls it.
 func pulledPlain(t *testing.T, n *node.Node, repository, name string) (ref string, manifest digest.Digest) {
 	t.Helper()
 	manifest, err := plain(name).Push(t.Context(), n.Registry, "files/"+repository, "v1")
@@ -58,7 +57,7 @@ func pulledPlain(t *testing.T, n *node.Node, repository, name string) (ref strin
 	return ref, manifest
 }
 
-// wantServed runs a pod with the volume ref.
+// wantServed runs a pod with the volume ref and checks the volume.
 func wantServed(t *testing.T, n *node.Node, ref string, want []treelist.Entry) {
 	t.Helper()
 	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
@@ -67,8 +66,7 @@ func wantServed(t *testing.T, n *node.Node, ref string, want []treelist.Entry) {
 	check(t, pod.Remove())
 }
 
-// wantEventuallyServed waits until containerd's CRI plugin has heard of what was
-// deleted.
+// wantEventuallyServed retries until containerd's CRI plugin has processed a deletion.
 func wantEventuallyServed(t *testing.T, n *node.Node, ref string, want []treelist.Entry) {
 	t.Helper()
 	waitFor(t, ref+" to be served", func() bool {
@@ -89,7 +87,7 @@ func TestArtifactsWithOneConfigAreNotMixedUp(t *testing.T) {
 		_, err := n.Crictl("rmi", ref)
 		check(t, err)
 	}
-	// Each alone is as good as any.
+	// Alone, each of them is mounted.
 	one, _ := pulledPlain(t, n, "one", "one")
 	wantServed(t, n, one, shownPlain("one"))
 	rmi(one)
@@ -128,23 +126,23 @@ func TestArtifactsWithOneConfigAreNotMixedUp(t *testing.T) {
 			both(t)
 		})
 	}
-	t.Run("another artifact is not affected", func(t *testing.T) {
+	t.Run("artifacts with other configs are not affected", func(t *testing.T) {
 		src := writeModel(t)
 		wantServed(t, n, pulled(t, n, src, pack.Raw), wantTree(t, src, pack.Raw))
 	})
-	t.Run("the client says so beforehand", func(t *testing.T) {
+	t.Run("the client lists the conflict", func(t *testing.T) {
 		conflicts, err := connect(t, n).Conflicts(t.Context())
 		check(t, err)
 		for config, sharing := range conflicts {
 			for _, i := range sharing.Images {
 				others, more := sharing.With(*i, 1)
 				if config != i.Config || i.IsID() || more > 0 || len(others) != 1 || others[0].Manifest == i.Manifest {
-					t.Errorf("%q is in conflict with %v and %d more", i.Name, others, more)
+					t.Errorf("%q conflicts with %v and %d more", i.Name, others, more)
 				}
 			}
 		}
 		if sharing := conflicts[ocispec.DescriptorEmptyJSON.Digest]; len(conflicts) != 1 || sharing == nil || len(sharing.Images) != 2 {
-			t.Errorf("the conflicts are %v, want those of two artifacts", conflicts)
+			t.Errorf("the conflicts are %v, want one of two images", conflicts)
 		}
 	})
 	t.Run("the other's names are removed", func(t *testing.T) {
@@ -168,18 +166,18 @@ func TestArtifactsWithOneConfigAreNotMixedUp(t *testing.T) {
 		ref := n.Registry + "/files/index:v1"
 		_, err = n.Pull(ref)
 		check(t, err)
-		again := n.Registry + "/files/one-again:v1" // its first name
+		again := n.Registry + "/files/one-again:v1" // CRI names the image by its first reference
 		wantRefused(t, pod, ref, again, ref)
 		wantRefused(t, pod, one, again, ref)
 
-		// What the error says to do.
+		// Run the command that the error recommends.
 		err = pod.Start(node.Container{Name: "refused", Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
 		if err == nil {
 			t.Fatal("a container started")
 		}
 		command := regexp.MustCompile("`crictl rmi ([0-9a-f]+)`").FindStringSubmatch(answer(t, err))
 		if command == nil {
-			t.Fatalf("there is no command in %v", err)
+			t.Fatalf("the error recommends no command: %v", err)
 		}
 		rmi(command[1])
 		_, err = n.Pull(ref)
@@ -201,7 +199,7 @@ func TestArtifactsWithOneConfigAreNotMixedUp(t *testing.T) {
 		rmi(ref)
 	})
 	t.Run("a tag that has moved", func(t *testing.T) {
-		// The image of the digest that it had stays.
+		// The image with the old digest remains in containerd.
 		ref, old := pulledPlain(t, n, "moving", "before")
 		pulledPlain(t, n, "moving", "after")
 		wantRefused(t, pod, ref, ref, n.Registry+"/files/moving@"+old.String())
@@ -212,12 +210,13 @@ func TestArtifactsWithOneConfigAreNotMixedUp(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-// CRI takes an artifact that the daemon refuses for another one, too.
+// CRI also confuses an artifact that the daemon refuses with another one that has its
+// config.
 func TestAnArtifactThatIsRefusedIsInConflictToo(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	pod, err := n.RunSandbox(node.PodSpec{})
 	check(t, err)
-	// CRI asks for the first of the two.
+	// CRI mounts the first of the two names.
 	for _, names := range []struct{ good, bad string }{{"aaa", "zzz"}, {"zzz", "aaa"}} {
 		t.Run(names.bad+" is refused", func(t *testing.T) {
 			bad := plain("bad")
@@ -244,11 +243,11 @@ func TestAnArtifactThatIsRefusedIsInConflictToo(t *testing.T) {
 
 			for _, l := range toolJSON[[]jsonListed](t, n, "ls") {
 				if l.Reference == ref && !slices.Equal(l.Conflicts, []string{refused}) {
-					t.Errorf("ls says %+v", l)
+					t.Errorf("ls prints %+v", l)
 				}
 			}
 			if i := toolJSON[jsonInspected](t, n, "inspect", ref); !slices.Equal(i.Image.Conflicts, []string{refused}) {
-				t.Errorf("inspect says %+v", i.Image)
+				t.Errorf("inspect prints %+v", i.Image)
 			}
 
 			_, err = n.Ctr("images", "rm", "--sync", refused, n.Registry+"/files/"+names.bad+"@"+manifest.String())
@@ -261,8 +260,9 @@ func TestAnArtifactThatIsRefusedIsInConflictToo(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-// What CRI knows when it asks is waited for, though the daemon is late to hear of it
-// and CRI asks for an artifact that is known for long.
+// A conflict that CRI knows when it asks must be detected, even if the daemon has not yet
+// read the image event and CRI asks for an artifact that the daemon has known for a long
+// time.
 func TestAConflictIsSeenBeforeItsEvent(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	one, _ := pulledPlain(t, n, "aaa", "one")
@@ -280,7 +280,7 @@ func TestAConflictIsSeenBeforeItsEvent(t *testing.T) {
 		check(t, syscall.Kill(n.DaemonPID(), syscall.SIGCONT))
 		if err := <-started; err == nil {
 			wantVolume(t, pod, "main", "/model", shownPlain(name))
-			t.Error("the volume is not refused")
+			t.Error("the container started, want a refusal")
 		}
 		wantRefused(t, pod, one, one, two)
 		check(t, pod.Remove())
@@ -290,7 +290,7 @@ func TestAConflictIsSeenBeforeItsEvent(t *testing.T) {
 	}
 }
 
-// unread is how many bytes of containerd's requests the daemon has not read.
+// unread returns the number of bytes of containerd's requests that the daemon has not read.
 func unread(t *testing.T, n *node.Node) (bytes int) {
 	t.Helper()
 	pid, err := unix.PidfdOpen(n.DaemonPID(), 0)
@@ -305,7 +305,7 @@ func unread(t *testing.T, n *node.Node) (bytes int) {
 		check(t, err)
 		local, err := unix.Getsockname(fd)
 		if socket, ok := local.(*unix.SockaddrUnix); err == nil && ok && socket.Name == filepath.Join(n.Dir, "daemon.sock") {
-			// A listening socket has nothing to read.
+			// TIOCINQ fails on a listening socket.
 			if queued, err := unix.IoctlGetInt(fd, unix.TIOCINQ); err == nil {
 				bytes += queued
 			}
@@ -315,7 +315,7 @@ func unread(t *testing.T, n *node.Node) (bytes int) {
 	return bytes
 }
 
-// What is in a conflict in one namespace is none in another.
+// Images in different namespaces are not in conflict.
 func TestTheSameConfigInAnotherNamespaceIsNoConflict(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	one, _ := pulledPlain(t, n, "one", "one")

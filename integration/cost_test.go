@@ -19,16 +19,16 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// What a model costs a node, as kubelet and the kernel account for it.
+// The resources that a model takes, as kubelet and the kernel account for them.
 
-// pageCache is how many bytes of page cache the memory control group of the
-// container "main" is charged for.
+// pageCache returns the bytes of page cache that are charged to the memory control group of
+// the container "main".
 func pageCache(t *testing.T, n *node.Node, pod *node.Pod) int64 {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join("/proc", pid(t, n, pod), "cgroup"))
 	check(t, err)
 	group := ""
-	for line := range strings.Lines(string(text)) { // "4:memory:/path", and "0::/path" of version 2
+	for line := range strings.Lines(string(text)) { // "4:memory:/path" in version 1, "0::/path" in version 2
 		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
 		switch {
 		case fields[1] == "memory":
@@ -50,7 +50,7 @@ func pageCache(t *testing.T, n *node.Node, pod *node.Pod) int64 {
 	return 0
 }
 
-// dropCache drops all pages of the layers of a model.
+// dropCache drops the pages of the model's layers from the page cache.
 func dropCache(t *testing.T, n *node.Node, ref string) {
 	t.Helper()
 	manifest, _ := pulledManifest(t, n, ref)
@@ -85,12 +85,12 @@ func TestPageCacheIsChargedToTheFirstReader(t *testing.T) {
 	t.Run("raw", func(t *testing.T) {
 		ref := push(t, n, "cache-raw", pack.Layer{MediaType: modelspec.MediaTypeModelWeightRaw, Data: random(size, "page cache")})
 		pod, first, second := run(t, ref), run(t, ref), run(t, ref)
-		wantCharged(t, pod, "the first pod after the pull, which has left the pages to containerd,", 0)
+		wantCharged(t, pod, "the first pod after the pull, whose pages are charged to containerd,", 0)
 		dropCache(t, n, ref)
 		wantCharged(t, first, "the first reader", size)
 		wantCharged(t, second, "the second reader", 0)
 	})
-	t.Run("tar", func(t *testing.T) { // a page of the archive is none of the file in it
+	t.Run("tar", func(t *testing.T) { // the pages of the archive are not those of the file in it
 		ref := push(t, n, "cache-tar", tarLayer(t, modelspec.MediaTypeModelWeight, archiveOf(t,
 			pack.Member{Header: tar.Header{Name: "tarred", Mode: 0o644}, Data: random(size, "page cache of a tar")})))
 		first, second := run(t, ref), run(t, ref)
@@ -98,7 +98,7 @@ func TestPageCacheIsChargedToTheFirstReader(t *testing.T) {
 		wantCharged(t, second, "the second reader", 0)
 	})
 
-	// The limit of a container is none for the size of its model.
+	// The memory limit of a container does not limit the size of its model.
 	ref := n.Registry + "/tars/cache-raw:latest"
 	dropCache(t, n, ref)
 	pod, err := n.RunPod(node.PodSpec{
@@ -115,8 +115,8 @@ func TestPageCacheIsChargedToTheFirstReader(t *testing.T) {
 	}
 }
 
-// kubelet's sum of the image filesystem is that of the snapshots. The bytes of
-// models are in the content store, and count where free space does.
+// kubelet gets the disk usage of the snapshots. The bytes of models are in the content
+// store; they count as used space of the file system.
 func TestImageFilesystemUsage(t *testing.T) {
 	n := node.ForTest(t, node.Options{ContainerdConfig: "[plugins.'io.containerd.cri.v1.images']\n  stats_collect_period = 1\n"})
 	type usage struct {
@@ -132,7 +132,7 @@ func TestImageFilesystemUsage(t *testing.T) {
 		}
 		check(t, json.Unmarshal([]byte(out), &info))
 		if len(info.Status.ImageFilesystems) != 1 {
-			t.Fatalf("the image filesystems are %s", out)
+			t.Fatalf("want one image file system: %s", out)
 		}
 		fs := info.Status.ImageFilesystems[0]
 		bytes, err = strconv.ParseInt(fs.UsedBytes.Value, 10, 64)
@@ -143,13 +143,13 @@ func TestImageFilesystemUsage(t *testing.T) {
 	ref := push(t, n, "counted", pack.Layer{MediaType: modelspec.MediaTypeModelWeightRaw, Data: random(size, "counted")})
 	_, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
 	check(t, err)
-	waitFor(t, "the statistics of the pod's root filesystem", func() bool { bytes, _ := used(); return bytes > 0 })
+	waitFor(t, "the statistics of the pod's root file system", func() bool { bytes, _ := used(); return bytes > 0 })
 	bytes, mountpoint := used()
 	if bytes >= size {
-		t.Errorf("the image filesystem uses %d bytes: the model of %d is counted", bytes, size)
+		t.Errorf("the image file system uses %d bytes, want less than the model's %d bytes", bytes, size)
 	}
 	if mountpoint != n.DaemonRoot {
-		t.Errorf("kubelet is told to look for free space at %s, want the daemon's root %s", mountpoint, n.DaemonRoot)
+		t.Errorf("the mount point of the image file system is %s, want the daemon's root %s", mountpoint, n.DaemonRoot)
 	}
 	out, err := n.Crictl("inspecti", "--output", "go-template", "--template", "{{.status.size}}", ref)
 	check(t, err)

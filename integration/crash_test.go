@@ -17,8 +17,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// What package crash does with the daemon alone, at every operation, here is done at
-// some with all that a node has.
+// Package crash kills the daemon alone, at every operation. This test kills it at some
+// operations of a complete node.
 func TestANodeSurvivesThatTheDaemonIsKilledAtAnyOperation(t *testing.T) {
 	kills := 3
 	if os.Getenv("ARTIFACT_SNAPSHOTTER_LONG") != "" {
@@ -33,11 +33,11 @@ func TestANodeSurvivesThatTheDaemonIsKilledAtAnyOperation(t *testing.T) {
 	before := daemonUsage(t, n)
 	src := writeModel(t)
 
-	// One stays all the time, and reads.
+	// This pod reads during the whole test.
 	stays := pulled(t, n, src, pack.Raw)
 	pod, err := n.RunPod(reading(stays))
 	check(t, err)
-	random := rand.New(rand.NewPCG(50, 0)) // another seed is as good
+	random := rand.New(rand.NewPCG(50, 0)) // any seed will do
 	distinct := map[string]bool{}
 	for i := range kills {
 		form := []pack.Form{pack.TarGzip, pack.Raw, pack.TarZstd, pack.Tar}[i%4]
@@ -46,17 +46,17 @@ func TestANodeSurvivesThatTheDaemonIsKilledAtAnyOperation(t *testing.T) {
 		check(t, wrapper.Arm(1+random.IntN(120)))
 		at, killed := comeAndGoUntilKilled(t, n, wrapper, ref, form != pack.Raw)
 		if !killed {
-			t.Fatal("the daemon does too little to be killed")
+			t.Fatal("the daemon was not killed: it had too few operations")
 		}
 		distinct[at] = true
 		wantReading(t, pod)
-		check(t, n.KillDaemon()) // it has ended
+		check(t, n.KillDaemon()) // waits for its end
 		check(t, n.StartDaemon())
 		waitForDaemon(t, n)
 		wantReading(t, pod)
 		wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.Raw))
 		removeOthers(t, n, pod)
-		// The next pod.
+		// The next pod works.
 		_, err := n.Pull(ref)
 		check(t, err)
 		next, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
@@ -66,7 +66,7 @@ func TestANodeSurvivesThatTheDaemonIsKilledAtAnyOperation(t *testing.T) {
 		wantVolume(t, next, "main", "/model", wantTree(t, src, form))
 		check(t, next.Remove())
 		if t.Failed() {
-			t.Fatalf("that was after a kill at %s", at)
+			t.Fatalf("these failures occurred after a kill at %s", at)
 		}
 	}
 	t.Logf("%d kills at %d distinct operations survived", kills, len(distinct))
@@ -82,8 +82,8 @@ func TestANodeSurvivesThatTheDaemonIsKilledAtAnyOperation(t *testing.T) {
 	wantUsage(t, n, before)
 }
 
-// comeAndGoUntilKilled pulls an artifact, runs pods with it and, if it may, deletes it, in
-// turn until the daemon has been killed.
+// comeAndGoUntilKilled pulls an artifact, runs pods with it and, if may is set, deletes it.
+// It repeats this until the daemon has been killed.
 func comeAndGoUntilKilled(t *testing.T, n *node.Node, w *crash.Wrapper, ref string, may bool) (at string, killed bool) {
 	t.Helper()
 	for range 20 {
@@ -103,7 +103,7 @@ func comeAndGoUntilKilled(t *testing.T, n *node.Node, w *crash.Wrapper, ref stri
 				}
 			},
 		} {
-			step() // fails if the daemon is killed meanwhile
+			step() // fails if the daemon is killed
 			if at, killed := w.Killed(); killed {
 				return at, true
 			}
@@ -120,7 +120,7 @@ func tryPod(n *node.Node, ref string) *node.Pod {
 	return pod
 }
 
-// removeOthers removes all pods but one: some are there in part.
+// removeOthers removes all pods except one. Some may exist only in part.
 func removeOthers(t *testing.T, n *node.Node, but *node.Pod) {
 	t.Helper()
 	out, err := n.Crictl("pods", "--quiet")

@@ -20,8 +20,8 @@ import (
 
 // The daemon as an NRI plugin of CRI-O.
 
-// crioForms are the forms of which CRI-O mounts anything, and so asks: of layers that
-// have neither of the names that it knows it mounts nothing, and NRI tells of nothing.
+// crioForms are the forms of which CRI-O mounts at least one layer. It does not mount
+// layers without a title or a ModelPack path, and then NRI sees no mount.
 var crioForms = []pack.Form{pack.Raw, pack.Tar, pack.TarGzip, pack.TarZstd, pack.Generic}
 
 // crioNode starts a node with CRI-O and the daemon, or skips the test.
@@ -31,7 +31,7 @@ func crioNode(t *testing.T, o node.Options) *node.Node {
 	return startOrSkip(t, o)
 }
 
-// wantMounts wants the container to have one mount for each of the volumes.
+// wantMounts checks that the container has exactly one mount at each volume.
 func wantMounts(t *testing.T, pod *node.Pod, container string, volumes ...string) {
 	t.Helper()
 	out, err := pod.Exec(container, node.Guest, "mountinfo")
@@ -63,8 +63,8 @@ func TestCRIOMountsAModelAsItWasPacked(t *testing.T) {
 	}
 }
 
-// Raw layers, tars and compressed ones in one artifact. Those without a name are not
-// among what CRI-O mounts, and are in the volume all the same.
+// The artifact has raw layers, tars and compressed tars. CRI-O does not mount the layers
+// without a name, but the volume has their files too.
 func TestCRIOMountsAMixtureOfLayers(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	layers, want := mixture(t)
@@ -127,7 +127,7 @@ func TestCRIOVolumesOfSeveralContainersShareOneMount(t *testing.T) {
 	check(t, pods[0].Remove())
 	wantAll(pods[1])
 	check(t, pods[1].Remove())
-	waitFor(t, "the daemon's mounts to go", func() bool {
+	waitFor(t, "removal of the daemon's mounts", func() bool {
 		mounts, err := node.Mounts(n.DaemonState)
 		return err == nil && len(mounts) == 0
 	})
@@ -148,7 +148,7 @@ func TestCRIOVolumeCannotBeWritten(t *testing.T) {
 		var st unix.Statfs_t
 		check(t, unix.Statfs(filepath.Join("/proc", pid(t, n, pod), "root/model"), &st))
 		if want := int64(unix.ST_RDONLY | unix.ST_NOSUID | unix.ST_NODEV); st.Flags&want != want {
-			t.Errorf("%s: the flags of the mount are %#x, which lacks some of %#x", form, st.Flags, want)
+			t.Errorf("%s: the flags of the mount are %#x, want %#x to be set", form, st.Flags, want)
 		}
 		check(t, pod.Remove())
 	}
@@ -201,7 +201,7 @@ func TestCRIOPodsWithDifferentUserNamespacesShareAnArtifact(t *testing.T) {
 	}
 }
 
-// What else the pod mounts, in a volume and around it, is as it was.
+// Other mounts of the pod, in a volume and around it, stay unchanged.
 func TestCRIOOtherMountsStay(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	src, host := writeModel(t), t.TempDir()
@@ -231,7 +231,7 @@ func TestCRIOOtherMountsStay(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-// An image is mounted by CRI-O itself.
+// CRI-O itself mounts container images.
 func TestCRIOOrdinaryImagesAreNotTouched(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	src := writeModel(t)
@@ -250,6 +250,6 @@ func TestCRIOOrdinaryImagesAreNotTouched(t *testing.T) {
 	check(t, err)
 	wantVolume(t, pod, "main", "/image", want)
 	check(t, pod.Remove())
-	_, err = n.Crictl("rmi", ref) // or CRI-O keeps it mounted
+	_, err = n.Crictl("rmi", ref) // otherwise CRI-O keeps it mounted
 	check(t, err)
 }

@@ -19,10 +19,10 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// What comes and goes under CRI-O: processes, images, and what nobody uses any more.
+// Restarts, deletions and garbage collection under CRI-O.
 
-// crioRequired lets CRI-O create no container while the plugin is not there, and
-// crioValidated none of a pod with requiring.
+// With crioRequired, CRI-O creates no container without the plugin. With crioValidated,
+// this applies to pods with the annotation requiring.
 const (
 	crioValidated = `[crio.nri.default_validator]
 nri_enable_default_validator = true
@@ -72,7 +72,7 @@ func TestAPodGoesOnReadingWhenThePluginOrCRIOEnds(t *testing.T) {
 	wantUsage(t, n, before)
 }
 
-// A container that ends while the daemon does not run is not one that shows anything.
+// A container that ends while the daemon is not running does not retain anything.
 func TestWhatEndsWhileThePluginIsAwayIsNotRetained(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	before := daemonUsage(t, n)
@@ -87,7 +87,7 @@ func TestWhatEndsWhileThePluginIsAwayIsNotRetained(t *testing.T) {
 	wantUsage(t, n, before)
 }
 
-// CRI-O lets nobody remove what a container mounts, with the plugin or without.
+// CRI-O does not remove an image that a container mounts, with the plugin or without it.
 func TestCRIOKeepsWhatIsInUse(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	src := writeModel(t)
@@ -99,7 +99,7 @@ func TestCRIOKeepsWhatIsInUse(t *testing.T) {
 			check(t, err)
 			wantCollectable(t, n, pod, ref)
 			if _, err = n.Crictl("rmi", ref); err == nil || !strings.Contains(err.Error(), "the image is in use by") {
-				t.Errorf("got %v, want that the image is in use", err)
+				t.Errorf("got %v, want the error that the image is in use", err)
 			}
 			wantReading(t, pod)
 			check(t, pod.Remove())
@@ -110,9 +110,9 @@ func TestCRIOKeepsWhatIsInUse(t *testing.T) {
 	}
 }
 
-// wantCollectable checks what kubelet goes by when it collects images: the artifact is not
-// pinned, and the pod's container has it as a mount (pkg/kubelet/images/image_gc_manager.go,
-// handleImageVolumes).
+// wantCollectable checks the conditions for kubelet's image garbage collection: the
+// artifact is not pinned, and the pod's container lists it as a mount
+// (pkg/kubelet/images/image_gc_manager.go, handleImageVolumes).
 func wantCollectable(t *testing.T, n *node.Node, pod *node.Pod, ref string) {
 	t.Helper()
 	out, err := n.Crictl("images", "--output", "json", ref)
@@ -125,7 +125,7 @@ func wantCollectable(t *testing.T, n *node.Node, pod *node.Pod, ref string) {
 	}
 	check(t, json.Unmarshal([]byte(out), &list))
 	if len(list.Images) != 1 || list.Images[0].Pinned {
-		t.Fatalf("the images of %s, want one that is not pinned:\n%s", ref, out)
+		t.Fatalf("the images of %s: want one that is not pinned:\n%s", ref, out)
 	}
 	out, err = n.Crictl("inspect", "--output", "json", pod.Containers["main"])
 	check(t, err)
@@ -140,10 +140,10 @@ func wantCollectable(t *testing.T, n *node.Node, pod *node.Pod, ref string) {
 			return
 		}
 	}
-	t.Errorf("kubelet would not find %s among the mounts of the container: %+v", list.Images[0].ID, container.Status.Mounts)
+	t.Errorf("kubelet would not find the image %s in the mounts of the container: %+v", list.Images[0].ID, container.Status.Mounts)
 }
 
-// Whoever deletes the blobs of an artifact takes nothing from those who read it.
+// A running pod keeps reading after the blobs of its artifact were deleted.
 func TestCRIOPodKeepsItsBlobs(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	src := writeModel(t)
@@ -162,7 +162,7 @@ func TestCRIOPodKeepsItsBlobs(t *testing.T) {
 	wantUsage(t, n, usage{files: []string{filepath.Join(n.DaemonRoot, "trees")}})
 }
 
-// A moved tag: the old pod keeps the old model, a new pod gets the new one.
+// After a tag has moved, the old pod keeps the old model and a new pod gets the new one.
 func TestCRIOMovedTag(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	before, after := writeModel(t), writeModel(t, "README.md")
@@ -205,14 +205,15 @@ func TestCRIOPodsInTurnLeaveNothing(t *testing.T) {
 	wantUsage(t, n, before)
 }
 
-// What is refused is said where kubelet takes the pod's event from, and leaves nothing.
+// The reason of a refusal is in the error that kubelet puts into the pod's event, and
+// nothing is left over.
 func TestCRIOArtifactThatBreaksARuleIsRefused(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	pod, err := n.RunSandbox(node.PodSpec{})
 	check(t, err)
 	before := daemonUsage(t, n)
 	h := hostile{t, t.TempDir()}
-	named := func(l pack.Layer) pack.Layer { // or CRI-O mounts the good layer alone
+	named := func(l pack.Layer) pack.Layer { // otherwise CRI-O mounts only the good layer
 		l.Annotations = map[string]string{modelspec.AnnotationFilepath: "named"}
 		return l
 	}
@@ -225,7 +226,7 @@ func TestCRIOArtifactThatBreaksARuleIsRefused(t *testing.T) {
 		"not a tar":                            {[]pack.Layer{named(pack.Layer{MediaType: modelspec.MediaTypeModelWeightGzip, Data: []byte("text")})}, "its media type says that it is gzip, and its bytes are not compressed"},
 		"a wrong DiffID":                       {[]pack.Layer{named(h.stream(stream{mediaType: modelspec.MediaTypeModelWeightGzip, wrong: true})[0])}, "the config lists the DiffID"},
 		"bad metadata":                         {h.described(`{"mode": 65536}`), "mode 65536 is not a Unix file mode"},
-		"a name that only the daemon looks at": {[]pack.Layer{h.tar(directory("a/.."))}, `contains ".."`},
+		"a name that only the daemon checks": {[]pack.Layer{h.tar(directory("a/.."))}, `contains ".."`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ref := push(t, n, strings.ReplaceAll(strings.ToLower(name), " ", "-"), append([]pack.Layer{goodLayer()}, r.layers...)...)
@@ -235,7 +236,7 @@ func TestCRIOArtifactThatBreaksARuleIsRefused(t *testing.T) {
 					t.Fatal("a container started")
 				}
 				if got := answer(t, err); !strings.Contains(got, r.reason) || !strings.Contains(got, "artifact-snapshotter") {
-					t.Errorf("the error does not say %q: %s", r.reason, got)
+					t.Errorf("the error does not contain %q: %s", r.reason, got)
 				}
 			}
 			_, err := n.Crictl("rmi", ref)
@@ -246,9 +247,9 @@ func TestCRIOArtifactThatBreaksARuleIsRefused(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-// CRI-O names the artifact of a volume in an annotation of the container, and does not mount
-// layers without a name. A pod with an annotation of that name gets no artifact, and in particular
-// not one of another pod with the same named layer.
+// CRI-O names the artifact of a volume in an annotation of the container, and does not
+// mount layers without a name. A pod with an annotation of that key gets no artifact, and
+// in particular not another pod's artifact that has the same named layer.
 func TestCRIOAPodCannotNameAnotherArtifact(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	own := push(t, n, "own", goodLayer())
@@ -271,8 +272,8 @@ func TestCRIOAPodCannotNameAnotherArtifact(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-// asCRIOMounts is what CRI-O itself makes of a raw artifact: files of root's with the
-// mode and the time of a blob, whatever that is.
+// wantAsCRIOMounts checks the volume that CRI-O itself makes of a raw artifact: files of
+// root, with the mode and time of the blobs.
 func wantAsCRIOMounts(t *testing.T, pod *node.Pod, want []treelist.Entry) {
 	t.Helper()
 	entries, err := pod.Tree("main", "/model")
@@ -285,8 +286,8 @@ func wantAsCRIOMounts(t *testing.T, pod *node.Pod, want []treelist.Entry) {
 	}
 }
 
-// With the daemon away a container has what CRI-O makes of the artifact, unless CRI-O
-// is told that the plugin must be there: for all pods, or by the pod.
+// Without the daemon a container gets the mounts of CRI-O, unless CRI-O is configured to
+// require the plugin: for all pods, or for pods with an annotation.
 func TestCRIOWithoutThePlugin(t *testing.T) {
 	for _, c := range []struct {
 		name, config string
@@ -322,21 +323,21 @@ func TestCRIOWithoutThePlugin(t *testing.T) {
 	}
 }
 
-// CRI-O stores the manifest when it has all layers: what is compressed is unpacked
-// from then on, and not only when a pod asks.
+// CRI-O stores the manifest after all layers. From then on the daemon builds the tree of an
+// artifact with compressed layers; it does not wait for a pod.
 func TestCRIOCompressedLayersAreUnpackedAfterThePull(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	manifest := manifestOf(t, n, pulled(t, n, writeModel(t), pack.TarGzip))
 	waitFor(t, "the tree", func() bool { return len(trees(t, n, manifest)) == 1 })
 }
 
-// NRI takes a plugin away that does not answer in time, and goes on without it: the
-// answer must come before, and be a refusal.
+// NRI removes a plugin that does not answer in time and continues without it. So the plugin
+// must answer in time, with a refusal.
 func TestCRIOSlowBuildIsRefusedUntilItIsDone(t *testing.T) {
 	n := crioNode(t, node.Options{DaemonConfig: "max_expansion = 100000\ndecompress_on_pull = false\n"})
 	var layers []pack.Layer
 	var want []treelist.Entry
-	for i := range 4 { // one takes a second of an idle core
+	for i := range 4 { // each takes about a second on an idle core
 		name := fmt.Sprintf("zeros-%d", i)
 		layer, file := zeros(t, name)
 		layer.Annotations = map[string]string{modelspec.AnnotationFilepath: name}
@@ -346,19 +347,19 @@ func TestCRIOSlowBuildIsRefusedUntilItIsDone(t *testing.T) {
 	pod, err := n.RunSandbox(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
 	check(t, err)
 	refused := 0
-	waitFor(t, "the container to start", func() bool {
+	waitFor(t, "start of the container", func() bool {
 		err := pod.Start(node.Container{})
 		if err == nil {
 			return true
 		}
 		if !strings.Contains(err.Error(), "still being unpacked") {
-			t.Fatalf("got %v, want that the model is still being unpacked", err)
+			t.Fatalf("got %v, want the error that the model is still being unpacked", err)
 		}
 		refused++
 		return false
 	})
 	if refused == 0 {
-		t.Error("it was never refused: the build is not slow")
+		t.Error("the container was never refused, so the build is not slow")
 	}
 	wantVolume(t, pod, "main", "/model", want)
 	wantMounts(t, pod, "main", "/model")
@@ -376,7 +377,7 @@ func TestCRIOPassthroughLeavesCRIOsMounts(t *testing.T) {
 	check(t, pod.Remove())
 	for _, want := range []string{"refused an image volume", "mode 65536 is not a Unix file mode"} {
 		if !strings.Contains(daemonLog(t, n), want) {
-			t.Errorf("the log does not say %q", want)
+			t.Errorf("the log does not contain %q", want)
 		}
 	}
 }

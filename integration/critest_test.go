@@ -26,29 +26,27 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// notRun are critest's specs that cannot run here. It leaves its benchmarks
-// out by itself.
+// notRun are critest's specs that cannot run here. critest skips its benchmarks by default.
 var notRun = []string{
-	// Names the digest of an image that no one but its registry has.
+	// Needs an image by its digest, which only its public registry has.
 	"public image with digest should be pulled",
-	// Needs the CNI plugin portmap, whose chains stay in the host's iptables.
+	// Needs the CNI plugin portmap, which leaves chains in the host's iptables.
 	"port mapping with host port and container port",
-	// Masks /bin/ls, but the sh of Debian's busybox runs its own ls, masked or not.
+	// Masks /bin/ls, but the shell of Debian's busybox runs its built-in ls.
 	"runtime should support MaskedPaths",
-	// Loads profiles, which stay, into the host's kernel, by sudo.
+	// Loads profiles into the host's kernel with sudo and does not remove them.
 	`\[k8s.io\] AppArmor`,
 }
 
-// specsToPass is ten below what passes on Linux 6.18: the six specs on user
-// namespaces and the four on recursive read-only mounts skip themselves on a
-// kernel that has too little for them.
+// specsToPass is ten below the number that passes on Linux 6.18: older kernels skip the six
+// specs on user namespaces and the four on recursive read-only mounts.
 const specsToPass = 95
 
-// Two halves of about a minute each, at the same time.
+// Two halves of about a minute each run concurrently.
 const securityContext = `\[k8s.io\] Security Context`
 
-// Kubernetes' own CRI validation suite: what a kubelet asks of a node must hold
-// with this snapshotter for the root filesystems of all pods.
+// Kubernetes' CRI validation suite passes with this snapshotter serving the root file
+// systems of all pods.
 func TestCRIValidationSuite(t *testing.T) {
 	removeNewCgroup(t)
 	n := nodeForCritest(t, node.Options{})
@@ -83,17 +81,17 @@ func TestCRIValidationSuite(t *testing.T) {
 	pods, err := n.Crictl("pods", "--quiet")
 	check(t, err)
 	if pods != "" {
-		t.Errorf("critest left pods: %s", pods)
+		t.Errorf("critest left the pods %s", pods)
 	}
 	snapshots, err := n.Ctr("snapshots", "--snapshotter", "artifact", "ls")
 	check(t, err)
 	if !strings.Contains(snapshots, " Committed") || strings.Contains(snapshots, " Active") {
-		t.Errorf("the snapshots are those below, want those of images (Committed) and none of containers (Active)\n%s", snapshots)
+		t.Errorf("want snapshots of images (Committed) and none of containers (Active):\n%s", snapshots)
 	}
 }
 
-// reportFailed says of each spec whether it fails with containerd's own
-// snapshotter too.
+// reportFailed reports for each failed spec whether it also fails with containerd's own
+// snapshotter.
 func reportFailed(t *testing.T, failed []spec) {
 	t.Helper()
 	var focus []string
@@ -113,7 +111,7 @@ func reportFailed(t *testing.T, failed []spec) {
 type spec struct {
 	ContainerHierarchyTexts []string
 	LeafNodeText            string
-	LeafNodeType            string // "It" or, if it is none, "BeforeSuite" and the like
+	LeafNodeType            string // "It", or "BeforeSuite" and others for code outside of specs
 	State                   string
 	Failure                 struct{ Message string }
 }
@@ -122,23 +120,22 @@ func (s spec) name() string {
 	return strings.Join(append(slices.Clone(s.ContainerHierarchyTexts), s.LeafNodeText), " ")
 }
 
-// critest runs the specs that the arguments choose, less those of notRun, and
-// returns them, those among them that skipped themselves, and whatever failed
-// outside of specs.
+// critest runs the selected specs, without those of notRun. It returns the specs that ran
+// or skipped themselves, and failures outside of specs.
 func critest(t *testing.T, n *node.Node, args ...string) []spec {
 	t.Helper()
 	report := filepath.Join(t.TempDir(), "report.json")
 	dir := critestDir(n)
-	// Ginkgo ends what is still running a minute before Critest would, so that
-	// the report names it.
-	args = append(args, "--ginkgo.no-color", "--ginkgo.timeout", "4m", "--ginkgo.json-report", report)
+	// Ginkgo's time-out is a minute before that of Critest, so that the report names the
+	// spec that was running.
+	args = append(args, "--ginkgo.no-color", "--ginkgo.timeout", "9m", "--ginkgo.json-report", report)
 	for _, pattern := range notRun {
 		args = append(args, "--ginkgo.skip", pattern)
 	}
 	out, runErr := n.Critest([]string{"TMPDIR=" + dir, "PATH=" + filepath.Join(dir, "bin") + ":" + os.Getenv("PATH")}, args...)
 	text, err := os.ReadFile(report)
 	if err != nil {
-		t.Fatalf("critest has written no report: %v\n%s", runErr, out)
+		t.Fatalf("critest wrote no report: %v\n%s", runErr, out)
 	}
 	var suites []struct{ SpecReports []spec }
 	check(t, json.Unmarshal(text, &suites))
@@ -155,17 +152,16 @@ func critest(t *testing.T, n *node.Node, args ...string) []spec {
 		}
 	}
 	if runErr != nil && !failed {
-		t.Fatalf("critest failed, but no spec of it: %v\n%s", runErr, out)
+		t.Fatalf("critest failed, but none of its specs: %v\n%s", runErr, out)
 	}
 	return specs
 }
 
-// critestDir is for the temporary files of critest, in a place that Stop
-// unmounts and removes.
+// critestDir is the directory for critest's temporary files. Stop unmounts and removes it.
 func critestDir(n *node.Node) string { return filepath.Join(n.Dir, "critest") }
 
-// nodeForCritest starts a node that has the images critest names: those of the
-// registries it names are pulled from the node's own.
+// nodeForCritest starts a node with the images of critest. containerd pulls those of the
+// public registries from the node's registry.
 func nodeForCritest(t *testing.T, o node.Options) *node.Node {
 	t.Helper()
 	hosts := t.TempDir()
@@ -188,10 +184,9 @@ func nodeForCritest(t *testing.T, o node.Options) *node.Node {
 	return n
 }
 
-// standIns are the images that critest names, less their registries, which may
-// be out of reach. Instead of them it gets images that are made here of
-// busybox, with what its specs want of them: a user, a server, or just to be
-// another image.
+// standIns are the images of critest by repository and tag, since their registries may be
+// out of reach. They consist of busybox and what the specs need: a user, a server, or just
+// an image ID of its own.
 var standIns = map[string]ocispec.ImageConfig{
 	"e2e-test-images/busybox:1.29-2": {Cmd: []string{"sh"}},
 	"e2e-test-images/nginx:1.14-2":   {Entrypoint: []string{"/usr/sbin/nginx", "80", "master process"}},
@@ -216,17 +211,18 @@ var standIns = map[string]ocispec.ImageConfig{
 	"k8s-staging-cri-tools/test-image-predefined-group:latest":          {User: "1000"},
 }
 
-// idle is an image that waits, with an ID of its own.
+// idle is the config of an image that waits; the label gives it its own ID.
 func idle(name string) ocispec.ImageConfig {
 	return ocispec.ImageConfig{Cmd: []string{"sleep", "1000"}, Labels: map[string]string{"name": name}}
 }
 
-// scripts are the programs of the stand-ins that busybox does not have.
+// scripts are programs of the stand-ins that busybox does not have.
 var scripts = map[string]string{
-	// Their names are looked for among the processes and in the log.
+	// The specs look for these names in the process list and in the log.
 	"usr/sbin/nginx": server,
 	"usr/sbin/httpd": server,
-	// The guest is setuid, and /root is root's: writing there tells who it is.
+	// The guest is setuid and /root belongs to root, so a successful write there means that
+	// the program runs as root.
 	"nonewprivs": `#!/bin/sh
 uid=$(id -u)
 [ "$(/guest write /root/file)" = written ] && uid=0
@@ -242,7 +238,7 @@ echo ${0##*/}
 httpd -f -p "$1" -h /var/www
 `
 
-// standInFiles is the root filesystem of all stand-ins.
+// standInFiles returns the root file system of all stand-ins.
 func standInFiles(t *testing.T, n *node.Node) []byte {
 	t.Helper()
 	const busybox = "/bin/busybox" // Debian's package busybox-static
@@ -250,7 +246,7 @@ func standInFiles(t *testing.T, n *node.Node) []byte {
 	check(t, err)
 	program, err := os.ReadFile(busybox)
 	check(t, err)
-	guest, err := os.ReadFile(filepath.Join(n.Dir, "guest")) // where Start has built it
+	guest, err := os.ReadFile(filepath.Join(n.Dir, "guest")) // built by Start
 	check(t, err)
 
 	var members []pack.Member
@@ -290,8 +286,8 @@ nogroup:x:65534:
 	return layer
 }
 
-// removeSharedMemory removes, when the test ends, the segments of shared memory
-// that the specs on the host's IPC namespace make with ipcmk and forget.
+// removeSharedMemory removes at the end of the test the shared memory segments that specs
+// in the host's IPC namespace create with ipcmk and do not remove.
 func removeSharedMemory(t *testing.T, n *node.Node) {
 	t.Helper()
 	made := filepath.Join(critestDir(n), "ipcmk.log")
@@ -300,7 +296,7 @@ func removeSharedMemory(t *testing.T, n *node.Node) {
 	t.Cleanup(func() {
 		text, err := os.ReadFile(made)
 		if errors.Is(err, fs.ErrNotExist) {
-			return // those specs were not chosen
+			return // these specs did not run
 		}
 		if err != nil {
 			t.Error(err)
@@ -311,15 +307,14 @@ func removeSharedMemory(t *testing.T, n *node.Node) {
 				_, err = unix.SysvShmCtl(id, unix.IPC_RMID, nil)
 			}
 			if err != nil {
-				t.Errorf("remove what ipcmk made (%q): %v", line, err)
+				t.Errorf("remove the segment of ipcmk (%q): %v", line, err)
 			}
 		}
 	})
 }
 
-// removeNewCgroup removes, when the test ends, the parent of the control groups
-// of pods that name none, as critest's, unless it was there before or has
-// others' pods in it by then.
+// removeNewCgroup removes at the end of the test the parent control group of pods that name
+// none, like critest's. It keeps the group if it existed before or if other pods use it.
 func removeNewCgroup(t *testing.T) {
 	t.Helper()
 	find := func() []string {

@@ -137,7 +137,7 @@ func (n *Node) run(program string, args ...string) (string, error) {
 
 // runContext is run, but kills the program when ctx ends.
 func (n *Node) runContext(ctx context.Context, program string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, args...)
 	var stdout, stderr bytes.Buffer

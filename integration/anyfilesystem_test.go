@@ -29,9 +29,9 @@ import (
 type pair struct {
 	root, content fileSystem // equal names: one file system, unless apart says otherwise
 	apart         layout.Boundary
-	tar           layout.Mode // of tar layers; the mode of raw layers is always overlay
+	tar           layout.Mode      // of tar layers; the mode of raw layers is always overlay
 	by            layout.Retention // how root retains blobs
-	short         bool // also part of a short run
+	short         bool             // also part of a short run
 }
 
 var pairs = []pair{
@@ -143,8 +143,8 @@ const largeSize = 64 << 20
 // outcome is a row of the table.
 type outcome struct {
 	pair
-	raw, tar string // the chosen modes
-	grown    map[string]int64 // growth of root's disk in bytes for the two large artifacts, by format
+	raw, tar string             // the chosen modes
+	grown    map[string]int64   // growth of root's disk in bytes for the two large artifacts, by format
 	counted  map[string]float64 // content_bytes_total by method
 }
 

@@ -221,11 +221,11 @@ func TestCRIOArtifactThatBreaksARuleIsRefused(t *testing.T) {
 		layers []pack.Layer
 		reason string
 	}{
-		"dot dot in a tar":                     {[]pack.Layer{named(h.tar(file("a/../b")))}, `path "a/../b" contains ".."`},
-		"a device in a tar":                    {[]pack.Layer{named(h.tar(special('3')))}, `member "special": a character device cannot be in a volume`},
-		"not a tar":                            {[]pack.Layer{named(pack.Layer{MediaType: modelspec.MediaTypeModelWeightGzip, Data: []byte("text")})}, "its media type says that it is gzip, and its bytes are not compressed"},
-		"a wrong DiffID":                       {[]pack.Layer{named(h.stream(stream{mediaType: modelspec.MediaTypeModelWeightGzip, wrong: true})[0])}, "the config lists the DiffID"},
-		"bad metadata":                         {h.described(`{"mode": 65536}`), "mode 65536 is not a Unix file mode"},
+		"dot dot in a tar":                   {[]pack.Layer{named(h.tar(file("a/../b")))}, `path "a/../b" contains ".."`},
+		"a device in a tar":                  {[]pack.Layer{named(h.tar(special('3')))}, `member "special": a character device cannot be in a volume`},
+		"not a tar":                          {[]pack.Layer{named(pack.Layer{MediaType: modelspec.MediaTypeModelWeightGzip, Data: []byte("text")})}, "its media type says that it is gzip, and its bytes are not compressed"},
+		"a wrong DiffID":                     {[]pack.Layer{named(h.stream(stream{mediaType: modelspec.MediaTypeModelWeightGzip, wrong: true})[0])}, "the config lists the DiffID"},
+		"bad metadata":                       {h.described(`{"mode": 65536}`), "mode 65536 is not a Unix file mode"},
 		"a name that only the daemon checks": {[]pack.Layer{h.tar(directory("a/.."))}, `contains ".."`},
 	} {
 		t.Run(name, func(t *testing.T) {

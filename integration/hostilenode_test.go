@@ -28,12 +28,12 @@ import (
 // event: some of each kind, and what containerd itself lets through although it is odd.
 var sample = []string{
 	"path/raw, above the volume", "path/tar, absolute", "path/tar, a newline", "path/raw, an escape sequence", "path/tar, a path of 4095 bytes",
-	"unicode/tar, composed and decomposed", "unicode/raw, written from right to left", "unicode/no UTF-8 in a tar, a lone byte", "unicode/no UTF-8 in a manifest, Latin 1",
-	"link/symlink to a file of the node", "link/through a symlink, a file through it", "link/hard link to a symlink", "link/hard link to nothing", "type/a block device with the numbers of a disk",
+	"unicode/tar, composed and decomposed", "unicode/raw, written from right to left", "unicode/invalid UTF-8 in a tar, a lone byte", "unicode/invalid UTF-8 in a manifest, Latin 1",
+	"link/symlink to a file of the node", "link/through a symlink, a file through it", "link/hard link to a symlink", "link/hard link to nothing", "type/a block device with the device numbers of a disk",
 	"field/mode of a file, all special bits", "field/user 4294967295", "field/size 2^62", "pax/global header with path /etc/passwd", "pax/time with nanoseconds",
-	"gnu/a long name that leaves the volume", "sparse/1.0", "sparse/1.0, a hole of 2^60 bytes", "sparse/of a format to come, 2.0", "xattr/dropped, file capabilities",
-	"xattr/dropped, an order to overlayfs, redirect", "end/an archive behind", "end/no block of zeros", "end/no bytes at all", "end/4 MiB of zeros", "gnu/a volume's label", "gnu/a listed directory",
-	"path/tar, a slash behind a file makes a directory", "stream/gzip, nothing", "stream/gzip, of nothing", "stream/gzip, seven bytes behind", "stream/gzip, a wrong check sum", "stream/zstd, a window of 256 MiB",
+	"gnu/a long name that leaves the volume", "sparse/1.0", "sparse/1.0, a hole of 2^60 bytes", "sparse/of an unknown format, 2.0", "xattr/dropped, file capabilities",
+	"xattr/dropped, an attribute of overlayfs, redirect", "end/a trailing archive", "end/no block of zeros", "end/no bytes at all", "end/4 MiB of zeros", "gnu/a volume's label", "gnu/a listed directory",
+	"path/tar, a slash after a file makes a directory", "stream/gzip, no bytes", "stream/gzip of no bytes", "stream/gzip, seven trailing bytes", "stream/gzip, a wrong checksum", "stream/zstd, a window of 256 MiB",
 	"manifest/layers twice", "manifest/with 100,000 keys", "descriptor/annotations is a list", "config/a list (application/vnd.cncf.model.config.v1+json)", "metadata/mode, as text",
 	"type of a layer/application/vnd.cncf.model.weight.v1.tar+encrypted", "layers/a raw file through a symlink", "layers/two raw layers of one path",
 	"bomb/gzip, a thousand to one, of zeros", "bomb/zstd, thirty thousand to one", "bomb/one archive in 1,000 layers",

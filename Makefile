@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 # make demo   shows the main job on a real node in temporary directories
-# make test   runs everything, the tests on real nodes included
+# make test   runs a selection of every test, those on real nodes included
 # Both need root, Go and a Debian or Ubuntu machine, and say what they install.
 
 GOLANGCI_LINT := v2.15.0
+GOTESTSUM     := v1.13.0
 VERSION       := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 BIN           := bin/artifact-snapshotter
 TOOLS         := integration/tools/bin
@@ -15,7 +16,7 @@ PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs libarchive-to
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build image tools containerd-older kubelet helm packages packages-kernels demo test test-all test-crash test-soak test-filesystems test-kernels test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
+.PHONY: build image tools containerd-older kubelet helm packages packages-kernels demo test test-all test-hostile test-crash test-soak test-filesystems test-kernels test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
 
 build:
 	@echo "==> building $(BIN)"
@@ -87,13 +88,28 @@ tell_crio = @for p in crio pinns conmon; do \
 	PATH="$${ARTIFACT_SNAPSHOTTER_CRIO:-$(TOOLS)}:$(TOOLS):$$PATH" command -v $$p >/dev/null || \
 	echo "==> NOT TESTED: CRI-O, for there is no $$p; CONTRIBUTING.md says how to get it"; done
 
+# gotestsum prints the packages as they end, then what was skipped and what failed, each test
+# with its own output. Since a node that fails prints long logs, .ci/failed prints the lines of
+# the tests themselves once more.
+gotest = mkdir -p bin; go run gotest.tools/gotestsum@$(GOTESTSUM) --format pkgname --format-hide-empty-pkg --jsonfile bin/$(1) -- -parallel 4 -timeout 60m $(2) || { \
+	echo "==> what failed (all output is in bin/$(1)):"; .ci/failed bin/$(1) bin/$(1); exit 1; }
+
+# What a contributor runs: every test, with -short, which makes the selections of the
+# expensive ones smaller. Four tests of a package run side by side: those on nodes mostly
+# wait.
 test: build tools kubelet test-deploy
 	@echo "==> running all tests, those on real nodes included"
-	@# A node that fails prints long logs: what failed stands at the end once more.
-	@bash -o pipefail -c 'go test -race -timeout 60m ./... 2>&1 | tee bin/test.log' || { \
-		echo "==> what failed (of bin/test.log):"; \
-		grep -aE '^ *--- FAIL|^ +[a-z_]+_test\.go:[0-9]+: |^(FAIL|panic|WARNING: DATA RACE)' bin/test.log | cut -c -2000; exit 1; }
+	@$(call gotest,test.json,-short ./...)
 	$(tell_crio)
+	@echo "==> NOT TESTED by make test: the larger selections and data races, which make test-all has"
+
+# Every test with its larger selection and the race detector. All of the selections takes
+# hours: test-crash, test-soak, test-filesystems, test-kernels, test-hostile, test-matrix.
+test-all: build tools kubelet test-deploy
+	@echo "==> running all tests with their larger selections and the race detector"
+	@$(call gotest,test-all.json,-race ./...)
+	$(tell_crio)
+	@echo "==> NOT TESTED by make test-all: all of test-crash, test-soak, test-filesystems, test-kernels, test-hostile and test-matrix"
 
 # The daemon killed at every operation, and the power cut: an hour on two cores. Without
 # the race detector, which finds nothing in a daemon that is another program.
@@ -114,11 +130,11 @@ test-soak: build tools
 	@echo "==> soaking a node for ten minutes"
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -race -count=1 -v -timeout 60m -run '^TestNothingIsLostOrLeft' ./integration
 
-# All of what `make test` has a selection of (docs/reliability.md): the kills and power
-# cuts, the soak, every file system, other kernels, and the hostile artifacts on every way
-# to mount them, those of a million files included.
-test-all: test test-crash test-soak test-filesystems test-kernels
-	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -timeout 120m -v -run Verdict ./integration/hostile
+# The hostile artifacts on every way to mount them, those of a million files included:
+# most of an hour.
+test-hostile: build tools
+	@echo "==> mounting hostile artifacts in every way"
+	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -timeout 120m -v -run '^TestEveryArtifactGetsItsVerdict$$' ./integration/hostile
 
 # The chart, the examples, the dashboard and the alerts: files that Go does not see
 # change, hence -count=1. Without cgo, as the kubelet,

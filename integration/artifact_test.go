@@ -74,6 +74,7 @@ func wantVolume(t *testing.T, pod *node.Pod, container, path string, want []tree
 var allForms = []pack.Form{pack.Raw, pack.Tar, pack.TarGzip, pack.TarZstd, pack.Legacy, pack.LegacyTar, pack.Generic}
 
 func TestAModelIsMountedAsItWasPacked(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
 	for _, form := range allForms {

@@ -81,6 +81,7 @@ func wantEventuallyServed(t *testing.T, n *node.Node, ref string, want []treelis
 }
 
 func TestArtifactsWithOneConfigAreNotMixedUp(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	rmi := func(ref string) {
 		t.Helper()
@@ -327,6 +328,7 @@ func TestTheSameConfigInAnotherNamespaceIsNoConflict(t *testing.T) {
 }
 
 func TestAWrongContainerdAddressIsSaid(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	ref, _ := pulledPlain(t, n, "one", "one")
 	pod, err := n.RunSandbox(node.PodSpec{})

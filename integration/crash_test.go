@@ -23,6 +23,8 @@ func TestANodeSurvivesThatTheDaemonIsKilledAtAnyOperation(t *testing.T) {
 	kills := 3
 	if os.Getenv("ARTIFACT_SNAPSHOTTER_LONG") != "" {
 		kills = 50
+	} else if testing.Short() {
+		kills = 1
 	}
 	program, err := node.Program()
 	check(t, err)

@@ -246,7 +246,7 @@ func standInFiles(t *testing.T, n *node.Node) []byte {
 	check(t, err)
 	program, err := os.ReadFile(busybox)
 	check(t, err)
-	guest, err := os.ReadFile(filepath.Join(n.Dir, "guest")) // built by Start
+	guest, err := n.GuestProgram()
 	check(t, err)
 
 	var members []pack.Member

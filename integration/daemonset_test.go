@@ -156,6 +156,7 @@ func daemonImage(t *testing.T, n *node.Node) string {
 // The pod is the chart's, with all that Kubernetes and the kernel let it do and no
 // more, and kubelet runs it on a node that knows nothing of the daemon before.
 func TestKubeletRunsTheDaemonSet(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{Systemd: true, Kubelet: true})
 	pod := chartPod(t, n, daemonImage(t, n), nil)
 	// A runtime handler takes a cluster, so the pods with models are not kubelet's. It
@@ -221,6 +222,7 @@ func TestKubeletRunsTheDaemonSet(t *testing.T) {
 // The DaemonSet makes the daemon a service of the host, which serves every pod, its own
 // included, and takes all back.
 func TestKubeletInstallsTheService(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{Systemd: true, Kubelet: true})
 	etc := filepath.Join(n.Dir, "machine", "etc")
 	check(t, n.StartKubelet(nil))

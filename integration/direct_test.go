@@ -14,6 +14,7 @@ import (
 )
 
 func TestFilesCanBeReadWithODirectWhereItIsRequired(t *testing.T) {
+	t.Parallel()
 	raws, tars := modesOfTheKernel(rawModes), modesOfTheKernel(tarModes)
 	n := node.ForTest(t, node.Options{})
 	layers, expected := mixture(t)

@@ -178,6 +178,7 @@ func TestDoctorsLinesMakeAContainerdWork(t *testing.T) {
 }
 
 func TestDoctorFindsWhatIsWrongOnANode(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 
 	// A content root that is another's.

@@ -48,6 +48,7 @@ func TestCompressedLayersAreUnpackedDuringThePull(t *testing.T) {
 
 // A build waits for the layers of each of these, which containerd never fetches.
 func TestArtifactsThatAreNeverFetchedDoNotKeepOthersFromBeingUnpacked(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	for i := range 40 {
 		pulledUnfetched(t, n, fmt.Sprint("docs", i), "application/vnd.acme.config.v1+json")
@@ -58,6 +59,7 @@ func TestArtifactsThatAreNeverFetchedDoNotKeepOthersFromBeingUnpacked(t *testing
 // The daemon was upgraded to a version with another format of trees, under a running
 // pod, whose image is then deleted and pulled again.
 func TestATreeOfAnotherVersionStaysAsLongAsItsPods(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
 	ref := pulled(t, n, src, pack.TarGzip)

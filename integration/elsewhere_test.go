@@ -17,8 +17,10 @@ import (
 // A daemon that looks for containerd, or for its blobs, in the wrong place can mount no
 // artifact, and says so. What is none does not need it.
 func TestADaemonThatLooksElsewhereIsInTheWayOfArtifactsAlone(t *testing.T) {
+	t.Parallel()
 	for frontEnd, o := range map[string]node.Options{"snapshotter": {}, "NRI": {NRI: true}} {
 		t.Run(frontEnd, func(t *testing.T) {
+			t.Parallel()
 			n := node.ForTest(t, o)
 			src := writeModel(t)
 			ref := pulled(t, n, src, pack.Raw)

@@ -174,6 +174,7 @@ func shutDown(t *testing.T, dir string) {
 
 // A daemon that may open no more files says so, and goes on when it may.
 func TestTooManyOpenFilesAreSaid(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
 	ref := pulled(t, n, src, pack.TarGzip)

@@ -21,6 +21,7 @@ import (
 // meanwhile: no line of the log for each try, no file, no thread. When containerd is
 // back, everything works, and nothing has been started anew.
 func TestContainerdIsGoneForAnHour(t *testing.T) {
+	t.Parallel()
 	gone := 5 * time.Second
 	if os.Getenv("ARTIFACT_SNAPSHOTTER_LONG") != "" {
 		gone = time.Hour

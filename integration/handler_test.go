@@ -85,7 +85,7 @@ func wantSnapshots(t *testing.T, n *node.Node, pod *node.Pod, want string, volum
 // that makes it another image than all others. The digest is its DiffID.
 func guestImage(t *testing.T, n *node.Node, name string, members ...pack.Member) (ref string, layer digest.Digest) {
 	t.Helper()
-	program, err := os.ReadFile(filepath.Join(n.Dir, "guest"))
+	program, err := n.GuestProgram()
 	check(t, err)
 	text, err := pack.TarOf(append([]pack.Member{
 		{Header: tar.Header{Name: "guest", Mode: 0o755}, Data: program},
@@ -109,6 +109,7 @@ func wantWritable(t *testing.T, pod *node.Pod, path string) {
 }
 
 func TestOneRuntimeHandlerHasTheSnapshotter(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{HandlerScope: true})
 	src := writeModel(t)
 	layer, err := pack.TarDir(src)

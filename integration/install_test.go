@@ -62,6 +62,7 @@ func wantSame(t *testing.T, dir string, want map[string]string) {
 // By the README's lines alone: from a containerd that knows nothing of artifacts to a
 // pod that mounts a model, and back.
 func TestInstallAndUninstall(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct{ name, flags, handler string }{
 		{"the node", "--scope node", ""},
 		{"a runtime handler", "--runtime-handler models", "models"},

@@ -15,6 +15,7 @@ import (
 // Killed at any instant, containerd can start with what is there, and the next run
 // does the rest.
 func TestInstallIsKilledHalfWay(t *testing.T) {
+	t.Parallel()
 	t.Run("imports", func(t *testing.T) { killInstalls(t, "version = 3\nroot = '/data'\n") })
 	// The folder is there with the drop-in or not at all: else nobody would know whose it is.
 	t.Run("a folder", func(t *testing.T) {

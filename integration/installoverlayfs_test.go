@@ -21,6 +21,7 @@ const machineOverlayfs = `
 
 // With the snapshotter of the node, root filesystems have the options that they had before.
 func TestInstallTakesOverTheOptionsOfOverlayfs(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{Systemd: true})
 	etc := filepath.Join(n.Dir, "machine", "etc")
 	main := filepath.Join(etc, "containerd", "config.toml")

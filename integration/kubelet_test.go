@@ -28,6 +28,7 @@ import (
 // TestKubelet runs static pods of a real kubelet, all on one node, and most at
 // the same time, because it takes kubelet ten seconds to try again.
 func TestKubelet(t *testing.T) {
+	t.Parallel()
 	// The slow builds are of zeros, and begin with the pod.
 	n := node.ForTest(t, node.Options{Kubelet: true, DaemonConfig: "max_expansion = 100000\ndecompress_on_pull = false\n"})
 	check(t, n.StartKubelet(nil))

@@ -37,6 +37,7 @@ func wantReading(t *testing.T, pod *node.Pod) {
 }
 
 func TestAPodGoesOnReadingWhenTheDaemonOrContainerdEnds(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
 	for _, form := range []pack.Form{pack.Raw, pack.TarGzip} {

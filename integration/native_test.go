@@ -288,6 +288,7 @@ func TestContainerdUnpacksAModelPackWithARootFS(t *testing.T) {
 // With these entries in containerd's configuration everything else is pulled as
 // without them.
 func TestOtherPullsAreAsWithoutNativeUnpacking(t *testing.T) {
+	t.Parallel()
 	n := nativeNode(t, node.Options{NativeUnpack: true})
 	if n == nil {
 		return

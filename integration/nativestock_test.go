@@ -113,7 +113,7 @@ func TestNoImageHasALayerOfAnArtifact(t *testing.T) {
 		return
 	}
 	ref, layer := guestImage(t, n, "victim")
-	program, err := os.ReadFile(filepath.Join(n.Dir, "guest"))
+	program, err := n.GuestProgram()
 	check(t, err)
 	text, err := pack.TarOf(
 		pack.Member{Header: tar.Header{Name: "guest", Mode: 0o755}, Data: program},

@@ -26,6 +26,7 @@ import (
 // stock containerd, with overlayfs, and the daemon as a plugin of its NRI.
 
 func TestByNRIAModelIsMountedAsItWasPacked(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{NRI: true})
 	src := writeModel(t)
 	for _, form := range allForms {
@@ -63,6 +64,7 @@ func wantRecords(t *testing.T, n *node.Node, want int) {
 }
 
 func TestByNRITwoContainersAndTwoPodsShareOneMount(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{NRI: true})
 	src := writeModel(t)
 	before := daemonUsage(t, n)
@@ -193,6 +195,7 @@ func sorted(lines []string) string {
 }
 
 func TestByNRIAPodWithAUserNamespaceSeesItsOwnOwners(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{NRI: true})
 	src := writeOwnedModel(t)
 	before := daemonUsage(t, n)
@@ -308,6 +311,7 @@ func TestByNRINoArtifactIsMountedForAnother(t *testing.T) {
 // A build that takes longer than NRI's timeout: the plugin answers in time, and is not
 // taken away.
 func TestByNRIASlowArtifactIsWaitedForByTryingAgain(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{
 		NRI:              true,
 		DaemonConfig:     "max_expansion = 100000\ndecompress_on_pull = false\n",
@@ -327,6 +331,7 @@ func TestByNRIASlowArtifactIsWaitedForByTryingAgain(t *testing.T) {
 }
 
 func TestByNRIAPodGoesOnReadingWhenTheDaemonOrContainerdEnds(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{NRI: true})
 	src := writeModel(t)
 	before := daemonUsage(t, n)

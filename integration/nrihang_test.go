@@ -24,6 +24,7 @@ const requiredPlugins = `[plugins.'io.containerd.nri.v1.nri'.default_validator]
 const notPresent = `required plugin "artifact-snapshotter" not present`
 
 func TestByNRIAPluginThatHangs(t *testing.T) {
+	t.Parallel()
 	for name, config := range map[string]string{"not required": "", "required": requiredPlugins} {
 		t.Run(name, func(t *testing.T) {
 			n := node.ForTest(t, node.Options{NRI: true, ContainerdConfig: config})

@@ -63,6 +63,7 @@ func stat(t *testing.T, path string) (st unix.Stat_t) {
 }
 
 func TestABlobThatIsMissingIsNamed(t *testing.T) {
+	t.Parallel()
 	// What is unpacked during the pull does not need its blob any more.
 	n := node.ForTest(t, node.Options{DaemonConfig: "decompress_on_pull = false"})
 	const weights = 2 // the index of its layer
@@ -129,6 +130,7 @@ func TestAWrongContentRootIsSaid(t *testing.T) {
 }
 
 func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
+	t.Parallel()
 	root := mounted(t, "tmpfs", "size=16m")
 	resize := func(size string) {
 		// What is unmounted may take its space for a moment more, and is not to be cut off.
@@ -384,6 +386,7 @@ func TestAFilesystemWithoutExtendedAttributes(t *testing.T) {
 }
 
 func TestOneTreeForPodsThatStartAtOnce(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
 	ref := pulled(t, n, src, pack.TarZstd)

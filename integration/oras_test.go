@@ -96,6 +96,7 @@ var orasPushes = map[string][]string{
 }
 
 func TestWhatORASPushesIsMountedAsORASPullsIt(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	src := orasSource(t)
 	for name, args := range orasPushes {

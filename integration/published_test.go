@@ -111,6 +111,7 @@ func repositoryOf(ref string) string {
 // of artifacts as tools publish them, alone on the node and beside one with the same
 // config.
 func TestWhatCanBeAVolume(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	// containerd mounts a volume once for all containers of a pod, so the second
 	// answer needs a pod of its own.

@@ -20,6 +20,7 @@ import (
 // What a pod needs the API server for, such as its pull secrets, is not among it: the
 // pods are static.
 func TestKubeletRecipes(t *testing.T) {
+	t.Parallel()
 	dir, config := verifiers(t)
 	n := node.ForTest(t, node.Options{Kubelet: true, ContainerdConfig: config})
 	check(t, n.StartKubelet(nil))

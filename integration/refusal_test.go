@@ -394,6 +394,7 @@ func daemonViews(t *testing.T, n *node.Node) (keys []string) {
 }
 
 func TestAnArtifactThatBreaksARuleIsRefused(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	outside := t.TempDir()
 	check(t, os.WriteFile(filepath.Join(outside, "canary"), []byte("untouched"), 0o600))

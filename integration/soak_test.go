@@ -72,6 +72,8 @@ func TestNothingIsLostOrLeftByAnythingAtOnce(t *testing.T) {
 	operations, rounds, least := 4, 2, time.Duration(0)
 	if os.Getenv("ARTIFACT_SNAPSHOTTER_LONG") != "" {
 		operations, rounds, least = 12, len(restarts), 10*time.Minute
+	} else if testing.Short() {
+		rounds = 1
 	}
 	seed := uint64(1)
 	if text := os.Getenv("ARTIFACT_SNAPSHOTTER_SOAK_SEED"); text != "" {

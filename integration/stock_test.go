@@ -256,6 +256,7 @@ func TestStopRemovesEverything(t *testing.T) {
 }
 
 func TestStopNamesWhatIsLeft(t *testing.T) {
+	t.Parallel()
 	n, err := node.Start(t.Context(), node.Options{Stock: true})
 	check(t, err)
 	mounted := filepath.Join(n.Dir, "a b\\c\"d")

@@ -34,6 +34,9 @@ var ways = []struct {
 // The table of docs/nri.md is what is measured here, whatever it is: of CRI-O as it
 // comes, too, of which nothing is required.
 func TestSupportTable(t *testing.T) {
+	if testing.Short() {
+		t.Skip("NOT TESTED with -short: the whole table of docs/nri.md")
+	}
 	rows, whole := []string{"| a volume of | ", "|---|"}, true
 	probes := supportProbes()
 	for _, p := range probes {

@@ -139,6 +139,7 @@ func mixture(t *testing.T) ([]pack.Layer, []treelist.Entry) {
 }
 
 func TestEveryTarModeHasTheSameFiles(t *testing.T) {
+	t.Parallel()
 	for mode, loops := range map[string]bool{"auto": false, "erofs": false, "erofs-loop": true, "erofs-buffered": false, "extract": false} {
 		t.Run(mode, func(t *testing.T) {
 			n := node.ForTest(t, node.Options{DaemonConfig: fmt.Sprintf("tar_mode = %q", mode)})
@@ -172,6 +173,7 @@ func TestEveryTarModeHasTheSameFiles(t *testing.T) {
 // Archives of GNU tar with options beyond POSIX, some of which containerd and others do
 // not write, are mounted as what they were made of.
 func TestWhatGNUTarPacksIsMounted(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	before := daemonUsage(t, n)
 	src := t.TempDir()
@@ -228,6 +230,7 @@ func TestWhatGNUTarPacksIsMounted(t *testing.T) {
 }
 
 func TestThreeHundredTarsAreOneMount(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	before := daemonUsage(t, n)
 	types := []string{modelspec.MediaTypeModelWeight, modelspec.MediaTypeModelWeightGzip, modelspec.MediaTypeModelWeightZstd}
@@ -273,6 +276,7 @@ func flatTars(t *testing.T, n *node.Node) map[string]unix.Stat_t {
 }
 
 func TestArtifactsWithACompressedLayerInCommonHaveOneTar(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	before := daemonUsage(t, n)
 	common := archiveOf(t, pack.Member{Header: tar.Header{Name: "weights", Mode: 0o644}, Data: random(3<<20, "weights")})
@@ -383,6 +387,7 @@ func halfDone(t *testing.T, n *node.Node) []string {
 }
 
 func TestADaemonThatIsKilledWhileItDecompressesLeavesNothing(t *testing.T) {
+	t.Parallel()
 	// Not before the pod asks: it might be done by then.
 	n := node.ForTest(t, node.Options{DaemonConfig: "max_expansion = 100000\ndecompress_on_pull = false\n"})
 	before := daemonUsage(t, n)

@@ -215,6 +215,7 @@ func toolTarget(t *testing.T) string {
 
 // The life of an artifact on a node, by the tool alone.
 func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	before := daemonUsage(t, n)
 	src := writeModel(t)
@@ -467,6 +468,7 @@ func TestATargetIsForOneMount(t *testing.T) {
 
 // An index that has nothing for this platform but one manifest stands for that.
 func TestTheToolPullsAnIndex(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	here := platforms.DefaultSpec()
 	src, little := writeModel(t), writeModel(t, "README.md")

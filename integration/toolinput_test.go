@@ -246,6 +246,7 @@ func TestAMountThatFailsLeavesNothing(t *testing.T) {
 // A client that goes away at any moment of a mount leaves nothing: what containerd and the
 // daemon still do for it pins no view, and containerd's garbage collector takes it.
 func TestAMountThatIsGivenUpLeavesNothing(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	ref := pulled(t, n, writeModel(t), pack.Raw)
 	c := connect(t, n)
@@ -514,6 +515,7 @@ func TestPruneTakesAllNamesAndLeavesWhatIsPinnedOrRuns(t *testing.T) {
 
 // One of the two that the tool needs does not run.
 func TestTheToolSaysWhatDoesNotRun(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	ref := pulled(t, n, writeModel(t), pack.Raw)
 	target := filepath.Join(t.TempDir(), "target")

@@ -112,6 +112,7 @@ func mountNamespace(t *testing.T, n *node.Node, unit string) string {
 
 // The unit is one of a real systemd here, with all that it takes from the daemon.
 func TestTheUnit(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{Systemd: true})
 	installByHand(t, n)
 	src := writeModel(t)

@@ -11,7 +11,6 @@ import (
 	"maps"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -322,7 +321,7 @@ func TestArtifactsWithTheSameChainIDMayBeUnpackedAtOnce(t *testing.T) {
 // artifact, or with half a root.
 func TestAnImageWithTheLayersOfAnUnpackedArtifactHasItsOwnRoot(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
-	program, err := os.ReadFile(filepath.Join(n.Dir, "guest"))
+	program, err := n.GuestProgram()
 	check(t, err)
 	archive := archiveOf(t, pack.Member{Header: tar.Header{Name: "guest", Mode: 0o755}, Data: program}, file("another layer than the test image's"))
 	name := unpack(t, n, push(t, n, "first", tarLayer(t, modelspec.MediaTypeModelWeight, archive)))

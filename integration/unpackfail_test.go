@@ -27,6 +27,7 @@ import (
 // unpack is killed at any moment; what it leaves is a lease that ends, and what
 // the next run takes over or a garbage collection takes away.
 func TestUnpackMayBeKilledAtAnyMoment(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	ref := pulled(t, n, writeModel(t), pack.TarGzip)
 	c := connect(t, n)
@@ -133,6 +134,7 @@ func expire(t *testing.T, c *client.Client, lease leases.Lease) {
 }
 
 func TestUnpackGoesOnWhenTheDaemonIsKilled(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{DaemonConfig: "max_expansion = 100000\ndecompress_on_pull = false\n"})
 	before := daemonUsage(t, n)
 	layer, want := zeros(t, "zeros")
@@ -158,6 +160,7 @@ func TestUnpackGoesOnWhenTheDaemonIsKilled(t *testing.T) {
 }
 
 func TestUnpackSaysWhatIsWrong(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	stock := node.ForTest(t, node.Options{Stock: true})
 	good := pulled(t, n, writeModel(t), pack.Raw)

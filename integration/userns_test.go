@@ -74,6 +74,7 @@ func pid(t *testing.T, n *node.Node, pod *node.Pod) string {
 }
 
 func TestPodsWithDifferentUserNamespacesShareAnArtifact(t *testing.T) {
+	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	src := writeOwnedModel(t)
 	before := daemonUsage(t, n)

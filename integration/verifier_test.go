@@ -118,6 +118,7 @@ func wantBlocked(t *testing.T, n *node.Node, ref string, wanted ...string) {
 }
 
 func TestVerifierChecksSignatures(t *testing.T) {
+	t.Parallel()
 	dir, config := verifiers(t)
 	// What is set where the transfer service has it does not do away with verifiers.
 	config += "[plugins.'io.containerd.transfer.v1.local']\n  max_concurrent_downloads = 5\n"
@@ -211,6 +212,7 @@ func removeByNameAndWait(t *testing.T, n *node.Node, ref string) {
 }
 
 func TestVerifierAllowsDigests(t *testing.T) {
+	t.Parallel()
 	dir, config := verifiers(t)
 	n := node.ForTest(t, node.Options{ContainerdConfig: config})
 	list := filepath.Join(t.TempDir(), "allowed-digests")

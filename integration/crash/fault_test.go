@@ -321,7 +321,7 @@ func TestTheDaemonSurvivesEveryFault(t *testing.T) {
 	listing := time.Since(began)
 	if !long {
 		for _, s := range all {
-			chosen[s] = spread(chosen[s], selectedFaults*len(chosen[s])/possible+1)
+			chosen[s] = spread(chosen[s], selection(selectedFaults)*len(chosen[s])/possible+1)
 		}
 	}
 	counted := tally{rows: map[string]*counts{}, in: map[*scenario]*counts{}}

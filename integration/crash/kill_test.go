@@ -340,6 +340,14 @@ func byCall(calls map[string]int) string {
 // selected is the number of kill points in a selection.
 const selected = 80
 
+// selection returns the part of n that a selection has. With -short it is a quarter.
+func selection(n int) int {
+	if testing.Short() {
+		return n / 4
+	}
+	return n
+}
+
 // choose returns the kill points: before every operation and after every fifth, or an
 // evenly spaced selection.
 func choose(all []*scenario, points map[*scenario][]Op) (chosen []point) {
@@ -351,13 +359,10 @@ func choose(all []*scenario, points map[*scenario][]Op) (chosen []point) {
 			}
 		}
 	}
-	if long || len(chosen) <= selected {
+	if long {
 		return chosen
 	}
-	for i := range selected {
-		chosen[i] = chosen[i*len(chosen)/selected]
-	}
-	return chosen[:selected]
+	return spread(chosen, selection(selected))
 }
 
 // pool runs functions, two in parallel, each in its own directory.

@@ -43,7 +43,7 @@ type moment struct {
 func TestTheDaemonSurvivesAPowerCutAtAnyMoment(t *testing.T) {
 	program, err := node.Program()
 	check(t, err)
-	number := cutsSelected
+	number := selection(cutsSelected)
 	if long {
 		number = cuts
 	}

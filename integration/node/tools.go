@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -104,20 +105,18 @@ func findRepository() (string, error) {
 	return "", errors.New("the repository was not found: run this inside it, or set ARTIFACT_SNAPSHOTTER_TOOLS and ARTIFACT_SNAPSHOTTER_BIN")
 }
 
-// daemonBinary returns the path of the daemon's program. With RaceDaemon it builds it for
-// the node.
+// daemonBinary returns the path of the daemon's program. With RaceDaemon it builds it if the
+// source has changed.
 func (n *Node) daemonBinary() (string, error) {
 	if !n.options.RaceDaemon {
 		return findDaemon()
-	}
-	bin := n.path("artifact-snapshotter-race")
-	if _, err := os.Stat(bin); err == nil {
-		return bin, nil
 	}
 	repository, err := findRepository()
 	if err != nil {
 		return "", err
 	}
+	// go build does not link a program again that is up to date.
+	bin := filepath.Join(repository, "bin", "artifact-snapshotter-race")
 	build := exec.CommandContext(n.ctx, "go", "build", "-race", "-o", bin, "./cmd/artifact-snapshotter")
 	build.Dir = repository
 	if out, err := build.CombinedOutput(); err != nil {
@@ -126,18 +125,28 @@ func (n *Node) daemonBinary() (string, error) {
 	return bin, nil
 }
 
-// guest returns the guest program. It is one of the tools where Go is not installed, and is
-// built otherwise.
-func (n *Node) guest() ([]byte, error) {
+// GuestProgram returns the guest program. It is one of the tools where Go is not installed, and
+// is built once for all nodes of the process otherwise.
+func (n *Node) GuestProgram() ([]byte, error) {
 	program, err := os.ReadFile(filepath.Join(n.tools, "guest"))
 	if !errors.Is(err, os.ErrNotExist) {
 		return program, err
 	}
-	if err := BuildGuest(n.ctx, n.path("guest")); err != nil {
+	return builtGuest()
+}
+
+var builtGuest = sync.OnceValues(func() ([]byte, error) {
+	dir, err := os.MkdirTemp("", "guest-")
+	if err != nil {
 		return nil, err
 	}
-	return os.ReadFile(n.path("guest"))
-}
+	defer os.RemoveAll(dir)
+	program := filepath.Join(dir, "guest")
+	if err := BuildGuest(context.Background(), program); err != nil {
+		return nil, err
+	}
+	return os.ReadFile(program)
+})
 
 // BuildGuest builds the guest program.
 func BuildGuest(ctx context.Context, path string) error {
@@ -156,7 +165,7 @@ func BuildGuest(ctx context.Context, path string) error {
 
 // pushGuest pushes the test image, which has only the guest program.
 func (n *Node) pushGuest() error {
-	program, err := n.guest()
+	program, err := n.GuestProgram()
 	if err != nil {
 		return err
 	}

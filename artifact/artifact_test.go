@@ -227,6 +227,28 @@ func TestConfigTypeTellsImagesFromArtifacts(t *testing.T) {
 	})
 }
 
+func TestAnnotatedTime(t *testing.T) {
+	for annotations, want := range map[string]time.Time{
+		`{"org.opencontainers.image.created":"2025-03-04T05:06:07Z"}`:             created,
+		`{"org.opencontainers.image.created":"2025-03-04T06:06:07+01:00","x":[]}`: created,
+		`{"org.opencontainers.image.created":"yesterday"}`:                        {},
+		`{"org.opencontainers.image.created":7}`:                                  {},
+		`{"other":"2025-03-04T05:06:07Z"}`:                                        {},
+		`[]`:                                                                      {},
+		`null`:                                                                    {},
+	} {
+		b := blobs{}
+		text := `{"annotations":` + annotations + `}`
+		desc := b.add(ocispec.MediaTypeImageManifest, []byte(text))
+		if got := AnnotatedTime(t.Context(), b, desc); !got.Equal(want) {
+			t.Errorf("%s: got %v, want %v", annotations, got, want)
+		}
+	}
+	if got := AnnotatedTime(t.Context(), blobs{}, ocispec.Descriptor{Digest: digest.FromString("none")}); !got.IsZero() {
+		t.Errorf("without a manifest: %v", got)
+	}
+}
+
 func TestCreated(t *testing.T) {
 	const at = `"2025-03-04T05:06:07Z"`
 	for _, test := range []struct {

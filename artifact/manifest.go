@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
@@ -32,6 +33,24 @@ type document struct {
 	Manifests    []ocispec.Descriptor `json:"manifests"`
 
 	text []byte // the whole JSON
+}
+
+// AnnotatedTime returns the creation time in the annotations of a manifest
+// (org.opencontainers.image.created), or zero. Files do not get it: [Artifact.Created] is
+// theirs. No artifact is refused for its annotations.
+func AnnotatedTime(ctx context.Context, blobs content.Provider, manifest ocispec.Descriptor) time.Time {
+	text, err := readBlob(ctx, blobs, manifest, "manifest", maxManifestSize)
+	if err != nil {
+		return time.Time{}
+	}
+	var of struct {
+		Annotations map[string]json.RawMessage `json:"annotations"`
+	}
+	var created time.Time
+	if json.Unmarshal(text, &of) != nil || json.Unmarshal(of.Annotations[ocispec.AnnotationCreated], &created) != nil {
+		return time.Time{}
+	}
+	return created.UTC()
 }
 
 // resolve returns the manifest that target stands for: its descriptor (media type, digest

@@ -80,8 +80,19 @@ type (
 			MediaType   string        `json:"media_type"`
 			Format      string        `json:"format"`
 			Compression string        `json:"compression"`
-			DiffID      digest.Digest `json:"diff_id"`
-			File        *struct {
+			Members     []struct {
+				Path  string `json:"path"`
+				Type  string `json:"type"`
+				Size  int64  `json:"size"`
+				Mode  string `json:"mode"`
+				UID   uint32 `json:"uid"`
+				GID   uint32 `json:"gid"`
+				MTime string `json:"mtime"`
+				Link  string `json:"link"`
+			} `json:"members"`
+			Unlisted string        `json:"unlisted"`
+			DiffID   digest.Digest `json:"diff_id"`
+			File     *struct {
 				Path  string `json:"path"`
 				Mode  string `json:"mode"`
 				UID   uint32 `json:"uid"`
@@ -308,6 +319,11 @@ func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 			if inspected.Image == nil || inspected.Image.Reference != ref || inspected.Image.Snapshot != pulled.Snapshot || inspected.Manifest != d || len(inspected.Layers) != 8 {
 				t.Errorf("inspect says %+v", inspected)
 			}
+			for _, l := range inspected.Layers {
+				if l.Unlisted != "" || (l.File == nil) != (len(l.Members) > 0) {
+					t.Errorf("inspect lists %+v", l)
+				}
+			}
 			verified := toolJSON[jsonVerified](t, n, "verify", d.String()[:19])
 			if !verified.OK || len(verified.Blobs) < 8 {
 				t.Errorf("verify says %+v", verified)
@@ -514,7 +530,7 @@ func TestInspectNamesTheSnapshotOfContainerdsUnpacker(t *testing.T) {
 	if i := toolJSON[jsonInspected](t, n, "inspect", got.ref); i.Image == nil || i.Image.Snapshot != got.last() {
 		t.Errorf("inspect says %+v, want snapshot %s", i.Image, got.last())
 	}
-	if text := tool(t, n, "inspect", got.ref); !strings.Contains(text, "unpacked as snapshot "+got.last()) {
+	if text := tool(t, n, "inspect", got.ref); !strings.Contains(text, "committed snapshot "+got.last()) {
 		t.Errorf("inspect says\n%s", text)
 	}
 }

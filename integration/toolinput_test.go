@@ -527,7 +527,7 @@ func TestTheToolSaysWhatDoesNotRun(t *testing.T) {
 	if i := toolJSON[jsonInspected](t, n, "inspect", ref); i.Image == nil || i.Image.Reference != ref || i.Image.Snapshot != "" || len(i.Layers) != 8 {
 		t.Errorf("inspect says %+v", i)
 	}
-	if text := tool(t, n, "inspect", ref); !strings.Contains(text, "unknown whether it is unpacked: containerd cannot reach the daemon") || !strings.Contains(text, "model-00001.safetensors") {
+	if text := tool(t, n, "inspect", ref); !strings.Contains(text, "unknown whether it has a committed snapshot: containerd cannot reach the daemon") || !strings.Contains(text, "model-00001.safetensors") {
 		t.Errorf("inspect says\n%s", text)
 	}
 	for _, args := range [][]string{{"ls"}, {"mount", ref, target}, {"unmount", mounted}, {"prune"}, {"pull", ref}} {

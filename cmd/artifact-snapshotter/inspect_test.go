@@ -4,6 +4,7 @@
 package main
 
 import (
+	"archive/tar"
 	"bytes"
 	"encoding/json"
 	"os"
@@ -92,13 +93,14 @@ func TestInspect(t *testing.T) {
 	none := filepath.Join(t.TempDir(), "none.sock")
 
 	want := manifest.Digest.String() + "  " + configType + `  created 2025-01-02T03:04:05Z
-PATH                                                   SIZE     MODE        OWNER     LAYER TYPE                                 COMPRESSION
-dir one/model.bin                                      1.5 KiB  -rwxr-x---  1000:100  application/vnd.cncf.model.weight.v1.raw   -
-README.md                                              7 B      -rw-r--r--  0:0       application/vnd.cncf.model.doc.v1.raw      -
-hi.txt                                                 2 B      -rw-r--r--  0:0       application/vnd.oci.image.layer.v1.tar     -
-hi.txt (or unpacked at the root, if it is an archive)  7 B      -           -         application/vnd.oci.image.layer.v1.tar     -
-(empty)                                                2 B      -           -         application/vnd.oci.empty.v1+json          -
-(unpacked at the root)                                 3.0 MiB  -           -         application/vnd.cncf.model.dataset.v1.tar  gzip
+PATH                    SIZE     MODE        OWNER     LAYER TYPE                                 COMPRESSION
+dir one/model.bin       1.5 KiB  -rwxr-x---  1000:100  application/vnd.cncf.model.weight.v1.raw   -
+README.md               7 B      -rw-r--r--  0:0       application/vnd.cncf.model.doc.v1.raw      -
+hi.txt                  2 B      -rw-r--r--  0:0       application/vnd.oci.image.layer.v1.tar     -
+hi.txt (or an archive)  7 B      -           -         application/vnd.oci.image.layer.v1.tar     -
+(empty)                 2 B      -           -         application/vnd.oci.empty.v1+json          -
+(unpacked at the root)  3.0 MiB  -           -         application/vnd.cncf.model.dataset.v1.tar  gzip
+  (not listed)          -        -           -         the archive cannot be read: flate: corrupt input before offset 5
 `
 	for name, argument := range map[string]string{
 		"digest":          manifest.Digest.String(),
@@ -146,26 +148,74 @@ hi.txt (or unpacked at the root, if it is an archive)  7 B      -           -   
 	}
 }
 
+// As ORAS packs: the time is in the manifest's annotations, and a directory is an archive.
+func TestInspectListsArchivesAndTheAnnotatedTime(t *testing.T) {
+	s := contentRoot{t, t.TempDir()}
+	var archive bytes.Buffer
+	w := tar.NewWriter(&archive)
+	for _, name := range []string{"dir/", "dir/a.bin"} {
+		h := &tar.Header{Name: name, Mode: 0o640, Uid: 7, Size: 2048 * int64(strings.Count(name, "a"))}
+		if err := w.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write(make([]byte, h.Size)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	manifest := s.addJSON(ocispec.MediaTypeImageManifest, ocispec.Manifest{
+		Versioned:   specs.Versioned{SchemaVersion: 2},
+		Config:      s.addJSON(ocispec.MediaTypeEmptyJSON, struct{}{}),
+		Layers:      []ocispec.Descriptor{s.add("application/vnd.cncf.model.dataset.v1.tar", archive.Bytes())},
+		Annotations: map[string]string{ocispec.AnnotationCreated: "2025-01-02T03:04:05Z"},
+	})
+	args := []string{"inspect", "--address", filepath.Join(t.TempDir(), "none.sock"), "--content-root", s.dir, manifest.Digest.String()}
+	text := output(t, args...)
+	for _, want := range []string{"created 2025-01-02T03:04:05Z\n", "\n  dir/                  -        drw-r-----  7:0\n", "\n  dir/a.bin             2.0 KiB  -rw-r-----  7:0\n"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the text has no %q:\n%s", want, text)
+		}
+	}
+	if text := output(t, append(args, "--layers")...); strings.Contains(text, "a.bin") || !strings.Contains(text, "(unpacked at the root)") {
+		t.Errorf("with --layers it prints\n%s", text)
+	}
+	var found inspected
+	if err := json.Unmarshal([]byte(output(t, append(args, "-o", "json")...)), &found); err != nil {
+		t.Fatal(err)
+	}
+	if m := found.Layers[0].Members; found.Created == nil || len(m) != 2 || m[0].Type != "directory" || m[1].Path != "dir/a.bin" || m[1].Size != 2048 || m[1].Mode != "0640" || m[1].UID != 7 {
+		t.Errorf("the JSON has %+v", found)
+	}
+}
+
 // The author of an artifact chooses names, and must not control the terminal.
 func TestInspectQuotesControlCharacters(t *testing.T) {
 	var got bytes.Buffer
-	err := printArtifact(&got, &artifact.Artifact{
+	a := &artifact.Artifact{
 		Type:    "a\x1b[2Jb",
 		Created: time.Unix(0, 0),
 		Layers: []artifact.Layer{
 			{Format: artifact.FormatRaw, File: artifact.File{Path: "x\ty\nz", Mode: 0o644}, Descriptor: ocispec.Descriptor{MediaType: "m\rn"}},
 			{Format: artifact.FormatRaw, File: artifact.File{Path: "модель 模型.bin", Mode: 0o644}, Descriptor: ocispec.Descriptor{MediaType: "m"}},
+			{Format: artifact.FormatTar},
 		},
-	})
-	if err != nil {
+	}
+	i := inspectedOf(nil, a)
+	for _, name := range []string{"evil\x1b", "2", "3"} {
+		i.Layers[2].Members = append(i.Layers[2].Members, memberOf(&tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: "to\n"}))
+	}
+	i.Layers[2].Unlisted = "bad\nname \x1b"
+	if err := printArtifact(&got, a, i, 2); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{`"a\x1b[2Jb"`, `"x\ty\nz"`, `"m\rn"`, "модель 模型.bin ", "created unknown"} {
+	for _, want := range []string{`"a\x1b[2Jb"`, `"x\ty\nz"`, `"m\rn"`, `  "evil\x1b" -> "to\n"  `, "  and 1 more (--no-trunc)", `(not listed)`, `"bad; name \x1b"`, "модель 模型.bin ", "created unknown"} {
 		if !strings.Contains(got.String(), want) {
 			t.Errorf("%q does not have %s", got.String(), want)
 		}
 	}
-	if lines := strings.Count(got.String(), "\n"); lines != 4 {
-		t.Errorf("got %d lines, want 4:\n%s", lines, got.String())
+	if lines := strings.Count(got.String(), "\n"); lines != 9 {
+		t.Errorf("got %d lines, want 9:\n%s", lines, got.String())
 	}
 }

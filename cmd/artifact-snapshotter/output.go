@@ -26,11 +26,20 @@ import (
 
 // printTable prints lines with tabs between their columns.
 func printTable(w io.Writer, text string) error {
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	var padded strings.Builder
+	table := tabwriter.NewWriter(&padded, 0, 0, 2, ' ', 0)
 	if _, err := io.WriteString(table, text); err != nil {
 		return err
 	}
-	return table.Flush()
+	if err := table.Flush(); err != nil {
+		return err
+	}
+	for line := range strings.Lines(padded.String()) {
+		if _, err := io.WriteString(w, strings.TrimRight(line, " \n")+"\n"); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // short abbreviates a digest for tables.

@@ -213,7 +213,7 @@ func TestArtifactsWithOneConfigAreNotMixedUp(t *testing.T) {
 
 // CRI also confuses an artifact that the daemon refuses with another one that has its
 // config.
-func TestAnArtifactThatIsRefusedIsInConflictToo(t *testing.T) {
+func TestARefusedArtifactIsInConflictToo(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	pod, err := n.RunSandbox(node.PodSpec{})
 	check(t, err)
@@ -327,7 +327,7 @@ func TestTheSameConfigInAnotherNamespaceIsNoConflict(t *testing.T) {
 	wantServed(t, n, one, shownPlain("one"))
 }
 
-func TestAWrongContainerdAddressIsSaid(t *testing.T) {
+func TestAWrongContainerdAddressIsReported(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	ref, _ := pulledPlain(t, n, "one", "one")

@@ -73,7 +73,7 @@ func TestAPodGoesOnReadingWhenThePluginOrCRIOEnds(t *testing.T) {
 }
 
 // A container that ends while the daemon is not running does not retain anything.
-func TestWhatEndsWhileThePluginIsAwayIsNotRetained(t *testing.T) {
+func TestAContainerThatEndsWithoutThePluginRetainsNothing(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	before := daemonUsage(t, n)
 	ref := pulled(t, n, writeModel(t), pack.Raw)
@@ -88,7 +88,7 @@ func TestWhatEndsWhileThePluginIsAwayIsNotRetained(t *testing.T) {
 }
 
 // CRI-O does not remove an image that a container mounts, with the plugin or without it.
-func TestCRIOKeepsWhatIsInUse(t *testing.T) {
+func TestCRIOKeepsImagesInUse(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	src := writeModel(t)
 	before := daemonUsage(t, n)

@@ -23,7 +23,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// The image is the binary and nothing else, and the same binary gives the same image.
+// The image contains only the binary, and building it twice gives the same image.
 func TestTheImage(t *testing.T) {
 	n := node.ForTest(t, node.Options{Stock: true})
 	dir := t.TempDir()
@@ -32,7 +32,7 @@ func TestTheImage(t *testing.T) {
 	again, err := n.BuildImage(dir + "/two")
 	check(t, err)
 	if again != digest {
-		t.Errorf("the image is %s the first time and %s the second", digest, again)
+		t.Errorf("the first build has the digest %s, the second %s", digest, again)
 	}
 	ref, err := n.PushImage(dir + "/one")
 	check(t, err)
@@ -84,9 +84,8 @@ func objects(t *testing.T, text string) (all []object) {
 	}
 }
 
-// daemonPod turns the DaemonSet of a chart's manifests into a pod that kubelet
-// takes from a file. Such a pod has no ConfigMap: what it would have from one is a
-// directory below dir here, and nothing else is changed.
+// daemonPod turns the DaemonSet in a chart's manifests into a static pod. Such a pod cannot
+// have a ConfigMap, so it gets a directory below dir instead. Nothing else is changed.
 func daemonPod(t *testing.T, manifests, name, dir string) string {
 	t.Helper()
 	var pod object
@@ -125,8 +124,7 @@ func daemonPod(t *testing.T, manifests, name, dir string) string {
 	return string(text)
 }
 
-// chartPod is the pod of the chart's DaemonSet, for a node whose registry has the
-// daemon's image. The values are JSON.
+// chartPod returns the pod of the chart's DaemonSet. The values are JSON.
 func chartPod(t *testing.T, n *node.Node, image string, values map[string]string) string {
 	t.Helper()
 	quoted := func(value any) string {
@@ -142,7 +140,7 @@ func chartPod(t *testing.T, n *node.Node, image string, values map[string]string
 	return daemonPod(t, manifests, "daemon", n.Dir)
 }
 
-// daemonImage is the daemon's image in the node's registry.
+// daemonImage pushes the daemon's image to the node's registry and returns its reference.
 func daemonImage(t *testing.T, n *node.Node) string {
 	t.Helper()
 	layout := t.TempDir()
@@ -153,14 +151,15 @@ func daemonImage(t *testing.T, n *node.Node) string {
 	return image
 }
 
-// The pod is the chart's, with all that Kubernetes and the kernel let it do and no
-// more, and kubelet runs it on a node that knows nothing of the daemon before.
+// kubelet runs the chart's pod, with the restrictions of the chart and the kernel, on a
+// node without any configuration for the daemon.
 func TestKubeletRunsTheDaemonSet(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{Systemd: true, Kubelet: true})
 	pod := chartPod(t, n, daemonImage(t, n), nil)
-	// A runtime handler takes a cluster, so the pods with models are not kubelet's. It
-	// leaves them alone as long as it has not heard of all pods from all its sources.
+	// A runtime handler needs a cluster, so kubelet does not run the pods with models.
+	// kubelet removes unknown pods only after it has read all its sources; the URL is a
+	// source that never answers, so it leaves our pods alone.
 	check(t, n.StartKubelet(map[string]any{"staticPodURL": "http://127.0.0.1:1/"}))
 	check(t, n.RunStaticManifest("daemon", pod))
 	waitForStatic(t, n, "daemon")
@@ -219,8 +218,8 @@ func TestKubeletRunsTheDaemonSet(t *testing.T) {
 	check(t, reader.Remove())
 }
 
-// The DaemonSet makes the daemon a service of the host, which serves every pod, its own
-// included, and takes all back.
+// The DaemonSet installs the daemon as a service of the host, which serves every pod,
+// including the DaemonSet's own. It also removes everything.
 func TestKubeletInstallsTheService(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{Systemd: true, Kubelet: true})
@@ -242,19 +241,19 @@ func TestKubeletInstallsTheService(t *testing.T) {
 	model := waitForStatic(t, n, "model")
 	wantVolume(t, &model.Pod, "main", "/model", wantTree(t, src, pack.Raw))
 
-	// What a cluster does at `helm upgrade --set uninstall=true`, when the node is
-	// drained, and at `kubectl rollout restart`.
+	// These are the steps for a cluster: `helm upgrade --set uninstall=true`, drain the
+	// node, `kubectl rollout restart`.
 	values["uninstall"] = "true"
 	started := func() string { return property(t, n, "containerd", "ExecMainStartTimestampMonotonic") }
 	at := started()
 	pod := chartPod(t, n, image, values)
 	check(t, n.RunStaticManifest("daemon", pod))
-	waitFor(t, "uninstall to restart containerd, for new containers", func() bool { return started() != at })
+	waitFor(t, "the restart of containerd by uninstall", func() bool { return started() != at })
 	waitForCRI(t, n)
 	drop, err := os.ReadFile(filepath.Join(etc, "containerd", "conf.d", "artifact-snapshotter.toml"))
 	check(t, err)
 	if strings.Contains(string(drop), "\n    snapshotter = 'artifact'") {
-		t.Errorf("the node still has the snapshotter:\n%s", drop)
+		t.Errorf("the snapshotter is still configured for the node:\n%s", drop)
 	}
 	wantVolume(t, &model.Pod, "main", "/model", wantTree(t, src, pack.Raw))
 	check(t, n.RemoveStaticPod("model"))
@@ -263,7 +262,7 @@ func TestKubeletInstallsTheService(t *testing.T) {
 	waitForStatic(t, n, "daemon")
 	wantSame(t, etc, before)
 	if _, err := os.Stat(machineFile(n, deploy.UnitBinary)); !os.IsNotExist(err) {
-		t.Errorf("the program is still there: %v", err)
+		t.Errorf("the program was not removed: %v", err)
 	}
 }
 

@@ -26,11 +26,11 @@ func TestFilesCanBeReadWithODirectWhereItIsRequired(t *testing.T) {
 			want["/mixture/"+e.Path] = e.SHA256
 		}
 	}
-	for setting, direct := range map[string]bool{"optional": false, "required": true} {
+	for _, setting := range []string{"optional", "required"} {
 		t.Run(setting, func(t *testing.T) {
 			check(t, restartWith(t, n, `direct_io = "`+setting+`"`))
 			tar := tars[0]
-			if direct {
+			if setting == "required" {
 				tar = tars[slices.IndexFunc(tars, func(r string) bool { return r == "erofs-loop" || r == "extract" })]
 			}
 			works := tar != "erofs" && tar != "erofs-buffered"
@@ -43,14 +43,14 @@ func TestFilesCanBeReadWithODirectWhereItIsRequired(t *testing.T) {
 				if !works && (path == "/plain/f" || strings.HasPrefix(path, "/mixture/plain/")) {
 					sum = "EINVAL"
 				}
-				// Of the others, only those whose bytes are a whole blob can be read so.
+				// The other files can be read only if their bytes are a whole blob.
 				if got = strings.TrimSpace(got); got != sum && (works || got != "EINVAL") {
 					t.Errorf("%s: %s, want %s, with the mode %s", path, got, sum, tar)
 				}
 			}
 			check(t, pod.Remove())
-			// A mounted volume keeps its mode.
-			waitFor(t, "the daemon's mounts to go", func() bool {
+			// A mounted volume keeps its mode, so wait until nothing is mounted.
+			waitFor(t, "removal of the daemon's mounts", func() bool {
 				mounts, err := node.Mounts(n.DaemonState)
 				return err == nil && len(mounts) == 0
 			})
@@ -62,7 +62,7 @@ func TestFilesCanBeReadWithODirectWhereItIsRequired(t *testing.T) {
 		}
 		err := restartWith(t, n, "direct_io = \"required\"\ntar_mode = \""+tar+`"`)
 		if log := daemonLog(t, n); err == nil || !strings.Contains(log, "O_DIRECT") {
-			t.Errorf("the daemon starts with the mode %s, or does not say why it cannot: %v", tar, err)
+			t.Errorf("the daemon started in the mode %s, or did not log why it could not: %v", tar, err)
 		}
 	}
 	check(t, restartWith(t, n, ""))

@@ -18,7 +18,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// diagnosis is what doctor finds in one of its checks.
+// diagnosis is the result of one of doctor's checks.
 type diagnosis struct {
 	Problem string         `json:"problem"`
 	Unknown string         `json:"unknown"`
@@ -30,11 +30,11 @@ type diagnosis struct {
 	} `json:"advice"`
 }
 
-// healthy says that there is nothing to do.
+// healthy reports whether there is nothing to do.
 func (d diagnosis) healthy() bool { return d.Problem == "" && d.Unknown == "" && len(d.Advice) == 0 }
 
-// doctor runs doctor on the node, and returns what it finds in and around
-// containerd, by check, and as text.
+// doctor runs doctor on the node. It returns the results of the checks about containerd,
+// and the text output.
 func doctor(t *testing.T, n *node.Node, flags ...string) (found map[string]diagnosis, text string) {
 	t.Helper()
 	args := append([]string{
@@ -44,7 +44,7 @@ func doctor(t *testing.T, n *node.Node, flags ...string) (found map[string]diagn
 	text, _, textErr := n.Artifact(args...)
 	out, _, err := n.Artifact(append(args, "--output", "json")...)
 	if (err == nil) != (textErr == nil) {
-		t.Errorf("as text it ends with %v, as JSON with %v", textErr, err)
+		t.Errorf("the text output ends with %v, the JSON output with %v", textErr, err)
 	}
 	var all map[string]json.RawMessage
 	check(t, json.Unmarshal([]byte(out), &all))
@@ -52,7 +52,7 @@ func doctor(t *testing.T, n *node.Node, flags ...string) (found map[string]diagn
 	var problems []string
 	for _, name := range []string{"containerd", "socket", "containerd_config", "empty_blob", "shared_configs"} {
 		var d diagnosis
-		if name == "shared_configs" { // whose facts are a list
+		if name == "shared_configs" { // its facts are a list
 			var list struct {
 				diagnosis
 				Facts []map[string]any `json:"facts"`
@@ -67,22 +67,22 @@ func doctor(t *testing.T, n *node.Node, flags ...string) (found map[string]diagn
 		if d.Problem != "" {
 			problems = append(problems, name)
 			if !strings.Contains(text, "problem: "+d.Problem+"\n") {
-				t.Errorf("the text does not say %q", d.Problem)
+				t.Errorf("the text does not contain %q", d.Problem)
 			}
 		}
 		for _, a := range d.Advice {
 			if !strings.Contains(text, "advice: "+a.Do+": "+a.Gain+"\n") {
-				t.Errorf("the text does not say %q", a.Do)
+				t.Errorf("the text does not contain %q", a.Do)
 			}
 		}
 	}
 	if (err != nil) != (len(problems) > 0) {
-		t.Errorf("with problems of %q it ends with %v", problems, err)
+		t.Errorf("with the problems %q it ends with %v", problems, err)
 	}
 	return found, text
 }
 
-func TestDoctorHasNothingToSayOnAGoodNode(t *testing.T) {
+func TestDoctorFindsNoProblemOnAGoodNode(t *testing.T) {
 	for name, scope := range map[string]bool{"node": false, "runtime handler": true} {
 		t.Run(name, func(t *testing.T) {
 			n := node.ForTest(t, node.Options{HandlerScope: scope})
@@ -116,13 +116,13 @@ func TestDoctorHasNothingToSayOnAGoodNode(t *testing.T) {
 				want = "pods of these runtime handlers use the snapshotter: artifact; all others use overlayfs"
 			}
 			if !strings.Contains(text, want+"\n") {
-				t.Errorf("no %q in\n%s", want, text)
+				t.Errorf("%q is not in\n%s", want, text)
 			}
 			if present := found["empty_blob"].Facts["present"].([]any); len(present) != 1 || present[0] != "k8s.io" {
 				t.Errorf("the empty blob is in %v", present)
 			}
 
-			// It leaves nothing.
+			// It leaves nothing behind.
 			after, err := n.Ctr("namespaces", "ls")
 			check(t, err)
 			if after != namespaces || len(snapshotsIn(t, n, "artifact")) != len(snapshots) {
@@ -132,9 +132,9 @@ func TestDoctorHasNothingToSayOnAGoodNode(t *testing.T) {
 	}
 }
 
-// A containerd that knows nothing of the snapshotter becomes a good one by the
-// lines that doctor prints, and by nothing else.
-func TestDoctorsLinesMakeAContainerdWork(t *testing.T) {
+// The lines that doctor prints are enough to configure a containerd that does not know the
+// snapshotter.
+func TestDoctorsLinesConfigureContainerd(t *testing.T) {
 	n := node.ForTest(t, node.Options{Stock: true})
 	found, _ := doctor(t, n)
 	config := found["containerd_config"]
@@ -146,7 +146,7 @@ func TestDoctorsLinesMakeAContainerdWork(t *testing.T) {
 	if s := found["socket"]; s.Problem != "" || !strings.Contains(s.Unknown, "no daemon answers") {
 		t.Errorf("without a daemon the socket is %+v", s)
 	}
-	// The node's file imports what is in containerd.d.
+	// The node's main file imports everything in containerd.d.
 	file := filepath.Join(n.Dir, "containerd.d", "artifact-snapshotter.toml")
 	if len(config.Advice) != 1 || !strings.HasPrefix(config.Advice[0].Do, "write this into "+file+",") {
 		t.Fatalf("the advice is %+v, want lines for %s alone", config.Advice, file)
@@ -157,14 +157,14 @@ func TestDoctorsLinesMakeAContainerdWork(t *testing.T) {
 	found, _ = doctor(t, n)
 	config = found["containerd_config"]
 	if want := "has not read this configuration"; !strings.Contains(config.Problem, want) || len(config.Advice) == 0 || config.Advice[0].Do != "restart containerd" {
-		t.Errorf("%+v, want that containerd %s", config, want)
+		t.Errorf("%+v, want the problem that containerd %s", config, want)
 	}
 	if s := found["socket"]; s.Problem != "" || s.Facts["answers"] != true || s.Facts["reached_by_containerd"] != nil {
 		t.Errorf("before the restart the socket is %+v", s)
 	}
 
 	check(t, n.RestartContainerd())
-	waitFor(t, "a good node", func() bool {
+	waitFor(t, "a node without problems", func() bool {
 		found, _ = doctor(t, n)
 		return found["containerd"].Problem == "" && !slices.ContainsFunc([]string{"socket", "containerd_config", "empty_blob", "shared_configs"},
 			func(check string) bool { return !found[check].healthy() })
@@ -177,11 +177,11 @@ func TestDoctorsLinesMakeAContainerdWork(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-func TestDoctorFindsWhatIsWrongOnANode(t *testing.T) {
+func TestDoctorFindsEachProblemOfANode(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 
-	// A content root that is another's.
+	// The content root of another runtime.
 	other := t.TempDir()
 	found, _ := doctor(t, n, "--content-root", other)
 	if d := found["containerd"]; !strings.Contains(d.Problem, n.ContentRoot) || !strings.Contains(d.Problem, other) ||
@@ -189,7 +189,7 @@ func TestDoctorFindsWhatIsWrongOnANode(t *testing.T) {
 		t.Errorf("with another content root: %+v", d)
 	}
 
-	// A daemon that listens elsewhere.
+	// A daemon with another socket.
 	elsewhere := filepath.Join(other, "a.sock")
 	found, _ = doctor(t, n, "--address", elsewhere)
 	if d := found["containerd_config"]; !strings.Contains(d.Problem, "containerd expects the daemon at "+filepath.Join(n.Dir, "daemon.sock")) {
@@ -200,16 +200,16 @@ func TestDoctorFindsWhatIsWrongOnANode(t *testing.T) {
 	}
 	found, _ = doctor(t, n, "--address", n.Address)
 	if d := found["socket"]; !strings.Contains(d.Problem, "it is not a snapshotter") {
-		t.Errorf("with an address where something else answers: %+v", d)
+		t.Errorf("with the address of containerd: %+v", d)
 	}
 
-	// A configuration file that is not containerd's.
+	// A missing configuration file.
 	found, _ = doctor(t, n, "--containerd-config", filepath.Join(other, "none.toml"))
 	if d := found["containerd_config"]; d.Problem != "" || !strings.Contains(d.Unknown, "none.toml") {
 		t.Errorf("with another configuration file: %+v", d)
 	}
 
-	// The empty blob is gone. The daemon pre-creates it again after some minutes.
+	// The empty blob is deleted. The daemon would pre-create it again after some minutes.
 	_, err := n.Ctr("content", "rm", digest.FromBytes(nil).String())
 	check(t, err)
 	found, _ = doctor(t, n)
@@ -217,7 +217,7 @@ func TestDoctorFindsWhatIsWrongOnANode(t *testing.T) {
 		t.Errorf("without the empty blob: %+v", d)
 	}
 
-	// Two artifacts with one config, and a third one.
+	// Two artifacts with one config, and a third one with its own.
 	for _, name := range []string{"one", "two", "three"} {
 		config := []byte("{}")
 		if name == "three" {
@@ -238,11 +238,12 @@ func TestDoctorFindsWhatIsWrongOnANode(t *testing.T) {
 	}
 	for name, want := range map[string]bool{"/files/one:v1": true, "/files/two:v1": true, "/files/three:v1": false} {
 		if strings.Contains(text, n.Registry+name) != want {
-			t.Errorf("that %s is named is %t, want %t:\n%s", name, !want, want, text)
+			t.Errorf("%s is in the text: %t, want %t:\n%s", name, !want, want, text)
 		}
 	}
 
-	// The daemon does not run, then containerd: that is no problem of the daemon's.
+	// First without the daemon, then without containerd: neither is a problem of the
+	// daemon.
 	check(t, n.StopDaemon())
 	found, _ = doctor(t, n)
 	if d := found["socket"]; d.Problem != "" || !strings.Contains(d.Unknown, "no daemon answers") || len(d.Advice) != 1 {
@@ -258,11 +259,11 @@ func TestDoctorFindsWhatIsWrongOnANode(t *testing.T) {
 	check(t, n.StartDaemon())
 	found, _ = doctor(t, n)
 	if d := found["socket"]; d.Problem != "" || d.Facts["answers"] != true || !strings.Contains(d.Unknown, "whether containerd reaches it") {
-		t.Errorf("without containerd the socket is %+v", d)
+		t.Errorf("without containerd: socket %+v", d)
 	}
 	check(t, n.StartContainerd())
 	found, _ = doctor(t, n)
 	if d := found["socket"]; !d.healthy() {
-		t.Errorf("with both again: %+v", d)
+		t.Errorf("with both running again: %+v", d)
 	}
 }

@@ -18,13 +18,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Directories on file systems of any kind, which go with the test.
+// Directories on new file systems of any kind, removed at the end of the test.
 
 // fileSystem is a kind of file system.
 type fileSystem struct {
-	name   string   // in docs/support.md
-	fsType string   // of mount(2)
-	mkfs   []string // makes one in a file, whose name is added; nil if it needs no disk
+	name   string   // as in docs/support.md
+	fsType string   // for mount(2)
+	mkfs   []string // makes one in the file whose name is appended; nil if it needs no disk
 	debian string   // the package that has mkfs
 }
 
@@ -38,11 +38,11 @@ var (
 	overlayOnExt4 = fileSystem{name: "overlay on ext4", fsType: "overlay"}
 )
 
-// diskSize is that of the disks; they are sparse files. An xfs needs 300 MiB.
+// diskSize is the size of the disks, which are sparse files. An xfs needs at least 300 MiB.
 const diskSize = 2 << 30
 
-// mounted returns a directory with a new file system of the kind. Call it before the
-// node is started that uses it.
+// mounted returns a directory with a new file system of the kind. Call it before the node
+// that uses it is started.
 func (k fileSystem) mounted(t *testing.T) string {
 	t.Helper()
 	if k.fsType == "overlay" {
@@ -62,18 +62,18 @@ func (k fileSystem) mounted(t *testing.T) string {
 	check(t, os.WriteFile(disk, nil, 0o600))
 	check(t, os.Truncate(disk, diskSize))
 	if _, err := exec.LookPath(k.mkfs[0]); err != nil {
-		t.Fatalf("%v: install %s, or run `make packages`, which does", err, k.debian)
+		t.Fatalf("%v: install the package %s, or run `make packages`", err, k.debian)
 	}
 	if out, err := exec.Command(k.mkfs[0], append(k.mkfs[1:len(k.mkfs):len(k.mkfs)], disk)...).CombinedOutput(); err != nil {
 		t.Fatalf("%q: %v: %s", k.mkfs, err, out)
 	}
 	loop, err := mount.SetupLoop(disk, mount.LoopParams{Autoclear: true})
 	check(t, err)
-	defer loop.Close() // what is mounted holds it
+	defer loop.Close() // the mount keeps it attached
 	dir := mountedFrom(t, loop.Name(), k.fsType, "")
-	t.Cleanup(func() { // runs before it is unmounted
+	t.Cleanup(func() { // runs before the unmount
 		if left := loopDevicesIn(t, dir); len(left) > 0 {
-			t.Errorf("loop devices are left of %q", left)
+			t.Errorf("the files %q still have loop devices", left)
 		}
 	})
 	return dir
@@ -94,12 +94,12 @@ func mountedFrom(t *testing.T, source, fsType, options string) string {
 	}
 	check(t, err)
 	unmountLater(t, dir)
-	check(t, os.Chmod(dir, 0o711)) // user namespaces must be able to pass
+	check(t, os.Chmod(dir, 0o711)) // user namespaces must be able to pass through
 	return dir
 }
 
-// shortDir is t.TempDir without the test's name, for what has a page for all its paths
-// (mount(2)) or 107 bytes for one (a socket).
+// shortDir is t.TempDir without the name of the test, for paths whose length is limited:
+// mount(2) has a page for its options, and a socket's path has 107 bytes.
 func shortDir(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "")
@@ -108,20 +108,19 @@ func shortDir(t *testing.T) string {
 	return dir
 }
 
-// unmountLater unmounts dir at the end of the test, which fails if something of ours is
-// still in use there. Other programs may look at what is mounted at any time, and
-// keep it busy as long as they do.
+// unmountLater unmounts dir at the end of the test, which fails if our processes still use
+// it. Other programs may open files there at any time, which keeps it busy for a while.
 func unmountLater(t *testing.T, dir string) {
 	t.Cleanup(func() {
 		err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW)
-		for deadline := time.Now().Add(10 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		for deadline := time.Now().Add(2 * time.Minute); errors.Is(err, unix.EBUSY) && time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 			err = unix.Unmount(dir, unix.UMOUNT_NOFOLLOW)
 		}
 		if err == nil {
 			return
 		}
 		if others := holders(dir); len(others) > 0 && errors.Is(err, unix.EBUSY) {
-			t.Logf("%s is unmounted when others have closed it: %q", dir, others)
+			t.Logf("%s will be unmounted when other processes have closed it: %q", dir, others)
 		} else {
 			t.Errorf("unmount %s: %v", dir, err)
 		}
@@ -129,7 +128,7 @@ func unmountLater(t *testing.T, dir string) {
 	})
 }
 
-// holders are the other processes with something open at or below dir.
+// holders returns the other processes that have something open at or below dir.
 func holders(dir string) (found []string) {
 	fds, _ := filepath.Glob("/proc/[0-9]*/fd/*") // the pattern is not malformed
 	for _, fd := range fds {
@@ -141,13 +140,13 @@ func holders(dir string) (found []string) {
 		if pid == strconv.Itoa(os.Getpid()) {
 			continue
 		}
-		command, _ := os.ReadFile(filepath.Join("/proc", pid, "comm")) // it may have ended
+		command, _ := os.ReadFile(filepath.Join("/proc", pid, "comm")) // the process may have ended
 		found = append(found, fmt.Sprintf("%s (%s): %s", strings.TrimSpace(string(command)), pid, target))
 	}
 	return found
 }
 
-// loopDevicesIn are the files below dir that have a loop device.
+// loopDevicesIn returns the files below dir that have a loop device.
 func loopDevicesIn(t *testing.T, dir string) (found []string) {
 	t.Helper()
 	all, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
@@ -160,7 +159,7 @@ func loopDevicesIn(t *testing.T, dir string) (found []string) {
 	return found
 }
 
-// usedBytes is what is allocated on the file system of dir, when all is written.
+// usedBytes returns the allocated bytes of dir's file system, after a sync.
 func usedBytes(t *testing.T, dir string) int64 {
 	t.Helper()
 	f, err := os.Open(dir)

@@ -17,10 +17,10 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// Disks that are full, over a quota or dead for the kernel itself: package crash has each
-// single operation fail, by a tracer.
+// Disks that the kernel itself reports as full, over quota or dead. Package crash injects
+// such errors at single operations with a tracer.
 
-// ballast takes all the space that a disk has left.
+// ballast fills the disk.
 func ballast(t *testing.T, disk string) (drop func()) {
 	t.Helper()
 	name := filepath.Join(disk, "ballast")
@@ -38,7 +38,7 @@ func ballast(t *testing.T, disk string) (drop func()) {
 	return func() { check(t, os.Remove(name)) }
 }
 
-// quota limits a btrfs to less than it holds.
+// quota limits a btrfs to less than it contains.
 func quota(t *testing.T, disk string) (drop func()) {
 	t.Helper()
 	for _, args := range [][]string{{"quota", "enable", disk}, {"qgroup", "limit", "64K", disk}} {
@@ -55,23 +55,23 @@ func quota(t *testing.T, disk string) (drop func()) {
 	}
 }
 
-// wantNoStart wants a container not to start, with an error that says all this. Other than
-// of an artifact that is refused, it need not be the same each time.
+// wantNoStart checks that a container does not start and that the error contains all texts.
+// In contrast to wantRefused the error may differ each time.
 func wantNoStart(t *testing.T, pod *node.Pod, wanted ...string) {
 	t.Helper()
 	err := pod.Start(node.Container{})
 	if err == nil {
-		t.Fatal("a container started")
+		t.Fatal("the container started")
 	}
 	said := answer(t, err)
 	for _, want := range wanted {
 		if !strings.Contains(said, want) {
-			t.Errorf("the error does not say %q: %s", want, said)
+			t.Errorf("the error does not contain %q: %s", want, said)
 		}
 	}
 }
 
-func TestAFullDiskOfAnyKindIsSaid(t *testing.T) {
+func TestAFullDiskIsReported(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		kind fileSystem
@@ -91,7 +91,7 @@ func TestAFullDiskOfAnyKindIsSaid(t *testing.T) {
 			check(t, err)
 			served := daemonUsage(t, n)
 
-			// Its own root file system, too, is on this disk.
+			// The container's root file system is on this disk too.
 			ref := n.Registry + "/models/tiny:tar-gzip"
 			pod, err := n.RunSandbox(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
 			check(t, err)
@@ -116,9 +116,9 @@ func TestAFullDiskOfAnyKindIsSaid(t *testing.T) {
 	}
 }
 
-// A disk of which every read and write fails, as one that has gone: the volumes that need
-// it are refused, and when the disk is back, nothing but the daemon has to be started.
-func TestADeadDiskIsSaid(t *testing.T) {
+// Every read and write of the disk fails, as if it were gone. Volumes that need it are
+// refused; when the disk is back, only the daemon must be restarted.
+func TestADeadDiskIsReported(t *testing.T) {
 	disk := ext4.mounted(t)
 	n := node.ForTest(t, node.Options{DaemonRoot: filepath.Join(disk, "root")})
 	src := writeModel(t)
@@ -126,7 +126,7 @@ func TestADeadDiskIsSaid(t *testing.T) {
 	pod, err := n.RunSandbox(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
 	check(t, err)
 
-	usedBytes(t, disk) // containerd does not sync the layers of images, as the pod's own
+	usedBytes(t, disk) // containerd does not sync the unpacked layers of images, such as the pod's own
 	shutDown(t, disk)
 	wantNoStart(t, pod, "input/output error", n.DaemonRoot)
 
@@ -138,8 +138,8 @@ func TestADeadDiskIsSaid(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-// replaceDisk mounts at disk what has been written to its disk so far, from another one:
-// while anybody has it open, the file system stays as it is.
+// replaceDisk mounts a copy of the disk, with everything that was written to it, at the
+// same place. The old file system would stay shut down as long as anybody has it open.
 func replaceDisk(t *testing.T, disk string) {
 	t.Helper()
 	before, err := mount.Lookup(disk)
@@ -154,12 +154,12 @@ func replaceDisk(t *testing.T, disk string) {
 	check(t, unix.Unmount(disk, unix.MNT_DETACH))
 	loop, err := mount.SetupLoop(copied, mount.LoopParams{Autoclear: true})
 	check(t, err)
-	defer loop.Close() // what is mounted holds it
+	defer loop.Close() // the mount keeps it attached
 	check(t, unix.Mount(loop.Name(), disk, before.FSType, unix.MS_NOSUID|unix.MS_NODEV, ""))
 }
 
-// shutDown has a file system fail every request from now on (ext4 and xfs,
-// EXT4_IOC_SHUTDOWN in fs/ext4/ext4.h), without its journal.
+// shutDown makes a file system fail every request from now on (ext4 and xfs,
+// EXT4_IOC_SHUTDOWN in fs/ext4/ext4.h), without writing its journal.
 func shutDown(t *testing.T, dir string) {
 	t.Helper()
 	const (
@@ -172,8 +172,8 @@ func shutDown(t *testing.T, dir string) {
 	check(t, unix.IoctlSetPointerInt(int(f.Fd()), ioctl, now))
 }
 
-// A daemon that may open no more files says so, and goes on when it may.
-func TestTooManyOpenFilesAreSaid(t *testing.T) {
+// A daemon that cannot open more files reports it, and works again when it can.
+func TestTooManyOpenFilesAreReported(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
@@ -185,7 +185,7 @@ func TestTooManyOpenFilesAreSaid(t *testing.T) {
 	var limit unix.Rlimit
 	check(t, unix.Prlimit(n.DaemonPID(), unix.RLIMIT_NOFILE, nil, &limit))
 	few := limit
-	few.Cur = 3 // fewer than there are
+	few.Cur = 3 // fewer than are open
 	check(t, unix.Prlimit(n.DaemonPID(), unix.RLIMIT_NOFILE, &few, nil))
 	wantNoStart(t, pod, "too many open files")
 	wantReading(t, running)

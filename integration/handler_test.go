@@ -19,20 +19,19 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// One runtime handler has the snapshotter, and the node's default stays as it
-// is: pods of both, side by side, on the same images.
+// One runtime handler uses the snapshotter, and the default handler stays unchanged: pods
+// of both, side by side, with the same images.
 
-// snapshotters are the handler's and the node's.
+// snapshotters are those of the handler and of the node.
 var snapshotters = []string{"artifact", "overlayfs"}
 
-// snapshotsIn are the kinds of all snapshots that containerd has in the
-// snapshotter, by key.
+// snapshotsIn returns the kinds of all snapshots of a snapshotter, by key.
 func snapshotsIn(t *testing.T, n *node.Node, snapshotter string) map[string]string {
 	t.Helper()
 	out, err := n.Ctr("snapshots", "--snapshotter", snapshotter, "ls")
 	check(t, err)
 	found := map[string]string{}
-	for line := range strings.Lines(out) { // KEY PARENT KIND, and the parent may be missing
+	for line := range strings.Lines(out) { // KEY PARENT KIND; the parent may be missing
 		if fields := strings.Fields(line); len(fields) > 1 {
 			found[fields[0]] = fields[len(fields)-1]
 		}
@@ -41,8 +40,8 @@ func snapshotsIn(t *testing.T, n *node.Node, snapshotter string) map[string]stri
 	return found
 }
 
-// wantUnpacked checks for which snapshotters the image whose only layer has the
-// DiffID is unpacked.
+// wantUnpacked checks for which snapshotters an image is unpacked. The digest is the DiffID
+// of its only layer.
 func wantUnpacked(t *testing.T, n *node.Node, layer digest.Digest, want ...string) {
 	t.Helper()
 	var got []string
@@ -57,8 +56,8 @@ func wantUnpacked(t *testing.T, n *node.Node, layer digest.Digest, want ...strin
 	}
 }
 
-// wantSnapshots checks that all snapshots of the pod, its image volumes among
-// them, are in one snapshotter and none in the other.
+// wantSnapshots checks that all snapshots of the pod, with its image volumes, are in one
+// snapshotter and none in the other.
 func wantSnapshots(t *testing.T, n *node.Node, pod *node.Pod, want string, volumes int) {
 	t.Helper()
 	for _, snapshotter := range snapshotters {
@@ -81,8 +80,8 @@ func wantSnapshots(t *testing.T, n *node.Node, pod *node.Pod, want string, volum
 	}
 }
 
-// guestImage pushes an image that can be a container's: the guest and a file
-// that makes it another image than all others. The digest is its DiffID.
+// guestImage pushes an image for containers that has the guest and a file with its name, so
+// that it differs from all other images. It returns the DiffID.
 func guestImage(t *testing.T, n *node.Node, name string, members ...pack.Member) (ref string, layer digest.Digest) {
 	t.Helper()
 	program, err := n.GuestProgram()
@@ -147,7 +146,7 @@ func TestOneRuntimeHandlerHasTheSnapshotter(t *testing.T) {
 			want(theirs, "overlayfs")
 			wantUnpacked(t, n, digest.FromBytes(layer), snapshotters...)
 
-			// Either goes without the other, and comes back beside it.
+			// Each pod keeps running without the other and can be started again.
 			check(t, theirs.Remove())
 			want(ours, "artifact")
 			theirs = run("")
@@ -159,13 +158,13 @@ func TestOneRuntimeHandlerHasTheSnapshotter(t *testing.T) {
 			check(t, ours.Remove())
 			check(t, theirs.Remove())
 			if mounts, err := node.Mounts(filepath.Join(n.State, "io.containerd.grpc.v1.cri", "image-volumes")); err != nil || len(mounts) > 0 {
-				t.Errorf("containerd has image volumes left: %q, %v", mounts, err)
+				t.Errorf("containerd has not removed the image volumes %q: %v", mounts, err)
 			}
 		})
 	}
 }
 
-// A default pod depends on nothing of ours.
+// Pods of the default handler depend on nothing of ours.
 func TestPodsOfTheDefaultHandlerDoNotNeedTheDaemon(t *testing.T) {
 	n := node.ForTest(t, node.Options{HandlerScope: true})
 	src := writeModel(t)
@@ -185,7 +184,7 @@ func TestPodsOfTheDefaultHandlerDoNotNeedTheDaemon(t *testing.T) {
 	_, err = n.Crictl("rmi", ref)
 	check(t, err)
 	if pod, err := n.RunPod(spec); err == nil {
-		t.Errorf("without the daemon the handler's pod %s runs", pod.ID)
+		t.Errorf("the handler's pod %s runs without the daemon", pod.ID)
 	}
 
 	check(t, n.StartDaemon())
@@ -194,11 +193,11 @@ func TestPodsOfTheDefaultHandlerDoNotNeedTheDaemon(t *testing.T) {
 	again, err := n.RunPod(spec)
 	check(t, err)
 	wantVolume(t, again, "main", "/model", wantTree(t, src, pack.Raw))
-	wantUnpacked(t, n, layer) // what was removed meanwhile has gone
+	wantUnpacked(t, n, layer) // its removal during the daemon's stop is completed
 }
 
-// podConfig is what kubelet can pass with a pull to say for which handler it
-// pulls; crictl can say it by an annotation alone.
+// podConfig returns the file that tells a pull its runtime handler. kubelet passes the
+// handler itself; crictl can only pass this annotation.
 func podConfig(t *testing.T, handler string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "pod.json")
@@ -213,7 +212,7 @@ func TestAnImagePulledForOneHandlerIsUnpackedForTheOther(t *testing.T) {
 	for _, tt := range []struct {
 		name            string
 		pullFor, runFor string // handlers
-		pulled          string // the snapshotter it is pulled for
+		pulled          string // the snapshotter of the pull
 	}{
 		{"default", "", node.ArtifactHandler, "overlayfs"},
 		{"handler", node.ArtifactHandler, "", "artifact"},
@@ -231,7 +230,7 @@ func TestAnImagePulledForOneHandlerIsUnpackedForTheOther(t *testing.T) {
 				check(t, err)
 			}
 			after := snapshotters
-			if tt.pullFor != "" && older(t, n, 3, "a pull for a runtime handler is one for the node, unless runtime_platforms names the handler") {
+			if tt.pullFor != "" && older(t, n, 3, "a pull for a runtime handler unpacks for the node's snapshotter, unless runtime_platforms names the handler") {
 				tt.pulled, after = "overlayfs", []string{"overlayfs"}
 			}
 			wantUnpacked(t, n, layer, tt.pulled)
@@ -247,14 +246,14 @@ func TestAnImagePulledForOneHandlerIsUnpackedForTheOther(t *testing.T) {
 			wantWritable(t, pod, "/file")
 			check(t, pod.Remove())
 
-			// A model is not unpacked by containerd, so it can be pulled for either.
+			// containerd does not unpack a model, so it can be pulled for either handler.
 			spec.RuntimeHandler = node.ArtifactHandler
 			pod, err = n.RunPod(spec)
 			check(t, err)
 			wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.Raw))
 			check(t, pod.Remove())
 
-			// An image that goes goes from both.
+			// Removing an image removes it from both snapshotters.
 			_, err = n.Crictl("rmi", ref, model)
 			check(t, err)
 			wantUnpacked(t, n, layer)
@@ -262,7 +261,7 @@ func TestAnImagePulledForOneHandlerIsUnpackedForTheOther(t *testing.T) {
 	}
 }
 
-// What docs/support.md says to add for a containerd before 2.3.
+// docs/support.md recommends this for a containerd before 2.3.
 func TestRuntimePlatformsNameTheSnapshotterOfAPullForAHandler(t *testing.T) {
 	n := node.ForTest(t, node.Options{HandlerScope: true, ContainerdConfig: `[plugins.'io.containerd.cri.v1.images'.runtime_platforms.artifact]
   platform = "` + platforms.DefaultString() + `"
@@ -274,7 +273,7 @@ func TestRuntimePlatformsNameTheSnapshotterOfAPullForAHandler(t *testing.T) {
 	wantUnpacked(t, n, layer, "artifact")
 }
 
-func TestImagesOfOneHandlerGoWithoutTheOthers(t *testing.T) {
+func TestImagesOfOneHandlerAreRemovedWithoutTheOthers(t *testing.T) {
 	n := node.ForTest(t, node.Options{HandlerScope: true})
 	src := writeModel(t)
 	type side struct {
@@ -327,7 +326,7 @@ func TestImagesOfOneHandlerGoWithoutTheOthers(t *testing.T) {
 		wantRunning(stays)
 	}
 
-	// The model's image goes under both of them.
+	// Delete the model's image while both pods use it.
 	_, err := n.Crictl("rmi", model)
 	check(t, err)
 	for _, s := range sides {
@@ -338,9 +337,8 @@ func TestImagesOfOneHandlerGoWithoutTheOthers(t *testing.T) {
 	wantUsage(t, n, usage{files: []string{filepath.Join(n.DaemonRoot, "trees")}})
 }
 
-// With discard_unpacked_layers containerd keeps no layer that it has unpacked,
-// so there is nothing to unpack for a second snapshotter. The layers of a model
-// are none of its own.
+// With discard_unpacked_layers containerd deletes a layer after unpacking it, so it cannot
+// unpack it for a second snapshotter. This does not apply to the layers of a model.
 func TestDiscardedLayersAreMissingForTheOtherHandlerButNotForModels(t *testing.T) {
 	const discard = "[plugins.'io.containerd.cri.v1.images']\n  discard_unpacked_layers = true\n"
 	src := writeModel(t)
@@ -349,7 +347,7 @@ func TestDiscardedLayersAreMissingForTheOtherHandlerButNotForModels(t *testing.T
 			n := node.ForTest(t, node.Options{HandlerScope: handler != "", ContainerdConfig: discard})
 			model := pulled(t, n, src, pack.Raw)
 			image, _ := pulledManifest(t, n, n.GuestImage)
-			waitFor(t, "containerd to discard the layer of the sandboxes' image", func() bool {
+			waitFor(t, "containerd to discard the layer of the sandbox image", func() bool {
 				_, err := os.Stat(blobPath(n, image.Layers[0].Digest.Encoded()))
 				return os.IsNotExist(err)
 			})

@@ -24,8 +24,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
-// sample is the cases of the corpus that go all the way, from a registry to a pod's
-// event: some of each kind, and what containerd itself lets through although it is odd.
+// sample has the cases that run through a registry, a pull and a pod: some of each kind,
+// and odd ones that containerd accepts.
 var sample = []string{
 	"path/raw, above the volume", "path/tar, absolute", "path/tar, a newline", "path/raw, an escape sequence", "path/tar, a path of 4095 bytes",
 	"unicode/tar, composed and decomposed", "unicode/raw, written from right to left", "unicode/invalid UTF-8 in a tar, a lone byte", "unicode/invalid UTF-8 in a manifest, Latin 1",
@@ -39,7 +39,7 @@ var sample = []string{
 	"bomb/gzip, a thousand to one, of zeros", "bomb/zstd, thirty thousand to one", "bomb/one archive in 1,000 layers",
 }
 
-// putHostile uploads the artifact byte for byte, as no client would.
+// putHostile uploads the artifact byte by byte as it is, which no client would do.
 func putHostile(t *testing.T, host, repo string, a *corpus.Artifact) (ref string, err error) {
 	t.Helper()
 	do := func(method, to, contentType string, body []byte) (http.Header, error) {
@@ -68,7 +68,7 @@ func putHostile(t *testing.T, host, repo string, a *corpus.Artifact) (ref string
 		if d == a.Target || d.Validate() != nil {
 			continue
 		}
-		if bytes.Contains(b, []byte(`"schemaVersion"`)) && bytes.HasPrefix(b, []byte("{")) { // below an index
+		if bytes.Contains(b, []byte(`"schemaVersion"`)) && bytes.HasPrefix(b, []byte("{")) { // a manifest of an index
 			if err := manifest(d, "application/vnd.oci.image.manifest.v1+json"); err == nil {
 				continue
 			}
@@ -91,9 +91,9 @@ func putHostile(t *testing.T, host, repo string, a *corpus.Artifact) (ref string
 	return host + "/" + repo + "@" + a.Target.String(), manifest(a.Target, a.MediaType)
 }
 
-// From the registry to the pod: the registry, containerd's pull or the container's error
-// refuses a bad artifact and names the reason. A good one is mounted in a container. The
-// daemon changes nothing but its own files.
+// A bad artifact is refused with the reason: by the registry, by containerd's pull, or by
+// the daemon when the container is created. A good one is mounted in a container. The
+// daemon changes only its own files.
 func TestHostileArtifactsOnANode(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	pod, err := n.RunSandbox(node.PodSpec{})
@@ -105,7 +105,7 @@ func TestHostileArtifactsOnANode(t *testing.T) {
 	for i, name := range sample {
 		at := slices.IndexFunc(cases, func(c corpus.Case) bool { return c.Name == name })
 		if at < 0 {
-			t.Fatalf("there is no case %q", name)
+			t.Fatalf("no case has the name %q", name)
 		}
 		t.Run(name, func(t *testing.T) {
 			c := cases[at]
@@ -121,7 +121,7 @@ func TestHostileArtifactsOnANode(t *testing.T) {
 			}
 			if err != nil {
 				if want.Refused == nil {
-					t.Errorf("it does not get to the daemon: %v", err)
+					t.Errorf("the registry or containerd refused it: %v", err)
 				}
 				t.Logf("%.300v", err)
 				return
@@ -135,17 +135,17 @@ func TestHostileArtifactsOnANode(t *testing.T) {
 			case errors.Is(want.Refused, artifact.ErrNotArtifact):
 				check(t, err)
 			case want.Refused != nil && err == nil:
-				t.Error("a container started")
+				t.Error("the container started")
 			case want.Refused != nil:
 				byDaemon++
 				text := answer(t, err)
 				for _, says := range want.Says {
 					if !strings.Contains(text, says) {
-						t.Errorf("the error does not say %q: %.1000s", says, text)
+						t.Errorf("the error does not contain %q: %.1000s", says, text)
 					}
 				}
 			case err != nil:
-				t.Errorf("it is refused: %v", err)
+				t.Errorf("the daemon refused it: %v", err)
 			default:
 				mounted++
 				mounts, err := node.Mounts(n.DaemonState)
@@ -156,7 +156,7 @@ func TestHostileArtifactsOnANode(t *testing.T) {
 				got, err := corpus.List(mounts[0])
 				check(t, err)
 				if diff := want.Diff(corpus.Index, got); diff != "" {
-					t.Errorf("the volume is not as it must be:\n%s", diff)
+					t.Errorf("the volume differs:\n%s", diff)
 				}
 				check(t, pod.Remove())
 				pod, err = n.RunSandbox(node.PodSpec{})
@@ -166,19 +166,18 @@ func TestHostileArtifactsOnANode(t *testing.T) {
 	}
 	changes, seen, err := watch.Stop()
 	if err != nil || len(changes) > 0 || seen == 0 {
-		t.Errorf("outside has changed: %q; inside %d times (%v)", changes, seen, err)
+		t.Errorf("changes outside of the node's directory: %q; inside: %d (%v)", changes, seen, err)
 	}
 	check(t, pod.Remove())
 	t.Logf("%d artifacts: %d mounted, refused by the daemon %d, by containerd's pull %d, by the registry %d", len(sample), mounted, byDaemon, byPull, byRegistry)
 	if byDaemon < 15 || mounted < 10 {
-		t.Error("too few have got to the daemon")
+		t.Error("too few artifacts reached the daemon")
 	}
 }
 
-// Beside a containerd, without metrics and traces, the daemon has no socket but Unix
-// ones; its own only root may connect to; and every mount of its is read-only, nosuid
-// and nodev.
-func TestWhatTheDaemonOpens(t *testing.T) {
+// Without metrics and traces, the daemon has only Unix sockets; only root may connect to
+// its own one; and all its mounts are read-only, nosuid and nodev.
+func TestTheDaemonsSocketsAndMounts(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	ref := pulled(t, n, writeModel(t), "raw")
 	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
@@ -216,7 +215,7 @@ func TestWhatTheDaemonOpens(t *testing.T) {
 		}
 	}
 	if len(inodes) < 2 || len(unixSockets) != len(inodes) {
-		t.Errorf("the daemon has the sockets %v, of which %v are Unix ones and %v are not", inodes, unixSockets, others)
+		t.Errorf("the daemon has the sockets %v; Unix sockets: %v, others: %v", inodes, unixSockets, others)
 	}
 
 	text, err := os.ReadFile("/proc/self/mountinfo")

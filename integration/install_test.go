@@ -16,7 +16,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// files are the contents of all files below dir; a directory has none.
+// files returns the contents of all files below dir. A directory has the content "".
 func files(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	all := map[string]string{}
@@ -49,18 +49,18 @@ func wantSame(t *testing.T, dir string, want map[string]string) {
 	got := files(t, dir)
 	for path, text := range want {
 		if got[path] != text {
-			t.Errorf("%s is %q, and was %q", path, got[path], text)
+			t.Errorf("%s is %q, want %q", path, got[path], text)
 		}
 	}
 	for path := range got {
 		if _, ok := want[path]; !ok {
-			t.Errorf("%s is left over", path)
+			t.Errorf("unexpected file %s", path)
 		}
 	}
 }
 
-// By the README's lines alone: from a containerd that knows nothing of artifacts to a
-// pod that mounts a model, and back.
+// These are the commands of the README: from an unconfigured containerd to a pod that
+// mounts a model, and back.
 func TestInstallAndUninstall(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct{ name, flags, handler string }{
@@ -81,7 +81,7 @@ func TestInstallAndUninstall(t *testing.T) {
 			preview := run(t, n, command("install", "--dry-run")...)
 			for _, want := range []string{"+++ /etc/containerd/config.toml", "+imports = [\"/etc/containerd/conf.d/artifact-snapshotter.toml\"]", "+  [proxy_plugins.artifact]", "would restart containerd.service"} {
 				if !strings.Contains(preview, want) {
-					t.Errorf("the dry run does not say %q:\n%s", want, preview)
+					t.Errorf("the output of the dry run does not contain %q:\n%s", want, preview)
 				}
 			}
 			wantSame(t, etc, before)
@@ -101,34 +101,34 @@ func TestInstallAndUninstall(t *testing.T) {
 
 			installed := files(t, etc)
 			if said := run(t, n, command("install")...); said != "nothing to do" {
-				t.Errorf("a second time it said %q", said)
+				t.Errorf("the second install printed %q", said)
 			}
 			wantSame(t, etc, installed)
 			if started() != at {
-				t.Error("a second time it has restarted containerd")
+				t.Error("the second install restarted containerd")
 			}
 
-			// As after a kill between the writing of the program and its start.
+			// This is the state after a kill between writing the program and starting it.
 			daemon := property(t, n, unitName, "MainPID")
 			check(t, os.Chtimes(machineFile(n, deploy.UnitBinary), time.Time{}, time.Now()))
 			if said := run(t, n, command("install")...); said != "started artifact-snapshotter.service" || property(t, n, unitName, "MainPID") == daemon {
-				t.Errorf("with a newer program it said %q", said)
+				t.Errorf("with a newer program install printed %q", said)
 			}
 			if started() != at {
-				t.Error("it has restarted containerd for the daemon")
+				t.Error("install restarted containerd although only the daemon needed it")
 			}
 			run(t, n, "systemctl", "stop", "containerd")
 			if said, err := n.Run(command("uninstall")...); err == nil || !strings.Contains(said+err.Error(), "no containerd answers") {
-				t.Errorf("uninstall without containerd said %q, %v", said, err)
+				t.Errorf("uninstall without containerd: %q, %v", said, err)
 			}
 			run(t, n, "systemctl", "start", "containerd")
 			waitForCRI(t, n)
 			wantSame(t, etc, installed)
 
-			// While a pod has it, it stays for that; a new one gets what the node had.
+			// The running pod keeps the snapshotter; new pods get the previous one.
 			for range 2 {
 				if said, err := n.Run(command("uninstall")...); err == nil || !strings.Contains(said+err.Error(), "drain the node") {
-					t.Errorf("uninstall with a pod said %q, %v", said, err)
+					t.Errorf("uninstall with a running pod: %q, %v", said, err)
 				}
 				waitForCRI(t, n)
 			}
@@ -138,8 +138,8 @@ func TestInstallAndUninstall(t *testing.T) {
 			}
 			other, err := n.RunPod(node.PodSpec{})
 			check(t, err)
-			if got := containersOf(t, n, "artifact"); got != 2 { // of the first pod, its sandbox is one
-				t.Errorf("%d containers have the snapshotter, want 2", got)
+			if got := containersOf(t, n, "artifact"); got != 2 { // the first pod's container and its sandbox
+				t.Errorf("%d containers use the snapshotter, want 2", got)
 			}
 			check(t, other.Remove())
 			check(t, pod.Remove())
@@ -147,23 +147,24 @@ func TestInstallAndUninstall(t *testing.T) {
 			waitForCRI(t, n)
 			wantSame(t, etc, before)
 			if _, err := os.Stat(machineFile(n, deploy.UnitBinary)); !os.IsNotExist(err) {
-				t.Errorf("the program is still there: %v", err)
+				t.Errorf("the program was not removed: %v", err)
 			}
 			at = started()
 			if said := run(t, n, command("uninstall")...); said != "nothing to do" {
-				t.Errorf("a second time it said %q", said)
+				t.Errorf("the second uninstall printed %q", said)
 			}
 			if started() != at {
-				t.Error("a second time it has restarted containerd")
+				t.Error("the second uninstall restarted containerd")
 			}
 			if mounts := run(t, n, "cat", "/proc/self/mountinfo"); strings.Contains(mounts, "/run/artifact-snapshotter/mounts/") {
-				t.Errorf("mounts of the daemon are left:\n%s", mounts)
+				t.Errorf("the daemon's mounts were not removed:\n%s", mounts)
 			}
 			pod, err = n.RunPod(node.PodSpec{})
 			check(t, err)
 			check(t, pod.Remove())
 
-			// containerd has forgotten what was there.
+			// containerd has forgotten the snapshots, so a new installation with an empty
+			// root works.
 			check(t, os.RemoveAll(n.DaemonRoot))
 			run(t, n, command("install")...)
 			waitForCRI(t, n)
@@ -176,7 +177,7 @@ func TestInstallAndUninstall(t *testing.T) {
 	}
 }
 
-// containersOf counts the containers that have a snapshotter.
+// containersOf counts the containers that use a snapshotter.
 func containersOf(t *testing.T, n *node.Node, snapshotter string) (count int) {
 	t.Helper()
 	ids, err := n.Ctr("containers", "ls", "-q")

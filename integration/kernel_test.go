@@ -20,13 +20,13 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// The modes, the best first.
+// The modes, best first.
 var (
 	rawModes = []string{"overlay", "link", "copy"}
 	tarModes = []string{"erofs", "erofs-loop", "erofs-buffered", "extract"}
 )
 
-// comparison is what doctor says of the modes of a format.
+// comparison is doctor's result for the modes of a format.
 type comparison struct {
 	Facts struct {
 		Taken string `json:"taken"`
@@ -40,8 +40,8 @@ type comparison struct {
 	} `json:"facts"`
 }
 
-// modesOfTheKernel are those that must work where the tests run: all, but on the
-// kernels that integration/kernels boots, which says by the variable which of them.
+// modesOfTheKernel returns the modes that must work here: all of them, except in the
+// machines of integration/kernels, which lists them in the variable.
 func modesOfTheKernel(all []string) (have []string) {
 	modes, named := os.LookupEnv("ARTIFACT_SNAPSHOTTER_MODES")
 	for _, r := range all {
@@ -52,9 +52,9 @@ func modesOfTheKernel(all []string) (have []string) {
 	return have
 }
 
-// TestEveryModeOfTheKernel has pods read image volumes by each mode that the kernel
-// has, with and without a user namespace, and by what the daemon chooses itself. The
-// lines that it prints, "kernel: …", are for integration/kernels.
+// TestEveryModeOfTheKernel checks image volumes in each mode that the kernel supports and
+// in the mode that the daemon chooses, with and without a user namespace.
+// integration/kernels parses its log lines "kernel: …".
 func TestEveryModeOfTheKernel(t *testing.T) {
 	raws, tars := modesOfTheKernel(rawModes), modesOfTheKernel(tarModes)
 	n := node.ForTest(t, node.Options{})
@@ -72,7 +72,7 @@ func TestEveryModeOfTheKernel(t *testing.T) {
 	for format, tried := range map[string]comparison{"raw": found.Raw, "tar": found.Tar} {
 		t.Logf("kernel: chosen %s=%s", format, tried.Facts.Taken)
 		if len(tried.Facts.Modes) == 0 {
-			t.Errorf("doctor has tried no mode for %s layers: %s", format, out)
+			t.Errorf("doctor tried no mode for %s layers: %s", format, out)
 		}
 		want := slices.Concat(raws, tars)
 		for _, trial := range tried.Facts.Modes {
@@ -86,11 +86,11 @@ func TestEveryModeOfTheKernel(t *testing.T) {
 			t.Logf("kernel: no mode %s: %s", trial.Mode, trial.Reason)
 			t.Log(trial.Error)
 			if !strings.Contains(trial.Reason, "older than Linux 6.") || !strings.Contains(trial.Remedy, "run Linux 6.") {
-				t.Errorf("the mode %s does not work for %q, which %q would help", trial.Mode, trial.Reason, trial.Remedy)
+				t.Errorf("the mode %s does not work; unexpected reason %q or remedy %q", trial.Mode, trial.Reason, trial.Remedy)
 			}
 			err := restartWith(t, n, fmt.Sprintf("%s_mode = %q", format, trial.Mode))
 			if log := strings.ReplaceAll(daemonLog(t, n), `\`, ""); err == nil || !strings.Contains(log, fmt.Sprintf("mode %q does not work in %s", trial.Mode, n.DaemonRoot)) {
-				t.Errorf("the daemon starts with the mode %s, or does not say why it cannot: %v", trial.Mode, err)
+				t.Errorf("the daemon started in the mode %s, or did not log why it could not: %v", trial.Mode, err)
 			}
 		}
 	}
@@ -118,7 +118,7 @@ func TestEveryModeOfTheKernel(t *testing.T) {
 			for _, mapped := range []bool{false, true} {
 				spec.UserNamespace, spec.OwnNetwork = mapped, mapped
 				pod, err := n.RunPod(spec)
-				for err != nil && strings.Contains(err.Error(), "is still being unpacked") { // kubelet would try again, too
+				for err != nil && strings.Contains(err.Error(), "is still being unpacked") { // kubelet would try again too
 					pod, err = n.RunPod(spec)
 				}
 				if mapped && !idmaps {
@@ -132,7 +132,7 @@ func TestEveryModeOfTheKernel(t *testing.T) {
 				for path, want := range map[string][]treelist.Entry{"/raw": wantTree(t, src, pack.Raw), "/zipped": wantTree(t, src, pack.TarGzip), "/mixture": mixed} {
 					got, err := pod.Tree("main", path)
 					check(t, err)
-					if pair.raw == "link" || pair.raw == "auto" && raws[0] == "link" { // whose files have the blobs' attributes
+					if pair.raw == "link" || pair.raw == "auto" && raws[0] == "link" { // with this mode files have the attributes of the blobs
 						want, got = withoutAttributes(want), withoutAttributes(got)
 					}
 					if diff := treelist.Diff(want, got); diff != "" {
@@ -145,7 +145,7 @@ func TestEveryModeOfTheKernel(t *testing.T) {
 					t.Logf("kernel: volumes raw=%s tar=%s user-namespace=%t", pair.raw, pair.tar, mapped)
 				}
 			}
-			waitFor(t, "the daemon's mounts to go", func() bool {
+			waitFor(t, "removal of the daemon's mounts", func() bool {
 				mounts, err := node.Mounts(n.DaemonState)
 				return err == nil && len(mounts) == 0
 			})
@@ -154,8 +154,7 @@ func TestEveryModeOfTheKernel(t *testing.T) {
 	check(t, restartWith(t, n, ""))
 }
 
-// wantModes wants that all trees of the daemon are laid out by modes: those named, or
-// for "auto" the best.
+// wantModes checks the modes of all trees; "auto" means the best modes.
 func wantModes(t *testing.T, n *node.Node, raw, tar, bestRaw, bestTar string) {
 	t.Helper()
 	if raw == "auto" {
@@ -174,13 +173,13 @@ func wantModes(t *testing.T, n *node.Node, raw, tar, bestRaw, bestTar string) {
 		}
 		check(t, json.Unmarshal(text, &tree))
 		if tree.Modes.Raw != raw || tree.Modes.Tar != tar {
-			t.Errorf("%s was laid out by %s and %s, want %s and %s", file, tree.Modes.Raw, tree.Modes.Tar, raw, tar)
+			t.Errorf("%s has the modes %s and %s, want %s and %s", file, tree.Modes.Raw, tree.Modes.Tar, raw, tar)
 		}
 	}
 }
 
-// restartWith starts the daemon anew with a configuration file. containerd waits longer
-// each time that it does not find it.
+// restartWith restarts the daemon with a configuration file. containerd reconnects with a
+// growing delay.
 func restartWith(t *testing.T, n *node.Node, config string) error {
 	t.Helper()
 	check(t, n.StopDaemon())
@@ -195,7 +194,7 @@ func restartWith(t *testing.T, n *node.Node, config string) error {
 	return nil
 }
 
-// withoutAttributes is a listing of names, sizes and contents.
+// withoutAttributes returns a listing of names, sizes and contents only.
 func withoutAttributes(entries []treelist.Entry) []treelist.Entry {
 	entries = slices.Clone(entries)
 	for i := range entries {

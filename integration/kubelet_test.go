@@ -25,11 +25,11 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// TestKubelet runs static pods of a real kubelet, all on one node, and most at
-// the same time, because it takes kubelet ten seconds to try again.
+// TestKubelet runs static pods of a real kubelet on one node. Most run concurrently,
+// because kubelet retries only every ten seconds.
 func TestKubelet(t *testing.T) {
 	t.Parallel()
-	// The slow builds are of zeros, and begin with the pod.
+	// The slow builds consist of zeros, and start only when a pod needs them.
 	n := node.ForTest(t, node.Options{Kubelet: true, DaemonConfig: "max_expansion = 100000\ndecompress_on_pull = false\n"})
 	check(t, n.StartKubelet(nil))
 	type tests []struct {
@@ -48,7 +48,7 @@ func TestKubelet(t *testing.T) {
 			})
 		}
 	})
-	for _, test := range (tests{ // these stop something, or take images away
+	for _, test := range (tests{ // these stop something or delete images
 		{"a slow build", testKubeletSlowBuild},
 		{"a slow build that kubelet gives up", testKubeletGivesUp},
 		{"a restart", testKubeletRestart},
@@ -68,15 +68,15 @@ func pushTo(t *testing.T, n *node.Node, repository, src string, form pack.Form) 
 	return n.Registry + "/" + repository + ":latest"
 }
 
-// startStatic gives kubelet a pod and returns it when its containers run; they
-// are removed at the end of the test.
+// startStatic runs a static pod and returns it when its containers run. The pod is removed
+// at the end of the test.
 func startStatic(t *testing.T, n *node.Node, spec node.PodSpec) node.StaticPod {
 	t.Helper()
 	addStatic(t, n, spec)
 	return waitForStatic(t, n, spec.Name)
 }
 
-// addStatic gives kubelet a pod, which is removed at the end of the test.
+// addStatic adds a static pod, which is removed at the end of the test.
 func addStatic(t *testing.T, n *node.Node, spec node.PodSpec) {
 	t.Helper()
 	check(t, n.RunStaticPod(spec))
@@ -97,25 +97,24 @@ func waitForStatic(t *testing.T, n *node.Node, name string) (pod node.StaticPod)
 	return pod
 }
 
-// waitForPod waits, for as long as kubelet takes to try again, until a pod is
-// as it should be.
+// waitForPod waits until ok returns true; kubelet may need several attempts.
 func waitForPod(t *testing.T, n *node.Node, name, what string, ok func(node.StaticPod) bool) {
 	t.Helper()
 	var last node.StaticPod
-	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(100 * time.Millisecond) {
+	for deadline := time.Now().Add(5 * time.Minute); ; time.Sleep(100 * time.Millisecond) {
 		pods, err := n.StaticPods()
 		check(t, err)
 		if last = pods[name]; ok(last) {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("pod %s does not %s; its containers: %+v", name, what, last.Status)
+			t.Fatalf("pod %s did not %s; its containers: %+v", name, what, last.Status)
 		}
 	}
 }
 
-// Raw and compressed, whole and a part of it, twice in one pod, and in a pod
-// with a user namespace of kubelet's choice.
+// Raw and compressed layers; the whole volume and a sub path, twice in one pod; and a pod
+// with a user namespace that kubelet chooses.
 func testKubeletVolumes(t *testing.T, n *node.Node) {
 	src := writeModel(t)
 	for _, form := range []pack.Form{pack.Raw, pack.TarGzip} {
@@ -142,13 +141,13 @@ func testKubeletVolumes(t *testing.T, n *node.Node) {
 		ids, err := os.ReadFile(filepath.Join("/proc", pid(t, n, &mapped.Pod), "uid_map"))
 		check(t, err)
 		if fields := strings.Fields(string(ids)); len(fields) != 3 || fields[0] != "0" || fields[1] == "0" {
-			t.Errorf("the pod's map is %q", ids)
+			t.Errorf("the user namespace of the pod has the map %q", ids)
 		}
 		wantVolume(t, &mapped.Pod, "main", "/model", want)
 	}
 }
 
-// below is the entries of a sub path, which ends in a slash.
+// below returns the entries of a sub path, which ends in a slash.
 func below(entries []treelist.Entry, dir string) (found []treelist.Entry) {
 	for _, e := range entries {
 		if rest, ok := strings.CutPrefix(e.Path, dir); ok {
@@ -175,7 +174,7 @@ func testKubeletPullPolicies(t *testing.T, n *node.Node) {
 	})
 	present := startStatic(t, n, spec("if-not-present", "IfNotPresent"))
 	always := startStatic(t, n, spec("always", "Always"))
-	never := waitForStatic(t, n, "never") // now it is there
+	never := waitForStatic(t, n, "never") // the artifact has been pulled by the other pods
 
 	pushTo(t, n, repository, after, pack.Raw)
 	presentLater := startStatic(t, n, spec("if-not-present-later", "IfNotPresent"))
@@ -211,24 +210,24 @@ func testKubeletRefusal(t *testing.T, n *node.Node) {
 	wantVolume(t, &pod.Pod, "main", "/model", wantTree(t, src, pack.Raw))
 }
 
-// The daemon is stopped in the middle of a build until no request waits for it
-// any more. What takes that long by itself is an archive of some 10 GiB.
+// The daemon is stopped with SIGSTOP during a build, until the request has timed out.
+// Otherwise only an archive of about 10 GiB would take so long.
 func testKubeletSlowBuild(t *testing.T, n *node.Node) {
 	slow := startSlowBuild(t, n, "slow")
-	time.Sleep(20 * time.Second) // how long a request waits, for which there is no sign
+	time.Sleep(20 * time.Second) // longer than a request waits; nothing shows that it has timed out
 	slow.goOn(t)
 	unpacked := regexp.MustCompile(`ImageVolumeMountFailed.*still being unpacked.*try again`)
-	waitForPod(t, n, slow.name, "say that it is being unpacked", func(p node.StaticPod) bool {
+	waitForPod(t, n, slow.name, "get the error that it is being unpacked", func(p node.StaticPod) bool {
 		return unpacked.MatchString(p.Status["main"].Message)
 	})
 	slow.wantServed(t)
 }
 
-// Neither does a build end with a request that kubelet itself gives up.
+// A build also continues if kubelet gives up the request.
 func testKubeletGivesUp(t *testing.T, n *node.Node) {
 	restartKubelet(t, n, map[string]any{"runtimeRequestTimeout": "2s"})
 	slow := startSlowBuild(t, n, "given-up")
-	waitForPod(t, n, slow.name, "have been given up", func(p node.StaticPod) bool {
+	waitForPod(t, n, slow.name, "be given up by kubelet", func(p node.StaticPod) bool {
 		return p.Status["main"].Reason == "CreateContainerError"
 	})
 	slow.goOn(t)
@@ -236,7 +235,7 @@ func testKubeletGivesUp(t *testing.T, n *node.Node) {
 	restartKubelet(t, n, nil)
 }
 
-// slowBuild is a pod whose model is being unpacked by a daemon that is stopped.
+// slowBuild is a pod whose model is being unpacked by a stopped daemon.
 type slowBuild struct {
 	node *node.Node
 	name string
@@ -250,15 +249,15 @@ func startSlowBuild(t *testing.T, n *node.Node, name string) slowBuild {
 	_, err := model.Push(t.Context(), n.Registry, "models/"+name, "latest")
 	check(t, err)
 	addStatic(t, n, node.PodSpec{Name: name, Volumes: []node.Volume{{Image: n.Registry + "/models/" + name + ":latest", Path: "/model"}}})
-	waitFor(t, "the build to begin", func() bool {
+	waitFor(t, "the start of the build", func() bool {
 		return len(halfDone(t, n)) > 0
 	})
 	check(t, syscall.Kill(n.DaemonPID(), syscall.SIGSTOP))
 	return slowBuild{n, name, []treelist.Entry{want}}
 }
 
-// zeros is a tar+gzip layer of one file of 512 MiB, and the file. It is put
-// together from a few members, which takes no time to compress.
+// zeros returns a tar+gzip layer of one file of 512 MiB, and the entry of the file. It
+// consists of a few repeated gzip members, so that compressing takes no time.
 func zeros(t *testing.T, name string) (pack.Layer, treelist.Entry) {
 	t.Helper()
 	const pieces, size = 32, 16 << 20
@@ -279,7 +278,7 @@ func zeros(t *testing.T, name string) (pack.Layer, treelist.Entry) {
 		archive.Hash().Write(piece)
 		layer.Data = append(layer.Data, member...)
 	}
-	end := piece[:1024] // of an archive
+	end := piece[:1024] // the end marker of the archive
 	archive.Hash().Write(end)
 	layer.Data = append(layer.Data, compressed(end)...)
 	layer.DiffID = archive.Digest()
@@ -294,8 +293,7 @@ func (s slowBuild) goOn(t *testing.T) {
 	check(t, syscall.Kill(s.node.DaemonPID(), syscall.SIGCONT))
 }
 
-// wantServed waits for the pod to run, for which the model must have been
-// unpacked once.
+// wantServed waits until the pod runs. The model must have been unpacked exactly once.
 func (s slowBuild) wantServed(t *testing.T) {
 	t.Helper()
 	pod := waitForStatic(t, s.node, s.name)
@@ -308,7 +306,7 @@ func (s slowBuild) wantServed(t *testing.T) {
 		}
 	}
 	if builds != 1 {
-		t.Errorf("the model was unpacked %d times", builds)
+		t.Errorf("the model was unpacked %d times, want once", builds)
 	}
 }
 
@@ -319,7 +317,7 @@ func mustStatic(t *testing.T, n *node.Node, name string) node.StaticPod {
 	return pods[name]
 }
 
-// restartKubelet starts kubelet again, with another configuration.
+// restartKubelet restarts kubelet with another configuration.
 func restartKubelet(t *testing.T, n *node.Node, config map[string]any) {
 	t.Helper()
 	check(t, n.StopKubelet())
@@ -342,22 +340,22 @@ func testKubeletRestart(t *testing.T, n *node.Node) {
 	again := waitForStatic(t, n, "before")
 	for name, was := range before.Status {
 		if is := again.Status[name]; is.ID != was.ID || is.Restarts != 0 {
-			t.Errorf("container %s is %+v, and was %+v", name, is, was)
+			t.Errorf("container %s is %+v, want %+v", name, is, was)
 		}
 	}
 	wantVolume(t, &before.Pod, "main", "/model", want)
 }
 
-// kubelet takes unused images away when the disk is fuller than it is told to
-// leave it, which it always is here. It never evicts a static pod for that.
+// kubelet deletes unused images when the disk is fuller than its threshold, which is always
+// exceeded here. It never evicts a static pod for that.
 func testKubeletCollectsImages(t *testing.T, n *node.Node) {
 	src := writeModel(t)
 	want := wantTree(t, src, pack.Raw)
 	used := pushTo(t, n, "models/used", src, pack.Raw)
 	check(t, n.RunStaticPod(node.PodSpec{Name: "user", Volumes: []node.Volume{{Image: used, Path: "/model"}}}))
 	pod := waitForStatic(t, n, "user")
-	// Other files, so that the configs differ: to kubelet, and to CRI, artifacts
-	// with one config are one image.
+	// The files must differ so that the configs differ: for kubelet and CRI, artifacts with
+	// one config are one image.
 	unused := []string{
 		pushTo(t, n, "models/unused-raw", writeModel(t, "README.md"), pack.Raw),
 		pushTo(t, n, "models/unused-compressed", src, pack.TarGzip),
@@ -375,7 +373,7 @@ func testKubeletCollectsImages(t *testing.T, n *node.Node) {
 	manifests[used] = manifestOf(t, n, used)
 	gone := func(ref string) {
 		t.Helper()
-		waitFor(t, "kubelet to take "+ref, func() bool {
+		waitFor(t, "kubelet to delete "+ref, func() bool {
 			_, err := os.Stat(blobPath(n, manifests[ref]))
 			return os.IsNotExist(err) && len(trees(t, n, manifests[ref])) == 0
 		})
@@ -387,21 +385,21 @@ func testKubeletCollectsImages(t *testing.T, n *node.Node) {
 	for _, ref := range unused {
 		gone(ref)
 	}
-	// A second round is over when this one has gone.
+	// When this image is gone, a second round of garbage collection has ended.
 	_, err := n.Pull(pushTo(t, n, "models/never-used", src, pack.Generic))
 	check(t, err)
-	waitFor(t, "kubelet to take an image that no pod ever used", func() bool {
+	waitFor(t, "kubelet to delete an image that no pod ever used", func() bool {
 		out, err := n.Crictl("images")
 		return err == nil && !strings.Contains(out, "models/never-used")
 	})
 	_, err = os.Stat(blobPath(n, manifests[used]))
 	check(t, err)
 	if found := trees(t, n, manifests[used]); len(found) != 1 {
-		t.Errorf("the trees of the model in use are %q", found)
+		t.Errorf("the model in use has the trees %q, want one", found)
 	}
 	wantVolume(t, &pod.Pod, "main", "/model", want)
 	if is := mustStatic(t, n, "user").Status["main"]; is.ID != pod.Status["main"].ID {
-		t.Errorf("the pod's container is %+v, and was %+v", is, pod.Status["main"])
+		t.Errorf("the pod's container is %+v, want %+v", is, pod.Status["main"])
 	}
 	check(t, n.RemoveStaticPod("user"))
 	gone(used)

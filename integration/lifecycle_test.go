@@ -20,8 +20,8 @@ import (
 
 const weights = "/model/model-00001.safetensors"
 
-// reading is a pod whose container "reader" reads the weights over and over,
-// and ends if they change.
+// reading is a pod whose container "reader" reads the weights continuously, and ends if
+// they change.
 func reading(ref string) node.PodSpec {
 	return node.PodSpec{
 		Volumes:    []node.Volume{{Image: ref, Path: "/model"}},
@@ -33,7 +33,7 @@ func reading(ref string) node.PodSpec {
 func wantReading(t *testing.T, pod *node.Pod) {
 	t.Helper()
 	before := count(t, pod)
-	waitFor(t, "the pod to go on reading", func() bool { return count(t, pod) > before })
+	waitFor(t, "another read by the pod", func() bool { return count(t, pod) > before })
 }
 
 func TestAPodGoesOnReadingWhenTheDaemonOrContainerdEnds(t *testing.T) {
@@ -57,7 +57,7 @@ func TestAPodGoesOnReadingWhenTheDaemonOrContainerdEnds(t *testing.T) {
 			t.Run(string(form)+", "+c.name, func(t *testing.T) {
 				check(t, c.end())
 				if strings.HasPrefix(c.name, "daemon") {
-					wantReading(t, pod) // containerd, which writes the log, is there
+					wantReading(t, pod) // containerd is running, which writes the log
 				}
 				check(t, c.start())
 				waitForDaemon(t, n)
@@ -74,7 +74,7 @@ func TestAPodGoesOnReadingWhenTheDaemonOrContainerdEnds(t *testing.T) {
 	}
 }
 
-// usage is what the daemon has on the disk and mounted.
+// usage is what the daemon has on disk and mounted.
 type usage struct {
 	files  []string // below its root, without the database and the overlayfs snapshots
 	mounts []string
@@ -89,7 +89,7 @@ func daemonUsage(t *testing.T, n *node.Node) (u usage) {
 		}
 		return err
 	}))
-	// What trees share; its directories stay.
+	// The contents that trees share; their directories remain.
 	shared, err := filepath.Glob(filepath.Join(n.DaemonRoot, "blobs", "*", "*"))
 	check(t, err)
 	u.files = append(u.files, shared...)
@@ -98,10 +98,10 @@ func daemonUsage(t *testing.T, n *node.Node) (u usage) {
 	return u
 }
 
-// wantUsage waits until the daemon has again what it had.
+// wantUsage waits until the daemon's usage is as before.
 func wantUsage(t *testing.T, n *node.Node, want usage) {
 	t.Helper()
-	waitFor(t, fmt.Sprintf("the daemon to have no more than %v", want), func() bool {
+	waitFor(t, fmt.Sprintf("the daemon's usage to be %v", want), func() bool {
 		got := daemonUsage(t, n)
 		return slices.Equal(got.files, want.files) && slices.Equal(got.mounts, want.mounts)
 	})
@@ -119,7 +119,7 @@ func TestARemovedImageIsRetainedForItsPodAndGoesWithIt(t *testing.T) {
 			check(t, err)
 			_, err = n.Crictl("rmi", ref)
 			check(t, err)
-			// containerd's collector has taken the blobs.
+			// containerd's garbage collector removes the blobs.
 			waitFor(t, "containerd to delete the manifest", func() bool {
 				_, err := os.Stat(filepath.Join(n.ContentRoot, "blobs", "sha256", d))
 				return os.IsNotExist(err)
@@ -132,7 +132,7 @@ func TestARemovedImageIsRetainedForItsPodAndGoesWithIt(t *testing.T) {
 	}
 }
 
-// manifestOf is the encoded digest of what ref was pulled as.
+// manifestOf returns the hex digest of the manifest that ref refers to.
 func manifestOf(t *testing.T, n *node.Node, ref string) string {
 	t.Helper()
 	out, err := n.Crictl("inspecti", "--output", "go-template", "--template", "{{index .status.repoDigests 0}}", ref)
@@ -166,8 +166,8 @@ func TestAHundredPodsInTurnLeaveNothing(t *testing.T) {
 		check(t, err)
 		check(t, pod.Remove())
 	}
-	// goroutines restarts the daemon, and runs a pod so that it has met
-	// containerd.
+	// goroutines counts the daemon's goroutines by ending it, and restarts it. It runs a
+	// pod so that the daemon has connected to containerd.
 	goroutines := func() int {
 		g, err := n.QuitDaemon()
 		check(t, err)
@@ -178,7 +178,7 @@ func TestAHundredPodsInTurnLeaveNothing(t *testing.T) {
 	}
 	run()
 	goroutines()
-	idle := daemonUsage(t, n) // what stays for the next pod is there
+	idle := daemonUsage(t, n) // the tree stays for the next pod
 	idle.mounts = nil
 	wantUsage(t, n, idle)
 	before := goroutines()
@@ -191,14 +191,14 @@ func TestAHundredPodsInTurnLeaveNothing(t *testing.T) {
 	waitFor(t, fmt.Sprintf("the daemon to have no more than %d open files", files), func() bool {
 		return openFiles(t, n) <= files
 	})
-	// Some come and go with a connection; a leak would be a hundred.
+	// Some goroutines belong to connections and vary. A leak would be a hundred.
 	if after := goroutines(); after > before+5 {
-		t.Errorf("the daemon has %d goroutines, and had %d", after, before)
+		t.Errorf("the daemon has %d goroutines, want about %d", after, before)
 	}
 	mounts, err := node.Mounts(n.State)
 	check(t, err)
 	if len(mounts) != 0 {
-		t.Errorf("containerd has mounts left: %q", mounts)
+		t.Errorf("containerd has not removed the mounts %q", mounts)
 	}
 }
 
@@ -209,8 +209,8 @@ func openFiles(t *testing.T, n *node.Node) int {
 	return len(files)
 }
 
-// waitForDaemon waits until containerd has connected to the daemon again: it
-// does so with a backoff of some seconds. kubelet tries again, too.
+// waitForDaemon waits until containerd has reconnected to the daemon, with a backoff of
+// some seconds. kubelet would retry instead.
 func waitForDaemon(t *testing.T, n *node.Node) {
 	t.Helper()
 	waitFor(t, "containerd to reach the daemon", func() bool {
@@ -219,7 +219,7 @@ func waitForDaemon(t *testing.T, n *node.Node) {
 	})
 }
 
-// What a tree has is its own few kilobytes and the runtime's very blobs.
+// A tree consists of a few kilobytes and hard links to the runtime's blobs.
 func TestNoByteOfARawModelIsCopied(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	ref := pulled(t, n, writeModel(t), pack.Raw)
@@ -234,16 +234,16 @@ func TestNoByteOfARawModelIsCopied(t *testing.T) {
 			own += bytes
 		}
 	}
-	if shared < 5 { // there are more layers, but some are alike
+	if shared < 5 { // there are more layers, but some are equal
 		t.Errorf("the tree shares %d blobs with containerd", shared)
 	}
 	if own > 256<<10 {
-		t.Errorf("the tree takes %d bytes of its own", own)
+		t.Errorf("the tree uses %d bytes of its own", own)
 	}
 	check(t, pod.Remove())
 }
 
-// inodes is what each inode below dir takes on the disk.
+// inodes returns the disk usage of each inode below dir.
 func inodes(t *testing.T, dir string) map[uint64]int64 {
 	t.Helper()
 	found := map[uint64]int64{}

@@ -15,8 +15,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
-// TestMain gives all nodes one temporary directory and fails the run if, at
-// its end, anything is mounted or running there.
+// TestMain gives all nodes one temporary directory, and fails if mounts, processes or files
+// remain there.
 func TestMain(m *testing.M) {
 	crash.Main()
 	code, err := runIn(m)
@@ -28,7 +28,7 @@ func TestMain(m *testing.M) {
 }
 
 func runIn(m *testing.M) (int, error) {
-	// Short, because sockets are below it; searchable, for user namespaces.
+	// The path is short because of sockets, and searchable for user namespaces.
 	dir, err := os.MkdirTemp("", "as-")
 	if err != nil {
 		return 1, err
@@ -49,7 +49,7 @@ func runIn(m *testing.M) (int, error) {
 		return 1, err
 	}
 	if len(mounts) > 0 || len(processes) > 0 {
-		return 1, fmt.Errorf("the tests left mounts %q and processes %v in %s", mounts, processes, dir)
+		return 1, fmt.Errorf("the tests left the mounts %q and the processes %v in %s", mounts, processes, dir)
 	}
 	entries, err := filepath.Glob(filepath.Join(dir, "*"))
 	if err != nil {
@@ -64,9 +64,9 @@ func runIn(m *testing.M) (int, error) {
 	return code, nil
 }
 
-// older says whether the node's containerd is older than 2.minor, where something
-// is different, which the test then checks instead. It is a note in the table of
-// docs/support.md; one that begins with "no " says that nothing works.
+// older reports whether the node's containerd is older than 2.minor, where something
+// differs that the test then expects. The text is a note in the table of docs/support.md;
+// one that begins with "no " means that nothing works.
 func older(t *testing.T, n *node.Node, minor int, different string) bool {
 	t.Helper()
 	if n.Minor >= minor {

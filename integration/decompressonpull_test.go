@@ -16,12 +16,12 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// treeFile is what is there as soon as the tree of an artifact is.
+// treeFile returns a file that exists as soon as the tree of an artifact does.
 func treeFile(n *node.Node, manifest digest.Digest) string {
 	return filepath.Join(n.DaemonRoot, "trees", "sha256-"+manifest.Encoded(), "tree.json")
 }
 
-// waitForTree waits for the tree of an artifact that no pod has asked for.
+// waitForTree waits for the tree of an artifact that no pod has used.
 func waitForTree(t *testing.T, n *node.Node, ref string) (file string) {
 	t.Helper()
 	_, manifest := pulledManifest(t, n, ref)
@@ -33,7 +33,7 @@ func waitForTree(t *testing.T, n *node.Node, ref string) (file string) {
 	return file
 }
 
-// No pod has asked for what is unpacked here.
+// The trees are built although no pod uses the artifacts.
 func TestCompressedLayersAreUnpackedDuringThePull(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	before := daemonUsage(t, n)
@@ -46,8 +46,8 @@ func TestCompressedLayersAreUnpackedDuringThePull(t *testing.T) {
 	}
 }
 
-// A build waits for the layers of each of these, which containerd never fetches.
-func TestArtifactsThatAreNeverFetchedDoNotKeepOthersFromBeingUnpacked(t *testing.T) {
+// containerd never fetches the layers of these artifacts, so their builds wait.
+func TestArtifactsThatAreNeverFetchedDoNotDelayOthers(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	for i := range 40 {
@@ -56,9 +56,9 @@ func TestArtifactsThatAreNeverFetchedDoNotKeepOthersFromBeingUnpacked(t *testing
 	waitForTree(t, n, pulled(t, n, writeModel(t), pack.TarGzip))
 }
 
-// The daemon was upgraded to a version with another format of trees, under a running
-// pod, whose image is then deleted and pulled again.
-func TestATreeOfAnotherVersionStaysAsLongAsItsPods(t *testing.T) {
+// An upgrade of the daemon changed the format of trees while a pod was running. Then the
+// pod's image is deleted and pulled again.
+func TestATreeOfAnotherVersionStaysUntilItsPodsEnd(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
@@ -76,7 +76,7 @@ func TestATreeOfAnotherVersionStaysAsLongAsItsPods(t *testing.T) {
 		got, err := pod.Tree("main", "/model")
 		check(t, err)
 		if diff := treelist.Diff(want, got); diff != "" {
-			t.Errorf("the pod sees something else:\n%s", diff)
+			t.Errorf("the volume differs:\n%s", diff)
 		}
 	}
 	running := run()
@@ -90,15 +90,15 @@ func TestATreeOfAnotherVersionStaysAsLongAsItsPods(t *testing.T) {
 	_, err = n.Pull(ref)
 	check(t, err)
 
-	next := run() // which waits for the build that the pull has begun, if it has
+	next := run() // waits for the build that the pull may have started
 	wantRead(next)
 	check(t, next.Remove())
 	wantRead(running)
 	if b, err := os.ReadFile(file); err != nil || string(b) != other {
-		t.Errorf("the tree was built again below a running pod: %s, %v", b, err)
+		t.Errorf("the tree of a running pod was replaced: %s, %v", b, err)
 	}
 	check(t, running.Remove())
-	waitFor(t, "the tree to go with its last pod", func() bool {
+	waitFor(t, "the removal of the tree after its last pod", func() bool {
 		_, err := os.Stat(file)
 		return os.IsNotExist(err)
 	})

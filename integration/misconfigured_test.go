@@ -14,9 +14,9 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// A daemon that looks for containerd, or for its blobs, in the wrong place can mount no
-// artifact, and says so. What is none does not need it.
-func TestADaemonThatLooksElsewhereIsInTheWayOfArtifactsAlone(t *testing.T) {
+// With a wrong address of containerd or a wrong content root the daemon can mount no
+// artifact, and the error names the setting. Container images still work.
+func TestAMisconfiguredDaemonRefusesOnlyArtifacts(t *testing.T) {
 	t.Parallel()
 	for frontEnd, o := range map[string]node.Options{"snapshotter": {}, "NRI": {NRI: true}} {
 		t.Run(frontEnd, func(t *testing.T) {

@@ -17,9 +17,9 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// The daemon looks for a containerd that is gone without end, and must cost nothing
-// meanwhile: no line of the log for each try, no file, no thread. When containerd is
-// back, everything works, and nothing has been started anew.
+// While containerd is gone the daemon keeps trying to reach it. This must not cost
+// anything: no log line per attempt, no file, no thread. When containerd is back,
+// everything works without a restart of the daemon.
 func TestContainerdIsGoneForAnHour(t *testing.T) {
 	t.Parallel()
 	gone := 5 * time.Second
@@ -31,7 +31,7 @@ func TestContainerdIsGoneForAnHour(t *testing.T) {
 	before := daemonUsage(t, n)
 	type reader struct {
 		pod  *node.Pod
-		root string // the volume, as its container sees it: containerd is not needed to look
+		root string // the volume as the container sees it, readable without containerd
 		want []treelist.Entry
 	}
 	var readers []reader
@@ -48,7 +48,7 @@ func TestContainerdIsGoneForAnHour(t *testing.T) {
 			got, err := treelist.List(r.root)
 			check(t, err)
 			if diff := treelist.Diff(r.want, got); diff != "" {
-				t.Fatalf("a pod sees something else:\n%s", diff)
+				t.Fatalf("the volume differs:\n%s", diff)
 			}
 		}
 	}
@@ -56,14 +56,14 @@ func TestContainerdIsGoneForAnHour(t *testing.T) {
 	logged := len(daemonLog(t, n))
 	was := costOf(t, n.DaemonPID())
 	check(t, n.KillContainerd())
-	// By then the tries are as far apart as they will be.
+	// After these messages the attempts have reached their maximum interval.
 	for _, what := range []string{"cannot watch containerd's images", "cannot pre-create the empty blob"} {
 		if what == "cannot pre-create the empty blob" && gone < time.Minute {
 			continue // it checks every three minutes
 		}
 		for deadline := time.Now().Add(10 * time.Minute); !strings.Contains(daemonLog(t, n)[logged:], what); time.Sleep(100 * time.Millisecond) {
 			if time.Now().After(deadline) {
-				t.Fatalf("the daemon does not say %q", what)
+				t.Fatalf("the daemon did not log %q", what)
 			}
 		}
 	}
@@ -73,15 +73,15 @@ func TestContainerdIsGoneForAnHour(t *testing.T) {
 	}
 	is := costOf(t, n.DaemonPID())
 	said := daemonLog(t, n)[logged:]
-	// One that it is lost, and a warning of each that looks for it.
+	// One line about the loss, and one warning of each task that retries.
 	if lines := strings.Count(said, "\n"); lines > 3 {
 		t.Errorf("the daemon has logged %d lines:\n%s", lines, said)
 	}
-	// A try that is under way has a socket.
+	// An attempt in progress has a socket.
 	if is.files > settled.files+2 || is.threads > settled.threads+4 {
-		t.Errorf("the daemon has %v, and had %v", is, settled)
+		t.Errorf("the daemon uses %v, want at most %v", is, settled)
 	}
-	t.Logf("in %v without containerd, %d lines logged, and of the daemon: before %v; as soon as it was gone %v; at the end %v", gone, strings.Count(said, "\n"), was, settled, is)
+	t.Logf("in %v without containerd: %d lines logged; the daemon used before: %v; at the beginning: %v; at the end: %v", gone, strings.Count(said, "\n"), was, settled, is)
 
 	pid := n.DaemonPID()
 	check(t, n.StartContainerd())
@@ -90,7 +90,7 @@ func TestContainerdIsGoneForAnHour(t *testing.T) {
 	for _, r := range readers {
 		wantVolume(t, r.pod, "main", "/model", r.want)
 	}
-	// What was there, and what is new.
+	// Artifacts from before, and a new one.
 	for _, form := range []pack.Form{pack.Raw, pack.TarGzip, pack.TarZstd} {
 		next, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: pulled(t, n, src, form), Path: "/model"}}})
 		check(t, err)
@@ -108,7 +108,7 @@ func TestContainerdIsGoneForAnHour(t *testing.T) {
 	}
 }
 
-// cost is what a process takes of the node.
+// cost is the resource usage of a process.
 type cost struct {
 	files, threads int
 	resident       int64 // bytes
@@ -116,7 +116,7 @@ type cost struct {
 }
 
 func (c cost) String() string {
-	return fmt.Sprintf("%d open files, %d threads, %d MiB resident, %v of a core", c.files, c.threads, c.resident>>20, c.cpu)
+	return fmt.Sprintf("%d open files, %d threads, %d MiB resident, %v of CPU time", c.files, c.threads, c.resident>>20, c.cpu)
 }
 
 func costOf(t *testing.T, pid int) (c cost) {
@@ -126,13 +126,13 @@ func costOf(t *testing.T, pid int) (c cost) {
 	check(t, err)
 	stat, err := os.ReadFile(filepath.Join(proc, "stat"))
 	check(t, err)
-	// proc_pid_stat(5); the second field is a name in parentheses.
+	// See proc_pid_stat(5). The second field is the program's name in parentheses.
 	fields := strings.Fields(string(stat[strings.LastIndex(string(stat), ")")+1:]))
 	number := func(field int) int64 {
 		n, err := strconv.ParseInt(fields[field-3], 10, 64)
 		check(t, err)
 		return n
 	}
-	const tick = 10 * time.Millisecond // USER_HZ is 100 on every architecture of Go's
+	const tick = 10 * time.Millisecond // USER_HZ is 100 on every architecture that Go supports
 	return cost{len(files), int(number(20)), number(24) * int64(os.Getpagesize()), time.Duration(number(14)+number(15)) * tick}
 }

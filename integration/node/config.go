@@ -10,6 +10,8 @@ import (
 	"regexp"
 	"strings"
 	"text/template"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/process"
 )
 
 // containerdConfig keeps everything that containerd writes below the node's directory,
@@ -192,7 +194,7 @@ func (n *Node) startRegistry() (err error) {
 
 // spawnRegistry starts a registry on a port that the kernel chooses, and reads the port
 // from the log.
-func (n *Node) spawnRegistry(name, config string) (p *process, host string, err error) {
+func (n *Node) spawnRegistry(name, config string) (p *process.Process, host string, err error) {
 	if err := n.writeFile(name+".yaml", config); err != nil {
 		return nil, "", err
 	}

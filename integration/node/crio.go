@@ -202,10 +202,10 @@ func (n *Node) StartCRIO() error {
 }
 
 // StopCRIO stops CRI-O with SIGTERM and waits for it. Pods keep running.
-func (n *Node) StopCRIO() error { return n.runtime.stop(syscall.SIGTERM) }
+func (n *Node) StopCRIO() error { return n.runtime.Stop(syscall.SIGTERM) }
 
 // KillCRIO kills CRI-O with SIGKILL and waits for it. Pods keep running.
-func (n *Node) KillCRIO() error { return n.runtime.stop(syscall.SIGKILL) }
+func (n *Node) KillCRIO() error { return n.runtime.Stop(syscall.SIGKILL) }
 
 // startRuntime starts whichever of containerd and CRI-O the node has.
 func (n *Node) startRuntime() error {

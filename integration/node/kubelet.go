@@ -150,8 +150,8 @@ func (n *Node) StartKubelet(config map[string]any) error {
 	}
 	return n.await("kubelet", func() error {
 		_, err := n.StaticPods()
-		if !n.kubelet.running() {
-			return fmt.Errorf("it has ended: %s", n.kubelet.cmd.ProcessState)
+		if ended := n.kubelet.Ended(); ended != nil {
+			return ended
 		}
 		return err
 	})
@@ -169,11 +169,11 @@ func freePort() (int, error) {
 
 // StopKubelet stops kubelet with SIGTERM and waits for it. Pods keep running.
 func (n *Node) StopKubelet() error {
-	if n.machine.running() && n.options.Kubelet {
+	if n.machine.Running() && n.options.Kubelet {
 		_, err := n.Run("systemctl", "stop", "kubelet")
 		return err
 	}
-	return n.kubelet.stop(syscall.SIGTERM)
+	return n.kubelet.Stop(syscall.SIGTERM)
 }
 
 // RunStaticPod writes the manifest of a named static pod and does not wait. It replaces a

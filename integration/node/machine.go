@@ -203,8 +203,8 @@ func (n *Node) Boot() error {
 	}
 	n.machine = p
 	if err := n.await("systemd", func() error {
-		if !p.running() {
-			return fmt.Errorf("it has ended: %s", p.cmd.ProcessState)
+		if err := p.Ended(); err != nil {
+			return err
 		}
 		_, err := n.Run("systemctl", "is-system-running", "--wait")
 		return err
@@ -220,22 +220,22 @@ func (n *Node) Boot() error {
 // Shutdown ends the machine like `systemctl poweroff`: services stop, pods end, mounts and
 // /run are gone.
 func (n *Node) Shutdown() error {
-	if !n.machine.running() {
+	if !n.machine.Running() {
 		return nil
 	}
 	journal, err := n.Run("journalctl", "--no-pager", "--output", "short-precise")
 	err = errors.Join(err, n.writeVerbatim("logs/journal", journal))
 	if _, err := n.Run("systemctl", "--no-block", "poweroff"); err != nil {
-		return errors.Join(err, n.machine.stop(syscall.SIGKILL))
+		return errors.Join(err, n.machine.Stop(syscall.SIGKILL))
 	}
 	// unshare forwards SIGTERM to systemd, and ends with it.
-	return errors.Join(err, n.machine.stop(syscall.SIGTERM))
+	return errors.Join(err, n.machine.Stop(syscall.SIGTERM))
 }
 
 // Run runs a command as root in the machine of a node with Options.Systemd and returns
 // its output. The error includes standard error.
 func (n *Node) Run(args ...string) (string, error) {
-	pid := n.machine.cmd.Process.Pid
+	pid := n.machine.PID()
 	children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
 	if err != nil {
 		return "", err

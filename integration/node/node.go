@@ -20,6 +20,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/integration/process"
 )
 
 // Options configure a node. The zero value is a node with the daemon as its
@@ -100,13 +102,13 @@ type Node struct {
 	// containerd is the directory of containerd, ctr and the shim.
 	containerd string
 	crio       crioPrograms
-	daemon     *process
-	registry   *process
-	private    *process // of StartPrivateRegistry
-	mirror     *process // of StartMirror
-	runtime    *process // containerd or CRI-O
-	kubelet    *process
-	machine    *process // of Options.Systemd
+	daemon     *process.Process
+	registry   *process.Process
+	private    *process.Process // of StartPrivateRegistry
+	mirror     *process.Process // of StartMirror
+	runtime    *process.Process // containerd or CRI-O
+	kubelet    *process.Process
+	machine    *process.Process // of Options.Systemd
 	// kubeletPods is the URL of kubelet's pod list.
 	kubeletPods  string
 	kubeletFlags []string // of ProvideCredentials
@@ -244,22 +246,22 @@ func (n *Node) Stop() error {
 	n.ctx = context.WithoutCancel(n.ctx)
 	errs = append(errs, n.StopKubelet()) // or it would start the pods again
 	if n.runtime != nil {
-		if !n.options.Stock && !n.daemon.running() {
+		if !n.options.Stock && !n.daemon.Running() {
 			errs = append(errs, n.StartDaemon())
 		}
-		if !n.runtime.running() {
+		if !n.runtime.Running() {
 			errs = append(errs, n.startRuntime())
 		}
 		if _, err := n.Crictl("rmp", "--force", "--all"); err != nil {
 			errs = append(errs, err)
 		}
 	}
-	if n.machine.running() {
+	if n.machine.Running() {
 		_, err := n.Crictl("rmp", "--force", "--all")
 		errs = append(errs, err, n.Shutdown())
 	}
-	for _, p := range []*process{n.runtime, n.daemon, n.registry, n.private, n.mirror} {
-		errs = append(errs, p.stop(syscall.SIGTERM))
+	for _, p := range []*process.Process{n.runtime, n.daemon, n.registry, n.private, n.mirror} {
+		errs = append(errs, p.Stop(syscall.SIGTERM))
 	}
 	n.runtime, n.daemon, n.registry, n.private, n.mirror, n.kubelet = nil, nil, nil, nil, nil, nil // a second Stop has nothing to do
 	if err := n.cleanUp(); err != nil {
@@ -283,10 +285,10 @@ func (n *Node) StartContainerd() error {
 }
 
 // StopContainerd stops containerd with SIGTERM and waits for it. Pods keep running.
-func (n *Node) StopContainerd() error { return n.runtime.stop(syscall.SIGTERM) }
+func (n *Node) StopContainerd() error { return n.runtime.Stop(syscall.SIGTERM) }
 
 // KillContainerd kills containerd with SIGKILL and waits for it. Pods keep running.
-func (n *Node) KillContainerd() error { return n.runtime.stop(syscall.SIGKILL) }
+func (n *Node) KillContainerd() error { return n.runtime.Stop(syscall.SIGKILL) }
 
 // RestartContainerd is StopContainerd and StartContainerd.
 func (n *Node) RestartContainerd() error {
@@ -332,10 +334,10 @@ func (n *Node) WaitForNRI() error {
 }
 
 // StopDaemon stops the daemon with SIGTERM and waits for it.
-func (n *Node) StopDaemon() error { return n.daemon.stop(syscall.SIGTERM) }
+func (n *Node) StopDaemon() error { return n.daemon.Stop(syscall.SIGTERM) }
 
 // KillDaemon kills the daemon with SIGKILL and waits for it.
-func (n *Node) KillDaemon() error { return n.daemon.stop(syscall.SIGKILL) }
+func (n *Node) KillDaemon() error { return n.daemon.Stop(syscall.SIGKILL) }
 
 // QuitDaemon ends the daemon with SIGQUIT and returns the number of its goroutines, which
 // the Go runtime prints.
@@ -344,7 +346,7 @@ func (n *Node) QuitDaemon() (goroutines int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := n.daemon.stop(syscall.SIGQUIT); err != nil {
+	if err := n.daemon.Stop(syscall.SIGQUIT); err != nil {
 		return 0, err
 	}
 	after, err := os.ReadFile(n.logPath("daemon"))
@@ -355,7 +357,7 @@ func (n *Node) QuitDaemon() (goroutines int, err error) {
 }
 
 // DaemonPID is the daemon's process ID.
-func (n *Node) DaemonPID() int { return n.daemon.cmd.Process.Pid }
+func (n *Node) DaemonPID() int { return n.daemon.PID() }
 
 // Crictl runs crictl against the node and returns its standard output. The error contains
 // its standard error, with the message that `kubectl describe pod` would show.
@@ -397,21 +399,7 @@ func (n *Node) waitForEmptyBlob() error {
 
 // await calls done until it returns nil, for at most three minutes.
 func (n *Node) await(what string, done func() error) error {
-	ctx, cancel := context.WithTimeout(n.ctx, 3*time.Minute)
-	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := done()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("wait for %s: %w: %w", what, ctx.Err(), err)
-		case <-tick.C:
-		}
-	}
+	return process.Await(n.ctx, 3*time.Minute, what, done)
 }
 
 func (n *Node) path(name string) string { return filepath.Join(n.Dir, name) }

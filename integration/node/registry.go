@@ -22,7 +22,7 @@ func (n *Node) StartMirror() (string, error) {
 }
 
 // StopRegistry stops the registry at Registry with SIGTERM.
-func (n *Node) StopRegistry() error { return n.registry.stop(syscall.SIGTERM) }
+func (n *Node) StopRegistry() error { return n.registry.Stop(syscall.SIGTERM) }
 
 // ProvideCredentials configures an image credential provider for kubelets that are started
 // later: a CredentialProviderConfig in YAML or JSON, and its program. WithdrawCredentials

@@ -16,7 +16,7 @@ PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs libarchive-to
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build image tools containerd-older kubelet helm packages packages-kernels demo test test-all test-hostile test-crash test-soak test-filesystems test-kernels test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
+.PHONY: build image tools containerd-older kubelet cluster-tools helm packages packages-kernels demo test test-all test-hostile test-crash test-soak test-filesystems test-kernels test-cluster test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
 
 build:
 	@echo "==> building $(BIN)"
@@ -68,11 +68,22 @@ containerd-older: packages
 		go build -C "$$source" -ldflags "-s -w" -o $(CURDIR)/$(TOOLS)-$$v/ ./cmd/containerd ./cmd/containerd-shim-runc-v2 ./cmd/ctr; \
 	done
 
+# helm refuses a chart whose kubeVersion excludes the version that a plain build has.
+KUBERNETES_STAMP := $(foreach package,k8s.io/component-base/version k8s.io/client-go/pkg/version, \
+	-X $(package).gitVersion=v1.37.2 -X $(package).gitMajor=1 -X $(package).gitMinor=37)
+
 # The kubelet that TestKubelet and the benchmarks run: five minutes on two cores
 # the first time, so that nothing else waits for it.
 kubelet: packages
 	@echo "==> building kubelet (5 minutes the first time)"
-	cd integration/tools/kubelet && CGO_ENABLED=0 go build -ldflags "-s -w" -o ../bin/ tool
+	cd integration/tools/kubelet && CGO_ENABLED=0 go build -ldflags "-s -w $(KUBERNETES_STAMP)" -o ../bin/ tool
+
+# etcd, the API server, the controller manager, the scheduler and kubectl of the test
+# cluster, in one program. Beside kubelet, with which it shares packages, it takes 3
+# minutes on two cores, alone 8.
+cluster-tools: packages
+	@echo "==> building Kubernetes (8 minutes the first time)"
+	cd integration/tools/cluster && CGO_ENABLED=0 go build -ldflags "-s -w $(KUBERNETES_STAMP)" -o ../bin/kubernetes .
 
 # helm and chart-testing's ct, for the chart in deploy/.
 helm: packages
@@ -105,7 +116,7 @@ test: build tools kubelet test-deploy
 
 # Every test with its larger selection and the race detector. All of the selections takes
 # hours: test-crash, test-soak, test-filesystems, test-kernels, test-hostile, test-matrix.
-test-all: build tools kubelet test-deploy
+test-all: build tools kubelet cluster-tools test-deploy
 	@echo "==> running all tests with their larger selections and the race detector"
 	@$(call gotest,test-all.json,-race ./...)
 	$(tell_crio)
@@ -136,6 +147,11 @@ test-hostile: build tools
 	@echo "==> mounting hostile artifacts in every way"
 	ARTIFACT_SNAPSHOTTER_LONG=1 go test -count=1 -timeout 120m -v -run '^TestEveryArtifactGetsItsVerdict$$' ./integration/hostile
 
+# A Kubernetes cluster of two machines, on which the chart is installed and upgraded.
+test-cluster: build tools kubelet helm cluster-tools
+	@echo "==> running a cluster"
+	go test -count=1 -v -timeout 30m ./integration/cluster
+
 # The chart, the examples, the dashboard and the alerts: files that Go does not see
 # change, hence -count=1. Without cgo, as the kubelet,
 # whose packages they share.
@@ -149,7 +165,7 @@ test-unit: build
 
 # All that runs on a node, but for kubelet's pods.
 test-node: build tools
-	go test -race -timeout 60m -v -skip '^TestKubelet' ./integration/...
+	go test -race -timeout 60m -v -skip '^TestKubelet' $$(go list ./integration/... | grep -v /integration/cluster)
 	$(tell_crio)
 
 # All that runs on a node, on every supported version of containerd: the table of

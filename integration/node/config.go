@@ -111,7 +111,7 @@ http:
 // writeFile writes a file below the node's directory from a template.
 func (n *Node) writeFile(name, text string) error {
 	runc := filepath.Join(n.tools, "runc")
-	if n.options.Kubelet {
+	if n.options.Kubelet || n.options.Member != nil {
 		runc = n.path("runc.sh")
 	}
 	var out strings.Builder
@@ -122,12 +122,12 @@ func (n *Node) writeFile(name, text string) error {
 		Temporary  string
 		Runc       string
 		Cgroup     string
-		Systemd    bool
+		Member     *Member
 		NRI        bool
 		CRIO       crioPrograms
 
 		DaemonConfig, NRIConfig string
-	}{n, n.tools, n.containerd, temporary, runc, n.cgroup, n.options.Systemd, n.options.NRI, n.crio, n.options.DaemonConfig, n.options.NRIConfig})
+	}{n, n.tools, n.containerd, temporary, runc, n.cgroup, n.options.Member, n.options.NRI, n.crio, n.options.DaemonConfig, n.options.NRIConfig})
 	if err != nil {
 		return err
 	}

@@ -4,6 +4,7 @@
 package node
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -15,7 +16,10 @@ import (
 
 // BuildImage builds the daemon's container image for this machine, as `make image` does,
 // into an OCI image layout in dir. It returns the digest of its index.
-func (n *Node) BuildImage(dir string) (string, error) {
+func (n *Node) BuildImage(dir string) (string, error) { return BuildImage(n.ctx, dir) }
+
+// BuildImage is [Node.BuildImage] without a node.
+func BuildImage(ctx context.Context, dir string) (string, error) {
 	repository, err := findRepository()
 	if err != nil {
 		return "", err
@@ -24,7 +28,7 @@ func (n *Node) BuildImage(dir string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	cmd := exec.CommandContext(n.ctx, "go", "run", ".", "-out", dir, "-version", "test", runtime.GOARCH+"="+bin)
+	cmd := exec.CommandContext(ctx, "go", "run", ".", "-out", dir, "-version", "test", runtime.GOARCH+"="+bin)
 	cmd.Dir = filepath.Join(repository, "deploy", "image")
 	out, err := cmd.Output()
 	var failed *exec.ExitError

@@ -53,11 +53,10 @@ func (n *Node) kubeletConfig(port int) map[string]any {
 }
 
 // kubeletScript starts kubelet in its own mount namespace. There, the kernel parameters
-// that kubelet sets already have its values, and /var/log and /var/lib, where it always
-// creates links and a directory, are empty. The namespace unmounts the mounts of this node
-// and of other tests, since it would otherwise pin them: with private mounts on the host,
-// unmounts do not propagate into it. In a machine (Options.Systemd) /var is the machine's
-// own.
+// that kubelet would set already have its values, and /var/log and /var/lib, where it
+// always creates links and a directory, are empty. The namespace must not pin mounts of
+// this node or of other tests: it learns of no unmount if the host's mounts are
+// private. On a machine kubelet is a service instead: it has its own mounts and /var.
 const kubeletScript = `#!/bin/sh
 set -e
 awk -v tmp='{{.Temporary}}/' -v needed='{{.Dir}}/ {{.Tools}}/ {{.Containerd}}/' '
@@ -75,10 +74,8 @@ for parameter in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel
 	echo "${parameter#*=}" > "$file"
 	mount --bind "$file" "/proc/sys/${parameter%=*}"
 done
-{{if not .Systemd -}}
 mount -t tmpfs -o mode=755 tmpfs /var/log
 mount -t tmpfs -o mode=755 tmpfs /var/lib
-{{end -}}
 exec '{{.Tools}}/kubelet' --config '{{.Dir}}/kubelet.json' --root-dir '{{.Dir}}/kubelet' --cert-dir '{{.Dir}}/kubelet/pki' \
 	--hostname-override ` + kubeletName + ` --v 2 "$@"
 `

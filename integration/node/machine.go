@@ -15,10 +15,11 @@ import (
 )
 
 // machineScript becomes systemd, the first process of a machine with its own namespaces for
-// mounts, processes, control groups, host name and IPC. It shares the host's network and
-// cannot change /usr or kernel parameters. Its /etc, /var, /usr/local and containerd's
-// files in /run are in the node's directory, which has the same path as on the host, like
-// the tools.
+// mounts, processes, control groups, host name and IPC. It shares the host's network unless
+// it is a Member, and cannot change /usr or kernel parameters: those that kubelet sets
+// already have its values. Its /etc, /var, /usr/local and containerd's files in /run are in
+// the node's directory, which has the same path as on the host, like the tools. Every boot
+// has its own ID, from which kubelet recognizes a reboot.
 const machineScript = `set -e
 root='{{.Dir}}/machine/root'
 mkdir -p "$root"
@@ -32,6 +33,14 @@ mount -t proc proc proc
 mount --bind proc/sys proc/sys
 mount -o remount,bind,ro proc/sys
 mount --bind /proc/sys/net proc/sys/net # for CNI
+for parameter in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 \
+	kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000 \
+	"kernel/random/boot_id=$(cat /proc/sys/kernel/random/uuid)"; do
+	file='{{.Dir}}/machine/sysctl/'"${parameter%=*}"
+	mkdir -p "${file%/*}"
+	echo "${parameter#*=}" > "$file"
+	mount --bind "$file" "proc/sys/${parameter%=*}"
+done
 mount -t sysfs sysfs sys
 mount -t cgroup2 cgroup2 sys/fs/cgroup
 mount -t tmpfs -o mode=755 tmpfs dev
@@ -81,13 +90,15 @@ TasksMax=infinity
 WantedBy=multi-user.target
 `
 
-// machineKubelet is kubelet as a service, with the script that starts the host's runc.
+// machineKubelet is a standalone kubelet as a service.
 const machineKubelet = `[Unit]
 Description=kubelet
 After=containerd.service
 
 [Service]
-ExecStart=unshare --mount --propagation slave sh '{{.Dir}}/kubelet.sh'
+Environment='PATH={{.Tools}}:/usr/sbin:/usr/bin'
+ExecStart='{{.Tools}}/kubelet' --config '{{.Dir}}/kubelet.json' --root-dir '{{.Dir}}/kubelet' --cert-dir '{{.Dir}}/kubelet/pki' \
+	--hostname-override ` + kubeletName + ` --v 2
 KillMode=process
 
 [Install]
@@ -164,7 +175,9 @@ func (n *Node) startMachine() error {
 	for _, unit := range masked {
 		errs = append(errs, n.link("/dev/null", "machine/etc/systemd/system/"+unit))
 	}
-	if n.options.Kubelet {
+	if n.options.Member != nil {
+		errs = append(errs, n.writeKubelet(), n.writeMember())
+	} else if n.options.Kubelet {
 		errs = append(errs, n.writeKubelet(), n.writeFile("machine/etc/systemd/system/kubelet.service", machineKubelet))
 	}
 	errs = append(errs, os.Chmod(n.path("machine/etc"), 0o755))
@@ -193,11 +206,14 @@ func (n *Node) Boot() error {
 	if err := os.MkdirAll(group, 0o755); err != nil {
 		return err
 	}
-	p, err := n.spawn("systemd", []string{
-		"sh", "-c", `echo 0 > "$0/cgroup.procs" && exec "$@"`, group,
+	command := []string{"sh", "-c", `echo 0 > "$0/cgroup.procs" && exec "$@"`, group}
+	if n.options.Member != nil {
+		command = append(command, "nsenter", "--net="+n.options.Member.Network)
+	}
+	p, err := n.spawn("systemd", append(command,
 		"unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--uts", "--ipc", "--cgroup",
 		"sh", n.path("machine.sh"),
-	}, false)
+	), false)
 	if err != nil {
 		return err
 	}
@@ -217,19 +233,37 @@ func (n *Node) Boot() error {
 	})
 }
 
+// saveJournal writes the journal of this boot to the node's logs.
+func (n *Node) saveJournal() error {
+	journal, err := n.Run("journalctl", "--no-pager", "--boot", "--output", "short-precise")
+	return errors.Join(err, n.writeVerbatim("logs/journal", journal))
+}
+
 // Shutdown ends the machine like `systemctl poweroff`: services stop, pods end, mounts and
 // /run are gone.
 func (n *Node) Shutdown() error {
 	if !n.machine.Running() {
 		return nil
 	}
-	journal, err := n.Run("journalctl", "--no-pager", "--output", "short-precise")
-	err = errors.Join(err, n.writeVerbatim("logs/journal", journal))
+	err := n.saveJournal()
 	if _, err := n.Run("systemctl", "--no-block", "poweroff"); err != nil {
 		return errors.Join(err, n.machine.Stop(syscall.SIGKILL))
 	}
 	// unshare forwards SIGTERM to systemd, and ends with it.
-	return errors.Join(err, n.machine.Stop(syscall.SIGTERM))
+	return errors.Join(err, n.machine.Stop(syscall.SIGTERM), n.removeCgroups())
+}
+
+// Cut ends every process of the machine at once, as a power cut does. What was written
+// to its disk is there at the next Boot, even if it was not synced.
+func (n *Node) Cut() error {
+	if !n.machine.Running() {
+		return nil
+	}
+	// --kill-child takes systemd, and with the first process of a PID namespace all end.
+	if err := n.machine.Stop(syscall.SIGKILL); err != nil {
+		return err
+	}
+	return n.await("the control groups of the machine to be empty", n.removeCgroups)
 }
 
 // Run runs a command as root in the machine of a node with Options.Systemd and returns
@@ -244,7 +278,7 @@ func (n *Node) Run(args ...string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("find the machine's first process: %w", err)
 	}
-	enter := []string{"--target", strconv.Itoa(init), "--mount", "--pid", "--uts", "--ipc", "--cgroup", "--",
+	enter := []string{"--target", strconv.Itoa(init), "--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup", "--",
 		"env", "-i", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:" + n.containerd + ":" + n.tools}
 	return n.run("nsenter", append(enter, args...)...)
 }

@@ -72,6 +72,9 @@ type Options struct {
 	// the methods that start and stop daemons do not work with it.
 	Systemd bool
 
+	// Member makes the machine of Systemd a member of a cluster; see package cluster.
+	Member *Member
+
 	// DaemonRoot is the daemon's root; "" is a directory of the node on the file system
 	// of containerd's content.
 	DaemonRoot string
@@ -129,7 +132,11 @@ func Start(ctx context.Context, o Options) (*Node, error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("a node needs root: run it with sudo")
 	}
-	dir, err := os.MkdirTemp("", "as-")
+	parent := ""
+	if o.Member != nil {
+		parent = o.Member.Dir
+	}
+	dir, err := os.MkdirTemp(parent, "as-")
 	if err != nil {
 		return nil, err
 	}
@@ -159,8 +166,9 @@ func Start(ctx context.Context, o Options) (*Node, error) {
 }
 
 func (n *Node) start() error {
-	// The shim allows its socket directory 38 bytes (core/runtime/v2/socket_unix.go).
-	if sockets := n.path("s"); len(sockets) > 38 {
+	// The shim allows its socket directory 38 bytes (core/runtime/v2/socket_unix.go). On
+	// a machine it is /run/containerd/s.
+	if sockets := n.path("s"); len(sockets) > 38 && !n.options.Systemd {
 		return fmt.Errorf("%s is too long for containerd's shims by %d bytes: set TMPDIR to a shorter directory", sockets, len(sockets)-38)
 	}
 	// User namespaces in pods must be able to pass through.
@@ -176,12 +184,16 @@ func (n *Node) start() error {
 			return err
 		}
 	}
-	if err := n.startRegistry(); err != nil {
+	if m := n.options.Member; m != nil {
+		n.Registry = m.Registries[0]
+	} else if err := n.startRegistry(); err != nil {
 		return err
 	}
-	n.GuestImage = n.Registry + "/test/guest:latest"
-	if err := n.pushGuest(); err != nil {
-		return fmt.Errorf("test image: %w", err)
+	n.GuestImage = n.Registry + "/" + guestName
+	if n.options.Member == nil {
+		if err := PushGuest(n.ctx, n.Registry); err != nil {
+			return fmt.Errorf("test image: %w", err)
+		}
 	}
 	if n.options.Systemd {
 		if err := n.startMachine(); err != nil {
@@ -257,8 +269,13 @@ func (n *Node) Stop() error {
 		}
 	}
 	if n.machine.Running() {
-		_, err := n.Crictl("rmp", "--force", "--all")
-		errs = append(errs, err, n.Shutdown())
+		if n.options.Member != nil {
+			// Its pods are the cluster's, and all that it has mounted ends with it.
+			errs = append(errs, n.saveJournal(), n.Cut())
+		} else {
+			_, err := n.Crictl("rmp", "--force", "--all")
+			errs = append(errs, err, n.Shutdown())
+		}
 	}
 	for _, p := range []*process.Process{n.runtime, n.daemon, n.registry, n.private, n.mirror} {
 		errs = append(errs, p.Stop(syscall.SIGTERM))

@@ -58,8 +58,8 @@ const (
 	PrivatePassword = "secret"
 )
 
-// privateUsers is a file of htpasswd(1).
-const privateUsers = PrivateUser + ":$2y$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n"
+// PrivateUsers is a file of htpasswd(1) with them.
+const PrivateUsers = PrivateUser + ":$2y$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n"
 
 const privateConfig = registryConfig + `auth:
   htpasswd:
@@ -70,7 +70,7 @@ const privateConfig = registryConfig + `auth:
 // StartPrivateRegistry starts another registry with the content of the first one and a
 // password. It returns its host:port.
 func (n *Node) StartPrivateRegistry() (string, error) {
-	if err := n.writeVerbatim("htpasswd", privateUsers); err != nil {
+	if err := n.writeVerbatim("htpasswd", PrivateUsers); err != nil {
 		return "", err
 	}
 	var host string

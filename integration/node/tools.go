@@ -127,8 +127,10 @@ func (n *Node) daemonBinary() (string, error) {
 
 // GuestProgram returns the guest program. It is one of the tools where Go is not installed, and
 // is built once for all nodes of the process otherwise.
-func (n *Node) GuestProgram() ([]byte, error) {
-	program, err := os.ReadFile(filepath.Join(n.tools, "guest"))
+func (n *Node) GuestProgram() ([]byte, error) { return guestProgram(n.tools) }
+
+func guestProgram(tools string) ([]byte, error) {
+	program, err := os.ReadFile(filepath.Join(tools, "guest"))
 	if !errors.Is(err, os.ErrNotExist) {
 		return program, err
 	}
@@ -163,9 +165,16 @@ func BuildGuest(ctx context.Context, path string) error {
 	return nil
 }
 
-// pushGuest pushes the test image, which has only the guest program.
-func (n *Node) pushGuest() error {
-	program, err := n.GuestProgram()
+// guestName is the test image's name in a registry.
+const guestName = "test/guest:latest"
+
+// PushGuest pushes the test image, which has only the guest program, to the registry at host.
+func PushGuest(ctx context.Context, host string) error {
+	tools, _, err := findTools()
+	if err != nil {
+		return err
+	}
+	program, err := guestProgram(tools)
 	if err != nil {
 		return err
 	}
@@ -177,9 +186,19 @@ func (n *Node) pushGuest() error {
 	if err != nil {
 		return err
 	}
-	_, err = image.Push(n.ctx, n.Registry, "test/guest", "latest")
+	repository, tag, _ := strings.Cut(guestName, ":")
+	_, err = image.Push(ctx, host, repository, tag)
 	return err
 }
+
+// Tools is the directory of the test tools.
+func Tools() (string, error) {
+	tools, _, err := findTools()
+	return tools, err
+}
+
+// Repository is the root directory of this repository.
+func Repository() (string, error) { return findRepository() }
 
 // Program returns the path of the program under test.
 func Program() (string, error) { return findDaemon() }

@@ -39,8 +39,8 @@ func plain(name string) *pack.Artifact {
 	}
 }
 
-// shownPlain returns its expected volume.
-func shownPlain(name string) []treelist.Entry {
+// plainVolume returns its expected volume.
+func plainVolume(name string) []treelist.Entry {
 	entry := fileEntry(name, []byte(name))
 	entry.ModTime = 0 // the empty config has no time
 	return []treelist.Entry{entry}
@@ -90,10 +90,10 @@ func TestArtifactsWithOneConfigAreNotMixedUp(t *testing.T) {
 	}
 	// Alone, each of them is mounted.
 	one, _ := pulledPlain(t, n, "one", "one")
-	wantServed(t, n, one, shownPlain("one"))
+	wantServed(t, n, one, plainVolume("one"))
 	rmi(one)
 	two, second := pulledPlain(t, n, "two", "two")
-	wantServed(t, n, two, shownPlain("two"))
+	wantServed(t, n, two, plainVolume("two"))
 
 	_, first := pulledPlain(t, n, "one", "one")
 	names := []string{
@@ -149,12 +149,12 @@ func TestArtifactsWithOneConfigAreNotMixedUp(t *testing.T) {
 	t.Run("the other's names are removed", func(t *testing.T) {
 		_, err := n.Ctr("images", "rm", "--sync", two, n.Registry+"/files/two@"+second.String())
 		check(t, err)
-		wantEventuallyServed(t, n, one, shownPlain("one"))
+		wantEventuallyServed(t, n, one, plainVolume("one"))
 	})
 	t.Run("a second name of one artifact", func(t *testing.T) {
 		again, _ := pulledPlain(t, n, "one-again", "one")
-		wantServed(t, n, one, shownPlain("one"))
-		wantServed(t, n, again, shownPlain("one"))
+		wantServed(t, n, one, plainVolume("one"))
+		wantServed(t, n, again, plainVolume("one"))
 	})
 	t.Run("an index", func(t *testing.T) {
 		here := platforms.DefaultSpec()
@@ -183,7 +183,7 @@ func TestArtifactsWithOneConfigAreNotMixedUp(t *testing.T) {
 		rmi(command[1])
 		_, err = n.Pull(ref)
 		check(t, err)
-		wantServed(t, n, ref, shownPlain("indexed"))
+		wantServed(t, n, ref, plainVolume("indexed"))
 		rmi(ref)
 	})
 	t.Run("an image", func(t *testing.T) {
@@ -206,7 +206,7 @@ func TestArtifactsWithOneConfigAreNotMixedUp(t *testing.T) {
 		wantRefused(t, pod, ref, ref, n.Registry+"/files/moving@"+old.String())
 		rmi(ref)
 		pulledPlain(t, n, "moving", "after")
-		wantServed(t, n, ref, shownPlain("after"))
+		wantServed(t, n, ref, plainVolume("after"))
 	})
 	check(t, pod.Remove())
 }
@@ -253,7 +253,7 @@ func TestARefusedArtifactIsInConflictToo(t *testing.T) {
 
 			_, err = n.Ctr("images", "rm", "--sync", refused, n.Registry+"/files/"+names.bad+"@"+manifest.String())
 			check(t, err)
-			wantEventuallyServed(t, n, ref, shownPlain("good"))
+			wantEventuallyServed(t, n, ref, plainVolume("good"))
 			_, err = n.Crictl("rmi", ref)
 			check(t, err)
 		})
@@ -280,14 +280,14 @@ func TestAConflictIsSeenBeforeItsEvent(t *testing.T) {
 		waitFor(t, "containerd to ask for the volume", func() bool { return unread(t, n) > 0 })
 		check(t, syscall.Kill(n.DaemonPID(), syscall.SIGCONT))
 		if err := <-started; err == nil {
-			wantVolume(t, pod, "main", "/model", shownPlain(name))
+			wantVolume(t, pod, "main", "/model", plainVolume(name))
 			t.Error("the container started, want a refusal")
 		}
 		wantRefused(t, pod, one, one, two)
 		check(t, pod.Remove())
 		_, err = n.Ctr("images", "rm", "--sync", two, n.Registry+"/files/zzz@"+manifest.String())
 		check(t, err)
-		wantEventuallyServed(t, n, one, shownPlain("one"))
+		wantEventuallyServed(t, n, one, plainVolume("one"))
 	}
 }
 
@@ -324,7 +324,7 @@ func TestTheSameConfigInAnotherNamespaceIsNoConflict(t *testing.T) {
 	check(t, err)
 	_, err = n.Tool("ctr", "--address", n.Address, "--namespace", "other", "images", "pull", "--plain-http", n.Registry+"/files/two:v1")
 	check(t, err)
-	wantServed(t, n, one, shownPlain("one"))
+	wantServed(t, n, one, plainVolume("one"))
 }
 
 func TestAWrongContainerdAddressIsReported(t *testing.T) {
@@ -347,5 +347,5 @@ func TestAWrongContainerdAddressIsReported(t *testing.T) {
 	check(t, n.StopDaemon())
 	check(t, n.StartDaemon())
 	waitForDaemon(t, n)
-	wantServed(t, n, ref, shownPlain("one"))
+	wantServed(t, n, ref, plainVolume("one"))
 }

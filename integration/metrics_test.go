@@ -27,7 +27,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// metered is a node whose daemon serves metrics on a Unix socket.
+// metered starts a node whose daemon serves metrics on a Unix socket.
 func metered(t *testing.T, o node.Options) (n *node.Node, socket string) {
 	t.Helper()
 	socket = filepath.Join(shortDir(t), "metrics.sock")
@@ -35,7 +35,7 @@ func metered(t *testing.T, o node.Options) (n *node.Node, socket string) {
 	return node.ForTest(t, o), socket
 }
 
-// families are the metrics of the daemon.
+// families returns the metrics of the daemon.
 func families(t *testing.T, socket string) map[string]*dto.MetricFamily {
 	t.Helper()
 	client := http.Client{Transport: &http.Transport{
@@ -59,8 +59,8 @@ func families(t *testing.T, socket string) map[string]*dto.MetricFamily {
 	return found
 }
 
-// series are the values of the daemon's own metrics without their prefix, of
-// histograms how often something was observed: `name{label="value",…}`.
+// series returns the values of the daemon's own metrics by `name{label="value",…}`, without
+// their common prefix. The value of a histogram is its number of observations.
 func series(t *testing.T, socket string) map[string]float64 {
 	t.Helper()
 	values := map[string]float64{}
@@ -93,7 +93,7 @@ func series(t *testing.T, socket string) map[string]float64 {
 	return values
 }
 
-// wantSeries waits until the series have the values.
+// wantSeries waits until the series have these values.
 func wantSeries(t *testing.T, socket string, want map[string]float64) {
 	t.Helper()
 	var got map[string]float64
@@ -113,7 +113,7 @@ func wantSeries(t *testing.T, socket string, want map[string]float64) {
 			}
 		}
 	}()
-	waitFor(t, "the metrics to have the right values", ok)
+	waitFor(t, "the metrics to have the expected values", ok)
 }
 
 func TestMetricsCountWhatTheDaemonDoes(t *testing.T) {
@@ -129,7 +129,7 @@ func TestMetricsCountWhatTheDaemonDoes(t *testing.T) {
 		inflate = `content_bytes_total{method="decompress"}`
 	)
 	if fi, err := os.Stat(socket); err != nil || fi.Mode() != fs.ModeSocket|0o600 {
-		t.Errorf("the socket of the metrics is %v (%v), want one for its owner only", fi.Mode(), err)
+		t.Errorf("the metrics socket is %v (%v), want access for its owner only", fi.Mode(), err)
 	}
 	wantSeries(t, socket, map[string]float64{
 		"containerd_connected": 1, "artifacts": 0, "image_conflicts": 0, "references": 0, "mounts": 0, "tree_disk_bytes": 0, trees: 0,
@@ -155,16 +155,16 @@ func TestMetricsCountWhatTheDaemonDoes(t *testing.T) {
 	wantSeries(t, socket, map[string]float64{
 		"artifacts": 1, "references": 1, "mounts": 1, trees: 1, byPod: 1, byPull: 0,
 		linked: float64(bytes), copied: 0, inflate: 0, "image_volume_duration_seconds": 1,
-		`prepare_failures_total{kind="other"}`: 0, // the second container was answered that it is there already
+		`prepare_failures_total{kind="other"}`: 0, // the second container uses the snapshot of the first
 	})
 	if size := series(t, socket)["tree_disk_bytes"]; size == 0 || size > 256<<10 {
-		t.Errorf("a tree of a few files takes %v bytes", size)
+		t.Errorf("a tree of a few files uses %v bytes", size)
 	}
 
 	zipped := pulled(t, n, src, pack.TarGzip)
 	wantSeries(t, socket, map[string]float64{"artifacts": 2, trees: 2, byPull: 1, byPod: 1, "references": 1, copied: 0})
 	if got := series(t, socket)[inflate]; got <= float64(bytes) {
-		t.Errorf("%v bytes came out of the tars of %v bytes", got, bytes)
+		t.Errorf("%v bytes were decompressed, want more than the %v bytes of the files", got, bytes)
 	}
 
 	check(t, pod.Remove())
@@ -174,14 +174,15 @@ func TestMetricsCountWhatTheDaemonDoes(t *testing.T) {
 		check(t, err)
 	}
 	wantSeries(t, socket, map[string]float64{"artifacts": 0, trees: 0, "gc_removed_trees_total": 2, "tree_disk_bytes": 0, "gc_failures_total": 0})
-	// The collector has taken the names of the blobs, so these were the last ones.
+	// containerd's garbage collector has deleted the blobs, so the trees had the last
+	// links.
 	if got := series(t, socket); got["gc_freed_bytes_total"] < float64(bytes) || got["gc_duration_seconds"] < 2 {
-		t.Errorf("freed %v bytes of %v in %v garbage collections", got["gc_freed_bytes_total"], bytes, got["gc_duration_seconds"])
+		t.Errorf("%v bytes freed, want at least %v; %v garbage collections, want at least 2", got["gc_freed_bytes_total"], bytes, got["gc_duration_seconds"])
 	}
 }
 
-// If blobs cannot be linked into root, each is copied once and counted once, however many pods
-// use it.
+// If blobs cannot be linked into root, each is copied once and counted once, even if
+// several pods use it.
 func TestMetricsCountCopiesOnce(t *testing.T) {
 	n, socket := metered(t, node.Options{DaemonRoot: tmpfs.mounted(t)})
 	layer := pack.Layer{
@@ -196,16 +197,16 @@ func TestMetricsCountCopiesOnce(t *testing.T) {
 		pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: push(t, n, name, layer), Path: "/model"}}})
 		check(t, err)
 		if got, want := size(), float64(len(layer.Data)); got < want || got > want+256<<10 {
-			t.Errorf("after %d pods the trees take %v bytes, want %v and a little", i+1, got, want)
+			t.Errorf("after %d pods the trees use %v bytes, want %v and a little more", i+1, got, want)
 		}
-		var used int64 // that kubelet is told
+		var used int64 // as kubelet gets it
 		for _, key := range daemonViews(t, n) {
 			usage, err := views.Usage(c.Context(t.Context()), strings.SplitN(key, "/", 3)[2]) // without namespace and number
 			check(t, err)
 			used += usage.Size
 		}
 		if want := int64(len(layer.Data)); used < want || used > want+256<<10 {
-			t.Errorf("after %d pods the snapshots use %d bytes, want %d and a little", i+1, used, want)
+			t.Errorf("after %d pods the snapshots use %d bytes, want %d and a little more", i+1, used, want)
 		}
 		pods = append(pods, pod)
 	}
@@ -225,7 +226,7 @@ func TestMetricsCountRefusalsByReason(t *testing.T) {
 			t.Fatalf("%s was mounted", ref)
 		}
 	}
-	// An artifact chooses no label: not by its names, and not by what it does.
+	// An artifact must not choose a label, neither by names in it nor by its error.
 	evil := goodLayer()
 	evil.Annotations["org.cncf.model.filepath"] = "../reason=\"evil\"\nlevel=info msg=evil"
 	bad := push(t, n, "models/bad", evil)
@@ -249,18 +250,18 @@ func TestMetricsCountRefusalsByReason(t *testing.T) {
 		for _, m := range family.GetMetric() {
 			for _, l := range m.GetLabel() {
 				if strings.Contains(l.GetValue(), "evil") || strings.Contains(l.GetValue(), "models") {
-					t.Errorf("%s has a label that an artifact has chosen: %v", name, l)
+					t.Errorf("%s has a label that an artifact chose: %v", name, l)
 				}
 			}
 		}
 	}
-	// The log says more, each thing once, and what an artifact says is quoted.
+	// The log has more details, each line once, and quotes text of the artifact.
 	log := daemonLog(t, n)
 	wantLine(t, log, 1, "level=warning", "refused an image volume", "sandbox="+pod.ID, "namespace=k8s.io", `image="`+bad+`"`, `\\\"evil\\\"`)
 	wantLine(t, log, 1, "level=warning", "is in conflict with others", one, two)
 	wantLine(t, log, 2, "level=warning", "refused an image volume", "sandbox="+pod.ID, "has the same config")
 	if strings.Contains(log, "\nlevel=info msg=evil") {
-		t.Error("an artifact has written a line of the log")
+		t.Error("an artifact wrote a line of the log")
 	}
 	check(t, pod.Remove())
 
@@ -273,7 +274,7 @@ func TestMetricsCountRefusalsByReason(t *testing.T) {
 	wantLine(t, log, 2, "level=info", "watching containerd's images")
 }
 
-// wantLine wants so many lines of the log with all of the words.
+// wantLine checks the number of lines in the log that contain all words.
 func wantLine(t *testing.T, log string, count int, words ...string) {
 	t.Helper()
 	var found []string
@@ -287,12 +288,12 @@ func wantLine(t *testing.T, log string, count int, words ...string) {
 	}
 }
 
-func TestTheLogTellsOfEachImageVolume(t *testing.T) {
+func TestTheLogHasEachImageVolume(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
 	ref, zipped := pulled(t, n, src, pack.Raw), pulled(t, n, src, pack.TarGzip)
 	_, artifact := pulledManifest(t, n, ref)
-	waitFor(t, "the other one to be decompressed", func() bool {
+	waitFor(t, "decompression of the other artifact", func() bool {
 		return strings.Contains(daemonLog(t, n), "on_pull=true")
 	})
 	spec := node.PodSpec{
@@ -309,12 +310,12 @@ func TestTheLogTellsOfEachImageVolume(t *testing.T) {
 		_, err = n.Crictl("rmi", ref)
 		check(t, err)
 	}
-	waitFor(t, "the trees to go", func() bool { return strings.Count(daemonLog(t, n), "removed a tree") == 2 })
+	waitFor(t, "removal of the trees", func() bool { return strings.Count(daemonLog(t, n), "removed a tree") == 2 })
 	log := daemonLog(t, n)
 	of := "artifact=\"" + artifact.String() + "\""
 	wantLine(t, log, 1, "level=info", "built the tree of an artifact", of, "sandbox="+pod.ID, "on_pull=false", "raw=overlay", "tar=erofs", "linked=", "duration=")
 	wantLine(t, log, 1, "level=info", `msg="mounted an image volume"`, of, "sandbox="+pod.ID, "namespace=k8s.io", `image="`+ref+`"`, "linked=", "raw=overlay", "duration=")
-	// Its tree was there, so nothing was linked for it.
+	// The tree existed already, so nothing was linked.
 	wantLine(t, log, 1, "level=info", `msg="mounted an image volume"`, of, "sandbox="+next.ID, `image="`+ref+`"`, "raw=overlay", "duration=")
 	wantLine(t, log, 0, `msg="mounted an image volume"`, "sandbox="+next.ID, "linked=")
 	wantLine(t, log, 1, "level=info", "built the tree of an artifact", "on_pull=true", "decompressed=")
@@ -324,13 +325,13 @@ func TestTheLogTellsOfEachImageVolume(t *testing.T) {
 	wantLine(t, log, 4, "level=info", "unmounted an image volume")
 	wantLine(t, log, 1, "level=info", "removed a tree", of)
 	if layers := strings.Count(log, "decompressed a layer"); layers == 0 {
-		t.Error("the log does not say that layers were decompressed")
+		t.Error("the log has no line about decompressed layers")
 	}
-	wantLine(t, log, 0, "level=info", "decompressed a layer") // they are small
-	// Nothing is said of the snapshots of container images.
+	wantLine(t, log, 0, "level=info", "decompressed a layer") // small layers are logged at debug
+	// At info nothing is logged about container images.
 	for line := range strings.Lines(log) {
 		if strings.Contains(line, "level=info") && strings.Contains(line, "guest") {
-			t.Errorf("at info: %s", line)
+			t.Errorf("a line about an image at info: %s", line)
 		}
 	}
 }
@@ -359,7 +360,7 @@ func TestOperationsDocumentsEveryMetric(t *testing.T) {
 		documented[row[1]] = row[2] + " " + strings.TrimSpace(row[3])
 	}
 	if !maps.Equal(documented, exported) {
-		t.Errorf("docs/operations.md has\n%s\nand the daemon\n%s", lines(documented), lines(exported))
+		t.Errorf("docs/operations.md lists\n%s\nbut the daemon exports\n%s", lines(documented), lines(exported))
 	}
 }
 
@@ -371,15 +372,15 @@ func lines(m map[string]string) string {
 	return out.String()
 }
 
-func TestHealthTellsWhetherTheDaemonServes(t *testing.T) {
+func TestHealthReportsWhetherTheDaemonServes(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	out, errs, err := n.Artifact("health", "--config", n.ConfigFile())
 	if err != nil || out != "ok\n" || errs != "" {
-		t.Errorf("of a daemon that serves health says %q, %q (%v)", out, errs, err)
+		t.Errorf("health of a running daemon printed %q, %q (%v)", out, errs, err)
 	}
 	out, _, err = n.Artifact("health", "--address", filepath.Join(n.Dir, "daemon.sock"), "--timeout", "10s")
 	if err != nil || out != "ok\n" {
-		t.Errorf("by its address: %q (%v)", out, err)
+		t.Errorf("health with an address: %q (%v)", out, err)
 	}
 	check(t, n.StopDaemon())
 	wantSick := func(why string, args ...string) {
@@ -390,7 +391,7 @@ func TestHealthTellsWhetherTheDaemonServes(t *testing.T) {
 		}
 	}
 	wantSick("does not answer", "--config", n.ConfigFile())
-	// A socket on which nobody answers.
+	// Nothing accepts connections on this socket.
 	mute, err := net.Listen("unix", filepath.Join(t.TempDir(), "mute.sock"))
 	check(t, err)
 	defer mute.Close()

@@ -25,11 +25,10 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// The recipes of docs/kubernetes.md are taken from there, so that what stands there
-// is what was tried.
+// The recipes are read from docs/kubernetes.md, so that the documentation is tested.
 
-// recipe is the block of docs/kubernetes.md below the line <!-- recipe: name -->,
-// with replacements of one string by another, each of which must occur.
+// recipe returns the block of docs/kubernetes.md that follows the line <!-- recipe: name
+// -->. It replaces strings in it, each of which must occur.
 func recipe(t *testing.T, name string, oldnew ...string) string {
 	t.Helper()
 	text, err := os.ReadFile("../docs/kubernetes.md")
@@ -49,20 +48,20 @@ func recipe(t *testing.T, name string, oldnew ...string) string {
 	return block + "\n"
 }
 
-// writeHosts writes the hosts.toml of a host into one of containerd's config_path.
+// writeHosts writes hosts.toml for a host into a directory for containerd's config_path.
 func writeHosts(t *testing.T, dir, host, text string) {
 	t.Helper()
 	check(t, os.MkdirAll(filepath.Join(dir, host), 0o755))
 	check(t, os.WriteFile(filepath.Join(dir, host, "hosts.toml"), []byte(text), 0o600))
 }
 
-// configPath is containerd's configuration for such a directory.
+// configPath returns containerd's configuration for this directory.
 func configPath(dir string) string {
 	return "[plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = '" + dir + "'\n"
 }
 
-// A mirror serves artifacts as it serves images: whatever stands behind hosts.toml,
-// a registry or the peers of a node. The origin has a name that no resolver knows.
+// Mirrors in hosts.toml serve artifacts like images, whether the mirror is a registry or a
+// peer-to-peer cache. The name of the origin does not resolve.
 func TestMirrorServesArtifacts(t *testing.T) {
 	dir := t.TempDir()
 	n := node.ForTest(t, node.Options{ContainerdConfig: configPath(dir)})
@@ -77,10 +76,10 @@ func TestMirrorServesArtifacts(t *testing.T) {
 	}
 	check(t, n.StopRegistry())
 	if _, err := n.Pull(refs[pack.Raw]); err == nil {
-		t.Fatal("the origin can be reached: this tests nothing")
+		t.Fatal("the origin can be reached, so the test proves nothing")
 	}
 
-	// No restart: containerd reads the directory at each pull.
+	// No restart is needed: containerd reads the directory at each pull.
 	writeHosts(t, dir, origin, recipe(t, "mirror", "http://mirror.example.com:5000", "http://"+mirror))
 	for form, ref := range refs {
 		_, err := n.Pull(ref)
@@ -89,7 +88,8 @@ func TestMirrorServesArtifacts(t *testing.T) {
 		check(t, err)
 		wantVolume(t, pod, "main", "/model", wantTree(t, src, form))
 	}
-	// What the node could give to others: a peer reads the blobs that containerd has.
+	// A peer-to-peer cache serves the blobs of containerd to other nodes, so they must be
+	// complete.
 	manifest, target := pulledManifest(t, n, refs[pack.Raw])
 	for _, blob := range append(manifest.Layers, manifest.Config) {
 		st := stat(t, blobPath(n, blob.Digest.Encoded()))
@@ -97,15 +97,15 @@ func TestMirrorServesArtifacts(t *testing.T) {
 			t.Errorf("blob %s of %s has %d bytes in the content store, want %d", blob.Digest, target, st.Size, blob.Size)
 		}
 	}
-	// The tool does not know CRI's config_path.
+	// The pull command reads its own --hosts-dir, not CRI's config_path.
 	out, _, err := n.Artifact("pull", "--hosts-dir", dir, refs[pack.Raw])
 	check(t, err)
 	if !strings.Contains(out, refs[pack.Raw]) {
-		t.Errorf("the tool says: %s", out)
+		t.Errorf("pull printed: %s", out)
 	}
 }
 
-// With docs/kubernetes.md's configuration containerd fetches a layer in parts.
+// With the configuration of docs/kubernetes.md containerd fetches a layer in parts.
 func TestOneLayerIsFetchedInParts(t *testing.T) {
 	dir := t.TempDir()
 	n := node.ForTest(t, node.Options{ContainerdConfig: configPath(dir) + recipe(t, "parts of a layer")})
@@ -140,7 +140,7 @@ func TestOneLayerIsFetchedInParts(t *testing.T) {
 	ranges := slices.Collect(maps.Keys(parts))
 	mu.Unlock()
 	if len(ranges) != 6 {
-		t.Errorf("the layer was fetched by the ranges %v, want 6", ranges)
+		t.Errorf("the layer was fetched with the ranges %v, want 6", ranges)
 	}
 	wantServed(t, n, origin+"/"+path, []treelist.Entry{fileEntry("model.gguf", big)})
 }

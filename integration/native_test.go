@@ -34,8 +34,8 @@ const (
 	modelPackPlatform = "linux(+modelpack)"
 )
 
-// pullNatively has containerd pull ref, and unpack it for a snapshotter; without a
-// platform for that of the node.
+// pullNatively makes containerd pull ref and unpack it for a snapshotter. Without a
+// platform it uses the node's.
 func pullNatively(n *node.Node, snapshotter, platform, ref string) error {
 	args := []string{"images", "pull", "--plain-http", "--snapshotter", snapshotter}
 	if platform != "" {
@@ -45,22 +45,21 @@ func pullNatively(n *node.Node, snapshotter, platform, ref string) error {
 	return err
 }
 
-// native is what containerd has pulled and unpacked.
+// native is an artifact that containerd has pulled and unpacked.
 type native struct {
 	ref      string
 	manifest ocispec.Manifest
 	chain    []string // its snapshots, the lowest first
 }
 
-// mustPullNatively pushes a and pulls it, and checks that the snapshots are there
-// that its config says.
+// mustPullNatively pushes and pulls a, and checks that the snapshots of its config exist.
 func mustPullNatively(t *testing.T, n *node.Node, a *pack.Artifact, snapshotter, platform, tag string) (got native) {
 	t.Helper()
 	d, err := a.Push(t.Context(), n.Registry, "models/native", tag)
 	check(t, err)
 	got.ref = n.Registry + "/models/native:" + tag
 	check(t, pullNatively(n, snapshotter, platform, got.ref))
-	collect(t, connect(t, n)) // what the pull's lease has kept, so that no view goes with it
+	collect(t, connect(t, n)) // removes what only the pull's lease retained
 	text, err := os.ReadFile(blobPath(n, d.Encoded()))
 	check(t, err)
 	check(t, json.Unmarshal(text, &got.manifest))
@@ -81,11 +80,11 @@ func mustPullNatively(t *testing.T, n *node.Node, a *pack.Artifact, snapshotter,
 	return got
 }
 
-// last is the snapshot of all layers.
+// last returns the snapshot of all layers.
 func (n native) last() string { return n.chain[len(n.chain)-1] }
 
-// atTheEpoch are the entries of a chain: what no layer describes is of 1970, since
-// the differ does not see the config.
+// atTheEpoch sets the times of directories that no layer describes to 1970, because the
+// differ does not see the config.
 func atTheEpoch(entries []treelist.Entry) []treelist.Entry {
 	for i := range entries {
 		if entries[i].Type == "dir" {
@@ -95,8 +94,8 @@ func atTheEpoch(entries []treelist.Entry) []treelist.Entry {
 	return entries
 }
 
-// tarred is an artifact of Docker's config type, with what is in dir as a tar of a
-// compression: "", "gzip" or "zstd".
+// tarred returns an artifact with Docker's config type, with the content of dir as one tar.
+// The compression is "", "gzip" or "zstd".
 func tarred(t *testing.T, dir, compression string) *pack.Artifact {
 	t.Helper()
 	data, err := pack.TarDir(dir)
@@ -112,8 +111,8 @@ func tarred(t *testing.T, dir, compression string) *pack.Artifact {
 	return &pack.Artifact{ConfigType: pack.DockerConfigType, Layers: []pack.Layer{l}}
 }
 
-// kept are the files that the daemon's snapshots keep, by their inodes.
-func kept(t *testing.T, n *node.Node) map[uint64]string {
+// retainedFiles returns the files of the daemon's snapshots by inode.
+func retainedFiles(t *testing.T, n *node.Node) map[uint64]string {
 	t.Helper()
 	files := map[uint64]string{}
 	root := filepath.Join(n.DaemonRoot, "overlayfs", "snapshots")
@@ -126,7 +125,7 @@ func kept(t *testing.T, n *node.Node) map[uint64]string {
 	return files
 }
 
-// layers are the directories with layers that are kept.
+// layers returns the retained layers of the daemon's snapshots.
 func layers(t *testing.T, n *node.Node) []string {
 	t.Helper()
 	found, err := filepath.Glob(filepath.Join(n.DaemonRoot, "overlayfs", "snapshots", "*", "layer*"))
@@ -134,9 +133,8 @@ func layers(t *testing.T, n *node.Node) []string {
 	return found
 }
 
-// nativeNode is a node whose containerd unpacks artifacts itself. One before 2.3 does
-// not know the platforms by which it is asked to: then that is checked, and the node
-// is nil.
+// nativeNode starts a node whose containerd unpacks artifacts itself. Before 2.3 containerd
+// does not know the platforms for it; then nativeNode checks the error and returns nil.
 func nativeNode(t *testing.T, o node.Options) *node.Node {
 	t.Helper()
 	minor, err := node.Minor()
@@ -148,12 +146,12 @@ func nativeNode(t *testing.T, o node.Options) *node.Node {
 	older(t, n, 3, "no platforms by which containerd's own unpacker is asked for artifacts")
 	err = pullNatively(n, "artifact", dockerPlatform, n.GuestImage)
 	if err == nil || !strings.Contains(err.Error(), "+docker-model") {
-		t.Errorf("got %v, want that it does not know the platform %s", err, dockerPlatform)
+		t.Errorf("got %v, want an error about the platform %s", err, dockerPlatform)
 	}
 	return nil
 }
 
-func TestContainerdUnpacksAModelOfDockers(t *testing.T) {
+func TestContainerdUnpacksADockerModel(t *testing.T) {
 	n := nativeNode(t, node.Options{NativeUnpack: true})
 	if n == nil {
 		return
@@ -167,20 +165,20 @@ func TestContainerdUnpacksAModelOfDockers(t *testing.T) {
 	check(t, err)
 	wantSnapshot(t, n, got.last(), atTheEpoch(want))
 
-	// The first snapshot shows the first layer.
+	// The first snapshot has the first layer.
 	target := viewed(t, n, got.chain[0])
 	entries, err := treelist.List(target)
 	check(t, err)
 	if len(entries) != 1 || entries[0].Path != "README.md" {
-		t.Errorf("the first snapshot shows %v", entries)
+		t.Errorf("the first snapshot has %v", entries)
 	}
 
-	// No byte has been copied.
-	files := kept(t, n)
+	// No byte is copied.
+	files := retainedFiles(t, n)
 	for _, l := range got.manifest.Layers {
 		blob := stat(t, blobPath(n, l.Digest.Encoded()))
 		if l.Size > 0 && files[blob.Ino] == "" {
-			t.Errorf("the blob %s has been copied", l.Digest)
+			t.Errorf("the blob %s was copied", l.Digest)
 		}
 	}
 	check(t, mount.Unmount(target, 0))
@@ -189,8 +187,8 @@ func TestContainerdUnpacksAModelOfDockers(t *testing.T) {
 	wantGone(t, n, got, before)
 }
 
-// viewed makes a view of a snapshot that the garbage collector leaves alone, and
-// returns where it is mounted.
+// viewed mounts a view of a snapshot, protected from garbage collection, and returns its
+// mount point.
 func viewed(t *testing.T, n *node.Node, name string) string {
 	t.Helper()
 	c := connect(t, n)
@@ -203,23 +201,23 @@ func viewed(t *testing.T, n *node.Node, name string) string {
 	return target
 }
 
-// wantGone deletes an image, and waits until nothing is left of it.
+// wantGone deletes an image and waits until nothing of it is left.
 func wantGone(t *testing.T, n *node.Node, image native, before usage) {
 	t.Helper()
 	removeImage(t, n, image.ref)
 	left := snapshotsIn(t, n, "artifact")
 	for _, name := range image.chain {
 		if left[name] != "" {
-			t.Errorf("snapshot %s is left", name)
+			t.Errorf("the snapshot %s was not removed", name)
 		}
 	}
-	waitFor(t, "the layers to go", func() bool {
+	waitFor(t, "removal of the layers", func() bool {
 		after := daemonUsage(t, n)
 		return len(layers(t, n)) == 0 && len(after.files) <= len(before.files) && len(after.mounts) <= len(before.mounts)
 	})
 	for _, l := range image.manifest.Layers {
 		if _, err := os.Stat(blobPath(n, l.Digest.Encoded())); l.Size > 0 && !os.IsNotExist(err) {
-			t.Errorf("the blob %s is left: %v", l.Digest, err)
+			t.Errorf("the blob %s was not removed: %v", l.Digest, err)
 		}
 	}
 }
@@ -285,9 +283,8 @@ func TestContainerdUnpacksAModelPackWithARootFS(t *testing.T) {
 	wantSnapshot(t, n, got.last(), atTheEpoch(want))
 }
 
-// With these entries in containerd's configuration everything else is pulled as
-// without them.
-func TestOtherPullsAreAsWithoutNativeUnpacking(t *testing.T) {
+// This configuration of containerd does not change any other pull.
+func TestNativeUnpackingDoesNotChangeOtherPulls(t *testing.T) {
 	t.Parallel()
 	n := nativeNode(t, node.Options{NativeUnpack: true})
 	if n == nil {
@@ -319,12 +316,12 @@ func TestOtherPullsAreAsWithoutNativeUnpacking(t *testing.T) {
 	_, err = n.Pull(ref)
 	check(t, err)
 	if found := layers(t, n); len(found) > 0 {
-		t.Errorf("CRI has had it unpacked: %v", found)
+		t.Errorf("CRI's pull unpacked the artifact: %v", found)
 	}
 }
 
-// An image volume is mounted by the manifest, which knows the config.
-func TestAnImageVolumeOfWhatContainerdHasUnpacked(t *testing.T) {
+// An image volume is mounted from the manifest, whose config has the creation time.
+func TestAnImageVolumeOfAnArtifactThatContainerdUnpacked(t *testing.T) {
 	n := nativeNode(t, node.Options{NativeUnpack: true})
 	if n == nil {
 		return
@@ -336,7 +333,7 @@ func TestAnImageVolumeOfWhatContainerdHasUnpacked(t *testing.T) {
 		check(t, err)
 		archive, err := pack.TarOf(pack.Member{Header: tar.Header{Name: name, Mode: 0o644, ModTime: pack.Created, Typeflag: tar.TypeReg}, Data: b})
 		check(t, err)
-		// The client's unpacker counts only these as layers.
+		// The unpacker of the client counts only these media types as layers.
 		l := pack.Layer{MediaType: ocispec.MediaTypeImageLayer, Data: archive}
 		if a == nil {
 			a = &pack.Artifact{ConfigType: pack.DockerConfigType}
@@ -352,19 +349,19 @@ func TestAnImageVolumeOfWhatContainerdHasUnpacked(t *testing.T) {
 	files := 0
 	for _, e := range entries {
 		if !time.Unix(0, e.ModTime).Equal(pack.Created) {
-			t.Errorf("%s is of %v", e.Path, time.Unix(0, e.ModTime))
+			t.Errorf("%s has the time %v", e.Path, time.Unix(0, e.ModTime))
 		}
 		if e.Type == "file" {
 			files++
 		}
 	}
 	if files != 2 {
-		t.Errorf("the volume has %v", entries)
+		t.Errorf("the volume has %v, want two files", entries)
 	}
 	check(t, pod.Remove())
 }
 
-// waitForImage waits until CRI knows an image that ctr has pulled.
+// waitForImage waits until CRI knows an image that ctr pulled.
 func waitForImage(t *testing.T, n *node.Node, ref string) (err error) {
 	t.Helper()
 	waitFor(t, "CRI to know the image", func() bool {
@@ -404,10 +401,10 @@ func TestWhatContainerdCannotUnpackLeavesNothing(t *testing.T) {
 			check(t, err)
 			err = pullNatively(n, "artifact", dockerPlatform, n.Registry+"/models/native:"+tag)
 			if err == nil || !strings.Contains(err.Error(), test.want) {
-				t.Errorf("the pull gives %v, want %q in it", err, test.want)
+				t.Errorf("the pull ended with %v, want an error with %q", err, test.want)
 			}
 			collect(t, connect(t, n))
-			waitFor(t, "nothing to be left", func() bool {
+			waitFor(t, "everything to be removed", func() bool {
 				after := daemonUsage(t, n)
 				return len(snapshotsIn(t, n, "artifact")) == len(snapshots) && len(layers(t, n)) == 0 &&
 					len(after.files) <= len(before.files) && len(after.mounts) <= len(before.mounts)
@@ -416,7 +413,7 @@ func TestWhatContainerdCannotUnpackLeavesNothing(t *testing.T) {
 	}
 }
 
-func TestViewsOfAChainOutliveEverything(t *testing.T) {
+func TestViewsOfAChainSurviveRestartsAndAReboot(t *testing.T) {
 	n := nativeNode(t, node.Options{NativeUnpack: true})
 	if n == nil {
 		return
@@ -431,7 +428,7 @@ func TestViewsOfAChainOutliveEverything(t *testing.T) {
 		got, err := treelist.List(dir)
 		check(t, err)
 		if diff := treelist.Diff(want, got); diff != "" {
-			t.Errorf("%s the view differs:\n%s", when, diff)
+			t.Errorf("%s: the view differs:\n%s", when, diff)
 		}
 	}
 	check(t, n.KillDaemon())
@@ -441,7 +438,7 @@ func TestViewsOfAChainOutliveEverything(t *testing.T) {
 	shows("after restarts", target)
 	wantSnapshot(t, n, name, want)
 
-	// As a reboot leaves it.
+	// Simulate a reboot.
 	check(t, n.StopDaemon())
 	check(t, mount.Unmount(target, 0))
 	check(t, mount.UnmountRecursive(n.DaemonState, unix.MNT_DETACH))
@@ -457,9 +454,9 @@ func TestViewsOfAChainOutliveEverything(t *testing.T) {
 	wantSnapshot(t, n, name, want)
 }
 
-// The snapshot that the tool makes has no chain ID for a name, so containerd unpacks the layers
-// of an image that begins with them by itself.
-func TestContainerdUnpacksBesideWhatTheToolHas(t *testing.T) {
+// The name of a snapshot that `unpack` makes is not a chain ID. So containerd unpacks an
+// image with the same first layers independently.
+func TestContainerdUnpacksIndependentlyOfUnpack(t *testing.T) {
 	n := nativeNode(t, node.Options{NativeUnpack: true})
 	if n == nil {
 		return
@@ -478,7 +475,7 @@ func TestContainerdUnpacksBesideWhatTheToolHas(t *testing.T) {
 	a.Layers = append(a.Layers, tarred(t, dir, "").Layers...)
 	above := mustPullNatively(t, n, a, "artifact", dockerPlatform, "above")
 	if slices.Contains(above.chain, name) {
-		t.Errorf("containerd's chain %v has the tool's snapshot %s", above.chain, name)
+		t.Errorf("containerd's chain %v contains the snapshot %s of unpack", above.chain, name)
 	}
 	want, err := treelist.List(src)
 	check(t, err)
@@ -509,18 +506,18 @@ func TestADifferThatIsKilledLeavesNothing(t *testing.T) {
 	check(t, err)
 	pulled := make(chan error, 1)
 	go func() { pulled <- pullNatively(n, "artifact", dockerPlatform, n.Registry+"/models/native:killed") }()
-	waitFor(t, "the differ to begin", func() bool { return len(layers(t, n)) > 0 })
+	waitFor(t, "start of the differ", func() bool { return len(layers(t, n)) > 0 })
 	check(t, n.KillDaemon())
 	check(t, n.StartDaemon())
 	if err := <-pulled; err == nil {
-		t.Fatal("the pull has not noticed")
+		t.Fatal("the pull succeeded although the daemon was killed")
 	}
 	waitForDaemon(t, n)
 	want, err := treelist.List(dir)
 	check(t, err)
 	got := mustPullNatively(t, n, a, "artifact", dockerPlatform, "killed")
 	wantSnapshot(t, n, got.last(), want)
-	// containerd could not tell the daemon to remove the snapshot of the first attempt
-	// while that was down, and does with the next ones.
+	// containerd could not remove the snapshot of the first attempt while the daemon was
+	// down. It removes it in the next garbage collection.
 	wantGone(t, n, got, before)
 }

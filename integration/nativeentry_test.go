@@ -15,8 +15,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// oneEntry is the configuration that the documentation has for every containerd: one
-// entry for artifacts in the place of that for images.
+// oneEntry is the documented configuration for every containerd: one entry for artifacts
+// instead of that for images.
 func oneEntry(t *testing.T) node.Options {
 	t.Helper()
 	text, err := os.ReadFile("../docs/native-unpack.md")
@@ -25,12 +25,12 @@ func oneEntry(t *testing.T) node.Options {
 	_, block, _ := strings.Cut(section, "```toml\n")
 	block, _, found := strings.Cut(block, "```\n")
 	if !found {
-		t.Fatal("the documentation has no such configuration")
+		t.Fatal("docs/native-unpack.md has no section One entry with a configuration")
 	}
 	return node.Options{ContainerdConfig: strings.ReplaceAll(block, "linux/amd64", platforms.DefaultString())}
 }
 
-func TestOneEntryUnpacksAModelOfDockers(t *testing.T) {
+func TestOneEntryUnpacksADockerModel(t *testing.T) {
 	n := node.ForTest(t, oneEntry(t))
 	before := daemonUsage(t, n)
 	src := writeModel(t)
@@ -40,10 +40,10 @@ func TestOneEntryUnpacksAModelOfDockers(t *testing.T) {
 	want, err := treelist.List(src)
 	check(t, err)
 	wantSnapshot(t, n, got.last(), atTheEpoch(want))
-	files := kept(t, n)
+	files := retainedFiles(t, n)
 	for _, l := range got.manifest.Layers {
 		if l.Size > 0 && files[stat(t, blobPath(n, l.Digest.Encoded())).Ino] == "" {
-			t.Errorf("the blob %s has been copied", l.Digest)
+			t.Errorf("the blob %s was copied", l.Digest)
 		}
 	}
 	wantGone(t, n, got, before)
@@ -55,13 +55,13 @@ func TestOneEntryAndWhatCRIPulls(t *testing.T) {
 	modelPack := pulled(t, n, src, pack.TarZstd)
 	docker := pulled(t, n, src, pack.Docker)
 	if len(layers(t, n)) == 0 {
-		t.Error("CRI's pull of a model of Docker's has unpacked nothing")
+		t.Error("CRI's pull did not unpack a Docker model")
 	}
 	ref, layer := guestImage(t, n, "lazy")
 	_, err := n.Pull(ref)
 	check(t, err)
 	if snapshotsIn(t, n, "artifact")[layer.String()] != "" {
-		t.Error("the pull of an container image has unpacked it")
+		t.Error("the pull unpacked a container image")
 	}
 	pod, err := n.RunPod(node.PodSpec{
 		Containers: []node.Container{{Name: "main", Image: ref}},
@@ -69,7 +69,7 @@ func TestOneEntryAndWhatCRIPulls(t *testing.T) {
 	})
 	check(t, err)
 	if snapshotsIn(t, n, "artifact")[layer.String()] != "Committed" {
-		t.Errorf("the container has not unpacked its image: %v", snapshotsIn(t, n, "artifact"))
+		t.Errorf("the image was not unpacked for its container: %v", snapshotsIn(t, n, "artifact"))
 	}
 	wantWritable(t, pod, "/name")
 	wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.TarZstd))
@@ -77,11 +77,11 @@ func TestOneEntryAndWhatCRIPulls(t *testing.T) {
 
 	_, err = n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: docker, Path: "/model"}}})
 	if err == nil || !strings.Contains(err.Error(), "mismatched image rootfs and manifest layers") {
-		t.Errorf("a volume of a model of Docker's: %v", err)
+		t.Errorf("a volume of a Docker model: %v", err)
 	}
 }
 
-// What the documentation says of them.
+// These are the documented limits.
 func TestOneEntryAndTheLayersOfOthers(t *testing.T) {
 	n := node.ForTest(t, oneEntry(t))
 	model, err := pack.Model(writeModel(t), pack.Options{Form: pack.Docker})
@@ -101,7 +101,7 @@ func TestOneEntryAndTheLayersOfOthers(t *testing.T) {
 	} {
 		err = pull(push(unknown, "unknown"))
 		if err == nil || !strings.Contains(err.Error(), "number of layers and diffIDs don't match") {
-			t.Errorf("with a layer that is not in layer_types: %v", err)
+			t.Errorf("a layer that is not in layer_types: %v", err)
 		}
 	}
 
@@ -112,6 +112,6 @@ func TestOneEntryAndTheLayersOfOthers(t *testing.T) {
 	check(t, err)
 	_, err = n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
 	if err == nil || !strings.Contains(err.Error(), "its blob is not in") {
-		t.Errorf("with another config: %v", err)
+		t.Errorf("another config type: %v", err)
 	}
 }

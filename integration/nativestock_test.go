@@ -21,7 +21,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// overlayfsConfig makes containerd unpack Docker's models into its own snapshotter.
+// overlayfsConfig makes containerd unpack Docker models into its own overlayfs snapshotter.
 const overlayfsConfig = `
 [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
   platform = "linux"
@@ -48,7 +48,7 @@ func TestTheDifferUnpacksForStockOverlayfs(t *testing.T) {
 	files, err := treelist.List(src)
 	check(t, err)
 	for _, e := range files {
-		if e.Type == "file" && e.Size == 0 { // refused, since an image can have an empty layer
+		if e.Type == "file" && e.Size == 0 { // refused, because a container image can have an empty layer
 			check(t, os.WriteFile(filepath.Join(src, e.Path), []byte("#"), 0o644))
 		}
 	}
@@ -70,7 +70,8 @@ func TestTheDifferUnpacksForStockOverlayfs(t *testing.T) {
 	check(t, errors.Join(err, mount.Unmount(target, 0)))
 	want, err := treelist.List(src)
 	check(t, err)
-	// On a file system without reflinks a raw layer is a link to its blob.
+	// On a file system without reflinks a raw layer is a hard link to its blob, with the
+	// blob's attributes.
 	attributes := map[string]treelist.Entry{}
 	for _, e := range got {
 		attributes[e.Path] = e
@@ -96,17 +97,17 @@ func TestTheDifferUnpacksForStockOverlayfs(t *testing.T) {
 	}))
 	for _, l := range image.manifest.Layers[:len(image.manifest.Layers)-1] {
 		if l.Size > 0 && !inodes[stat(t, blobPath(n, l.Digest.Encoded())).Ino] {
-			t.Errorf("the blob %s has been copied", l.Digest)
+			t.Errorf("the blob %s was copied", l.Digest)
 		}
 	}
 	removeImage(t, n, image.ref)
 	if left := snapshotsIn(t, n, "overlayfs"); len(left) > 0 {
-		t.Errorf("left are %v", left)
+		t.Errorf("snapshots were not removed: %v", left)
 	}
 }
 
-// There nothing tells that a snapshot is an artifact's, and its name is that of the
-// layer of an image with the same content.
+// A snapshot of stock overlayfs does not tell that it belongs to an artifact, and has the
+// name of an image layer with the same content.
 func TestNoImageHasALayerOfAnArtifact(t *testing.T) {
 	n := nativeNode(t, node.Options{ContainerdConfig: overlayfsConfig})
 	if n == nil {
@@ -121,7 +122,7 @@ func TestNoImageHasALayerOfAnArtifact(t *testing.T) {
 	)
 	check(t, err)
 	if digest.FromBytes(text) != layer {
-		t.Fatal("this is not the layer of the image")
+		t.Fatal("the digest differs from the image's layer, so the test proves nothing")
 	}
 	attack := pack.Artifact{ConfigType: pack.DockerConfigType, Layers: []pack.Layer{{
 		MediaType: "application/vnd.docker.ai.safetensors", Data: text,
@@ -131,10 +132,10 @@ func TestNoImageHasALayerOfAnArtifact(t *testing.T) {
 	check(t, err)
 	err = pullNatively(n, "overlayfs", dockerPlatform, n.Registry+"/models/native:attack")
 	if err == nil || !strings.Contains(err.Error(), "its file is an archive") {
-		t.Errorf("the pull gives %v", err)
+		t.Errorf("the pull ended with %v, want a refusal", err)
 	}
 
-	// The same content as a tar is the same files for both.
+	// As a tar, the same content gives the same files for an artifact and for an image.
 	attack.Layers[0] = pack.Layer{MediaType: "application/vnd.docker.ai.dir.tar", Data: text}
 	mustPullNatively(t, n, &attack, "overlayfs", dockerPlatform, "tar")
 	check(t, pullNatively(n, "overlayfs", "linux", ref))
@@ -146,6 +147,6 @@ func TestNoImageHasALayerOfAnArtifact(t *testing.T) {
 	name, err := os.ReadFile(filepath.Join(target, "name"))
 	check(t, errors.Join(err, mount.Unmount(target, 0)))
 	if string(name) != "victim" {
-		t.Errorf("the image's file reads %q", name)
+		t.Errorf("the image's file has the content %q", name)
 	}
 }

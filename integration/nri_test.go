@@ -23,7 +23,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// stock containerd, with overlayfs, and the daemon as a plugin of its NRI.
+// Stock containerd with overlayfs, and the daemon as its NRI plugin.
 
 func TestByNRIAModelIsMountedAsItWasPacked(t *testing.T) {
 	t.Parallel()
@@ -45,7 +45,7 @@ func TestByNRIAModelIsMountedAsItWasPacked(t *testing.T) {
 	wantRecords(t, n, 0)
 }
 
-// records are the names of what the daemon has recorded of containers.
+// records returns the files of the daemon's NRI records, one per container.
 func records(t *testing.T, n *node.Node) []string {
 	t.Helper()
 	found, err := filepath.Glob(filepath.Join(n.DaemonRoot, "nri", "*"))
@@ -53,11 +53,11 @@ func records(t *testing.T, n *node.Node) []string {
 	return found
 }
 
-// wantRecords waits until there are as many records.
+// wantRecords waits until there is this number of records.
 func wantRecords(t *testing.T, n *node.Node, want int) {
 	t.Helper()
 	var found []string
-	waitFor(t, "the daemon to have the right number of records", func() bool {
+	waitFor(t, "the expected number of NRI records", func() bool {
 		found = records(t, n)
 		return len(found) == want
 	})
@@ -93,9 +93,9 @@ func TestByNRITwoContainersAndTwoPodsShareOneMount(t *testing.T) {
 	mounts, err := node.Mounts(n.DaemonState)
 	check(t, err)
 	if len(mounts) != 1 {
-		t.Errorf("the daemon's mounts are %q, want one for all", mounts)
+		t.Errorf("the daemon's mounts are %q, want one for all containers", mounts)
 	}
-	// A container of a pod may go alone.
+	// A container can end before its pod.
 	_, err = n.Crictl("stop", first.Containers["a"])
 	check(t, err)
 	wantRecords(t, n, 3)
@@ -103,7 +103,7 @@ func TestByNRITwoContainersAndTwoPodsShareOneMount(t *testing.T) {
 	check(t, first.Remove())
 	wantRecords(t, n, 2)
 	wantVolume(t, second, "a", "/model", want)
-	// The image may go before its pod.
+	// The image can be deleted before the pod.
 	_, err = n.Crictl("rmi", ref)
 	check(t, err)
 	wantVolume(t, second, "b", "/model", want)
@@ -112,7 +112,7 @@ func TestByNRITwoContainersAndTwoPodsShareOneMount(t *testing.T) {
 	wantUsage(t, n, before)
 }
 
-// specMounts are the mounts that containerd has asked the OCI runtime for.
+// specMounts returns the mounts that containerd requested from the OCI runtime.
 func specMounts(t *testing.T, n *node.Node, container string) []specs.Mount {
 	t.Helper()
 	out, err := n.Crictl("inspect", container)
@@ -146,7 +146,7 @@ func TestByNRIOtherMountsAreLeftAlone(t *testing.T) {
 	volumes := []node.Volume{
 		{HostPath: shared, Path: "/data"},
 		{Image: ordinary, Path: "/image"},
-		{HostPath: shared, Path: "/model/src"}, // in the volume of the model
+		{HostPath: shared, Path: "/model/src"}, // inside the model's volume
 		{Image: ref, Path: "/model"},
 		{HostPath: shared, Path: "/a/b/c/d"},
 	}
@@ -160,7 +160,7 @@ func TestByNRIOtherMountsAreLeftAlone(t *testing.T) {
 	for _, path := range []string{"/data", "/a/b/c/d", "/model/src"} {
 		wantVolume(t, pod, "main", path, host)
 	}
-	// Beside the model's, every mount is what it is without the model.
+	// Except for the model's, every mount is the same as without the model.
 	plain, err := n.RunPod(node.PodSpec{Volumes: slices.DeleteFunc(slices.Clone(volumes), func(v node.Volume) bool { return v.Image == ref })})
 	check(t, err)
 	var others []string
@@ -215,13 +215,13 @@ func TestByNRIAPodWithAUserNamespaceSeesItsOwnOwners(t *testing.T) {
 				wantVolume(t, pod, "main", "/model", want)
 				pods = append(pods, pod)
 			}
-			// Whose owners a record is of outlives the daemon.
+			// The record of a user namespace survives the daemon.
 			check(t, n.KillDaemon())
 			check(t, n.StartDaemon())
 			check(t, n.WaitForNRI())
 			wantRecords(t, n, 3)
 			if found := trees(t, n, manifestOf(t, n, ref)); len(found) != 3 {
-				t.Errorf("the trees are %q, want one for each map", found)
+				t.Errorf("the trees are %q, want one for each ID map", found)
 			}
 			for _, pod := range pods {
 				check(t, pod.Remove())
@@ -233,7 +233,7 @@ func TestByNRIAPodWithAUserNamespaceSeesItsOwnOwners(t *testing.T) {
 	}
 }
 
-// containerd looks for a sub path before it asks NRI, in its own empty directory.
+// containerd checks a sub path before it asks NRI, in its own empty directory.
 func TestByNRIASubPathIsRefusedByContainerd(t *testing.T) {
 	n := node.ForTest(t, node.Options{NRI: true})
 	if older(t, n, 2, noSubPaths) {
@@ -247,25 +247,25 @@ func TestByNRIASubPathIsRefusedByContainerd(t *testing.T) {
 	wantRecords(t, n, 0)
 }
 
-// wantRefusedByNRI wants that a container with the volume is not created, and why.
+// wantRefusedByNRI checks that a container with the volume is not created, and the reason.
 func wantRefusedByNRI(t *testing.T, pod *node.Pod, ref string, wanted ...string) {
 	t.Helper()
 	err := pod.Start(node.Container{Name: "refused", Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
 	if err == nil {
-		t.Fatal("a container started")
+		t.Fatal("the container started")
 	}
 	said := answer(t, err)
 	for _, want := range append(wanted, "artifact-snapshotter: image volume /model: ") {
 		if !strings.Contains(said, want) {
-			t.Errorf("the error does not say %q: %.4096s", want, said)
+			t.Errorf("the error does not contain %q: %.4096s", want, said)
 		}
 	}
 	if len(said) > 4096 || strings.Contains(said, "\n") {
-		t.Errorf("the error is not one short line but has %d bytes: %.1000q", len(said), said)
+		t.Errorf("the error is not one short line: %d bytes: %.1000q", len(said), said)
 	}
 }
 
-func TestByNRIAnArtifactThatIsRefusedStopsTheContainer(t *testing.T) {
+func TestByNRIARefusedArtifactStopsTheContainer(t *testing.T) {
 	n := node.ForTest(t, node.Options{NRI: true})
 	h := hostile{t, t.TempDir()}
 	bad := push(t, n, "bad", h.raw("good.txt"), h.raw("../../etc/passwd"))
@@ -273,16 +273,16 @@ func TestByNRIAnArtifactThatIsRefusedStopsTheContainer(t *testing.T) {
 	pod, err := n.RunSandbox(node.PodSpec{})
 	check(t, err)
 	wantRefusedByNRI(t, pod, bad, "layer 1 (application/vnd.cncf.model.weight.v1.raw, sha256:", `path "../../etc/passwd" contains ".."`)
-	// Also beside one that could be mounted.
+	// An artifact that can be mounted does not change this.
 	err = pod.Start(node.Container{Name: "both", Volumes: []node.Volume{{Image: good, Path: "/good"}, {Image: bad, Path: "/bad"}}})
 	if err == nil || !strings.Contains(err.Error(), "image volume /bad: ") {
-		t.Errorf("got %v, want that /bad is refused", err)
+		t.Errorf("got %v, want a refusal of /bad", err)
 	}
 	wantRecords(t, n, 0)
 	check(t, pod.Remove())
 }
 
-func TestByNRIAnArtifactThatIsRefusedCanBeLeftToTheRuntime(t *testing.T) {
+func TestByNRIARefusedArtifactCanBeLeftToTheRuntime(t *testing.T) {
 	n := node.ForTest(t, node.Options{NRI: true, NRIConfig: `on_error = "passthrough"`})
 	h := hostile{t, t.TempDir()}
 	bad := push(t, n, "bad", h.raw("../../etc/passwd"))
@@ -298,7 +298,7 @@ func TestByNRIAnArtifactThatIsRefusedCanBeLeftToTheRuntime(t *testing.T) {
 func TestByNRINoArtifactIsMountedForAnother(t *testing.T) {
 	n := node.ForTest(t, node.Options{NRI: true})
 	a, _ := pulledPlain(t, n, "a", "a")
-	wantServed(t, n, a, shownPlain("a"))
+	wantServed(t, n, a, plainVolume("a"))
 	b, _ := pulledPlain(t, n, "b", "b")
 	pod, err := n.RunSandbox(node.PodSpec{})
 	check(t, err)
@@ -308,9 +308,9 @@ func TestByNRINoArtifactIsMountedForAnother(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-// A build that takes longer than NRI's timeout: the plugin answers in time, and is not
-// taken away.
-func TestByNRIASlowArtifactIsWaitedForByTryingAgain(t *testing.T) {
+// The build takes longer than NRI's time-out. The plugin answers in time and stays
+// registered.
+func TestByNRIASlowArtifactIsMountedByARetry(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{
 		NRI:              true,
@@ -322,7 +322,7 @@ func TestByNRIASlowArtifactIsWaitedForByTryingAgain(t *testing.T) {
 	pod, err := n.RunSandbox(node.PodSpec{})
 	check(t, err)
 	wantRefusedByNRI(t, pod, ref, "is still being unpacked (", "unpacking goes on, try again")
-	waitFor(t, "the container to start", func() bool {
+	waitFor(t, "start of the container", func() bool {
 		return pod.Start(node.Container{Volumes: []node.Volume{{Image: ref, Path: "/model"}}}) == nil
 	})
 	wantVolume(t, pod, "main", "/model", []treelist.Entry{want})
@@ -353,7 +353,7 @@ func TestByNRIAPodGoesOnReadingWhenTheDaemonOrContainerdEnds(t *testing.T) {
 			check(t, err)
 			wantRecords(t, n, 3)
 			check(t, c.end())
-			if strings.HasPrefix(c.name, "daemon") { // it does not hear of this
+			if strings.HasPrefix(c.name, "daemon") { // the plugin does not see this removal
 				wantReading(t, pod)
 				check(t, gone.Remove())
 				wantRecords(t, n, 3)
@@ -371,7 +371,7 @@ func TestByNRIAPodGoesOnReadingWhenTheDaemonOrContainerdEnds(t *testing.T) {
 			wantReading(t, pod)
 		})
 	}
-	// What is lost of the records is found again.
+	// Lost records are restored.
 	check(t, n.KillDaemon())
 	check(t, os.RemoveAll(filepath.Join(n.DaemonRoot, "nri")))
 	check(t, n.StartDaemon())
@@ -386,7 +386,7 @@ func TestByNRIAPodGoesOnReadingWhenTheDaemonOrContainerdEnds(t *testing.T) {
 	wantUsage(t, n, before)
 }
 
-// breaker is a plugin of NRI that comes after the daemon's, and refuses a container.
+// breaker is an NRI plugin that runs after the daemon's and refuses every container.
 type breaker struct{}
 
 func (breaker) CreateContainer(context.Context, *api.PodSandbox, *api.Container) (*api.ContainerAdjustment, []*api.ContainerUpdate, error) {
@@ -400,16 +400,16 @@ func TestByNRIAContainerThatFailsLaterLeavesNothing(t *testing.T) {
 	pod, err := n.RunSandbox(node.PodSpec{})
 	check(t, err)
 
-	// runc fails, when the container is started. containerd does not tell of it before
-	// the container is removed.
+	// runc fails when the container is started. containerd notifies plugins only when the
+	// container is removed.
 	if err := pod.Start(node.Container{Name: "start", Command: []string{"/no/such/program"}, Volumes: volumes}); err == nil {
-		t.Fatal("a container without a program has started")
+		t.Fatal("a container without a program started")
 	}
 	_, err = n.Crictl("rm", pod.Containers["start"])
 	check(t, err)
 	wantRecords(t, n, 0)
 
-	// Another plugin refuses it, when ours has already answered.
+	// Another plugin refuses the container after ours has mounted the volume.
 	s, err := stub.New(breaker{}, stub.WithSocketPath(filepath.Join(n.Dir, "nri.sock")), stub.WithPluginName("breaker"), stub.WithPluginIdx("99"))
 	check(t, err)
 	check(t, s.Start(t.Context()))
@@ -420,14 +420,14 @@ func TestByNRIAContainerThatFailsLaterLeavesNothing(t *testing.T) {
 	wantRecords(t, n, 0)
 	s.Stop()
 	check(t, pod.Remove())
-	waitFor(t, "the mount to go", func() bool {
+	waitFor(t, "removal of the mount", func() bool {
 		mounts, err := node.Mounts(n.DaemonState)
 		return err == nil && len(mounts) == 0
 	})
 }
 
-// What happened while nobody was there is at least said.
-func TestByNRIAContainerThatWasCreatedWithoutThePluginIsNamed(t *testing.T) {
+// The daemon logs containers that were created without it.
+func TestByNRIAContainerCreatedWithoutThePluginIsLogged(t *testing.T) {
 	n := node.ForTest(t, node.Options{NRI: true})
 	ref := pulled(t, n, writeModel(t), pack.Raw)
 	check(t, n.StopDaemon())
@@ -442,7 +442,7 @@ func TestByNRIAContainerThatWasCreatedWithoutThePluginIsNamed(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-// What NRI offers for a runtime that is without its plugin.
+// NRI can require a plugin.
 func TestByNRIARequiredPluginThatIsNotThereStopsContainers(t *testing.T) {
 	n := node.ForTest(t, node.Options{NRI: true, ContainerdConfig: requiredPlugins})
 	src := writeModel(t)
@@ -465,7 +465,7 @@ func TestByNRIARequiredPluginThatIsNotThereStopsContainers(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-// Both front ends of one daemon: the snapshotter has mounted the volume before NRI is asked.
+// Both front ends in one daemon: the snapshotter mounts the volume before NRI is asked.
 func TestByNRIAndBySnapshotterAVolumeIsTheSame(t *testing.T) {
 	n := node.ForTest(t, node.Options{DaemonFlags: []string{"--nri"}, NRIConfig: "name = 'second-front-end'"})
 	check(t, n.WaitForNRI())
@@ -474,6 +474,6 @@ func TestByNRIAndBySnapshotterAVolumeIsTheSame(t *testing.T) {
 	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}, {Image: ref, Path: "/deep", SubPath: "tokenizer"}}})
 	check(t, err)
 	wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.TarGzip))
-	wantRecords(t, n, 0) // the snapshotter's is enough
+	wantRecords(t, n, 0) // the snapshotter's snapshot is enough
 	check(t, pod.Remove())
 }

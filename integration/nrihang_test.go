@@ -15,7 +15,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// requiredPlugins is what lets containerd create no container while the plugin is not there.
+// requiredPlugins makes containerd create no container without the plugin.
 const requiredPlugins = `[plugins.'io.containerd.nri.v1.nri'.default_validator]
   enable = true
   required_plugins = ['artifact-snapshotter']
@@ -47,16 +47,16 @@ func TestCRIOWithAPluginThatHangs(t *testing.T) {
 	}
 }
 
-// testAPluginThatHangs stops the daemon. A runtime that knows NRI's failure policy creates
-// no container meanwhile. Any other goes on without the plugin, and the first time it does
-// so even if the plugin is required: NRI's validator, which is asked afterwards, counts in
-// who was there before. The plugin comes back by itself.
+// testAPluginThatHangs stops the daemon with SIGSTOP. A runtime that implements NRI's
+// failure policy creates no container then. Other runtimes continue without the plugin, the
+// first time even if it is required: NRI's validator runs after the plugins and counts the
+// plugins that were present before. The plugin registers again by itself.
 func testAPluginThatHangs(t *testing.T, n *node.Node, required bool, wantOwn func(*testing.T, *node.Pod, []treelist.Entry)) {
 	src := writeModel(t)
 	spec := node.PodSpec{Volumes: []node.Volume{{Image: pulled(t, n, src, pack.Raw), Path: "/model"}}}
 	want := wantTree(t, src, pack.Raw)
 	knows := knowsFailurePolicy(t, n)
-	t.Logf("the runtime knows the failure policy: %v", knows)
+	t.Logf("the runtime implements the failure policy: %v", knows)
 	running, err := n.RunPod(spec)
 	check(t, err)
 
@@ -81,10 +81,10 @@ func testAPluginThatHangs(t *testing.T, n *node.Node, required bool, wantOwn fun
 			t.Errorf("pod %d: got %v, want %s", i, err, refusal)
 		}
 	}
-	check(t, running.Remove()) // no pod has to wait for the plugin to end
+	check(t, running.Remove()) // ending a pod must not wait for the plugin
 	check(t, syscall.Kill(n.DaemonPID(), syscall.SIGCONT))
 
-	waitFor(t, "the plugin to be back", func() bool {
+	waitFor(t, "another registration of the plugin", func() bool {
 		pod, err := n.RunPod(spec)
 		if err != nil {
 			return false
@@ -95,7 +95,7 @@ func testAPluginThatHangs(t *testing.T, n *node.Node, required bool, wantOwn fun
 		return treelist.Diff(want, entries) == ""
 	})
 	for _, pod := range without {
-		waitFor(t, "the log to name pod "+pod.ID, func() bool {
+		waitFor(t, "a log line about pod "+pod.ID, func() bool {
 			for line := range strings.Lines(daemonLog(t, n)) {
 				if strings.Contains(line, "a container was created without the NRI plugin") && strings.Contains(line, "sandbox="+pod.ID) {
 					return true
@@ -105,20 +105,20 @@ func testAPluginThatHangs(t *testing.T, n *node.Node, required bool, wantOwn fun
 		})
 		check(t, pod.Remove())
 	}
-	_, err = n.Crictl("rmp", "--force", "--all") // what was refused
+	_, err = n.Crictl("rmp", "--force", "--all") // the refused pods
 	check(t, err)
 	wantRecords(t, n, 0)
 }
 
 var nriVersion = regexp.MustCompile(`mounting artifacts for a runtime by NRI.* nri_version="?(\S+?)"?\s`)
 
-// knowsFailurePolicy reports whether the runtime's NRI is 0.12.5 or later, by the daemon's
-// log.
+// knowsFailurePolicy reports whether the runtime's NRI is version 0.12.5 or later,
+// according to the daemon's log.
 func knowsFailurePolicy(t *testing.T, n *node.Node) bool {
 	t.Helper()
 	found := nriVersion.FindStringSubmatch(daemonLog(t, n))
 	if found == nil {
-		t.Fatal("the daemon's log does not say which version of NRI the runtime has")
+		t.Fatal("the daemon's log does not have the runtime's NRI version")
 	}
 	var major, minor, patch int
 	if _, err := fmt.Sscanf(found[1], "v%d.%d.%d", &major, &minor, &patch); err != nil {

@@ -27,10 +27,10 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// Nodes that are not as they should be: something is missing, full, or cannot
-// do what others can.
+// Nodes with problems: something is missing or full, or a file system cannot do what others
+// can.
 
-// daemonLog is all that the daemon has logged.
+// daemonLog returns the whole log of the daemon.
 func daemonLog(t *testing.T, n *node.Node) string {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(n.Dir, "logs", "daemon"))
@@ -38,7 +38,7 @@ func daemonLog(t *testing.T, n *node.Node) string {
 	return string(text)
 }
 
-// pulledManifest is the manifest of what ref was pulled as, and its digest.
+// pulledManifest returns the manifest that ref refers to, and its digest.
 func pulledManifest(t *testing.T, n *node.Node, ref string) (ocispec.Manifest, digest.Digest) {
 	t.Helper()
 	hex := manifestOf(t, n, ref)
@@ -49,7 +49,7 @@ func pulledManifest(t *testing.T, n *node.Node, ref string) (ocispec.Manifest, d
 	return m, digest.NewDigestFromEncoded(digest.SHA256, hex)
 }
 
-// blobPath is where containerd keeps the blob of a digest in hex.
+// blobPath returns the path of a blob in containerd's content store.
 func blobPath(n *node.Node, hex string) string {
 	return filepath.Join(n.ContentRoot, "blobs", "sha256", hex)
 }
@@ -62,9 +62,9 @@ func stat(t *testing.T, path string) (st unix.Stat_t) {
 	return st
 }
 
-func TestABlobThatIsMissingIsNamed(t *testing.T) {
+func TestAMissingBlobIsNamed(t *testing.T) {
 	t.Parallel()
-	// What is unpacked during the pull does not need its blob any more.
+	// A layer that was unpacked during the pull does not need its blob any more.
 	n := node.ForTest(t, node.Options{DaemonConfig: "decompress_on_pull = false"})
 	const weights = 2 // the index of its layer
 	layer := func(m ocispec.Manifest, _ digest.Digest) digest.Digest { return m.Layers[weights].Digest }
@@ -72,7 +72,7 @@ func TestABlobThatIsMissingIsNamed(t *testing.T) {
 		name string
 		form pack.Form
 		blob func(ocispec.Manifest, digest.Digest) digest.Digest
-		want string // "" means that containerd sees it first
+		want string // "" means that containerd detects it first
 	}{
 		{"raw layer", pack.Raw, layer, "layer 2 (application/vnd.cncf.model.weight.v1.raw, sha256:%s, \"model-00001.safetensors\"): its blob is not in "},
 		{"tar layer", pack.TarZstd, layer, "layer 2 (application/vnd.cncf.model.weight.v1.tar+zstd, sha256:%s): its blob is not in "},
@@ -93,7 +93,7 @@ func TestABlobThatIsMissingIsNamed(t *testing.T) {
 				wantRefused(t, pod, ref, fmt.Sprintf(tt.want, missing)+n.ContentRoot, "delete the image and pull it again")
 			}
 			wantUsage(t, n, before)
-			// The advice is good.
+			// The recommended action works.
 			_, err = n.Crictl("rmi", ref)
 			check(t, err)
 			pulled(t, n, src, tt.form)
@@ -107,7 +107,7 @@ func TestABlobThatIsMissingIsNamed(t *testing.T) {
 	}
 }
 
-func TestAWrongContentRootIsSaid(t *testing.T) {
+func TestAWrongContentRootIsReported(t *testing.T) {
 	wrong := filepath.Join(t.TempDir(), "content")
 	n := node.ForTest(t, node.Options{DaemonFlags: []string{"--content-root", wrong}})
 	src := writeModel(t)
@@ -121,7 +121,7 @@ func TestAWrongContentRootIsSaid(t *testing.T) {
 	check(t, os.RemoveAll(wrong))
 	check(t, os.WriteFile(wrong, nil, 0o644))
 	wantRefused(t, pod, ref, wrong, hint)
-	// Put right, nothing has to be started anew.
+	// After the correction nothing must be restarted.
 	check(t, os.Remove(wrong))
 	check(t, os.Symlink(n.ContentRoot, wrong))
 	check(t, pod.Start(node.Container{}))
@@ -129,11 +129,12 @@ func TestAWrongContentRootIsSaid(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
+func TestAFullDiskIsReportedAndLeavesNothing(t *testing.T) {
 	t.Parallel()
 	root := mounted(t, "tmpfs", "size=16m")
 	resize := func(size string) {
-		// What is unmounted may take its space for a moment more, and is not to be cut off.
+		// An unmounted volume may use its space for another moment; the size must not be
+		// smaller.
 		waitFor(t, "the disk to have "+size, func() bool {
 			err := unix.Mount("", root, "", unix.MS_REMOUNT|unix.MS_NOSUID|unix.MS_NODEV, "size="+size)
 			if !errors.Is(err, unix.EINVAL) {
@@ -171,7 +172,7 @@ func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
 		layers []pack.Layer
 		want   []string
 	}{
-		// The content root is on another filesystem, so that there is a copy.
+		// The content root is on another file system, so blobs are copied.
 		{"a large file in a tar", asTar(large), []string{"layer 0 (application/vnd.cncf.model.weight.v1.tar,", fmt.Sprintf("%d bytes are needed and ", len(asTar(large)[0].Data))}},
 		{"small files in a tar", asTar(files(25, 900<<10)), []string{"layer 0 (application/vnd.cncf.model.weight.v1.tar,"}},
 		{"a large file in a compressed tar", zipped(asTar(large)), []string{"layer 0 (application/vnd.cncf.model.weight.v1.tar+gzip,"}},
@@ -189,7 +190,7 @@ func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
 			check(t, err)
 			pod, err := n.RunSandbox(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
 			check(t, err)
-			// How many bytes are free is not the same each time.
+			// The number of free bytes in the message may differ.
 			for range 2 {
 				wantNoStart(t, pod, append(tt.want, "no space left on device", advice)...)
 				wantUsage(t, n, before)
@@ -198,7 +199,7 @@ func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
 				check(t, pod.Remove())
 				return
 			}
-			// The advice is good.
+			// The recommended action works.
 			resize("64m")
 			defer resize("16m")
 			check(t, pod.Start(node.Container{}))
@@ -209,7 +210,7 @@ func TestAFullDiskIsSaidAndLeavesNothing(t *testing.T) {
 			wantUsage(t, n, before)
 		})
 	}
-	// What there is room for is served.
+	// An artifact that fits is still mounted.
 	src := writeModel(t)
 	ref := pulled(t, n, src, pack.TarGzip)
 	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
@@ -224,7 +225,7 @@ func TestBlobsOfAnotherFilesystemAreCopiedOnce(t *testing.T) {
 	before := daemonUsage(t, n)
 	var pods []*node.Pod
 	var refs []string
-	trees := map[string]map[string]bool{} // blobs by hex, and the artifacts that have them
+	trees := map[string]map[string]bool{} // the refs that use a blob, by its hex digest
 	for tag, without := range map[string][]string{"all": nil, "less": {"README.md"}} {
 		src := writeModel(t, without...)
 		pushModel(t, n, src, pack.Raw, tag)
@@ -248,16 +249,16 @@ func TestBlobsOfAnotherFilesystemAreCopiedOnce(t *testing.T) {
 	copies, err := os.ReadDir(filepath.Join(root, "blobs/sha256"))
 	check(t, err)
 	if len(copies) != len(trees) {
-		t.Errorf("there are %d copies of %d blobs", len(copies), len(trees))
+		t.Errorf("%d copies of %d blobs, want one each", len(copies), len(trees))
 	}
 	retained, err := filepath.Glob(filepath.Join(root, "trees", "*", "data", "*"))
 	check(t, err)
-	links := map[uint64]int{} // in trees, by inode
+	links := map[uint64]int{} // links in trees, by inode
 	for _, path := range retained {
 		links[stat(t, path).Ino]++
 	}
 	if len(links) != len(trees) {
-		t.Errorf("the trees retain %d files for %d blobs", len(links), len(trees))
+		t.Errorf("the trees retain %d files for %d blobs, want one each", len(links), len(trees))
 	}
 	for hex, users := range trees {
 		st := stat(t, filepath.Join(root, "blobs/sha256", hex))
@@ -265,11 +266,11 @@ func TestBlobsOfAnotherFilesystemAreCopiedOnce(t *testing.T) {
 			t.Errorf("the copy of %s has %d links, %d of them in trees, want one in each of %d", hex, st.Nlink, links[st.Ino], len(users))
 		}
 	}
-	// Whoever pays for the bytes twice is told.
+	// A warning tells the user that the bytes are stored twice.
 	if !slices.ContainsFunc(strings.Split(daemonLog(t, n), "\n"), func(line string) bool {
 		return strings.Contains(line, "level=warning") && strings.Contains(line, n.ContentRoot) && strings.Contains(line, "cop")
 	}) {
-		t.Errorf("no warning in the daemon's log says that blobs of %s are copied", n.ContentRoot)
+		t.Errorf("the daemon's log has no warning that blobs of %s are copied", n.ContentRoot)
 	}
 	for i, pod := range pods {
 		check(t, pod.Remove())
@@ -302,7 +303,7 @@ func TestTheModeLinkMountsTheBlobsThemselves(t *testing.T) {
 	}
 	for path, blob := range blobs {
 		if st := stat(t, filepath.Join(mounts[0], path)); st.Ino != blob.Ino || st.Dev != blob.Dev {
-			t.Errorf("%s is not the runtime's blob but a copy", path)
+			t.Errorf("%s is a copy, want the runtime's blob", path)
 		}
 	}
 	out, err := pod.Exec("main", node.Guest, "write", "/model/config.json")
@@ -314,7 +315,7 @@ func TestTheModeLinkMountsTheBlobsThemselves(t *testing.T) {
 	for path, blob := range blobs {
 		hex := want[slices.IndexFunc(want, func(e treelist.Entry) bool { return e.Path == path })].SHA256
 		if st := stat(t, blobPath(n, hex)); st.Mode != blob.Mode || st.Uid != blob.Uid || st.Mtim != blob.Mtim {
-			t.Errorf("the blob of %s has other attributes than before", path)
+			t.Errorf("the attributes of the blob of %s changed", path)
 		}
 	}
 }
@@ -331,7 +332,7 @@ func TestTheModeCopyHasAllAttributes(t *testing.T) {
 	for _, e := range want {
 		if e.Type == "file" && e.Size > 0 {
 			if st := stat(t, blobPath(n, e.SHA256)); st.Nlink != 1 {
-				t.Errorf("the blob of %s has %d links", e.Path, st.Nlink)
+				t.Errorf("the blob of %s has %d links, want one", e.Path, st.Nlink)
 			}
 		}
 	}
@@ -341,8 +342,8 @@ func TestTheModeCopyHasAllAttributes(t *testing.T) {
 	wantUsage(t, n, before)
 }
 
-// A ramfs has no extended attributes, which the mode overlay needs, and does
-// not say how much space it has.
+// A ramfs has no extended attributes, which the mode overlay needs, and does not report its
+// free space.
 func TestAFilesystemWithoutExtendedAttributes(t *testing.T) {
 	t.Run("a forced mode that cannot work is an error at the start", func(t *testing.T) {
 		root := mounted(t, "ramfs", "")
@@ -353,17 +354,17 @@ func TestAFilesystemWithoutExtendedAttributes(t *testing.T) {
 		}
 		for _, want := range []string{"daemon ended (exit status 1) before it was ready", `mode "overlay" does not work in ` + root, "trusted.overlay.metacopy", "operation not supported"} {
 			if !strings.Contains(err.Error(), want) {
-				t.Errorf("the error does not say %q: %v", want, err)
+				t.Errorf("the error does not contain %q: %v", want, err)
 			}
 		}
 	})
-	t.Run("auto takes the next mode and says why", func(t *testing.T) {
+	t.Run("auto chooses the next mode and logs the reason", func(t *testing.T) {
 		root := mounted(t, "ramfs", "")
 		n := node.ForTest(t, node.Options{DaemonRoot: root})
-		log := strings.ReplaceAll(daemonLog(t, n), `\`, "") // quotes are quoted, once or twice
+		log := strings.ReplaceAll(daemonLog(t, n), `\`, "") // quotes are escaped once or twice
 		for _, want := range []string{"level=warning", "raw=link", "layers are laid out by a fallback mode", `mode "overlay" does not work in ` + root} {
 			if !strings.Contains(log, want) {
-				t.Errorf("the daemon's log does not say %q: %s", want, log)
+				t.Errorf("the daemon's log does not contain %q: %s", want, log)
 			}
 		}
 		src := writeModel(t)
@@ -374,7 +375,7 @@ func TestAFilesystemWithoutExtendedAttributes(t *testing.T) {
 		check(t, err)
 		want := wantTree(t, src, pack.Raw)
 		for _, entries := range [][]treelist.Entry{want, got} {
-			for i := range entries { // the attributes are not the mode's to keep
+			for i := range entries { // this mode does not preserve attributes
 				entries[i].Mode, entries[i].UID, entries[i].GID, entries[i].ModTime = 0, 0, 0, 0
 			}
 		}
@@ -408,7 +409,7 @@ func TestOneTreeForPodsThatStartAtOnce(t *testing.T) {
 		wantVolume(t, pod, "main", "/model", want)
 	}
 	if built := strings.Count(daemonLog(t, n), "building the tree"); built != 1 {
-		t.Errorf("the tree was built %d times", built)
+		t.Errorf("the tree was built %d times, want once", built)
 	}
 	trees, err := os.ReadDir(filepath.Join(n.DaemonRoot, "trees"))
 	check(t, err)
@@ -422,7 +423,7 @@ func TestOneTreeForPodsThatStartAtOnce(t *testing.T) {
 		removals.Go(pod.Remove)
 	}
 	check(t, removals.Wait())
-	waitFor(t, "the mount to go", func() bool {
+	waitFor(t, "removal of the mount", func() bool {
 		mounts, err := node.Mounts(n.DaemonState)
 		return err == nil && len(mounts) == 0
 	})
@@ -444,9 +445,9 @@ func TestASecondDaemonIsRefused(t *testing.T) {
 				"--root", tt.root, "--state", other, "--address", tt.address,
 				"--content-root", n.ContentRoot, "--containerd-address", n.Address).CombinedOutput()
 			if err == nil || !strings.Contains(string(out), tt.want) {
-				t.Errorf("%v: %s, want that it says %q", err, out, tt.want)
+				t.Errorf("%v: %s, want an error with %q", err, out, tt.want)
 			}
-			// The first goes on.
+			// The first daemon is not affected.
 			wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.Raw))
 			next, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
 			check(t, err)

@@ -19,10 +19,10 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// What the real `oras` pushes, which says with its types next to nothing of the bytes, is
-// shown as `oras pull` writes it.
+// The media types of the real `oras` say almost nothing about the bytes. The volume must
+// equal the output of `oras pull`.
 
-// orasIn runs oras in a directory: what it is told to push gets the name that it has there.
+// orasIn runs oras in a directory, because oras uses the relative paths as titles.
 func orasIn(t *testing.T, n *node.Node, dir string, args ...string) string {
 	t.Helper()
 	out, err := n.Tool("env", append([]string{"-C", dir, "oras"}, args...)...)
@@ -30,7 +30,7 @@ func orasIn(t *testing.T, n *node.Node, dir string, args ...string) string {
 	return out
 }
 
-// orasSource is a directory of things to push.
+// orasSource returns a directory of files to push.
 func orasSource(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -50,8 +50,8 @@ func orasSource(t *testing.T) string {
 	return dir
 }
 
-// orasPulls is what `oras pull` makes of a reference. It knows no attributes of single
-// files, and leaves out those of the directories.
+// orasPulls returns the output of `oras pull`, without the attributes that ORAS does not
+// transport.
 func orasPulls(t *testing.T, n *node.Node, ref string) []treelist.Entry {
 	t.Helper()
 	dir := t.TempDir()
@@ -74,7 +74,7 @@ func asORASWrites(entries []treelist.Entry) []treelist.Entry {
 	return entries
 }
 
-// mountedAt mounts an artifact by the tool and lists what is there.
+// mountedAt mounts an artifact with `mount` and lists it.
 func mountedAt(t *testing.T, n *node.Node, ref string) []treelist.Entry {
 	t.Helper()
 	target := filepath.Join(t.TempDir(), "volume")
@@ -85,7 +85,7 @@ func mountedAt(t *testing.T, n *node.Node, ref string) []treelist.Entry {
 	return entries
 }
 
-// orasPushes are ways to use `oras push`.
+// orasPushes are the ways to use `oras push`, by name.
 var orasPushes = map[string][]string{
 	"file":              {"hi.txt"},
 	"files":             {"hi.txt", "zeros.bin", "empty", "text.gz", "docs/a.md"},
@@ -106,7 +106,7 @@ func TestWhatORASPushesIsMountedAsORASPullsIt(t *testing.T) {
 			want := orasPulls(t, n, ref)
 			tool(t, n, "pull", "--plain-http", ref)
 			if diff := treelist.Diff(want, asORASWrites(mountedAt(t, n, ref))); diff != "" {
-				t.Errorf("it differs from what `oras pull` writes:\n%s", diff)
+				t.Errorf("the volume differs from the output of `oras pull`:\n%s", diff)
 			}
 			if v := toolJSON[jsonVerified](t, n, "verify", ref); !v.OK {
 				t.Errorf("verify: %+v", v)
@@ -122,7 +122,7 @@ func TestWhatORASPushesIsMountedAsORASPullsIt(t *testing.T) {
 	}
 }
 
-// With types and a config of its own CRI lets a pod have it.
+// With media types and a config of its own, CRI accepts an ORAS artifact as a volume.
 func TestAPodMountsADirectoryOfORAS(t *testing.T) {
 	for what, o := range map[string]node.Options{"snapshotter": {}, "NRI": {NRI: true}} {
 		t.Run(what, func(t *testing.T) {
@@ -145,12 +145,12 @@ func wantORASVolume(t *testing.T, n *node.Node, ref string) {
 	got, err := pod.Tree("main", "/docs")
 	check(t, err)
 	if diff := treelist.Diff(orasPulls(t, n, ref), asORASWrites(got)); diff != "" {
-		t.Errorf("it differs from what `oras pull` writes:\n%s", diff)
+		t.Errorf("the volume differs from the output of `oras pull`:\n%s", diff)
 	}
 	check(t, pod.Remove())
 }
 
-// CRI-O lets through also what has the types that ORAS gives by default.
+// CRI-O also accepts the default media types of ORAS.
 func TestCRIOMountsWhatORASPushes(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	src := orasSource(t)
@@ -167,7 +167,8 @@ func TestCRIOMountsWhatORASPushes(t *testing.T) {
 	}
 }
 
-// A path of old ModelPack beats the title, by which CRI-O has the mounts.
+// The legacy ModelPack path has precedence over the title, but CRI-O's mounts have the
+// titles.
 func TestCRIOMountsFilesWithALegacyPathBesideTheirTitle(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	src := t.TempDir()
@@ -210,7 +211,7 @@ func TestCRIOMountsFilesWithALegacyPathBesideTheirTitle(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-func TestAnAttachmentOfORASWithoutFilesIsAnEmptyVolume(t *testing.T) {
+func TestAnORASAttachmentWithoutFilesIsAnEmptyVolume(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := orasSource(t)
 	subject := n.Registry + "/oras/subject:v1"
@@ -225,7 +226,7 @@ func TestAnAttachmentOfORASWithoutFilesIsAnEmptyVolume(t *testing.T) {
 		t.Errorf("the volume has %v", got)
 	}
 	if log := n.Logs(); !strings.Contains(log, "its volume is empty") {
-		t.Errorf("the log does not say so:\n%s", log)
+		t.Errorf("the log does not report the empty volume:\n%s", log)
 	}
 	if layers := toolJSON[jsonInspected](t, n, "inspect", attached.Reference).Layers; len(layers) != 1 || layers[0].Format != "empty" || layers[0].File != nil {
 		t.Errorf("inspect: %+v", layers)
@@ -235,8 +236,8 @@ func TestAnAttachmentOfORASWithoutFilesIsAnEmptyVolume(t *testing.T) {
 	}
 }
 
-// containerd fetches no blob of no bytes, whatever it is, and the daemon pre-creates it in the
-// namespaces of its configuration alone.
+// containerd does not fetch a blob of no bytes. The daemon pre-creates the empty blob only
+// in its configured namespaces; `pull` does so in any namespace.
 func TestAnArtifactWithAnEmptyConfigIsPulledIntoAnyNamespace(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := orasSource(t)

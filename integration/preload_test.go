@@ -12,7 +12,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// runRecipe runs commands of docs/kubernetes.md in dir as on the node's host.
+// runRecipe runs commands of docs/kubernetes.md in dir, as on the host of the node.
 func runRecipe(t *testing.T, n *node.Node, dir, name string, oldnew ...string) string {
 	t.Helper()
 	script := "set -e\ncd '" + dir + "'\n" + recipe(t, name, oldnew...)
@@ -21,7 +21,7 @@ func runRecipe(t *testing.T, n *node.Node, dir, name string, oldnew ...string) s
 	return out
 }
 
-// pinned says whether kubelet's image garbage collection leaves an image alone.
+// pinned reports whether an image is excluded from kubelet's image garbage collection.
 func pinned(t *testing.T, n *node.Node, ref string) bool {
 	t.Helper()
 	out, err := n.Crictl("images", "--output", "json")
@@ -42,7 +42,7 @@ func pinned(t *testing.T, n *node.Node, ref string) bool {
 	return false
 }
 
-// A node that never reaches the registry gets its models as files.
+// A node without access to a registry gets its models as files.
 func TestAirGappedNode(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
@@ -58,14 +58,14 @@ func TestAirGappedNode(t *testing.T) {
 	check(t, err)
 	check(t, n.StopRegistry())
 	if _, err := n.Pull(ref); err == nil {
-		t.Fatal("the registry can be reached: this tests nothing")
+		t.Fatal("the registry can be reached, so the test proves nothing")
 	}
 
 	runRecipe(t, n, dir, "load", "registry.example.com/models/llama", repository)
-	loaded := repository + ":v1" // the tag that the layout has
+	loaded := repository + ":v1" // the tag in the layout
 	wantEventuallyServed(t, n, loaded, want)
 
-	// The archive has a tag and no name by digest, under which kubelet looks for it.
+	// The archive has a tag, but no name with a digest, which kubelet would look for.
 	byDigest := repository + "@" + manifest.String()
 	served := func() error {
 		pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: byDigest, Path: "/model"}}})
@@ -76,7 +76,7 @@ func TestAirGappedNode(t *testing.T) {
 		return err
 	}
 	if err := served(); err == nil {
-		t.Errorf("%s is served without that name", byDigest)
+		t.Errorf("%s is mounted although CRI has no such name", byDigest)
 	}
 	runRecipe(t, n, dir, "name by digest",
 		"registry.example.com/models/llama@sha256:2474bb134cd4c0a60a7cfd91447fc1858bee9e3f6d983e0691b1d7eb07f187a3", byDigest,
@@ -92,18 +92,18 @@ func TestPinnedModel(t *testing.T) {
 	_, err := n.Pull(ref)
 	check(t, err)
 	if pinned(t, n, ref) {
-		t.Error("a model is pinned by itself")
+		t.Error("the model is pinned before the recipe")
 	}
 	wantPinned := func(want bool, after string) {
 		t.Helper()
-		waitFor(t, "the pin after "+after, func() bool { return pinned(t, n, ref) == want })
+		waitFor(t, "the expected pin after "+after, func() bool { return pinned(t, n, ref) == want })
 	}
 	_, err = n.Ctr("images", "label", ref, "io.cri-containerd.pinned=pinned")
 	check(t, err)
 	wantPinned(true, "the label")
 	_, err = n.Pull(ref)
 	check(t, err)
-	wantPinned(false, "a pull, which writes the name's labels anew")
+	wantPinned(false, "a pull, which rewrites the labels of the image")
 
 	runRecipe(t, n, t.TempDir(), "pin", "registry.example.com/models/llama:v1", ref)
 	wantPinned(true, "the recipe")

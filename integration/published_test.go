@@ -19,11 +19,11 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// publishedTable is where the table of TestWhatCanBeAVolume stands.
+// publishedTable is the file with the table of TestWhatCanBeAVolume.
 const publishedTable = "../docs/kubernetes.md"
 
-// The ends of what containerd says of an artifact that it does not let through, and
-// what the table makes of them.
+// The ends of containerd's errors for artifacts that it does not accept, and their cells in
+// the table.
 const (
 	mismatched   = "mismatched image rootfs and manifest layers"
 	noPlatform   = "no match for platform in manifest"
@@ -32,7 +32,7 @@ const (
 	noPull = "no, the pull fails: `" + noPlatform + "`"
 )
 
-// published pushes an artifact as a tool does by a usual call, under the reference ref.
+// published is an artifact that is pushed with a tool's usual command.
 type published struct {
 	call string
 	push func(t *testing.T, n *node.Node, ref string)
@@ -46,7 +46,7 @@ func publishedCalls() []published {
 			for name, text := range map[string]string{"hi.txt": ref, "docs/hi.txt": ref, "config.json": fmt.Sprintf(`{"name": %q}`, ref)} {
 				check(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600))
 			}
-			push := []string{"-C", dir, "oras", "push", "--plain-http"} // of env: oras takes paths as titles
+			push := []string{"-C", dir, "oras", "push", "--plain-http"} // the command is env: oras uses relative paths as titles
 			for _, a := range args {
 				push = append(push, strings.ReplaceAll(a, "REF", ref))
 			}
@@ -101,20 +101,20 @@ func publishedCalls() []published {
 	}
 }
 
-// repositoryOf is the repository of a reference HOST/REPOSITORY:v1.
+// repositoryOf returns the repository of a reference HOST/REPOSITORY:v1.
 func repositoryOf(ref string) string {
 	_, repository, _ := strings.Cut(ref, "/")
 	return strings.TrimSuffix(repository, ":v1")
 }
 
-// The table of docs/kubernetes.md is what is measured here: what containerd's CRI makes
-// of artifacts as tools publish them, alone on the node and beside one with the same
-// config.
+// The table of docs/kubernetes.md is generated here: which artifacts of common tools
+// containerd's CRI accepts as volumes, alone on the node and together with another one of
+// the same kind.
 func TestWhatCanBeAVolume(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{})
-	// containerd mounts a volume once for all containers of a pod, so the second
-	// answer needs a pod of its own.
+	// containerd mounts a volume once for all containers of a pod, so the second case needs
+	// its own pod.
 	first, err := n.RunSandbox(node.PodSpec{})
 	check(t, err)
 	second, err := n.RunSandbox(node.PodSpec{})
@@ -133,23 +133,23 @@ func TestWhatCanBeAVolume(t *testing.T) {
 			beside = volumeOf(t, second, refs[0])
 		}
 		fmt.Fprintf(&table, "| %s | %s | %s |\n", p.call, alone, beside)
-		if alone != noPull { // so that the next one is alone on the node
+		if alone != noPull { // the next one must be alone on the node
 			_, err := n.Crictl("rmi", refs[0])
 			check(t, err)
 		}
 		if alone == "yes" {
-			_, _ = n.Crictl("rmi", refs[1]) // gone with the first if they are one image to CRI
+			_, _ = n.Crictl("rmi", refs[1]) // deleted together with the first, if CRI has only one image for both
 		}
 	}
 	t.Logf("measured:\n%s", &table)
 	doc, err := os.ReadFile(publishedTable)
 	check(t, err)
 	if !strings.Contains(string(doc), "\n"+table.String()) {
-		t.Errorf("%s has another table", publishedTable)
+		t.Errorf("the table in %s differs", publishedTable)
 	}
 }
 
-// volumeOf is what comes of the volume ref in a new container of the pod.
+// volumeOf returns the cell for the volume ref in a new container of the pod.
 func volumeOf(t *testing.T, pod *node.Pod, ref string) string {
 	t.Helper()
 	_, err := pod.Node().Pull(ref)

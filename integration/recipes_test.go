@@ -16,9 +16,9 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// TestKubeletRecipes runs what docs/kubernetes.md says of pods on a real kubelet.
-// What a pod needs the API server for, such as its pull secrets, is not among it: the
-// pods are static.
+// TestKubeletRecipes runs the recipes of docs/kubernetes.md for pods on a real kubelet. The
+// pods are static, so everything that needs the API server is missing, such as pull
+// secrets.
 func TestKubeletRecipes(t *testing.T) {
 	t.Parallel()
 	dir, config := verifiers(t)
@@ -56,10 +56,11 @@ func staticModel(name, ref, policy string) node.PodSpec {
 	return node.PodSpec{Name: name, Volumes: []node.Volume{{Image: ref, Path: "/model", PullPolicy: policy}}}
 }
 
-// waitForMessage waits until kubelet says why a pod's container does not run.
+// waitForMessage waits until kubelet's message about a waiting container contains all
+// texts.
 func waitForMessage(t *testing.T, n *node.Node, pod string, wanted ...string) {
 	t.Helper()
-	waitForPod(t, n, pod, "say all of "+strings.Join(wanted, ", "), func(p node.StaticPod) bool {
+	waitForPod(t, n, pod, "get a message with "+strings.Join(wanted, ", "), func(p node.StaticPod) bool {
 		c := p.Status["main"]
 		for _, want := range wanted {
 			if !strings.Contains(c.Message, want) {
@@ -74,9 +75,9 @@ func waitForMessage(t *testing.T, n *node.Node, pod string, wanted ...string) {
 	})
 }
 
-// startManifest gives kubelet a pod by its manifest and returns it when it runs; it is
-// removed at the end of the test. Its containers' image is the node's, and its network
-// the host's.
+// startManifest runs a static pod from its manifest and returns it when it runs. The pod is
+// removed at the end of the test. Its image is replaced by the test image, and it uses the
+// host's network.
 func startManifest(t *testing.T, n *node.Node, name, text, image string) node.StaticPod {
 	t.Helper()
 	text = strings.ReplaceAll(text, image, n.GuestImage)
@@ -86,7 +87,7 @@ func startManifest(t *testing.T, n *node.Node, name, text, image string) node.St
 	return waitForStatic(t, n, name)
 }
 
-// The pod of docs/kubernetes.md: a model by its tag, and a part of one by its digest.
+// The pod of docs/kubernetes.md: a model by tag, and a sub path of one by digest.
 func testKubeletManifest(t *testing.T, n *node.Node) {
 	src := writeModel(t)
 	llama := n.Registry + "/models/tiny@" + pushModel(t, n, src, pack.Raw, "manifest").String()
@@ -102,7 +103,7 @@ func testKubeletManifest(t *testing.T, n *node.Node) {
 	wantVolume(t, &pod.Pod, container, "/tokenizer", below(wantTree(t, src, pack.TarGzip), "tokenizer/"))
 }
 
-// The pods of a DaemonSet that has a model on every node.
+// The pod template of a DaemonSet that has a model on every node.
 func testKubeletDaemonSet(t *testing.T, n *node.Node) {
 	src := writeModel(t, "README.md")
 	ref := pushTo(t, n, "models/preloaded", src, pack.TarGzip)
@@ -110,7 +111,7 @@ func testKubeletDaemonSet(t *testing.T, n *node.Node) {
 	if !found {
 		t.Fatal("the DaemonSet has no template")
 	}
-	// The volume is read-only by itself.
+	// The volume is read-only without readOnly too.
 	template = strings.Replace(template, "          readOnly: true\n", "", 1)
 	text := "apiVersion: v1\nkind: Pod\nmetadata:\n  name: preload\n" + strings.ReplaceAll("\n"+template, "\n    ", "\n")
 	pod := startManifest(t, n, "preload", text, "registry.example.com/tools/pause:v1")
@@ -121,13 +122,13 @@ func testKubeletDaemonSet(t *testing.T, n *node.Node) {
 	if out != "EROFS\n" || strings.Contains(text, "readOnly") {
 		t.Errorf("writing to the volume: %q", out)
 	}
-	// What is decompressed is there for the pods that come.
+	// The decompressed layers are available for later pods.
 	if found := trees(t, n, manifestOf(t, n, ref)); len(found) != 1 {
-		t.Errorf("the trees of the preloaded model are %q", found)
+		t.Errorf("the preloaded model has the trees %q, want one", found)
 	}
 }
 
-// A tag moves, what has the digest stays.
+// A tag can move, a digest cannot.
 func testKubeletDigest(t *testing.T, n *node.Node) {
 	const repository = "models/digest"
 	tag, manifest, before := pushText(t, n, repository, "before")
@@ -138,8 +139,8 @@ func testKubeletDigest(t *testing.T, n *node.Node) {
 	startStatic(t, n, always)
 	startStatic(t, n, ifNotPresent)
 	_, _, after := pushText(t, n, repository, "after")
-	// A container that ends is started again in its pod, and the tag is resolved again:
-	// by the registry, or by what another pod has pulled meanwhile.
+	// A container that ends is restarted in its pod, and the tag is resolved again: by the
+	// registry, or by an image that another pod has pulled.
 	for _, restart := range []struct {
 		pod  string
 		want []treelist.Entry
@@ -147,7 +148,7 @@ func testKubeletDigest(t *testing.T, n *node.Node) {
 		old := mustStatic(t, n, restart.pod)
 		_, err := n.Crictl("stop", old.Containers["main"])
 		check(t, err)
-		waitForPod(t, n, restart.pod, "start its container again", func(p node.StaticPod) bool {
+		waitForPod(t, n, restart.pod, "restart its container", func(p node.StaticPod) bool {
 			return p.Status["main"].Running && p.Status["main"].ID != old.Status["main"].ID
 		})
 		again := mustStatic(t, n, restart.pod)
@@ -167,8 +168,8 @@ func testKubeletDigest(t *testing.T, n *node.Node) {
 	wantVolume(t, &pod.Pod, "main", "/model", before)
 }
 
-// A pod with all that Kubernetes' profile "restricted" asks for, and an fsGroup,
-// which is not for image volumes.
+// A pod with everything that the Kubernetes profile "restricted" requires, and with an
+// fsGroup, which does not apply to image volumes.
 func testKubeletRestricted(t *testing.T, n *node.Node) {
 	ref, _, want := pushText(t, n, "models/restricted", "restricted")
 	spec := staticModel("restricted", ref, "")
@@ -189,7 +190,7 @@ func testKubeletRestricted(t *testing.T, n *node.Node) {
 	}
 }
 
-// The reasons of docs/kubernetes.md, which `kubectl describe pod` shows.
+// The reasons in docs/kubernetes.md, as in `kubectl describe pod`.
 func testKubeletReasons(t *testing.T, n *node.Node) {
 	refused := refusal{layers: []pack.Layer{hostile{}.raw("../escaped")}}.artifact()
 	_, err := refused.Push(t.Context(), n.Registry, "models/escaped", "latest")
@@ -197,7 +198,7 @@ func testKubeletReasons(t *testing.T, n *node.Node) {
 	whole, _, _ := pushText(t, n, "models/whole", "whole")
 	for _, test := range []struct {
 		name, ref, policy, subPath string
-		reasons                    []string // kubelet goes from the first to the second
+		reasons                    []string // kubelet alternates between them
 		message                    string
 	}{
 		{"why-refused", n.Registry + "/models/escaped:latest", "Always", "", []string{"CreateContainerError"}, `ImageVolumeMountFailed: failed to prepare for image volume`},
@@ -210,14 +211,14 @@ func testKubeletReasons(t *testing.T, n *node.Node) {
 		addStatic(t, n, spec)
 		waitForMessage(t, n, test.name, test.message)
 		if is := mustStatic(t, n, test.name).Status["main"]; !slices.Contains(test.reasons, is.Reason) {
-			t.Errorf("%s waits for the reason %q, want one of %q", test.name, is.Reason, test.reasons)
+			t.Errorf("%s waits with the reason %q, want one of %q", test.name, is.Reason, test.reasons)
 		}
 	}
-	// kubelet looks for containerd's message elsewhere, and counts these as successes.
+	// kubelet does not recognise containerd's errors and counts these volumes as mounted.
 	metrics, err := n.KubeletMetrics()
 	check(t, err)
 	if !strings.Contains(metrics, "\nkubelet_image_volume_mounted_errors_total 0\n") {
-		t.Error("kubelet counts the volumes that were refused: docs/kubernetes.md says that it does not")
+		t.Error("kubelet counts refused volumes, but docs/kubernetes.md says that it does not")
 	}
 }
 
@@ -248,8 +249,8 @@ func testKubeletCredentials(t *testing.T, n *node.Node) {
 	pod := waitForStatic(t, n, "provided")
 	want(t, &pod.Pod)
 
-	// What a provider's credentials have brought to the node, and what kubelet has not
-	// pulled itself, is for every pod.
+	// Images that kubelet pulled with a provider's credentials, and images that kubelet did
+	// not pull, are available to every pod.
 	n.WithdrawCredentials()
 	_, err = n.Crictl("pull", "--creds", node.PrivateUser+":"+node.PrivatePassword, preloaded)
 	check(t, err)
@@ -261,8 +262,8 @@ func testKubeletCredentials(t *testing.T, n *node.Node) {
 	addStatic(t, n, staticModel("preloaded-always", preloaded, "Always"))
 	waitForMessage(t, n, "preloaded-always", "no basic auth credentials")
 
-	// Unless kubelet is told to trust nothing that it has not pulled, but for the
-	// image of the pods' containers.
+	// Now kubelet trusts only images that it has pulled itself, and the image of the pods'
+	// containers.
 	restartKubelet(t, n, map[string]any{
 		"imagePullCredentialsVerificationPolicy": "NeverVerifyAllowlistedImages",
 		"preloadedImagesVerificationAllowlist":   []string{n.Registry + "/test/guest"},
@@ -287,16 +288,16 @@ func testKubeletPinned(t *testing.T, n *node.Node) {
 		"evictionHard":      map[string]string{"imagefs.available": "99.9%"}, // the disk is always too full
 		"imageMinimumGCAge": "1ms",
 	})
-	for _, name := range []string{"first", "second"} { // the second time there is nothing else to take
+	for _, name := range []string{"first", "second"} { // in the second round nothing else can be deleted
 		ref, _, _ := pushText(t, n, "models/unused-"+name, name)
 		pull(ref)
-		waitFor(t, "kubelet to take "+ref, func() bool {
+		waitFor(t, "kubelet to delete "+ref, func() bool {
 			out, err := n.Crictl("images")
 			return err == nil && !strings.Contains(out, "models/unused-"+name)
 		})
 	}
 	if !pinned(t, n, kept) {
-		t.Errorf("%s is not pinned any more", kept)
+		t.Errorf("%s is no longer pinned", kept)
 	}
 	restartKubelet(t, n, nil)
 	wantServed(t, n, kept, wantTree(t, writeModel(t, "config.json"), pack.TarGzip))

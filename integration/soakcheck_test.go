@@ -75,7 +75,7 @@ func (s *soak) settled(t *testing.T) (least holding) {
 // for what nobody tells it of every minute.
 func eventually(t *testing.T, problem func() string) {
 	t.Helper()
-	for deadline := time.Now().Add(90 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(3 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		text := problem()
 		if text == "" {
 			return

@@ -137,8 +137,8 @@ func soakedMounted(t *testing.T, n *node.Node) (all []*soaked) {
 	add("image", image, entries).manifest = ""
 
 	// CRI takes these for one image.
-	one := add("one", plain("one"), shownPlain("one"))
-	two := add("two", plain("two"), shownPlain("two"))
+	one := add("one", plain("one"), plainVolume("one"))
+	two := add("two", plain("two"), plainVolume("two"))
 	one.mayConflict, two.mayConflict, two.removals = true, true, one.removals
 	return all
 }

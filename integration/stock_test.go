@@ -176,9 +176,9 @@ func count(t *testing.T, pod *node.Pod) int {
 // waitFor polls until the condition holds, for at most half a minute.
 func waitFor(t *testing.T, what string, done func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !done(); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(3 * time.Minute); !done(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain for %s", what)
+			t.Fatalf("timed out while waiting for %s", what)
 		}
 	}
 }

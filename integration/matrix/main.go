@@ -38,7 +38,7 @@ var capabilities = []struct {
 	{"the snapshotter of the node", []string{"TestOrdinaryImagesAreServedAsByOverlayfs", "TestAPodGoesOnReadingWhenTheDaemonOrContainerdEnds"}},
 	{"the snapshotter of a runtime handler", []string{"TestOneRuntimeHandlerHasTheSnapshotter", "TestPodsOfTheDefaultHandlerDoNotNeedTheDaemon", "TestAnImagePulledForOneHandlerIsUnpackedForTheOther"}},
 	{"refusals in the pod's event", []string{"TestAnArtifactThatBreaksARuleIsRefused"}},
-	{"containerd's own unpacker, with the differ", []string{"TestContainerdUnpacksAModelOfDockers", "TestContainerdUnpacksTars", "TestTheDifferUnpacksForStockOverlayfs"}},
+	{"containerd's own unpacker, with the differ", []string{"TestContainerdUnpacksADockerModel", "TestContainerdUnpacksTars", "TestTheDifferUnpacksForStockOverlayfs"}},
 	{"`unpack`, the protocol of remote snapshotters", []string{"TestAnUnpackedArtifactIsASnapshotThatGoesWithItsImage", "TestAPodHasAnUnpackedArtifact", "TestUnpackMayBeKilledAtAnyMoment"}},
 	{"`pull`, by the transfer service", []string{"TestTheToolPullsMountsVerifiesAndPrunes", "TestPullOnATerminalAndWithAPassword"}},
 	{"shared configs, by image events", []string{"TestArtifactsWithOneConfigAreNotMixedUp"}},
@@ -46,7 +46,7 @@ var capabilities = []struct {
 	{"[`install` and `uninstall`](install.md), the systemd unit", []string{"TestInstallWorksWithTheFilesOfNodes", "TestInstallAndUninstall", "TestTheUnit"}},
 	{"the recipes of kubernetes.md, by crictl", []string{"TestPrivateRegistry", "TestVerifierChecksSignatures", "TestVerifierAllowsDigests", "TestAirGappedNode", "TestPinnedModel", "TestMirrorServesArtifacts", "TestPageCacheIsChargedToTheFirstReader", "TestImageFilesystemUsage"}},
 	{"garbage collection under load", []string{"TestGarbageCollectionWhileViewsUnpacksAndPullsRun"}},
-	{"metrics, health and the log", []string{"TestMetricsCountWhatTheDaemonDoes", "TestMetricsCountRefusalsByReason", "TestTheLogTellsOfEachImageVolume", "TestHealthTellsWhetherTheDaemonServes"}},
+	{"metrics, health and the log", []string{"TestMetricsCountWhatTheDaemonDoes", "TestMetricsCountRefusalsByReason", "TestTheLogHasEachImageVolume", "TestHealthReportsWhetherTheDaemonServes"}},
 	{"traces that go on in the daemon", []string{"TestSpansOfTheDaemonAreInTheTracesOfContainerd"}},
 }
 

@@ -309,12 +309,15 @@ func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 				t.Errorf("ls --mounts lists %+v", mounts)
 			}
 			text := tool(t, n, "ls")
-			for _, w := range []string{"REFERENCE", ref, d.String()[:19], mode, "default/llama", "own"} {
+			for _, w := range []string{"REFERENCE", ref, d.Encoded()[:12], mode, "default/llama"} {
 				if !strings.Contains(text, w) {
 					t.Errorf("ls has no %q:\n%s", w, text)
 				}
 			}
 
+			if text := tool(t, n, "ls", "--wide", "--no-trunc"); !strings.Contains(text, d.String()) || !strings.Contains(text, "own") || !strings.Contains(text, "SHARED") {
+				t.Errorf("ls --wide --no-trunc prints\n%s", text)
+			}
 			inspected := toolJSON[jsonInspected](t, n, "inspect", ref)
 			if inspected.Image == nil || inspected.Image.Reference != ref || inspected.Image.Snapshot != pulled.Snapshot || inspected.Manifest != d || len(inspected.Layers) != 8 {
 				t.Errorf("inspect says %+v", inspected)

@@ -4,8 +4,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -24,15 +26,19 @@ func lsCommand() *cli.Command {
 		Name:    "ls",
 		Aliases: []string{"list"},
 		Usage:   "list the artifacts of a namespace, and what uses them",
-		Description: "SHARED is how many bytes of an artifact are containerd's own files, without a copy, and MODE the\n" +
-			"modes of its layers. Both are \"-\" if the artifact is not unpacked, or the daemon's root is not\n" +
-			"readable. CRI takes artifacts with the same config for one image, and may mount one for another.\n\n" +
+		Description: "MODE has the modes of the layers, or \"empty\" if the artifact has no files. With --wide, SHARED is\n" +
+			"how many bytes are containerd's own files, without a copy. Both are \"-\" if the tree is not built,\n" +
+			"or the daemon's root is not readable. CONFIG, with --wide, names artifacts with the same config:\n" +
+			"CRI takes them for one image, and may mount one for another.\n\n" +
 			"Examples:\n\n" +
 			"  artifact-snapshotter ls -n k8s.io\n" +
+			"  artifact-snapshotter ls -n k8s.io --wide --no-trunc\n" +
 			"  artifact-snapshotter ls --mounts\n" +
 			"  artifact-snapshotter ls --output json",
 		Flags: append(clientFlags(), append(rootFlags(),
 			&cli.BoolFlag{Name: "mounts", Usage: "list the mounts of the command mount instead"},
+			&cli.BoolFlag{Name: "wide", Usage: "print all columns, and cut no name"},
+			&cli.BoolFlag{Name: "no-trunc", Usage: "print complete digests, names and lists of names"},
 		)...),
 		ArgValidator: arguments(),
 		Action: clientAction(func(ctx context.Context, command *cli.Command, c *client.Client, asJSON bool) error {
@@ -138,25 +144,63 @@ func listArtifacts(ctx context.Context, command *cli.Command, c *client.Client, 
 	if asJSON {
 		return printJSON(command.Root().Writer, list)
 	}
-	var text strings.Builder
-	fmt.Fprintln(&text, "REFERENCE\tDIGEST\tSIZE\tSHARED\tMODE\tCONFIG\tPODS")
+	return printArtifacts(command, list)
+}
+
+// printArtifacts prints a table of artifacts, and a hint if some of them cannot be used.
+func printArtifacts(command *cli.Command, list []listed) error {
+	wide, whole := command.Bool("wide"), command.Bool("no-trunc")
+	cell := cells(whole)
+	rows := [][]string{{"REFERENCE", "DIGEST", "SIZE", "MODE", "PODS"}}
+	if wide {
+		rows[0] = slices.Insert(rows[0], 4, "SHARED", "CONFIG")
+	}
+	conflicting := 0
 	for _, l := range list {
 		shared, mode, config := "-", "-", "own"
 		if l.Layout != nil {
 			shared = plain.Size(l.Layout.Shared)
-			mode = strings.Trim(fmt.Sprintf("%s %s", l.Layout.Raw, l.Layout.Tar), " ")
+			mode = cmp.Or(strings.Trim(fmt.Sprintf("%s %s", l.Layout.Raw, l.Layout.Tar), " "), "empty")
 		}
 		if len(l.Conflicts) > 0 {
+			conflicting++
 			config = "shared with " + conflictList(l.Conflicts, l.moreConflicts)
 		}
 		var pods []string
 		for _, p := range l.Pods {
 			pods = append(pods, p.String())
 		}
-		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", printable(l.Reference), short(l.Digest), plain.Size(l.Size),
-			shared, mode, config, orNone(printableList(pods)))
+		row := []string{printable(l.Reference), cell.digest(l.Digest), plain.Size(l.Size), mode, orNone(cell.names(pods))}
+		if wide {
+			row = slices.Insert(row, 4, shared, config)
+		}
+		rows = append(rows, row)
 	}
-	return printTable(command.Root().Writer, text.String())
+	if !wide && !whole {
+		fit(rows, flexible{4, 20, cutEnd}, flexible{0, 24, cutMiddle})
+	}
+	if err := printRows(command.Root().Writer, rows); err != nil || conflicting == 0 || wide {
+		return err
+	}
+	_, err := fmt.Fprintf(command.Root().ErrWriter, "%d with the config of another: pods with them are refused, see --wide\n", conflicting)
+	return err
+}
+
+// cells prints what may be long. It abbreviates unless it is set.
+type cells bool
+
+func (c cells) digest(d digest.Digest) string {
+	if c {
+		return d.String()
+	}
+	return short(d)
+}
+
+func (c cells) names(names []string) string {
+	if c {
+		return printableNames(names, len(names))
+	}
+	return printableList(names)
 }
 
 // describe describes an image, except for its layers.
@@ -233,14 +277,18 @@ func listMounts(ctx context.Context, command *cli.Command, c *client.Client, asJ
 	if asJSON {
 		return printJSON(command.Root().Writer, list)
 	}
-	var text strings.Builder
-	fmt.Fprintln(&text, "TARGET\tREFERENCE\tDIGEST\tSTATE")
+	whole := command.Bool("no-trunc")
+	cell := cells(whole)
+	rows := [][]string{{"TARGET", "REFERENCE", "DIGEST", "STATE"}}
 	for _, m := range list {
 		state := "mounted"
 		if !m.Mounted {
 			state = "not mounted"
 		}
-		fmt.Fprintf(&text, "%s\t%s\t%s\t%s\n", printable(m.Target), orNone(printableList(m.References)), short(m.Manifest), state)
+		rows = append(rows, []string{printable(m.Target), orNone(cell.names(m.References)), cell.digest(m.Manifest), state})
 	}
-	return printTable(command.Root().Writer, text.String())
+	if !whole && !command.Bool("wide") {
+		fit(rows, flexible{1, 24, cutMiddle}, flexible{0, 24, cutMiddle})
+	}
+	return printRows(command.Root().Writer, rows)
 }

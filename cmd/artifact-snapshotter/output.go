@@ -14,13 +14,13 @@ import (
 	"text/tabwriter"
 	"unicode"
 	"unicode/utf16"
+	"unicode/utf8"
 
 	modelspec "github.com/modelpack/model-spec/specs-go/v1"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
-	"github.com/artifact-snapshotter/artifact-snapshotter/images"
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/plain"
 )
 
@@ -42,12 +42,73 @@ func printTable(w io.Writer, text string) error {
 	return nil
 }
 
-// short abbreviates a digest for tables.
+// lineWidth is how wide a table is at most by default, in columns.
+const lineWidth = 100
+
+// flexible is a column whose cells are cut if a table is too wide. It keeps at least min
+// columns.
+type flexible struct {
+	column, min int
+	cut         func(text string, width int) string
+}
+
+// fit cuts the cells of flexible columns, the first ones first, until the rows fit a line.
+func fit(rows [][]string, columns ...flexible) {
+	var widths []int
+	for _, row := range rows {
+		for i, cell := range row {
+			if i == len(widths) {
+				widths = append(widths, 0)
+			}
+			widths[i] = max(widths[i], utf8.RuneCountInString(cell))
+		}
+	}
+	over := 2*(len(widths)-1) - lineWidth
+	for _, width := range widths {
+		over += width
+	}
+	for _, f := range columns {
+		if width := widths[f.column]; over > 0 && width > f.min {
+			allowed := max(width-over, f.min)
+			over -= width - allowed
+			for _, row := range rows {
+				row[f.column] = f.cut(row[f.column], allowed)
+			}
+		}
+	}
+}
+
+// cutEnd shortens a text at its end.
+func cutEnd(text string, width int) string {
+	if runes := []rune(text); len(runes) > width {
+		return string(runes[:width-1]) + "…"
+	}
+	return text
+}
+
+// cutMiddle shortens a name or a path: the registry is at its beginning, the tag at its end.
+func cutMiddle(text string, width int) string {
+	if runes := []rune(text); len(runes) > width {
+		return string(runes[:width/3]) + "…" + string(runes[len(runes)-(width-1-width/3):])
+	}
+	return text
+}
+
+// printRows prints a table.
+func printRows(w io.Writer, rows [][]string) error {
+	var text strings.Builder
+	for _, row := range rows {
+		fmt.Fprintln(&text, strings.Join(row, "\t"))
+	}
+	return printTable(w, text.String())
+}
+
+// short abbreviates a digest for tables, as docker does. All commands take the abbreviation.
 func short(d digest.Digest) string {
 	if d.Validate() != nil {
 		return "-"
 	}
-	return images.Short(d)
+	return d.Encoded()[:12]
 }
 
 // orNone replaces an empty cell of a table.
@@ -102,11 +163,14 @@ func oneLine(err error) string { return harmless(strings.ReplaceAll(plain.Error(
 // maxListed is the number of names in a cell of a table; JSON has all.
 const maxListed = 5
 
-// printableList joins names that others have chosen.
-func printableList(names []string) string {
+// printableList joins the first of names that others have chosen.
+func printableList(names []string) string { return printableNames(names, maxListed) }
+
+// printableNames joins so many of the names.
+func printableNames(names []string, most int) string {
 	var quoted []string
 	for i, name := range names {
-		if i == maxListed {
+		if i == most {
 			quoted = append(quoted, fmt.Sprintf("and %d more", len(names)-i))
 			break
 		}

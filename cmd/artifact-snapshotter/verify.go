@@ -62,7 +62,7 @@ func verify(ctx context.Context, command *cli.Command, c *client.Client, asJSON 
 		return err
 	}
 	// It may take hours, so it prints line by line, in columns of fixed widths.
-	const line = "%-8s  %-19s  %10s  %-6s  %s"
+	const line = "%-8s  %-12s  %10s  %-6s  %s"
 	out := command.Root().Writer
 	v := verified{Reference: command.Args().First(), Blobs: []verifiedBlob{}}
 	bad, advice := 0, map[string]bool{}

@@ -31,8 +31,10 @@ const (
 type Checked struct {
 	Kind       string
 	Descriptor ocispec.Descriptor
-	// Layer is set for KindLayer.
-	Layer artifact.Layer
+	// Layer is set for KindLayer. It is the first of Layers, those with the same blob and
+	// DiffID.
+	Layer  artifact.Layer
+	Layers []artifact.Layer
 	// DiffID is the digest that the decompressed content should have. It is empty if the
 	// blob is not decompressed.
 	DiffID digest.Digest
@@ -45,10 +47,10 @@ type Checked struct {
 
 // Verify reads all blobs of an image through containerd. It compares them with their digests
 // and sizes, and the content of compressed layers with the DiffIDs of the config. ref is as
-// for [images.Reader.Image]. Verify reports every blob, good or bad, once it has read it. It
-// returns an error if there is no such artifact, or if the artifact is refused although its
+// for [images.Reader.Image]. Verify reports every blob, good or bad, once it has read it, and
+// meanwhile calls reading, if it is not nil, with how many bytes it has read. It returns an error if there is no such artifact, or if the artifact is refused although its
 // blobs are intact.
-func (c *Client) Verify(ctx context.Context, ref string, limits unpack.Limits, report func(Checked)) error {
+func (c *Client) Verify(ctx context.Context, ref string, limits unpack.Limits, reading func(k Checked, read int64), report func(Checked)) error {
 	ctx = c.Context(ctx)
 	found, err := c.ImageService().Get(ctx, ref)
 	if err != nil { // ref may be a digest; besides, this error says more
@@ -63,7 +65,7 @@ func (c *Client) Verify(ctx context.Context, ref string, limits unpack.Limits, r
 	if errors.Is(refused, artifact.ErrNotArtifact) {
 		return fmt.Errorf("%q is a container image, not an artifact: %w", ref, errdefs.ErrInvalidArgument)
 	}
-	bad, err := verifyAll(ctx, store, all, unpack.NewBudget(limits), report)
+	bad, err := verifyAll(ctx, store, all, unpack.NewBudget(limits), reading, report)
 	if err != nil || bad { // a bad blob has been reported, and explains the refusal
 		return err
 	}
@@ -71,8 +73,8 @@ func (c *Client) Verify(ctx context.Context, ref string, limits unpack.Limits, r
 }
 
 // verifyAll checks and reports the blobs.
-func verifyAll(ctx context.Context, store content.Provider, all []Checked, budget *unpack.Budget, report func(Checked)) (bad bool, err error) {
-	done := map[way]reading{}
+func verifyAll(ctx context.Context, store content.Provider, all []Checked, budget *unpack.Budget, reading func(Checked, int64), report func(Checked)) (bad bool, err error) {
+	done := map[way]result{}
 	for _, check := range all {
 		how := way{blob: check.Descriptor.Digest}
 		if check.DiffID != "" {
@@ -80,7 +82,7 @@ func verifyAll(ctx context.Context, store content.Provider, all []Checked, budge
 		}
 		found, ok := done[how]
 		if !ok { // many layers may have the same blob
-			found = check.read(ctx, store, budget)
+			found = check.read(ctx, store, budget, reading)
 			done[how] = found
 		}
 		check.Err = check.compare(found)
@@ -114,7 +116,7 @@ func checks(ctx context.Context, store content.Provider, target ocispec.Descript
 		layers = a.Layers
 	}
 	type key struct{ blob, diffID digest.Digest }
-	seen := map[key]bool{}
+	seen := map[key]int{} // indexes in all
 	for _, l := range layers {
 		if l.Format == artifact.FormatEmpty { // its blob need not exist
 			continue
@@ -126,10 +128,13 @@ func checks(ctx context.Context, store content.Provider, target ocispec.Descript
 		if k.refused == nil && k.Layer.Format == artifact.FormatTar && l.DiffID != l.Descriptor.Digest {
 			k.DiffID = l.DiffID
 		}
-		if !seen[key{l.Descriptor.Digest, k.DiffID}] {
+		i, ok := seen[key{l.Descriptor.Digest, k.DiffID}]
+		if !ok {
+			i = len(all)
+			seen[key{l.Descriptor.Digest, k.DiffID}] = i
 			all = append(all, k)
 		}
-		seen[key{l.Descriptor.Digest, k.DiffID}] = true
+		all[i].Layers = append(all[i].Layers, k.Layer)
 	}
 	return all, err
 }
@@ -152,8 +157,8 @@ type way struct {
 	diffID      digest.Algorithm
 }
 
-// reading is the result of reading a blob.
-type reading struct {
+// result is what reading a blob has found.
+type result struct {
 	size   int64 // as read; containerd reports the size that it stored
 	digest digest.Digest
 	err    error // why the blob could not be read
@@ -164,15 +169,18 @@ type reading struct {
 }
 
 // read reads the blob once, to its end.
-func (k Checked) read(ctx context.Context, store content.Provider, budget *unpack.Budget) (r reading) {
+func (k Checked) read(ctx context.Context, store content.Provider, budget *unpack.Budget, reading func(Checked, int64)) (r result) {
 	blob, err := store.ReaderAt(ctx, ocispec.Descriptor{Digest: k.Descriptor.Digest})
 	if err != nil {
-		return reading{err: err}
+		return result{err: err}
 	}
 	defer blob.Close()
 	sum := k.Descriptor.Digest.Algorithm().Digester()
 	section := io.NewSectionReader(blob, 0, blob.Size())
 	in := io.TeeReader(section, sum.Hash())
+	if reading != nil {
+		in = &followed{Reader: in, told: func(n int64) { reading(k, n) }}
+	}
 	if k.DiffID != "" {
 		k.Layer.Descriptor.Size = blob.Size() // the limit of the content is a multiple of the real size
 		r.diffID, r.notDecompressed = unpack.DiffID(ctx, k.Layer, in, budget)
@@ -183,8 +191,22 @@ func (k Checked) read(ctx context.Context, store content.Provider, budget *unpac
 	return r
 }
 
+// followed tells how many bytes have been read.
+type followed struct {
+	io.Reader
+	n    int64
+	told func(n int64)
+}
+
+func (f *followed) Read(p []byte) (int, error) {
+	n, err := f.Reader.Read(p)
+	f.n += int64(n)
+	f.told(f.n)
+	return n, err
+}
+
 // compare returns what is wrong with the blob.
-func (k Checked) compare(r reading) error {
+func (k Checked) compare(r result) error {
 	switch desc := k.Descriptor; {
 	case r.err != nil:
 		return r.err

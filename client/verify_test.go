@@ -62,8 +62,8 @@ func TestVerifyReadsABlobOnce(t *testing.T) {
 		all = append(all, c.Checked)
 	}
 	store := &opened{blob: text.Bytes()}
-	i := 0
-	bad, err := verifyAll(t.Context(), store, all, unpack.NewBudget(unpack.DefaultLimits), func(k Checked) {
+	i, read := 0, int64(0)
+	bad, err := verifyAll(t.Context(), store, all, unpack.NewBudget(unpack.DefaultLimits), func(_ Checked, n int64) { read = max(read, n) }, func(k Checked) {
 		want := cases[i].want
 		if (k.Err == nil) != (want == "") || k.Err != nil && !strings.Contains(k.Err.Error(), want) {
 			t.Errorf("%d: got %v, want %q", i, k.Err, want)
@@ -72,6 +72,9 @@ func TestVerifyReadsABlobOnce(t *testing.T) {
 	})
 	if must(t, err); !bad {
 		t.Error("no blob is bad")
+	}
+	if read != desc.Size {
+		t.Errorf("the progress ends with %d bytes, want %d", read, desc.Size)
 	}
 	if i != len(cases) || store.times != 2 { // as it is, and decompressed
 		t.Errorf("%d blobs are reported, the blob was opened %d times, want %d and 2", i, store.times, len(cases))

@@ -109,6 +109,7 @@ type (
 			Digest  digest.Digest `json:"digest"`
 			Size    int64         `json:"size"`
 			Path    string        `json:"path"`
+			Paths   []string      `json:"paths"`
 			DiffID  digest.Digest `json:"diff_id"`
 			Problem string        `json:"problem"`
 		} `json:"blobs"`
@@ -330,6 +331,13 @@ func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 			verified := toolJSON[jsonVerified](t, n, "verify", d.String()[:19])
 			if !verified.OK || len(verified.Blobs) < 8 {
 				t.Errorf("verify says %+v", verified)
+			}
+			var paths []string
+			for _, b := range verified.Blobs {
+				paths = append(paths, b.Paths...)
+			}
+			if len(paths) != len(inspected.Layers) { // two files have the same content
+				t.Errorf("verify lists the paths %q", paths)
 			}
 
 			// What is used in any way stays.

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -69,6 +70,11 @@ func TestPullOnATerminalAndWithAPassword(t *testing.T) {
 		if !strings.Contains(shown, want) {
 			t.Errorf("the terminal does not show %q:\n%q", want, shown)
 		}
+	}
+
+	shown = terminal(t, n, "", "verify", n.Registry+"/models/tiny:raw")
+	if !regexp.MustCompile(`\r\x1b\[Kmanifest  [0-9a-f]{12}  3\.. KiB of 3\.. KiB\r\x1b\[KBLOB`).MatchString(shown) {
+		t.Errorf("the terminal shows no progress:\n%q", shown)
 	}
 
 	private, err := n.StartPrivateRegistry()

@@ -6,9 +6,11 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -49,11 +51,35 @@ type verifiedBlob struct {
 	Kind   string        `json:"kind"`
 	Digest digest.Digest `json:"digest"`
 	Size   int64         `json:"size"`
-	// Path is that from which the layer was packed, if known.
+	// Path is that from which the layer was packed, if known, and Paths are those of all
+	// layers with this blob.
 	Path   string        `json:"path,omitempty"`
+	Paths  []string      `json:"paths,omitempty"`
 	DiffID digest.Digest `json:"diff_id,omitempty"`
 	// Problem says how the blob differs; absent if it does not.
 	Problem string `json:"problem,omitempty"`
+}
+
+// status is a line on a terminal about the blob that is being read.
+type status struct {
+	w     io.Writer // nil without a terminal
+	drawn time.Time
+	shown bool
+}
+
+func (s *status) blob(k client.Checked, read int64) {
+	if s.w == nil || time.Since(s.drawn) < redraw {
+		return
+	}
+	s.drawn, s.shown = time.Now(), true
+	_, _ = fmt.Fprintf(s.w, "\r\x1b[K%-8s  %s  %s of %s", k.Kind, short(k.Descriptor.Digest), plain.Size(read), plain.Size(k.Descriptor.Size))
+}
+
+func (s *status) clear() {
+	if s.shown {
+		_, _ = io.WriteString(s.w, "\r\x1b[K")
+	}
+	s.shown = false
 }
 
 func verify(ctx context.Context, command *cli.Command, c *client.Client, asJSON bool) error {
@@ -71,8 +97,17 @@ func verify(ctx context.Context, command *cli.Command, c *client.Client, asJSON 
 			_, _ = fmt.Fprintln(out, strings.TrimRight(fmt.Sprintf(line, columns...), " "))
 		}
 	}
+	reading := &status{}
+	if isTerminal() {
+		reading.w = command.Root().ErrWriter
+	}
 	report := func(k client.Checked) {
-		b := verifiedBlob{k.Kind, k.Descriptor.Digest, k.Descriptor.Size, packedAs(k.Layer), k.DiffID, ""}
+		b := verifiedBlob{Kind: k.Kind, Digest: k.Descriptor.Digest, Size: k.Descriptor.Size, Path: packedAs(k.Layer), DiffID: k.DiffID}
+		for _, l := range k.Layers {
+			if path := packedAs(l); path != "" {
+				b.Paths = append(b.Paths, path)
+			}
+		}
 		result := "ok"
 		if k.Err != nil {
 			bad++
@@ -84,13 +119,15 @@ func verify(ctx context.Context, command *cli.Command, c *client.Client, asJSON 
 			b.Problem = k.Err.Error()
 			result = "BAD: " + printable(b.Problem)
 		}
+		reading.clear()
 		if len(v.Blobs) == 0 {
 			printLine("BLOB", "DIGEST", "SIZE", "RESULT", "PATH")
 		}
 		v.Blobs = append(v.Blobs, b)
-		printLine(b.Kind, short(b.Digest), plain.Size(b.Size), result, printable(b.Path))
+		printLine(b.Kind, short(b.Digest), plain.Size(b.Size), result, printableList(b.Paths))
 	}
-	if err := c.Verify(ctx, v.Reference, cfg.Limits(), report); err != nil {
+	if err := c.Verify(ctx, v.Reference, cfg.Limits(), reading.blob, report); err != nil {
+		reading.clear()
 		return err
 	}
 	v.OK = bad == 0

@@ -27,6 +27,8 @@ type Client struct {
 	images.Reader
 	// Snapshotter is containerd's name of the snapshotter.
 	Snapshotter string
+	// Warning, if not nil, is called with what a user should know before a method goes on.
+	Warning func(text string)
 	// Waiting, if not nil, is called with the reason before a method waits to try again.
 	Waiting func(why error)
 }

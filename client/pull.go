@@ -33,6 +33,7 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/images"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
 // Registry says how to reach a registry.
@@ -85,8 +86,9 @@ type Fetched struct {
 // then with those that have progressed.
 //
 // Pull reads the manifest first. It pulls nothing if the manifest is a container image's,
-// which is errdefs.ErrInvalidArgument, if the artifact is one that is refused, or if the
-// snapshotter does not answer.
+// which is errdefs.ErrInvalidArgument, if the artifact is one that is refused (see
+// [unpack.Check]), or if the snapshotter does not answer. It warns if pods will not get the
+// artifact because another one has the same config.
 func (c *Client) Pull(ctx context.Context, ref string, r Registry, progress func([]Fetched)) (images.Image, error) {
 	if err := ValidReference(ref); err != nil {
 		return images.Image{}, err
@@ -116,6 +118,12 @@ func (c *Client) Pull(ctx context.Context, ref string, r Registry, progress func
 		return images.Image{}, fmt.Errorf("%q is a container image, not an artifact; pull it with ctr or crictl: %w", ref, errdefs.ErrInvalidArgument)
 	case err != nil:
 		return images.Image{}, fmt.Errorf("pull %s: %w", ref, ofRegistry(err))
+	}
+	if err := unpack.Check(ctx, a); err != nil {
+		return images.Image{}, fmt.Errorf("pull %s: %w", ref, err)
+	}
+	if err := c.warnOfSharedConfig(ctx, ref, a); err != nil {
+		return images.Image{}, err
 	}
 	ctx = c.Context(ctx)
 	ctx, done, err := c.WithLease(ctx, leases.WithRandomID(), leases.WithExpiration(pullLease))
@@ -156,6 +164,24 @@ func ofRegistry(err error) error {
 		return fmt.Errorf("the registry speaks HTTP and not HTTPS: use --plain-http, or a hosts.toml (--hosts-dir): %w", errdefs.ErrUnavailable)
 	}
 	return err
+}
+
+// warnOfSharedConfig warns if another artifact of the namespace has the same config.
+func (c *Client) warnOfSharedConfig(ctx context.Context, ref string, a *artifact.Artifact) error {
+	all, err := c.Survey(ctx, nil, nil)
+	if errdefs.IsNotFound(err) { // the pull makes the namespace
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, other := range images.Named(all.Artifacts) {
+		if other.Config == a.Config && other.Manifest != a.Manifest.Digest && other.Name != ref && c.Warning != nil {
+			c.Warning(fmt.Sprintf("%s has the same config as %s, so pods with either of them will be refused; pack each with a config of its own", ref, other.Name))
+			break
+		}
+	}
+	return nil
 }
 
 // reach returns an error if the snapshotter does not answer.

@@ -54,6 +54,13 @@ func TestTheToolRefusesBadInput(t *testing.T) {
 	_, err = hostile.Push(t.Context(), n.Registry, "test/hostile", "latest")
 	check(t, err)
 
+	twice := &pack.Artifact{}
+	for _, data := range []string{"x", "y"} {
+		twice.Layers = append(twice.Layers, pack.Layer{MediaType: "application/vnd.cncf.model.doc.v1.raw", Data: []byte(data), Annotations: map[string]string{"org.cncf.model.filepath": "README.md"}})
+	}
+	_, err = twice.Push(t.Context(), n.Registry, "test/twice", "latest")
+	check(t, err)
+
 	rude := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.WriteHeader(http.StatusForbidden)
 		_, _ = io.WriteString(w, `{"errors":[{"code":"DENIED","message":"\u001b[2J\u009b31mowned"}]}`)
@@ -96,6 +103,7 @@ func TestTheToolRefusesBadInput(t *testing.T) {
 		"verify of a container image":     {[]string{"verify", n.GuestImage}, []string{n.GuestImage, "container image"}},
 		"pull of a container image":       {[]string{"pull", n.Registry + "/test/other:latest"}, []string{"/test/other:latest", "container image"}},
 		"pull of a hostile artifact":      {[]string{"pull", n.Registry + "/test/hostile:latest"}, []string{"layer 1", "../../etc/passwd"}},
+		"pull of a path twice":            {[]string{"pull", n.Registry + "/test/twice:latest"}, []string{"layer 1", "README.md", "has the same path and other bytes"}},
 		"pull of what is not there":       {[]string{"pull", unknown}, []string{unknown, "the registry does not have it"}},
 		"pull from nowhere":               {[]string{"pull", "127.0.0.1:1/models/tiny:v1"}, []string{"127.0.0.1:1", "connection refused"}},
 		"pull from no host":               {[]string{"pull", "nowhere.invalid/models/tiny:v1"}, []string{"there is no host nowhere.invalid: "}},
@@ -438,7 +446,11 @@ func TestLsMarksArtifactsThatShareAConfig(t *testing.T) {
 		_, err = model.Push(t.Context(), n.Registry, name, "v1")
 		check(t, err)
 		refs = append(refs, n.Registry+"/"+name+":v1")
-		tool(t, n, "pull", "-n", "default", refs[i])
+		_, said, err := n.Artifact("pull", "-n", "default", refs[i])
+		check(t, err)
+		if warned := strings.Contains(said, "warning: "+refs[i]+" has the same config as "+refs[0]); warned != (i == 1) {
+			t.Errorf("pull %s says\n%s", refs[i], said)
+		}
 		if l := toolJSON[[]jsonListed](t, n, "ls", "-n", "default")[0]; i == 0 && len(l.Conflicts) != 0 {
 			t.Errorf("ls marks %+v", l)
 		}

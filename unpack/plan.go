@@ -124,16 +124,24 @@ func (p *plan) place(name string, n *node) error {
 	return p.add(name, n)
 }
 
-// placeRaw adds the file of a raw layer. Two raw layers with the same path and different
-// bytes are refused, as by `oras pull`: the packer has lost one of the two files.
+// placeRaw adds the file of a raw layer.
 func (p *plan) placeRaw(l artifact.Layer, n *node) error {
+	if err := p.claimRaw(l); err != nil {
+		return err
+	}
+	return p.place(l.File.Path, n)
+}
+
+// claimRaw refuses two raw layers with the same path and different bytes, as `oras pull` does:
+// the packer has lost one of the two files.
+func (p *plan) claimRaw(l artifact.Layer) error {
 	other, ok := p.raw[l.File.Path]
 	if ok && other.Descriptor.Digest != l.Descriptor.Digest {
 		return fmt.Errorf("layer %d (%s, %s) has the same path and other bytes; pack each file under its own path: %w",
 			other.Index, other.Descriptor.MediaType, other.Descriptor.Digest, errdefs.ErrInvalidArgument)
 	}
 	p.raw[l.File.Path] = l
-	return p.place(l.File.Path, n)
+	return nil
 }
 
 // add adds or replaces an entry.

@@ -119,6 +119,7 @@ func connect(ctx context.Context, command *cli.Command) (*client.Client, error) 
 	if err != nil {
 		return nil, err
 	}
+	c.Warning = func(text string) { _, _ = fmt.Fprintf(command.Root().ErrWriter, "warning: %s\n", harmless(text)) }
 	c.Waiting = printWaiting(command.Root().ErrWriter)
 	return c, nil
 }

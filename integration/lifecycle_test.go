@@ -107,7 +107,7 @@ func wantUsage(t *testing.T, n *node.Node, want usage) {
 	})
 }
 
-func TestARemovedImageIsRetainedForItsPodAndGoesWithIt(t *testing.T) {
+func TestADeletedImageIsRetainedUntilItsPodEnds(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
 	before := daemonUsage(t, n)
@@ -144,7 +144,7 @@ func manifestOf(t *testing.T, n *node.Node, ref string) string {
 	return hex
 }
 
-func TestAnUnusedModelGoesWithItsImage(t *testing.T) {
+func TestAnUnusedModelIsRemovedWithItsImage(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	before := daemonUsage(t, n)
 	ref := pulled(t, n, writeModel(t), pack.Raw)

@@ -200,7 +200,7 @@ func TestMetricsCountCopiesOnce(t *testing.T) {
 			t.Errorf("after %d pods the trees use %v bytes, want %v and a little more", i+1, got, want)
 		}
 		var used int64 // as kubelet gets it
-		for _, key := range daemonViews(t, n) {
+		for _, key := range daemonVolumes(t, n) {
 			usage, err := views.Usage(c.Context(t.Context()), strings.SplitN(key, "/", 3)[2]) // without namespace and number
 			check(t, err)
 			used += usage.Size
@@ -378,7 +378,7 @@ func TestHealthReportsWhetherTheDaemonServes(t *testing.T) {
 	if err != nil || out != "ok\n" || errs != "" {
 		t.Errorf("health of a running daemon printed %q, %q (%v)", out, errs, err)
 	}
-	out, _, err = n.Artifact("health", "--address", filepath.Join(n.Dir, "daemon.sock"), "--timeout", "10s")
+	out, _, err = n.Artifact("health", "--address", filepath.Join(n.Dir, "daemon.sock"), "--timeout", "2m")
 	if err != nil || out != "ok\n" {
 		t.Errorf("health with an address: %q (%v)", out, err)
 	}

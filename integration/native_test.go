@@ -371,7 +371,7 @@ func waitForImage(t *testing.T, n *node.Node, ref string) (err error) {
 	return err
 }
 
-func TestWhatContainerdCannotUnpackLeavesNothing(t *testing.T) {
+func TestAFailedUnpackOfContainerdLeavesNothing(t *testing.T) {
 	n := nativeNode(t, node.Options{NativeUnpack: true})
 	if n == nil {
 		return

@@ -49,7 +49,7 @@ func TestOneEntryUnpacksADockerModel(t *testing.T) {
 	wantGone(t, n, got, before)
 }
 
-func TestOneEntryAndWhatCRIPulls(t *testing.T) {
+func TestOneEntryAndPullsOfCRI(t *testing.T) {
 	n := node.ForTest(t, oneEntry(t))
 	src := writeModel(t)
 	modelPack := pulled(t, n, src, pack.TarZstd)

@@ -95,7 +95,7 @@ var orasPushes = map[string][]string{
 	"mixture":           {"docs/", "hi.txt:text/plain", "text.gz"},
 }
 
-func TestWhatORASPushesIsMountedAsORASPullsIt(t *testing.T) {
+func TestORASArtifactsAreMountedAsORASPullsThem(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	src := orasSource(t)
@@ -151,7 +151,7 @@ func wantORASVolume(t *testing.T, n *node.Node, ref string) {
 }
 
 // CRI-O also accepts the default media types of ORAS.
-func TestCRIOMountsWhatORASPushes(t *testing.T) {
+func TestCRIOMountsORASArtifacts(t *testing.T) {
 	n := crioNode(t, node.Options{})
 	src := orasSource(t)
 	for name, args := range orasPushes {

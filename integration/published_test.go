@@ -19,7 +19,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// publishedTable is the file with the table of TestWhatCanBeAVolume.
+// publishedTable is the file with the table of TestWhichArtifactsCanBeVolumes.
 const publishedTable = "../docs/kubernetes.md"
 
 // The ends of containerd's errors for artifacts that it does not accept, and their cells in
@@ -110,7 +110,7 @@ func repositoryOf(ref string) string {
 // The table of docs/kubernetes.md is generated here: which artifacts of common tools
 // containerd's CRI accepts as volumes, alone on the node and together with another one of
 // the same kind.
-func TestWhatCanBeAVolume(t *testing.T) {
+func TestWhichArtifactsCanBeVolumes(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	// containerd mounts a volume once for all containers of a pod, so the second case needs

@@ -21,7 +21,7 @@ import (
 // secrets.
 func TestKubeletRecipes(t *testing.T) {
 	t.Parallel()
-	dir, config := verifiers(t)
+	dir, config := verifiers(t, "2m")
 	n := node.ForTest(t, node.Options{Kubelet: true, ContainerdConfig: config})
 	check(t, n.StartKubelet(nil))
 	type tests []struct {

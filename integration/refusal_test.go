@@ -31,33 +31,32 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// refusal is an artifact that must not be served. Its layers follow a good one,
-// which is layer 0.
+// refusal is an artifact that must be refused. Its layers follow a good layer, layer 0.
 type refusal struct {
 	layers []pack.Layer
-	// reason is what the error says. It is about the last layer, and names that,
-	// unless it is said to be about none.
+	// reason is a part of the error. The error names the last layer, unless elsewhere is
+	// set.
 	reason    string
 	elsewhere bool
-	// pull is what containerd says when it is the one to refuse, at the pull, and
-	// earlier what it says before 2.3, if that is something else.
+	// pull is containerd's error if containerd itself refuses the pull; earlier is its
+	// error before 2.3, if that differs.
 	pull, earlier string
 
-	// pushed is a layer whose blob the registry gets before, as part of another
-	// artifact: a layer that lies about it has none.
+	// pushed is a layer whose blob the registry gets first, as part of another artifact,
+	// because a layer with a false descriptor is pushed without its blob.
 	pushed pack.Layer
 	config []byte // instead of a good one
 }
 
-// hostile makes what refusals are made of. The names that try to leave the
-// volume lead to the directory outside.
+// hostile makes layers for refusals. Names that leave the volume lead to the directory
+// outside.
 type hostile struct {
 	t       *testing.T
 	outside string
 }
 
-// escape is the path from the root of any volume to a file in outside: ".." of
-// the root directory is the root directory.
+// escape returns a path from the root of any volume to a file in outside. ".." in the root
+// directory is the root directory itself.
 func (h hostile) escape(name string) string {
 	return strings.Repeat("../", 30) + filepath.Join(h.outside, name)[1:]
 }
@@ -108,9 +107,9 @@ func (h hostile) tar(members ...pack.Member) pack.Layer {
 	return pack.Layer{MediaType: modelspec.MediaTypeModelWeight, Data: h.archive(members...)}
 }
 
-// stream is a layer of one file whose bytes are changed: those of the tar by
-// inner, before it is compressed, those of the blob by outer. Its DiffID is
-// that of what decompression yields; wrong makes it another.
+// stream describes a layer of one file with changed bytes: inner changes the tar before
+// compression, outer changes the blob. The DiffID is that of the changed tar; wrong makes
+// it another one.
 type stream struct {
 	mediaType    string
 	inner, outer func([]byte) []byte
@@ -139,20 +138,20 @@ func (h hostile) stream(s stream) []pack.Layer {
 		data = s.outer(data)
 	}
 	if s.mediaType == modelspec.MediaTypeModelWeight && !s.wrong {
-		layer.DiffID = "" // the blob's own digest
+		layer.DiffID = "" // means the blob's own digest
 	}
 	layer.Data = data
 	return []pack.Layer{layer}
 }
 
-// cut returns what removes the last n bytes.
+// cut returns a function that removes the last n bytes.
 func cut(n int) func([]byte) []byte {
 	return func(data []byte) []byte { return data[:len(data)-n] }
 }
 
 func withGarbage(data []byte) []byte { return append(slices.Clip(data), "garbage behind the end"...) }
 
-// modelConfig is a config with the DiffIDs.
+// modelConfig returns a config with the DiffIDs.
 func modelConfig(t *testing.T, ids ...digest.Digest) []byte {
 	t.Helper()
 	text, err := json.Marshal(modelspec.Model{ModelFS: modelspec.ModelFS{Type: "layers", DiffIDs: ids}})
@@ -167,7 +166,7 @@ func refusals(h hostile) map[string]refusal {
 		gzipType = modelspec.MediaTypeModelWeightGzip
 		zstdType = modelspec.MediaTypeModelWeightZstd
 
-		// What containerd says of an artifact with an image's layers.
+		// containerd's error for an artifact with layers of an image.
 		imageLayer = "failed to unpack image volume: mismatched image rootfs and manifest layers"
 	)
 	raw := func(path string) []pack.Layer { return []pack.Layer{h.raw(path)} }
@@ -184,7 +183,7 @@ func refusals(h hostile) map[string]refusal {
 	empty.Data, empty.Digest = nil, digest.FromBytes(goodLayer().Data) // its descriptor says 0 bytes
 	other := h.raw("same.txt")
 	other.Data = []byte("other bytes")
-	unknown := h.raw("unknown.bin") // not to containerd's content store
+	unknown := h.raw("unknown.bin") // not in containerd's content store
 	lying := func(size int64) []pack.Layer {
 		layer := unknown
 		layer.Data, layer.Digest, layer.Size = nil, digest.FromBytes(unknown.Data), size
@@ -249,21 +248,21 @@ func refusals(h hostile) map[string]refusal {
 		"fewer DiffIDs than layers": {layers: raw("f"), config: modelConfig(h.t, digest.FromBytes(goodLayer().Data)), elsewhere: true, reason: "lists 1 DiffIDs for 2 layers"},
 		"more DiffIDs than layers":  {config: modelConfig(h.t, digest.FromBytes(goodLayer().Data), digest.FromString("")), reason: "lists 2 DiffIDs for 1 layers"},
 
-		"truncated tar, in a member":       {layers: h.stream(stream{mediaType: tarType, outer: cut(1024 + 502)}), reason: "the archive is truncated"},
-		"truncated tar, in the padding":    {layers: h.stream(stream{mediaType: tarType, outer: cut(1025)}), reason: "the archive is truncated"},
-		"truncated tar in gzip":            {layers: h.stream(stream{mediaType: gzipType, inner: cut(1025)}), reason: "the archive is truncated"},
-		"truncated gzip":                   {layers: h.stream(stream{mediaType: gzipType, outer: cut(10)}), reason: "the archive is truncated"},
-		"truncated gzip, in the check sum": {layers: h.stream(stream{mediaType: gzipType, outer: cut(3)}), reason: "the archive is truncated"},
-		"truncated zstd":                   {layers: h.stream(stream{mediaType: zstdType, outer: cut(10)}), reason: "the archive is truncated"},
-		"garbage behind a tar":             {layers: h.stream(stream{mediaType: tarType, outer: withGarbage}), reason: "garbage follows the end of the archive"},
-		"garbage behind a tar in gzip":     {layers: h.stream(stream{mediaType: gzipType, inner: withGarbage}), reason: "garbage follows the end of the archive"},
-		"garbage behind a tar in zstd":     {layers: h.stream(stream{mediaType: zstdType, inner: withGarbage}), reason: "garbage follows the end of the archive"},
-		"garbage behind gzip":              {layers: h.stream(stream{mediaType: gzipType, outer: withGarbage}), reason: "bytes follow the end of the gzip stream that are not gzip"},
-		"garbage behind zstd":              {layers: h.stream(stream{mediaType: zstdType, outer: withGarbage}), reason: "bytes follow the end of the zstd stream that are not zstd"},
-		"no gzip at all":                   {layers: h.stream(stream{mediaType: gzipType, outer: func([]byte) []byte { return []byte("text") }}), reason: "its media type says that it is gzip, and its bytes are not compressed"},
-		"no zstd at all":                   {layers: h.stream(stream{mediaType: zstdType, outer: func([]byte) []byte { return []byte("text") }}), reason: "its media type says that it is zstd, and its bytes are not compressed"},
-		"xz":                               {layers: []pack.Layer{{MediaType: gzipType, Data: []byte("\xfd7zXZ\x00 and more"), DiffID: digest.FromString("a tar")}}, reason: "its bytes are xz, which is not supported"},
-		"two files of one path":            {layers: []pack.Layer{h.raw("same.txt"), other}, reason: "has the same path and other bytes"},
+		"truncated tar, in a member":      {layers: h.stream(stream{mediaType: tarType, outer: cut(1024 + 502)}), reason: "the archive is truncated"},
+		"truncated tar, in the padding":   {layers: h.stream(stream{mediaType: tarType, outer: cut(1025)}), reason: "the archive is truncated"},
+		"truncated tar in gzip":           {layers: h.stream(stream{mediaType: gzipType, inner: cut(1025)}), reason: "the archive is truncated"},
+		"truncated gzip":                  {layers: h.stream(stream{mediaType: gzipType, outer: cut(10)}), reason: "the archive is truncated"},
+		"truncated gzip, in the checksum": {layers: h.stream(stream{mediaType: gzipType, outer: cut(3)}), reason: "the archive is truncated"},
+		"truncated zstd":                  {layers: h.stream(stream{mediaType: zstdType, outer: cut(10)}), reason: "the archive is truncated"},
+		"garbage after a tar":             {layers: h.stream(stream{mediaType: tarType, outer: withGarbage}), reason: "garbage follows the end of the archive"},
+		"garbage after a tar in gzip":     {layers: h.stream(stream{mediaType: gzipType, inner: withGarbage}), reason: "garbage follows the end of the archive"},
+		"garbage after a tar in zstd":     {layers: h.stream(stream{mediaType: zstdType, inner: withGarbage}), reason: "garbage follows the end of the archive"},
+		"garbage after gzip":              {layers: h.stream(stream{mediaType: gzipType, outer: withGarbage}), reason: "bytes follow the end of the gzip stream that are not gzip"},
+		"garbage after zstd":              {layers: h.stream(stream{mediaType: zstdType, outer: withGarbage}), reason: "bytes follow the end of the zstd stream that are not zstd"},
+		"no gzip at all":                  {layers: h.stream(stream{mediaType: gzipType, outer: func([]byte) []byte { return []byte("text") }}), reason: "its media type says that it is gzip, and its bytes are not compressed"},
+		"no zstd at all":                  {layers: h.stream(stream{mediaType: zstdType, outer: func([]byte) []byte { return []byte("text") }}), reason: "its media type says that it is zstd, and its bytes are not compressed"},
+		"xz":                              {layers: []pack.Layer{{MediaType: gzipType, Data: []byte("\xfd7zXZ\x00 and more"), DiffID: digest.FromString("a tar")}}, reason: "its bytes are xz, which is not supported"},
+		"two files of one path":           {layers: []pack.Layer{h.raw("same.txt"), other}, reason: "has the same path and other bytes"},
 
 		"file where a directory is needed": {layers: []pack.Layer{h.raw("a"), h.tar(file("a/b"))}, reason: `"a" must be a directory but is a file of layer 1`},
 		"file where a raw layer needs one": {layers: []pack.Layer{h.tar(file("a")), h.raw("a/b")}, reason: `"a" must be a directory but is a file of layer 1`},
@@ -274,11 +273,11 @@ func refusals(h hostile) map[string]refusal {
 		"encrypted layer of an image": {layers: typed(ocispec.MediaTypeImageLayerGzip + "+encrypted"), elsewhere: true, reason: imageLayer},
 		"non-distributable layer":     {layers: typed("application/vnd.oci.image.layer.nondistributable.v1.tar"), elsewhere: true, reason: imageLayer},
 
-		"layer said to be empty":         {layers: []pack.Layer{empty}, reason: "its descriptor says 0 bytes, but its digest is not the digest of no bytes"},
-		"unknown layer said to be empty": {pushed: unknown, layers: lying(0), pull: "reports content size of zero"},
-		"layer said to be shorter":       {pushed: unknown, layers: lying(3), pull: "read past expected size 3", earlier: "failed size validation"},
-		"layer said to be longer":        {pushed: unknown, layers: lying(1 << 40), pull: "short read: expected 1099511627776 bytes"},
-		"layer of a negative size":       {pushed: unknown, layers: lying(-1), pull: "negative content size", earlier: "failed size validation"},
+		"layer declared empty":         {layers: []pack.Layer{empty}, reason: "its descriptor says 0 bytes, but its digest is not the digest of no bytes"},
+		"unknown layer declared empty": {pushed: unknown, layers: lying(0), pull: "reports content size of zero"},
+		"layer declared shorter":       {pushed: unknown, layers: lying(3), pull: "read past expected size 3", earlier: "failed size validation"},
+		"layer declared longer":        {pushed: unknown, layers: lying(1 << 40), pull: "short read: expected 1099511627776 bytes"},
+		"layer of a negative size":     {pushed: unknown, layers: lying(-1), pull: "negative content size", earlier: "failed size validation"},
 
 		"config that is not JSON":   {config: []byte("{"), pull: "unexpected end of JSON input"},
 		"config of the wrong shape": {config: []byte(`{"modelfs": []}`), reason: "malformed model config: modelfs"},
@@ -286,9 +285,9 @@ func refusals(h hostile) map[string]refusal {
 	}
 }
 
-// withNULInPath gives the first member of a tar the path "a\x00b" by an extended
-// header: in the ordinary one the NUL would end the name, and archive/tar does
-// not write it.
+// withNULInPath gives the first member of a tar the path "a\x00b" with an extended header.
+// In an ordinary header the NUL ends the name, and archive/tar does not write it in an
+// extended one.
 func (h hostile) withNULInPath(data []byte) []byte {
 	h.t.Helper()
 	head := h.archive(pack.Member{Header: tar.Header{Name: "pax", Mode: 0o644}, Data: []byte("12 path=a\x00b\n")})
@@ -311,8 +310,8 @@ func goodLayer() pack.Layer {
 	}
 }
 
-// artifact is the refusal with its good layer. An artifact that is refused for
-// having no layers has none.
+// artifact returns the artifact with its good layer. The one that is refused for having no
+// layers has none.
 func (r refusal) artifact() *pack.Artifact {
 	a := &pack.Artifact{ArtifactType: modelspec.ArtifactTypeModelManifest, Config: r.config}
 	if r.layers != nil || r.config != nil {
@@ -321,38 +320,39 @@ func (r refusal) artifact() *pack.Artifact {
 	return a
 }
 
-// wantRefused tries twice to start a container of pod with the artifact ref as
-// a volume, and wants the same complaint twice.
+// wantRefused tries twice to start a container of pod with the volume ref, and expects the
+// same error both times.
 func wantRefused(t *testing.T, pod *node.Pod, ref string, wanted ...string) {
 	t.Helper()
 	var errs []string
 	for range 2 {
 		err := pod.Start(node.Container{Name: "refused", Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
 		if err == nil {
-			t.Fatal("a container started")
+			t.Fatal("the container started")
 		}
 		errs = append(errs, answer(t, err))
 	}
-	// It stands in an event of Kubernetes, whatever is in the artifact.
+	// The error becomes an event of Kubernetes, so it must be one short line whatever the
+	// artifact contains.
 	const longest = 4096
 	if len(errs[0]) > longest || strings.Contains(errs[0], "\n") {
-		t.Errorf("the error is not one short line but has %d bytes: %.1000q", len(errs[0]), errs[0])
+		t.Errorf("the error is not one short line: %d bytes: %.1000q", len(errs[0]), errs[0])
 	}
 	if pod.Node().Minor >= 2 {
-		wanted = append(wanted, "ImageVolumeMountFailed") // kubelet shows it as the reason
+		wanted = append(wanted, "ImageVolumeMountFailed") // kubelet uses it as the reason
 	}
 	for _, want := range append(wanted, "failed to mount image volume: ") {
 		if !strings.Contains(errs[0], want) {
-			t.Errorf("the error does not say %q: %.4096s", want, errs[0])
+			t.Errorf("the error does not contain %q: %.4096s", want, errs[0])
 		}
 	}
 	if errs[0] != errs[1] {
-		t.Errorf("the second error is another one: %.4096s, after %.4096s", errs[1], errs[0])
+		t.Errorf("the second error differs: %.4096s; the first was %.4096s", errs[1], errs[0])
 	}
 }
 
-// answer is what containerd answered to crictl, which prints it last, quoted,
-// as the message of a log line.
+// answer returns containerd's error, which crictl prints last, as the quoted message of a
+// log line.
 func answer(t *testing.T, err error) string {
 	t.Helper()
 	text := strings.TrimSpace(err.Error())
@@ -363,12 +363,12 @@ func answer(t *testing.T, err error) string {
 			return message[at:]
 		}
 	}
-	t.Fatalf("no answer of containerd: %v", err)
+	t.Fatalf("no error of containerd in: %v", err)
 	return ""
 }
 
-// daemonKeys are those of the snapshots that the daemon itself knows, whatever
-// containerd does: namespace, number and containerd's key, with slashes between.
+// daemonKeys returns the keys of the daemon's own snapshots, whether or not containerd
+// knows them: namespace, number and containerd's key, with slashes between.
 func daemonKeys(t *testing.T, n *node.Node) (keys []string) {
 	t.Helper()
 	conn, err := grpc.NewClient("unix://"+filepath.Join(n.Dir, "daemon.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -382,8 +382,8 @@ func daemonKeys(t *testing.T, n *node.Node) (keys []string) {
 	return keys
 }
 
-// daemonViews are those of image volumes.
-func daemonViews(t *testing.T, n *node.Node) (keys []string) {
+// daemonVolumes returns the keys of image volumes.
+func daemonVolumes(t *testing.T, n *node.Node) (keys []string) {
 	t.Helper()
 	for _, key := range daemonKeys(t, n) {
 		if strings.Contains(key, "/image-volumes/") {
@@ -401,12 +401,12 @@ func TestAnArtifactThatBreaksARuleIsRefused(t *testing.T) {
 	canaries, err := treelist.List(outside)
 	check(t, err)
 
-	// The good layer of all is known to containerd before.
+	// containerd knows the good layer of all artifacts already.
 	src := t.TempDir()
 	check(t, os.WriteFile(filepath.Join(src, "good.txt"), goodLayer().Data, 0o644))
 	good := pulled(t, n, src, pack.Raw)
 
-	// One pod for all: what refuses a container leaves its pod as it was.
+	// One pod is enough, because refusing a container does not change its pod.
 	pod, err := n.RunSandbox(node.PodSpec{})
 	check(t, err)
 	before := daemonUsage(t, n)
@@ -434,7 +434,7 @@ func TestAnArtifactThatBreaksARuleIsRefused(t *testing.T) {
 			} else {
 				check(t, err)
 				t.Cleanup(func() {
-					if t.Failed() { // what is there must not fail the others
+					if t.Failed() { // leftovers must not fail the other cases
 						check(t, pod.Remove())
 						pod, err = n.RunSandbox(node.PodSpec{})
 						check(t, err)
@@ -450,8 +450,8 @@ func TestAnArtifactThatBreaksARuleIsRefused(t *testing.T) {
 				wantRefused(t, pod, ref, wanted...)
 			}
 			wantUsage(t, n, before)
-			if views := daemonViews(t, n); views != nil {
-				t.Errorf("the daemon has views %q", views)
+			if volumes := daemonVolumes(t, n); volumes != nil {
+				t.Errorf("the daemon has the volumes %q, want none", volumes)
 			}
 			got, err := treelist.List(outside)
 			check(t, err)
@@ -461,11 +461,11 @@ func TestAnArtifactThatBreaksARuleIsRefused(t *testing.T) {
 		})
 	}
 
-	// The node is as good as before.
+	// Afterwards the node works as before.
 	listed, err := n.Ctr("snapshots", "--snapshotter", "artifact", "ls")
 	check(t, err)
 	if strings.Contains(listed, "image-volumes") {
-		t.Errorf("containerd knows snapshots of image volumes:\n%s", listed)
+		t.Errorf("containerd has snapshots of image volumes:\n%s", listed)
 	}
 	containers, err := n.Crictl("ps", "--all", "--quiet")
 	check(t, err)
@@ -474,14 +474,14 @@ func TestAnArtifactThatBreaksARuleIsRefused(t *testing.T) {
 	}
 	check(t, pod.Start(node.Container{Volumes: []node.Volume{{Image: good, Path: "/model"}}}))
 	wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.Raw))
-	if views := daemonViews(t, n); len(views) != 1 {
-		t.Errorf("the daemon has views %q, want one", views)
+	if volumes := daemonVolumes(t, n); len(volumes) != 1 {
+		t.Errorf("the daemon has the volumes %q, want one", volumes)
 	}
 	check(t, pod.Remove())
 	mounts, err := node.Mounts(n.State)
 	check(t, err)
 	if len(mounts) != 0 {
-		t.Errorf("containerd has mounts left: %q", mounts)
+		t.Errorf("containerd has not removed the mounts %q", mounts)
 	}
 }
 
@@ -506,8 +506,8 @@ func TestAPodRecoversWhenAGoodArtifactTakesTheTag(t *testing.T) {
 	check(t, pod.Remove())
 }
 
-// What means something to the node, and nothing to a reader, is not refused
-// but cleared: packers copy it without asking.
+// Attributes that affect the node and mean nothing to a reader are cleared and not refused,
+// because packers copy them unintentionally.
 func TestSpecialBitsAndPrivilegedXattrsAreCleared(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	xattrs := map[string]string{"SCHILY.xattr.user.kept": "kept"}
@@ -516,7 +516,7 @@ func TestSpecialBitsAndPrivilegedXattrsAreCleared(t *testing.T) {
 		"trusted.overlay.metacopy", "trusted.overlay.opaque", "trusted.overlay.redirect",
 	} {
 		value := "/etc/shadow"
-		if name == "security.capability" { // VFS_CAP_REVISION_2 with CAP_NET_RAW, of linux/capability.h
+		if name == "security.capability" { // VFS_CAP_REVISION_2 with CAP_NET_RAW, see linux/capability.h
 			value = "\x01\x00\x00\x02\x00\x20\x00\x00" + strings.Repeat("\x00", 12)
 		}
 		xattrs["SCHILY.xattr."+name] = value
@@ -546,7 +546,7 @@ func TestSpecialBitsAndPrivilegedXattrsAreCleared(t *testing.T) {
 		{Path: "good.txt", Type: "file", Mode: 0o755, UID: 12, GID: 34, Size: int64(len(raw.Data)), ModTime: created, SHA256: digest.FromBytes(raw.Data).Encoded()},
 	}
 	wantVolume(t, pod, "main", "/model", want)
-	// The container may not list the trusted ones; the node may.
+	// The container may not list the trusted attributes; the node may.
 	mounts, err := node.Mounts(n.DaemonState)
 	check(t, err)
 	if len(mounts) != 1 {
@@ -555,7 +555,7 @@ func TestSpecialBitsAndPrivilegedXattrsAreCleared(t *testing.T) {
 	got, err := treelist.List(mounts[0])
 	check(t, err)
 	if diff := treelist.Diff(want, got); diff != "" {
-		t.Errorf("the node sees something else in the volume:\n%s", diff)
+		t.Errorf("the volume differs on the node:\n%s", diff)
 	}
 	check(t, pod.Remove())
 }

@@ -10,8 +10,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
-// privateModel pushes a model of one file, and returns its reference in the registry
-// that asks for a password.
+// privateModel pushes a model of one file. It returns its reference in the registry that
+// requires a password.
 func privateModel(t *testing.T, n *node.Node, private, text string) (ref string, want func(t *testing.T, pod *node.Pod)) {
 	t.Helper()
 	ref, _, expected := pushText(t, n, "private/"+text, text)
@@ -21,9 +21,8 @@ func privateModel(t *testing.T, n *node.Node, private, text string) (ref string,
 	}
 }
 
-// The two ways to a private registry that end in containerd: what kubelet hands over
-// with the pull (a pull secret, or what a credential provider has said), and what the
-// node has in hosts.toml.
+// containerd gets credentials for a private registry in two ways: with the pull from
+// kubelet (a pull secret, or from a credential provider), or from hosts.toml on the node.
 func TestPrivateRegistry(t *testing.T) {
 	dir := t.TempDir()
 	n := node.ForTest(t, node.Options{ContainerdConfig: configPath(dir)})
@@ -46,7 +45,7 @@ func TestPrivateRegistry(t *testing.T) {
 	check(t, err)
 	want(t, pod)
 
-	// It is on the node now, and containerd asks nobody for a password any more.
+	// The artifact is on the node now, so containerd needs no password any more.
 	other, err := n.RunPod(spec)
 	check(t, err)
 	want(t, other)

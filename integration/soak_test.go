@@ -28,23 +28,23 @@ import (
 
 const soakWorkers = 8
 
-// soak is a node on which everything happens at once.
+// soak is a node under a mixed load.
 type soak struct {
 	tally
 	n        *node.Node
 	c        *client.Client
 	metrics  string // socket
-	subPaths bool   // whether containerd has them, and can share a volume in a user namespace
+	subPaths bool   // whether containerd supports them, and lets containers share a volume in a user namespace
 
 	mountable, bad []*soaked
 	restarts       windows
 	failures       atomic.Int64 // in this round
-	// when the workers have done so many operations in all, at is closed
+	// at is closed when the workers together have done this number of operations
 	after atomic.Int64
 	at    chan struct{}
 
-	logged   int // bytes of the daemon's log that have been looked at
-	mostRSS  int // KiB, of any daemon
+	logged   int // bytes of the daemon's log that were already checked
+	mostRSS  int // KiB, maximum of all daemons
 	compared int // volumes, by check
 }
 
@@ -55,7 +55,7 @@ func (s *soak) step() {
 	}
 }
 
-// excuse counts an error that is nobody's fault.
+// excuse counts an error that is not a fault of the daemon.
 func (s *soak) excuse(why, text string) {
 	s.count(why)
 	if os.Getenv("ARTIFACT_SNAPSHOTTER_SOAK_DEBUG") != "" {
@@ -63,12 +63,12 @@ func (s *soak) excuse(why, text string) {
 	}
 }
 
-// Pulls, pods, deletions, mounts and garbage collections, by eight at once and in random
-// order, some of whom go away in the middle, while the daemon and containerd are
-// restarted and killed. After each round, and in the end, what there is is what those
-// who are there explain.
+// Eight workers pull, run pods, delete, mount and collect garbage in random order, and some
+// give up in the middle, while the daemon and containerd are restarted and killed. After
+// each round and at the end, everything on the node must belong to a running pod or an
+// existing image.
 func TestNothingIsLostOrLeftByAnythingAtOnce(t *testing.T) {
-	// operations of each worker in a round; 12 take two cores some 30 seconds
+	// operations of each worker in a round; 12 take about 30 seconds on two cores
 	operations, rounds, least := 4, 2, time.Duration(0)
 	if os.Getenv("ARTIFACT_SNAPSHOTTER_LONG") != "" {
 		operations, rounds, least = 12, len(restarts), 10*time.Minute
@@ -93,7 +93,7 @@ func TestNothingIsLostOrLeftByAnythingAtOnce(t *testing.T) {
 		w.own.ref, w.own.want = ownModel(t, n, i, forms[i%len(forms)])
 		workers[i] = w
 	}
-	// One of everything, so that all is there that stays.
+	// Do everything once, so that everything that stays exists.
 	first, err := n.RunPod(node.PodSpec{})
 	check(t, err)
 	check(t, first.Remove())
@@ -135,7 +135,7 @@ func TestNothingIsLostOrLeftByAnythingAtOnce(t *testing.T) {
 	s.readLog(t)
 }
 
-// restart is something that ends and begins again.
+// restart ends and starts a process.
 type restart struct {
 	name       string
 	end, start func(*soak) error
@@ -152,7 +152,7 @@ var restarts = []restart{
 
 var tarMode = regexp.MustCompile(`tar_mode = '(.*)'`)
 
-// nextMode gives the daemon another one for tars.
+// nextMode configures the next mode for tars.
 func (s *soak) nextMode() error {
 	modes := []string{"auto", "erofs-loop", "extract"}
 	name := filepath.Join(s.n.Dir, "daemon.toml")
@@ -165,7 +165,8 @@ func (s *soak) nextMode() error {
 	return os.WriteFile(name, tarMode.ReplaceAll(text, []byte("tar_mode = '"+next+"'")), 0o644)
 }
 
-// round lets all do so many operations, and restarts something after so many of them all.
+// round lets each worker do a number of operations, and restarts a process after a number
+// of them in total.
 func (s *soak) round(t *testing.T, workers []*worker, operations int, after int64, restart restart) {
 	t.Helper()
 	s.failures.Store(0)
@@ -203,7 +204,7 @@ func (s *soak) round(t *testing.T, workers []*worker, operations int, after int6
 	check(t, errors.Join(err, <-collector))
 }
 
-// restart ends and starts, and returns when requests have an answer again.
+// restart ends and starts a process, and returns when requests are answered again.
 func (s *soak) restart(t *testing.T, r restart) {
 	t.Helper()
 	defer s.restarts.begin()()
@@ -218,7 +219,7 @@ func (s *soak) restart(t *testing.T, r restart) {
 	s.count("restart: " + r.name)
 }
 
-// status is a number of the daemon's /proc/PID/status.
+// status returns a number from the daemon's /proc/PID/status.
 func (s *soak) status(t *testing.T, field string) int {
 	t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.n.DaemonPID()))
@@ -230,7 +231,7 @@ func (s *soak) status(t *testing.T, field string) int {
 			return number
 		}
 	}
-	t.Fatalf("there is no %s in %s", field, text)
+	t.Fatalf("%s is missing in %s", field, text)
 	return 0
 }
 

@@ -24,14 +24,14 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
 
-// holding is what a daemon has, for others or of its own.
+// holding is the resource usage of a daemon.
 type holding struct {
 	goroutines, descriptors int
 	rss                     int      // KiB
 	files                   []string // below its root and state, with the sizes of files
 }
 
-// holds is what the daemon has now.
+// holds returns the daemon's current usage.
 func (s *soak) holds(t *testing.T) (i holding) {
 	t.Helper()
 	i.goroutines = int(families(t, s.metrics)["go_goroutines"].GetMetric()[0].GetGauge().GetValue())
@@ -44,7 +44,7 @@ func (s *soak) holds(t *testing.T) (i holding) {
 			if err != nil {
 				return err
 			}
-			// The database keeps the pages that it has had.
+			// The database never shrinks.
 			if fi, err := d.Info(); err == nil && fi.Mode().IsRegular() && d.Name() != "metadata.db" {
 				path += fmt.Sprintf(" (%d bytes)", fi.Size())
 			}
@@ -55,8 +55,8 @@ func (s *soak) holds(t *testing.T) (i holding) {
 	return i
 }
 
-// settled is what the daemon has when its files have not changed for 50 looks: the least
-// of each number, for a look itself takes a connection.
+// settled waits until the daemon's files have not changed for 50 samples. It returns the
+// minimum of each number, because a sample itself needs a connection.
 func (s *soak) settled(t *testing.T) (least holding) {
 	t.Helper()
 	looks := 0
@@ -71,8 +71,8 @@ func (s *soak) settled(t *testing.T) (least holding) {
 	return least
 }
 
-// eventually waits until problem finds none, for a minute and a half: the daemon looks
-// for what nobody tells it of every minute.
+// eventually waits until problem returns "", for at most three minutes. The daemon checks
+// for changes without an event every minute.
 func eventually(t *testing.T, problem func() string) {
 	t.Helper()
 	for deadline := time.Now().Add(3 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
@@ -87,7 +87,7 @@ func eventually(t *testing.T, problem func() string) {
 	}
 }
 
-// wantExplained wants what is listed to be what there are reasons for, soon.
+// wantExplained waits until exactly the wanted names are listed.
 func wantExplained(t *testing.T, what string, want map[string]bool, list func() []string) {
 	t.Helper()
 	eventually(t, func() string {
@@ -106,11 +106,11 @@ func wantExplained(t *testing.T, what string, want map[string]bool, list func() 
 		if len(odd) == 0 {
 			return ""
 		}
-		return fmt.Sprintf("%s, by what containerd has and which pods run:\n%s", what, strings.Join(odd, "\n"))
+		return fmt.Sprintf("%s do not match the images and pods:\n%s", what, strings.Join(odd, "\n"))
 	})
 }
 
-// check checks what must be so whenever nobody is in the middle of something.
+// check checks the state of the node between rounds, when nothing is in progress.
 func (s *soak) check(t *testing.T, workers []*worker, idle holding) {
 	t.Helper()
 	var pods []*soakPod
@@ -121,7 +121,8 @@ func (s *soak) check(t *testing.T, workers []*worker, idle holding) {
 	s.giveUpLeases(t)
 	check(t, collectGarbage(t.Context(), s.c))
 
-	// Every pod reads what it must: through a file that it has held open, and anew.
+	// Every pod reads the right bytes, through a file that it has held open and through a
+	// new one.
 	for _, p := range pods {
 		wantReading(t, p.Pod)
 		if err := p.compare(); err != nil {
@@ -130,21 +131,21 @@ func (s *soak) check(t *testing.T, workers []*worker, idle holding) {
 		s.compared += len(p.volumes)
 	}
 
-	// Views, containerd's mounts and the daemon's are those of the pods.
-	views, shown, mounts, trees := map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]bool{}
+	// The daemon's volumes and mounts, and containerd's mounts, belong to the pods.
+	volumes, artifacts, mounts, trees := map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]bool{}
 	for _, p := range pods {
 		for _, a := range p.volumes {
-			view := p.ID + "/" + a.target.Encoded()
-			views[view] = true
-			mounts[filepath.Join(s.volumes(), view)] = true
-			if a.manifest != "" { // the others are overlayfs'
-				shown[view] = true
+			volume := p.ID + "/" + a.target.Encoded()
+			volumes[volume] = true
+			mounts[filepath.Join(s.volumes(), volume)] = true
+			if a.manifest != "" { // the others are served by overlayfs
+				artifacts[volume] = true
 				trees[fmt.Sprintf("%s for %d", a.manifest.Encoded(), p.spec.HostID)] = true
 			}
 		}
 	}
-	wantExplained(t, "the daemon's views", views, func() []string { return s.views(t) })
-	// Snapshots that the daemon has committed itself have other names at containerd.
+	wantExplained(t, "the daemon's volumes", volumes, func() []string { return s.volumeSnapshots(t) })
+	// containerd knows the snapshots that the daemon has committed by other names.
 	eventually(t, func() string {
 		var known []string
 		check(t, s.c.SnapshotService("artifact").Walk(s.c.Context(t.Context()), func(_ context.Context, i snapshots.Info) error {
@@ -155,7 +156,7 @@ func (s *soak) check(t *testing.T, workers []*worker, idle holding) {
 		if len(keys) == len(known) {
 			return ""
 		}
-		return fmt.Sprintf("the daemon's snapshots are\n%s\nand containerd's\n%s", strings.Join(keys, "\n"), strings.Join(known, "\n"))
+		return fmt.Sprintf("the daemon's snapshots are\n%s\nbut containerd's are\n%s", strings.Join(keys, "\n"), strings.Join(known, "\n"))
 	})
 	wantExplained(t, "containerd's mounts", mounts, func() []string {
 		got, err := node.Mounts(s.volumes())
@@ -170,20 +171,20 @@ func (s *soak) check(t *testing.T, workers []*worker, idle holding) {
 		if len(mounted) == len(trees) {
 			return ""
 		}
-		return fmt.Sprintf("the daemon's mounts are\n%s\nwant those of\n%s", strings.Join(mounted, "\n"), strings.Join(slices.Sorted(maps.Keys(trees)), "\n"))
+		return fmt.Sprintf("the daemon's mounts are\n%s\nwant one for each of\n%s", strings.Join(mounted, "\n"), strings.Join(slices.Sorted(maps.Keys(trees)), "\n"))
 	})
 	for _, point := range mounted {
 		hex := manifestIn(point)
 		if !slices.ContainsFunc(slices.Collect(maps.Keys(trees)), func(tree string) bool { return strings.HasPrefix(tree, hex+" ") }) {
-			t.Errorf("no pod explains the mount %s", point)
+			t.Errorf("the mount %s belongs to no pod", point)
 		}
 	}
 	for _, device := range loopDevicesIn(t, s.n.DaemonRoot) {
 		if !slices.ContainsFunc(mounted, func(point string) bool { return strings.Contains(device, "/"+filepath.Base(point)+"/") }) {
-			t.Errorf("no mount explains the loop device of %s", device)
+			t.Errorf("the loop device of %s belongs to no mount", device)
 		}
 	}
-	// Trees are those of pods, and of images that are there.
+	// Every tree belongs to a pod or to an image in containerd.
 	eventually(t, func() string {
 		entries, err := os.ReadDir(filepath.Join(s.n.DaemonRoot, "trees"))
 		check(t, err)
@@ -191,49 +192,50 @@ func (s *soak) check(t *testing.T, workers []*worker, idle holding) {
 			_, err := os.Stat(blobPath(s.n, manifestIn(e.Name())))
 			used := slices.ContainsFunc(mounted, func(point string) bool { return filepath.Base(point) == e.Name() })
 			if !used && (err != nil || strings.Count(e.Name(), "-") > 1) {
-				return "neither a pod nor an image explains the tree " + e.Name()
+				return "this tree belongs neither to a pod nor to an image: " + e.Name()
 			}
 		}
 		return ""
 	})
 
-	// Nothing is held for those who have gone. The mounts of pods take nothing of it.
+	// The daemon holds nothing for clients that have disconnected. Mounts need no file and
+	// no goroutine.
 	eventually(t, func() string {
 		now := s.holds(t)
 		if now.goroutines <= idle.goroutines && now.descriptors <= idle.descriptors {
 			return ""
 		}
-		return fmt.Sprintf("the daemon has %d goroutines and %d descriptors, and had %d and %d when it was idle",
+		return fmt.Sprintf("the daemon has %d goroutines and %d descriptors, want at most %d and %d as when it was idle",
 			now.goroutines, now.descriptors, idle.goroutines, idle.descriptors)
 	})
 	if leaked := series(t, s.metrics)["gc_failures_total"]; leaked != 0 {
-		t.Errorf("%v garbage collections have failed", leaked)
+		t.Errorf("%v garbage collections failed", leaked)
 	}
-	wantSeries(t, s.metrics, map[string]float64{"containerd_connected": 1, "references": float64(len(shown)), "mounts": float64(len(mounted))})
+	wantSeries(t, s.metrics, map[string]float64{"containerd_connected": 1, "references": float64(len(artifacts)), "mounts": float64(len(mounted))})
 	if out, _, err := s.n.Artifact("health", "--config", s.n.ConfigFile()); err != nil || out != "ok\n" {
-		t.Errorf("health says %q (%v)", out, err)
+		t.Errorf("health prints %q (%v)", out, err)
 	}
 	s.checkDatabase(t)
 	s.readLog(t)
 	s.memory(t)
 }
 
-// volumes is where containerd mounts image volumes.
+// volumes is the directory where containerd mounts image volumes.
 func (s *soak) volumes() string {
 	return filepath.Join(s.n.State, "io.containerd.grpc.v1.cri", "image-volumes")
 }
 
-// views are the daemon's, as <sandbox>/<hex>.
-func (s *soak) views(t *testing.T) (views []string) {
+// volumeSnapshots returns the daemon's volumes as <sandbox>/<hex>.
+func (s *soak) volumeSnapshots(t *testing.T) (keys []string) {
 	t.Helper()
-	for _, key := range daemonViews(t, s.n) {
-		_, view, _ := strings.Cut(key, "/image-volumes/")
-		views = append(views, view)
+	for _, key := range daemonVolumes(t, s.n) {
+		_, volume, _ := strings.Cut(key, "/image-volumes/")
+		keys = append(keys, volume)
 	}
-	return views
+	return keys
 }
 
-// manifestIn is the digest in the name of a tree, in hex.
+// manifestIn returns the hex digest in the name of a tree.
 func manifestIn(name string) string {
 	_, rest, _ := strings.Cut(filepath.Base(name), "-")
 	hex, _, _ := strings.Cut(rest, "-")
@@ -255,11 +257,12 @@ func (s *soak) removeStrays(t *testing.T, pods []*soakPod) {
 		check(t, err)
 	}
 	if failed := s.failures.Load(); strays > failed {
-		t.Errorf("%d pods are there that nobody knows, and %d requests have failed", strays, failed)
+		t.Errorf("%d unknown pods, but only %d requests failed", strays, failed)
 	}
 }
 
-// giveUpLeases deletes those of requests that ended with containerd: they would expire.
+// giveUpLeases deletes the leases of requests that ended with containerd. Otherwise they
+// would expire later.
 func (s *soak) giveUpLeases(t *testing.T) {
 	t.Helper()
 	ctx := s.c.Context(t.Context())
@@ -269,18 +272,18 @@ func (s *soak) giveUpLeases(t *testing.T) {
 		if l.Labels["containerd.io/gc.expire"] == "" {
 			continue
 		}
-		s.count("leases that a restart has left")
+		s.count("leases left by a restart")
 		if err := s.c.LeasesService().Delete(ctx, l); err != nil && !errdefs.IsNotFound(err) {
 			t.Error(err)
 		}
 	}
 }
 
-// endShims ends those that a containerd has started and not noted when it was killed: the
-// others end by themselves with their pods.
+// endShims kills the shims that a killed containerd had started but not recorded. All other
+// shims end with their pods.
 func (s *soak) endShims(t *testing.T) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		left, err := node.Processes(s.n.Address)
 		check(t, err)
 		maps.DeleteFunc(left, func(_ int, command string) bool { return !strings.Contains(command, "containerd-shim-runc-v2") })
@@ -292,16 +295,17 @@ func (s *soak) endShims(t *testing.T) {
 		}
 		for pid, command := range left {
 			if s.counts["restart: containerd, SIGKILL"] == 0 {
-				t.Errorf("process %d is left: %s", pid, command)
+				t.Errorf("the process %d did not end: %s", pid, command)
 			}
-			s.count("shims that a killed containerd has left")
+			s.count("shims left by a killed containerd")
 			check(t, syscall.Kill(pid, syscall.SIGKILL))
 		}
 		return
 	}
 }
 
-// checkDatabase checks a copy: the daemon has locked its own, and writes nothing now.
+// checkDatabase checks a copy, because the daemon has locked its database. The daemon
+// writes nothing now.
 func (s *soak) checkDatabase(t *testing.T) {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(s.n.DaemonRoot, "overlayfs", "metadata.db"))
@@ -311,15 +315,15 @@ func (s *soak) checkDatabase(t *testing.T) {
 	check(t, node.CheckDatabase(name))
 }
 
-// explained are the warnings that there must be of refused artifacts, conflicts and
-// restarts. Those of the last line are no fault of the daemon's: a daemon with the race
-// detector, which needs cgo, cannot drop capabilities of all threads, the test hears
-// READY=1 and nothing else, a mode that was asked for is not the best one, and a daemon of
-// another test on this machine mounts an EROFS at the same time.
+// explained matches the warnings that refused artifacts, conflicts and restarts cause.
+// Those in the last line are not faults of the daemon: with the race detector, which needs
+// cgo, it cannot drop the capabilities of all threads; the test accepts only READY=1 from
+// it; the configured mode is not the best one; and a daemon of another test mounts an EROFS
+// at the same time.
 var explained = regexp.MustCompile(`msg="(refused an image volume|an image is in conflict|cannot watch containerd's images` +
 	`|cannot drop capabilities|cannot tell systemd|layers are laid out by a fallback mode|cannot set the read-ahead of an EROFS: .* error="[0-9]+ superblocks have appeared)`)
 
-// readLog looks at what the daemon has logged since the last time.
+// readLog checks the daemon's new log lines.
 func (s *soak) readLog(t *testing.T) {
 	t.Helper()
 	log := daemonLog(t, s.n)
@@ -330,21 +334,21 @@ func (s *soak) readLog(t *testing.T) {
 	}
 	for line := range strings.Lines(fresh) {
 		if strings.Contains(line, "level=warning") && !explained.MatchString(line) {
-			t.Errorf("the daemon warns: %.2000s", line)
+			t.Errorf("unexpected warning of the daemon: %.2000s", line)
 		}
 		for _, bad := range []string{"level=error", "level=fatal", "level=panic", "panic: ", "fatal error: "} {
 			if strings.Contains(line, bad) {
-				t.Errorf("the daemon has logged: %.2000s", line)
+				t.Errorf("unexpected line in the daemon's log: %.2000s", line)
 			}
 		}
 	}
 }
 
-// wantGone deletes all, and wants the daemon to have what it had in the beginning.
+// wantGone deletes everything and checks that the daemon's usage is as at the beginning.
 func (s *soak) wantGone(t *testing.T, idle holding) {
 	t.Helper()
 	for _, a := range slices.Concat(s.mountable, s.bad) {
-		for _, ref := range a.refs() { // what was pulled by its digest has no tag to be removed by
+		for _, ref := range a.refs() { // an image that was pulled by digest has no tag
 			if _, err := s.n.Crictl("rmi", ref); err != nil && !vanished.MatchString(err.Error()) {
 				t.Error(err)
 			}
@@ -358,36 +362,36 @@ func (s *soak) wantGone(t *testing.T, idle holding) {
 	images, err := s.c.Images(t.Context())
 	check(t, err)
 	for _, i := range images {
-		t.Errorf("the image %q cannot be removed", i.Name)
+		t.Errorf("the image %q was not removed", i.Name)
 	}
 	eventually(t, func() string {
-		// Each time: a pull whose client has gone may just have ended, with a snapshot that
-		// nothing refers to.
+		// Repeat this: a pull whose client has disconnected may just have ended, with a
+		// snapshot that nothing refers to.
 		s.giveUpLeases(t)
 		check(t, collectGarbage(t.Context(), s.c))
 		now := s.holds(t)
 		if now.goroutines <= idle.goroutines && now.descriptors <= idle.descriptors && slices.Equal(now.files, idle.files) {
 			return ""
 		}
-		return fmt.Sprintf("the daemon has %d goroutines, %d descriptors and the files\n%s\nand had %d, %d and\n%s",
+		return fmt.Sprintf("the daemon has %d goroutines, %d descriptors and the files\n%s\nwant %d, %d and\n%s",
 			now.goroutines, now.descriptors, strings.Join(now.files, "\n"), idle.goroutines, idle.descriptors, strings.Join(idle.files, "\n"))
 	})
 	for _, dir := range []string{s.n.DaemonRoot, s.n.DaemonState, s.n.State} {
 		mounts, err := node.Mounts(dir)
 		check(t, err)
 		if len(mounts) > 0 {
-			t.Errorf("mounts are left: %q", mounts)
+			t.Errorf("remaining mounts: %q", mounts)
 		}
 	}
 	if devices := loopDevicesIn(t, s.n.DaemonRoot); len(devices) > 0 {
-		t.Errorf("loop devices are left: %q", devices)
+		t.Errorf("remaining loop devices: %q", devices)
 	}
 	leases, err := s.c.LeasesService().List(s.c.Context(t.Context()))
 	check(t, err)
 	if len(leases) > 0 {
-		t.Errorf("leases are left: %v", leases)
+		t.Errorf("remaining leases: %v", leases)
 	}
-	if got := snapshotsIn(t, s.n, "artifact"); len(got) != 1 { // of the test image's layer
-		t.Errorf("snapshots are left: %v", got)
+	if got := snapshotsIn(t, s.n, "artifact"); len(got) != 1 { // the layer of the test image
+		t.Errorf("remaining snapshots: %v", got)
 	}
 }

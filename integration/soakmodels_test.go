@@ -21,26 +21,26 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// soaked is something that pods mount while a node soaks.
+// soaked is an artifact or image that pods mount during the soak.
 type soaked struct {
-	ref      string        // by its tag
+	ref      string        // with its tag
 	target   digest.Digest // of ref
-	manifest digest.Digest // of the artifact, "" of an container image
+	manifest digest.Digest // of the artifact; "" for a container image
 	want     []treelist.Entry
-	// refused is the reason why it is, if it always is; mayConflict says that it is
-	// refused while another one with its config is on the node.
+	// refused is the reason if it is always refused; mayConflict means that it is refused
+	// while another one with its config is on the node.
 	refused     string
 	mayConflict bool
-	// removals are of it, and of what CRI takes for the same image.
+	// removals are the removals of this one, and of those that are the same image for CRI.
 	removals *windows
 }
 
-// refs are the names to pull it by.
+// refs returns the names for pulling it.
 func (a *soaked) refs() []string {
 	return []string{a.ref, strings.TrimSuffix(a.ref, ":v1") + "@" + a.target.String()}
 }
 
-// small is its smallest file, which is quick to read over and over.
+// small returns the path of its smallest file, which is quick to read.
 func (a *soaked) small() (path string) {
 	var size int64
 	for _, e := range a.want {
@@ -51,7 +51,7 @@ func (a *soaked) small() (path string) {
 	return path
 }
 
-// below is what a volume with that sub path shows of it.
+// below returns the content of a volume with this sub path.
 func (a *soaked) below(sub string) (entries []treelist.Entry) {
 	for _, e := range a.want {
 		if sub == "" {
@@ -64,7 +64,7 @@ func (a *soaked) below(sub string) (entries []treelist.Entry) {
 	return entries
 }
 
-// subPaths are its directories.
+// subPaths returns its directories.
 func (a *soaked) subPaths() (dirs []string) {
 	for _, e := range a.want {
 		if e.Type == "dir" {
@@ -86,7 +86,8 @@ func pushSoaked(t *testing.T, n *node.Node, name string, p pusher) *soaked {
 	return &soaked{ref: n.Registry + "/soak/" + name + ":v1", target: target, manifest: target, removals: &windows{}}
 }
 
-// soakedMounted are artifacts of every form, with layers in common, and an image.
+// soakedMounted pushes artifacts of every form, some with common layers, and a container
+// image.
 func soakedMounted(t *testing.T, n *node.Node) (all []*soaked) {
 	t.Helper()
 	add := func(name string, p pusher, want []treelist.Entry) *soaked {
@@ -104,7 +105,7 @@ func soakedMounted(t *testing.T, n *node.Node) (all []*soaked) {
 	}
 	layers, want := mixture(t)
 	add("mixture", &pack.Artifact{ArtifactType: modelspec.ArtifactTypeModelManifest, Name: "mixture", Layers: layers}, want)
-	// Two that have a compressed layer in common, one of which has it twice.
+	// Two artifacts have a common compressed layer; one of them has it twice.
 	big := random(200_005, "big")
 	shared := tarLayer(t, modelspec.MediaTypeModelWeightGzip, archiveOf(t, pack.Member{Header: file("big").Header, Data: big}))
 	for i, more := range [][]pack.Layer{{shared}, {tarLayer(t, modelspec.MediaTypeModelWeightZstd, archiveOf(t, file("more")))}} {
@@ -136,30 +137,30 @@ func soakedMounted(t *testing.T, n *node.Node) (all []*soaked) {
 	check(t, err)
 	add("image", image, entries).manifest = ""
 
-	// CRI takes these for one image.
+	// CRI treats these two as one image.
 	one := add("one", plain("one"), plainVolume("one"))
 	two := add("two", plain("two"), plainVolume("two"))
 	one.mayConflict, two.mayConflict, two.removals = true, true, one.removals
 	return all
 }
 
-// soakedRefused are artifacts that are always refused.
+// soakedRefused pushes artifacts that are always refused.
 func soakedRefused(t *testing.T, n *node.Node) (all []*soaked) {
 	t.Helper()
 	reasons := refusals(hostile{t, t.TempDir()})
 	for i, name := range []string{"dot dot that leaves the volume, tar", "wrong DiffID, gzip", "truncated zstd", "no gzip at all", "encrypted layer"} {
 		r := reasons[name]
 		bad := r.artifact()
-		bad.Name = name // or it might have the config of another
+		bad.Name = name // otherwise it might have the same config as another one
 		a := pushSoaked(t, n, fmt.Sprintf("bad-%d", i), bad)
-		a.refused = strings.ReplaceAll(r.reason, `"`, `\"`) // crictl quotes what the runtime says
+		a.refused = strings.ReplaceAll(r.reason, `"`, `\"`) // crictl quotes the runtime's error
 		all = append(all, a)
 	}
 	return all
 }
 
-// ownModel is one that only one worker pulls and removes, in a form, with layers that
-// others have, too.
+// ownModel pushes a model that only one worker pulls and removes. Its layers also belong to
+// other models.
 func ownModel(t *testing.T, n *node.Node, number int, form pack.Form) (ref string, want []treelist.Entry) {
 	t.Helper()
 	src := writeModel(t)

@@ -22,15 +22,15 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// windows are the times during which something goes on that others may notice.
+// windows are periods of an operation that others may notice.
 type windows struct {
 	mu     sync.Mutex
-	open   int // now
-	opened int // ever
+	open   int // open now
+	opened int // opened so far
 	closed chan struct{}
 }
 
-// begin opens one, and what it returns closes it.
+// begin opens a window. The returned function closes it.
 func (w *windows) begin() (end func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -48,7 +48,7 @@ func (w *windows) begin() (end func()) {
 	}
 }
 
-// watch returns whether one has been open at any time since the call.
+// watch returns a function that reports whether a window has been open since the call.
 func (w *windows) watch() (noticed func() bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -60,7 +60,7 @@ func (w *windows) watch() (noticed func() bool) {
 	}
 }
 
-// wait waits until none is open.
+// wait waits until no window is open.
 func (w *windows) wait(ctx context.Context) {
 	w.mu.Lock()
 	closed := w.closed
@@ -74,9 +74,8 @@ func (w *windows) wait(ctx context.Context) {
 	}
 }
 
-// The errors that somebody may see who works while a daemon is restarted, while an image
-// is removed that he has pulled, and when a pod has to wait for a build: kubelet tries
-// again after each of these.
+// The errors of requests during a restart of the daemon, after another worker has removed
+// the image, or while a build is in progress. kubelet retries after each of them.
 var (
 	interrupted = regexp.MustCompile(`code = Unavailable|connection error|connection refused|error reading from server|transport is closing|ttrpc: closed|` +
 		`server is not initialized yet|does not answer|cannot reach the daemon|shutting down|context canceled|code = Canceled|\bEOF\b|unavailable|connect: no such file`)
@@ -93,7 +92,7 @@ type soakPod struct {
 	volumes []*soaked
 }
 
-// want is the expected content of its volume i.
+// want returns the expected content of the ith volume.
 func (p *soakPod) want(i int) []treelist.Entry {
 	want := p.volumes[i].below(p.spec.Volumes[i].SubPath)
 	if p.spec.UserNamespace {
@@ -102,7 +101,7 @@ func (p *soakPod) want(i int) []treelist.Entry {
 	return want
 }
 
-// compare compares all its volumes.
+// compare compares all volumes.
 func (p *soakPod) compare() error {
 	for i, v := range p.spec.Volumes {
 		got, err := p.Tree("reader", v.Path)
@@ -116,7 +115,7 @@ func (p *soakPod) compare() error {
 	return nil
 }
 
-// worker does one thing after another, as its random numbers have it.
+// worker does operations in the order of its random numbers.
 type worker struct {
 	*soak
 	own    comesAndGoes
@@ -124,7 +123,7 @@ type worker struct {
 	pods   []*soakPod
 }
 
-// operations are what there is to do, and how often of a hundred times.
+// operations are the operations, with their frequency in percent.
 var operations = []struct {
 	name  string
 	often int
@@ -144,7 +143,7 @@ var operations = []struct {
 	{"cancel a mount", 5, (*worker).cancelMount},
 }
 
-// round does so many operations.
+// round does count operations.
 func (w *worker) round(ctx context.Context, count int) error {
 	for range count {
 		at := w.random.IntN(100)
@@ -163,8 +162,8 @@ func (w *worker) round(ctx context.Context, count int) error {
 	return nil
 }
 
-// try does something, and once more as often as it fails for a reason that is not the
-// daemon's: the daemon or containerd was restarted meanwhile, an image was removed.
+// try retries as long as the error is not a fault of the daemon: during a restart of the
+// daemon or containerd, or after the removal of an image.
 func (w *worker) try(ctx context.Context, artifacts []*soaked, do func() error) error {
 	for {
 		restarted := w.restarts.watch()
@@ -186,19 +185,19 @@ func (w *worker) try(ctx context.Context, artifacts []*soaked, do func() error) 
 			w.excuse("interrupted by a restart", text)
 			w.restarts.wait(ctx)
 		case vanished.MatchString(text) && slices.ContainsFunc(removed, func(noticed func() bool) bool { return noticed() }):
-			w.excuse("removed by another worker meanwhile", text)
+			w.excuse("removed by another worker", text)
 		case waiting.MatchString(text):
-			w.excuse("told to wait for a build", text)
+			w.excuse("waited for a build", text)
 		default:
 			return err
 		}
 	}
 }
 
-// any is an artifact of those that are mounted, or the image.
+// any returns a random artifact or image that can be mounted.
 func (w *worker) any() *soaked { return w.mountable[w.random.IntN(len(w.mountable))] }
 
-// anyRef is one of its names.
+// anyRef returns one of its names.
 func (w *worker) anyRef(a *soaked) string { refs := a.refs(); return refs[w.random.IntN(len(refs))] }
 
 func (w *worker) pull(ctx context.Context) error {
@@ -208,7 +207,7 @@ func (w *worker) pull(ctx context.Context) error {
 	}
 	ref, byCRI := w.anyRef(a), w.random.IntN(2) == 0
 	return w.try(ctx, []*soaked{a}, func() error {
-		if byCRI || a.manifest == "" || a.refused != "" { // the tool pulls neither images nor what it sees will be refused
+		if byCRI || a.manifest == "" || a.refused != "" { // the client pulls neither images nor artifacts that would be refused
 			_, err := w.n.Pull(ref)
 			return err
 		}
@@ -217,7 +216,7 @@ func (w *worker) pull(ctx context.Context) error {
 	})
 }
 
-// newPod is a pod of some volumes that is to be run.
+// newPod returns a pod with some volumes, which does not run yet.
 func (w *worker) newPod() *soakPod {
 	p := &soakPod{}
 	for i := range 1 + w.random.IntN(3) {
@@ -248,7 +247,7 @@ func (p *soakPod) pull(n *node.Node) error {
 	return nil
 }
 
-// maxPods is how many a worker has at once.
+// maxPods is the number of pods that a worker has at once.
 const maxPods = 2
 
 func (w *worker) run(ctx context.Context) error {
@@ -278,7 +277,7 @@ func (w *worker) run(ctx context.Context) error {
 	})
 }
 
-// read compares what one of the worker's pods sees.
+// read compares the volumes of one of the worker's pods.
 func (w *worker) read(ctx context.Context) error {
 	if len(w.pods) == 0 {
 		return nil
@@ -296,7 +295,7 @@ func (w *worker) remove(ctx context.Context) error {
 	return w.try(ctx, nil, p.Remove)
 }
 
-// beRefused starts a container with an artifact that is refused, among others.
+// beRefused starts a container with a volume that is refused, among others.
 func (w *worker) beRefused(ctx context.Context) error {
 	bad := w.bad[w.random.IntN(len(w.bad))]
 	p := w.newPod()
@@ -319,18 +318,18 @@ func (w *worker) beRefused(ctx context.Context) error {
 	})
 }
 
-// deleteImage deletes one, whoever uses it.
+// deleteImage deletes an image, even if it is in use.
 func (w *worker) deleteImage(ctx context.Context) error {
 	a, byCRI := w.any(), w.random.IntN(2) == 0
 	defer a.removals.begin()()
 	return w.try(ctx, []*soaked{a}, func() (err error) {
-		if byCRI || a.manifest == "" { // the other way is for artifacts
+		if byCRI || a.manifest == "" { // the client deletes only artifacts
 			_, err = w.n.Crictl("rmi", a.ref)
 		} else {
 			err = deleteImage(ctx, w.c, a.ref)
 		}
 		if err != nil && vanished.MatchString(err.Error()) {
-			err = nil // it was not there
+			err = nil // it did not exist
 		}
 		return err
 	})
@@ -338,14 +337,14 @@ func (w *worker) deleteImage(ctx context.Context) error {
 
 func (w *worker) comeAndGo(ctx context.Context) error {
 	return w.try(ctx, nil, func() error {
-		if err := w.unmount(ctx); err != nil { // what an interrupted one has left
+		if err := w.unmount(ctx); err != nil { // left by an interrupted round
 			return err
 		}
 		return w.own.round(ctx)
 	})
 }
 
-// unmount unmounts what is mounted at the worker's directory.
+// unmount unmounts the worker's mount.
 func (w *worker) unmount(ctx context.Context) error {
 	_, err := w.c.Unmount(ctx, w.own.target)
 	if errdefs.IsNotFound(err) {
@@ -354,7 +353,7 @@ func (w *worker) unmount(ctx context.Context) error {
 	return err
 }
 
-// artifact is any that is mounted for sure.
+// artifact returns a random artifact that can be mounted, not an image.
 func (w *worker) artifact() *soaked {
 	for {
 		if a := w.any(); a.manifest != "" {
@@ -388,7 +387,7 @@ func (w *worker) mount(ctx context.Context) error {
 	})
 }
 
-// mountOnly mounts the image; after an error nothing is mounted.
+// mountOnly mounts the image. If it fails, nothing may be mounted.
 func (w *worker) mountOnly(ctx context.Context, image images.Image) error {
 	_, err := w.c.Mount(ctx, image, w.own.target)
 	if err == nil {
@@ -396,12 +395,12 @@ func (w *worker) mountOnly(ctx context.Context, image images.Image) error {
 	}
 	mounts, odd := node.Mounts(w.own.target)
 	if odd != nil || len(mounts) > 0 {
-		return fmt.Errorf("a mount that has failed (%q) is there all the same: %q, %w", err, mounts, odd)
+		return fmt.Errorf("the failed mount (%q) exists all the same: %q, %w", err, mounts, odd)
 	}
 	return err
 }
 
-// prune removes what nobody uses, but not what one worker alone comes and goes with.
+// prune removes unused artifacts, except for those that belong to a single worker.
 func (w *worker) prune(ctx context.Context) error {
 	for _, a := range slices.Concat(w.mountable, w.bad) {
 		defer a.removals.begin()()
@@ -419,12 +418,12 @@ func (w *worker) prune(ctx context.Context) error {
 	})
 }
 
-// soon ends at any moment.
+// soon returns a context that ends at a random time.
 func (w *worker) soon(ctx context.Context, within time.Duration) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(ctx, time.Duration(w.random.Int64N(int64(within))))
 }
 
-// cancelPull is a client that goes away while it pulls.
+// cancelPull disconnects the client during a pull.
 func (w *worker) cancelPull(ctx context.Context) error {
 	a := w.any()
 	soon, cancel := w.soon(ctx, 200*time.Millisecond)
@@ -437,7 +436,7 @@ func (w *worker) cancelPull(ctx context.Context) error {
 	return nil
 }
 
-// cancelPod is a client that goes away while a container is created.
+// cancelPod disconnects the client during the creation of a container.
 func (w *worker) cancelPod(ctx context.Context) error {
 	p := w.newPod()
 	var pod *node.Pod
@@ -456,7 +455,7 @@ func (w *worker) cancelPod(ctx context.Context) error {
 	return w.try(ctx, nil, pod.Remove)
 }
 
-// cancelMount is a tool that is stopped while it unpacks and mounts.
+// cancelMount cancels a mount while it unpacks.
 func (w *worker) cancelMount(ctx context.Context) error {
 	a := w.artifact()
 	var image images.Image
@@ -477,7 +476,7 @@ func (w *worker) cancelMount(ctx context.Context) error {
 	return w.try(ctx, nil, func() error { return w.unmount(ctx) })
 }
 
-// tally counts what has happened, by what it is.
+// tally counts events by name.
 type tally struct {
 	mu     sync.Mutex
 	counts map[string]int

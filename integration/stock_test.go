@@ -20,14 +20,14 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// What stock containerd does is the baseline: if one of these tests fails with
-// a new containerd, the reason for the snapshotter, or its way in, has changed.
+// The behaviour of stock containerd is the baseline. If one of these tests fails with a new
+// containerd, the reason for the snapshotter, or the interface that it uses, has changed.
 
-// noSubPaths is what containerd 2.1 lacks.
+// noSubPaths is a limitation of containerd 2.1.
 const noSubPaths = "no sub paths: the container gets the whole volume"
 
-// writeModel returns a directory with the model of pack.WriteModel, less what
-// is named.
+// writeModel returns a directory with the model of pack.WriteModel, without the named
+// files.
 func writeModel(t *testing.T, without ...string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -40,7 +40,7 @@ func writeModel(t *testing.T, without ...string) string {
 
 func TestStockContainerdMountsAnEmptyDirectoryForAModel(t *testing.T) {
 	n := node.ForTest(t, node.Options{Stock: true})
-	// Stock containerd cannot fetch the blob of an empty file at all.
+	// Stock containerd cannot fetch the blob of an empty file.
 	model, err := pack.Model(writeModel(t, "src/__init__.py"), pack.Options{})
 	check(t, err)
 	digest, err := model.Push(t.Context(), n.Registry, "models/tiny", "raw")
@@ -126,7 +126,7 @@ func TestStockContainerdMountsAnOrdinaryImage(t *testing.T) {
 	}
 }
 
-// The harness itself: what the tests with the snapshotter rely on.
+// The tests below check the test harness itself.
 
 func TestPodSurvivesContainerd(t *testing.T) {
 	n := node.ForTest(t, node.Options{Stock: true})
@@ -141,12 +141,12 @@ func TestPodSurvivesContainerd(t *testing.T) {
 	}{{"SIGTERM", n.StopContainerd}, {"SIGKILL", n.KillContainerd}} {
 		t.Run(restart.name, func(t *testing.T) {
 			check(t, restart.stop())
-			before := count(t, pod) // containerd writes the log, so it stands still
+			before := count(t, pod) // containerd writes the log, so the count does not change
 			if _, err := n.Crictl("version"); err == nil {
 				t.Error("containerd still answers")
 			}
 			check(t, n.StartContainerd())
-			waitFor(t, "the reader to go on", func() bool { return count(t, pod) > before })
+			waitFor(t, "another read", func() bool { return count(t, pod) > before })
 			out, err := pod.Exec("idle", node.Guest, "write", "/file")
 			check(t, err)
 			if out != "written\n" {
@@ -168,12 +168,12 @@ func count(t *testing.T, pod *node.Pod) int {
 	last := lines[len(lines)-1]
 	n, err := strconv.Atoi(last)
 	if err != nil {
-		t.Fatalf("the reader says %q", last)
+		t.Fatalf("the reader's last line is %q", last)
 	}
 	return n
 }
 
-// waitFor polls until the condition holds, for at most half a minute.
+// waitFor polls until the condition holds, for at most three minutes.
 func waitFor(t *testing.T, what string, done func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(3 * time.Minute); !done(); time.Sleep(20 * time.Millisecond) {
@@ -191,12 +191,12 @@ func TestPodThatCannotBeCreatedIsRemovedAndSaysWhy(t *testing.T) {
 		want = strings.Replace(want, "ImageVolumeMountFailed: ", "", 1)
 	}
 	if err == nil || !strings.Contains(err.Error(), want) {
-		t.Errorf("got %v, want that the image cannot be resolved", err)
+		t.Errorf("got %v, want an error about the image", err)
 	}
 	pods, err := n.Crictl("pods", "--quiet")
 	check(t, err)
 	if pods != "" {
-		t.Errorf("pods are left: %s", pods)
+		t.Errorf("the pods %s were not removed", pods)
 	}
 }
 
@@ -251,11 +251,11 @@ func TestStopRemovesEverything(t *testing.T) {
 	check(t, n.KillContainerd())
 	check(t, n.Stop())
 	if _, err := os.Stat(n.Dir); !os.IsNotExist(err) {
-		t.Errorf("%s: %v, want that it does not exist", n.Dir, err)
+		t.Errorf("%s: %v, want ErrNotExist", n.Dir, err)
 	}
 }
 
-func TestStopNamesWhatIsLeft(t *testing.T) {
+func TestStopReportsLeftovers(t *testing.T) {
 	t.Parallel()
 	n, err := node.Start(t.Context(), node.Options{Stock: true})
 	check(t, err)
@@ -265,23 +265,23 @@ func TestStopNamesWhatIsLeft(t *testing.T) {
 	if mounts, err := node.Mounts(n.Dir); err != nil || !slices.Contains(mounts, mounted) {
 		t.Errorf("mounts are %q, %v, want %q among them", mounts, err, mounted)
 	}
-	// A container that CRI does not know, in the place where the pods are.
+	// A container that CRI does not know, in the control group of the pods.
 	_, err = n.Ctr("run", "--detach", "--null-io", "--net-host", "--runc-root", filepath.Join(n.Dir, "runc"),
 		"--cgroup", "/"+filepath.Base(n.Dir)+"/left", n.GuestImage, "left")
 	check(t, err)
 	err = n.Stop()
 	if err == nil {
-		t.Fatal("Stop finds nothing left")
+		t.Fatal("Stop reported nothing")
 	}
 	for _, want := range []string{"mount " + mounted, "containerd-shim-runc-v2 -namespace k8s.io -id left", "in the control group"} {
 		if !strings.Contains(err.Error(), want) {
-			t.Errorf("%q is not in the error: %v", want, err)
+			t.Errorf("the error does not contain %q: %v", want, err)
 		}
 	}
 	if processes, err := node.Processes(n.Dir); err != nil || len(processes) > 0 {
-		t.Errorf("processes are left: %v, %v", processes, err)
+		t.Errorf("remaining processes: %v, %v", processes, err)
 	}
 	if mounts, err := node.Mounts(n.Dir); err != nil || len(mounts) > 0 {
-		t.Errorf("mounts are left: %q, %v", mounts, err)
+		t.Errorf("remaining mounts: %q, %v", mounts, err)
 	}
 }

@@ -27,10 +27,10 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// One goroutine does nothing but have containerd collect garbage, while artifacts
-// are pulled, unpacked, mounted, read and deleted, and pods come and go, each many
-// times and all at once. The daemon has Go's race detector.
-func TestGarbageCollectionWhileViewsUnpacksAndPullsRun(t *testing.T) {
+// One goroutine makes containerd collect garbage all the time. Meanwhile artifacts are
+// pulled, unpacked, mounted, read and deleted, and pods start and end, many times and
+// concurrently. The daemon has Go's race detector.
+func TestGarbageCollectionWhileMountsUnpacksAndPullsRun(t *testing.T) {
 	rounds := 100
 	if testing.Short() {
 		rounds = 20
@@ -40,7 +40,7 @@ func TestGarbageCollectionWhileViewsUnpacksAndPullsRun(t *testing.T) {
 	src := writeModel(t)
 	before, snapshotsBefore := daemonUsage(t, n), snapshotsIn(t, n, "artifact")
 
-	// Some stay, in a pod and mounted by the tool.
+	// One artifact stays, in a pod and in a mount.
 	stay := pulled(t, n, src, pack.Raw)
 	image, err := c.Image(t.Context(), stay)
 	check(t, err)
@@ -65,7 +65,8 @@ func TestGarbageCollectionWhileViewsUnpacksAndPullsRun(t *testing.T) {
 	})
 	work, ctx := errgroup.WithContext(t.Context())
 	for _, form := range []pack.Form{pack.TarGzip, pack.TarZstd} {
-		// Of each form a model of its own, or the images would share what is deleted.
+		// Each form has its own model; otherwise deleting one would not delete the shared
+		// blobs.
 		src := writeModel(t)
 		check(t, os.WriteFile(filepath.Join(src, "form"), []byte(form), 0o600))
 		check(t, os.Chtimes(filepath.Join(src, "form"), pack.Created, pack.Created))
@@ -107,36 +108,36 @@ func TestGarbageCollectionWhileViewsUnpacksAndPullsRun(t *testing.T) {
 	check(t, errors.Join(failed, collector.Wait()))
 	t.Logf("%d garbage collections while %d artifacts and %d pods came and went", collections.Load(), 2*rounds, pods)
 	if collections.Load() < int64(rounds) || pods == 0 {
-		t.Errorf("that were too few")
+		t.Errorf("too few garbage collections or pods")
 	}
 
-	// What stays is right, and what has gone has left nothing.
+	// The remaining volumes are correct, and nothing else is left over.
 	want := wantTree(t, src, pack.Raw)
 	wantReading(t, pod)
 	wantVolume(t, pod, "main", "/model", want)
 	got, err := treelist.List(mounted)
 	check(t, err)
 	if diff := treelist.Diff(want, got); diff != "" {
-		t.Errorf("what the tool has mounted differs from the source:\n%s", diff)
+		t.Errorf("the mount differs from the source:\n%s", diff)
 	}
 	check(t, pod.Remove())
 	_, err = c.Unmount(t.Context(), mounted)
 	check(t, err)
 	check(t, deleteImage(t.Context(), c, stay))
 	check(t, collectGarbage(t.Context(), c))
-	waitFor(t, "the snapshots to be those of before", func() bool {
+	waitFor(t, "the number of snapshots to be as before", func() bool {
 		return len(snapshotsIn(t, n, "artifact")) == len(snapshotsBefore)
 	})
 	wantUsage(t, n, before)
 	all, err := c.LeasesService().List(c.Context(t.Context()))
 	check(t, err)
 	if len(all) > 0 {
-		t.Errorf("leases are left: %v", all)
+		t.Errorf("remaining leases: %v", all)
 	}
 	mounts, err := node.Mounts(n.State)
 	check(t, err)
 	if len(mounts) > 0 {
-		t.Errorf("containerd has mounts left: %q", mounts)
+		t.Errorf("containerd has not removed the mounts %q", mounts)
 	}
 	check(t, n.StopDaemon())
 	log, err := os.ReadFile(filepath.Join(n.Dir, "logs", "daemon"))
@@ -146,7 +147,7 @@ func TestGarbageCollectionWhileViewsUnpacksAndPullsRun(t *testing.T) {
 	}
 }
 
-// mountPoint is a directory of which nothing is mounted when the test has ended.
+// mountPoint returns a directory where nothing is mounted after the test.
 func mountPoint(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -154,15 +155,15 @@ func mountPoint(t *testing.T) string {
 	return dir
 }
 
-// comesAndGoes is an artifact that is pulled and deleted in turn.
+// comesAndGoes is an artifact that is repeatedly pulled and deleted.
 type comesAndGoes struct {
 	c      *client.Client
 	ref    string
 	want   []treelist.Entry
-	target string // of a mount
+	target string // the target of its mount
 }
 
-// round pulls the artifact, unpacks, mounts and reads it, and deletes it.
+// round pulls, unpacks, mounts, reads and deletes the artifact.
 func (a comesAndGoes) round(ctx context.Context) error {
 	image, err := a.c.Pull(ctx, a.ref, client.Registry{PlainHTTP: true}, nil)
 	if err != nil {
@@ -180,9 +181,9 @@ func (a comesAndGoes) round(ctx context.Context) error {
 		return err
 	}
 	if diff := treelist.Diff(a.want, got); diff != "" {
-		return fmt.Errorf("it differs from the source:\n%s", diff)
+		return fmt.Errorf("the mount differs from the source:\n%s", diff)
 	}
-	// The snapshot is the image's, whatever has been collected.
+	// The image references the snapshot, so no garbage collection may delete it.
 	info, err := a.c.SnapshotService(a.c.Snapshotter).Stat(a.c.Context(ctx), name)
 	if err != nil {
 		return err
@@ -193,19 +194,19 @@ func (a comesAndGoes) round(ctx context.Context) error {
 	if err := deleteImage(ctx, a.c, a.ref); err != nil {
 		return err
 	}
-	// What is mounted outlives its image.
+	// A mount survives the deletion of its image.
 	if got, err = treelist.List(a.target); err != nil {
 		return err
 	}
 	if diff := treelist.Diff(a.want, got); diff != "" {
-		return fmt.Errorf("without its image it differs from the source:\n%s", diff)
+		return fmt.Errorf("after the deletion of the image the mount differs from the source:\n%s", diff)
 	}
 	_, err = a.c.Unmount(ctx, a.target)
 	return err
 }
 
-// deleteImage deletes the image with all that CRI has named it, and waits until
-// containerd has collected what was its.
+// deleteImage deletes all names of the image and waits until containerd has collected its
+// garbage.
 func deleteImage(ctx context.Context, c *client.Client, ref string) error {
 	image, err := c.Image(ctx, ref)
 	if err != nil {
@@ -225,7 +226,7 @@ func deleteImage(ctx context.Context, c *client.Client, ref string) error {
 	return nil
 }
 
-// collectGarbage makes containerd collect garbage, by deleting a lease of nothing.
+// collectGarbage makes containerd collect garbage by deleting an empty lease.
 func collectGarbage(ctx context.Context, c *client.Client) error {
 	ctx = c.Context(ctx)
 	lease, err := c.LeasesService().Create(ctx, leases.WithRandomID(), leases.WithExpiration(time.Minute))

@@ -16,11 +16,11 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// supportTable is where the table of TestSupportTable stands.
+// supportTable is the file with the table of TestSupportTable.
 const supportTable = "../docs/nri.md"
 
-// ways are those in which a node can have volumes of artifacts: the columns of the
-// table.
+// ways are the columns of the table: the ways in which a node can mount volumes of
+// artifacts.
 var ways = []struct {
 	name    string
 	options node.Options
@@ -31,8 +31,8 @@ var ways = []struct {
 	{"CRI-O, NRI plugin", node.Options{CRIO: true}},
 }
 
-// The table of docs/nri.md is what is measured here, whatever it is: of CRI-O as it
-// comes, too, of which nothing is required.
+// The table of docs/nri.md is generated here. It includes stock CRI-O, of which nothing is
+// required.
 func TestSupportTable(t *testing.T) {
 	if testing.Short() {
 		t.Skip("NOT TESTED with -short: the whole table of docs/nri.md")
@@ -68,17 +68,17 @@ func TestSupportTable(t *testing.T) {
 	}
 	t.Logf("measured:\n%s", &table)
 	if !whole {
-		t.Skip("a part of the table cannot be compared")
+		t.Skip("a part of the table was not measured")
 	}
 	doc, err := os.ReadFile(supportTable)
 	check(t, err)
 	if !strings.Contains(string(doc), "\n"+table.String()) {
-		t.Errorf("%s has another table", supportTable)
+		t.Errorf("the table in %s differs", supportTable)
 	}
 }
 
-// startOrSkip starts a node. Where it needs a CRI-O that the machine does not have,
-// the test is skipped.
+// startOrSkip starts a node. It skips the test if the node needs CRI-O and the machine does
+// not have it.
 func startOrSkip(t *testing.T, o node.Options) *node.Node {
 	t.Helper()
 	if o.CRIO {
@@ -153,13 +153,13 @@ func supportProbes() (probes []probe) {
 	)
 }
 
-// seen is what is in /model, or why nothing is.
+// seen is the content of /model, or the reason why there is none.
 type seen struct {
 	entries []treelist.Entry
 	err     error
 }
 
-// inPod runs a pod, looks, and removes it.
+// inPod runs a pod, lists its volume, and removes it.
 func inPod(t *testing.T, n *node.Node, spec node.PodSpec) seen {
 	t.Helper()
 	pod, err := n.RunPod(spec)
@@ -176,7 +176,7 @@ func inPod(t *testing.T, n *node.Node, spec node.PodSpec) seen {
 	return seen{entries, err}
 }
 
-// inside is what the guest prints in a pod with a volume.
+// inside returns the output of the guest in a pod with a volume.
 func inside(t *testing.T, n *node.Node, ref string, command ...string) string {
 	t.Helper()
 	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
@@ -197,7 +197,7 @@ func countMounts(mountinfo, dir string) (count int) {
 	return count
 }
 
-// filesOf says whether the files are there, with their bytes.
+// filesOf returns a cell: whether the files exist with the right bytes.
 func filesOf(want []treelist.Entry, got seen) string {
 	if got.err != nil {
 		return "no: " + got.err.Error()
@@ -230,7 +230,8 @@ func filesOf(want []treelist.Entry, got seen) string {
 	return fmt.Sprintf("no: %d of %d files", right, files)
 }
 
-// attributesOf says whether those of the files are right, or which are not.
+// attributesOf returns a cell: whether the attributes of the files are right, or which are
+// not.
 func attributesOf(want []treelist.Entry, got seen) string {
 	if got.err != nil {
 		return "no: " + got.err.Error()

@@ -28,16 +28,16 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// Artifacts with tar layers, and what the daemon keeps of them.
+// Artifacts with tar layers, and what the daemon retains of them.
 
-// random is n bytes, others for each seed.
+// random returns n pseudorandom bytes, which depend on the seed.
 func random(n int, seed string) []byte {
 	b := make([]byte, n)
 	_, _ = rand.NewChaCha8(sha256.Sum256([]byte(seed))).Read(b)
 	return b
 }
 
-// tarLayer is a layer of an archive, compressed as its media type says.
+// tarLayer returns a layer with an archive, compressed according to its media type.
 func tarLayer(t *testing.T, mediaType string, archive []byte) pack.Layer {
 	t.Helper()
 	l := pack.Layer{MediaType: mediaType, Data: archive, DiffID: digest.FromBytes(archive)}
@@ -62,7 +62,7 @@ func rawLayer(path string, content []byte) pack.Layer {
 	}
 }
 
-// archiveOf is a tar of members, all of the time pack.Created.
+// archiveOf returns a tar of the members, all with the time pack.Created.
 func archiveOf(t *testing.T, members ...pack.Member) []byte {
 	t.Helper()
 	for i := range members {
@@ -73,7 +73,7 @@ func archiveOf(t *testing.T, members ...pack.Member) []byte {
 	return archive
 }
 
-// fileEntry is the expected entry of a file in a tar of archiveOf.
+// fileEntry returns the expected entry of a file in a tar of archiveOf.
 func fileEntry(path string, content []byte) treelist.Entry {
 	sum := sha256.Sum256(content)
 	return treelist.Entry{Path: path, Type: "file", Mode: 0o644, Size: int64(len(content)), ModTime: pack.Created.UnixNano(), SHA256: hex.EncodeToString(sum[:])}
@@ -95,7 +95,7 @@ func push(t *testing.T, n *node.Node, name string, layers ...pack.Layer) string 
 	return ref
 }
 
-// mixture is a model with layers of every kind, with its expected volume.
+// mixture returns layers of every kind and the expected volume.
 func mixture(t *testing.T) ([]pack.Layer, []treelist.Entry) {
 	t.Helper()
 	raw, plain, zipped, holed := random(70001, "raw"), random(5000, "plain"), random(1<<20+77, "zipped"), make([]byte, 3<<20)
@@ -157,7 +157,7 @@ func TestEveryTarModeHasTheSameFiles(t *testing.T) {
 				wantVolume(t, pod, "main", "/model", want)
 			}
 			if got := len(loopDevicesIn(t, n.DaemonRoot)); (got > 0) != loops {
-				t.Errorf("there are %d loop devices", got)
+				t.Errorf("there are %d loop devices, which is unexpected in this mode", got)
 			}
 			for _, pod := range pods {
 				check(t, pod.Remove())
@@ -165,14 +165,14 @@ func TestEveryTarModeHasTheSameFiles(t *testing.T) {
 			_, err := n.Crictl("rmi", ref)
 			check(t, err)
 			wantUsage(t, n, before)
-			waitFor(t, "the loop devices to go", func() bool { return len(loopDevicesIn(t, n.DaemonRoot)) == 0 })
+			waitFor(t, "removal of the loop devices", func() bool { return len(loopDevicesIn(t, n.DaemonRoot)) == 0 })
 		})
 	}
 }
 
-// Archives of GNU tar with options beyond POSIX, some of which containerd and others do
-// not write, are mounted as what they were made of.
-func TestWhatGNUTarPacksIsMounted(t *testing.T) {
+// Archives with GNU tar's extensions to POSIX are mounted as the files they were made of.
+// containerd and others cannot write some of them.
+func TestArchivesOfGNUTarAreMounted(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	before := daemonUsage(t, n)
@@ -180,7 +180,7 @@ func TestWhatGNUTarPacksIsMounted(t *testing.T) {
 	none := func(mediaType string) pack.Layer {
 		return pack.Layer{MediaType: mediaType, Data: []byte{}, DiffID: digest.FromBytes(nil)}
 	}
-	// Layers of no bytes and a compression of nothing are archives without members.
+	// Layers of no bytes and a compressed stream of no bytes are archives without members.
 	layers := []pack.Layer{none(modelspec.MediaTypeModelWeight), none(modelspec.MediaTypeModelWeightGzip), tarLayer(t, modelspec.MediaTypeModelWeightZstd, nil)}
 	for name, how := range map[string]struct {
 		mediaType string
@@ -191,7 +191,7 @@ func TestWhatGNUTarPacksIsMounted(t *testing.T) {
 		"in records of 2MiB": {modelspec.MediaTypeModelWeight, []string{"--blocking-factor=4096"}},
 		"compressed records": {modelspec.MediaTypeModelWeightZstd, []string{"--blocking-factor=4096"}},
 		"with no end":        {modelspec.MediaTypeModelWeight, nil},
-		"absolute":           {modelspec.MediaTypeModelWeightGzip, []string{"--absolute-names", "--transform=s,^,/,S"}}, // names, and not the targets of symlinks
+		"absolute":           {modelspec.MediaTypeModelWeightGzip, []string{"--absolute-names", "--transform=s,^,/,S"}}, // transform the names, not the targets of symlinks
 	} {
 		dir := filepath.Join(src, name)
 		check(t, os.Mkdir(dir, 0o750))
@@ -258,7 +258,7 @@ func TestThreeHundredTarsAreOneMount(t *testing.T) {
 	wantUsage(t, n, before)
 }
 
-// flatTars are the tars that trees share, by the names of their files.
+// flatTars returns the shared tars by path.
 func flatTars(t *testing.T, n *node.Node) map[string]unix.Stat_t {
 	t.Helper()
 	found := map[string]unix.Stat_t{}
@@ -294,29 +294,29 @@ func TestArtifactsWithACompressedLayerInCommonHaveOneTar(t *testing.T) {
 		refs, pods = append(refs, ref), append(pods, pod)
 	}
 	flat := filepath.Join(n.DaemonRoot, "blobs/sha256", digest.FromBytes(common).Encoded())
-	if tars := flatTars(t, n); len(tars) != 1 || tars[flat].Nlink != 4 { // its own, and one in each Tree
+	if tars := flatTars(t, n); len(tars) != 1 || tars[flat].Nlink != 4 { // its own link, and one in each tree
 		t.Errorf("the tars are %v, want one with four links", tars)
 	}
 	if own := stat(t, flat).Blocks * 512; own < 3<<20 || own > 4<<20 {
-		t.Errorf("the tar takes %d bytes", own)
+		t.Errorf("the tar uses %d bytes", own)
 	}
 	for i, pod := range pods {
 		_, err := n.Crictl("rmi", refs[i])
 		check(t, err)
 		check(t, pod.Remove())
 		if i < len(pods)-1 {
-			waitFor(t, "a tree to go", func() bool { return len(trees(t, n, "")) == len(pods)-1-i })
+			waitFor(t, "removal of a tree", func() bool { return len(trees(t, n, "")) == len(pods)-1-i })
 			if _, err := os.Lstat(flat); err != nil {
-				t.Errorf("the tar has gone before its last pod: %v", err)
+				t.Errorf("the tar was removed before its last pod: %v", err)
 			}
 		}
 	}
 	wantUsage(t, n, before)
 }
 
-// Pods see one file of one superblock, which is one page cache, and with direct
-// I/O below it no other.
-func TestTwoPodsHaveTheBytesOfATarInThePageCacheOnce(t *testing.T) {
+// Pods share one inode of one superblock and so one page cache. With direct I/O the tar
+// itself is not cached.
+func TestTwoPodsShareThePageCacheOfATar(t *testing.T) {
 	n := node.ForTest(t, node.Options{DaemonConfig: `tar_mode = "erofs"`})
 	content := random(4<<20, "cached")
 	archive := archiveOf(t, pack.Member{Header: tar.Header{Name: "weights", Mode: 0o644}, Data: content})
@@ -337,13 +337,13 @@ func TestTwoPodsHaveTheBytesOfATarInThePageCacheOnce(t *testing.T) {
 				}
 			}
 			if flat == "" {
-				t.Fatal("there is no tar")
+				t.Fatal("the tar was not found")
 			}
-			waitFor(t, "the tar to leave the page cache", func() bool {
+			waitFor(t, "the tar to be dropped from the page cache", func() bool {
 				f, err := os.Open(flat)
 				check(t, err)
 				defer f.Close()
-				check(t, f.Sync()) // what has just been written stays
+				check(t, f.Sync()) // dirty pages cannot be dropped
 				check(t, unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
 				return cached(t, f) == 0
 			})
@@ -352,13 +352,13 @@ func TestTwoPodsHaveTheBytesOfATarInThePageCacheOnce(t *testing.T) {
 				files = append(files, stat(t, filepath.Join("/proc", pid(t, n, pod), "root/model/weights")))
 			}
 			if files[0].Dev != files[1].Dev || files[0].Ino != files[1].Ino {
-				t.Error("the pods have a file each")
+				t.Error("each pod has its own inode, want a shared one")
 			}
 			f, err := os.Open(flat)
 			check(t, err)
 			defer f.Close()
 			if pages := cached(t, f); pages > 0 {
-				t.Errorf("%d pages of the tar are in the page cache, beside those of the pods' file", pages)
+				t.Errorf("%d pages of the tar are in the page cache, in addition to those of the pods' file", pages)
 			}
 			for _, pod := range pods {
 				check(t, pod.Remove())
@@ -367,7 +367,7 @@ func TestTwoPodsHaveTheBytesOfATarInThePageCacheOnce(t *testing.T) {
 	}
 }
 
-// cached is how many pages of f are in the page cache.
+// cached returns the number of pages of f in the page cache.
 func cached(t *testing.T, f *os.File) uint64 {
 	t.Helper()
 	var st unix.Cachestat_t
@@ -375,7 +375,7 @@ func cached(t *testing.T, f *os.File) uint64 {
 	return st.Cache
 }
 
-// halfDone is what builds have decompressed so far.
+// halfDone returns the files that builds have decompressed so far.
 func halfDone(t *testing.T, n *node.Node) []string {
 	t.Helper()
 	found, err := filepath.Glob(filepath.Join(n.DaemonRoot, "trees", "new-*", "data", "*"))
@@ -388,7 +388,7 @@ func halfDone(t *testing.T, n *node.Node) []string {
 
 func TestADaemonThatIsKilledWhileItDecompressesLeavesNothing(t *testing.T) {
 	t.Parallel()
-	// Not before the pod asks: it might be done by then.
+	// Without decompress on pull, the build starts only when the pod needs it.
 	n := node.ForTest(t, node.Options{DaemonConfig: "max_expansion = 100000\ndecompress_on_pull = false\n"})
 	before := daemonUsage(t, n)
 	layer, want := zeros(t, "zeros")
@@ -401,18 +401,18 @@ func TestADaemonThatIsKilledWhileItDecompressesLeavesNothing(t *testing.T) {
 	check(t, n.KillDaemon())
 	half := halfDone(t, n)
 	if len(half) == 0 {
-		t.Fatal("the daemon was done before it was killed")
+		t.Fatal("the build was complete before the daemon was killed")
 	}
 	if err := <-started; err == nil {
-		t.Error("the container has started")
+		t.Error("the container started")
 	}
 	check(t, n.StartDaemon())
 	waitForDaemon(t, n)
-	waitFor(t, "what the killed daemon left to go", func() bool {
+	waitFor(t, "removal of the killed daemon's files", func() bool {
 		_, err := os.Stat(half[0])
 		return os.IsNotExist(err)
 	})
-	waitFor(t, "the container to start", func() bool { return pod.Start(node.Container{}) == nil })
+	waitFor(t, "start of the container", func() bool { return pod.Start(node.Container{}) == nil })
 	wantVolume(t, pod, "main", "/model", []treelist.Entry{want})
 	if tars := flatTars(t, n); len(tars) != 1 {
 		t.Errorf("the tars are %v, want one", tars)
@@ -423,8 +423,8 @@ func TestADaemonThatIsKilledWhileItDecompressesLeavesNothing(t *testing.T) {
 	wantUsage(t, n, before)
 }
 
-// A pod reads from a tar, compressed or not, while its daemon is killed and its
-// image deleted.
+// A pod reads from a tar, compressed or not, while the daemon is killed and the image
+// deleted.
 func TestAPodGoesOnReadingFromATar(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	before := daemonUsage(t, n)
@@ -452,6 +452,6 @@ func TestAPodGoesOnReadingFromATar(t *testing.T) {
 	check(t, pod.Remove())
 	wantUsage(t, n, before)
 	if tars := flatTars(t, n); len(tars) > 0 {
-		t.Errorf("these tars are left: %v", tars)
+		t.Errorf("remaining tars: %v", tars)
 	}
 }

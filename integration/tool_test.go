@@ -27,7 +27,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// The JSON of the tool, as docs/cli.md has it.
+// The JSON output of the commands, as documented in docs/cli.md.
 type (
 	jsonPulled struct {
 		Reference string        `json:"reference"`
@@ -126,7 +126,7 @@ type (
 	}
 )
 
-// toolJSON runs the tool and decodes all that it prints, and nothing else.
+// toolJSON runs a command and decodes its complete output.
 func toolJSON[T any](t *testing.T, n *node.Node, args ...string) T {
 	t.Helper()
 	out, _, err := n.Artifact(append(args, "--output", "json", "--config", n.ConfigFile())...)
@@ -142,12 +142,12 @@ func decoded[T any](t *testing.T, out string) (v T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	if d.More() {
-		t.Fatalf("there is more than one value in\n%s", out)
+		t.Fatalf("the output has more than one value:\n%s", out)
 	}
 	return v
 }
 
-// tool runs the tool and returns what it printed.
+// tool runs a command and returns its output.
 func tool(t *testing.T, n *node.Node, args ...string) string {
 	t.Helper()
 	out, _, err := n.Artifact(append(args, "--config", n.ConfigFile())...)
@@ -155,15 +155,15 @@ func tool(t *testing.T, n *node.Node, args ...string) string {
 	return out
 }
 
-// wantRefusal runs the tool, which must print nothing but one sentence with all
-// words of want, and exit with 1.
+// wantRefusal runs a command that must fail with exit code 1. It must print nothing but one
+// sentence, with all texts of want.
 func wantRefusal(t *testing.T, n *node.Node, want []string, args ...string) {
 	t.Helper()
 	cmd, err := n.ArtifactCommand(args...)
 	check(t, err)
 	var out, errs strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	_ = cmd.Run() // the exit code says it
+	_ = cmd.Run() // the exit code is checked below
 	if code := cmd.ProcessState.ExitCode(); code != 1 || out.Len() > 0 {
 		t.Errorf("%q: exit code %d, standard output %q; want 1 and nothing", args, code, out.String())
 	}
@@ -174,16 +174,16 @@ func wantRefusal(t *testing.T, n *node.Node, want []string, args ...string) {
 		t.Errorf("%q: the error is not one line of text:\n%q", args, line)
 	}
 	if internal := regexp.MustCompile(`: (invalid argument|failed precondition|unavailable|not found|already exists|unknown)$|rpc error|desc = |dial unix`).FindString(sentence); internal != "" {
-		t.Errorf("%q: the error has %q, which is not for people:\n%s", args, internal, line)
+		t.Errorf("%q: the error contains %q, which users do not understand:\n%s", args, internal, line)
 	}
 	for _, w := range want {
 		if !strings.Contains(line, w) {
-			t.Errorf("%q: the error has no %q:\n%s", args, w, line)
+			t.Errorf("%q: the error does not contain %q:\n%s", args, w, line)
 		}
 	}
 }
 
-// state is what the tool could change.
+// state returns everything that a command could change.
 func state(t *testing.T, n *node.Node, dir string) string {
 	t.Helper()
 	var text strings.Builder
@@ -204,7 +204,7 @@ func state(t *testing.T, n *node.Node, dir string) string {
 	return text.String()
 }
 
-// wantFiles compares what is mounted at target with the source.
+// wantFiles compares the mount at target with the source.
 func wantFiles(t *testing.T, target string, want []treelist.Entry) {
 	t.Helper()
 	got, err := treelist.List(target)
@@ -214,18 +214,18 @@ func wantFiles(t *testing.T, target string, want []treelist.Entry) {
 	}
 }
 
-// toolTarget is an empty directory to mount at.
+// toolTarget returns an empty directory for a mount.
 func toolTarget(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
-	t.Cleanup(func() { // if the test has failed
+	t.Cleanup(func() { // in case the test fails
 		for unix.Unmount(dir, unix.UMOUNT_NOFOLLOW) == nil {
 		}
 	})
 	return dir
 }
 
-// The life of an artifact on a node, by the tool alone.
+// The life of an artifact on a node, with our commands only.
 func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{})
@@ -244,17 +244,17 @@ func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 			}
 			for _, file := range []string{"model-00001.safetensors: pulled", "src/__init__.py: ", "tokenizer/Wörter 语.txt: "} {
 				if strings.Count(progress, file) != 1 {
-					t.Errorf("the progress has not one line for %q:\n%s", file, progress)
+					t.Errorf("the progress output needs exactly one line for %q:\n%s", file, progress)
 				}
 			}
 
 			list := toolJSON[[]jsonListed](t, n, "ls")
 			if len(list) != 1 {
-				t.Fatalf("ls lists %+v", list)
+				t.Fatalf("ls lists %+v, want one artifact", list)
 			}
 			for _, args := range [][]string{
 				{"-n", "k8s.io", "-a", n.Address, "--output", "json", "ls"},
-				{"-n", "nowhere", "ls", "-n", "k8s.io", "--output", "json"}, // the nearest wins
+				{"-n", "nowhere", "ls", "-n", "k8s.io", "--output", "json"}, // the last one counts
 			} {
 				out, _, err := n.Artifact(append(args, "--config", n.ConfigFile())...)
 				check(t, err)
@@ -268,7 +268,7 @@ func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 				!slices.Equal(l.Snapshots, []string{pulled.Snapshot}) || len(l.Pods)+len(l.Mounts)+len(l.Conflicts) != 0 {
 				t.Errorf("ls lists %+v", l)
 			}
-			// What is decompressed is not containerd's.
+			// Decompressed tars are not shared with containerd.
 			if want := map[pack.Form]int64{pack.Raw: l.Size}[form]; l.Layout.Shared != want {
 				t.Errorf("%d bytes are shared with the content store, want %d", l.Layout.Shared, want)
 			}
@@ -278,7 +278,7 @@ func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 			check(t, err)
 			dir := t.TempDir()
 			fresh, empty := filepath.Join(dir, "fresh"), toolTarget(t)
-			t.Cleanup(func() { _ = unix.Unmount(fresh, unix.UMOUNT_NOFOLLOW) }) // if the test has failed
+			t.Cleanup(func() { _ = unix.Unmount(fresh, unix.UMOUNT_NOFOLLOW) }) // in case the test fails
 			check(t, os.Symlink(empty, filepath.Join(dir, "link")))
 			want := wantTree(t, src, form)
 			tool(t, n, "mount", ref, fresh)
@@ -287,7 +287,7 @@ func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 			for _, target := range []string{fresh, empty} {
 				wantFiles(t, target, want)
 				if err := os.WriteFile(filepath.Join(target, "new"), nil, 0o600); !os.IsExist(err) && !strings.Contains(fmt.Sprint(err), "read-only") {
-					t.Errorf("writing to %s: %v, want that it is read-only", target, err)
+					t.Errorf("writing to %s: %v, want EROFS", target, err)
 				}
 				var st unix.Stat_t
 				check(t, unix.Stat(filepath.Join(target, "config.json"), &st))
@@ -312,7 +312,7 @@ func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 			text := tool(t, n, "ls")
 			for _, w := range []string{"REFERENCE", ref, d.Encoded()[:12], mode, "default/llama"} {
 				if !strings.Contains(text, w) {
-					t.Errorf("ls has no %q:\n%s", w, text)
+					t.Errorf("the output of ls does not contain %q:\n%s", w, text)
 				}
 			}
 
@@ -321,7 +321,7 @@ func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 			}
 			inspected := toolJSON[jsonInspected](t, n, "inspect", ref)
 			if inspected.Image == nil || inspected.Image.Reference != ref || inspected.Image.Snapshot != pulled.Snapshot || inspected.Manifest != d || len(inspected.Layers) != 8 {
-				t.Errorf("inspect says %+v", inspected)
+				t.Errorf("inspect prints %+v", inspected)
 			}
 			for _, l := range inspected.Layers {
 				if l.Unlisted != "" || (l.File == nil) != (len(l.Members) > 0) {
@@ -330,7 +330,7 @@ func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 			}
 			verified := toolJSON[jsonVerified](t, n, "verify", d.String()[:19])
 			if !verified.OK || len(verified.Blobs) < 8 {
-				t.Errorf("verify says %+v", verified)
+				t.Errorf("verify prints %+v", verified)
 			}
 			var paths []string
 			for _, b := range verified.Blobs {
@@ -340,28 +340,28 @@ func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 				t.Errorf("verify lists the paths %q", paths)
 			}
 
-			// What is used in any way stays.
+			// prune deletes nothing that is in use.
 			for _, stop := range []func(){
 				func() { check(t, pod.Remove()) },
 				func() { tool(t, n, "unmount", filepath.Join(dir, "link")) },
 				func() { tool(t, n, "unmount", fresh) },
 			} {
 				if got := toolJSON[jsonPruned](t, n, "prune", "-f"); len(got.Artifacts) != 0 || got.Freed != 0 {
-					t.Fatalf("prune deletes what is used: %+v", got)
+					t.Fatalf("prune deleted an artifact in use: %+v", got)
 				}
 				stop()
 			}
 			wantFiles(t, fresh, nil)
 			dry := toolJSON[jsonPruned](t, n, "prune", "--dry-run")
 			if !dry.DryRun || len(dry.Artifacts) != 1 || dry.Artifacts[0].Manifest != d || !slices.Equal(dry.Artifacts[0].References, []string{ref}) || dry.Size != pulled.Size || dry.Freed != 0 {
-				t.Errorf("prune --dry-run says %+v", dry)
+				t.Errorf("prune --dry-run prints %+v", dry)
 			}
 			if len(toolJSON[[]jsonListed](t, n, "ls")) != 1 {
-				t.Error("prune --dry-run has deleted an artifact")
+				t.Error("prune --dry-run deleted an artifact")
 			}
 			pruned := toolJSON[jsonPruned](t, n, "prune", "--force")
 			if len(pruned.Artifacts) != 1 || pruned.Freed != pulled.Size {
-				t.Errorf("prune says %+v, want that %d bytes are free", pruned, pulled.Size)
+				t.Errorf("prune prints %+v, want %d bytes freed", pruned, pulled.Size)
 			}
 			if list := toolJSON[[]jsonListed](t, n, "ls"); len(list) != 0 {
 				t.Errorf("after prune, ls lists %+v", list)
@@ -369,16 +369,16 @@ func TestTheToolPullsMountsVerifiesAndPrunes(t *testing.T) {
 			out, err = n.Ctr("snapshots", "--snapshotter", "artifact", "ls")
 			check(t, err)
 			if strings.Contains(out, pulled.Snapshot) {
-				t.Errorf("prune leaves the snapshot:\n%s", out)
+				t.Errorf("prune did not delete the snapshot:\n%s", out)
 			}
 			wantUsage(t, n, before)
 		})
 	}
 }
 
-// The tool has ended, everything restarts, the mount goes and the image is deleted:
-// what was mounted can be mounted again, and given up.
-func TestAMountOutlivesEverythingButAReboot(t *testing.T) {
+// After restarts and the deletion of the image, the mount still works. After an unmount it
+// can be mounted again, until `unmount`.
+func TestAMountSurvivesEverythingExceptAReboot(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
 	want := wantTree(t, src, pack.TarGzip)
@@ -396,14 +396,14 @@ func TestAMountOutlivesEverythingButAReboot(t *testing.T) {
 	check(t, err)
 	wantFiles(t, target, want)
 
-	// As a reboot leaves it.
+	// As after a reboot.
 	check(t, unix.Unmount(target, 0))
 	mounts := toolJSON[[]jsonMount](t, n, "ls", "--mounts")
 	if len(mounts) != 1 || mounts[0].Target != target || mounts[0].Mounted {
-		t.Errorf("ls --mounts lists %+v, want that %s is not mounted", mounts, target)
+		t.Errorf("ls --mounts lists %+v, want %s as not mounted", mounts, target)
 	}
-	// crictl has deleted all names of the image. The content is there all the same,
-	// for this target, until the mount is given up.
+	// crictl has deleted all names of the image. The content is retained for this target
+	// until `unmount`.
 	wantRefusal(t, n, []string{"no image"}, "mount", ref, filepath.Join(t.TempDir(), "new"))
 	wantRefusal(t, n, []string{"no image"}, "mount", n.Registry+"/models/another:v1", target)
 	for _, name := range []string{ref, "sha256:" + filepath.Base(manifest)} {
@@ -424,12 +424,12 @@ func TestAMountOutlivesEverythingButAReboot(t *testing.T) {
 	wantRefusal(t, n, []string{"no artifact is mounted at " + target}, "unmount", target)
 	tool(t, n, "prune", "--force")
 	if _, err := os.Stat(manifest); !os.IsNotExist(err) {
-		t.Errorf("the content of an artifact that nothing uses is there: %v", err)
+		t.Errorf("the content of an unused artifact was not deleted: %v", err)
 	}
 }
 
-// Whoever owns what is above a target can put anything there.
-func TestATargetThatHasGoneStopsNothing(t *testing.T) {
+// The owner of a directory above a target can replace the target by anything.
+func TestAReplacedTargetBlocksNothing(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	ref := pulled(t, n, writeModel(t), pack.Raw)
 	for name, change := range map[string]func(dir string) error{
@@ -453,7 +453,7 @@ func TestATargetThatHasGoneStopsNothing(t *testing.T) {
 				}
 			}
 			tool(t, n, "unmount", other)
-			if name == "another" { // the same words lead to something else now
+			if name == "another" { // the same path now leads elsewhere
 				wantRefusal(t, n, []string{"no artifact is mounted at /proc"}, "unmount", target)
 				check(t, os.Remove(dir))
 			}
@@ -465,7 +465,7 @@ func TestATargetThatHasGoneStopsNothing(t *testing.T) {
 	}
 }
 
-// Of two who mount at one target, one does.
+// Only one of two concurrent mounts at one target succeeds.
 func TestATargetIsForOneMount(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
@@ -486,14 +486,14 @@ func TestATargetIsForOneMount(t *testing.T) {
 			}
 		}
 		if mounts := toolJSON[[]jsonMount](t, n, "ls", "--mounts"); succeeded != 1 || len(mounts) != 1 || !mounts[0].Mounted {
-			t.Errorf("round %d: %d have succeeded, ls --mounts lists %+v", round, succeeded, mounts)
+			t.Errorf("round %d: %d mounts succeeded, want one; ls --mounts lists %+v", round, succeeded, mounts)
 		}
 		tool(t, n, "unmount", target)
 		wantFiles(t, target, nil)
 	}
 }
 
-// An index that has nothing for this platform but one manifest stands for that.
+// If no manifest of an index is for this platform and there is only one, that one is used.
 func TestTheToolPullsAnIndex(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{})
@@ -525,13 +525,13 @@ func TestTheToolPullsAnIndex(t *testing.T) {
 		tool(t, n, "mount", ref, target)
 		wantFiles(t, target, wantTree(t, c.want, pack.Raw))
 		if v := toolJSON[jsonVerified](t, n, "verify", ref); !v.OK || v.Blobs[0].Kind != "index" || v.Blobs[1].Kind != "manifest" {
-			t.Errorf("verify says %+v", v)
+			t.Errorf("verify prints %+v", v)
 		}
 		tool(t, n, "unmount", target)
 	}
 }
 
-// What containerd itself has unpacked is a snapshot, too.
+// A snapshot by containerd's own unpacker is reported too.
 func TestInspectNamesTheSnapshotOfContainerdsUnpacker(t *testing.T) {
 	n := nativeNode(t, node.Options{NativeUnpack: true})
 	if n == nil {
@@ -539,9 +539,9 @@ func TestInspectNamesTheSnapshotOfContainerdsUnpacker(t *testing.T) {
 	}
 	got := mustPullNatively(t, n, tarred(t, writeModel(t), ""), "artifact", dockerPlatform, "tar")
 	if i := toolJSON[jsonInspected](t, n, "inspect", got.ref); i.Image == nil || i.Image.Snapshot != got.last() {
-		t.Errorf("inspect says %+v, want snapshot %s", i.Image, got.last())
+		t.Errorf("inspect prints %+v, want the snapshot %s", i.Image, got.last())
 	}
 	if text := tool(t, n, "inspect", got.ref); !strings.Contains(text, "committed snapshot "+got.last()) {
-		t.Errorf("inspect says\n%s", text)
+		t.Errorf("inspect prints\n%s", text)
 	}
 }

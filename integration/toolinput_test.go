@@ -35,7 +35,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
-// Every mistake is answered with one sentence, and changes nothing.
+// Every wrong input gets a one-line error and changes nothing.
 func TestTheToolRefusesBadInput(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
@@ -127,11 +127,11 @@ func TestTheToolRefusesBadInput(t *testing.T) {
 		t.Run(name, func(t *testing.T) { wantRefusal(t, n, c.want, c.args...) })
 	}
 	if after := state(t, n, dir); after != before {
-		t.Errorf("something has changed, from\n%s\nto\n%s", before, after)
+		t.Errorf("the state changed from\n%s\nto\n%s", before, after)
 	}
 }
 
-// A node whose containerd does not know the snapshotter.
+// On this node containerd does not know the snapshotter.
 func TestTheToolNeedsTheProxyPlugin(t *testing.T) {
 	n := node.ForTest(t, node.Options{Stock: true})
 	pushModel(t, n, writeModel(t, "src/__init__.py"), pack.Raw, "raw")
@@ -144,10 +144,10 @@ func TestTheToolNeedsTheProxyPlugin(t *testing.T) {
 		wantRefusal(t, n, want, args...)
 	}
 	if _, err := os.Stat(target); !os.IsNotExist(err) {
-		t.Errorf("%s is there: %v", target, err)
+		t.Errorf("%s exists: %v", target, err)
 	}
-	if v := decodedTool[jsonVerified](t, n, "verify", ref); !v.OK { // it needs none
-		t.Errorf("verify says %+v", v)
+	if v := decodedTool[jsonVerified](t, n, "verify", ref); !v.OK { // verify does not need the snapshotter
+		t.Errorf("verify prints %+v", v)
 	}
 }
 
@@ -159,7 +159,7 @@ func decodedTool[T any](t *testing.T, n *node.Node, args ...string) T {
 	return decoded[T](t, out)
 }
 
-// A view without a mount is what a kill between the two leaves.
+// A kill between the two steps of a mount leaves a view without a mount.
 func TestAMountThatWasCutOffIsRepaired(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
@@ -177,13 +177,13 @@ func TestAMountThatWasCutOffIsRepaired(t *testing.T) {
 		check(t, err)
 		mounts := toolJSON[[]jsonMount](t, n, "ls", "--mounts")
 		if len(mounts) != 1 || mounts[0].Target != target || mounts[0].Mounted {
-			t.Errorf("ls --mounts lists %+v, want that %s is not mounted", mounts, target)
+			t.Errorf("ls --mounts lists %+v, want %s as not mounted", mounts, target)
 		}
 	}
 	target := toolTarget(t)
 	cutOff(target)
 	if got := toolJSON[jsonPruned](t, n, "prune", "--dry-run"); len(got.Artifacts) != 0 {
-		t.Errorf("prune deletes what should be mounted: %+v", got)
+		t.Errorf("prune would delete an artifact that is to be mounted: %+v", got)
 	}
 	another := &pack.Artifact{Layers: []pack.Layer{goodLayer()}}
 	_, err = another.Push(t.Context(), n.Registry, "models/another", "v1")
@@ -193,13 +193,13 @@ func TestAMountThatWasCutOffIsRepaired(t *testing.T) {
 	tool(t, n, "mount", ref, target)
 	wantFiles(t, target, want)
 	wantRefusal(t, n, []string{target, "in namespace default", "use -n k8s.io"}, "unmount", "-n", "default", target)
-	// What is mounted over it is not ours to take away.
+	// unmount does not remove another mount on top.
 	check(t, unix.Mount("tmpfs", target, "tmpfs", 0, "size=1m"))
 	wantRefusal(t, n, []string{target, "is not the artifact"}, "unmount", target)
 	check(t, unix.Unmount(target, 0))
 	tool(t, n, "unmount", target)
 	cutOff(target)
-	// A mount that has made its view and not mounted yet holds the directory.
+	// A mount that has created its view and not mounted yet locks the directory.
 	busy, err := os.Open(target)
 	check(t, err)
 	check(t, unix.Flock(int(busy.Fd()), unix.LOCK_EX))
@@ -213,7 +213,8 @@ func TestAMountThatWasCutOffIsRepaired(t *testing.T) {
 		}
 	}
 	wantNone()
-	// A kill before the first step has ended: the view is not kept, and in nobody's way.
+	// After a kill before the end of the first step, the view is not retained and does not
+	// block other commands.
 	for _, command := range []string{"mount", "unmount"} {
 		ctx, done, err := c.WithLease(c.Context(t.Context()))
 		check(t, err)
@@ -231,11 +232,11 @@ func TestAMountThatWasCutOffIsRepaired(t *testing.T) {
 	wantRefusal(t, n, []string{"no artifact is mounted at " + target}, "unmount", target)
 }
 
-// A tool that may not mount leaves neither its view nor its directory.
+// A mount without the permission to mount leaves neither a view nor a directory.
 func TestAMountThatFailsLeavesNothing(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	ref := pulled(t, n, writeModel(t), pack.Raw)
-	tool(t, n, "unpack", ref) // which is no failure's to undo
+	tool(t, n, "unpack", ref) // so that its snapshot exists before
 	dir := t.TempDir()
 	before := state(t, n, dir)
 	cmd, err := n.ArtifactCommand("mount", ref, filepath.Join(dir, "new"))
@@ -247,21 +248,22 @@ func TestAMountThatFailsLeavesNothing(t *testing.T) {
 		t.Errorf("mount without the right to mount: %v, with\n%s", err, out)
 	}
 	if after := state(t, n, dir); after != before {
-		t.Errorf("something has changed, from\n%s\nto\n%s", before, after)
+		t.Errorf("the state changed from\n%s\nto\n%s", before, after)
 	}
 }
 
-// A client that goes away at any moment of a mount leaves nothing: what containerd and the
-// daemon still do for it pins no view, and containerd's garbage collector takes it.
-func TestAMountThatIsGivenUpLeavesNothing(t *testing.T) {
+// A client that disconnects at any time during a mount leaves nothing: containerd and the
+// daemon may still create a view for it, but nothing retains it, and garbage collection
+// deletes it.
+func TestACancelledMountLeavesNothing(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	ref := pulled(t, n, writeModel(t), pack.Raw)
 	c := connect(t, n)
 	image, err := c.Image(t.Context(), ref)
 	check(t, err)
-	// Writers of containerd's database wait for each other and readers do not, so a view may
-	// be recorded long after its client has gone and unmounted.
+	// Writers of containerd's database wait for each other and readers do not. So a view
+	// may be recorded long after its client has disconnected and unmounted.
 	collecting, stop := context.WithCancel(t.Context())
 	var collectors errgroup.Group
 	for range 16 {
@@ -288,21 +290,21 @@ func TestAMountThatIsGivenUpLeavesNothing(t *testing.T) {
 			if !slices.ContainsFunc(slices.Concat(known, keys), func(key string) bool { return strings.Contains(key, "artifact-mount/") }) {
 				return ""
 			}
-			return fmt.Sprintf("views are left: containerd has %q, the daemon %q", known, keys)
+			return fmt.Sprintf("remaining views: containerd has %q, the daemon %q", known, keys)
 		})
 		if t.Failed() {
 			t.FailNow()
 		}
 	}
-	// It gives up after longer and longer times, and unmounts. No target is used twice: the
-	// next mount at it would take over what this one has left.
+	// giveUp cancels the mount after longer and longer times, and unmounts. Each target is
+	// used only once, because another mount at it would take over the view.
 	giveUp := func(t *testing.T, times int, mount func(ctx context.Context, target string) error, then func()) {
 		t.Helper()
 		dir := t.TempDir()
 		took, made := time.Duration(0), 0
 		for i := -1; i < times; i++ {
 			target := filepath.Join(dir, strconv.Itoa(i))
-			t.Cleanup(func() { _ = unix.Unmount(target, unix.UMOUNT_NOFOLLOW) }) // if the test has failed
+			t.Cleanup(func() { _ = unix.Unmount(target, unix.UMOUNT_NOFOLLOW) }) // in case the test fails
 			ctx, cancel := context.WithCancel(t.Context())
 			if i >= 0 {
 				ctx, cancel = context.WithTimeout(t.Context(), took*time.Duration(2*i)/time.Duration(times))
@@ -321,9 +323,9 @@ func TestAMountThatIsGivenUpLeavesNothing(t *testing.T) {
 			}
 			then()
 		}
-		t.Logf("of %d mounts in up to %v, %d have been made", times, 2*took, made)
+		t.Logf("%d mounts, cancelled after up to %v: %d completed", times, 2*took, made)
 		if made == times {
-			t.Error("no mount has been given up")
+			t.Error("no mount was cancelled before its end")
 		}
 	}
 	t.Run("cancelled", func(t *testing.T) {
@@ -345,8 +347,9 @@ func TestAMountThatIsGivenUpLeavesNothing(t *testing.T) {
 			return cmd.Wait()
 		}
 		giveUp(t, 60, mount, func() {})
-		// The lease of a tool that was killed goes with time. What the daemon alone has goes when
-		// containerd next removes a snapshot (core/metadata/db.go, dirtySS).
+		// The lease of a killed command expires. containerd makes the daemon delete its
+		// leftover snapshots when it next removes a snapshot (core/metadata/db.go,
+		// dirtySS).
 		(&soak{n: n, c: c}).giveUpLeases(t)
 		target := toolTarget(t)
 		check(t, mount(t.Context(), target))
@@ -356,7 +359,7 @@ func TestAMountThatIsGivenUpLeavesNothing(t *testing.T) {
 	})
 }
 
-func TestVerifyFindsWhatIsWrong(t *testing.T) {
+func TestVerifyFindsEachProblem(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
 	model, err := pack.Model(src, pack.Options{Form: pack.TarZstd, Scratch: t.TempDir()})
@@ -371,7 +374,7 @@ func TestVerifyFindsWhatIsWrong(t *testing.T) {
 	_, err = n.Pull(ref)
 	check(t, err)
 	manifest, top := pulledManifest(t, n, ref)
-	// The runtime's files are changed below it, as by a disk.
+	// The runtime's files change on disk, as with a failing disk.
 	spoil := func(hex string, change func([]byte) []byte) {
 		path := blobPath(n, hex)
 		text, err := os.ReadFile(path)
@@ -402,13 +405,13 @@ func TestVerifyFindsWhatIsWrong(t *testing.T) {
 		t.Helper()
 		for _, b := range v.Blobs {
 			if problem := want[b.Digest]; problem == "" && b.Problem != "" || !strings.Contains(b.Problem, problem) {
-				t.Errorf("verify says of blob %s: %q, want %q", b.Digest, b.Problem, problem)
+				t.Errorf("the problem of blob %s is %q, want %q", b.Digest, b.Problem, problem)
 			}
 		}
 	}
 	v := verify()
 	if v.OK || len(v.Blobs) < 16 || v.Blobs[0].Kind != "manifest" || v.Blobs[1].Kind != "config" {
-		t.Errorf("verify says %+v", v)
+		t.Errorf("verify prints %+v", v)
 	}
 	wantProblems(v)
 	out, _, err := n.Artifact("verify", ref)
@@ -416,10 +419,11 @@ func TestVerifyFindsWhatIsWrong(t *testing.T) {
 		t.Errorf("verify: %v, with\n%s", err, out)
 	}
 
-	// A config that is wrong keeps nobody from the layers; a manifest does.
+	// With a corrupt config the layers can still be checked; with a corrupt manifest they
+	// cannot.
 	spoil(manifest.Config.Digest.Encoded(), flip)
 	want[manifest.Config.Digest] = "it has the digest"
-	delete(want, manifest.Layers[1].Digest) // nobody names its DiffID
+	delete(want, manifest.Layers[1].Digest) // its DiffID is unknown now
 	v = verify()
 	wantProblems(v)
 	if len(v.Blobs) < 16 {
@@ -430,12 +434,12 @@ func TestVerifyFindsWhatIsWrong(t *testing.T) {
 	v = verify()
 	wantProblems(v)
 	if len(v.Blobs) != 1 {
-		t.Errorf("verify says of an artifact without a manifest %+v", v)
+		t.Errorf("verify of an artifact with a corrupt manifest prints %+v", v)
 	}
 }
 
-// The daemon pre-creates no empty blob in the namespace "default", and artifacts that
-// share a config are not to be mistaken for each other.
+// The daemon does not pre-create the empty blob in the namespace "default". ls marks
+// artifacts that share a config, because CRI would confuse them.
 func TestLsMarksArtifactsThatShareAConfig(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	var refs []string
@@ -452,45 +456,45 @@ func TestLsMarksArtifactsThatShareAConfig(t *testing.T) {
 			t.Errorf("pull %s says\n%s", refs[i], said)
 		}
 		if l := toolJSON[[]jsonListed](t, n, "ls", "-n", "default")[0]; i == 0 && len(l.Conflicts) != 0 {
-			t.Errorf("ls marks %+v", l)
+			t.Errorf("ls reports a conflict of %+v", l)
 		}
 	}
 	for i, l := range toolJSON[[]jsonListed](t, n, "ls", "-n", "default") {
 		other := refs[1-i]
 		if l.Reference != refs[i] || !slices.Equal(l.Conflicts, []string{other}) {
-			t.Errorf("ls does not mark %+v with %s", l, other)
+			t.Errorf("ls lists %+v, want a conflict with %s", l, other)
 		}
 		inspected := toolJSON[jsonInspected](t, n, "inspect", "-n", "default", l.Reference)
 		if inspected.Image == nil || !slices.Equal(inspected.Image.Conflicts, []string{other}) {
-			t.Errorf("inspect does not mark %+v with %s", inspected, other)
+			t.Errorf("inspect prints %+v, want a conflict with %s", inspected, other)
 		}
 	}
 	for _, text := range []string{tool(t, n, "ls", "-n", "default"), tool(t, n, "inspect", "-n", "default", refs[1])} {
 		if !strings.Contains(text, refs[0]) {
-			t.Errorf("the text does not name %s:\n%s", refs[0], text)
+			t.Errorf("the text does not contain %s:\n%s", refs[0], text)
 		}
 	}
 	if pruned := toolJSON[jsonPruned](t, n, "prune", "-f", "-n", "default"); len(pruned.Artifacts) != 2 {
-		t.Errorf("prune says %+v", pruned)
+		t.Errorf("prune prints %+v", pruned)
 	}
 }
 
-// CRI gives an image three names. Ordinary images are none of the tool's business.
-func TestPruneTakesAllNamesAndLeavesWhatIsPinnedOrRuns(t *testing.T) {
+// CRI gives an image three names. prune ignores container images.
+func TestPruneDeletesAllNamesButNothingPinnedOrRunning(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
 	gone, pinned := pulled(t, n, src, pack.Raw), pulled(t, n, src, pack.TarGzip)
 	_, err := n.Ctr("images", "label", pinned, "io.cri-containerd.pinned=pinned")
 	check(t, err)
 	hex := manifestOf(t, n, gone)
-	// A container whose root is not that of its image.
+	// A container that references the image although its root is another one.
 	c := connect(t, n)
 	ctx := c.Context(t.Context())
 	running := containers.Container{ID: "odd", Image: gone, Runtime: containers.RuntimeInfo{Name: "io.containerd.runc.v2"}}
 	_, err = c.ContainerService().Create(ctx, running)
 	check(t, err)
 	if got := toolJSON[jsonPruned](t, n, "prune", "--dry-run"); len(got.Artifacts) != 0 {
-		t.Errorf("prune deletes the image of a container: %+v", got)
+		t.Errorf("prune would delete the image of a container: %+v", got)
 	}
 	if l := toolJSON[[]jsonListed](t, n, "ls"); len(l) != 2 || !slices.Equal(slices.Concat(l[0].Containers, l[1].Containers), []string{"odd"}) {
 		t.Errorf("ls lists %+v", l)
@@ -498,21 +502,21 @@ func TestPruneTakesAllNamesAndLeavesWhatIsPinnedOrRuns(t *testing.T) {
 	check(t, c.ContainerService().Delete(ctx, "odd"))
 	got := toolJSON[jsonPruned](t, n, "prune", "-f")
 	if len(got.Artifacts) != 1 || !slices.Equal(got.Artifacts[0].References, []string{gone}) || got.Freed == 0 {
-		t.Errorf("prune says %+v", got)
+		t.Errorf("prune prints %+v", got)
 	}
 	left, err := n.Ctr("images", "ls")
 	check(t, err)
 	if strings.Contains(left, hex) || !strings.Contains(left, pinned) || !strings.Contains(left, n.GuestImage) {
-		t.Errorf("the images that are left are\n%s", left)
+		t.Errorf("the remaining images are\n%s", left)
 	}
 	waitFor(t, "CRI to forget the image", func() bool {
 		out, err := n.Crictl("images", "--no-trunc", "-o", "json")
 		return err == nil && !strings.Contains(out, gone) && strings.Contains(out, pinned)
 	})
 	if v := toolJSON[jsonVerified](t, n, "verify", pinned); !v.OK {
-		t.Errorf("verify says of what is left %+v", v)
+		t.Errorf("verify of the remaining artifact prints %+v", v)
 	}
-	// As a pull that was killed leaves it.
+	// As after a pull that was killed.
 	lease, err := c.LeasesService().Create(ctx, leases.WithRandomID())
 	check(t, err)
 	check(t, c.LeasesService().AddResource(ctx, lease, leases.Resource{ID: "sha256:" + manifestOf(t, n, pinned), Type: "content"}))
@@ -521,12 +525,12 @@ func TestPruneTakesAllNamesAndLeavesWhatIsPinnedOrRuns(t *testing.T) {
 	_, progress, err := n.Artifact("prune", "-f")
 	check(t, err)
 	if !strings.HasPrefix(progress, "total: 1 artifact (3.0 MiB), 0 B freed; ") || !strings.Contains(progress, "a lease needs it") {
-		t.Errorf("prune says %q", progress)
+		t.Errorf("prune prints %q", progress)
 	}
 }
 
-// One of the two that the tool needs does not run.
-func TestTheToolSaysWhatDoesNotRun(t *testing.T) {
+// Either the daemon or containerd is down.
+func TestTheToolReportsWhatIsNotRunning(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	ref := pulled(t, n, writeModel(t), pack.Raw)
@@ -535,17 +539,17 @@ func TestTheToolSaysWhatDoesNotRun(t *testing.T) {
 	mounted := toolTarget(t)
 	tool(t, n, "mount", ref, mounted)
 	check(t, n.StopDaemon())
-	// It says what it can.
+	// inspect prints what it knows without the daemon.
 	if i := toolJSON[jsonInspected](t, n, "inspect", ref); i.Image == nil || i.Image.Reference != ref || i.Image.Snapshot != "" || len(i.Layers) != 8 {
-		t.Errorf("inspect says %+v", i)
+		t.Errorf("inspect prints %+v", i)
 	}
 	if text := tool(t, n, "inspect", ref); !strings.Contains(text, "unknown whether it has a committed snapshot: containerd cannot reach the daemon") || !strings.Contains(text, "model-00001.safetensors") {
-		t.Errorf("inspect says\n%s", text)
+		t.Errorf("inspect prints\n%s", text)
 	}
 	for _, args := range [][]string{{"ls"}, {"mount", ref, target}, {"unmount", mounted}, {"prune"}, {"pull", ref}} {
 		wantRefusal(t, n, []string{"containerd cannot reach the daemon", "artifact-snapshotter serve"}, args...)
 	}
-	wantRefusal(t, n, []string{"no artifact is mounted at " + target}, "unmount", target) // containerd itself knows
+	wantRefusal(t, n, []string{"no artifact is mounted at " + target}, "unmount", target) // containerd knows it without the daemon
 	check(t, n.StartDaemon())
 	waitForDaemon(t, n)
 	tool(t, n, "unmount", mounted)
@@ -558,6 +562,6 @@ func TestTheToolSaysWhatDoesNotRun(t *testing.T) {
 	tool(t, n, "mount", ref, target)
 	tool(t, n, "unmount", target)
 	if i := toolJSON[jsonInspected](t, n, "inspect", ref); i.Image == nil || i.Image.Snapshot != snapshot {
-		t.Errorf("inspect says %+v, want snapshot %s", i, snapshot)
+		t.Errorf("inspect prints %+v, want the snapshot %s", i, snapshot)
 	}
 }

@@ -26,7 +26,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// onTerminal starts the tool on a terminal with 80 columns.
+// onTerminal starts a command on a terminal with 80 columns.
 func onTerminal(t *testing.T, n *node.Node, args ...string) (console.Console, *exec.Cmd) {
 	t.Helper()
 	master, path, err := console.NewPty()
@@ -43,8 +43,7 @@ func onTerminal(t *testing.T, n *node.Node, args ...string) (console.Console, *e
 	return master, cmd
 }
 
-// terminal runs the tool on a terminal, writes what is typed and returns what it
-// shows.
+// terminal runs a command on a terminal, types the input, and returns the output.
 func terminal(t *testing.T, n *node.Node, typed string, args ...string) string {
 	t.Helper()
 	master, cmd := onTerminal(t, n, args...)
@@ -52,7 +51,7 @@ func terminal(t *testing.T, n *node.Node, typed string, args ...string) string {
 	check(t, err)
 	var shown bytes.Buffer
 	_, err = io.Copy(&shown, master)
-	if err != nil && !errors.Is(err, unix.EIO) { // EIO is the end of a terminal
+	if err != nil && !errors.Is(err, unix.EIO) { // EIO means that the other end of the terminal was closed
 		t.Error(err)
 	}
 	if err := cmd.Wait(); err != nil {
@@ -68,7 +67,7 @@ func TestPullOnATerminalAndWithAPassword(t *testing.T) {
 	shown := terminal(t, n, "", "pull", n.Registry+"/models/tiny:raw")
 	for _, want := range []string{"model-00001.safetensors", "|\x1b[32m++++", "3.0 MiB/3.0 MiB", "8 of 8 layers", "\x1b[1A"} {
 		if !strings.Contains(shown, want) {
-			t.Errorf("the terminal does not show %q:\n%q", want, shown)
+			t.Errorf("the output does not contain %q:\n%q", want, shown)
 		}
 	}
 
@@ -84,30 +83,30 @@ func TestPullOnATerminalAndWithAPassword(t *testing.T) {
 	wantRefusal(t, n, []string{ref, "401 Unauthorized"}, "pull", ref)
 	wantRefusal(t, n, []string{ref, "401 Unauthorized"}, "pull", "-u", node.PrivateUser+":wrong", ref)
 	if after := state(t, n, t.TempDir()); withoutDirs(after) != withoutDirs(before) {
-		t.Errorf("something has changed, from\n%s\nto\n%s", before, after)
+		t.Errorf("the state changed from\n%s\nto\n%s", before, after)
 	}
 	tool(t, n, "pull", "-u", node.PrivateUser+":"+node.PrivatePassword, ref)
 	check(t, removeByName(n, ref))
 	shown = terminal(t, n, node.PrivatePassword+"\n", "pull", "-u", node.PrivateUser, ref)
 	if !strings.Contains(shown, "Password: ") || !strings.Contains(shown, ref) {
-		t.Errorf("the terminal shows %q", shown)
+		t.Errorf("unexpected output: %q", shown)
 	}
 
-	// Both containerd and the tool look into hosts.toml.
+	// Both containerd and the command read hosts.toml.
 	hosts := t.TempDir()
 	check(t, os.Mkdir(filepath.Join(hosts, "models.example.com"), 0o755))
 	check(t, os.WriteFile(filepath.Join(hosts, "models.example.com", "hosts.toml"), []byte("server = 'http://"+private+"'\n"), 0o600))
 	named := "models.example.com/models/tiny:raw"
 	out := tool(t, n, "pull", "--hosts-dir", hosts, "-u", node.PrivateUser+":"+node.PrivatePassword, named)
 	if !strings.Contains(out, named) {
-		t.Errorf("pull says %q", out)
+		t.Errorf("pull prints %q", out)
 	}
 
-	// Who is redirected to gets no password.
+	// Credentials are not sent to the target of a redirect.
 	var asked atomic.Int64
 	thief := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if header := r.Header.Get("Authorization"); header != "" {
-			t.Errorf("another host gets %q", header)
+			t.Errorf("another host got the credentials %q", header)
 		}
 		asked.Add(1)
 		w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
@@ -118,23 +117,23 @@ func TestPullOnATerminalAndWithAPassword(t *testing.T) {
 	defer trusted.Close()
 	wantRefusal(t, n, []string{"credentials"}, "pull", "-u", node.PrivateUser+":"+node.PrivatePassword, strings.TrimPrefix(trusted.URL, "http://")+"/models/tiny:raw")
 	if asked.Load() == 0 {
-		t.Error("nobody was redirected")
+		t.Error("the redirect was not followed, so the test proves nothing")
 	}
 
-	// Whoever does not answer has a terminal that shows what is typed all the same.
+	// After an interrupted password prompt the terminal echoes again.
 	master, cmd := onTerminal(t, n, "pull", "-u", node.PrivateUser, ref)
 	echo := func() bool {
 		termios, err := unix.IoctlGetTermios(int(master.Fd()), unix.TCGETS)
 		check(t, err)
 		return termios.Lflag&unix.ECHO != 0
 	}
-	waitFor(t, "the terminal to show nothing", func() bool { return !echo() })
+	waitFor(t, "the terminal to stop echoing", func() bool { return !echo() })
 	check(t, cmd.Process.Signal(unix.SIGINT))
 	if err := cmd.Wait(); err == nil || cmd.ProcessState.ExitCode() != 1 {
-		t.Errorf("the tool ends with %v, want exit code 1", err)
+		t.Errorf("pull ends with %v, want exit code 1", err)
 	}
 	if !echo() {
-		t.Error("the terminal goes on showing nothing")
+		t.Error("the terminal does not echo any more")
 	}
 }
 
@@ -143,13 +142,13 @@ func removeByName(n *node.Node, ref string) error {
 	return err
 }
 
-// withoutDirs is a state without its last line, which is about a directory.
+// withoutDirs removes the last line of a state, which describes a directory.
 func withoutDirs(state string) string {
 	return state[:strings.LastIndex(strings.TrimSpace(state), "\n")]
 }
 
-// Nothing that somebody needs goes without a question, and a name goes alone.
-func TestPruneAsksAndRmTakesOneName(t *testing.T) {
+// prune asks before it deletes, and rm deletes only one name.
+func TestPruneAsksAndRmDeletesOneName(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
 	one, two := pulled(t, n, src, pack.Raw), pulled(t, n, src, pack.TarGzip)
@@ -166,7 +165,7 @@ func TestPruneAsksAndRmTakesOneName(t *testing.T) {
 		t.Helper()
 		slices.Sort(refs)
 		if got := left(); !slices.Equal(got, refs) {
-			t.Errorf("%q are left, want %q", got, refs)
+			t.Errorf("remaining: %q, want %q", got, refs)
 		}
 	}
 	asked := func(answer string, args ...string) string {
@@ -180,14 +179,15 @@ func TestPruneAsksAndRmTakesOneName(t *testing.T) {
 	}
 	for _, answer := range []string{"", "n", "yeah"} {
 		if shown := asked(answer, "prune"); !strings.Contains(shown, one) || !strings.Contains(shown, "Delete 2 artifacts (6.0 MiB)? [y/N]") || !strings.Contains(shown, "nothing was deleted") {
-			t.Errorf("%q: the terminal shows\n%s", answer, shown)
+			t.Errorf("with the answer %q the output is\n%s", answer, shown)
 		}
 	}
 	want(one, two, other)
-	// One of its names does not match, and all names would go.
+	// prune would delete all names of an artifact, so it skips one that has a name without
+	// a match.
 	for _, filter := range []string{"reference=*/other/*", "label=nobody", "until=24h"} {
 		if got := toolJSON[jsonPruned](t, n, "prune", "-f", "--filter", filter); len(got.Artifacts) != 0 {
-			t.Errorf("--filter %s lets %+v go", filter, got)
+			t.Errorf("--filter %s deleted %+v", filter, got)
 		}
 	}
 	target := toolTarget(t)
@@ -201,7 +201,7 @@ func TestPruneAsksAndRmTakesOneName(t *testing.T) {
 	}
 	want(one, two)
 	if shown := asked("y", "prune", "--filter", "reference=*/models/*", "--filter", "until=1ms"); !strings.Contains(shown, "Delete 1 artifact (3.0 MiB)? [y/N]") || !strings.Contains(shown, "total: 1 artifact (3.0 MiB), ") {
-		t.Errorf("the terminal shows\n%s", shown)
+		t.Errorf("unexpected output:\n%s", shown)
 	}
 	want(one)
 	tool(t, n, "rm", "--force", one)
@@ -213,7 +213,7 @@ func TestPruneAsksAndRmTakesOneName(t *testing.T) {
 func TestBashCompletesReferences(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	ref := pulled(t, n, writeModel(t, "src/__init__.py"), pack.Raw)
-	// bash inserts what it is given as it is.
+	// bash inserts completions without quoting.
 	c := connect(t, n)
 	image, err := c.Image(t.Context(), ref)
 	check(t, err)
@@ -226,7 +226,7 @@ func TestBashCompletesReferences(t *testing.T) {
 	check(t, err)
 	complete := func(line string) []string {
 		t.Helper()
-		// The name that is completed is the function's first word, too.
+		// The script also runs the first word of the line, so define it as a function.
 		text := "artifact-snapshotter() { " + bin.Path + ` "$@"; }` + "\n" + script +
 			"COMP_LINE=$1 COMP_POINT=${#1}; _artifact_snapshotter; printf '%s\\n' \"${COMPREPLY[@]}\""
 		cmd := exec.CommandContext(context.WithoutCancel(t.Context()), "bash", "-c", text, "bash", line)
@@ -243,7 +243,7 @@ func TestBashCompletesReferences(t *testing.T) {
 		"artifact-snapshotter verify ":                    {ref},
 		"artifact-snapshotter rm ":                        {ref},
 		"artifact-snapshotter mount -n k8s.io " + ref[:5]: {ref},
-		// To bash a word begins behind the colon.
+		// For bash a new word begins after the colon.
 		"artifact-snapshotter inspect " + ref[:len(host)+3]: {strings.TrimPrefix(ref, host+":")},
 		"artifact-snapshotter verify x":                     nil,
 		"artifact-snapshotter verify zz":                    nil,
@@ -252,7 +252,7 @@ func TestBashCompletesReferences(t *testing.T) {
 		"artifact-snapshotter ls -n ":                       nil,
 		"artifact-snapshotter verify -n nowhere ":           nil,
 		"artifact-snapshotter unmount ":                     nil,
-		// As behind the command.
+		// Flags before the command work too.
 		"artifact-snapshotter --na":                 {"--namespace"},
 		"artifact-snapshotter -n ":                  nil,
 		"artifact-snapshotter -n k8s.io ver":        {"verify", "version"},

@@ -20,13 +20,13 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// sentSpan is a span that a receiver of OTLP has got.
+// sentSpan is a span that the OTLP receiver got.
 type sentSpan struct {
 	*trace.Span
 	service string
 }
 
-// receiver takes spans by OTLP over HTTP.
+// receiver receives spans with OTLP over HTTP.
 type receiver struct {
 	*httptest.Server
 	mu    sync.Mutex
@@ -48,7 +48,7 @@ func (r *receiver) ServeHTTP(w http.ResponseWriter, request *http.Request) {
 		err = proto.Unmarshal(body, &sent)
 	}
 	if err != nil || request.URL.Path != "/v1/traces" {
-		http.Error(w, "this is no request with spans", http.StatusBadRequest)
+		http.Error(w, "not an OTLP request with spans", http.StatusBadRequest)
 		return
 	}
 	r.mu.Lock()
@@ -68,7 +68,7 @@ func (r *receiver) ServeHTTP(w http.ResponseWriter, request *http.Request) {
 	}
 }
 
-// count is how many spans of a service have come.
+// count returns the number of spans of a service so far.
 func (r *receiver) count(service string) (n int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -80,8 +80,8 @@ func (r *receiver) count(service string) (n int) {
 	return n
 }
 
-// path is the names of the spans above the first span of that name and its own, the
-// outermost first; "" if there is none, or one above it has not come yet.
+// path returns the names of a span of the daemon and of its ancestors, the root first. It
+// returns "" if the span or an ancestor has not arrived yet.
 func (r *receiver) path(name string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -109,13 +109,13 @@ func TestSpansOfTheDaemonAreInTheTracesOfContainerd(t *testing.T) {
 	ref := pulled(t, n, writeModel(t), pack.Raw)
 	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
 	check(t, err)
-	if older(t, n, 3, "no traces: proxy plugins are not told of them") {
+	if older(t, n, 3, "no traces: proxy plugins do not get the trace context") {
 		check(t, pod.Remove())
-		check(t, n.StopDaemon()) // it would send the last ones
+		check(t, n.StopDaemon()) // stopping flushes the spans
 		check(t, n.StopContainerd())
 		waitFor(t, "the spans of containerd", func() bool { return spans.count("containerd") > 0 })
 		if spans.count("artifact-snapshotter") > 0 {
-			t.Error("the daemon has begun a trace")
+			t.Error("the daemon started its own trace")
 		}
 		return
 	}
@@ -134,17 +134,17 @@ func TestSpansOfTheDaemonAreInTheTracesOfContainerd(t *testing.T) {
 		waitFor(t, "the span "+name, func() bool { return spans.path(name) != "" })
 		got := spans.path(name)
 		if !strings.HasPrefix(got, "containerd:runtime.v1.RuntimeService/CreateContainer > ") || !strings.HasSuffix(got, " > "+want) {
-			t.Errorf("the span %s is at %s", name, got)
+			t.Errorf("the span %s has the path %s", name, got)
 		}
 	}
 	check(t, pod.Remove())
-	check(t, n.StopDaemon()) // it sends the last ones
+	check(t, n.StopDaemon()) // stopping flushes the spans
 	check(t, n.StopContainerd())
 	spans.mu.Lock()
 	defer spans.mu.Unlock()
 	for _, s := range spans.spans {
 		if s.service == "artifact-snapshotter" && len(s.GetParentSpanId()) == 0 {
-			t.Errorf("the daemon has begun a trace: %s", s.GetName())
+			t.Errorf("the daemon started its own trace: %s", s.GetName())
 		}
 	}
 	if log := daemonLog(t, n); strings.Contains(log, "cannot export") {

@@ -15,8 +15,8 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// pulledUnfetched pulls an artifact with a layer of an image's type and the config of
-// none, as `oras push` makes it: containerd leaves the layer out.
+// pulledUnfetched pulls an artifact that has a layer with an image's media type but no
+// image config, as `oras push` makes it. CRI does not fetch this layer.
 func pulledUnfetched(t *testing.T, n *node.Node, name, config string) (ref string) {
 	t.Helper()
 	archive, err := pack.TarOf(file(name))
@@ -48,12 +48,12 @@ func TestLayersThatCRIDoesNotFetch(t *testing.T) {
 		}
 		for _, want := range advice[2:] {
 			if !strings.Contains(errs, want) {
-				t.Errorf("%s does not say %q: %s", args[0], want, errs)
+				t.Errorf("the error of %s does not contain %q: %s", args[0], want, errs)
 			}
 		}
 	}
 
-	// The first half of the advice.
+	// The first recommendation of the error.
 	tool(t, n, "pull", ref)
 	tool(t, n, "mount", ref, target)
 	if b, err := os.ReadFile(filepath.Join(target, "docs")); err != nil || string(b) != "docs" {

@@ -20,8 +20,7 @@ import (
 
 const unitName = "artifact-snapshotter.service"
 
-// run runs a command in the machine and returns what it printed, without the
-// newline at its end.
+// run runs a command in the machine and returns its output without the final newline.
 func run(t *testing.T, n *node.Node, args ...string) string {
 	t.Helper()
 	out, err := n.Run(args...)
@@ -29,25 +28,25 @@ func run(t *testing.T, n *node.Node, args ...string) string {
 	return strings.TrimSuffix(out, "\n")
 }
 
-// property is one of `systemctl show`.
+// property returns a property of `systemctl show`.
 func property(t *testing.T, n *node.Node, unit, name string) string {
 	t.Helper()
 	return run(t, n, "systemctl", "show", "--value", "--property", name, unit)
 }
 
-// started is when the unit's process was started or its state entered, in
+// started returns the time when the unit's process started or its state was entered, in
 // microseconds since the kernel started.
 func started(t *testing.T, n *node.Node, unit, name string) int {
 	t.Helper()
 	at, err := strconv.Atoi(property(t, n, unit, name))
 	check(t, err)
 	if at == 0 {
-		t.Fatalf("%s of %s: never", name, unit)
+		t.Fatalf("%s of %s is not set", name, unit)
 	}
 	return at
 }
 
-// machineFile is the host's name of a file of the machine in /etc or /usr/local.
+// machineFile returns the host's path of a file of the machine in /etc or /usr/local.
 func machineFile(n *node.Node, path string) string {
 	return filepath.Join(n.Dir, "machine", strings.Replace(path, "/usr/local/", "/local/", 1))
 }
@@ -58,7 +57,7 @@ func writeFile(t *testing.T, path, text string, mode os.FileMode) {
 	check(t, os.WriteFile(path, []byte(text), mode))
 }
 
-// copyBinary puts the binary into the machine, as path.
+// copyBinary copies the program to a path in the machine.
 func copyBinary(t *testing.T, n *node.Node, path string) {
 	t.Helper()
 	cmd, err := n.ArtifactCommand()
@@ -68,8 +67,7 @@ func copyBinary(t *testing.T, n *node.Node, path string) {
 	writeFile(t, path, string(binary), 0o755)
 }
 
-// installByHand does what docs/install.md says for those who do not want
-// `artifact-snapshotter install`.
+// installByHand follows the manual installation in docs/install.md.
 func installByHand(t *testing.T, n *node.Node) {
 	t.Helper()
 	copyBinary(t, n, machineFile(n, deploy.UnitBinary))
@@ -89,7 +87,7 @@ func installByHand(t *testing.T, n *node.Node) {
 
 func waitForCRI(t *testing.T, n *node.Node) {
 	t.Helper()
-	waitFor(t, "CRI to answer", func() bool {
+	waitFor(t, "an answer of CRI", func() bool {
 		_, err := n.Crictl("version")
 		return err == nil
 	})
@@ -98,19 +96,20 @@ func waitForCRI(t *testing.T, n *node.Node) {
 // waitForEmptyBlob waits until an artifact with an empty file can be pulled.
 func waitForEmptyBlob(t *testing.T, n *node.Node) {
 	t.Helper()
-	waitFor(t, "the daemon to pre-create the empty blob", func() bool {
+	waitFor(t, "the pre-created empty blob", func() bool {
 		_, err := n.Ctr("--namespace", "k8s.io", "content", "get", digest.FromString("").String())
 		return err == nil
 	})
 }
 
-// mountNamespace is that of the unit's process. "" is none, since it is not running.
+// mountNamespace returns the mount namespace of the unit's process, or "" if it is not
+// running.
 func mountNamespace(t *testing.T, n *node.Node, unit string) string {
 	t.Helper()
 	return run(t, n, "readlink", "/proc/"+property(t, n, unit, "MainPID")+"/ns/mnt")
 }
 
-// The unit is one of a real systemd here, with all that it takes from the daemon.
+// A real systemd runs the unit with all its restrictions.
 func TestTheUnit(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{Systemd: true})
@@ -136,13 +135,13 @@ func TestTheUnit(t *testing.T) {
 		if got := mountNamespace(t, n, unitName); got != host {
 			t.Errorf("the daemon is in the mount namespace %s, systemd in %s", got, host)
 		}
-		// It can be told: with one setting more it is in another.
+		// The check detects a mount namespace: with another setting the daemon has its own.
 		drop := machineFile(n, "/etc/systemd/system/"+unitName+".d/private.conf")
 		writeFile(t, drop, "[Service]\nPrivateTmp=yes\n", 0o644)
 		run(t, n, "systemctl", "daemon-reload")
 		run(t, n, "systemctl", "restart", unitName)
 		if got := mountNamespace(t, n, unitName); got == host {
-			t.Error("PrivateTmp=yes has given the daemon no mount namespace of its own: this test would not have noticed one")
+			t.Error("PrivateTmp=yes did not give the daemon its own mount namespace, so the check proves nothing")
 		}
 		check(t, os.Remove(drop))
 		run(t, n, "systemctl", "daemon-reload")
@@ -154,12 +153,13 @@ func TestTheUnit(t *testing.T) {
 		status := run(t, n, "cat", "/proc/"+property(t, n, unitName, "MainPID")+"/status")
 		for _, want := range []string{"\nNoNewPrivs:\t1\n", "\nSeccomp:\t2\n"} {
 			if !strings.Contains(status, want) {
-				t.Errorf("no %q in the daemon's status:\n%s", want, status)
+				t.Errorf("the daemon's status does not contain %q:\n%s", want, status)
 			}
 		}
 	})
 
-	// EROFS over loop devices needs more of the unit than what this kernel has.
+	// EROFS on loop devices needs more permissions of the unit than this kernel's best
+	// mode.
 	t.Run("every mode", func(t *testing.T) {
 		config := machineFile(n, "/etc/artifact-snapshotter/config.toml")
 		for _, modes := range []string{
@@ -168,7 +168,7 @@ func TestTheUnit(t *testing.T) {
 			"raw_mode = 'copy'\ntar_mode = 'extract'\n",
 		} {
 			writeFile(t, config, modes, 0o644)
-			run(t, n, "systemctl", "restart", unitName) // a mode that does not work is an error
+			run(t, n, "systemctl", "restart", unitName) // fails if the mode does not work
 		}
 		check(t, os.Remove(config))
 		run(t, n, "systemctl", "restart", unitName)
@@ -190,7 +190,7 @@ func TestTheUnit(t *testing.T) {
 				if end[1] == "stop" {
 					run(t, n, "systemctl", "start", unitName)
 				}
-				waitFor(t, "systemd to start the daemon", func() bool {
+				waitFor(t, "the restart of the daemon", func() bool {
 					return property(t, n, unitName, "ActiveState") == "active" && property(t, n, unitName, "MainPID") != before
 				})
 				waitForDaemon(t, n)
@@ -199,7 +199,7 @@ func TestTheUnit(t *testing.T) {
 				wantServed(t)
 			}
 			if got := property(t, n, "containerd", "MainPID"); got != runtime {
-				t.Errorf("containerd is process %s now, and was %s", got, runtime)
+				t.Errorf("containerd was restarted: its process is %s, and was %s", got, runtime)
 			}
 			check(t, pod.Remove())
 		}
@@ -210,37 +210,37 @@ func TestTheUnit(t *testing.T) {
 		check(t, n.Boot())
 		ready := started(t, n, unitName, "ActiveEnterTimestampMonotonic")
 		if containerd := started(t, n, "containerd", "ExecMainStartTimestampMonotonic"); containerd < ready {
-			t.Errorf("containerd was started %d µs before the daemon was ready", ready-containerd)
+			t.Errorf("containerd started %d µs before the daemon was ready", ready-containerd)
 		}
 		wantServed(t)
 	})
 
-	// The node's other pods must not suffer from a daemon that cannot start, and
-	// it is tried again however often it could not.
+	// A daemon that cannot start must not affect other pods, and systemd must retry without
+	// a limit.
 	t.Run("a boot with a daemon that cannot start", func(t *testing.T) {
 		config := machineFile(n, "/etc/artifact-snapshotter/config.toml")
 		writeFile(t, config, "rooot = \"/data\"\n", 0o644)
 		check(t, n.Shutdown())
 		check(t, n.Boot())
-		waitFor(t, "systemd to have tried the daemon six times", func() bool {
+		waitFor(t, "six attempts of systemd to start the daemon", func() bool {
 			tries, err := strconv.Atoi(property(t, n, unitName, "NRestarts"))
 			check(t, err)
-			return tries > 5 // by default systemd gives up after five
+			return tries > 5 // by default systemd gives up after five attempts
 		})
 		check(t, os.Remove(config))
-		waitFor(t, "the daemon to run", func() bool { return property(t, n, unitName, "ActiveState") == "active" })
+		waitFor(t, "the running daemon", func() bool { return property(t, n, unitName, "ActiveState") == "active" })
 		waitForDaemon(t, n)
 		wantServed(t)
 	})
 }
 
-// systemd itself reads the unit and finds nothing to say.
+// systemd-analyze accepts the unit without a message.
 func TestTheUnitIsValid(t *testing.T) {
 	dir := t.TempDir()
 	cmd, err := exec.LookPath("systemd-analyze")
 	check(t, err)
 	verify := func(unit string) string {
-		// A binary that is there, or that is what it says.
+		// Use a program that exists.
 		unit = strings.Replace(unit, deploy.UnitBinary, "/bin/true", 1)
 		path := filepath.Join(dir, unitName)
 		writeFile(t, path, unit, 0o644)

@@ -31,7 +31,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/snapshot"
 )
 
-// connect is a client of the node's containerd in CRI's namespace.
+// connect returns a client of the node's containerd in CRI's namespace.
 func connect(t *testing.T, n *node.Node) *client.Client {
 	t.Helper()
 	c, err := client.Connect(t.Context(), n.Address, "k8s.io", "artifact")
@@ -40,7 +40,7 @@ func connect(t *testing.T, n *node.Node) *client.Client {
 	return c
 }
 
-// unpack runs artifact-snapshotter unpack and returns the snapshot's name.
+// unpack runs `unpack` and returns the name of the snapshot.
 func unpack(t *testing.T, n *node.Node, ref string) string {
 	t.Helper()
 	out, _, err := n.Artifact("unpack", ref)
@@ -48,7 +48,7 @@ func unpack(t *testing.T, n *node.Node, ref string) string {
 	return strings.TrimSpace(out)
 }
 
-// artifactOf is what containerd has as ref.
+// artifactOf returns the artifact that containerd has under ref.
 func artifactOf(t *testing.T, n *node.Node, ref string) *artifact.Artifact {
 	t.Helper()
 	image, err := connect(t, n).Image(t.Context(), ref)
@@ -56,8 +56,8 @@ func artifactOf(t *testing.T, n *node.Node, ref string) *artifact.Artifact {
 	return image.Artifact
 }
 
-// snapshotName returns the name of the snapshot of what containerd has as ref, from its
-// config and its manifest.
+// snapshotName computes the expected name of the snapshot from the artifact's config and
+// manifest.
 func snapshotName(t *testing.T, n *node.Node, ref string) string {
 	t.Helper()
 	a := artifactOf(t, n, ref)
@@ -68,7 +68,7 @@ func snapshotName(t *testing.T, n *node.Node, ref string) string {
 	return digest.FromString("artifact " + identity.ChainID(config.ModelFS.DiffIDs).String() + " " + a.Manifest.Digest.String()).String()
 }
 
-// snapshotsOf are the kinds of the snapshots of an artifact, by key.
+// snapshotsOf returns the kinds of all snapshots of artifacts, by key.
 func snapshotsOf(t *testing.T, n *node.Node) map[string]string {
 	t.Helper()
 	c, err := client.Connect(t.Context(), n.Address, "k8s.io", "artifact")
@@ -84,7 +84,7 @@ func snapshotsOf(t *testing.T, n *node.Node) map[string]string {
 	return found
 }
 
-// wantSnapshot has ctr view the snapshot, and compares its content.
+// wantSnapshot mounts a view of the snapshot with ctr and compares its content.
 func wantSnapshot(t *testing.T, n *node.Node, name string, want []treelist.Entry) {
 	t.Helper()
 	target := t.TempDir()
@@ -94,7 +94,7 @@ func wantSnapshot(t *testing.T, n *node.Node, name string, want []treelist.Entry
 		var err error
 		commands, err = n.Ctr("snapshots", "--snapshotter", "artifact", "view", "--target", target, key, name)
 		check(t, err)
-		// Until it has this label, a garbage collection may take it.
+		// Without this label a garbage collection may delete the view.
 		_, err = n.Ctr("snapshots", "--snapshotter", "artifact", "label", key, "containerd.io/gc.root=test")
 		return err == nil
 	})
@@ -111,7 +111,7 @@ func wantSnapshot(t *testing.T, n *node.Node, name string, want []treelist.Entry
 	check(t, err)
 }
 
-// removeImage removes all names of what ref is, the last one with a garbage
+// removeImage deletes all names of the image, the last one together with a garbage
 // collection.
 func removeImage(t *testing.T, n *node.Node, ref string) {
 	t.Helper()
@@ -139,7 +139,7 @@ func collect(t *testing.T, c *client.Client) {
 	check(t, c.LeasesService().Delete(ctx, lease, leases.SynchronousDelete))
 }
 
-func TestAnUnpackedArtifactIsASnapshotThatGoesWithItsImage(t *testing.T) {
+func TestAnUnpackedArtifactIsASnapshotUntilItsImageIsDeleted(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
 	before := daemonUsage(t, n)
@@ -154,11 +154,11 @@ func TestAnUnpackedArtifactIsASnapshotThatGoesWithItsImage(t *testing.T) {
 				t.Errorf("the snapshot is %s, want %s", name, want)
 			}
 			if again := unpack(t, n, ref); again != name {
-				t.Errorf("unpacked again it is %s, want %s", again, name)
+				t.Errorf("the second unpack returned %s, want %s", again, name)
 			}
 			manifest := artifactOf(t, n, ref).Manifest.Digest
 			if byDigest := unpack(t, n, manifest.String()); byDigest != name {
-				t.Errorf("by its digest it is %s, want %s", byDigest, name)
+				t.Errorf("unpack by digest returned %s, want %s", byDigest, name)
 			}
 			wantSnapshot(t, n, name, wantTree(t, src, form))
 
@@ -170,7 +170,7 @@ func TestAnUnpackedArtifactIsASnapshotThatGoesWithItsImage(t *testing.T) {
 				t.Errorf("printed %v, want %v", printed, want)
 			}
 
-			// Garbage collections leave it alone, until its image goes.
+			// Garbage collection deletes the snapshot only together with its image.
 			c := connect(t, n)
 			collect(t, c)
 			if got, want := snapshotsOf(t, n), map[string]string{name: "Committed"}; !maps.Equal(got, want) {
@@ -181,15 +181,15 @@ func TestAnUnpackedArtifactIsASnapshotThatGoesWithItsImage(t *testing.T) {
 			}
 			removeImage(t, n, ref)
 			if left := snapshotsOf(t, n); len(left) > 0 {
-				t.Errorf("the snapshots %v are left", left)
+				t.Errorf("remaining snapshots: %v", left)
 			}
 			wantUsage(t, n, before)
 		})
 	}
 }
 
-// A pod, and a view of the snapshot, keep their content when the image goes, and
-// the snapshot is no obstacle to either.
+// A pod keeps its content when the image is deleted. The snapshot of unpack affects neither
+// the pod nor the deletion.
 func TestAPodHasAnUnpackedArtifact(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := writeModel(t)
@@ -200,15 +200,14 @@ func TestAPodHasAnUnpackedArtifact(t *testing.T) {
 	check(t, err)
 	_, err = n.Crictl("rmi", ref)
 	check(t, err)
-	waitFor(t, "the snapshot to go", func() bool { return snapshotsOf(t, n)[name] == "" })
+	waitFor(t, "removal of the snapshot", func() bool { return snapshotsOf(t, n)[name] == "" })
 	wantReading(t, pod)
 	wantVolume(t, pod, "main", "/model", wantTree(t, src, pack.TarZstd))
 	check(t, pod.Remove())
 	wantUsage(t, n, before)
 }
 
-// A chain ID depends neither on the names of files nor on whether a layer belongs to an
-// image.
+// A chain ID depends neither on file names nor on whether a layer belongs to an image.
 func TestArtifactsWithTheSameChainIDHaveSnapshotsOfTheirOwn(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	pulledAs := func(name string, layer pack.Layer) string {
@@ -223,7 +222,7 @@ func TestArtifactsWithTheSameChainIDHaveSnapshotsOfTheirOwn(t *testing.T) {
 	content := []byte("the same bytes")
 	expected := func(name string) []treelist.Entry {
 		entry := fileEntry(name, content)
-		entry.Mode, entry.UID, entry.GID, entry.ModTime = 0o640, 1234, 5678, 1612325106789000000 // as rawLayer has it
+		entry.Mode, entry.UID, entry.GID, entry.ModTime = 0o640, 1234, 5678, 1612325106789000000 // the attributes of rawLayer
 		return []treelist.Entry{entry}
 	}
 
@@ -239,9 +238,9 @@ func TestArtifactsWithTheSameChainIDHaveSnapshotsOfTheirOwn(t *testing.T) {
 	wantSnapshot(t, n, second, expected("two"))
 	_, err := n.Crictl("rmi", one)
 	check(t, err)
-	waitFor(t, "the snapshot of the first to go", func() bool { return snapshotsOf(t, n)[first] == "" })
+	waitFor(t, "removal of the first snapshot", func() bool { return snapshotsOf(t, n)[first] == "" })
 	if again := unpack(t, n, two); again != second {
-		t.Errorf("the second snapshot is %s now, and was %s", again, second)
+		t.Errorf("the second snapshot is now %s, want %s", again, second)
 	}
 	wantSnapshot(t, n, second, expected("two"))
 
@@ -250,7 +249,7 @@ func TestArtifactsWithTheSameChainIDHaveSnapshotsOfTheirOwn(t *testing.T) {
 	check(t, err)
 	_, err = image.Push(t.Context(), n.Registry, "images/same", "latest")
 	check(t, err)
-	_, err = n.Pull(n.Registry + "/images/same:latest") // and unpacks it
+	_, err = n.Pull(n.Registry + "/images/same:latest") // the pull unpacks it
 	check(t, err)
 	wantUnpacked(t, n, digest.FromBytes(archive), "artifact")
 	three := pulledAs("three", tarLayer(t, modelspec.MediaTypeModelWeight, archive))
@@ -270,13 +269,13 @@ func TestAnIndexIsUnpackedForThisPlatform(t *testing.T) {
 		t.Errorf("the snapshot is %s, want %s", name, want)
 	}
 	if again := unpack(t, n, artifactOf(t, n, ref).Manifest.Digest.String()); again != name {
-		t.Errorf("by the digest of the manifest it is %s, want %s", again, name)
+		t.Errorf("unpack by the manifest's digest returned %s, want %s", again, name)
 	}
 	collect(t, connect(t, n))
 	wantSnapshot(t, n, name, wantTree(t, src, pack.Raw))
 	removeImage(t, n, ref)
 	if left := snapshotsOf(t, n); len(left) > 0 {
-		t.Errorf("the snapshots %v are left", left)
+		t.Errorf("remaining snapshots: %v", left)
 	}
 }
 
@@ -316,9 +315,9 @@ func TestArtifactsWithTheSameChainIDMayBeUnpackedAtOnce(t *testing.T) {
 	}
 }
 
-// containerd skips the layers of an image whose chain ID is the name of a snapshot. So an
-// artifact with the same layers must not have this name: a container would start with the
-// artifact, or with half a root.
+// containerd does not unpack the layers of an image whose chain ID is the name of a
+// snapshot. So the snapshot of an artifact with the same layers must not have this name:
+// otherwise a container would get the artifact, or an incomplete root.
 func TestAnImageWithTheLayersOfAnUnpackedArtifactHasItsOwnRoot(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	program, err := n.GuestProgram()

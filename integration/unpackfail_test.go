@@ -24,9 +24,9 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// unpack is killed at any moment; what it leaves is a lease that ends, and what
-// the next run takes over or a garbage collection takes away.
-func TestUnpackMayBeKilledAtAnyMoment(t *testing.T) {
+// unpack can be killed at any time. It leaves a lease that expires, and a snapshot that the
+// next run reuses or a garbage collection deletes.
+func TestUnpackCanBeKilledAtAnyTime(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	ref := pulled(t, n, writeModel(t), pack.TarGzip)
@@ -45,7 +45,7 @@ func TestUnpackMayBeKilledAtAnyMoment(t *testing.T) {
 	}
 	killed, left := 0, 0
 	for round := range 60 {
-		// As it was before the first time.
+		// Restore the initial state.
 		_, err := c.ContentStore().Update(ctx, content.Info{Digest: image.Manifest, Labels: map[string]string{label: ""}}, "labels."+label)
 		check(t, err)
 		collect(t, c)
@@ -59,7 +59,7 @@ func TestUnpackMayBeKilledAtAnyMoment(t *testing.T) {
 		ended := make(chan error, 1)
 		go func() { ended <- cmd.Wait() }()
 		span := duration
-		if round%4 >= 2 { // while it has its lease, a small part of the time
+		if round%4 >= 2 { // kill it during its lease, which is a small part of the time
 			for len(leased()) == 0 && len(ended) == 0 {
 			}
 			span /= 10
@@ -76,11 +76,11 @@ func TestUnpackMayBeKilledAtAnyMoment(t *testing.T) {
 
 		if round%2 == 0 {
 			if again := unpack(t, n, ref); again != name {
-				t.Errorf("the second run has made the snapshot %s, want %s", again, name)
+				t.Errorf("the second run returned the snapshot %s, want %s", again, name)
 			}
 		}
-		// containerd may still be at the last call of the one that was killed.
-		waitFor(t, "nothing to be left but a snapshot that the manifest keeps", func() bool {
+		// containerd may still be processing the last request of the killed run.
+		waitFor(t, "only the snapshot that the manifest references to be left", func() bool {
 			all := leased()
 			left += len(all)
 			for _, lease := range all {
@@ -96,19 +96,19 @@ func TestUnpackMayBeKilledAtAnyMoment(t *testing.T) {
 			all, got := leased(), snapshotsOf(t, n)
 			clean := len(all) == 0 && maps.Equal(got, want) && (round%2 != 0 || tied == name)
 			if !clean {
-				t.Logf("round %d: leases %v, snapshots %v, the manifest keeps %q", round, all, got, tied)
+				t.Logf("round %d: leases %v, snapshots %v, the manifest references %q", round, all, got, tied)
 			}
 			return clean
 		})
 	}
-	t.Logf("of 60 runs %d were killed; they left %d leases", killed, left)
+	t.Logf("%d of 60 runs were killed and left %d leases", killed, left)
 	if killed == 0 || left == 0 {
-		t.Error("no run was killed where it mattered")
+		t.Error("no run was killed during its lease")
 	}
 }
 
-// expire makes the lease one that has ended, as if time had passed: another one
-// with the same resources takes its place.
+// expire simulates the expiration of the lease: it replaces the lease by an expired one
+// with the same resources.
 func expire(t *testing.T, c *client.Client, lease leases.Lease) {
 	t.Helper()
 	ends, err := time.Parse(time.RFC3339, lease.Labels["containerd.io/gc.expire"])
@@ -117,14 +117,14 @@ func expire(t *testing.T, c *client.Client, lease leases.Lease) {
 	}
 	ctx := c.Context(t.Context())
 	resources, err := c.LeasesService().ListResources(ctx, lease)
-	if errdefs.IsNotFound(err) { // it was deleted all the same
+	if errdefs.IsNotFound(err) { // it was deleted in the meantime
 		return
 	}
 	check(t, err)
 	ended, err := c.LeasesService().Create(ctx, leases.WithRandomID(), leases.WithExpiration(-time.Second))
 	check(t, err)
 	for _, r := range resources {
-		if err := c.LeasesService().AddResource(ctx, ended, r); !errdefs.IsNotFound(err) { // containerd may have taken the lease by now
+		if err := c.LeasesService().AddResource(ctx, ended, r); !errdefs.IsNotFound(err) { // containerd may have deleted the lease
 			check(t, err)
 		}
 	}
@@ -159,7 +159,7 @@ func TestUnpackGoesOnWhenTheDaemonIsKilled(t *testing.T) {
 	wantUsage(t, n, before)
 }
 
-func TestUnpackSaysWhatIsWrong(t *testing.T) {
+func TestUnpackReportsEachProblem(t *testing.T) {
 	t.Parallel()
 	n := node.ForTest(t, node.Options{})
 	stock := node.ForTest(t, node.Options{Stock: true})
@@ -210,8 +210,8 @@ func TestUnpackSaysWhatIsWrong(t *testing.T) {
 	})
 }
 
-// wantUnpackFails wants one line with all of wanted on standard error, but for hints,
-// the exit code 1, and that nothing is left.
+// wantUnpackFails checks that unpack fails with exit code 1 and one line on standard error
+// with all wanted texts, apart from hints, and that it leaves no lease.
 func wantUnpackFails(t *testing.T, n *node.Node, args []string, wanted ...string) {
 	t.Helper()
 	out, errs, err := n.Artifact(append([]string{"unpack"}, args...)...)
@@ -224,7 +224,7 @@ func wantUnpackFails(t *testing.T, n *node.Node, args []string, wanted ...string
 	}
 	for _, want := range wanted {
 		if !strings.Contains(errs, want) {
-			t.Errorf("the error does not say %q: %s", want, errs)
+			t.Errorf("the error does not contain %q: %s", want, errs)
 		}
 	}
 	c := connect(t, n)
@@ -232,7 +232,7 @@ func wantUnpackFails(t *testing.T, n *node.Node, args []string, wanted ...string
 	check(t, err)
 	for _, lease := range all {
 		if lease.Labels["containerd.io/gc.expire"] != "" {
-			t.Errorf("the lease %v is left", lease)
+			t.Errorf("the lease %v was not deleted", lease)
 		}
 	}
 }

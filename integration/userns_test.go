@@ -19,11 +19,11 @@ import (
 
 // Pods with `hostUsers: false`.
 
-// otherBase is where the second user namespace of these tests begins.
+// otherBase is the first host ID of the second user namespace.
 const otherBase = 400000
 
-// writeOwnedModel is writeModel with owners at and beyond the edge of a pod's
-// map of 65536 IDs.
+// writeOwnedModel is writeModel with additional files, whose owners are at and beyond the
+// end of a pod's map of 65536 IDs.
 func writeOwnedModel(t *testing.T) string {
 	t.Helper()
 	src := writeModel(t)
@@ -40,8 +40,8 @@ func writeOwnedModel(t *testing.T) string {
 	return src
 }
 
-// mapped is a listing as a pod with a user namespace must see it: owners that
-// it has no ID for are the overflow ID's (user_namespaces(7)).
+// mapped returns a listing as a pod with a user namespace sees it: owners without an ID in
+// the map have the overflow ID (user_namespaces(7)).
 func mapped(entries []treelist.Entry) []treelist.Entry {
 	entries = slices.Clone(entries)
 	for i := range entries {
@@ -54,7 +54,7 @@ func mapped(entries []treelist.Entry) []treelist.Entry {
 	return entries
 }
 
-// trees are the names of the trees of a manifest.
+// trees returns the names of the trees of a manifest.
 func trees(t *testing.T, n *node.Node, manifest string) []string {
 	t.Helper()
 	found, err := filepath.Glob(filepath.Join(n.DaemonRoot, "trees", "sha256-"+manifest+"*"))
@@ -65,7 +65,7 @@ func trees(t *testing.T, n *node.Node, manifest string) []string {
 	return found
 }
 
-// pid is the process ID of the pod's container on the host.
+// pid returns the host's process ID of the pod's container.
 func pid(t *testing.T, n *node.Node, pod *node.Pod) string {
 	t.Helper()
 	out, err := n.Crictl("inspect", "--output", "go-template", "--template", "{{.info.pid}}", pod.Containers["main"])
@@ -78,7 +78,7 @@ func TestPodsWithDifferentUserNamespacesShareAnArtifact(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	src := writeOwnedModel(t)
 	before := daemonUsage(t, n)
-	// run runs a pod of two containers, of one if it cannot have two.
+	// run runs a pod of two containers, or of one if the runtime does not support two.
 	run := func(spec *node.PodSpec) *node.Pod {
 		t.Helper()
 		alone := spec.UserNamespace && older(t, n, 2, "one container of a pod with a user namespace can mount a volume, and no other")
@@ -88,13 +88,14 @@ func TestPodsWithDifferentUserNamespacesShareAnArtifact(t *testing.T) {
 		pod, err := n.RunPod(*spec)
 		check(t, err)
 		if alone {
-			// The runtime maps the owners once more, or tries to: an overlay cannot be mapped.
+			// The runtime maps the owners again, or tries to: an overlay cannot be
+			// ID-mapped.
 			err := pod.Start(node.Container{Name: "main"})
 			if err == nil {
 				_, err = pod.Tree("main", "/model")
 			}
 			if err == nil || !strings.Contains(err.Error(), "MOUNT_ATTR_IDMAP") && !strings.Contains(err.Error(), "permission denied") {
-				t.Errorf("got %v, want that the second container cannot read the volume", err)
+				t.Errorf("got %v, want an error for the second container", err)
 			}
 			pod.Containers["main"] = pod.Containers["reader"]
 		}
@@ -119,7 +120,7 @@ func TestPodsWithDifferentUserNamespacesShareAnArtifact(t *testing.T) {
 			}
 			for _, ns := range namespaces {
 				var known []string
-				if ns.base > 0 { // the first one may have been made during the pull
+				if ns.base > 0 { // the tree without a map may exist since the pull
 					known = trees(t, n, manifest)
 				}
 				reader := reading(ref)
@@ -127,7 +128,7 @@ func TestPodsWithDifferentUserNamespacesShareAnArtifact(t *testing.T) {
 				ns.pod = run(&ns.spec)
 				fresh := slices.DeleteFunc(trees(t, n, manifest), func(name string) bool { return slices.Contains(known, name) })
 				if len(fresh) != 1 {
-					t.Fatalf("the pod has made the trees %q, want one", fresh)
+					t.Fatalf("the pod created the trees %q, want one", fresh)
 				}
 				ns.tree = fresh[0]
 			}
@@ -144,8 +145,8 @@ func TestPodsWithDifferentUserNamespacesShareAnArtifact(t *testing.T) {
 			}
 			wantAll(namespaces)
 			for _, ns := range namespaces {
-				// What the tree really has: nobody but the host's nobody owns
-				// what the pod has no ID for.
+				// The owners on the host: a file whose owner has no ID in the pod belongs
+				// to the host's overflow ID.
 				outside := [2]uint32{70000, 70001}
 				if ns.base > 0 {
 					outside = [2]uint32{65534, 65534}
@@ -166,7 +167,7 @@ func TestPodsWithDifferentUserNamespacesShareAnArtifact(t *testing.T) {
 				}
 			}
 
-			// A daemon that is new knows the trees of the old one.
+			// A new daemon knows the trees of the previous one.
 			check(t, n.KillDaemon())
 			check(t, n.StartDaemon())
 			waitForDaemon(t, n)
@@ -178,17 +179,17 @@ func TestPodsWithDifferentUserNamespacesShareAnArtifact(t *testing.T) {
 				check(t, next.Remove())
 			}
 			if got := trees(t, n, manifest); len(got) != len(namespaces) {
-				t.Errorf("after a restart there are the trees %q, want %d", got, len(namespaces))
+				t.Errorf("after a restart the trees are %q, want %d", got, len(namespaces))
 			}
 
-			// Without its image each Tree goes with its own last pod.
+			// After the deletion of the image, each tree is removed with its last pod.
 			_, err := n.Crictl("rmi", ref)
 			check(t, err)
 			waitFor(t, "containerd to delete the manifest", func() bool {
 				_, err := os.Stat(blobPath(n, manifest))
 				return os.IsNotExist(err)
 			})
-			for _, i := range []int{1, 0, 2} { // the first one made is not the last to go
+			for _, i := range []int{1, 0, 2} { // not in the order of creation
 				ns := namespaces[i]
 				check(t, ns.pod.Remove())
 				ns.pod = nil
@@ -202,7 +203,7 @@ func TestPodsWithDifferentUserNamespacesShareAnArtifact(t *testing.T) {
 				}
 				wantAll(left)
 				if got := trees(t, n, manifest); len(got) != len(left) {
-					t.Errorf("with %d pods there are the trees %q", len(left), got)
+					t.Errorf("with %d pods the trees are %q", len(left), got)
 				}
 			}
 			wantUsage(t, n, before)
@@ -210,7 +211,7 @@ func TestPodsWithDifferentUserNamespacesShareAnArtifact(t *testing.T) {
 	}
 }
 
-// wantOnlyMetadata checks that all data of a tree are containerd's very blobs.
+// wantOnlyMetadata checks that all data of a tree are hard links to containerd's blobs.
 func wantOnlyMetadata(t *testing.T, n *node.Node, tree string) {
 	t.Helper()
 	blobs := inodes(t, filepath.Join(n.ContentRoot, "blobs"))
@@ -222,17 +223,17 @@ func wantOnlyMetadata(t *testing.T, n *node.Node, tree string) {
 			own += bytes
 		}
 	}
-	t.Logf("tree %s: %d bytes are containerd's, %d its own", tree, shared, own)
+	t.Logf("tree %s shares %d bytes with containerd and has %d of its own", tree, shared, own)
 	if shared < 3<<20 {
 		t.Errorf("tree %s shares %d bytes with containerd, want at least the weights", tree, shared)
 	}
 	if own > 256<<10 {
-		t.Errorf("tree %s takes %d bytes of its own", tree, own)
+		t.Errorf("tree %s uses %d bytes of its own", tree, own)
 	}
 }
 
-// The root file system is overlayfs's, over layers that the kernel maps
-// ("remap-ids"): nothing is copied to change its owner.
+// The root file system is an overlayfs over layers that the kernel ID-maps ("remap-ids"),
+// so nothing is copied to change owners.
 func TestTheRootFileSystemOfAPodWithAUserNamespace(t *testing.T) {
 	n := node.ForTest(t, node.Options{})
 	file := func(name string, mode int64, uid int) pack.Member {
@@ -255,16 +256,17 @@ func TestTheRootFileSystemOfAPodWithAUserNamespace(t *testing.T) {
 	}
 	layers := committed()
 	if !slices.Contains(layers, layer.String()) {
-		t.Fatalf("the image is not unpacked: committed are %q", layers)
+		t.Fatalf("the image was not unpacked; committed snapshots: %q", layers)
 	}
 	bases := []uint32{0, node.UserNamespaceBase, otherBase}
 	wantRootOwners(t, n, ref, bases, true)
-	// containerd would commit a copy of the layers for each map (client/snapshotter_opts_unix.go).
+	// Without ID mapping containerd would commit a copy of the layers for each map
+	// (client/snapshotter_opts_unix.go).
 	if got := committed(); !slices.Equal(got, layers) {
-		t.Errorf("the layers were copied for their owners: committed are %q, and were %q", got, layers)
+		t.Errorf("the layers were copied to change owners: committed snapshots: %q, want %q", got, layers)
 	}
 
-	// As on a kernel that cannot map owners: containerd refuses such a pod,
+	// Simulate a kernel without ID-mapped overlays: containerd refuses such a pod,
 	tell := func(capabilities string) {
 		t.Helper()
 		file := filepath.Join(n.Dir, "containerd.d", "10-snapshotter.toml")
@@ -281,22 +283,22 @@ func TestTheRootFileSystemOfAPodWithAUserNamespace(t *testing.T) {
 	if err == nil {
 		check(t, pod.Remove())
 	}
-	// or, with slow_chown, copies the layers and changes the owners of all files. They are
-	// not mapped once more.
+	// or, with slow_chown, copies the layers and changes the owners of all files. The
+	// kernel must not map them again.
 	tell(`[]`)
-	ref, _ = guestImage(t, n, "inside", dir, file("files/root", 0o600, 0), file("files/user", 0o644, 1000)) // containerd copies no owner beyond the map
+	ref, _ = guestImage(t, n, "inside", dir, file("files/root", 0o600, 0), file("files/user", 0o644, 1000)) // containerd refuses to copy owners beyond the map
 	_, err = n.Pull(ref)
 	check(t, err)
 	layers = committed()
 	wantRootOwners(t, n, ref, bases, false)
 	if got := committed(); len(got) <= len(layers) {
-		t.Errorf("the layers were not copied for their owners: committed are %q", got)
+		t.Errorf("the layers were not copied to change owners; committed snapshots: %q", got)
 	}
 }
 
-// wantRootOwners runs a pod of the image for each user namespace, one without at 0, and
-// checks whose the files of its root filesystem are; outside says that one is of an owner
-// whom the pods cannot have.
+// wantRootOwners runs a pod of the image for each base, 0 meaning no user namespace, and
+// checks the owners of the files in its root file system. outside means that one file has
+// an owner beyond the map.
 func wantRootOwners(t *testing.T, n *node.Node, ref string, bases []uint32, outside bool) {
 	t.Helper()
 	var pods []*node.Pod
@@ -325,7 +327,7 @@ func wantRootOwners(t *testing.T, n *node.Node, ref string, bases []uint32, outs
 				t.Errorf("base %d: /files/%s is owned by %d:%d, want %d", bases[i], e.Path, e.UID, e.GID, want)
 			}
 		}
-		for _, name := range []string{"new", "root"} { // as on the host
+		for _, name := range []string{"new", "root"} { // on the host
 			if st := stat(t, filepath.Join("/proc", pid(t, n, pod), "root/files", name)); st.Uid != bases[i] || st.Gid != bases[i] {
 				t.Errorf("on the host /files/%s is owned by %d:%d, want %d", name, st.Uid, st.Gid, bases[i])
 			}

@@ -27,26 +27,26 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/treelist"
 )
 
-// verifiers is a directory of image verifiers, and the configuration of containerd
-// that names it. The directory is not there yet: then every pull is allowed, that of
-// the test image too.
-func verifiers(t *testing.T) (dir, config string) {
+// verifiers returns a directory for image verifiers, and containerd's configuration for it
+// with a time-out for each verifier. The directory does not exist yet, so that every pull
+// is allowed, including that of the test image.
+func verifiers(t *testing.T, timeout string) (dir, config string) {
 	t.Helper()
 	dir = filepath.Join(t.TempDir(), "bin")
-	config = recipe(t, "verifiers", "version = 3\n", "", "/opt/containerd/image-verifier/bin", dir, "10s", "3s")
+	config = recipe(t, "verifiers", "version = 3\n", "", "/opt/containerd/image-verifier/bin", dir, "10s", timeout)
 	return dir, config
 }
 
-// addVerifier writes a program into a directory, which it makes.
+// addVerifier writes a program into a directory, which it creates.
 func addVerifier(t *testing.T, dir, name, text string) {
 	t.Helper()
 	check(t, os.MkdirAll(dir, 0o755))
-	draft := filepath.Join(filepath.Dir(dir), name) // containerd runs all that is in dir
+	draft := filepath.Join(filepath.Dir(dir), name) // containerd runs everything in dir
 	check(t, os.WriteFile(draft, []byte(text), 0o755))
 	check(t, os.Rename(draft, filepath.Join(dir, name)))
 }
 
-// keys are a signer's.
+// keys are the keys of a signer.
 type keys struct{ private *ecdsa.PrivateKey }
 
 func newKeys(t *testing.T) keys {
@@ -56,7 +56,7 @@ func newKeys(t *testing.T) keys {
 	return keys{private}
 }
 
-// public is the public key's PEM.
+// public returns the public key in PEM.
 func (k keys) public(t *testing.T) []byte {
 	t.Helper()
 	der, err := x509.MarshalPKIXPublicKey(&k.private.PublicKey)
@@ -64,8 +64,8 @@ func (k keys) public(t *testing.T) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})
 }
 
-// sign pushes a signature of about for the artifact target of the repository, as
-// cosign does. They differ if the signature is somebody's who cheats.
+// sign pushes a signature for the artifact target into the repository, like cosign. about
+// is the digest in the signature; it differs from target in an attack.
 func (k keys) sign(t *testing.T, n *node.Node, repository string, target, about digest.Digest) {
 	t.Helper()
 	payload, err := json.Marshal(map[string]any{"critical": map[string]any{
@@ -86,8 +86,7 @@ func (k keys) sign(t *testing.T, n *node.Node, repository string, target, about 
 	check(t, err)
 }
 
-// pushText pushes a model of one file with the text, and returns the expected volume
-// of it.
+// pushText pushes a model of one file with this text, and returns the expected volume.
 func pushText(t *testing.T, n *node.Node, repository, text string) (ref string, manifest digest.Digest, expected []treelist.Entry) {
 	t.Helper()
 	layer := pack.Layer{MediaType: modelspec.MediaTypeModelWeightRaw, Data: []byte(text), Annotations: map[string]string{modelspec.AnnotationFilepath: "text"}}
@@ -97,8 +96,8 @@ func pushText(t *testing.T, n *node.Node, repository, text string) (ref string, 
 	return n.Registry + "/" + repository + ":latest", manifest, []treelist.Entry{fileEntry("text", []byte(text))}
 }
 
-// wantBlocked checks that a pull is refused with all of wanted, and that no pod gets
-// the artifact.
+// wantBlocked checks that a pull is refused with all wanted texts, and that no pod gets the
+// artifact.
 func wantBlocked(t *testing.T, n *node.Node, ref string, wanted ...string) {
 	t.Helper()
 	_, err := n.Pull(ref)
@@ -108,19 +107,19 @@ func wantBlocked(t *testing.T, n *node.Node, ref string, wanted ...string) {
 	t.Log(err)
 	for _, want := range wanted {
 		if !strings.Contains(err.Error(), want) {
-			t.Errorf("the pull of %s says %v, want %q in it", ref, err, want)
+			t.Errorf("the pull of %s ended with %v, want an error with %q", ref, err, want)
 		}
 	}
 	if pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}}); err == nil {
-		t.Errorf("a pod runs with %s", ref)
+		t.Errorf("a pod started with %s", ref)
 		check(t, pod.Remove())
 	}
 }
 
 func TestVerifierChecksSignatures(t *testing.T) {
 	t.Parallel()
-	dir, config := verifiers(t)
-	// What is set where the transfer service has it does not do away with verifiers.
+	dir, config := verifiers(t, "2m")
+	// Options of the transfer service do not disable verifiers.
 	config += "[plugins.'io.containerd.transfer.v1.local']\n  max_concurrent_downloads = 5\n"
 	n := node.ForTest(t, node.Options{ContainerdConfig: config})
 	program := filepath.Join(t.TempDir(), "verifier")
@@ -144,28 +143,28 @@ func TestVerifierChecksSignatures(t *testing.T) {
 	foreign, manifest, _ := pushText(t, n, "models/foreign", "foreign")
 	others.sign(t, n, "models/foreign", manifest, manifest)
 	wantBlocked(t, n, foreign, "no signature was made with the key")
-	// A good signature of another artifact.
+	// A valid signature of another artifact.
 	exchanged, target, _ := pushText(t, n, "models/exchanged", "exchanged")
 	ours.sign(t, n, "models/exchanged", target, manifest)
 	wantBlocked(t, n, exchanged, "no signature was made with the key")
 
-	// A tag that moves to what nobody has signed: the pull is refused, and what was
-	// there stays.
+	// The tag moves to an artifact without a signature: the pull is refused, and the old
+	// artifact stays.
 	pushText(t, n, "models/signed", "moved")
 	if _, err := n.Pull(signed); err == nil || !strings.Contains(err.Error(), "no signature") {
-		t.Errorf("the pull of the tag that has moved: %v", err)
+		t.Errorf("the pull of the moved tag: %v", err)
 	}
 	wantServed(t, n, signed, expected)
 
-	// The tool pulls by the transfer service, too.
+	// `pull` uses the transfer service too.
 	if _, _, err := n.Artifact("pull", "--plain-http", unsigned); err == nil || !strings.Contains(err.Error(), "no signature") {
-		t.Errorf("the tool pulls what is not signed: %v", err)
+		t.Errorf("pull accepted an artifact without a signature: %v", err)
 	}
 
 	t.Run("what is not covered", func(t *testing.T) { testNotVerified(t, n, dir, unsigned, shownUnsigned) })
 }
 
-// What docs/kubernetes.md says that verifiers do not see.
+// The limits of verifiers in docs/kubernetes.md.
 func testNotVerified(t *testing.T, n *node.Node, dir, unsigned string, expected []treelist.Entry) {
 	// An import.
 	_, err := n.Ctr("images", "pull", "--plain-http", "--local", unsigned)
@@ -179,7 +178,7 @@ func testNotVerified(t *testing.T, n *node.Node, dir, unsigned string, expected 
 	wantEventuallyServed(t, n, unsigned, expected)
 	removeByNameAndWait(t, n, unsigned)
 
-	// Pulls that containerd does not do by its transfer service.
+	// Pulls for which containerd does not use its transfer service.
 	check(t, os.WriteFile(filepath.Join(n.Dir, "containerd.d", "30-local.toml"),
 		[]byte("version = 3\n[plugins.'io.containerd.cri.v1.images']\n  max_concurrent_downloads = 5\n"), 0o600))
 	check(t, n.RestartContainerd())
@@ -189,12 +188,12 @@ func testNotVerified(t *testing.T, n *node.Node, dir, unsigned string, expected 
 	log, err := os.ReadFile(filepath.Join(n.Dir, "logs", "containerd"))
 	check(t, err)
 	if !strings.Contains(string(log), "Falling back to local image pull mode") {
-		t.Error("containerd's log does not say why it pulls by itself")
+		t.Error("containerd's log has no message about the local pull mode")
 	}
 	check(t, os.Remove(filepath.Join(n.Dir, "containerd.d", "30-local.toml")))
 	check(t, n.RestartContainerd())
 
-	// No directory.
+	// Without the directory no verifier runs.
 	removeByNameAndWait(t, n, unsigned)
 	wantBlocked(t, n, unsigned, "no signature")
 	check(t, os.Rename(dir, dir+"-away"))
@@ -202,7 +201,7 @@ func testNotVerified(t *testing.T, n *node.Node, dir, unsigned string, expected 
 	check(t, err)
 }
 
-// removeByNameAndWait deletes all names that CRI has for an image.
+// removeByNameAndWait deletes all names of an image that CRI knows.
 func removeByNameAndWait(t *testing.T, n *node.Node, ref string) {
 	t.Helper()
 	waitFor(t, "CRI to know "+ref, func() bool {
@@ -213,7 +212,7 @@ func removeByNameAndWait(t *testing.T, n *node.Node, ref string) {
 
 func TestVerifierAllowsDigests(t *testing.T) {
 	t.Parallel()
-	dir, config := verifiers(t)
+	dir, config := verifiers(t, "10s")
 	n := node.ForTest(t, node.Options{ContainerdConfig: config})
 	list := filepath.Join(t.TempDir(), "allowed-digests")
 	check(t, os.WriteFile(list, nil, 0o600))
@@ -222,11 +221,11 @@ func TestVerifierAllowsDigests(t *testing.T) {
 	ref, manifest, expected := pushText(t, n, "models/listed", "listed")
 	wantBlocked(t, n, ref, "verifier allowed-digests rejected image (exit code 1): "+manifest.String()+" is not in "+list)
 	check(t, os.WriteFile(list, []byte(manifest.String()+"\n"), 0o600))
-	_, err := n.Pull(ref) // no restart
+	_, err := n.Pull(ref) // without a restart of containerd
 	check(t, err)
 	wantServed(t, n, ref, expected)
 
-	// What cannot be run, or does not end, blocks: containerd does not guess.
+	// If a verifier cannot run or does not end, containerd blocks the pull.
 	other, _, _ := pushText(t, n, "models/other", "other")
 	addVerifier(t, dir, "allowed-digests", "#!/bin/sh\nexec sleep 60\n")
 	wantBlocked(t, n, other, "image verifier bindir returned error", "failed to call verifier allowed-digests")

@@ -118,7 +118,7 @@ func (d Dir) stat(dgst digest.Digest) (int64, error) {
 	info, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return 0, errdefs.ErrNotFound.WithMessage(fmt.Sprintf("no blob %s in %s; check that this is the runtime's content root", dgst, d))
+		return 0, fmt.Errorf("no blob %s in %s; check that this is the runtime's content root: %w", dgst, d, errdefs.ErrNotFound)
 	case err != nil:
 		return 0, fmt.Errorf("blob %s in %s cannot be read; check that this is the runtime's content root: %w", dgst, d, err)
 	case !info.Mode().IsRegular():

@@ -281,6 +281,17 @@ func TestInstallKeepsOtherFiles(t *testing.T) {
 		e.run(t, "uninstall")
 		wantSame(t, e.dir, before)
 	})
+	t.Run("another root of containerd, which does not run", func(t *testing.T) {
+		e := newEtc(t, "version = 3\nroot = '/data'\n")
+		said := e.run(t, "install")
+		if want := "containerd has its blobs in /data/io.containerd.content.v1.content, but the daemon will look in "; !strings.Contains(said, want) {
+			t.Errorf("install says %q, want %q", said, want)
+		}
+		if said := e.run(t, "install"); said != "nothing to do" {
+			t.Errorf("a second time it said %q", said)
+		}
+		e.run(t, "uninstall")
+	})
 	t.Run("changes after the installation", func(t *testing.T) {
 		e := newEtc(t, "version = 3\nroot = '/data'\n")
 		e.run(t, "install")

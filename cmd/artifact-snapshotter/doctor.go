@@ -9,10 +9,8 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"strings"
 
-	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/log"
 	"github.com/urfave/cli/v3"
@@ -29,13 +27,15 @@ func doctorCommand() *cli.Command {
 		Description: "It makes the same mounts as the daemon when it starts, in the same root and beside a running\n" +
 			"daemon, asks the daemon and containerd what they have loaded, reads containerd's configuration,\n" +
 			"and leaves nothing behind. The exit code is 1 if the daemon cannot mount artifacts with this\n" +
-			"configuration. It is 0 if the daemon or containerd merely do not run.\n\n" +
+			"configuration. It is 0 if the daemon or containerd merely do not run, or if there is only advice,\n" +
+			"unless --strict is set.\n\n" +
 			"Examples:\n\n" +
 			"  artifact-snapshotter doctor\n" +
 			"  artifact-snapshotter doctor --containerd-config /etc/containerd/other.toml\n" +
-			"  artifact-snapshotter doctor --output json",
+			"  artifact-snapshotter doctor --strict --output json",
 		Flags: append(daemonFlags(),
-			&cli.StringFlag{Name: "containerd-config", Usage: "containerd's own configuration file", Value: filepath.Join(defaults.DefaultConfigDir, "config.toml"), TakesFile: true},
+			&cli.StringFlag{Name: "containerd-config", Usage: "containerd's main configuration file", TakesFile: true, DefaultText: "that of containerd, k3s or RKE2, whichever exists"},
+			&cli.BoolFlag{Name: "strict", Usage: "exit with 1 also if something is unknown, or if there is advice"},
 			outputFlag(),
 		),
 		Action: runDoctor,
@@ -58,7 +58,13 @@ func runDoctor(ctx context.Context, command *cli.Command) error {
 	if err := log.SetLevel("fatal"); err != nil {
 		return err
 	}
-	node := doctor.Node{Config: cfg.Discover(ctx), ConfigFile: command.String("config"), ContainerdConfig: command.String("containerd-config")}
+	containerd := command.String("containerd-config")
+	if containerd == "" {
+		if containerd, err = containerdconfig.FindMain(); err != nil {
+			return err
+		}
+	}
+	node := doctor.Node{Config: cfg.Discover(ctx), ConfigFile: command.String("config"), ContainerdConfig: containerd}
 	node.Containerd, node.Unanswered = client.Connect(ctx, cfg.ContainerdAddress, namespaces.Default, containerdconfig.Snapshotter)
 	if node.Unanswered == nil {
 		defer func() { _ = node.Containerd.Close() }()
@@ -67,23 +73,25 @@ func runDoctor(ctx context.Context, command *cli.Command) error {
 	if err != nil {
 		return err
 	}
-	byKey := map[string]doctor.Finding{}
-	var problems []string
-	for _, found := range findings {
-		byKey[found.Key()] = found
-		if found.Problem != "" {
-			problems = append(problems, found.Check)
-		}
-	}
+	verdict := doctor.Judge(findings)
 	if asJSON {
+		byKey := map[string]any{"verdict": verdict}
+		for _, found := range findings {
+			byKey[found.Key()] = found
+		}
 		err = printJSON(command.Root().Writer, byKey)
-	} else {
-		err = printFindings(command.Root().Writer, findings)
+	} else if err = printFindings(command.Root().Writer, findings); err == nil {
+		_, err = fmt.Fprintf(command.Root().Writer, "\nverdict: %s\n", verdict)
 	}
-	if err == nil && problems != nil {
-		err = fmt.Errorf("doctor has found problems: %s", strings.Join(problems, ", "))
+	switch {
+	case err != nil:
+		return err
+	case verdict.Result == doctor.ResultProblem:
+		return fmt.Errorf("doctor has found problems: %s", strings.Join(verdict.Problems, ", "))
+	case verdict.Result != doctor.ResultOK && command.Bool("strict"):
+		return fmt.Errorf("--strict: %s", verdict)
 	}
-	return err
+	return nil
 }
 
 func printFindings(w io.Writer, findings []doctor.Finding) error {

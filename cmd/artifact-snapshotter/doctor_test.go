@@ -43,6 +43,7 @@ type report struct {
 	ContainerdConfig section[doctor.ConfigFacts]     `json:"containerd_config"`
 	EmptyBlob        section[doctor.BlobFacts]       `json:"empty_blob"`
 	SharedConfigs    section[[]doctor.SharedFacts]   `json:"shared_configs"`
+	Verdict          doctor.Verdict                  `json:"verdict"`
 }
 
 type section[T any] struct {
@@ -116,6 +117,9 @@ func examine(t *testing.T, root, content, config string) (text string, got repor
 		if (problem != "") != strings.Contains(stderr, check) {
 			t.Errorf("stderr %q, and of %s JSON has %q", stderr, check, problem)
 		}
+	}
+	if want := fmt.Sprintf("\n\nverdict: %s\n", got.Verdict); !strings.HasSuffix(text, want) || (got.Verdict.Result == doctor.ResultProblem) != (exit == 1) {
+		t.Errorf("exit code %d, and the text does not end with %q", exit, want)
 	}
 	if after := names(t, root); !slices.Equal(after, before) {
 		t.Errorf("%s has %q, before it had %q", root, after, before)
@@ -250,9 +254,37 @@ func TestDoctorWithoutContainerdAndDaemon(t *testing.T) {
 			t.Errorf("no %q in:\n%s", want, text)
 		}
 	}
+	if v := got.Verdict; v.Result != doctor.ResultUnknown || !slices.Equal(v.Unknown, []string{"containerd", "socket", "containerd config", "empty blob", "shared configs"}) {
+		t.Errorf("the verdict is %+v", v)
+	}
+	_, stderr, exit := run(t, append([]string{"doctor", "--strict", "--root", t.TempDir(), "--content-root", t.TempDir(), "--config", writeFile(t, "")}, nowhere(t)...)...)
+	if exit != 1 {
+		t.Errorf("--strict: exit code %d", exit)
+	}
+	wantErrorLine(t, stderr, "--strict: no problem found, but this could not be examined: containerd, ")
 	wantAdvice(t, got.Containerd.Advice, "containerd_address", "empty blob")
 	wantAdvice(t, got.Socket.Advice, "start the daemon", "start")
 	wantAdvice(t, got.ContainerdConfig.Advice, "--containerd-config", "checks it")
+}
+
+// containerd need not run for its configuration to tell where its blobs will be.
+func TestDoctorComparesTheContentRootWithTheConfiguration(t *testing.T) {
+	root := t.TempDir()
+	for content, wrong := range map[string]bool{filepath.Join(root, "io.containerd.content.v1.content"): false, t.TempDir(): true} {
+		args := append(nowhere(t), "--config", writeFile(t, ""), "--root", t.TempDir(), "--content-root", content,
+			"--containerd-config", writeFile(t, fmt.Sprintf("version = 3\nroot = %q\n", root)), "--output", "json")
+		printed, _, _ := run(t, append([]string{"doctor"}, args...)...)
+		var got report
+		if err := json.Unmarshal([]byte(printed), &got); err != nil {
+			t.Fatal(err)
+		}
+		advised := slices.ContainsFunc(got.Content.Advice, func(a doctor.Advice) bool {
+			return strings.Contains(a.Do, fmt.Sprintf("set content_root to %q", filepath.Join(root, "io.containerd.content.v1.content")))
+		})
+		if advised != wrong {
+			t.Errorf("content_root %s: the advice is %+v", content, got.Content.Advice)
+		}
+	}
 }
 
 // The lines to write are indented below the advice.

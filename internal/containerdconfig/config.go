@@ -7,10 +7,12 @@
 package containerdconfig
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"iter"
 	"maps"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -18,6 +20,7 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/cmd/containerd/server/config"
 	"github.com/containerd/containerd/v2/defaults"
+	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/containerd/v2/version"
 	"github.com/containerd/platforms"
 	containerdplugin "github.com/containerd/plugin"
@@ -44,6 +47,8 @@ const (
 
 // Config is the part of containerd's configuration that concerns snapshotters.
 type Config struct {
+	// ContentRoot is where containerd has its blobs, unless it is started with --root.
+	ContentRoot string
 	// Proxies are the proxy plugins by name.
 	Proxies map[string]config.ProxyPlugin
 	// NodeSnapshotter serves the pods whose runtime handler names no snapshotter.
@@ -110,6 +115,7 @@ func Read(ctx context.Context, paths ...string) (*Config, error) {
 		}
 	}
 	read := &Config{
+		ContentRoot:     filepath.Join(cmp.Or(loaded.Root, defaults.DefaultRootDir), string(plugins.ContentPlugin)+".content"),
 		Proxies:         loaded.ProxyPlugins,
 		NodeSnapshotter: images.Snapshotter,
 		DefaultHandler:  runtime.Containerd.Default,

@@ -6,10 +6,12 @@ package doctor
 import (
 	"context"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdconfig"
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
@@ -122,7 +124,7 @@ func result(t unpack.ModeTrial, taken, forced unpack.Mode) string {
 }
 
 // checkContentRoot tries how the daemon can retain containerd's blobs.
-func checkContentRoot(_ context.Context, n Node) (found Finding) {
+func checkContentRoot(ctx context.Context, n Node) (found Finding) {
 	root, err := unpack.Locate(n.Root)
 	if err != nil {
 		return failed(err)
@@ -143,6 +145,9 @@ func checkContentRoot(_ context.Context, n Node) (found Finding) {
 		found.advise("if images have been pulled, set content_root to what `ctr plugins ls --detailed id==content | grep root` prints",
 			"the daemon finds the blobs")
 	}
+	if n.Unanswered != nil { // otherwise checkContainerd asks it
+		adviseContentRoot(ctx, n, &found)
+	}
 	const gain = "models need no second copy on disk"
 	switch {
 	case s.Retention == unpack.Linked, s.Retention == unpack.Reflinked:
@@ -161,6 +166,20 @@ func checkContentRoot(_ context.Context, n Node) (found Finding) {
 			"containers start: overlayfs does not accept an overlay for their root filesystems")
 	}
 	return found
+}
+
+// adviseContentRoot compares content_root with containerd's configuration, if that can be read:
+// checkContainerdConfig says why it cannot.
+func adviseContentRoot(ctx context.Context, n Node, found *Finding) {
+	if _, err := os.Stat(n.ContainerdConfig); err != nil {
+		return
+	}
+	read, err := containerdconfig.Read(ctx, n.ContainerdConfig)
+	if err != nil || sameFile(read.ContentRoot, n.ContentRoot) || filepath.Clean(read.ContentRoot) == filepath.Clean(n.ContentRoot) {
+		return
+	}
+	found.advise(fmt.Sprintf("set content_root to %q, where %s says that containerd has its blobs, unless it is started with another --root", read.ContentRoot, n.ContainerdConfig),
+		"the daemon finds the blobs")
 }
 
 // retention says how blobs are retained.

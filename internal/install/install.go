@@ -199,6 +199,9 @@ func (r *run) install(ctx context.Context) error {
 	if err := r.write(containerd); err != nil {
 		return err
 	}
+	if c == nil && len(containerd) > 0 { // otherwise checkContent has asked it
+		r.compareContent(now.read.ContentRoot)
+	}
 	return r.finish(ctx, c, len(containerd) > 0, r.Daemon.SocketAddress())
 }
 
@@ -220,6 +223,14 @@ func (r *run) checkContent(ctx context.Context, c *running) error {
 		return fmt.Errorf("containerd's blobs are in %s, but the daemon would look in %s: write content_root = %[1]q into %[3]s: %w", root, r.Daemon.ContentRoot, ConfigFile, errdefs.ErrFailedPrecondition)
 	}
 	return nil
+}
+
+// compareContent warns if the daemon would look for blobs elsewhere than in the root, which
+// containerd has according to its configuration; it may be started with another one.
+func (r *run) compareContent(root string) {
+	if filepath.Clean(root) != filepath.Clean(r.Daemon.ContentRoot) && !sameFile(root, r.Daemon.ContentRoot) {
+		r.reportf("warning: %s says that containerd has its blobs in %s, but the daemon will look in %s: unless containerd is started with another --root, write content_root = %[2]q into %[4]s", r.main, root, r.Daemon.ContentRoot, ConfigFile)
+	}
 }
 
 func sameFile(a, b string) bool {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
 // The names that the runtimes register with.
@@ -119,11 +120,11 @@ var replacedOptions = []string{"bind", "rbind", "ro", "rw", "suid", "nosuid", "d
 
 // bindMount returns the mount of source that takes the place of the volume.
 func (v *volume) bindMount(source string) *api.Mount {
-	options := []string{"bind", "ro", "nosuid", "nodev"}
+	m := unpack.Bind(source)
 	for _, o := range v.options {
-		if !slices.Contains(replacedOptions, o) && !slices.Contains(options, o) {
-			options = append(options, o)
+		if !slices.Contains(replacedOptions, o) && !slices.Contains(m.Options, o) {
+			m.Options = append(m.Options, o)
 		}
 	}
-	return &api.Mount{Type: "bind", Source: source, Destination: v.destination, Options: options}
+	return &api.Mount{Type: m.Type, Source: m.Source, Destination: v.destination, Options: m.Options}
 }

@@ -248,7 +248,7 @@ func (s *snapshotter) createView(ctx context.Context, kind snapshots.Kind, key, 
 		}
 	}
 	ref.Listed()
-	return bind(ref), nil
+	return []mount.Mount{unpack.Bind(ref.Path)}, nil
 }
 
 // record creates the record of a view. The label names its artifact or layers.
@@ -388,10 +388,6 @@ func apply(opts []snapshots.Opt) (base snapshots.Info, err error) {
 	return base, nil
 }
 
-func bind(v *store.Reference) []mount.Mount {
-	return []mount.Mount{{Type: "bind", Source: v.Path, Options: []string{"bind", "ro", "nosuid", "nodev"}}}
-}
-
 // withLabel marks a snapshot as one of an artifact. withoutLabel removes our labels, which a
 // caller may have set.
 func withLabel(manifest digest.Digest) snapshots.Opt {
@@ -463,7 +459,7 @@ func (s *snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 		return nil, err
 	}
 	v.Listed()
-	return bind(v), nil
+	return []mount.Mount{unpack.Bind(v.Path)}, nil
 }
 
 // Usage of a view is what its tree adds to the disk, including copies of blobs. The blobs

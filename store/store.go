@@ -151,7 +151,7 @@ func (s *Store) Close() error {
 type Reference struct {
 	// ID is what the References of a front end must list.
 	ID ID
-	// Path is the shared, read-only mount, to be bind-mounted where it is needed.
+	// Path is the shared, read-only mount. Front ends mount it by unpack.Bind.
 	Path string
 	// Modes are how the tree was laid out; "" if another version of this program built it.
 	Modes unpack.Modes

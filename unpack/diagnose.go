@@ -56,7 +56,7 @@ func DiagnoseModes(ctx context.Context, root Location, forced Mode, direct bool,
 	}
 	for _, r := range all {
 		err := Try(ctx, root.Existing, r, true)
-		t := ModeTrial{Mode: r, Tried: means[r], DirectIO: err == nil}
+		t := ModeTrial{Mode: r, Tried: modes[r].tried, DirectIO: err == nil}
 		if err != nil && !direct {
 			err = Try(ctx, root.Existing, r, false)
 		}
@@ -90,17 +90,6 @@ func (m machine) twice(verity bool) (reason, remedy string) {
 	}
 }
 
-// means says what Try tries.
-var means = map[Mode]string{
-	Overlay:       "overlayfs over a data-only lower layer",
-	Link:          "a hard link",
-	Copy:          "nothing but writing",
-	EROFS:         "an EROFS image over files, with direct I/O",
-	EROFSLoop:     "an EROFS image over loop devices, with direct I/O",
-	EROFSBuffered: "an EROFS image over files",
-	Extract:       "nothing but writing",
-}
-
 // Gain says what a user gains by moving from one mode to a better one. From "", no mode at
 // all, every mode is better.
 func Gain(from, to Mode) string {
@@ -120,14 +109,6 @@ var gains = map[[2]Mode]string{
 	{Extract, EROFS}:           "tar layers are not copied",
 	{Extract, EROFSLoop}:       "tar layers are not copied, but take a loop device each",
 	{Extract, EROFSBuffered}:   "tar layers are not copied, but the page cache holds them twice",
-}
-
-// minKernel is the first Linux with everything that a mode needs.
-var minKernel = map[Mode]kernelversion.KernelVersion{
-	Overlay:       {Kernel: 6, Major: 5},
-	EROFS:         {Kernel: 6, Major: 13},
-	EROFSLoop:     {Kernel: 6, Major: 4},
-	EROFSBuffered: {Kernel: 6, Major: 12},
 }
 
 // readsEnds is the first Linux known to read the end of an EROFS file by direct I/O if the
@@ -171,7 +152,7 @@ func (m machine) explain(r Mode, err error) (reason, remedy string) {
 	if r == Overlay {
 		module = "overlay"
 	}
-	first := minKernel[r]
+	first := modes[r].kernel
 	switch {
 	case errors.Is(err, errdefs.ErrResourceExhausted), is(unix.EMFILE, unix.ENFILE, unix.ENOMEM):
 		return oneLine(err), "free the exhausted resource and run this again"

@@ -306,13 +306,13 @@ func cachedAfter(t *testing.T, path string, f func()) bool {
 // If something is lacking temporarily, Probe must not choose a fallback, which would stay
 // until the next start.
 func TestATemporaryErrorExcludesNoMode(t *testing.T) {
-	try := probes[Overlay]
-	defer func() { probes[Overlay] = try }()
-	probes[Overlay] = func(context.Context, string, bool) error { return fmt.Errorf("%w: %w", errNoDirectIO, unix.ENOMEM) }
+	overlay := modes[Overlay]
+	defer func() { modes[Overlay] = overlay }()
+	modes[Overlay] = traits{probe: func(context.Context, string, bool) error { return fmt.Errorf("%w: %w", errNoDirectIO, unix.ENOMEM) }}
 	if r, err := probe(t.Context(), t.TempDir(), "", true, RawModes); r != "" || !errors.Is(err, unix.ENOMEM) {
 		t.Errorf("%q, %v; want none, and why", r, err)
 	}
-	probes[Overlay] = func(context.Context, string, bool) error { return errNoDirectIO }
+	modes[Overlay] = traits{probe: func(context.Context, string, bool) error { return errNoDirectIO }}
 	if r, err := probe(t.Context(), t.TempDir(), "", true, []Mode{Overlay, Copy}); r != Copy || err != nil {
 		t.Errorf("%q, %v; want the next one", r, err)
 	}

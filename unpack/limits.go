@@ -76,7 +76,9 @@ const (
 	maxConfigValue = 255
 )
 
-// maxDevices is how many archives an EROFS image may refer to: for files what an EROFS can
-// count, less the device of files that have no bytes; for loop devices what a node can bear.
-// An artifact with more is extracted.
-var maxDevices = map[Mode]int{EROFS: 1<<16 - 2, EROFSBuffered: 1<<16 - 2, EROFSLoop: 1000, Extract: -1}
+const (
+	// maxDevices is how many archives an EROFS image may refer to: what an EROFS can count,
+	// less the device of files that have no bytes. maxLoopDevices is what a node can bear.
+	maxDevices     = 1<<16 - 2
+	maxLoopDevices = 1000
+)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/pkg/kernelversion"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
@@ -64,15 +65,38 @@ type Modes struct {
 	Tar Mode `json:"tar"`
 }
 
-// probes try a mode in an empty directory.
-var probes = map[Mode]func(ctx context.Context, dir string, direct bool) error{
-	Overlay:       probeOverlay,
-	Link:          probeLink,
-	Copy:          probeCopy,
-	EROFS:         probeImage(EROFS),
-	EROFSLoop:     probeImage(EROFSLoop),
-	EROFSBuffered: probeImage(EROFSBuffered),
-	Extract:       probeCopy,
+// traits are what distinguishes a mode, beside the code that builds and mounts its trees.
+type traits struct {
+	// tried says what probe tries: to use the mode in an empty directory.
+	tried string
+	probe func(ctx context.Context, dir string, direct bool) error
+	// kernel is the first Linux with everything that the mode needs.
+	kernel kernelversion.KernelVersion
+	// devices is how many archives an EROFS image may refer to; -1 if there is no image. An
+	// artifact with more is extracted.
+	devices int
+}
+
+var modes = map[Mode]traits{
+	Overlay: {tried: "overlayfs over a data-only lower layer", probe: probeOverlay, kernel: kernelversion.KernelVersion{Kernel: 6, Major: 5}},
+	Link:    {tried: "a hard link", probe: probeLink},
+	Copy:    {tried: "nothing but writing", probe: probeCopy},
+	EROFS: {
+		tried:  "an EROFS image over files, with direct I/O",
+		probe:  probeImage(EROFS, "EROFS over files with direct I/O needs Linux 6.13, the erofs module, and a file system that can do direct I/O in units of 512 bytes"),
+		kernel: kernelversion.KernelVersion{Kernel: 6, Major: 13}, devices: maxDevices,
+	},
+	EROFSLoop: {
+		tried:  "an EROFS image over loop devices, with direct I/O",
+		probe:  probeImage(EROFSLoop, "EROFS over loop devices needs Linux 6.4, the erofs and loop modules, and /dev/loop-control"),
+		kernel: kernelversion.KernelVersion{Kernel: 6, Major: 4}, devices: maxLoopDevices,
+	},
+	EROFSBuffered: {
+		tried:  "an EROFS image over files",
+		probe:  probeImage(EROFSBuffered, "EROFS over files needs Linux 6.12 and the erofs module"),
+		kernel: kernelversion.KernelVersion{Kernel: 6, Major: 12}, devices: maxDevices,
+	},
+	Extract: {tried: "nothing but writing", probe: probeCopy, devices: -1},
 }
 
 // Probe returns the best modes that work in root, by trying each with a real mount, and why
@@ -130,7 +154,7 @@ const ProbeDirs = "probe-*"
 // Try returns nil if the mode works in root and, if direct is true, its files can be read
 // with O_DIRECT. Otherwise it returns why not.
 func Try(ctx context.Context, root string, r Mode, direct bool) error {
-	probe, ok := probes[r]
+	mode, ok := modes[r]
 	if !ok {
 		return fmt.Errorf("there is no mode %q: %w", r, errdefs.ErrInvalidArgument)
 	}
@@ -139,7 +163,7 @@ func Try(ctx context.Context, root string, r Mode, direct bool) error {
 		return fmt.Errorf("mode %q cannot be tried in %s: %w", r, root, outOfSpace(err))
 	}
 	defer os.RemoveAll(dir)
-	if err := probe(ctx, dir, direct); err != nil {
+	if err := mode.probe(ctx, dir, direct); err != nil {
 		return fmt.Errorf("mode %q does not work in %s: %w", r, root, outOfSpace(err))
 	}
 	return nil
@@ -190,17 +214,10 @@ func probeCopy(_ context.Context, dir string, direct bool) error {
 	return readFiles(dir, map[string]string{"copy": content}, direct)
 }
 
-// needs says what a mode with an EROFS image requires.
-var needs = map[Mode]string{
-	EROFS:         "EROFS over files with direct I/O needs Linux 6.13, the erofs module, and a file system that can do direct I/O in units of 512 bytes",
-	EROFSLoop:     "EROFS over loop devices needs Linux 6.4, the erofs and loop modules, and /dev/loop-control",
-	EROFSBuffered: "EROFS over files needs Linux 6.12 and the erofs module",
-}
-
 // probeImage reads a member through an EROFS image like those of Build, directly and below
 // an overlay. The member begins at a multiple of 512 bytes but not of 4096, where direct
-// I/O can fail.
-func probeImage(r Mode) func(context.Context, string, bool) error {
+// I/O can fail. needs says what the mount needs.
+func probeImage(r Mode, needs string) func(context.Context, string, bool) error {
 	return func(ctx context.Context, dir string, direct bool) error {
 		member := strings.Repeat("artifact", 1000)
 		c := &content{name: "archive", path: filepath.Join(dir, "archive")}
@@ -237,7 +254,7 @@ func probeImage(r Mode) func(context.Context, string, bool) error {
 			return err
 		}
 		if err := mountImage(ctx, r, image, files, lower); err != nil {
-			return fmt.Errorf("%s: %w", needs[r], err)
+			return fmt.Errorf("%s: %w", needs, err)
 		}
 		want := map[string]string{"member": member}
 		overlay := filepath.Join(dir, "overlay")

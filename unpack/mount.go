@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -20,9 +19,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Mount mounts the tree at target, an existing directory: read-only, nosuid and nodev. It
-// also mounts something below the tree's directory for a moment, which a crash may leave
-// there.
+// Mount mounts the tree at target, an existing directory, with the options in
+// mountoptions.go. It also mounts something below the tree's directory for a moment, which a
+// crash may leave there.
 func (t *Tree) Mount(ctx context.Context, target string) (err error) {
 	defer func() {
 		if err != nil {
@@ -50,25 +49,9 @@ func (t *Tree) Mount(ctx context.Context, target string) (err error) {
 		m := overlayMount(fs, data)
 		return m.Mount(target)
 	}
-	m := mount.Mount{Type: "bind", Source: fs, Options: []string{"bind", "ro", "nosuid", "nodev"}}
+	m := Bind(fs)
 	return m.Mount(target)
 }
-
-// overlayMount returns a read-only overlay of lower whose files take their content from
-// data, a data-only lower layer (Documentation/filesystems/overlayfs.rst, "Data-only lower
-// layers", Linux 6.5). Two paths are much shorter than the page that mount(2) allows for
-// options.
-func overlayMount(lower, data string) mount.Mount {
-	return mount.Mount{Type: "overlay", Source: "overlay", Options: []string{
-		"ro", "nosuid", "nodev",
-		"lowerdir=" + escapeOverlay.Replace(lower) + "::" + escapeOverlay.Replace(data),
-		"metacopy=on", "redirect_dir=follow", "index=off", "nfs_export=off",
-	}}
-}
-
-// escapeOverlay escapes the characters that have a meaning in the value of lowerdir=
-// (fs/overlayfs/params.c: ovl_next_opt, ovl_parse_param_split_lowerdirs).
-var escapeOverlay = strings.NewReplacer(`\`, `\\`, `:`, `\:`, `,`, `\,`)
 
 // mountImage mounts an EROFS image with its extra devices, in the image's order, in the way
 // of the mode.
@@ -87,7 +70,7 @@ func mountImage(ctx context.Context, r Mode, image string, devices []string, tar
 		if err := setReadAhead(filepath.Join("/sys/block", filepath.Base(files[0]), "queue")); err != nil {
 			log.G(ctx).WithError(err).Debug("cannot set the read-ahead of a loop device")
 		}
-		return mountEROFS(files, false, target)
+		return mountEROFS(files, r, target)
 	}
 	// Read-ahead is a setting of the superblock, and nothing tells its number in sysfs: it
 	// is the one that was not there before.
@@ -97,7 +80,7 @@ func mountImage(ctx context.Context, r Mode, image string, devices []string, tar
 	if err != nil {
 		return err
 	}
-	if err := mountEROFS(files, r == EROFS, target); err != nil {
+	if err := mountEROFS(files, r, target); err != nil {
 		return err
 	}
 	after, err := backingDevices()
@@ -150,7 +133,7 @@ func backingDevices() (map[string]bool, error) {
 
 // mountEROFS mounts the image files[0] with the extra devices files[1:], through the mount
 // API that takes any number of them (fsopen, fsconfig, fsmount).
-func mountEROFS(files []string, direct bool, target string) error {
+func mountEROFS(files []string, r Mode, target string) error {
 	fd, err := unix.Fsopen("erofs", unix.FSOPEN_CLOEXEC)
 	if err != nil {
 		return os.NewSyscallError("fsopen erofs", err)
@@ -171,18 +154,15 @@ func mountEROFS(files []string, direct bool, target string) error {
 		}
 		key = "device"
 	}
-	if direct {
-		if err := unix.FsconfigSetFlag(fd, "directio"); err != nil {
-			return configError(fd, "directio", err)
+	for _, option := range erofsOptions(r) {
+		if err := unix.FsconfigSetFlag(fd, option); err != nil {
+			return configError(fd, option, err)
 		}
-	}
-	if err := unix.FsconfigSetFlag(fd, "ro"); err != nil {
-		return configError(fd, "ro", err)
 	}
 	if err := unix.FsconfigCreate(fd); err != nil {
 		return configError(fd, "create", err)
 	}
-	m, err := unix.Fsmount(fd, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV)
+	m, err := unix.Fsmount(fd, unix.FSMOUNT_CLOEXEC, attributes)
 	if err != nil {
 		return os.NewSyscallError("fsmount erofs", err)
 	}

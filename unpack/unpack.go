@@ -219,7 +219,7 @@ func (t *Tree) write(ctx context.Context, a *artifact.Artifact, cs *contents, s 
 	defer release()
 	whole, archives := p.contents()
 	t.Redirects = len(whole) > 0 && t.Modes.Raw == Overlay
-	t.Image = len(archives) <= maxDevices[t.Modes.Tar] && (len(whole) == 0 || t.Redirects) && !p.tooLarge
+	t.Image = len(archives) <= modes[t.Modes.Tar].devices && (len(whole) == 0 || t.Redirects) && !p.tooLarge
 	if t.Image {
 		return func(c *content) bool { return whole[c] || archives[c] }, t.writeImage(p, s, len(whole) > 0)
 	}

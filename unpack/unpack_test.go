@@ -147,14 +147,23 @@ func TestRawLayersAreMountedWithoutACopy(t *testing.T) {
 
 func TestMountsAreReadOnlyNosuidNodev(t *testing.T) {
 	for _, mode := range everyPair {
-		s := newSite(t)
-		dir := s.mounted(t, mode, s.Raw(t, "f", "x"))
-		var st unix.Statfs_t
-		if err := unix.Statfs(dir, &st); err != nil {
-			t.Fatal(err)
-		}
-		if want := int64(unix.ST_RDONLY | unix.ST_NOSUID | unix.ST_NODEV); st.Flags&want != want {
-			t.Errorf("%s: mount flags %#x lack some of %#x", mode, st.Flags, want)
+		for _, layer := range []func(site) artifact.Layer{
+			func(s site) artifact.Layer { return s.Raw(t, "f", "x") },
+			func(s site) artifact.Layer { return s.Tar(t, artifact.CompressionNone, archive(t, file("f", "x"))) },
+		} {
+			s := newSite(t)
+			l := layer(s)
+			shared, pod := s.mounted(t, mode, l), t.TempDir()
+			unpacktest.Mount(t, Bind(shared), pod)
+			for _, dir := range []string{shared, pod} {
+				var st unix.Statfs_t
+				if err := unix.Statfs(dir, &st); err != nil {
+					t.Fatal(err)
+				}
+				if want := int64(unix.ST_RDONLY | unix.ST_NOSUID | unix.ST_NODEV); st.Flags&want != want {
+					t.Errorf("%s, %s: the flags %#x of the mount at %s lack some of %#x", mode, l.Format, st.Flags, dir, want)
+				}
+			}
 		}
 	}
 }

@@ -60,7 +60,7 @@ func (p pair) everyMode(t *testing.T, n *node.Node) {
 					}
 				}
 				if diff := treelist.Diff(want, got); diff != "" {
-					t.Errorf("the volume differs from what was packed:\n%s", diff)
+					t.Errorf("the volume differs from the packed files:\n%s", diff)
 				}
 				check(t, pod.Remove())
 				_, err = n.Crictl("rmi", ref)

@@ -264,7 +264,7 @@ func TestInstallByATemplate(t *testing.T) {
 	wantSame(t, e.dir, before)
 }
 
-// Other files, and changes made after the installation, are kept. containerd reads no file
+// Other files, and changes made after the installation, are preserved. containerd reads no file
 // that it did not read before, none is lost, and files with secrets keep their mode and
 // owner.
 func TestInstallKeepsOtherFiles(t *testing.T) {

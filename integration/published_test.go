@@ -120,7 +120,7 @@ func TestWhichArtifactsCanBeVolumes(t *testing.T) {
 	second, err := n.RunSandbox(node.PodSpec{})
 	check(t, err)
 	var table strings.Builder
-	fmt.Fprint(&table, "| packed by | volume on containerd | beside another one of the kind |\n|---|---|---|\n")
+	fmt.Fprint(&table, "| packed by | volume on containerd | with another one of the same kind |\n|---|---|---|\n")
 	for i, p := range publishedCalls() {
 		refs := []string{fmt.Sprintf("%s/published/%d:v1", n.Registry, i), fmt.Sprintf("%s/published/%d-more:v1", n.Registry, i)}
 		p.push(t, n, refs[0])

@@ -149,7 +149,7 @@ func cut(n int) func([]byte) []byte {
 	return func(data []byte) []byte { return data[:len(data)-n] }
 }
 
-func withGarbage(data []byte) []byte { return append(slices.Clip(data), "garbage behind the end"...) }
+func withGarbage(data []byte) []byte { return append(slices.Clip(data), "garbage after the end"...) }
 
 // modelConfig returns a config with the DiffIDs.
 func modelConfig(t *testing.T, ids ...digest.Digest) []byte {

@@ -395,7 +395,7 @@ func (w *worker) mountOnly(ctx context.Context, image images.Image) error {
 	}
 	mounts, odd := node.Mounts(w.own.target)
 	if odd != nil || len(mounts) > 0 {
-		return fmt.Errorf("the failed mount (%q) exists all the same: %q, %w", err, mounts, odd)
+		return fmt.Errorf("the mount failed (%q) but exists: %q, %w", err, mounts, odd)
 	}
 	return err
 }
@@ -470,7 +470,7 @@ func (w *worker) cancelMount(ctx context.Context) error {
 	}
 	soon, cancel := w.soon(ctx, 100*time.Millisecond)
 	defer cancel()
-	if err := w.mountOnly(soon, image); err != nil && strings.Contains(err.Error(), "all the same") {
+	if err := w.mountOnly(soon, image); err != nil && strings.Contains(err.Error(), "but exists") {
 		return err
 	}
 	return w.try(ctx, nil, func() error { return w.unmount(ctx) })

@@ -104,7 +104,7 @@ func TestTheToolRefusesBadInput(t *testing.T) {
 		"pull of a container image":       {[]string{"pull", n.Registry + "/test/other:latest"}, []string{"/test/other:latest", "container image"}},
 		"pull of a hostile artifact":      {[]string{"pull", n.Registry + "/test/hostile:latest"}, []string{"layer 1", "../../etc/passwd"}},
 		"pull of a path twice":            {[]string{"pull", n.Registry + "/test/twice:latest"}, []string{"layer 1", "README.md", "has the same path and other bytes"}},
-		"pull of what is not there":       {[]string{"pull", unknown}, []string{unknown, "the registry does not have it"}},
+		"pull of a missing artifact":      {[]string{"pull", unknown}, []string{unknown, "the registry does not have it"}},
 		"pull from nowhere":               {[]string{"pull", "127.0.0.1:1/models/tiny:v1"}, []string{"127.0.0.1:1", "connection refused"}},
 		"pull from no host":               {[]string{"pull", "nowhere.invalid/models/tiny:v1"}, []string{"there is no host nowhere.invalid: "}},
 		"pull from a rude registry":       {[]string{"pull", strings.TrimPrefix(rude.URL, "http://") + "/models/tiny:v1"}, []string{`\x1b[2J\u009b31mowned`}},
@@ -119,7 +119,7 @@ func TestTheToolRefusesBadInput(t *testing.T) {
 		"prune without a terminal":        {[]string{"prune"}, []string{"prune would delete 1 artifact (3.0 MiB): use --force, or --dry-run"}},
 		"prune by no such filter":         {[]string{"prune", "-f", "--filter", "before=1h"}, []string{`"before=1h"`, "until, label and reference"}},
 		"rm of nothing":                   {[]string{"rm"}, []string{"rm requires at least 1 argument (REF), got 0"}},
-		"rm of what is not there":         {[]string{"rm", ref, unknown}, []string{unknown, "in namespace k8s.io"}},
+		"rm of a missing artifact":        {[]string{"rm", ref, unknown}, []string{unknown, "in namespace k8s.io"}},
 		"an argument too many":            {[]string{"prune", ref}, []string{"prune accepts no arguments"}},
 	}
 	before := state(t, n, dir)

@@ -85,7 +85,7 @@ func newDisk(dir string) (_ *disk, err error) {
 		return nil, errors.Join(fmt.Errorf("the recorder did not start: %w", err), d.recorder.Wait())
 	}
 	// ext4 commits every second, so the disk changes while the daemon works even if
-	// nobody syncs.
+	// no program calls sync.
 	return d, mountFS(filepath.Join(d.files, "disk"), d.mounted, "commit=1")
 }
 

@@ -42,7 +42,7 @@ type call struct {
 func byFD(name string) call              { return call{name, 0, -1, -1} }
 func byPath(name string, path int) call  { return call{name, -1, path, -1} }
 func at(name string, dir, path int) call { return call{name, -1, path, dir} }
-func whatever(name string) call          { return call{name, -1, -1, -1} }
+func noPath(name string) call            { return call{name, -1, -1, -1} }
 
 // calls are the system calls whose effect outlives the process. Reads and changes in memory
 // leave no trace after a crash. openat(2) is separate: see filterOf.
@@ -89,10 +89,10 @@ var calls = map[uint64]call{
 	unix.SYS_UMOUNT2:         byPath("umount2", 0),
 	unix.SYS_MOVE_MOUNT:      at("move_mount", 2, 3),
 	unix.SYS_MOUNT_SETATTR:   at("mount_setattr", 0, 1),
-	unix.SYS_FSOPEN:          whatever("fsopen"),
-	unix.SYS_FSCONFIG:        whatever("fsconfig"),
-	unix.SYS_FSMOUNT:         whatever("fsmount"),
-	unix.SYS_BIND:            whatever("bind"),
+	unix.SYS_FSOPEN:          noPath("fsopen"),
+	unix.SYS_FSCONFIG:        noPath("fsconfig"),
+	unix.SYS_FSMOUNT:         noPath("fsmount"),
+	unix.SYS_BIND:            noPath("bind"),
 }
 
 // read returns the operation of a call, or false if it does not count.

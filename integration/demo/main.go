@@ -307,7 +307,7 @@ func inodes(dirs ...string) (map[inode]int64, error) {
 				err = unix.Lstat(path, &st)
 			}
 			if errors.Is(err, os.ErrNotExist) {
-				return nil // removed meanwhile
+				return nil // removed in the meantime
 			}
 			if err == nil {
 				found[inode{st.Dev, st.Ino}] = st.Blocks * 512

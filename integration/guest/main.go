@@ -196,13 +196,13 @@ func loop(path string) error {
 		if err != nil {
 			return fmt.Errorf("pass %d: %w", n, err)
 		}
-		anew, err := sum(fresh)
+		reopened, err := sum(fresh)
 		fresh.Close()
 		if err != nil {
 			return fmt.Errorf("pass %d: %w", n, err)
 		}
-		if again != first || anew != first {
-			return fmt.Errorf("pass %d: %s changed: sha256 was %x, is %x through the open file and %x through a new one", n, path, first, again, anew)
+		if again != first || reopened != first {
+			return fmt.Errorf("pass %d: %s changed: sha256 was %x, is %x through the open file and %x through a new one", n, path, first, again, reopened)
 		}
 		fmt.Println(n)
 	}

@@ -85,7 +85,7 @@ func manifestCases() (cases []Case) {
 		case "list":
 			want = refused("both layers and manifests are present")
 		}
-		add("manifests is "+w.what+", beside layers", want, edit("manifests"))
+		add("manifests is "+w.what+", in addition to layers", want, edit("manifests"))
 	}
 	text := func() string { return base().manifest.String() }
 	whole := func(name string, want Verdict, change func(string) string) {

@@ -108,10 +108,10 @@ func sparse0(blocks, table, data string) string {
 func sparseCases() (cases []Case) {
 	const unreadable = "the archive cannot be read"
 	mounted := func(name, content, members string) {
-		cases = append(cases, fine("sparse/"+name, Listing{"s": isFile(content), "f": isFile("behind")}, tarred(members, file("f", "behind"))))
+		cases = append(cases, fine("sparse/"+name, Listing{"s": isFile(content), "f": isFile("after")}, tarred(members, file("f", "after"))))
 	}
 	refuse := func(name, says, members string) {
-		cases = append(cases, bad("sparse/"+name, tarred(members, file("f", "behind")), says))
+		cases = append(cases, bad("sparse/"+name, tarred(members, file("f", "after")), says))
 	}
 	p := []piece{{4096, "abc"}, {9000, "defg"}}
 	content := whole(20000, p...)
@@ -198,25 +198,25 @@ func xattrCases() (cases []Case) {
 		e := isFile("x").attrs(want)
 		return fine("xattr/"+name, Listing{"f": e, "d": isDir().attrs(want)}, tarred(pax(records...), file("f", "x"), pax(records...), dir("d")))
 	}
-	kept := map[string]string{"user.kept": "v"}
+	preserved := map[string]string{"user.kept": "v"}
 	for what, attr := range map[string]string{
 		"file capabilities": "security.capability", "an SELinux label": "security.selinux", "a signature for IMA": "security.ima", "one for EVM": "security.evm",
 		"a Smack label": "security.SMACK64", "an access list": "system.posix_acl_access", "a default access list": "system.posix_acl_default",
 		"a list of NFS": "system.nfs4_acl", "inode flags": "btrfs.compression", "without a namespace": "plain", "of an empty namespace": ".x", "a name that only begins like user": "username",
 	} {
-		cases = append(cases, mounted("dropped, "+what, kept, attr, "\x01\x00\x00\x02", "user.kept", "v").notAsFiles())
+		cases = append(cases, mounted("removed, "+what, preserved, attr, "\x01\x00\x00\x02", "user.kept", "v").notAsFiles())
 	}
 	for _, attr := range []string{"metacopy", "redirect", "opaque", "origin", "upper", "impure", "whiteout", "xattr.whiteout", "overlay.metacopy"} {
-		cases = append(cases, mounted("dropped, an attribute of overlayfs, "+attr, kept, "trusted.overlay."+attr, "/0", "user.kept", "v"))
+		cases = append(cases, mounted("removed, an attribute of overlayfs, "+attr, preserved, "trusted.overlay."+attr, "/0", "user.kept", "v"))
 	}
 	cases = append(cases,
-		mounted("dropped, of this project", nil, "trusted.artifact", "x"),
-		mounted("dropped, user alone", kept, "user", "v", "user.kept", "v").notAsFiles(),
-		mounted("kept, an attribute of an unprivileged overlay", map[string]string{"user.overlay.opaque": "y", "user.overlay.redirect": "/etc"}, "user.overlay.opaque", "y", "user.overlay.redirect", "/etc"),
-		mounted("kept, no value", map[string]string{"user.x": ""}, "user.x", ""),
-		mounted("kept, any bytes", map[string]string{"user.\xff\n": "\x00\xff\n="}, "user.\xff\n", "\x00\xff\n="),
-		mounted("kept, a name of 255 bytes", map[string]string{"user." + strings.Repeat("n", 250): "v"}, "user."+strings.Repeat("n", 250), "v"),
-		mounted("kept, slashes and dots", map[string]string{"user.../../x": "v"}, "user.../../x", "v"),
+		mounted("removed, of this project", nil, "trusted.artifact", "x"),
+		mounted("removed, user alone", preserved, "user", "v", "user.kept", "v").notAsFiles(),
+		mounted("preserved, an attribute of an unprivileged overlay", map[string]string{"user.overlay.opaque": "y", "user.overlay.redirect": "/etc"}, "user.overlay.opaque", "y", "user.overlay.redirect", "/etc"),
+		mounted("preserved, no value", map[string]string{"user.x": ""}, "user.x", ""),
+		mounted("preserved, any bytes", map[string]string{"user.\xff\n": "\x00\xff\n="}, "user.\xff\n", "\x00\xff\n="),
+		mounted("preserved, a name of 255 bytes", map[string]string{"user." + strings.Repeat("n", 250): "v"}, "user."+strings.Repeat("n", 250), "v"),
+		mounted("preserved, slashes and dots", map[string]string{"user.../../x": "v"}, "user.../../x", "v"),
 		bad("xattr/a name of 256 bytes", tarred(pax(record("SCHILY.xattr.user."+strings.Repeat("n", 251), "v")), file("f", "x")), "exceeds the limits of Linux or EROFS"),
 		bad("xattr/an empty name in user", tarred(pax(record("SCHILY.xattr.user.", "v")), file("f", "x")), "exceeds the limits of Linux or EROFS"),
 		bad("xattr/a value of 65536 bytes", tarred(pax(record("SCHILY.xattr.user.x", strings.Repeat("v", 1<<16))), file("f", "x")), "exceeds the limits of Linux or EROFS"),

@@ -102,7 +102,7 @@ func orasCases() (cases []Case) {
 	cases = append(cases,
 		fine("oras/only the empty descriptor", Listing{}, empty),
 		fine("oras/the empty descriptor, ten times", Listing{}, many(10, func(int) layer { return empty })...),
-		fine("oras/the empty descriptor beside a file", Listing{"good.txt": isRaw(good().content)}, good(), empty),
+		fine("oras/the empty descriptor and a file", Listing{"good.txt": isRaw(good().content)}, good(), empty),
 		fine("oras/the empty descriptor with a title", Listing{"empty.json": isRaw("{}")}, titled(emptyType, "empty.json", "{}")),
 		fine("oras/the type of the empty descriptor, of other bytes", Listing{digestOf("{ }").Encoded(): isRaw("{ }")}, layer{mediaType: emptyType, content: "{ }"}),
 		Case{Name: "oras/the empty descriptor whose blob is missing", Want: mounts(Listing{"good.txt": isRaw(good().content)}), Make: func() *Artifact {

@@ -53,7 +53,7 @@ var absolutePaths = map[string][2]string{
 var finePaths = map[string][2]string{
 	"three dots":                     {"...", ""},
 	"dots before a name":             {"..a", ""},
-	"dots behind a name":             {"a..", ""},
+	"dots after a name":              {"a..", ""},
 	"a hidden directory of dots":     {".../..../f", ""},
 	"a dot before it":                {"./f", "f"},
 	"dots and slashes in it":         {"a//.///b/./c", "a/b/c"},

@@ -89,7 +89,7 @@ func TestABadRunFails(t *testing.T) {
 		"another mode is chosen":   {"chosen raw=link", "chosen raw=copy"},
 		"no volume by a mode":      {"volumes raw=copy tar=extract user-namespace=false", ""},
 		"none in a user namespace": {"volumes raw=copy tar=extract user-namespace=true", ""},
-		"none by what it chooses":  {"volumes raw=auto tar=auto user-namespace=false", ""},
+		"none in the chosen modes": {"volumes raw=auto tar=auto user-namespace=false", ""},
 	} {
 		if !strings.Contains(printed, change[0]) {
 			t.Fatalf("%s: %q is not in the output of the good run", what, change[0])

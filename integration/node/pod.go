@@ -34,7 +34,7 @@ type Container struct {
 	Image   string   // "" means the test image
 	Command []string // replaces the image's entrypoint
 	Args    []string // replaces the image's command
-	Volumes []Volume // beside the pod's
+	Volumes []Volume // in addition to the pod's
 
 	// SecurityContext is Kubernetes', for static pods.
 	SecurityContext map[string]any

@@ -17,23 +17,22 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// diskSize is that of the sparse disks, far more than anything needs.
+// diskSize is the size of the sparse disks, more than any variant needs.
 const diskSize = "48G"
 
-// bench measures one dataset.
+// bench measures one data set.
 type bench struct {
 	options
 	data       *dataset
-	dir        string // of the disks
+	dir        string // directory of the disks
 	into       *datasetResult
-	load       string // average of the minute before the run
+	load       string // the one-minute average before the run
 	containerd string // version
 	mkfs       string // version of mkfs.erofs
 }
 
-// measureForm measures all ways for one form of layers, in turns: each round has
-// every way once, on a new disk and a new node, and its order is the last one's
-// with the first at the end.
+// measureForm measures all variants for one form of layers. In each round it measures every
+// variant once, on a new disk and a new node, and rotates the order.
 func (b *bench) measureForm(ctx context.Context, form pack.Form) {
 	measure.Progress("%s as %s: making, packing and pushing it", b.data.title, form)
 	s := newStore(ctx, b.dir, b.data, form)
@@ -42,7 +41,7 @@ func (b *bench) measureForm(ctx context.Context, form pack.Form) {
 	b.containerd = strings.Fields(version)[0]
 	mkfs, err := s.Tool("mkfs.erofs", "-V")
 	if err != nil {
-		mkfs = "no mkfs.erofs that tells its version"
+		mkfs = "unknown version of mkfs.erofs"
 	}
 	b.mkfs, _, _ = strings.Cut(mkfs, "\n")
 	measure.Progress("%d MiB of layers, %d MiB of files", s.compressed/measure.MiB, b.data.bytes()/measure.MiB)
@@ -67,7 +66,7 @@ func (b *bench) measureForm(ctx context.Context, form pack.Form) {
 			if r.Failed != "" {
 				continue
 			}
-			// What another program cannot do is a line of the table.
+			// If another program fails, the failure is a line in the table.
 			err := measure.Try(func() { b.round(ctx, s, r, round == rounds-1) })
 			measure.Check(ctx.Err())
 			r.fail(err)
@@ -76,7 +75,8 @@ func (b *bench) measureForm(ctx context.Context, form pack.Form) {
 	b.into.replace(form, chosen)
 }
 
-// round pulls a model once and starts a pod with it; the last one also reads it.
+// round pulls a model once and starts a pod with it. The last round also measures the cache
+// and the reads.
 func (b *bench) round(ctx context.Context, s *store, r *row, last bool) {
 	v := r.variant
 	disk := measure.NewDisk(ctx, b.dir, diskSize)
@@ -89,8 +89,8 @@ func (b *bench) round(ctx context.Context, s *store, r *row, last bool) {
 	}
 	first := b.data.files[0].path
 
-	// The same state for all: nothing dirty, and in the page cache what is in
-	// the registry and the programs.
+	// All variants start in the same state: nothing is dirty, and the page cache has the
+	// registry's files and the programs.
 	disk.Sync()
 	if !measure.DropCaches() {
 		measure.Check(errors.New("the page cache cannot be dropped: /proc/sys/vm/drop_caches must be writable"))
@@ -132,8 +132,8 @@ func (b *bench) round(ctx context.Context, s *store, r *row, last bool) {
 	}
 }
 
-// startPod starts a pod and reads the first byte of a file in it. As kubelet
-// does, it tries again when the volume is not ready yet.
+// startPod starts a pod and reads the first byte of a file in it. Like kubelet, it retries
+// while the volume is not ready.
 func startPod(ctx context.Context, n *node.Node, spec node.PodSpec, file string) *node.Pod {
 	pod := measure.Must(n.RunSandbox(spec))
 	for {
@@ -152,9 +152,8 @@ func startPod(ctx context.Context, n *node.Node, spec node.PodSpec, file string)
 	return pod
 }
 
-// releaseMounts lets containerd's mount manager unmount what removed pods had:
-// it does so when it collects garbage. Of an interrupted run, the node unmounts
-// them.
+// releaseMounts makes containerd's mount manager unmount the volumes of removed pods, which
+// it does during garbage collection. After an interrupted run the node unmounts them.
 func releaseMounts(ctx context.Context, n *node.Node) error {
 	if ctx.Err() != nil {
 		return nil
@@ -166,22 +165,22 @@ func releaseMounts(ctx context.Context, n *node.Node) error {
 	return err
 }
 
-// inPod is a file of a pod as its container sees it, through all its mounts.
+// inPod returns the path of a file as the pod's container sees it, through all its mounts.
 func inPod(pod *node.Pod, file string) string {
 	return filepath.Join("/proc", measure.Must(pod.PID("main")), "root", file)
 }
 
-// cacheRounds is how often the page cache is looked at: the kernel's number is
-// of the whole machine.
+// cacheRounds is the number of measurements of the page cache, since the kernel's number
+// covers the whole machine.
 const cacheRounds = 3
 
-// cache lets every pod read, and hash, all of the model, and looks how much the
-// page cache has grown then.
+// cache makes every pod read and hash the whole model, and measures how much the page cache
+// grows.
 func (b *bench) cache(s *store, r *row, disk measure.Disk, pods []*node.Pod) {
 	disk.Sync()
 	for range cacheRounds {
 		measure.DropCaches()
-		for _, pod := range pods { // the programs, which are not the model
+		for _, pod := range pods { // load the programs first, which are not part of the model
 			measure.Must(pod.Exec("main", node.Guest, "mountinfo"))
 		}
 		before := measure.Mebibytes("/proc/meminfo", "Cached")

@@ -26,38 +26,38 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
 )
 
-// forms are those of an artifact's layers. The raw one has no counterpart among
-// images; the others have.
+// forms are the forms of an artifact's layers. Container images have no counterpart to the
+// raw form.
 var forms = []pack.Form{pack.Raw, pack.Tar, pack.TarGzip, pack.TarZstd}
 
-// The tags of what is pulled, all in one repository so that a blob is pushed
+// The tags of artifacts and images. All are in one repository, so that each blob is pushed
 // once.
 const (
 	repository = "peers/model"
 	artifact   = "artifact" // a ModelPack model, one layer per file
-	titled     = "titled"   // the same blobs with the names that oras reads
-	image      = "image"    // an container image
-	erofsImage = "erofs"    // an image of layers that are EROFS already
-	erofsGuest = "guest"    // the test image as such a one
+	titled     = "titled"   // the same blobs with titles for oras
+	image      = "image"    // a container image
+	erofsImage = "erofs"    // a container image whose layers are EROFS already
+	erofsGuest = "guest"    // the test image with EROFS layers
 )
 
-// maxImageLayers is how many files an image has one layer each for, the very
-// blobs of the artifact. More are in one layer: overlayfs does not stack
-// thousands.
+// maxImageLayers is the number of files up to which an image has one layer per file, with
+// the blobs of the artifact. With more files it has one layer, because overlayfs does not
+// stack thousands.
 const maxImageLayers = 100
 
-// store is a registry on a disk of its own, with one dataset in one form.
+// store is a registry on its own disk, with one data set in one form.
 type store struct {
 	disk measure.Disk
 	*node.Node
 	sums map[string]string // of the files, by path
 
-	compressed, uncompressed int64 // the layers' bytes, as they are and as tars
+	compressed, uncompressed int64 // bytes of the layers, as pushed and as tars
 
-	notErofs error // why there are no images of EROFS layers
+	notErofs error // the reason why there are no images with EROFS layers
 }
 
-// newStore packs and pushes; nothing but the registry's files stays.
+// newStore packs and pushes everything. Only the registry's files remain.
 func newStore(ctx context.Context, dir string, d *dataset, form pack.Form) (_ *store) {
 	s := &store{disk: measure.NewDisk(ctx, dir, diskSize)}
 	complete := false
@@ -116,11 +116,11 @@ func (s *store) push(ctx context.Context, a *pack.Artifact, tag string) {
 	measure.Must(a.Push(ctx, s.Registry, repository, tag))
 }
 
-// ref is what a node pulls.
+// ref returns the reference of a tag.
 func (s *store) ref(tag string) string { return s.Registry + "/" + repository + ":" + tag }
 
-// warm reads the registry's files, so that every pull finds them in the page
-// cache: what is measured is the node and not the registry's disk.
+// warm reads the registry's files, so that every pull finds them in the page cache.
+// Otherwise the registry's disk would be measured.
 func (s *store) warm() {
 	blobs := filepath.Join(s.Dir, "registry", "docker", "registry", "v2", "blobs")
 	measure.Check(filepath.WalkDir(blobs, func(path string, d fs.DirEntry, err error) error {
@@ -131,9 +131,8 @@ func (s *store) warm() {
 	}))
 }
 
-// pax replaces the raw layers of a model by tars of one file each, as the
-// reference packer has them, and returns the bytes of the tars before their
-// compression.
+// pax replaces the raw layers of a model by tars of one file each, like the reference
+// packer. It returns the number of bytes of the tars before compression.
 func pax(ctx context.Context, form pack.Form, scratch, dir string, model *pack.Artifact) (size int64) {
 	work, ctx := errgroup.WithContext(ctx)
 	work.SetLimit(runtime.GOMAXPROCS(0))
@@ -158,7 +157,7 @@ func pax(ctx context.Context, form pack.Form, scratch, dir string, model *pack.A
 	return size
 }
 
-// writeTar writes a tar of dir/rel to name, which is a file or a directory.
+// writeTar writes a tar of dir/rel, which is a file or a directory, to name.
 func writeTar(ctx context.Context, form pack.Form, name, dir, rel string) (diffID digest.Digest, size int64, err error) {
 	file, err := os.Create(name)
 	if err != nil {
@@ -170,8 +169,8 @@ func writeTar(ctx context.Context, form pack.Form, name, dir, rel string) (diffI
 		out = gzip.NewWriter(file)
 	}
 	if form == pack.TarZstd {
-		// As the zstd program has it: weights repeat nothing, and all there is to
-		// gain is that some bytes are frequent.
+		// The zstd program does the same: weights have no repetitions, so only entropy
+		// coding compresses them.
 		if out, err = zstd.NewWriter(file, zstd.WithAllLitEntropyCompression(true)); err != nil {
 			return "", 0, err
 		}
@@ -221,7 +220,7 @@ func writeTar(ctx context.Context, form pack.Form, name, dir, rel string) (diffI
 	return sum.Digest(), counted.n, nil
 }
 
-// counter counts what is written.
+// counter counts the bytes that are written.
 type counter struct {
 	w io.Writer
 	n int64
@@ -233,7 +232,7 @@ func (c *counter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// imageOf is an container image with the files of a model in tars.
+// imageOf returns a container image with the files of a model in tars.
 func imageOf(ctx context.Context, form pack.Form, scratch, dir string, model *pack.Artifact) *pack.Artifact {
 	mediaType := map[pack.Form]string{
 		pack.Tar:     ocispec.MediaTypeImageLayer,
@@ -267,8 +266,8 @@ func imageWith(config ocispec.ImageConfig, layers ...pack.Layer) *pack.Artifact 
 	return &pack.Artifact{ConfigType: ocispec.MediaTypeImageConfig, Config: measure.Must(json.Marshal(all)), Layers: layers}
 }
 
-// pushErofs pushes an image of one layer that is an EROFS already, as containerd
-// converts images ahead of time.
+// pushErofs pushes a container image with one layer that is EROFS already, as after
+// containerd's conversion ahead of time.
 func (s *store) pushErofs(ctx context.Context, files, tag string, config ocispec.ImageConfig) {
 	blob := filepath.Join(s.disk.Root(), "layer.erofs")
 	measure.Must(s.Tool("mkfs.erofs", "--quiet", "-b4096", "-T0", "--mkfs-time", "-Enoinline_data", blob, files))
@@ -279,19 +278,19 @@ func (s *store) pushErofs(ctx context.Context, files, tag string, config ocispec
 	measure.Check(os.Remove(blob))
 }
 
-// mkfsTooOld is the error that mkfs.erofs has not the options that containerd's
-// erofs differ uses.
+// mkfsTooOld returns an error if mkfs.erofs lacks options that containerd's erofs differ
+// uses.
 func (s *store) mkfsTooOld() error {
 	help, err := s.Tool("mkfs.erofs", "--help")
 	for _, option := range []string{"--tar=", "--mkfs-time", "--sort="} {
 		if err == nil && !strings.Contains(help, option) {
-			err = fmt.Errorf("mkfs.erofs has no option %s, which containerd's erofs differ is to be fast with: erofs-utils 1.8.2 or newer is wanted", option)
+			err = fmt.Errorf("mkfs.erofs has no option %s, which containerd's erofs differ uses: install erofs-utils 1.8.2 or newer", option)
 		}
 	}
 	return err
 }
 
-// bytesOf are those of the layers.
+// bytesOf returns the total size of the layers.
 func bytesOf(a *pack.Artifact) (sum int64) {
 	for _, l := range a.Layers {
 		sum += measure.Must(os.Stat(l.Path)).Size()

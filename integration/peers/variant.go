@@ -16,29 +16,29 @@ import (
 type variant struct {
 	name, title string
 	forms       []pack.Form
-	tag         string // what it pulls
+	tag         string // the tag that it pulls
 	options     node.Options
 	pull        func(n *node.Node, ref string) error
 
-	// volume is how a pod sees it; nil is for a download alone.
+	// volume returns the pod's volume; nil means a download alone.
 	volume func(n *node.Node, ref string) node.Volume
 
-	erofs bool // needs a mkfs.erofs that is not too old
+	erofs bool // needs a recent mkfs.erofs
 
-	// erofsGuest makes the pods' own image one of EROFS layers: containerd 2.4.2
-	// cannot create a container whose root filesystem is a tar index, since it
-	// looks up groups there with a reader that wants the tar as a device.
+	// erofsGuest uses a test image with EROFS layers, because containerd 2.4.2 cannot
+	// create a container whose root file system is a tar index: it looks up groups there
+	// with a reader that requires the tar as a device.
 	erofsGuest bool
 }
 
-// The names that the tables and bounds look for.
+// The names of variants that the tables and bounds refer to.
 const (
 	download = "fetch"
 	criPull  = "pull"
 	ours     = "artifact"
 )
 
-// target is where containers have the model.
+// target is the path of the model in containers.
 const target = "/model"
 
 var tars = forms[1:]
@@ -48,8 +48,8 @@ var variants = []variant{
 		name: download, title: "download only, `ctr content fetch`", forms: forms, tag: artifact,
 		options: node.Options{Stock: true},
 		pull: func(n *node.Node, ref string) error {
-			// With --debug it prints no progress, which it looks at ten times a
-			// second, and for the end of which it waits.
+			// With --debug it prints no progress. Otherwise it polls the progress ten times
+			// a second and waits for the next poll at the end.
 			_, err := n.Ctr("--debug", "content", "fetch", "--plain-http", ref)
 			return err
 		},
@@ -96,12 +96,12 @@ func pullImage(n *node.Node, ref string) error {
 
 func imageVolume(_ *node.Node, ref string) node.Volume { return node.Volume{Image: ref, Path: target} }
 
-// pulled is the directory that oras pulls into.
+// pulled is the target directory of oras.
 func pulled(n *node.Node) string { return filepath.Join(n.Dir, "pulled") }
 
-// erofsConfig makes containerd's erofs snapshotter and differ the node's, with
-// the options that its documentation recommends for speed, and lets it unpack
-// as many layers at once as there are processors.
+// erofsConfig configures containerd's erofs snapshotter and differ, with the options that
+// its documentation recommends for speed, and with as many concurrent unpacks as
+// processors.
 func erofsConfig(tarIndex bool) string {
 	return fmt.Sprintf(`
 [plugins.'io.containerd.cri.v1.images']

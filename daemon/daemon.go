@@ -146,7 +146,7 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 
 func notify(ctx context.Context, state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
-		log.G(ctx).WithError(err).Warnf("cannot tell systemd %s", state)
+		log.G(ctx).WithError(err).WithField("state", state).Warn("cannot notify systemd")
 	}
 }
 

@@ -321,7 +321,7 @@ func (s *soak) checkDatabase(t *testing.T) {
 // it; the configured mode is not the best one; and a daemon of another test mounts an EROFS
 // at the same time.
 var explained = regexp.MustCompile(`msg="(refused an image volume|an image is in conflict|cannot watch containerd's images` +
-	`|cannot drop capabilities|cannot tell systemd|layers are laid out by a fallback mode|cannot set the read-ahead of an EROFS: .* error="[0-9]+ superblocks have appeared)`)
+	`|cannot drop capabilities|cannot notify systemd|layers are laid out by a fallback mode|cannot set the read-ahead of an EROFS: .* error="[0-9]+ superblocks have appeared)`)
 
 // readLog checks the daemon's new log lines.
 func (s *soak) readLog(t *testing.T) {

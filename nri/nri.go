@@ -94,7 +94,7 @@ func ProtectRecorded(ctx context.Context, root string, s *store.Store) error {
 	}
 	s.AddReferences(r.trees)
 	if n := len(r.byContainer); n > 0 {
-		log.G(ctx).WithField("containers", n).Warn("NRI is disabled, but artifacts are mounted by it in containers: their trees stay on the node until NRI is enabled again, or the node is booted")
+		log.G(ctx).WithField("containers", n).Warn("containers have artifacts that NRI mounted, which is disabled: their trees stay on the node until NRI is enabled again or the node is booted")
 	}
 	return nil
 }

@@ -200,7 +200,7 @@ func (s *session) CreateContainer(ctx context.Context, pod *api.PodSandbox, c *a
 	case a = <-answered:
 	case <-ctx.Done():
 		a.err = errBusy
-		s.logger.WithField("container", c.GetName()).Warn(a.err)
+		s.logger.WithError(a.err).WithField("container", c.GetName()).Warn("gave up the image volumes of a container")
 		if s.Passthrough {
 			a.err = nil
 		}

@@ -284,7 +284,7 @@ func (cs *contents) link(ctx context.Context, c *content, blob ocispec.Descripto
 		if err := os.Link(cs.Shared.Path(blob.Digest), c.path); err == nil {
 			return true, nil
 		}
-		log.G(ctx).WithError(err).WithField("blob", blob.Digest).Warnf("copying a blob of %s, because it cannot be linked into the snapshotter's root", cs.Blobs)
+		log.G(ctx).WithError(err).WithFields(log.Fields{"blob": blob.Digest, "blobs": cs.Blobs}).Warn("copying a blob, because it cannot be linked into the snapshotter's root")
 		copied, err := cs.copy(ctx, c.path, blob)
 		if err != nil {
 			return false, err

@@ -327,7 +327,7 @@ func (t *Tree) writeImage(p *plan, s shift, redirects bool) error {
 func guard(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			log.L.Errorf("panic: %v\n%s", p, debug.Stack())
+			log.L.WithFields(log.Fields{"panic": p, "stack": string(debug.Stack())}).Error("the snapshotter has a bug")
 			err = fmt.Errorf("the snapshotter has a bug; please report it with the log of the snapshotter: panic: %v: %w", p, errdefs.ErrInternal)
 		}
 	}()

@@ -46,7 +46,7 @@ func (d *download) get(ctx context.Context, desc ocispec.Descriptor) error {
 	if found, err := d.find(ctx, desc); found || err != nil {
 		return err
 	}
-	for {
+	for alone := false; ; alone = true {
 		w, err := content.OpenWriter(ctx, d.content, content.WithRef(refOf(desc.Digest)), content.WithDescriptor(desc))
 		if errdefs.IsAlreadyExists(err) {
 			return d.confirm(ctx, desc) // another download has just fetched it
@@ -54,7 +54,7 @@ func (d *download) get(ctx context.Context, desc ocispec.Descriptor) error {
 		if err != nil {
 			return err
 		}
-		a := &arrival{download: d, w: w, desc: desc, from: map[int]bool{}}
+		a := &arrival{download: d, w: w, desc: desc, from: map[int]bool{}, alone: alone}
 		err = a.receive(ctx)
 		_ = w.Close()
 		if !errors.Is(err, errWrong) {
@@ -230,6 +230,10 @@ type arrival struct {
 	// hosts nobody knows, has left some of it.
 	from  map[int]bool
 	older bool
+	// alone is set after bytes of several hosts were wrong together: now all of the blob comes
+	// from one host, so that the one to blame is found.
+	alone bool
+	sum   int64 // of the bytes from the hosts in from
 }
 
 // receive writes the blob into w, and commits it. If all of it has come and it is not what the
@@ -253,8 +257,8 @@ func (a *arrival) receive(ctx context.Context) error {
 		return ignore(err, errdefs.IsAlreadyExists)
 	}
 	a.had(-a.desc.Size)
-	if a.older {
-		return errWrong // so from the beginning, and then the host is known
+	if a.older || len(a.from) > 1 {
+		return errWrong // nobody knows whose bytes were wrong
 	}
 	for i := range a.from {
 		log.G(ctx).WithError(err).WithFields(log.Fields{"blob": a.desc.Digest, "host": a.session.hosts[i].Host}).Warn("a host sends other bytes than the digest says: not asking it again for this artifact")
@@ -267,8 +271,17 @@ func (a *arrival) receive(ctx context.Context) error {
 func (a *arrival) round(ctx context.Context) (arrived int64, _ error) {
 	err := errWrong // no host is trusted any more
 	for _, i := range a.trusted() {
+		if a.alone && len(a.from) > 0 && !a.from[i] {
+			if err := a.w.Truncate(0); err != nil {
+				return arrived, err
+			}
+			a.had(-a.sum)
+			a.sum = 0
+			clear(a.from)
+		}
 		host := a.session.hosts[i]
 		n, herr := a.ask(ctx, host)
+		a.sum += n
 		arrived += n
 		if n > 0 {
 			a.from[i] = true

@@ -97,7 +97,7 @@ func (p *Puller) wait(ctx context.Context, d *download) error {
 	case <-d.ended:
 		return d.err
 	case <-ctx.Done():
-		return &UnfinishedError{fmt.Errorf("%s: %w", d.text(time.Now()), ctx.Err())}
+		return &UnfinishedError{d.text(time.Now()), ctx.Err()}
 	}
 }
 

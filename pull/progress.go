@@ -4,7 +4,6 @@
 package pull
 
 import (
-	"errors"
 	"fmt"
 	"math"
 	"sync/atomic"
@@ -83,10 +82,13 @@ func roughly(d time.Duration) string {
 
 // UnfinishedError is the error of a request that could not wait for the download, which goes
 // on.
-type UnfinishedError struct{ err error }
+type UnfinishedError struct {
+	text string
+	why  error
+}
 
 // Error implements error: it says how far the download is.
-func (e *UnfinishedError) Error() string { return e.err.Error() }
+func (e *UnfinishedError) Error() string { return e.text }
 
 // Unwrap returns why the request could not wait.
-func (e *UnfinishedError) Unwrap() error { return errors.Unwrap(e.err) }
+func (e *UnfinishedError) Unwrap() error { return e.why }

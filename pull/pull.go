@@ -318,7 +318,7 @@ func (p *Puller) resolve(ctx context.Context, r Request, ask Reference) (*sessio
 			first = fmt.Errorf("%s: %w", ask, err)
 		}
 		if ctx.Err() != nil {
-			return nil, ocispec.Descriptor{}, &UnfinishedError{fmt.Errorf("pulling: the registry has not said what %s is (%v): %w", ask, err, ctx.Err())}
+			return nil, ocispec.Descriptor{}, &UnfinishedError{fmt.Sprintf("pulling: the registry has not said what %s is: %v", ask, err), ctx.Err()}
 		}
 		if !isDenied(err) {
 			break

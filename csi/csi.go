@@ -61,20 +61,21 @@ type Driver struct {
 	csiapi.UnimplementedNodeServer
 	Config
 	records *records
+	closing context.Context
 
 	mu   sync.Mutex
 	busy map[string]bool // the target paths at which a call is at work
 }
 
 // New returns a Driver, and protects the trees of its volumes from the garbage collection of
-// c.Store, which must not run before.
+// c.Store, which must not run before. Calls that wait end with ctx.
 func New(ctx context.Context, c Config) (*Driver, error) {
 	r, err := openRecords(ctx, filepath.Join(c.Root, "csi"))
 	if err != nil {
 		return nil, err
 	}
 	c.Store.AddReferences(r.trees)
-	return &Driver{Config: c, records: r, busy: map[string]bool{}}, nil
+	return &Driver{Config: c, records: r, closing: ctx, busy: map[string]bool{}}, nil
 }
 
 // ProtectRecorded protects the trees of volumes that are published, for a daemon whose driver
@@ -112,11 +113,16 @@ func (d *Driver) begin(target string) (end func(), ok bool) {
 }
 
 // holding returns a context that ends when the call has to answer.
-func holding(ctx context.Context) (context.Context, context.CancelFunc) {
-	deadline, ok := ctx.Deadline()
-	if !ok {
-		return context.WithTimeout(ctx, hold)
+func (d *Driver) holding(ctx context.Context) (context.Context, context.CancelFunc) {
+	wait := hold
+	if deadline, ok := ctx.Deadline(); ok {
+		left := time.Until(deadline)
+		wait = left - min(left/answer, maxAnswer)
 	}
-	left := time.Until(deadline)
-	return context.WithTimeout(ctx, left-min(left/answer, maxAnswer))
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	stop := context.AfterFunc(d.closing, cancel)
+	return ctx, func() {
+		stop()
+		cancel()
+	}
 }

@@ -87,7 +87,7 @@ func (d *Driver) publish(ctx context.Context, v *volume) error {
 			return err
 		}
 	}
-	holding, cancel := holding(ctx)
+	holding, cancel := d.holding(ctx)
 	defer cancel()
 	target, err := d.pull(holding, v)
 	if err != nil {

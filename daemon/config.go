@@ -48,6 +48,8 @@ type Config struct {
 	MetricsAddress string `toml:"metrics_address"`
 	// NRI configures the NRI plugin.
 	NRI NRI `toml:"nri"`
+	// CSI configures the CSI driver.
+	CSI CSI `toml:"csi"`
 }
 
 // NRI is the configuration of the NRI plugin, which mounts artifacts for runtimes that do
@@ -71,6 +73,7 @@ func Default() Config {
 		Config:   service.Default(),
 		LogLevel: "info",
 		NRI:      NRI{Socket: api.DefaultSocketPath, Index: "50", Name: "artifact-snapshotter", OnError: onErrorFail},
+		CSI:      defaultCSI(),
 	}
 }
 
@@ -90,9 +93,9 @@ func Load(path string) (Config, error) {
 }
 
 // Network reports whether a daemon with this configuration and environment needs other than
-// Unix sockets: for metrics on a port, or to export spans.
+// Unix sockets: to pull artifacts, for metrics on a port, or to export spans.
 func (c Config) Network() bool {
-	return c.MetricsAddress != "" && !strings.HasPrefix(c.MetricsAddress, unixScheme) || tracing()
+	return c.CSI.Enabled || c.MetricsAddress != "" && !strings.HasPrefix(c.MetricsAddress, unixScheme) || tracing()
 }
 
 // SocketAddress is the path of the socket that the daemon serves on.
@@ -112,7 +115,7 @@ func (c Config) Validate() error {
 		level = fmt.Errorf("log_level %q is none of %s", c.LogLevel, strings.Join(levels, ", "))
 	}
 	return errors.Join(c.Config.Validate(), service.ValidateSocket("address", c.SocketAddress()),
-		validateMetrics(c.MetricsAddress), c.NRI.validate(), level)
+		validateMetrics(c.MetricsAddress), c.NRI.validate(), c.CSI.validate(), level)
 }
 
 func (c NRI) validate() error {

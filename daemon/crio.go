@@ -18,10 +18,10 @@ import (
 // crioStorage is the default directory of CRI-O's storage (containers-storage.conf(5)).
 const crioStorage = "/var/lib/containers/storage"
 
-// Discover sets BlobRoots to CRI-O's artifact stores if NRI is enabled and BlobRoots is empty.
+// Discover sets BlobRoots to CRI-O's artifact stores if NRI or CSI is enabled and BlobRoots is empty.
 // If CRI-O's configuration cannot be read, that is logged and BlobRoots stays empty.
 func (c Config) Discover(ctx context.Context) Config {
-	if !c.NRI.Enabled || len(c.BlobRoots) > 0 {
+	if !c.NRI.Enabled && !c.CSI.Enabled || len(c.BlobRoots) > 0 {
 		return c
 	}
 	stores, err := crioStores("/")

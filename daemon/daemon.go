@@ -33,6 +33,7 @@ import (
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/csi"
 	"github.com/artifact-snapshotter/artifact-snapshotter/nri"
 	"github.com/artifact-snapshotter/artifact-snapshotter/service"
 )
@@ -58,12 +59,19 @@ func Serve(ctx context.Context, cfg Config, version string) (err error) {
 	defer stopTracing()
 	metrics := newMetrics(version)
 	healthy := health.NewServer()
-	connected := func(bool) {}
-	if cfg.NRI.Enabled {
-		connected = func(yes bool) { healthy.SetServingStatus(HealthNRI, servingIf(yes)) }
-		connected(false)
+	options := append(traced, grpc.UnaryInterceptor(metrics.count))
+	h := hooks{version: version, server: options, connected: func(bool) {}, registered: func(bool) {}}
+	for _, part := range []struct {
+		service string
+		enabled bool
+		tell    *func(bool)
+	}{{HealthNRI, cfg.NRI.Enabled, &h.connected}, {HealthCSI, cfg.CSI.Enabled, &h.registered}} {
+		if part.enabled {
+			*part.tell = func(yes bool) { healthy.SetServingStatus(part.service, servingIf(yes)) }
+			(*part.tell)(false)
+		}
 	}
-	s, err := open(ctx, cfg, metrics, connected)
+	s, err := open(ctx, cfg, metrics, h)
 	if err != nil {
 		return err
 	}
@@ -77,8 +85,7 @@ func Serve(ctx context.Context, cfg Config, version string) (err error) {
 	if err != nil {
 		return err
 	}
-	server := grpc.NewServer(append(traced,
-		grpc.UnaryInterceptor(metrics.count),
+	server := grpc.NewServer(append(options,
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
 		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize))...)
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(s))
@@ -105,10 +112,23 @@ func Serve(ctx context.Context, cfg Config, version string) (err error) {
 	return nil
 }
 
-// open opens the service and starts its background work, and the NRI plugin if it is
-// enabled. connected is told when a runtime accepts the NRI plugin and when it is lost.
-func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ *service.Service, err error) {
+// hooks are what the front ends of a daemon need of it.
+type hooks struct {
+	version string
+	// server are the options of each gRPC server.
+	server []grpc.ServerOption
+	// connected is told when a runtime accepts the NRI plugin and when it is lost, and
+	// registered whether kubelet has registered the CSI driver.
+	connected, registered func(bool)
+}
+
+// open opens the service and starts its background work, and the NRI plugin and the CSI driver
+// if they are enabled.
+func open(ctx context.Context, cfg Config, m *metrics, h hooks) (_ *service.Service, err error) {
 	cfg = cfg.Discover(ctx)
+	if cfg.CSI.Enabled {
+		cfg.Pulled = cfg.pulled()
+	}
 	s, err := service.Open(ctx, cfg.Config, m.observer())
 	if err != nil {
 		return nil, err
@@ -119,14 +139,32 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 		}
 	}()
 	m.watch(s.Store(), s.Watcher())
-	if !cfg.NRI.Enabled {
-		if err := nri.ProtectRecorded(ctx, cfg.Root, s.Store()); err != nil {
+	var frontEnds []func(context.Context)
+	if cfg.NRI.Enabled {
+		plugin, err := newNRI(ctx, cfg, s, h)
+		if err != nil {
 			return nil, err
 		}
-		s.Start(ctx, false)
-		return s, nil
+		frontEnds = append(frontEnds, plugin.Run)
+	} else if err := nri.ProtectRecorded(ctx, cfg.Root, s.Store()); err != nil {
+		return nil, err
 	}
-	plugin, err := nri.New(ctx, nri.Config{
+	if cfg.CSI.Enabled {
+		d, err := openCSI(ctx, cfg, s, h)
+		if err != nil {
+			return nil, fmt.Errorf("the CSI driver: %w", err)
+		}
+		frontEnds = append(frontEnds, d.run)
+	} else if err := csi.ProtectRecorded(ctx, cfg.Root, s.Store()); err != nil {
+		return nil, err
+	}
+	// A node that needs NRI or CSI may have no containerd.
+	s.Start(ctx, len(frontEnds) > 0, frontEnds...)
+	return s, nil
+}
+
+func newNRI(ctx context.Context, cfg Config, s *service.Service, h hooks) (*nri.Plugin, error) {
+	return nri.New(ctx, nri.Config{
 		Socket: cfg.NRI.Socket, Index: cfg.NRI.Index, Name: cfg.NRI.Name,
 		Root:              cfg.Root,
 		Store:             s.Store(),
@@ -134,14 +172,8 @@ func open(ctx context.Context, cfg Config, m *metrics, connected func(bool)) (_ 
 		Layouts:           cfg.Blobs()[1:],
 		ContainerdAddress: cfg.ContainerdAddress,
 		Passthrough:       cfg.NRI.OnError == onErrorPassthrough,
-		Observer:          nri.Observer{Connected: connected},
+		Observer:          nri.Observer{Connected: h.connected},
 	})
-	if err != nil {
-		return nil, err
-	}
-	// A node that needs NRI may have no containerd.
-	s.Start(ctx, true, plugin.Run)
-	return s, nil
 }
 
 func notify(ctx context.Context, state string) {

@@ -25,6 +25,10 @@ const (
 	HealthNRI = "nri"
 )
 
+// HealthCSI is the service whose health says whether kubelet has registered the daemon's CSI
+// driver. If the driver is not enabled it is errdefs.ErrNotFound.
+const HealthCSI = "csi"
+
 func servingIf(yes bool) grpc_health_v1.HealthCheckResponse_ServingStatus {
 	if yes {
 		return grpc_health_v1.HealthCheckResponse_SERVING
@@ -66,6 +70,8 @@ func healthOf(ctx context.Context, address, service string) error {
 		return nil
 	case service == HealthNRI:
 		return fmt.Errorf("no runtime has accepted the NRI plugin of the daemon on %s: %w", address, errdefs.ErrUnavailable)
+	case service == HealthCSI:
+		return fmt.Errorf("kubelet has not registered the CSI driver of the daemon on %s: %w", address, errdefs.ErrUnavailable)
 	default:
 		return fmt.Errorf("the daemon on %s is %s: %w", address, answer.GetStatus(), errdefs.ErrUnavailable)
 	}

@@ -24,7 +24,7 @@ func TestWithNRIAMissingContainerdIsNotReported(t *testing.T) {
 	cfg.NRI.Socket = filepath.Join(cfg.State, "nri.sock")
 	cfg.BlobRoots = []string{filepath.Join(filepath.Dir(cfg.Root), "storage/artifacts")}
 	m := newMetrics("")
-	s, err := open(t.Context(), cfg, m, nil)
+	s, err := open(t.Context(), cfg, m, hooks{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,7 +89,7 @@ func TestRecordsOfNRIAreReadWhenItIsDisabled(t *testing.T) {
 	if err := os.WriteFile(torn, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s, err := open(t.Context(), cfg, newMetrics(""), nil)
+	s, err := open(t.Context(), cfg, newMetrics(""), hooks{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -46,6 +46,9 @@ type Config struct {
 	ContentRoot string `toml:"content_root"`
 	// BlobRoots are further directories with blobs/ in them: CRI-O's artifact stores.
 	BlobRoots []string `toml:"blob_roots"`
+	// Pulled is the directory of the artifacts that the daemon pulls by itself, below Root; ""
+	// if it pulls none.
+	Pulled blobs.Dir `toml:"-"`
 	// ContainerdAddress is the Unix socket of containerd's API.
 	ContainerdAddress string `toml:"containerd_address"`
 	// Overlayfs has the options of the snapshotter for images and containers.

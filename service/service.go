@@ -86,10 +86,14 @@ func Open(ctx context.Context, cfg Config, observer store.Observer) (_ *Service,
 	}
 
 	s.watcher = images.NewWatcher(cfg.ContainerdAddress, blobs.Dir(cfg.ContentRoot))
+	content := cfg.Blobs()
+	if cfg.Pulled != "" {
+		content = append(content, cfg.Pulled)
+	}
 	s.store, err = store.Open(ctx, store.Config{
 		Root:             cfg.Root,
 		State:            cfg.State,
-		Content:          cfg.Blobs(),
+		Content:          content,
 		Modes:            modes,
 		DirectIO:         cfg.NeedsDirectIO(),
 		Limits:           cfg.Limits(),

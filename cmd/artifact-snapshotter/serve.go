@@ -35,6 +35,7 @@ func daemonFlags() []cli.Flag {
 		&cli.StringFlag{Name: "content-root", Usage: "root of containerd's content store"},
 		&cli.StringFlag{Name: "containerd-address", Usage: "containerd's own Unix socket"},
 		&cli.BoolFlag{Name: "nri", Usage: "mount artifacts through NRI, too: for CRI-O, and for a containerd with another snapshotter"},
+		&cli.BoolFlag{Name: "csi", Usage: "serve the CSI driver, too: volumes of any artifact, which the daemon pulls by itself"},
 	}
 }
 
@@ -56,8 +57,10 @@ func daemonConfig(command *cli.Command) (daemon.Config, error) {
 			*value = command.String(flag)
 		}
 	}
-	if command.IsSet("nri") {
-		cfg.NRI.Enabled = command.Bool("nri")
+	for flag, value := range map[string]*bool{"nri": &cfg.NRI.Enabled, "csi": &cfg.CSI.Enabled} {
+		if command.IsSet(flag) {
+			*value = command.Bool(flag)
+		}
 	}
 	return cfg, cfg.Validate()
 }
@@ -69,6 +72,7 @@ func serveCommand() *cli.Command {
 		Description: "Examples:\n\n" +
 			"  artifact-snapshotter serve\n" +
 			"  artifact-snapshotter serve --nri\n" +
+			"  artifact-snapshotter serve --csi\n" +
 			"  artifact-snapshotter serve --content-root /data/containerd/io.containerd.content.v1.content",
 		Flags: append(daemonFlags(),
 			&cli.StringFlag{Name: "log-level", Usage: "trace, debug, info, warn, error, fatal or panic"}),

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	csiapi "github.com/container-storage-interface/spec/lib/go/csi"
@@ -179,10 +180,11 @@ func (d *Driver) NodeGetVolumeStats(_ context.Context, req *csiapi.NodeGetVolume
 	if req.GetVolumeId() == "" {
 		return nil, toStatus(invalid("volume_id is missing"))
 	}
-	path, err := checkPath("volume_path", req.GetVolumePath())
-	if err != nil {
-		return nil, toStatus(err)
+	path := req.GetVolumePath()
+	if path == "" {
+		return nil, toStatus(invalid("volume_path is missing"))
 	}
+	path = filepath.Clean(path)
 	rec, known := d.records.get(path)
 	mounted, err := isMounted(path)
 	if err != nil {

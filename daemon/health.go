@@ -23,11 +23,10 @@ const (
 	// HealthNRI is the service whose health says whether a runtime accepted the daemon's NRI
 	// plugin. If the plugin is not enabled it is errdefs.ErrNotFound.
 	HealthNRI = "nri"
+	// HealthCSI is the service whose health says whether kubelet has registered the daemon's
+	// CSI driver. If the driver is not enabled it is errdefs.ErrNotFound.
+	HealthCSI = "csi"
 )
-
-// HealthCSI is the service whose health says whether kubelet has registered the daemon's CSI
-// driver. If the driver is not enabled it is errdefs.ErrNotFound.
-const HealthCSI = "csi"
 
 func servingIf(yes bool) grpc_health_v1.HealthCheckResponse_ServingStatus {
 	if yes {
@@ -49,6 +48,14 @@ func HealthOfNRI(ctx context.Context, address string) error {
 	return healthOf(ctx, address, HealthNRI)
 }
 
+// HealthOfCSI is Health for the daemon's CSI driver.
+func HealthOfCSI(ctx context.Context, address string) error {
+	if err := Health(ctx, address); err != nil {
+		return err
+	}
+	return healthOf(ctx, address, HealthCSI)
+}
+
 func healthOf(ctx context.Context, address, service string) error {
 	conn, err := grpc.NewClient(dialer.DialAddress(address), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -60,6 +67,8 @@ func healthOf(ctx context.Context, address, service string) error {
 	switch known := !errdefs.IsNotFound(native) && !errdefs.IsNotImplemented(native); {
 	case !known && service == HealthNRI:
 		return errdefs.ErrNotFound.WithMessage(fmt.Sprintf("the daemon on %s runs no NRI plugin: enable it with --nri or in its configuration", address))
+	case !known && service == HealthCSI:
+		return errdefs.ErrNotFound.WithMessage(fmt.Sprintf("the daemon on %s serves no CSI driver: enable it with --csi or in its configuration", address))
 	case !known:
 		return fmt.Errorf("what answers on %s is not the daemon of artifact-snapshotter, or an older one: %w", address, errdefs.ErrFailedPrecondition)
 	case ctx.Err() != nil:

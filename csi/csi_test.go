@@ -432,7 +432,7 @@ func TestRequestsThatCannotBeServedSayWhy(t *testing.T) {
 		"no registry":      {func(r *csiapi.NodePublishVolumeRequest) { r.VolumeContext[attributeReference] = "llama:v1" }, codes.InvalidArgument, "full reference"},
 		"another policy":   {func(r *csiapi.NodePublishVolumeRequest) { r.VolumeContext[attributePullPolicy] = "Sometimes" }, codes.InvalidArgument, "Sometimes"},
 		"not there":        {func(r *csiapi.NodePublishVolumeRequest) { r.VolumeContext[attributePullPolicy] = "Never" }, codes.NotFound, "Never"},
-		"an attribute":     {func(r *csiapi.NodePublishVolumeRequest) { r.VolumeContext["includ"] = "*" }, codes.InvalidArgument, `"includ" is not known`},
+		"an attribute":     {func(r *csiapi.NodePublishVolumeRequest) { r.VolumeContext["paths"] = "*" }, codes.InvalidArgument, `"paths" is not known`},
 		"not a secret":     {func(r *csiapi.NodePublishVolumeRequest) { r.Secrets = map[string]string{"x": "y"} }, codes.InvalidArgument, "kubernetes.io/dockerconfigjson"},
 		"another tag":      {func(r *csiapi.NodePublishVolumeRequest) { r.VolumeContext[attributeReference] += "0" }, codes.NotFound, "not found"},
 		"an image":         {func(r *csiapi.NodePublishVolumeRequest) { r.VolumeContext[attributeReference] = image }, codes.InvalidArgument, "is a container image"},

@@ -28,7 +28,7 @@ const (
 	podName      = kubernetes + "pod.name"
 	podUID       = kubernetes + "pod.uid"
 	// secretKey is the key of a secret of the type kubernetes.io/dockerconfigjson.
-	secretKey = ".dockerconfigjson"
+	secretKey = ".dockerconfigjson" //nolint:gosec // the name of a key, and no secret
 )
 
 // volume is a request to publish a volume.

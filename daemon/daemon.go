@@ -17,6 +17,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -59,7 +60,7 @@ func Serve(ctx context.Context, cfg Config, version string) (err error) {
 	defer stopTracing()
 	metrics := newMetrics(version)
 	healthy := health.NewServer()
-	options := append(traced, grpc.UnaryInterceptor(metrics.count))
+	options := append(slices.Clip(traced), grpc.UnaryInterceptor(metrics.count))
 	h := hooks{version: version, server: options, connected: func(bool) {}, registered: func(bool) {}}
 	for _, part := range []struct {
 		service string

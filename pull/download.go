@@ -125,16 +125,19 @@ func (d *download) run(ctx context.Context) {
 	d.err = err
 	d.mu.Unlock()
 	close(d.ended)
-	if err == nil {
-		err = d.CollectGarbage(context.WithoutCancel(ctx))
-	} else if errdefs.IsResourceExhausted(err) || errors.Is(err, unix.ENOSPC) {
-		err = d.CollectGarbage(context.WithoutCancel(ctx)) // the disk is full
-	} else {
-		err = nil
+	// Of other failures everything stays for the next try.
+	if err != nil && !isFull(err) {
+		return
 	}
+	err = d.CollectGarbage(context.WithoutCancel(ctx))
 	if err != nil {
 		logger.WithError(err).Error("cannot remove blobs that no artifact has")
 	}
+}
+
+// isFull reports whether a download has failed because the disk is full.
+func isFull(err error) bool {
+	return errdefs.IsResourceExhausted(err) || errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)
 }
 
 // all downloads everything, below the lease of the context.
@@ -148,7 +151,7 @@ func (d *download) all(ctx context.Context) (err error) {
 	d.mu.Unlock()
 	defer func() {
 		final := context.WithoutCancel(ctx)
-		if err == nil || errdefs.IsResourceExhausted(err) || errors.Is(err, unix.ENOSPC) {
+		if err == nil || isFull(err) {
 			err = errors.Join(err, d.forget(final, d.lease))
 			return
 		}

@@ -96,7 +96,7 @@ func TestARegistryThatFailsAtRandomIsAskedAgain(t *testing.T) {
 		}
 	})
 	p := open(t, Config{})
-	if _, err := pull(t, p, proxy.Host, "v1"); err != nil {
+	if _, err := pull(t, p, proxy.Host); err != nil {
 		t.Fatal(err)
 	}
 	wantBlobs(t, p, layers)
@@ -124,7 +124,7 @@ func TestRetryAfterIsObeyed(t *testing.T) {
 		next.ServeHTTP(w, r)
 	})
 	p := open(t, Config{})
-	if _, err := pull(t, p, proxy.Host, "v1"); err != nil {
+	if _, err := pull(t, p, proxy.Host); err != nil {
 		t.Fatal(err)
 	}
 	if waited := time.Duration(second.Load() - first.Load()); waited < 2*time.Second {
@@ -194,7 +194,7 @@ func TestABadMirrorIsGivenUpForTheNextHost(t *testing.T) {
 		{"fails", func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", http.StatusInternalServerError) }},
 		{"drops each connection", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }},
 		{"redirects in a circle", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, r.URL.Path, http.StatusFound) }},
-		{"compresses a bomb", func(w http.ResponseWriter, r *http.Request) {
+		{"compresses a bomb", func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Encoding", "gzip")
 			_, _ = w.Write(bomb)
 		}},
@@ -215,7 +215,7 @@ func TestABadMirrorIsGivenUpForTheNextHost(t *testing.T) {
 			})
 			p := open(t, Config{Hosts: hostsDir(t, registry, mirror.Host)})
 			began := time.Now()
-			if _, err := pull(t, p, registry, "v1"); err != nil {
+			if _, err := pull(t, p, registry); err != nil {
 				t.Fatal(err)
 			}
 			wantBlobs(t, p, layers)
@@ -293,7 +293,7 @@ func TestARegistryThatLiesIsAnError(t *testing.T) {
 				}
 			})
 			p := open(t, Config{})
-			_, err := pull(t, p, proxy.Host, "v1")
+			_, err := pull(t, p, proxy.Host)
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error %v, want %q", err, test.want)
 			}
@@ -314,7 +314,7 @@ func TestAddressesInDescriptorsAreNotAsked(t *testing.T) {
 	layers := contents(t, 100_000)
 	push(t, registry, "v1", layers)
 	p := open(t, Config{})
-	target, err := pull(t, p, registry, "v1")
+	target, err := pull(t, p, registry)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -395,7 +395,7 @@ type throttled struct {
 
 func (w *throttled) Write(b []byte) (n int, err error) {
 	for n < len(b) && err == nil {
-		m := 0
+		var m int
 		m, err = w.ResponseWriter.Write(b[n:min(n+64<<10, len(b))])
 		n, w.sent = n+m, w.sent+m
 		if ahead := time.Duration(float64(w.sent)/float64(w.perSecond)*1e9) - time.Since(w.began); ahead > 0 {
@@ -429,7 +429,7 @@ func TestALargeBlobIsFetchedBySeveralConnectionsIfOneIsSlow(t *testing.T) {
 	limits.Memory = 32 << 20 // parts of 1.3 MiB
 	p := open(t, Config{Limits: limits})
 	began := time.Now()
-	if _, err := pull(t, p, proxy.Host, "v1"); err != nil {
+	if _, err := pull(t, p, proxy.Host); err != nil {
 		t.Fatal(err)
 	}
 	took := time.Since(began)

@@ -46,6 +46,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sync/semaphore"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
@@ -134,7 +135,7 @@ func Open(ctx context.Context, c Config) (_ *Puller, err error) {
 	}
 	path := filepath.Join(c.Root, "meta.db")
 	p.bolt, err = bbolt.Open(path, 0o600, &bbolt.Options{Timeout: time.Second})
-	if errors.Is(err, bbolt.ErrTimeout) {
+	if errors.Is(err, bolterrors.ErrTimeout) {
 		return nil, fmt.Errorf("%s is open in another process: %w", path, errdefs.ErrFailedPrecondition)
 	}
 	if err != nil {
@@ -330,7 +331,7 @@ func (p *Puller) resolve(ctx context.Context, r Request, ask Reference) (*sessio
 // reader is the key in readers of who asks for what. It does not have the secret.
 func (p *Puller) reader(ref Reference, cred Credential, manifest digest.Digest) string {
 	mac := hmac.New(sha256.New, p.key[:])
-	fmt.Fprintf(mac, "%q %q %q %q", ref.Name(), cred.Username, cred.Secret, manifest)
+	_, _ = fmt.Fprintf(mac, "%q %q %q %q", ref.Name(), cred.Username, cred.Secret, manifest)
 	return string(mac.Sum(nil))
 }
 

@@ -88,12 +88,12 @@ func ref(t *testing.T, text string) Reference {
 	return r
 }
 
-// pull pulls host/models/tiny:tag.
-func pull(t *testing.T, p *Puller, host, tag string, credentials ...Credential) (ocispec.Descriptor, error) {
+// pull pulls host/models/tiny:v1.
+func pull(t *testing.T, p *Puller, host string, credentials ...Credential) (ocispec.Descriptor, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	return p.Pull(ctx, Request{Reference: ref(t, host+"/"+repository+":"+tag), Policy: IfNotPresent, Credentials: credentials})
+	return p.Pull(ctx, Request{Reference: ref(t, host+"/"+repository+":v1"), Policy: IfNotPresent, Credentials: credentials})
 }
 
 // wantBlobs fails unless the directory has exactly these bytes of every layer.
@@ -131,7 +131,7 @@ func TestAnArtifactIsPulledOnceAndReadBack(t *testing.T) {
 	layers[5].Annotations = map[string]string{modelspec.AnnotationFilepath: "again"}
 	manifest := push(t, registry, "v1", layers)
 	p := open(t, Config{})
-	target, err := pull(t, p, proxy.Host, "v1")
+	target, err := pull(t, p, proxy.Host)
 	if err != nil || target.Digest != manifest {
 		t.Fatalf("pulled %s, %v; want %s", target.Digest, err, manifest)
 	}
@@ -150,7 +150,7 @@ func TestAnArtifactIsPulledOnceAndReadBack(t *testing.T) {
 
 	// Everybody may read it, so nobody is asked.
 	proxy.Reset()
-	if again, err := pull(t, p, proxy.Host, "v1"); err != nil || again.Digest != manifest {
+	if again, err := pull(t, p, proxy.Host); err != nil || again.Digest != manifest {
 		t.Errorf("again %s, %v", again.Digest, err)
 	}
 	if got := proxy.Requests(""); len(got) != 0 {
@@ -167,7 +167,7 @@ func TestAnArtifactOutlivesTheProcess(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := pull(t, p, registry, "v1"); err != nil {
+	if _, err := pull(t, p, registry); err != nil {
 		t.Error(err)
 	}
 	if _, err := Open(t.Context(), Config{Root: root, Limits: testLimits}); !errdefs.IsFailedPrecondition(err) {
@@ -225,7 +225,7 @@ func TestAnImageIsRefusedBeforeItsLayersAreFetched(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := open(t, Config{})
-	if _, err := pull(t, p, proxy.Host, "v1"); !errors.Is(err, artifact.ErrNotArtifact) {
+	if _, err := pull(t, p, proxy.Host); !errors.Is(err, artifact.ErrNotArtifact) {
 		t.Errorf("an image: %v", err)
 	}
 	if got := proxy.Requests("GET .*/blobs/"); len(got) != 0 {
@@ -242,21 +242,21 @@ func TestOnlyThoseWhoMayReadItGetWhatIsOnTheNode(t *testing.T) {
 	p := open(t, Config{})
 	good, wrong := Credential{registrytest.User, registrytest.Password}, Credential{registrytest.User, "wrong"}
 	for _, denied := range [][]Credential{nil, {wrong}} {
-		if _, err := pull(t, p, proxy.Host, "v1", denied...); !isDenied(err) {
+		if _, err := pull(t, p, proxy.Host, denied...); !isDenied(err) {
 			t.Errorf("nothing is there, %v: %v", denied, err)
 		}
 	}
-	if _, err := pull(t, p, proxy.Host, "v1", wrong, good); err != nil {
+	if _, err := pull(t, p, proxy.Host, wrong, good); err != nil {
 		t.Fatal(err)
 	}
 	wantBlobs(t, p, layers)
 	for _, denied := range [][]Credential{nil, {wrong}} {
-		if _, err := pull(t, p, proxy.Host, "v1", denied...); !isDenied(err) {
+		if _, err := pull(t, p, proxy.Host, denied...); !isDenied(err) {
 			t.Errorf("it is there, %v: %v", denied, err)
 		}
 	}
 	proxy.Reset()
-	if _, err := pull(t, p, proxy.Host, "v1", good); err != nil {
+	if _, err := pull(t, p, proxy.Host, good); err != nil {
 		t.Error(err)
 	}
 	if got := proxy.Requests(""); len(got) != 0 {
@@ -268,7 +268,7 @@ func TestOnlyThoseWhoMayReadItGetWhatIsOnTheNode(t *testing.T) {
 	}
 	p = open(t, Config{Root: p.root})
 	for range 2 {
-		if _, err := pull(t, p, proxy.Host, "v1", good); err != nil {
+		if _, err := pull(t, p, proxy.Host, good); err != nil {
 			t.Error(err)
 		}
 	}
@@ -303,11 +303,11 @@ func TestABlobThatTheRepositoryDoesNotHaveIsNotTakenFromTheNode(t *testing.T) {
 	other := blobDir(t, layers)
 	for name, p := range map[string]*Puller{"pulled before": open(t, Config{}), "in another directory": open(t, Config{Others: []blobs.Dir{other}})} {
 		if name == "pulled before" {
-			if _, err := pull(t, p, theirs, "v1"); err != nil {
+			if _, err := pull(t, p, theirs); err != nil {
 				t.Fatal(err)
 			}
 		}
-		if _, err := pull(t, p, proxy.Host, "v1"); !errdefs.IsNotFound(err) {
+		if _, err := pull(t, p, proxy.Host); !errdefs.IsNotFound(err) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -336,7 +336,7 @@ func TestABlobThatTheNodeHasIsLinked(t *testing.T) {
 	push(t, registry, "v1", layers)
 	runtime := blobDir(t, layers[:2])
 	p := open(t, Config{Others: []blobs.Dir{blobs.Dir(t.TempDir()), runtime}})
-	if _, err := pull(t, p, proxy.Host, "v1"); err != nil {
+	if _, err := pull(t, p, proxy.Host); err != nil {
 		t.Fatal(err)
 	}
 	wantBlobs(t, p, layers)
@@ -446,7 +446,7 @@ func TestWhatDoesNotFitIsRefusedBeforeItIsFetched(t *testing.T) {
 	}
 	proxy := registrytest.NewProxy(t, registry, nil)
 	p := open(t, Config{})
-	_, err := pull(t, p, proxy.Host, "v1")
+	_, err := pull(t, p, proxy.Host)
 	if !errdefs.IsResourceExhausted(err) || !strings.Contains(err.Error(), "needs 1024 PiB") {
 		t.Errorf("no room: %v", err)
 	}

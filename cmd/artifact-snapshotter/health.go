@@ -26,6 +26,7 @@ func healthCommand() *cli.Command {
 			configFlag(),
 			&cli.StringFlag{Name: "address", Usage: "the daemon's Unix socket", DefaultText: "address of the configuration file"},
 			&cli.BoolFlag{Name: "nri", Usage: "ask whether the daemon's NRI plugin is connected to a runtime"},
+			&cli.BoolFlag{Name: "csi", Usage: "ask whether kubelet has registered the daemon's CSI driver"},
 			&cli.DurationFlag{Name: "timeout", Usage: "how long to wait for an answer", Value: 5 * time.Second},
 		},
 		Action: health,
@@ -48,8 +49,13 @@ func health(ctx context.Context, command *cli.Command) error {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	ask := daemon.Health
-	if command.Bool("nri") {
+	switch nri, csi := command.Bool("nri"), command.Bool("csi"); {
+	case nri && csi:
+		return errors.New("--nri and --csi exclude each other")
+	case nri:
 		ask = daemon.HealthOfNRI
+	case csi:
+		ask = daemon.HealthOfCSI
 	}
 	if err := ask(ctx, address); err != nil {
 		return err

@@ -75,6 +75,7 @@ func New(ctx context.Context, c Config) (*Driver, error) {
 		return nil, err
 	}
 	c.Store.AddReferences(r.trees)
+	c.Puller.Protect(r.references)
 	return &Driver{Config: c, records: r, closing: ctx, busy: map[string]bool{}}, nil
 }
 

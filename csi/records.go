@@ -105,6 +105,16 @@ func (r *records) trees(context.Context) (ids []store.ID, _ error) {
 	return ids, nil
 }
 
+// references are those of the published volumes.
+func (r *records) references() (names []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, rec := range r.byTarget {
+		names = append(names, rec.Reference)
+	}
+	return names
+}
+
 func (r *records) get(target string) (record, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

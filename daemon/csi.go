@@ -43,6 +43,11 @@ type CSI struct {
 	PullMemory  int64 `toml:"pull_memory"`
 	// StallTimeout is how many seconds a host may send next to nothing.
 	StallTimeout int `toml:"stall_timeout"`
+	// GCHigh, GCLow (percent of the file system) and GCMaxAge (a duration; "" is for ever) say
+	// which artifacts stay: see pull.Retention.
+	GCHigh   int    `toml:"gc_high"`
+	GCLow    int    `toml:"gc_low"`
+	GCMaxAge string `toml:"gc_max_age"`
 }
 
 func defaultCSI() CSI {
@@ -55,6 +60,8 @@ func defaultCSI() CSI {
 		Connections:  l.Connections,
 		PullMemory:   l.Memory >> 20,
 		StallTimeout: int(l.Stall / time.Second),
+		GCHigh:       pull.DefaultRetention.High,
+		GCLow:        pull.DefaultRetention.Low,
 	}
 }
 
@@ -95,7 +102,24 @@ func (c CSI) validate() error {
 			errs = append(errs, fmt.Errorf("%s %d is not 1 to %d", number.key, number.value, number.max))
 		}
 	}
+	if c.GCLow < 1 || c.GCLow > c.GCHigh || c.GCHigh > 100 {
+		errs = append(errs, fmt.Errorf("csi.gc_low %d and csi.gc_high %d are not 1 ≤ gc_low ≤ gc_high ≤ 100 percent", c.GCLow, c.GCHigh))
+	}
+	if _, err := c.maxAge(); err != nil {
+		errs = append(errs, err)
+	}
 	return errors.Join(errs...)
+}
+
+func (c CSI) maxAge() (time.Duration, error) {
+	if c.GCMaxAge == "" {
+		return 0, nil
+	}
+	age, err := time.ParseDuration(c.GCMaxAge)
+	if err != nil || age <= 0 {
+		return 0, fmt.Errorf("csi.gc_max_age %.60q is not a duration such as \"720h\"", c.GCMaxAge)
+	}
+	return age, nil
 }
 
 // pulled is the directory of the artifacts that the daemon pulls by itself.
@@ -117,6 +141,10 @@ type server struct {
 // openCSI opens the driver on the service's store, whose garbage collection must not run before.
 func openCSI(ctx context.Context, cfg Config, s *service.Service, h hooks) (_ *driver, err error) {
 	d := &driver{}
+	age, err := cfg.CSI.maxAge()
+	if err != nil {
+		return nil, err
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.close())
@@ -130,6 +158,7 @@ func openCSI(ctx context.Context, cfg Config, s *service.Service, h hooks) (_ *d
 			Blobs: cfg.CSI.Downloads, Connections: cfg.CSI.Connections, Memory: cfg.CSI.PullMemory << 20,
 			Stall: time.Duration(cfg.CSI.StallTimeout) * time.Second, Reserve: cfg.ReservedSpace,
 		},
+		Retention: pull.Retention{High: cfg.CSI.GCHigh, Low: cfg.CSI.GCLow, MaxAge: age},
 	})
 	if err != nil {
 		return nil, err

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"sync"
 	"time"
 
@@ -170,7 +171,7 @@ func (d *download) all(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := d.space(missing); err != nil {
+	if err := d.space(ctx, missing); err != nil {
 		return err
 	}
 	d.began.Store(time.Now().UnixNano())
@@ -251,19 +252,27 @@ func (d *download) missing(ctx context.Context, a *artifact.Artifact) (missing i
 	return max(missing, 0), nil
 }
 
-// space refuses a download for which the file system has no room.
-func (d *download) space(need int64) error {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(d.root, &fs); err != nil {
-		return fmt.Errorf("the free space of %s: %w", d.root, err)
+// space refuses a download for which the file system has no room, also after artifacts have
+// been removed that nobody uses.
+func (d *download) space(ctx context.Context, need int64) error {
+	size, free, err := d.fileSystem()
+	if err != nil {
+		return err
 	}
-	free := int64(fs.Bavail) * fs.Bsize
-	usable := free - int64(fs.Blocks)*fs.Bsize/100*int64(d.limits.Reserve)
-	if need > max(usable, 0) {
-		return fmt.Errorf("the pull needs %s, but the file system of %s has %s, of which %d %% of its size stay free: %w",
-			Bytes(need), d.root, Bytes(free), d.limits.Reserve, errdefs.ErrResourceExhausted)
+	reserve := size / 100 * int64(d.limits.Reserve)
+	if need <= max(free-reserve, 0) {
+		return nil
 	}
-	return nil
+	if need <= size-reserve {
+		if err := d.evict(ctx, need+reserve); err != nil {
+			return err
+		}
+		if size, free, err = d.fileSystem(); err != nil || need <= max(free-reserve, 0) {
+			return err
+		}
+	}
+	return fmt.Errorf("the pull needs %s, but of the %s of the file system of %s %s are free, and %d %% have to stay free: %w",
+		Bytes(need), Bytes(size), d.root, Bytes(free), d.limits.Reserve, errdefs.ErrResourceExhausted)
 }
 
 // label makes the metadata's garbage collection keep the blobs of the artifact as long as its
@@ -303,12 +312,16 @@ func (d *download) name(ctx context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for name, anonymous := range d.names {
-		image := images.Image{Name: name, Target: d.target}
+		image := images.Image{Name: name, Target: d.target, Labels: map[string]string{labelUsed: strconv.FormatInt(time.Now().Unix(), 10)}}
 		if anonymous {
-			image.Labels = map[string]string{labelAnonymous: "true"}
+			image.Labels[labelAnonymous] = "true"
 		}
 		_, err := d.images.Create(ctx, image)
 		if errdefs.IsAlreadyExists(err) {
+			old, gerr := d.images.Get(ctx, name)
+			if gerr == nil && old.Labels[labelPinned] != "" {
+				image.Labels[labelPinned] = old.Labels[labelPinned]
+			}
 			_, err = d.images.Update(ctx, image)
 			d.dirty = true
 		}

@@ -68,8 +68,9 @@ type Config struct {
 	// Others are further directories of blobs on this node. A blob that one of them has is
 	// linked, or copied if it is on another file system.
 	Others []blobs.Dir
-	// Limits are DefaultLimits if they are not set.
-	Limits Limits
+	// Limits are DefaultLimits if they are not set, and Retention is DefaultRetention.
+	Limits    Limits
+	Retention Retention
 }
 
 // Puller pulls artifacts. It is safe for concurrent use.
@@ -78,7 +79,10 @@ type Puller struct {
 	dir         blobs.Dir
 	others      []blobs.Dir
 	limits      Limits
+	retention   Retention
 	part        int
+	// inUse list the references that stay.
+	inUse []func() []string
 
 	bolt    *bbolt.DB
 	db      *metadata.DB
@@ -114,8 +118,11 @@ func Open(ctx context.Context, c Config) (_ *Puller, err error) {
 	if c.Limits == (Limits{}) {
 		c.Limits = DefaultLimits
 	}
+	if c.Retention == (Retention{}) {
+		c.Retention = DefaultRetention
+	}
 	p := &Puller{
-		root: c.Root, hosts: c.Hosts, dir: blobs.Dir(c.Root), others: c.Others, limits: c.Limits,
+		root: c.Root, hosts: c.Hosts, dir: blobs.Dir(c.Root), others: c.Others, limits: c.Limits, retention: c.Retention,
 		part:        int(max(c.Limits.Memory/int64(c.Limits.Blobs*ways), minPart)),
 		blobs:       semaphore.NewWeighted(int64(c.Limits.Blobs)),
 		connections: semaphore.NewWeighted(int64(c.Limits.Connections)),
@@ -173,13 +180,13 @@ func (p *Puller) Close() error {
 	return p.bolt.Close()
 }
 
-// Run collects garbage until ctx ends.
+// Run removes what is not to stay until ctx ends.
 func (p *Puller) Run(ctx context.Context) {
 	tick := time.NewTicker(collectEvery)
 	defer tick.Stop()
 	for {
-		if err := p.CollectGarbage(ctx); err != nil && ctx.Err() == nil {
-			log.G(ctx).WithError(err).Error("cannot remove blobs that no artifact has; trying again")
+		if err := errors.Join(p.retain(in(ctx)), p.CollectGarbage(ctx)); err != nil && ctx.Err() == nil {
+			log.G(ctx).WithError(err).Error("cannot remove artifacts and blobs that are not used; trying again")
 		}
 		select {
 		case <-ctx.Done():
@@ -280,6 +287,7 @@ func (p *Puller) begin(ctx context.Context, r Request) (*download, ocispec.Descr
 	ask := r.Reference
 	if known && r.Policy != Always {
 		if image.Labels[labelAnonymous] != "" || p.permitted(r, image.Target.Digest) {
+			p.touch(ctx, image)
 			return nil, image.Target, nil
 		}
 		ask = ask.at(image.Target.Digest) // one HEAD, whatever the tag stands for by now
@@ -290,6 +298,7 @@ func (p *Puller) begin(ctx context.Context, r Request) (*download, ocispec.Descr
 	}
 	if known && image.Target.Digest == target.Digest {
 		s.close()
+		p.touch(ctx, image)
 		return nil, image.Target, nil
 	}
 	d, err := p.join(s, target, name)

@@ -210,7 +210,7 @@ func TestCSIVolumesOutliveTheDaemon(t *testing.T) {
 	}))
 }
 
-// A moved tag, a hostile path: what describe pod says.
+// A hostile path, and a tag that is not there: what describe pod says.
 func TestCSISaysWhyAVolumeIsRefused(t *testing.T) {
 	installCSI(t)
 	namespace := newNamespace(t)

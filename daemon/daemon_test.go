@@ -23,19 +23,11 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/service"
 )
 
-// testConfig returns a configuration below a temporary directory. No containerd listens on
-// its address.
+// testConfig returns a configuration without a containerd.
 func testConfig(t *testing.T) Config {
 	t.Helper()
-	dir := t.TempDir()
 	cfg := Default()
-	cfg.Root = filepath.Join(dir, "root")
-	cfg.State = filepath.Join(dir, "state")
-	cfg.ContentRoot = filepath.Join(dir, "content")
-	cfg.ContainerdAddress = filepath.Join(dir, "c.sock")
-	if err := os.MkdirAll(filepath.Join(cfg.ContentRoot, "blobs", "sha256"), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	cfg.Root, cfg.State, cfg.ContentRoot, cfg.ContainerdAddress = containerdtest.Dirs(t)
 	return cfg
 }
 

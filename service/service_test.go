@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -20,17 +19,11 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 )
 
-// testConfig returns a configuration below a temporary directory. No containerd listens on
-// its address.
+// testConfig returns a configuration without a containerd.
 func testConfig(t *testing.T) Config {
 	t.Helper()
-	dir := t.TempDir()
 	cfg := Default()
-	cfg.Root, cfg.State = filepath.Join(dir, "root"), filepath.Join(dir, "state")
-	cfg.ContentRoot, cfg.ContainerdAddress = filepath.Join(dir, "content"), filepath.Join(dir, "c.sock")
-	if err := os.MkdirAll(filepath.Join(cfg.ContentRoot, "blobs", "sha256"), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	cfg.Root, cfg.State, cfg.ContentRoot, cfg.ContainerdAddress = containerdtest.Dirs(t)
 	return cfg
 }
 

@@ -18,6 +18,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/differ"
@@ -31,7 +32,11 @@ const LabelLayers = "artifact-snapshotter/layers"
 // Applier returns the differ with which containerd's own unpacker unpacks artifacts into the
 // snapshots of New(root, trees, …), and into those of other snapshotters.
 func Applier(root string, trees *store.Store) diff.Applier {
-	return trees.Applier(snapshotsDir(filepath.Join(root, "overlayfs")))
+	return &differ.Applier{
+		Snapshots: snapshotsDir(filepath.Join(root, "overlayfs")),
+		Options:   trees.Options(),
+		Scratch:   trees.Scratch,
+	}
 }
 
 // snapshotsDir is the directory of the snapshots of the overlayfs snapshotter in root, which
@@ -111,7 +116,9 @@ func (s *snapshotter) acquire(ctx context.Context, want wanted, owners unpack.ID
 	if err != nil {
 		return nil, err
 	}
-	return s.trees.AcquireLayers(ctx, want.layers, dirs, owners)
+	return s.trees.AcquireLayers(ctx, want.layers, differ.Contents(dirs), owners, func(context.Context) (*artifact.Artifact, error) {
+		return differ.Chain(want.layers, dirs)
+	})
 }
 
 // label returns the label for the view of the tree.

@@ -330,3 +330,34 @@ func TestANameIsOfOneArtifact(t *testing.T) {
 	}
 	n.unpacked(t, d, "sha256:image")
 }
+
+// A pull reports what failed for which layer, and what to do, wherever the layer goes.
+func TestAFullDiskIsExplainedForALayer(t *testing.T) {
+	n := newNode(t)
+	layer := n.layer(t, "a", "bytes of a")
+	ours, err := n.Prepare(ctx, behind("extract-1-x layer"), "", as("layer"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for dir, mounts := range map[string][]mount.Mount{
+		filepath.Join(n.root, "trees"): {{Type: "bind", Source: t.TempDir(), Options: []string{"rw", "rbind"}}},
+		filepath.Dir(ours[0].Source):   ours,
+	} {
+		// A tmpfs whose only inode is that of its root.
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "nr_inodes=1"); err != nil {
+			t.Fatal(err)
+		}
+		_, err := Applier(n.root, n.views).Apply(ctx, layer, mounts)
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+		if !errdefs.IsResourceExhausted(err) {
+			t.Fatalf("%v, want a full disk", err)
+		}
+		for _, text := range []string{"layer 0 (", layer.Digest.String(), "mkdir ", "free space on the file system of the snapshotter's root"} {
+			if !strings.Contains(err.Error(), text) {
+				t.Errorf("%v does not say %q", err, text)
+			}
+		}
+	}
+}

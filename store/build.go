@@ -17,9 +17,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 
-	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
-	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/differ"
 )
 
 // build builds the tree of e. p is nil unless the runtime still receives the blobs.
@@ -31,7 +29,8 @@ func (s *Store) build(ctx context.Context, e *entry, from *source, p *pull) (t *
 	ctx, end := span(ctx, "tree.build", e.id.Manifest)
 	b = &Build{Modes: s.modes, OnPull: p != nil}
 	began := time.Now()
-	o := s.options(e.id)
+	o := s.Options()
+	o.Owners = e.id.Owners
 	if e.id.shifted() && s.modes.Raw == unpack.Overlay && s.modes.Tar == unpack.Extract {
 		t, err = s.shift(ctx, e.id, from, o)
 	} else {
@@ -64,16 +63,8 @@ func (s *Store) build(ctx context.Context, e *entry, from *source, p *pull) (t *
 
 // layOut makes a tree in dir.
 func (s *Store) layOut(ctx context.Context, dir string, from *source, o unpack.Options) (*unpack.Tree, error) {
-	if from.retained != nil {
-		layers, done, err := s.scratch()
-		if err != nil {
-			return nil, err
-		}
-		defer done()
-		o.Blobs = blobs.Dir(layers)
-		if err := differ.LinkRetained(blobs.Dir(layers), from.retained); err != nil {
-			return nil, err
-		}
+	if from.blobs != nil {
+		o.Blobs = from.blobs
 	}
 	return unpack.Build(ctx, dir, from.artifact, o)
 }
@@ -84,8 +75,10 @@ func (s *Store) setProgress(e *entry, p *progress) {
 	e.progress = p
 }
 
-func (s *Store) options(id ID) unpack.Options {
-	return unpack.Options{Modes: s.modes, Blobs: s.content, Shared: s.shared, Budget: s.budget, Owners: id.Owners, Counted: s.counted}
+// Options are those of the trees that the store builds, without owners. Whatever else uses
+// them is within the store's limits and counted.
+func (s *Store) Options() unpack.Options {
+	return unpack.Options{Modes: s.modes, Blobs: s.content, Shared: s.shared, Budget: s.budget, Counted: s.counted}
 }
 
 func (s *Store) counted(how unpack.Retention, n int64) {
@@ -145,9 +138,9 @@ func (s *Store) reserve() (dir string, done func()) {
 	}
 }
 
-// scratch makes an empty directory beside the trees. done removes it, or after a crash
-// garbage collection does.
-func (s *Store) scratch() (dir string, done func(), err error) {
+// Scratch makes an empty directory for temporary files beside the trees. done removes it, or
+// after a crash garbage collection does.
+func (s *Store) Scratch() (dir string, done func(), err error) {
 	dir, free := s.reserve()
 	done = func() {
 		os.RemoveAll(dir)
@@ -155,7 +148,7 @@ func (s *Store) scratch() (dir string, done func(), err error) {
 	}
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		done()
-		return "", nil, err
+		return "", nil, steady{fmt.Errorf("no directory for temporary files: %w", unpack.OutOfSpace(err, "the snapshotter's root"))}
 	}
 	return dir, done, nil
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
+	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
@@ -84,13 +85,11 @@ type failure struct {
 	told bool
 }
 
-// source is what a tree is built from: an artifact, whose blobs are the runtime's unless
-// snapshots retain them. Only one goroutine uses it at a time.
+// source is what a tree is built from. Only one goroutine uses it at a time.
 type source struct {
 	read     func(context.Context) (*artifact.Artifact, error)
 	artifact *artifact.Artifact // once it is read
-	// retained are the directories of the snapshots; nil if the blobs are the runtime's.
-	retained []string
+	blobs    blobs.Source       // nil if they are the runtime's
 }
 
 // get reads the artifact if nobody has.

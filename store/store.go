@@ -43,7 +43,6 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/blobs"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
-	"github.com/artifact-snapshotter/artifact-snapshotter/unpack/differ"
 )
 
 // Config says where the store keeps its files, and how.
@@ -189,18 +188,11 @@ func (s *Store) Acquire(ctx context.Context, target ocispec.Descriptor, owners u
 	return s.acquire(ctx, id, from)
 }
 
-// AcquireLayers is Acquire for the layers that the snapshots in dirs retain
-// (differ.Retained), the lowest first. chain identifies them: it must be no other chain, and
-// no manifest. It is the Manifest of the Reference's ID.
-func (s *Store) AcquireLayers(ctx context.Context, chain digest.Digest, dirs []string, owners unpack.IDMap) (*Reference, error) {
-	read := func(context.Context) (*artifact.Artifact, error) { return differ.Chain(chain, dirs) }
-	return s.acquire(ctx, ID{Manifest: chain, Owners: owners}, &source{read: read, retained: dirs})
-}
-
-// Applier returns a differ that unpacks layers within the limits of the store, and retains
-// them in the snapshots of the snapshotter whose directory of snapshots is dir.
-func (s *Store) Applier(dir string) *differ.Applier {
-	return &differ.Applier{Snapshots: dir, Options: s.options(ID{}), Scratch: s.scratch}
+// AcquireLayers is Acquire for layers that have no manifest. chain identifies them: it must
+// be the digest of no other layers, and of no manifest. It is the Manifest of the Reference's
+// ID. read is called if the tree is not there. The layers' blobs are in from.
+func (s *Store) AcquireLayers(ctx context.Context, chain digest.Digest, from blobs.Source, owners unpack.IDMap, read func(context.Context) (*artifact.Artifact, error)) (*Reference, error) {
+	return s.acquire(ctx, ID{Manifest: chain, Owners: owners}, &source{read: read, blobs: from})
 }
 
 // read reads the artifact whose manifest or index is target.

@@ -48,9 +48,27 @@ type watcher struct {
 	trouble string
 }
 
-// seen is the modification time of a directory when it was last looked into, and when that
-// was.
-type seen struct{ changed, looked time.Time }
+// seen is how a directory was found when it was last looked into.
+type seen struct {
+	// changed is its modification time, and first when it was first found with that.
+	changed, first time.Time
+	// looked is when it was looked into, less coarse, and clock is the same by the clock from
+	// which files have their times. The clock may have been set since.
+	looked, clock time.Time
+}
+
+// complete reports whether no change can have the same modification time as one that has been
+// seen.
+func (s seen) complete() bool { return !s.looked.Before(s.first) }
+
+// since returns a time that files have at the earliest that have changed after s. now is the
+// clock, which may have been set back.
+func (s seen) since(now time.Time) time.Time {
+	if same := now.Round(0).Add(-time.Since(s.looked)); same.Before(s.clock) {
+		return same
+	}
+	return s.clock
+}
 
 // watch returns a channel that tells, until ctx ends, that blobs have been deleted. containerd
 // makes the directories when it needs them, so they are looked for every second.
@@ -115,27 +133,32 @@ func (w *watcher) look(ctx context.Context) {
 		if w.inotify != nil && slices.Contains(w.inotify.WatchList(), dir) {
 			continue
 		}
+		at, clock := time.Now(), w.now().Round(0)
 		fi, err := os.Stat(dir)
 		if err != nil {
 			continue // the runtime makes it when it needs it
 		}
 		before, there := w.seen[dir]
 		if !there {
-			before.looked = w.opened
+			before = seen{looked: w.opened, clock: w.opened.Round(0)}
 		}
-		now := seen{fi.ModTime(), time.Now().Add(-coarse)}
+		now := seen{fi.ModTime(), at, at.Add(-coarse), clock.Add(-coarse)}
+		same := there && before.changed.Equal(now.changed)
+		if same {
+			now.first = before.first
+		}
 		switch err = w.add(dir); {
 		case err == nil:
 			delete(w.seen, dir)
 			w.Wake() // for what was deleted before
-			w.arrivedSince(ctx, dir, before.looked)
-		case there && before.changed.Equal(now.changed) && now.changed.Before(now.looked):
+			w.arrivedSince(ctx, dir, before.since(clock))
+		case same && before.complete():
 			trouble = err
 		default: // it has changed, or may have since
 			trouble = err
 			w.seen[dir] = now
 			w.missed()
-			w.arrivedSince(ctx, dir, before.looked)
+			w.arrivedSince(ctx, dir, before.since(clock))
 		}
 	}
 	switch said := w.trouble; {

@@ -11,8 +11,10 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/log"
 
@@ -68,6 +70,11 @@ func TestWithoutInotifyBlobsAreLookedFor(t *testing.T) {
 	s.Close()
 	s.config.DecompressOnPull, s.config.Modes = true, unpack.Modes{Raw: unpack.Copy, Tar: unpack.Extract} // without a mount
 	s.open()
+	s.pack("x") // makes a directory of blobs
+	// The clock is an hour fast until the directories have been looked into for the first time.
+	var fast atomic.Int64
+	fast.Store(int64(time.Hour))
+	s.now = func() time.Time { return time.Now().Add(time.Duration(fast.Load())) }
 	var out logged
 	log.L.Logger.SetOutput(&out) // the process runs no other test
 	ctx, cancel := context.WithCancel(context.Background())
@@ -75,6 +82,9 @@ func TestWithoutInotifyBlobsAreLookedFor(t *testing.T) {
 	running.Go(func() { s.Run(ctx) })
 	defer running.Wait()
 	defer cancel()
+
+	eventually(t, "it has been looked", func() bool { return out.count("looking once a second") == 1 })
+	fast.Store(0)
 
 	unpacked := func(n int) ID {
 		t.Helper()

@@ -58,6 +58,18 @@ func exists(path string) bool {
 	return err == nil
 }
 
+// Dirs returns what the configuration of a snapshotter needs, below a temporary directory.
+// content can hold blobs of sha256. Nothing listens on the address.
+func Dirs(t *testing.T) (root, state, content, address string) {
+	t.Helper()
+	dir := t.TempDir()
+	content = filepath.Join(dir, "content")
+	if err := os.MkdirAll(filepath.Join(content, "blobs", "sha256"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(dir, "root"), filepath.Join(dir, "state"), content, filepath.Join(dir, "c.sock")
+}
+
 // Containerd is a containerd in a temporary directory.
 type Containerd struct {
 	// Dir is the directory, Address the socket in it.

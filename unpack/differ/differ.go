@@ -95,7 +95,7 @@ func (a *Applier) apply(ctx context.Context, l artifact.Layer, into unpack.Targe
 	if !retains {
 		scratch, done, err := a.Scratch()
 		if err != nil {
-			return content, err
+			return content, l.Wrap(err)
 		}
 		defer done()
 		return unpack.ExtractLayer(ctx, l, into, scratch, o)
@@ -105,7 +105,7 @@ func (a *Applier) apply(ctx context.Context, l artifact.Layer, into unpack.Targe
 		return content, l.Wrap(err)
 	}
 	defer unlock()
-	retained, err := retain(ctx, dir, []artifact.Layer{l}, o)
+	retained, err := retain(ctx, dir, l, o)
 	if err != nil {
 		return content, err
 	}

@@ -163,11 +163,7 @@ func (c *chain) mountRetained(t *testing.T) (string, error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	retained := blobs.Dir(t.TempDir())
-	if err := LinkRetained(retained, c.dirs()); err != nil {
-		t.Fatal(err)
-	}
-	return c.mountTree(t, a, retained)
+	return c.mountTree(t, a, Contents(c.dirs()))
 }
 
 // overlay mounts the files of the snapshots.

@@ -49,17 +49,18 @@ const (
 // RetainedDir returns where the snapshot in dir retains layers, if it does.
 func RetainedDir(dir string) string { return filepath.Join(dir, retainedDir) }
 
-// retain retains layers in the snapshot in dir. The caller holds the lock on dir.
-func retain(ctx context.Context, dir string, layers []artifact.Layer, o unpack.Options) (*Retained, error) {
+// retain retains a layer in the snapshot in dir. The caller holds the lock on dir.
+func retain(ctx context.Context, dir string, l artifact.Layer, o unpack.Options) (*Retained, error) {
 	tmp := filepath.Join(dir, newRetainedDir)
 	if err := os.RemoveAll(tmp); err != nil { // left by a killed process
-		return nil, err
+		return nil, l.Wrap(err)
 	}
 	defer os.RemoveAll(tmp)
+	failed := func(err error) error { return l.Wrap(unpack.OutOfSpace(err, "the snapshotter's root")) }
 	if err := os.Mkdir(tmp, 0o700); err != nil {
-		return nil, unpack.OutOfSpace(err, "the snapshotter's root")
+		return nil, failed(err)
 	}
-	retained, err := unpack.Retain(ctx, blobs.Dir(tmp), layers, o)
+	retained, err := unpack.Retain(ctx, blobs.Dir(tmp), []artifact.Layer{l}, o)
 	if err != nil {
 		return nil, err
 	}
@@ -68,7 +69,10 @@ func retain(ctx context.Context, dir string, layers []artifact.Layer, o unpack.O
 	if err == nil {
 		err = publish(tmp, RetainedDir(dir))
 	}
-	return r, unpack.OutOfSpace(err, "the snapshotter's root")
+	if err != nil {
+		return nil, failed(err)
+	}
+	return r, nil
 }
 
 func (r *Retained) save(path string) error {
@@ -146,27 +150,10 @@ func Chain(id digest.Digest, dirs []string) (*artifact.Artifact, error) {
 	return a, nil
 }
 
-// LinkRetained links the contents that the snapshots in dirs retain into the directory
-// into.
-func LinkRetained(into blobs.Dir, dirs []string) error {
+// Contents returns where the contents are that the snapshots in dirs retain.
+func Contents(dirs []string) (contents blobs.Dirs) {
 	for _, dir := range dirs {
-		r, _, err := LoadRetained(dir)
-		if err != nil {
-			return err
-		}
-		for _, l := range r.Layers {
-			if l.Descriptor.Size == 0 || l.Format == artifact.FormatEmpty { // Retain needs no blob
-				continue
-			}
-			target := into.Path(l.Descriptor.Digest)
-			if err := os.MkdirAll(filepath.Dir(target), 0o700); err != nil {
-				return err
-			}
-			content := blobs.Dir(RetainedDir(dir)).Path(l.Descriptor.Digest)
-			if err := os.Link(content, target); err != nil && !errors.Is(err, os.ErrExist) {
-				return err
-			}
-		}
+		contents = append(contents, blobs.Dir(RetainedDir(dir)))
 	}
-	return nil
+	return contents
 }

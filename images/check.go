@@ -5,6 +5,7 @@ package images
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -13,13 +14,15 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 )
 
 // Check returns errdefs.ErrFailedPrecondition if CRI may mount another image in place of
 // the one whose manifest or index is target: the namespace has an image with the same
 // config and another manifest, and one of the two is an artifact. It returns
 // errdefs.ErrUnavailable if this is unknown, because containerd does not answer in time or
-// an image cannot be read.
+// an image that may have the config cannot be read.
 //
 // CRI may ask for another image than the pod does, and for one that is long known. So
 // Check waits until it knows everything that CRI knew when CRI asked: until an event comes
@@ -85,11 +88,13 @@ func (w *Watcher) judge(ctx context.Context, known *catalog, target digest.Diges
 		read := w.identify(ctx, images.Image{Target: ocispec.Descriptor{Digest: target}})
 		image = &read
 		if image.undecided != nil {
-			undecided = image
+			undecided = append(undecided, *image)
 		}
 	}
-	if undecided != nil {
-		return fmt.Errorf("the config of image %q (%s) cannot be read, so the runtime might mount it in place of another image; remove it if this lasts: %v: %w", undecided.Name, undecided.Target.Digest, undecided.undecided, errdefs.ErrUnavailable)
+	for _, other := range undecided {
+		if !w.excluded(ctx, other, image.Config) {
+			return fmt.Errorf("the config of image %q (%s) cannot be read, so the runtime might mount it in place of another image; remove it if this lasts: %v: %w", other.Name, other.Target.Digest, other.undecided, errdefs.ErrUnavailable)
+		}
 	}
 	w.mu.Lock()
 	same := known.withConfig(image.Config)
@@ -97,16 +102,26 @@ func (w *Watcher) judge(ctx context.Context, known *catalog, target digest.Diges
 	return refuse(*image, same)
 }
 
-// readAgain looks for the configs that could not be found, and returns an image whose
+// excluded reports whether an image whose config is unknown has another one than this, so that
+// one image of somebody's does not make all volumes unavailable.
+func (w *Watcher) excluded(ctx context.Context, undecided Image, config digest.Digest) bool {
+	if config == "" || !errors.Is(undecided.undecided, artifact.ErrTooLarge) {
+		return false
+	}
+	may, err := artifact.MayHaveConfig(ctx, w.blobs, undecided.Target.Digest, config)
+	return err == nil && !may
+}
+
+// readAgain looks for the configs that could not be found, and returns the images whose
 // config is still unknown.
-func (w *Watcher) readAgain(ctx context.Context, known *catalog) (undecided *Image) {
+func (w *Watcher) readAgain(ctx context.Context, known *catalog) (undecided []Image) {
 	w.mu.Lock()
 	again := known.toReadAgain()
 	w.mu.Unlock()
 	for _, old := range again {
 		now := w.identify(ctx, old.Image)
 		if now.undecided != nil {
-			undecided = &now
+			undecided = append(undecided, now)
 			continue
 		}
 		w.replace(known, old, now)

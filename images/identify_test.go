@@ -147,12 +147,19 @@ func TestTheConfigOfALargeManifestIsFound(t *testing.T) {
 	}
 }
 
-// The runtime may mount an image whose config we cannot find in place of any other. So
-// nothing is mounted until it is removed, and the error names it.
-func TestAnImageWithAnUnknownConfigMakesVolumesUnavailable(t *testing.T) {
+// The runtime may mount an image whose config we cannot find in place of another whose config
+// it names. So that one is not mounted until it is removed, and the error names it. All other
+// images are mounted.
+func TestAnImageWithAnUnknownConfigMakesVolumesOfItsConfigUnavailable(t *testing.T) {
 	w, targets := newTestWatcher(t, "one")
 	s, _ := fakeStream(1)
 	following(t, w, s, noImages)
+	other := pack.Artifact{ArtifactType: pack.GenericType, ConfigType: "application/x-config", Config: []byte("[1]"), Layers: []pack.Layer{{MediaType: "text/plain", Data: []byte("other")}}}
+	desc, err := other.WriteTo(string(w.blobs))
+	if err != nil {
+		t.Fatal(err)
+	}
+	targets["other"] = desc.Digest
 	config := fmt.Sprintf(`"config": {"digest": %q}`, ocispec.DescriptorEmptyJSON.Digest)
 	for mediaType, text := range map[string]string{
 		ocispec.MediaTypeImageManifest: fmt.Sprintf(`{%s, "x": "%s"}`, config, strings.Repeat("x", 64<<20)),
@@ -162,10 +169,13 @@ func TestAnImageWithAnUnknownConfigMakesVolumesUnavailable(t *testing.T) {
 		t.Run(mediaType, func(t *testing.T) {
 			target := writeBlob(t, w.blobs, text)
 			target.MediaType = mediaType
-			w.know(t.Context(), targets, "k8s.io/one")
+			w.know(t.Context(), targets, "k8s.io/one", "k8s.io/other")
 			w.set(func() {
 				w.known["k8s.io"].put(w.identify(t.Context(), images.Image{Name: "odd:v1", Target: target}))
 			})
+			if err := w.Check(t.Context(), "k8s.io", targets["other"]); err != nil {
+				t.Errorf("with another config: %v", err)
+			}
 			for _, of := range []digest.Digest{target.Digest, targets["one"]} {
 				if err := w.Check(t.Context(), "k8s.io", of); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), `"odd:v1"`) || !strings.Contains(err.Error(), "over the limit") {
 					t.Errorf("got %v, want that it is unknown, and why", err)
@@ -221,7 +231,7 @@ func TestAnImageThatIsReadAgainDoesNotComeBack(t *testing.T) {
 	known := w.known["k8s.io"]
 	known.put(Image{Image: imageRecord("two", targets["two"]), undecided: syscall.EMFILE})
 	w.blobs = "/dev/null"
-	if undecided := w.readAgain(t.Context(), known); undecided == nil || undecided.Name != "two" {
+	if undecided := w.readAgain(t.Context(), known); len(undecided) != 1 || undecided[0].Name != "two" {
 		t.Errorf("undecided is %v, want two", undecided)
 	}
 	again := known.toReadAgain()

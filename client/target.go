@@ -30,6 +30,9 @@ func resolve(target string) (string, error) {
 		return path, err
 	}
 	parent, err := filepath.EvalSymlinks(filepath.Dir(abs))
+	if errors.Is(err, os.ErrNotExist) {
+		return "", fmt.Errorf("the directory %s above the target does not exist: %w", filepath.Dir(abs), errdefs.ErrInvalidArgument)
+	}
 	if err != nil {
 		return "", fmt.Errorf("the directory above target %s must exist: %w", target, err)
 	}

@@ -96,7 +96,7 @@ func TestTheToolRefusesBadInput(t *testing.T) {
 		"a target that is not empty":      {[]string{"mount", ref, full}, []string{full, "not empty"}},
 		"a target that is a file":         {[]string{"mount", ref, plain}, []string{plain, "not a directory"}},
 		"a target that is a mount point":  {[]string{"mount", ref, other}, []string{other, "mount point"}},
-		"a target in no directory":        {[]string{"mount", ref, filepath.Join(dir, "a", "b")}, []string{filepath.Join(dir, "a", "b")}},
+		"a target in no directory":        {[]string{"mount", ref, filepath.Join(dir, "a", "b")}, []string{"the directory " + filepath.Join(dir, "a") + " above the target does not exist"}},
 		"an empty target":                 {[]string{"mount", ref, ""}, []string{"empty"}},
 		"mount of a container image":      {[]string{"mount", n.GuestImage, free}, []string{n.GuestImage, "container image"}},
 		"inspect of a container image":    {[]string{"inspect", n.GuestImage}, []string{n.GuestImage, "container image"}},

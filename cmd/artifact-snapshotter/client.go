@@ -107,6 +107,9 @@ func connect(ctx context.Context, command *cli.Command) (*client.Client, error) 
 	if command.String("namespace") == "" {
 		return nil, errors.New("the namespace is empty: name one of containerd's with -n, for example k8s.io, or unset CONTAINERD_NAMESPACE")
 	}
+	if command.String("snapshotter") == "" {
+		return nil, errors.New("--snapshotter is empty: leave it out for the snapshotter called " + containerdconfig.Snapshotter)
+	}
 	address := command.String("address")
 	if address == "" {
 		cfg, err := loadConfig(command)

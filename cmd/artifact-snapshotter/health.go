@@ -7,11 +7,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"time"
 
 	"github.com/urfave/cli/v3"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdconfig"
 )
 
 func healthCommand() *cli.Command {
@@ -45,6 +47,9 @@ func health(ctx context.Context, command *cli.Command) error {
 			return err
 		}
 		address = cfg.SocketAddress()
+	}
+	if !filepath.IsAbs(containerdconfig.Socket(address)) {
+		return fmt.Errorf("--address %q is not the absolute path of a Unix socket", address)
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()

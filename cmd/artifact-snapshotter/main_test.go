@@ -111,6 +111,8 @@ func TestErrors(t *testing.T) {
 		"a long flag with one dash":       {[]string{"ls", "-output"}, []string{"flag -output needs a value (see artifact-snapshotter ls --help)"}},
 		"a number that is no duration":    {[]string{"health", "--timeout", "5"}, []string{`invalid value "5" for --timeout: it is no duration like 5s`}},
 		"no bool":                         {[]string{"doctor", "--nri=x"}, []string{`invalid value "x" for --nri: it is neither true nor false`}},
+		"a relative socket":               {[]string{"health", "--address", "a.sock"}, []string{`--address "a.sock" is not the absolute path`}},
+		"no snapshotter":                  {[]string{"ls", "--snapshotter", ""}, []string{"--snapshotter is empty"}},
 		"an argument too many":            {[]string{"version", "now"}, []string{": version accepts no arguments, got 1 (now)"}},
 		"inspect without a digest":        {[]string{"inspect"}, []string{": inspect requires exactly 1 argument (REF), got 0 (see artifact-snapshotter inspect --help)"}},
 		"inspect of two digests":          {[]string{"inspect", "a", "b"}, []string{"requires exactly 1 argument (REF), got 2"}},

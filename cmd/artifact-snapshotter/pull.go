@@ -101,8 +101,8 @@ func pull(ctx context.Context, command *cli.Command, c *client.Client, asJSON bo
 	if asJSON {
 		return printJSON(command.Root().Writer, p)
 	}
-	return printTable(command.Root().Writer, fmt.Sprintf("REFERENCE\tDIGEST\tSIZE\tSNAPSHOT\n%s\t%s\t%s\t%s\n",
-		printable(p.Reference), p.Digest, plain.Size(p.Size), p.Snapshot))
+	return printTable(command.Root().Writer, fmt.Sprintf("REFERENCE\tDIGEST\tSIZE\n%s\t%s\t%s\n",
+		printable(p.Reference), short(p.Digest), plain.Size(p.Size)))
 }
 
 // isTerminal reports whether bars can be drawn: they go to standard error, and package

@@ -33,14 +33,6 @@ import (
 // Name is the name of the driver, and of its CSIDriver object.
 const Name = "artifact-snapshotter.dev"
 
-const (
-	// hold is how long a call without a deadline waits.
-	hold = 110 * time.Second
-	// answer is the part of a call's time that is for its answer, and maxAnswer the most of it.
-	answer    = 10 // one in
-	maxAnswer = 5 * time.Second
-)
-
 // Config is the configuration of a Driver.
 type Config struct {
 	// Root is the daemon's directory. The records are in Root/csi.

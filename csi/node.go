@@ -27,6 +27,7 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/pull"
 	"github.com/artifact-snapshotter/artifact-snapshotter/pull/credentials"
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
+	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
 // NodeGetCapabilities implements the Node service.
@@ -203,7 +204,7 @@ func bind(source, target string) error {
 	if err := os.MkdirAll(target, 0o750); err != nil {
 		return fmt.Errorf("make the directory of the volume: %w", err)
 	}
-	m := mount.Mount{Type: "bind", Source: source, Options: []string{"bind", "ro", "nosuid", "nodev"}}
+	m := unpack.Bind(source)
 	if err := m.Mount(target); err != nil {
 		return fmt.Errorf("mount the volume at %s: %w", target, errors.Join(err, unmount(target)))
 	}

@@ -39,9 +39,6 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/service"
 )
 
-// stopTimeout bounds the wait for running calls when the daemon stops.
-const stopTimeout = 10 * time.Second
-
 // Serve opens the service and serves its snapshotter and its differ, as proxy plugins of a
 // containerd, until ctx ends. Then it lets running calls finish, for a bounded time, and
 // returns nil. Mounts stay, so that running pods can read on.

@@ -16,14 +16,6 @@ import (
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/retry"
 )
 
-const (
-	// gatherTimeout bounds the time to collect the metrics for one request.
-	gatherTimeout = 10 * time.Second
-	// metricsRetry is the wait before the next try to listen on a metrics_address that
-	// another process uses.
-	metricsRetry = 10 * time.Second
-)
-
 // serve serves /metrics on the address until stop is called. If it cannot listen on the
 // address, it tries again: that is no reason to leave pods without their volumes.
 func (m *metrics) serve(ctx context.Context, address string, again time.Duration) (stop func()) {

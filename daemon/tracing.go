@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"os"
 	"strconv"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -24,9 +23,6 @@ import (
 	semconv "go.opentelemetry.io/otel/semconv/v1.37.0"
 	"google.golang.org/grpc"
 )
-
-// flushTimeout bounds the time to export the last spans before the daemon ends.
-const flushTimeout = 2 * time.Second
 
 // tracing reports whether the environment enables tracing and names a receiver of spans.
 func tracing() bool {

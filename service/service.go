@@ -34,12 +34,8 @@ import (
 // namespace may search them, and nothing more. containerd's own root and state have it, too.
 const DirMode = 0o711
 
-const (
-	// emptyBlobInterval is the time between two checks for the empty blob.
-	emptyBlobInterval = 3 * time.Minute
-	// socketInterval is the time between two checks for containerd's socket.
-	socketInterval = 200 * time.Millisecond
-)
+// socketInterval is the time between two checks for containerd's socket.
+const socketInterval = 200 * time.Millisecond
 
 // Service is a Snapshotter and a diff.Applier with everything that they need on a node.
 type Service struct {
@@ -132,7 +128,7 @@ func (s *Service) Start(ctx context.Context, containerdOptional bool, frontEnds 
 		}
 		s.background.Go(func() { s.watcher.Run(ctx) })
 		s.background.Go(func() {
-			images.KeepEmptyBlob(ctx, s.config.ContainerdAddress, s.config.Namespaces, emptyBlobInterval)
+			images.KeepEmptyBlob(ctx, s.config.ContainerdAddress, s.config.Namespaces, images.EmptyBlobInterval)
 		})
 	})
 	s.closers = append(s.closers, func() error {

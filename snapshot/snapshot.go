@@ -22,7 +22,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -92,10 +91,6 @@ func ParseMountKey(key string) (path string, ok bool) {
 	path, err := url.PathUnescape(strings.TrimPrefix(key, mountPrefix))
 	return path, err == nil
 }
-
-// unpackWait is how long a call with UnpackKey or MountKey waits for a tree. The caller asks
-// again. Image volumes wait up to store.MaxWait.
-const unpackWait = time.Second
 
 type snapshotter struct {
 	snapshots.Snapshotter        // overlayfs, for every snapshot that is not a view

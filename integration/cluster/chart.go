@@ -50,7 +50,7 @@ func (c *Cluster) Upgrade(tag string, values map[string]string) error {
 // Rollout waits until the chart's DaemonSet is as it was last upgraded on all nodes, and
 // returns what kubectl says.
 func (c *Cluster) Rollout() (string, error) {
-	return c.Kubectl("--namespace", Namespace, "rollout", "status", "daemonset/"+Release, "--timeout=120s")
+	return c.Kubectl("--namespace", Namespace, "rollout", "status", "daemonset/"+Release, "--timeout=300s")
 }
 
 // Uninstall uninstalls the chart as docs/install.md says.

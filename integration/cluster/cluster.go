@@ -193,9 +193,9 @@ func (c *Cluster) env() []string {
 
 func (c *Cluster) path(name string) string { return filepath.Join(c.Dir, name) }
 
-// await is process.Await for at most two minutes.
+// await is process.Await for at most five minutes.
 func (c *Cluster) await(what string, done func() error) error {
-	return process.Await(c.ctx, 2*time.Minute, what, done)
+	return process.Await(c.ctx, 5*time.Minute, what, done)
 }
 
 // Logs returns the last lines of every program's log, each under a heading; after Stop,

@@ -28,6 +28,9 @@ func check(t *testing.T, err error) {
 	}
 }
 
+// limit is how long tests wait for what a machine with nothing else to do has in seconds.
+const limit = 3 * time.Minute
+
 // imageTag is the tag of the daemon's image.
 const imageTag = "v1"
 
@@ -81,8 +84,15 @@ func newNamespace(t *testing.T) (namespace string) {
 				t.Log(out, err)
 			}
 		}
-		_, err := one.Kubectl("delete", "namespace", namespace, "--timeout=90s")
+		_, err := one.Kubectl("delete", "namespace", namespace, "--wait=false")
 		check(t, err)
+		check(t, one.await("the test's pods to end", func() error {
+			all, err := pods(namespace, "")
+			if err == nil && len(all) > 0 {
+				err = fmt.Errorf("%d are there", len(all))
+			}
+			return err
+		}))
 	})
 	// Without its service account the API server refuses pods.
 	check(t, one.await("the service account", func() error {
@@ -92,12 +102,13 @@ func newNamespace(t *testing.T) (namespace string) {
 }
 
 // pushModel pushes the directory as a ModelPack artifact of one raw layer per file, and
-// returns its reference.
+// returns its reference. Its config is its own, also if another test packs the same bytes.
 func pushModel(t *testing.T, dir, tag string) (ref string) {
 	t.Helper()
 	repository := "models/" + strings.ToLower(t.Name())
 	artifact, err := pack.Model(dir, pack.Options{Form: pack.Raw})
 	check(t, err)
+	artifact.Name = repository
 	_, err = one.Push(artifact, repository, tag)
 	check(t, err)
 	return Registry + "/" + repository + ":" + tag
@@ -169,7 +180,7 @@ func pods(namespace, selector string) ([]object, error) {
 // waitForPod waits until a pod is ready.
 func waitForPod(t *testing.T, namespace, name string) {
 	t.Helper()
-	_, err := one.Kubectl("wait", "--namespace", namespace, "--for=condition=Ready", "pod/"+name, "--timeout=60s")
+	_, err := one.Kubectl("wait", "--namespace", namespace, "--for=condition=Ready", "pod/"+name, "--timeout=180s")
 	check(t, err)
 }
 
@@ -177,7 +188,7 @@ func waitForPod(t *testing.T, namespace, name string) {
 // and returns their names.
 func waitForPods(t *testing.T, namespace, selector string, count int) (names []string) {
 	t.Helper()
-	check(t, process.Await(t.Context(), time.Minute, fmt.Sprintf("%d pods with %s", count, selector), func() error {
+	check(t, process.Await(t.Context(), limit, fmt.Sprintf("%d pods with %s", count, selector), func() error {
 		all, err := pods(namespace, selector)
 		if err != nil {
 			return err
@@ -210,7 +221,7 @@ func podIs(pod object, condition string) bool {
 // waitForDescription waits until `kubectl describe pod` contains the text.
 func waitForDescription(t *testing.T, namespace, name string, want ...string) {
 	t.Helper()
-	check(t, process.Await(t.Context(), time.Minute, "the description of the pod "+name, func() error {
+	check(t, process.Await(t.Context(), limit, "the description of the pod "+name, func() error {
 		out, err := one.Kubectl("describe", "pod", "--namespace", namespace, name)
 		if err != nil {
 			return err

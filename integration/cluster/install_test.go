@@ -28,7 +28,7 @@ func files(t *testing.T, dir string) map[string]string {
 		if err != nil {
 			return err
 		}
-		what := ""
+		var what string
 		if info.Mode().Type() == fs.ModeSymlink {
 			what, err = os.Readlink(path)
 		} else {

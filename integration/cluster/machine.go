@@ -93,7 +93,7 @@ func (m *Machine) boot() error {
 func (m *Machine) stop() error {
 	var err error
 	if m.Node != nil {
-		err = m.Node.Stop()
+		err = m.Stop()
 	}
 	return errors.Join(err, m.network.close())
 }
@@ -102,7 +102,7 @@ func (m *Machine) logs() string {
 	if m.Node == nil {
 		return ""
 	}
-	return m.Node.Logs()
+	return m.Logs()
 }
 
 // BootID is the ID of the machine's boot that the API server knows.
@@ -133,11 +133,11 @@ func (m *Machine) WaitReady(previous string) error {
 }
 
 // Reboot shuts the machine down and boots it, and waits until it is ready.
-func (m *Machine) Reboot() error { return m.restart(m.Node.Shutdown) }
+func (m *Machine) Reboot() error { return m.restart(m.Shutdown) }
 
 // PowerCut ends all that runs on the machine at once and boots it, and waits until it is
 // ready.
-func (m *Machine) PowerCut() error { return m.restart(m.Node.Cut) }
+func (m *Machine) PowerCut() error { return m.restart(m.Cut) }
 
 func (m *Machine) restart(off func() error) error {
 	previous, err := m.BootID()
@@ -147,7 +147,7 @@ func (m *Machine) restart(off func() error) error {
 	if err := off(); err != nil {
 		return err
 	}
-	if err := m.Node.Boot(); err != nil {
+	if err := m.Boot(); err != nil {
 		return err
 	}
 	return m.WaitReady(previous)

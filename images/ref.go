@@ -27,7 +27,7 @@ var digestPrefix = regexp.MustCompile(`^(?:(sha256|sha384|sha512):)?([0-9a-f]{1,
 // nor a digest or the beginning of one. It does not say whether there is such an image.
 func CheckRef(ref string) error {
 	algorithm, _, found := strings.Cut(ref, ":")
-	reason := ""
+	var reason string
 	switch {
 	case ref == "":
 		reason = "it is empty"

@@ -358,7 +358,7 @@ func printArtifact(w io.Writer, a *artifact.Artifact, i inspected, shown int) er
 	return printTable(w, text.String())
 }
 
-func printMembers(w io.Writer, l inspectedLayer, shown int) {
+func printMembers(w *strings.Builder, l inspectedLayer, shown int) {
 	for n, m := range l.Members {
 		if n == shown {
 			fmt.Fprintf(w, "  and %d more (--no-trunc)\t\t\t\t\t\n", len(l.Members)-n)

@@ -274,7 +274,7 @@ func (e *configCheck) checkScope() {
 	}
 	e.problemf("no pod uses the snapshotter, and image volumes of artifacts are empty directories")
 	if e.read.NodeSnapshotter != containerdconfig.Snapshotter {
-		e.add(containerdconfig.Snapshotter, "pods see artifacts (for one runtime handler only, see `artifact-snapshotter config containerd --help`)",
+		e.add(containerdconfig.Snapshotter, "pods see artifacts (for one runtime handler only, write what `artifact-snapshotter config containerd` prints)",
 			"plugins", containerdconfig.CRIImages, "snapshotter")
 	}
 	handler := e.read.DefaultHandler

@@ -11,6 +11,7 @@ import (
 	"os"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/plain"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
@@ -41,7 +42,7 @@ func checkNRI(ctx context.Context, n Node) (found Finding) {
 		found.sayf("there is no socket %s", n.NRI.Socket)
 		found.advise("start the runtime with NRI enabled, or set nri.socket to its NRI socket", "the plugin can connect")
 	case err != nil:
-		found.Unknown = err.Error()
+		found.Unknown = plain.Error(err)
 		found.sayf("the plugin is not known to be connected to a runtime")
 		found.advise("start the daemon with --nri, and read its log", "the plugin connects to the runtime")
 	default:

@@ -334,7 +334,7 @@ func TestACallAnswersBeforeItsDeadlineWithTheProgress(t *testing.T) {
 	})
 	n := newNode(t)
 	ref = strings.Replace(ref, registry, proxy.Host, 1)
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Second)
 	defer cancel()
 	_, err := n.driver.NodePublishVolume(ctx, n.request("pod", ref))
 	wantCode(t, err, codes.DeadlineExceeded, "pulling: 0.0 of 4.0 MiB (0 %)")

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -41,6 +42,9 @@ type download struct {
 	names   map[string]bool
 	waiting int
 	idle    *time.Timer
+
+	// oneIsEnough is set when several connections have been no faster than one.
+	oneIsEnough atomic.Bool
 
 	// trust is guarded by its mutex: the hosts that have sent wrong bytes, by their index.
 	trust struct {

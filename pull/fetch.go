@@ -25,8 +25,9 @@ import (
 )
 
 var (
-	errTooSlow = errors.New("one connection is slow")
-	errWrong   = fmt.Errorf("the bytes do not match the digest: %w", errdefs.ErrDataLoss)
+	errTooSlow  = errors.New("one connection is slow")
+	errNoFaster = errors.New("several connections are not faster than one")
+	errWrong    = fmt.Errorf("the bytes do not match the digest: %w", errdefs.ErrDataLoss)
 )
 
 // refOf is the name under which a blob arrives.
@@ -303,21 +304,32 @@ func (a *arrival) round(ctx context.Context) (arrived int64, _ error) {
 }
 
 // ask takes the rest of the blob from one host: by one connection and, if that is slow, by
-// several.
-func (a *arrival) ask(ctx context.Context, host docker.RegistryHost) (int64, error) {
-	n, err := a.stream(ctx, host, 1)
-	if errors.Is(err, errTooSlow) {
-		var more int64
-		more, err = a.stream(ctx, host, ways)
-		n += more
+// several. If they are not much faster, something else is the limit, and the rest comes by one
+// connection, as do the other blobs of the artifact.
+func (a *arrival) ask(ctx context.Context, host docker.RegistryHost) (got int64, err error) {
+	var rate float64 // of one connection
+	for connections := 1; ; {
+		var n int64
+		began := time.Now()
+		n, err = a.stream(ctx, host, connections, rate)
+		got += n
+		switch {
+		case errors.Is(err, errTooSlow):
+			rate, connections = float64(n)/time.Since(began).Seconds(), ways
+		case errors.Is(err, errNoFaster):
+			a.oneIsEnough.Store(true)
+			connections = 1
+		default:
+			return got, err
+		}
 	}
-	return n, err
 }
 
 var buffers = sync.Pool{New: func() any { b := make([]byte, bufferSize); return &b }}
 
-// stream copies the rest of the blob, and returns how many bytes have come.
-func (a *arrival) stream(ctx context.Context, host docker.RegistryHost, connections int) (got int64, err error) {
+// stream copies the rest of the blob, and returns how many bytes have come. rate is what one
+// connection has given, in bytes a second, if there are several now.
+func (a *arrival) stream(ctx context.Context, host docker.RegistryHost, connections int, rate float64) (got int64, err error) {
 	status, err := a.w.Status()
 	if err != nil {
 		return 0, err
@@ -340,7 +352,7 @@ func (a *arrival) stream(ctx context.Context, host docker.RegistryHost, connecti
 	if ok {
 		defer buffers.Put(buffer)
 	}
-	began, rest := time.Now(), a.desc.Size-status.Offset
+	began, rest, measured := time.Now(), a.desc.Size-status.Offset, false
 	for {
 		n, rerr := rc.Read(*buffer)
 		if got += int64(n); got > rest {
@@ -360,8 +372,17 @@ func (a *arrival) stream(ctx context.Context, host docker.RegistryHost, connecti
 		case rerr != nil:
 			return got, rerr
 		}
-		took := time.Since(began)
-		if connections == 1 && took > probe && rest-got > 2*int64(a.part) && float64(got)/took.Seconds() < slow {
+		took, most := time.Since(began), rest-got > 2*int64(a.part)
+		switch now := float64(got) / took.Seconds(); {
+		case !most || measured || took < probe:
+		case connections > 1:
+			if took > 2*probe {
+				measured = true
+				if now < faster*rate {
+					return got, errNoFaster
+				}
+			}
+		case now < slow && !a.oneIsEnough.Load():
 			return got, errTooSlow
 		}
 	}

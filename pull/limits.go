@@ -31,8 +31,10 @@ const (
 	// is fetched by several. Above it the disk and the digest are what takes the time, and
 	// the buffers of several connections make it slower.
 	slow = 200 << 20
-	// probe is how long the throughput of one connection is measured.
-	probe = 500 * time.Millisecond
+	// probe is how long the throughput of one connection is measured, and twice that the one of
+	// several, which have to be so many times as fast.
+	probe  = 500 * time.Millisecond
+	faster = 1.5
 
 	// trickle is how many bytes a host must send in each Limits.Stall: fewer are a stall.
 	trickle = 64 << 10

@@ -370,12 +370,9 @@ func TestRequestsShareADownloadAndHearOfItsProgress(t *testing.T) {
 	limits.Stall = time.Minute
 	p := open(t, Config{Limits: limits})
 	r := Request{Reference: ref(t, proxy.Host+"/"+repository+":v1"), Policy: IfNotPresent}
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
-	defer cancel()
-	_, err := p.Pull(ctx, r)
-	unfinished, ok := errors.AsType[*UnfinishedError](err)
-	if !ok || !strings.HasPrefix(unfinished.Error(), "pulling: 1.0 of 4.0 MiB (25 %), ") || !strings.Contains(unfinished.Error(), " left") {
-		t.Fatalf("the progress: %v", err)
+	text := waitForProgress(t, p, r, "pulling: 1.0 of 4.0 MiB (25 %), ")
+	if !strings.HasSuffix(text, " left") {
+		t.Errorf("the progress does not say how long it takes: %s", text)
 	}
 	results := make(chan error, 3)
 	for range cap(results) {
@@ -407,6 +404,25 @@ func TestRequestsShareADownloadAndHearOfItsProgress(t *testing.T) {
 	wantBlobs(t, p, layers)
 	if got := proxy.Requests("GET .*" + digest.FromBytes(layers[0].Data).Encoded()); len(got) != 1 {
 		t.Errorf("fetched %q", got)
+	}
+}
+
+// waitForProgress asks again and again until the progress begins so, and returns it.
+func waitForProgress(t *testing.T, p *Puller, r Request, want string) (text string) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; {
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		_, err := p.Pull(ctx, r)
+		cancel()
+		if _, ok := errors.AsType[*UnfinishedError](err); !ok {
+			t.Fatalf("the pull does not wait: %v", err)
+		}
+		if text = err.Error(); strings.HasPrefix(text, want) {
+			return text
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the progress is %q, want %q", text, want)
+		}
 	}
 }
 

@@ -11,8 +11,8 @@
 // artifact that follows the guidance of the OCI image specification
 // (https://github.com/opencontainers/image-spec/blob/main/artifacts-guidance.md).
 //
-// It is the only package that parses manifests, indexes and configs, and it reads nothing
-// else. Package unpack reads layers, and settles what only their first bytes can tell.
+// It alone decides what a manifest, an index or a config says. (Package store looks into blobs
+// that arrive only to find what may be a manifest.) Package unpack reads layers, and settles what only their first bytes can tell.
 //
 // # Errors
 //

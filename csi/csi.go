@@ -17,8 +17,6 @@ package csi
 
 import (
 	"context"
-	"errors"
-	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -52,7 +50,7 @@ type Driver struct {
 	csiapi.UnimplementedIdentityServer
 	csiapi.UnimplementedNodeServer
 	Config
-	records *records
+	records records
 	closing context.Context
 
 	mu   sync.Mutex
@@ -62,11 +60,11 @@ type Driver struct {
 // New returns a Driver, and protects the trees of its volumes from the garbage collection of
 // c.Store, which must not run before. Calls that wait end with ctx.
 func New(ctx context.Context, c Config) (*Driver, error) {
-	r, err := openRecords(ctx, filepath.Join(c.Root, "csi"))
+	opened, err := store.OpenRecords[record](ctx, recordsDir(c.Root), c.Store)
 	if err != nil {
 		return nil, err
 	}
-	c.Store.AddReferences(r.trees)
+	r := records{opened}
 	c.Puller.Protect(r.references)
 	return &Driver{Config: c, records: r, closing: ctx, busy: map[string]bool{}}, nil
 }
@@ -75,20 +73,14 @@ func New(ctx context.Context, c Config) (*Driver, error) {
 // is disabled: pods may still use them. It must be called before the garbage collection of s
 // runs. Without records it does nothing.
 func ProtectRecorded(ctx context.Context, root string, s *store.Store) error {
-	dir := filepath.Join(root, "csi")
-	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	r, err := openRecords(ctx, dir)
-	if err != nil {
-		return err
-	}
-	s.AddReferences(r.trees)
-	if n := len(r.byTarget); n > 0 {
+	n, err := store.ProtectRecorded[record](ctx, recordsDir(root), s)
+	if n > 0 {
 		log.G(ctx).WithField("volumes", n).Warn("CSI is disabled, but volumes of it are in use: their trees stay on the node until CSI is enabled again, or the node is booted")
 	}
-	return nil
+	return err
 }
+
+func recordsDir(root string) string { return filepath.Join(root, "csi") }
 
 // begin makes the call the only one at work on the target path. ok is false if there is another.
 func (d *Driver) begin(target string) (end func(), ok bool) {

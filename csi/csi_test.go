@@ -212,7 +212,7 @@ func TestPodsShareOneReadOnlyMount(t *testing.T) {
 			t.Errorf("the directory of the volume is left: %v", err)
 		}
 	}
-	if left, err := os.ReadDir(n.driver.records.dir); err != nil || len(left) > 0 {
+	if left, err := os.ReadDir(n.driver.records.Dir); err != nil || len(left) > 0 {
 		t.Errorf("records are left: %v, %v", left, err)
 	}
 }

@@ -3,8 +3,8 @@
 
 // Package daemon is the process of its own beside containerd or CRI-O. It reads its
 // configuration from a TOML file, serves the snapshotter and the differ of package service as
-// proxy plugins of a containerd, runs the NRI plugin on the same store, and exports health,
-// metrics and traces.
+// proxy plugins of a containerd, runs the NRI plugin and the CSI driver on the same store, and
+// exports health, metrics and traces.
 //
 // Flags are parsed by cmd/artifact-snapshotter.
 package daemon

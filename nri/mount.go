@@ -150,7 +150,7 @@ func sameFile(a, b string) bool {
 // The runtime removes the mounts in the containers.
 func (p *Plugin) unmount(ctx context.Context, containers ...string) {
 	for _, container := range containers {
-		rec, ok, err := p.records.remove(container)
+		rec, ok, err := p.records.Remove(container)
 		if err != nil {
 			log.G(ctx).WithError(err).WithField("container", container).Error("cannot remove the record of a container: its trees stay on the node")
 			continue

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -105,7 +106,7 @@ func (s *site) sync(containers ...*api.Container) {
 
 func (s *site) wantRecords(containers ...string) {
 	s.t.Helper()
-	got := s.records.containers("")
+	got := slices.Collect(maps.Keys(s.records.All()))
 	slices.Sort(got)
 	if !slices.Equal(got, containers) {
 		s.t.Errorf("there are records of %q, want %q", got, containers)
@@ -160,7 +161,7 @@ func TestAnImageVolumeOfContainerdIsReplaced(t *testing.T) {
 		}
 	}
 	s.wantRecords("one")
-	if ids, err := s.records.trees(t.Context()); err != nil || !slices.Equal(ids, []store.ID{{Manifest: d.Digest}}) {
+	if ids, err := s.records.Trees(t.Context()); err != nil || !slices.Equal(ids, []store.ID{{Manifest: d.Digest}}) {
 		t.Errorf("the recorded trees are %v, %v", ids, err)
 	}
 	if len(s.answers) != 2 || errors.Join(s.answers...) != nil {

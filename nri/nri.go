@@ -18,8 +18,6 @@ package nri
 
 import (
 	"context"
-	"errors"
-	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -71,11 +69,11 @@ type Plugin struct {
 // New returns a Plugin, and protects the trees in its records from the garbage collection of
 // c.Store, which must not run before. Run starts the plugin.
 func New(ctx context.Context, c Config) (*Plugin, error) {
-	r, err := openRecords(ctx, filepath.Join(c.Root, "nri"))
+	opened, err := store.OpenRecords[record](ctx, recordsDir(c.Root), c.Store)
 	if err != nil {
 		return nil, err
 	}
-	c.Store.AddReferences(r.trees)
+	r := &records{Records: opened, ended: map[string]time.Duration{}}
 	return &Plugin{Config: c, records: r, registerTimeout: registerTimeout}, nil
 }
 
@@ -84,17 +82,11 @@ func New(ctx context.Context, c Config) (*Plugin, error) {
 // the garbage collection runs. The records end with the next boot of the node, or when the
 // plugin is enabled and connects to the runtime. Without records it does nothing.
 func ProtectRecorded(ctx context.Context, root string, s *store.Store) error {
-	dir := filepath.Join(root, "nri")
-	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	r, err := openRecords(ctx, dir)
-	if err != nil {
-		return err
-	}
-	s.AddReferences(r.trees)
-	if n := len(r.byContainer); n > 0 {
+	n, err := store.ProtectRecorded[record](ctx, recordsDir(root), s)
+	if n > 0 {
 		log.G(ctx).WithField("containers", n).Warn("containers have artifacts that NRI mounted, which is disabled: their trees stay on the node until NRI is enabled again or the node is booted")
 	}
-	return nil
+	return err
 }
+
+func recordsDir(root string) string { return filepath.Join(root, "nri") }

@@ -45,11 +45,11 @@ func TestRecordsSurviveTheDaemonAndAreSynchronized(t *testing.T) {
 	// A container that is not listed may still be created while its pod exists.
 	s.sync(containers["given-up"], containers["lost"], containers["runs"])
 	s.wantRecords("ended", "lost", "runs")
-	of, _ := s.records.get("ended")
-	s.records.mu.Lock()
+	of, _ := s.records.Get("ended")
 	of.Uptime -= creationWindow
-	s.records.byContainer["ended"] = of
-	s.records.mu.Unlock()
+	if err := s.records.Put("ended", of); err != nil {
+		t.Fatal(err)
+	}
 	s.sync(containers["lost"], containers["runs"])
 	s.wantRecords("lost", "runs")
 	s.sync()
@@ -93,7 +93,7 @@ func TestRecordsProtectTreesWhileThePluginIsDisabled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(record, []byte(strings.Replace(string(b), s.records.boot, "another", 1)), 0o600); err != nil {
+	if err := os.WriteFile(record, []byte(strings.Replace(string(b), s.records.Boot, "another", 1)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := reopen().Tree(v.ID); !errdefs.IsNotFound(err) {
@@ -179,12 +179,12 @@ func TestTheAgeOfARecordIsMeasuredByTheUptime(t *testing.T) {
 	if err := s.records.set("containerd", "new", sandbox, []store.ID{{Manifest: d.Digest}}); err != nil {
 		t.Fatal(err)
 	}
-	of, _ := s.records.get("new")
+	of, _ := s.records.Get("new")
 	if age := uptime() - of.Uptime; age < 0 || age > time.Minute {
 		t.Errorf("a new record is %v old", age)
 	}
 	record := fmt.Sprintf(`{"boot": %q, "runtime": "containerd", "sandbox": %q, "created": %q, "uptime": %d, "trees": [{"manifest": %q}]}`,
-		s.records.boot, sandbox, time.Now().AddDate(1, 0, 0).Format(time.RFC3339), uptime()-creationWindow, d.Digest)
+		s.records.Boot, sandbox, time.Now().AddDate(1, 0, 0).Format(time.RFC3339), uptime()-creationWindow, d.Digest)
 	if err := os.WriteFile(filepath.Join(s.root, "nri/old.json"), []byte(record), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -219,13 +219,13 @@ func TestTheRecordSaysForWhichOwnersATreeIs(t *testing.T) {
 	}
 	v.Release()
 	record := fmt.Sprintf(`{"boot": %q, "runtime": "containerd", "sandbox": %q, "uptime": 1, "trees": [{"Manifest": %q, "Owners": {"UID": %q, "GID": %q}}]}`,
-		s.records.boot, sandbox, d.Digest, owners.UID, owners.GID)
+		s.records.Boot, sandbox, d.Digest, owners.UID, owners.GID)
 	if err := os.WriteFile(filepath.Join(s.root, "nri/mapped.json"), []byte(record), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	s.open()
 	s.sync(&api.Container{Id: "mapped", PodSandboxId: sandbox, Mounts: []*api.Mount{{Source: v.Path}}})
-	if ids, err := s.records.trees(t.Context()); err != nil || !slices.Equal(ids, []store.ID{v.ID}) {
+	if ids, err := s.records.Trees(t.Context()); err != nil || !slices.Equal(ids, []store.ID{v.ID}) {
 		t.Errorf("the recorded trees are %v, %v; want %v", ids, err, v.ID)
 	}
 }

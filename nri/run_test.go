@@ -198,7 +198,7 @@ func TestThePluginConnectsAgainWhenTheRuntimeIsRestarted(t *testing.T) {
 		if err := r.RemovePodSandbox(t.Context(), &adaptation.RemovePodSandboxRequest{Pod: &api.PodSandbox{Id: sandbox}}); err != nil {
 			t.Fatal(err)
 		}
-		return len(s.records.containers("")) == 0
+		return len(s.records.All()) == 0
 	})
 	r.end()
 	r.await(connected, false)

@@ -32,7 +32,7 @@ func (p *Plugin) synchronize(ctx context.Context, runtime string, pods []*api.Po
 		if pod == nil {
 			pod = &api.PodSandbox{Id: c.GetPodSandboxId()}
 		}
-		rec, recorded := p.records.get(c.GetId())
+		rec, recorded := p.records.Get(c.GetId())
 		ids, unreplaced := p.mounted(pod, c, rec), p.unreplaced(ctx, pod, c)
 		p.warnUnreplaced(ctx, c, unreplaced)
 		switch {
@@ -47,8 +47,7 @@ func (p *Plugin) synchronize(ctx context.Context, runtime string, pods []*api.Po
 			}
 		}
 	}
-	for _, container := range p.records.containers("") {
-		rec, _ := p.records.get(container)
+	for container, rec := range p.records.All() {
 		creating := sandboxes[rec.Sandbox] != nil && uptime()-rec.Uptime < creationWindow
 		if rec.Runtime == runtime && !listed[container] && !creating {
 			p.unmount(ctx, container)

@@ -8,7 +8,7 @@
 //
 // They are configured in the table [plugins.'io.containerd.snapshotter.v1.artifact'] of
 // containerd's configuration file, with the keys of service.Config. Directories and
-// addresses are containerd's unless the table sets them. Metrics, traces and NRI are not
+// addresses are containerd's unless the table sets them. Metrics, traces, NRI and CSI are not
 // part of it: they are in package daemon, the process of its own.
 package plugin
 

@@ -7,7 +7,7 @@
 //
 // Package plugin runs a Service inside containerd, package daemon runs one in a process of
 // its own. How it is configured, served and observed is their business: this package knows
-// no TOML, flags, gRPC servers, metrics exporters or NRI.
+// no TOML, flags, gRPC servers, metrics exporters, NRI or CSI.
 package service
 
 import (

@@ -2,12 +2,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package snapshot is the front end for containerd: a complete Snapshotter. The image volume
-// of an artifact is a read-only view of its tree in package store; every other snapshot is
-// one of containerd's own overlayfs snapshotter.
+// of an artifact is a read-only view of its tree in package store. An artifact that a client
+// unpacked is a committed snapshot without files (UnpackKey), or, unpacked by containerd
+// itself, a chain of snapshots that retain its layers (chain.go). Every other snapshot is one
+// of containerd's own overlayfs snapshotter.
 //
-// Both kinds of snapshot are records in one database, overlayfs's own. A view is a record with
-// a label that names its artifact. Keys, labels, kinds, Walk and its filters work the same for
-// both, because the same code does them.
+// All kinds of snapshots are records in one database, overlayfs's own. One of an artifact has
+// a label that names it. Keys, labels, kinds, Walk and its filters work the same for
+// all, because the same code does them.
 package snapshot
 
 import (

@@ -7,7 +7,8 @@
 //
 // Front ends ask for image volumes with [Store.MountVolume], and for other mounts with
 // [Store.Acquire]. The store keeps no list of who uses a tree: the front ends have one on
-// disk, and are asked for it (References), so that nothing can disagree after a crash. What
+// disk, and are asked for it (References), so that nothing can disagree after a crash; those
+// without a database have [Records]. What
 // trees and mounts there are is read from the directories of the store:
 //
 //	<root>/trees/<name>      a tree

@@ -1,9 +1,9 @@
 // SPDX-FileCopyrightText: The artifact-snapshotter Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Command artifact-snapshotter is the daemon that containerd's proxy plugin
-// "artifact" talks to, and the tools of whoever sets it up. It only parses
-// flags and prints: what it does is in the packages of this module.
+// Command artifact-snapshotter is the daemon, which mounts artifacts for containerd, CRI-O
+// and kubelet, and the tools of whoever sets it up. It only parses flags and prints: what it
+// does is in the packages of this module.
 package main
 
 import (

@@ -195,7 +195,7 @@ bench-peers: build tools
 # Go before 1.27 now and then fails when it is over (golang/go#75804): "context deadline
 # exceeded", and no input. So it is a number of tries.
 FUZZTIME ?= 20000x
-FUZZ     := artifact:FuzzRead artifact:FuzzIdentify artifact:FuzzUnambiguous artifact:FuzzFileMetadata artifact:FuzzCleanPath \
+FUZZ     := artifact:FuzzRead artifact:FuzzIdentify artifact:FuzzMayHaveConfig artifact:FuzzUnambiguous artifact:FuzzFileMetadata artifact:FuzzCleanPath \
             unpack:FuzzIndex unpack:FuzzInflate unpack:FuzzIDMap blobs:FuzzPath \
             store:FuzzName store:FuzzArrival snapshot:FuzzKey nri:FuzzMatch
 fuzz:

@@ -6,9 +6,12 @@ package artifact
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // FuzzRead reads a manifest in which the word CONFIG stands for the digest of
@@ -88,6 +91,32 @@ func FuzzRead(f *testing.F) {
 			default:
 				t.Errorf("format %q", l.Format)
 			}
+		}
+	})
+}
+
+// FuzzMayHaveConfig checks that no config is excluded that Identify finds, in a document in
+// which CONFIG and ESCAPED stand for a digest.
+func FuzzMayHaveConfig(f *testing.F) {
+	f.Add([]byte(`{"config":{"mediaType":"x","digest":"CONFIG"}}`), ocispec.MediaTypeImageManifest)
+	f.Add([]byte(`{"x":"\\\"","CONFIG":"\\","Config":{"DIGEST":"ESCAPED"}}`), ocispec.MediaTypeImageManifest)
+	f.Add([]byte(`{"manifests":[{"digest":"CONFIG"}],"config":{"digest":"ESCAPED"}}`), ocispec.MediaTypeImageIndex)
+	f.Add([]byte(" \n{\"a\":[{}],\"config\":{\"digest\":\"CONFIG\"}}"), "")
+	f.Fuzz(func(t *testing.T, document []byte, mediaType string) {
+		b := blobs{}
+		manifest := b.add("", []byte(`{"config":{"digest":"`+digest.FromString("config")+`"}}`)).Digest
+		var escaped []byte
+		for _, c := range []byte(manifest) {
+			escaped = fmt.Appendf(escaped, `\u%04x`, c)
+		}
+		document = bytes.ReplaceAll(document, []byte("CONFIG"), []byte(manifest))
+		target := b.add(mediaType, bytes.ReplaceAll(document, []byte("ESCAPED"), escaped))
+		_, config, err := Identify(t.Context(), b, target)
+		if err != nil {
+			return
+		}
+		if may, err := MayHaveConfig(t.Context(), b, target.Digest, config.Digest); !may || err != nil {
+			t.Errorf("%s is excluded: %v, %v", config.Digest, may, err)
 		}
 	})
 }

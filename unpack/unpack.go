@@ -13,7 +13,8 @@
 // layers, where all rules about names and precedence are (plan.go, index.go); and it writes
 // the plan, as an EROFS image of metadata (image.go) or, where the kernel has no use for an
 // image, as files (directory.go). The [Modes] say how; [Probe] chooses the best that work.
-// The limits are in limits.go.
+// [Tree.Mount] makes the mount that all share, and [Bind] that of each pod; their options are
+// in mountoptions.go. The limits are in limits.go.
 //
 // [ExtractLayer] and [Retain] do the same for single layers, for unpack/differ. The package
 // knows nothing of containerd's snapshots and of who uses a tree.

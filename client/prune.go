@@ -16,6 +16,7 @@ import (
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/artifact"
 	"github.com/artifact-snapshotter/artifact-snapshotter/images"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/plain"
 )
 
 // The label of images that Kubernetes' garbage collection does not remove
@@ -73,6 +74,9 @@ func (c *Client) Unused(ctx context.Context, filter Filter) ([]Unused, error) {
 func (c *Client) Names(ctx context.Context, ref string, force bool) (Unused, error) {
 	image, err := c.Image(ctx, ref)
 	if err != nil {
+		if _, unnamed := c.ImageService().Get(c.Context(ctx), ref); unnamed == nil { // it is no artifact, or is refused
+			err = fmt.Errorf("%s; `ctr -n %s images rm` removes it: %w", plain.Error(err), c.Namespace, errdefs.ErrFailedPrecondition)
+		}
 		return Unused{}, err
 	}
 	all, err := c.Images(ctx)

@@ -118,6 +118,7 @@ func TestTheToolRefusesBadInput(t *testing.T) {
 		"an argument too few":             {[]string{"mount", ref}, []string{"mount requires exactly 2 arguments (REF TARGET), got 1"}},
 		"prune without a terminal":        {[]string{"prune"}, []string{"prune would delete 1 artifact (3.0 MiB): use --force, or --dry-run"}},
 		"prune by no such filter":         {[]string{"prune", "-f", "--filter", "before=1h"}, []string{`"before=1h"`, "until, label and reference"}},
+		"rm of a container image":         {[]string{"rm", n.GuestImage}, []string{n.GuestImage, "is a container image, not an artifact; `ctr -n k8s.io images rm` removes it"}},
 		"rm of nothing":                   {[]string{"rm"}, []string{"rm requires at least 1 argument (REF), got 0"}},
 		"rm of a missing artifact":        {[]string{"rm", ref, unknown}, []string{unknown, "in namespace k8s.io"}},
 		"an argument too many":            {[]string{"prune", ref}, []string{"prune accepts no arguments"}},

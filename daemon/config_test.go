@@ -106,9 +106,17 @@ func TestValidateNamesEverythingThatIsWrong(t *testing.T) {
 		"an unknown log level":     {func(c *Config) { c.LogLevel = "loud" }, []string{`"loud"`, "debug"}},
 		"a long address":           {func(c *Config) { c.Address = long }, []string{long, "108", "107"}},
 		"a long state, no address": {func(c *Config) { c.State = long }, []string{long + "/artifact-snapshotter.sock", "107"}},
+		"a relative kubelet_root":  {func(c *Config) { c.CSI.KubeletRoot = "kubelet" }, []string{"csi.kubelet_root", "absolute"}},
+		"a long kubelet_root":      {func(c *Config) { c.CSI.KubeletRoot = long }, []string{"csi.kubelet_root", "107"}},
+		"a relative hosts_dir":     {func(c *Config) { c.CSI.HostsDir = "certs.d" }, []string{"csi.hosts_dir", "absolute"}},
+		"no downloads":             {func(c *Config) { c.CSI.Downloads = 0 }, []string{"csi.downloads 0", "64"}},
+		"too many connections":     {func(c *Config) { c.CSI.Connections = 1000 }, []string{"csi.connections 1000", "256"}},
+		"no time for a stall":      {func(c *Config) { c.CSI.StallTimeout = -1 }, []string{"csi.stall_timeout -1"}},
+		"gc_low over gc_high":      {func(c *Config) { c.CSI.GCLow = 90 }, []string{"csi.gc_low 90", "csi.gc_high 85"}},
+		"an age without a unit":    {func(c *Config) { c.CSI.GCMaxAge = "30" }, []string{"csi.gc_max_age", "720h"}},
 		"everything at once": {
 			func(c *Config) { *c = Config{} },
-			[]string{"root", "raw_mode", "address", "nri.socket", "log_level"},
+			[]string{"root", "raw_mode", "address", "nri.socket", "log_level", "csi.kubelet_root", "csi.pull_memory"},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -115,7 +115,7 @@ func FuzzMayHaveConfig(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if may, err := MayHaveConfig(t.Context(), b, target.Digest, config.Digest); !may || err != nil {
+		if may, err := MayHaveConfig(t.Context(), b, target, config.Digest); !may || err != nil {
 			t.Errorf("%s is excluded: %v, %v", config.Digest, may, err)
 		}
 	})

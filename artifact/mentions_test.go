@@ -63,20 +63,20 @@ func TestAConfigIsExcludedOnlyIfNoDocumentNamesIt(t *testing.T) {
 		target = b.add(ocispec.MediaTypeImageIndex, fmt.Appendf(nil, `{"manifests": [{"digest": %q}, {"digest": %q}]}`, digest.FromString("elsewhere"), target.Digest))
 	}
 	for _, of := range []ocispec.Descriptor{manifest, target} {
-		if may, err := MayHaveConfig(t.Context(), b, of.Digest, config); !may || err != nil {
+		if may, err := MayHaveConfig(t.Context(), b, of, config); !may || err != nil {
 			t.Errorf("%v, %v, want that it may", may, err)
 		}
-		if may, err := MayHaveConfig(t.Context(), b, of.Digest, other); may || err != nil {
+		if may, err := MayHaveConfig(t.Context(), b, of, other); may || err != nil {
 			t.Errorf("%v, %v, want that it may not", may, err)
 		}
 	}
 	circle := digest.FromString("circle")
 	b[circle] = fmt.Appendf(nil, `{"manifests": [{"digest": %q}]}`, circle)
-	if may, err := MayHaveConfig(t.Context(), b, circle, config); may || err != nil {
+	if may, err := MayHaveConfig(t.Context(), b, ocispec.Descriptor{Digest: circle}, config); may || err != nil {
 		t.Errorf("a circle: %v, %v", may, err)
 	}
 	b[circle] = []byte(strings.Repeat(" ", 1<<17) + `{"x": "` + config.String() + `"}`)
-	if may, err := MayHaveConfig(t.Context(), b, circle, config); !may || err != nil {
+	if may, err := MayHaveConfig(t.Context(), b, ocispec.Descriptor{Digest: circle}, config); !may || err != nil {
 		t.Errorf("after white space: %v, %v", may, err)
 	}
 }

@@ -22,10 +22,13 @@ type catalog struct {
 	byDigest map[digest.Digest][]*Image
 	// undecided has those whose config is to be looked for again, by name.
 	undecided map[string]*Image
+	// excluded has the configs that an undecided image was found not to have, with its
+	// target. CRI does not look into an image again before an event tells of it.
+	excluded map[[2]digest.Digest]bool
 }
 
 func newCatalog() *catalog {
-	return &catalog{map[string]*Image{}, map[digest.Digest][]*Image{}, map[string]*Image{}}
+	return &catalog{map[string]*Image{}, map[digest.Digest][]*Image{}, map[string]*Image{}, map[[2]digest.Digest]bool{}}
 }
 
 // put adds an image, or replaces the one with the same name.
@@ -37,6 +40,7 @@ func (c *catalog) put(i Image) {
 	}
 	if i.undecided != nil {
 		c.undecided[i.Name] = &i
+		clear(c.excluded)
 	}
 }
 
@@ -100,6 +104,17 @@ func (c *catalog) toReadAgain() []*Image {
 	}
 	return slices.Collect(maps.Values(c.undecided))
 }
+
+// undecidedAs returns the image of that name if its config is to be looked for again, or nil.
+func (c *catalog) undecidedAs(name string) *Image {
+	if c == nil {
+		return nil
+	}
+	return c.undecided[name]
+}
+
+// isExcluded reports whether an image was found not to have a config, see excluded.
+func (c *catalog) isExcluded(key [2]digest.Digest) bool { return c != nil && c.excluded[key] }
 
 // all returns all images.
 func (c *catalog) all() []*Image {

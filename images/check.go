@@ -92,7 +92,7 @@ func (w *Watcher) judge(ctx context.Context, known *catalog, target digest.Diges
 		}
 	}
 	for _, other := range undecided {
-		if !w.excluded(ctx, other, image.Config) {
+		if !w.excluded(ctx, known, other, image.Config) {
 			return fmt.Errorf("the config of image %q (%s) cannot be read, so the runtime might mount it in place of another image; remove it if this lasts: %v: %w", other.Name, other.Target.Digest, other.undecided, errdefs.ErrUnavailable)
 		}
 	}
@@ -104,12 +104,27 @@ func (w *Watcher) judge(ctx context.Context, known *catalog, target digest.Diges
 
 // excluded reports whether an image whose config is unknown has another one than this, so that
 // one image of somebody's does not make all volumes unavailable.
-func (w *Watcher) excluded(ctx context.Context, undecided Image, config digest.Digest) bool {
+func (w *Watcher) excluded(ctx context.Context, known *catalog, undecided Image, config digest.Digest) bool {
 	if config == "" || !errors.Is(undecided.undecided, artifact.ErrTooLarge) {
 		return false
 	}
-	may, err := artifact.MayHaveConfig(ctx, w.blobs, undecided.Target.Digest, config)
-	return err == nil && !may
+	key := [2]digest.Digest{undecided.Target.Digest, config}
+	w.mu.Lock()
+	excluded, asked := known.isExcluded(key), known.undecidedAs(undecided.Name)
+	w.mu.Unlock()
+	if excluded {
+		return true
+	}
+	may, err := artifact.MayHaveConfig(ctx, w.blobs, undecided.Target, config)
+	if may || err != nil {
+		return false
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if asked != nil && known.undecidedAs(undecided.Name) == asked { // no event has come meanwhile
+		known.excluded[key] = true
+	}
+	return true
 }
 
 // readAgain looks for the configs that could not be found, and returns the images whose

@@ -173,8 +173,13 @@ func TestAnImageWithAnUnknownConfigMakesVolumesOfItsConfigUnavailable(t *testing
 			w.set(func() {
 				w.known["k8s.io"].put(w.identify(t.Context(), images.Image{Name: "odd:v1", Target: target}))
 			})
-			if err := w.Check(t.Context(), "k8s.io", targets["other"]); err != nil {
-				t.Errorf("with another config: %v", err)
+			for range 2 { // the second time it is remembered
+				if err := w.Check(t.Context(), "k8s.io", targets["other"]); err != nil {
+					t.Errorf("with another config: %v", err)
+				}
+			}
+			if n := len(w.known["k8s.io"].excluded); n != 1 {
+				t.Errorf("%d answers are remembered", n)
 			}
 			for _, of := range []digest.Digest{target.Digest, targets["one"]} {
 				if err := w.Check(t.Context(), "k8s.io", of); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), `"odd:v1"`) || !strings.Contains(err.Error(), "over the limit") {

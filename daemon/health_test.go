@@ -45,7 +45,7 @@ func TestOnlyTheDaemonIsHealthy(t *testing.T) {
 func TestHealthFollowsTheDaemon(t *testing.T) {
 	cfg := testConfig(t)
 	ask := func() error {
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 		defer cancel()
 		return Health(ctx, cfg.SocketAddress())
 	}

@@ -25,7 +25,7 @@ func TestMetricsAreServedOnceTheirAddressIsFree(t *testing.T) {
 		t.Fatal(err)
 	}
 	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		answer, err := client.Get("http://" + address + "/metrics")
 		if err == nil {
 			text, err := io.ReadAll(answer.Body)

@@ -37,7 +37,7 @@ func TestWithNRIAMissingContainerdIsNotReported(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	for deadline := time.Now().Add(20 * time.Second); !isExported(t, m, "containerd_connected"); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); !isExported(t, m, "containerd_connected"); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("a containerd that started later is not watched")
 		}
@@ -64,7 +64,7 @@ func TestHealthSaysWhetherARuntimeAcceptedThePlugin(t *testing.T) {
 		cfg.NRI.Enabled = enabled
 		cfg.NRI.Socket = filepath.Join(cfg.State, "nri.sock")
 		stop := serve(t, cfg)
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 		defer cancel()
 		if err := Health(ctx, cfg.SocketAddress()); err != nil {
 			t.Error(err)

@@ -410,7 +410,7 @@ func TestAnArtifactWithManySubPathsIsMatchedInTime(t *testing.T) {
 		mounts, data = append(mounts, s.mountOf("/m/"+name+"x", "same")), append(data, "same")
 	}
 	annotations := s.annotate(listing{"/m", s.add(artifactOf(layers...)), data})
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	find := func() error {
 		got := s.plugin().find(ctx, crio, &api.PodSandbox{Id: "sandbox"}, &api.Container{Mounts: mounts, Annotations: annotations})

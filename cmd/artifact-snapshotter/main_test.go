@@ -365,7 +365,7 @@ func TestServe(t *testing.T) {
 		if err != nil {
 			t.Errorf("serve: %v", err)
 		}
-	case <-time.After(30 * time.Second):
+	case <-time.After(2 * time.Minute):
 		_ = command.Process.Kill()
 		t.Errorf("serve does not end on SIGTERM: %v", <-exited)
 	}

@@ -78,7 +78,7 @@ func exported(t *testing.T) map[string][]string {
 		},
 	}}
 	var answer *http.Response
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		if answer, err = client.Get("http://daemon/metrics"); err == nil {
 			break
 		}

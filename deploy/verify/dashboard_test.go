@@ -23,6 +23,7 @@ import (
 
 	"github.com/grafana/grafana-foundation-sdk/go/cog/plugins"
 	"github.com/grafana/grafana-foundation-sdk/go/dashboard"
+	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/rulefmt"
@@ -77,20 +78,17 @@ func exported(t *testing.T) map[string][]string {
 			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 		},
 	}}
-	var answer *http.Response
+	// The daemon serves metrics a moment before it watches containerd, and exports
+	// containerd_connected only from then on.
+	var families map[string]*dto.MetricFamily
 	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
-		if answer, err = client.Get("http://daemon/metrics"); err == nil {
+		families, err = scrape(&client)
+		if err == nil && families["artifact_snapshotter_containerd_connected"] != nil {
 			break
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("the daemon serves no metrics: %v", err)
+			t.Fatalf("the daemon exports no artifact_snapshotter_containerd_connected: %v", err)
 		}
-	}
-	defer answer.Body.Close()
-	text := expfmt.NewTextParser(model.UTF8Validation)
-	families, err := text.TextToMetricFamilies(answer.Body)
-	if err != nil {
-		t.Fatal(err)
 	}
 	series := map[string][]string{}
 	for name, family := range families {
@@ -109,6 +107,16 @@ func exported(t *testing.T) map[string][]string {
 		series[name+"_bucket"] = append(slices.Clone(own), "le")
 	}
 	return series
+}
+
+func scrape(client *http.Client) (map[string]*dto.MetricFamily, error) {
+	answer, err := client.Get("http://daemon/metrics")
+	if err != nil {
+		return nil, err
+	}
+	defer answer.Body.Close()
+	text := expfmt.NewTextParser(model.UTF8Validation)
+	return text.TextToMetricFamilies(answer.Body)
 }
 
 // wrong says what in the query is not of the series; "" if there is nothing. What

@@ -70,10 +70,12 @@ func TestValuesOfTheDaemon(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Of a plugin of NRI the chart knows nothing: its pods have no socket of it.
-	text, nri, found := strings.Cut(string(output), "\n[nri]\n")
-	if !found || strings.Contains(nri, "\n[") {
-		t.Errorf("other tables than [overlayfs] and [nri] are in the daemon's configuration: %s", nri)
+	// The chart configures neither NRI nor CSI: its pods mount no socket and no directory of
+	// either.
+	text, nri, nriFound := strings.Cut(string(output), "\n[nri]\n")
+	_, csi, csiFound := strings.Cut(nri, "\n[csi]\n")
+	if !nriFound || !csiFound || strings.Contains(csi, "\n[") || strings.Count(nri, "\n[") != 1 {
+		t.Errorf("the tables of the daemon's configuration are not [overlayfs], [nri] and [csi], in this order: %s", nri)
 	}
 	text, overlayfs, _ := strings.Cut(text, "\n[overlayfs]\n")
 	defaults := map[string]string{"overlayfs": overlayfs}

@@ -192,6 +192,7 @@ func TestCRIOPodsInTurnLeaveNothing(t *testing.T) {
 	idle := daemonUsage(t, n)
 	idle.mounts = nil
 	wantUsage(t, n, idle)
+	waitForWatch(t, n)
 	files := openFiles(t, n)
 	for range 20 {
 		run()

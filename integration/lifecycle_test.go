@@ -183,6 +183,7 @@ func TestAHundredPodsInTurnLeaveNothing(t *testing.T) {
 	wantUsage(t, n, idle)
 	before := goroutines()
 	wantUsage(t, n, idle)
+	waitForWatch(t, n)
 	files := openFiles(t, n)
 	for range 100 {
 		run()
@@ -207,6 +208,20 @@ func openFiles(t *testing.T, n *node.Node) int {
 	files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", n.DaemonPID()))
 	check(t, err)
 	return len(files)
+}
+
+// waitForWatch waits until the daemon watches the blobs that arrive, which it begins after it
+// has said that it is ready. It keeps a file open for that.
+func waitForWatch(t *testing.T, n *node.Node) {
+	t.Helper()
+	waitFor(t, "the daemon to watch the blobs that arrive", func() bool {
+		files, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", n.DaemonPID()))
+		check(t, err)
+		return slices.ContainsFunc(files, func(file string) bool {
+			target, _ := os.Readlink(file)
+			return target == "anon_inode:inotify"
+		})
+	})
 }
 
 // waitForDaemon waits until containerd has reconnected to the daemon, with a backoff of

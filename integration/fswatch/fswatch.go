@@ -285,22 +285,19 @@ func (w *Watch) Changes() []string {
 }
 
 // Stop handles all events so far and ends the watch. It returns the changes outside the
-// allowed paths, and the number of allowed ones.
-func (w *Watch) Stop() (changes []string, seen int, err error) {
+// allowed paths, and the number of those within each allowed path.
+func (w *Watch) Stop() (changes []string, seen map[string]int, err error) {
 	one := binary.NativeEndian.AppendUint64(nil, 1)
 	if _, err := unix.Write(w.wake, one); err != nil {
-		return nil, 0, err
+		return nil, nil, err
 	}
 	select {
 	case <-w.done:
 	case <-time.After(2 * time.Minute):
-		return nil, 0, errors.New("the watch did not end")
+		return nil, nil, errors.New("the watch did not end")
 	}
 	w.close()
-	for _, n := range w.seen {
-		seen += n
-	}
-	return w.Changes(), seen, w.err
+	return w.Changes(), w.seen, w.err
 }
 
 func (w *Watch) close() {

@@ -285,5 +285,13 @@ func (p *Pod) Remove() error {
 		return err
 	}
 	_, err := p.node.Crictl("rmp", p.ID)
+	if err == nil {
+		return nil
+	}
+	// A pod that is gone already is removed, as for CRI's RemovePodSandbox; crictl fails. It is
+	// gone if containerd was restarted after it had removed the pod and before it answered.
+	if left, listErr := p.node.Crictl("pods", "--quiet", "--no-trunc", "--id", p.ID); listErr == nil && left == "" {
+		return nil
+	}
 	return err
 }

@@ -79,7 +79,7 @@ func (w *windows) wait(ctx context.Context) {
 var (
 	interrupted = regexp.MustCompile(`code = Unavailable|connection error|connection refused|error reading from server|transport is closing|ttrpc: closed|` +
 		`server is not initialized yet|does not answer|cannot reach the daemon|shutting down|context canceled|code = Canceled|\bEOF\b|unavailable|connect: no such file`)
-	vanished = regexp.MustCompile(`(?i)not found|no such image|does not have|has (just )?gone|no such file`)
+	vanished = regexp.MustCompile(`(?i)not found|no (such )?image|does not have|has (just )?gone|no such file`)
 	waiting  = regexp.MustCompile(`is still being unpacked`)
 )
 

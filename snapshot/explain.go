@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	bolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
@@ -74,4 +76,21 @@ func (s explaining) explain(err error) error {
 	default: // fdatasync(2) failed in bbolt
 		return fmt.Errorf("%w: %s", err, filepath.Join(s.root, "metadata.db"))
 	}
+}
+
+// explainInvalid returns the error of the disk if there is one. bbolt ignores it and calls the
+// database invalid (getPageSize in db.go), as if its bytes were wrong.
+func explainInvalid(root string, err error) error {
+	if !errors.Is(err, bolterrors.ErrInvalid) {
+		return err
+	}
+	file, openErr := os.Open(filepath.Join(root, "metadata.db"))
+	if openErr != nil {
+		return openErr
+	}
+	defer func() { _ = file.Close() }()
+	if _, readErr := file.ReadAt(make([]byte, 1), 0); readErr != nil && !errors.Is(readErr, io.EOF) {
+		return readErr
+	}
+	return err
 }

@@ -128,7 +128,7 @@ func New(root string, trees *store.Store, options ...overlay.Opt) (Snapshotter, 
 		return nil, errors.Join(err, ms.Close())
 	}
 	if err := moveToTrash(root, ms); err != nil {
-		return nil, errors.Join(err, o.Close())
+		return nil, errors.Join(explainInvalid(root, err), o.Close())
 	}
 	s := &snapshotter{Snapshotter: o, root: root, ms: ms, trees: trees}
 	trees.AddReferences(func(ctx context.Context) ([]store.ID, error) {

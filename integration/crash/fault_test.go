@@ -217,8 +217,8 @@ func (h *host) awaitIdle() (err error) {
 		if err = h.empty(); err != nil {
 			continue
 		}
-		// The daemon creates the directory for the NRI records if it cannot read it.
-		if err = h.checkIdle("state/artifact-snapshotter.sock", "root/nri"); err == nil {
+		// The daemon creates the directories of NRI's and CSI's records if it cannot read them.
+		if err = h.checkIdle("state/artifact-snapshotter.sock", "root/nri", "root/csi"); err == nil {
 			return nil
 		}
 	}

@@ -40,6 +40,7 @@ func TestTheDaemonIgnoresTheWallClock(t *testing.T) {
 	c := campaign{shortDir(t), program, startContainerd(t)}
 	const year = 365 * 24 * time.Hour
 	jumps := 0
+	var logs strings.Builder
 	for _, s := range few(packModels(t)) {
 		l := life{campaign: c, scenario: s, clock: true}
 		done, err := l.meet(Fault{At: &Op{}})
@@ -58,13 +59,15 @@ func TestTheDaemonIgnoresTheWallClock(t *testing.T) {
 		if l.h != nil {
 			log, err := os.ReadFile(l.h.logPath())
 			check(t, err)
-			for _, year := range []int{-1, 1} {
-				if when := fmt.Sprintf(`time="%d-`, time.Now().Year()+year); !strings.Contains(string(log), when) {
-					t.Errorf("%s: the clock did not jump for the daemon: its log has no %s", s.name, when)
-				}
-			}
+			logs.Write(log)
 		}
 		check(t, l.end())
+	}
+	// Not in each scenario: on a busy machine a daemon may have nothing to say after a jump.
+	for _, year := range []int{-1, 1} {
+		if when := fmt.Sprintf(`time="%d-`, time.Now().Year()+year); !strings.Contains(logs.String(), when) {
+			t.Errorf("the clock did not jump for the daemon: its logs have no %s", when)
+		}
 	}
 	t.Logf("%d jumps of a year survived", jumps)
 }

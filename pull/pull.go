@@ -25,9 +25,6 @@ package pull
 
 import (
 	"context"
-	"crypto/hmac"
-	"crypto/rand"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -103,9 +100,8 @@ type Puller struct {
 
 	mu        sync.Mutex
 	downloads map[digest.Digest]*download
-	// readers are the requests that a registry has allowed: see permit.
-	readers map[string]bool
-	key     [32]byte
+	// key is for the names in the bucket readers.
+	key []byte
 	// failed are the leases of downloads that have failed, and when.
 	failed map[string]time.Time
 	// dirty is set if there may be garbage.
@@ -127,11 +123,9 @@ func Open(ctx context.Context, c Config) (_ *Puller, err error) {
 		blobs:       semaphore.NewWeighted(int64(c.Limits.Blobs)),
 		connections: semaphore.NewWeighted(int64(c.Limits.Connections)),
 		downloads:   map[digest.Digest]*download{},
-		readers:     map[string]bool{},
 		failed:      map[string]time.Time{},
 		dirty:       true,
 	}
-	_, _ = rand.Read(p.key[:]) // it never fails (crypto/rand)
 	// Pods with a user namespace read blobs through the mounts, and never by this path.
 	if err := os.MkdirAll(filepath.Join(c.Root, "blobs"), 0o700); err != nil {
 		return nil, err
@@ -149,7 +143,7 @@ func Open(ctx context.Context, c Config) (_ *Puller, err error) {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
 	p.db = metadata.NewDB(p.bolt, store, nil)
-	if err := p.db.Init(ctx); err != nil {
+	if err := errors.Join(p.db.Init(ctx), p.bolt.Update(p.openReaders)); err != nil {
 		return nil, errors.Join(fmt.Errorf("open %s: %w", path, err), p.bolt.Close())
 	}
 	p.content, p.images, p.leases = p.db.ContentStore(), metadata.NewImageStore(p.db), metadata.NewLeaseManager(p.db)
@@ -320,7 +314,7 @@ func (p *Puller) resolve(ctx context.Context, r Request, ask Reference) (*sessio
 			return 0, err
 		})
 		if err == nil {
-			p.permit(r.Reference, cred, target.Digest)
+			p.permit(ctx, r.Reference, cred, target.Digest)
 			return s, target, nil
 		}
 		s.close()
@@ -335,33 +329,4 @@ func (p *Puller) resolve(ctx context.Context, r Request, ask Reference) (*sessio
 		}
 	}
 	return nil, ocispec.Descriptor{}, first
-}
-
-// reader is the key in readers of who asks for what. It does not have the secret.
-func (p *Puller) reader(ref Reference, cred Credential, manifest digest.Digest) string {
-	mac := hmac.New(sha256.New, p.key[:])
-	_, _ = fmt.Fprintf(mac, "%q %q %q %q", ref.Name(), cred.Username, cred.Secret, manifest)
-	return string(mac.Sum(nil))
-}
-
-// permit remembers that these credentials have read the manifest in this repository.
-func (p *Puller) permit(ref Reference, cred Credential, manifest digest.Digest) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if len(p.readers) >= maxReaders {
-		clear(p.readers)
-	}
-	p.readers[p.reader(ref, cred, manifest)] = true
-}
-
-// permitted reports whether one of the request's credentials has read the manifest.
-func (p *Puller) permitted(r Request, manifest digest.Digest) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, cred := range r.Credentials {
-		if p.readers[p.reader(r.Reference, cred, manifest)] {
-			return true
-		}
-	}
-	return false
 }

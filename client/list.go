@@ -118,7 +118,7 @@ func (c *Client) Uses(ctx context.Context, all []images.Image) (map[digest.Diges
 		for i, pod := range use.Pods {
 			// A sandbox that has just been removed, or is no container, has no labels.
 			l := labels[pod.Sandbox]
-			use.Pods[i].Namespace, use.Pods[i].Name = l["io.kubernetes.pod.namespace"], l["io.kubernetes.pod.name"]
+			use.Pods[i].Namespace, use.Pods[i].Name = l[labelPodNamespace], l[labelPodName]
 		}
 		slices.SortFunc(use.Pods, func(a, b Pod) int {
 			return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Sandbox, b.Sandbox))

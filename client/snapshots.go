@@ -7,13 +7,39 @@ import (
 	"context"
 	"fmt"
 
+	"github.com/containerd/containerd/api/services/tasks/v1"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
-// Using returns the containers of all namespaces that use the snapshotter, each as
-// NAMESPACE/ID.
-func (c *Client) Using(ctx context.Context) (containers []string, err error) {
+// The labels that containerd's CRI plugin gives a container (internal/cri/labels, and kubelet's
+// in k8s.io/kubelet/pkg/types).
+const (
+	labelKind         = "io.cri-containerd.kind"
+	labelPodNamespace = "io.kubernetes.pod.namespace"
+	labelPodName      = "io.kubernetes.pod.name"
+	labelPodUID       = "io.kubernetes.pod.uid"
+)
+
+// User is a container that uses the snapshotter.
+type User struct {
+	Namespace, ID string
+	// Pod is the container's pod, as namespace/name, and UID the pod's; both are empty for a
+	// container of no pod. Sandbox is set for the container that a pod begins with.
+	Pod, UID string
+	Sandbox  bool
+}
+
+func (u User) String() string {
+	if u.Pod != "" {
+		return "pod " + u.Pod
+	}
+	return u.Namespace + "/" + u.ID
+}
+
+// Using returns the containers of all namespaces that use the snapshotter.
+func (c *Client) Using(ctx context.Context) (users []User, err error) {
 	namespaces, err := c.NamespaceService().List(ctx)
 	if err != nil {
 		return nil, err
@@ -25,12 +51,25 @@ func (c *Client) Using(ctx context.Context) (containers []string, err error) {
 			return nil, err
 		}
 		for _, container := range all {
-			if container.Snapshotter == c.Snapshotter {
-				containers = append(containers, namespace+"/"+container.ID)
+			if container.Snapshotter != c.Snapshotter {
+				continue
 			}
+			l := container.Labels
+			user := User{Namespace: namespace, ID: container.ID, UID: l[labelPodUID], Sandbox: l[labelKind] == "sandbox"}
+			if l[labelPodName] != "" {
+				user.Pod = l[labelPodNamespace] + "/" + l[labelPodName]
+			}
+			users = append(users, user)
 		}
 	}
-	return containers, nil
+	return users, nil
+}
+
+// Kill kills the processes of a container. Whoever has made it finds it dead.
+func (c *Client) Kill(ctx context.Context, u User) error {
+	in := c.In(u.Namespace)
+	_, err := in.TaskService().Kill(in.Context(ctx), &tasks.KillRequest{ContainerID: u.ID, Signal: uint32(unix.SIGKILL), All: true})
+	return err
 }
 
 // RemoveSnapshots removes all snapshots of the snapshotter in all namespaces, and returns

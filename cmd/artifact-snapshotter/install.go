@@ -51,7 +51,9 @@ func uninstallCommand() *cli.Command {
 			"Examples:\n\n" +
 			"  artifact-snapshotter uninstall --dry-run\n" +
 			"  artifact-snapshotter uninstall",
-		Flags:  installFlags(),
+		Flags: append(installFlags(),
+			&cli.BoolFlag{Name: "wait", Usage: "wait until no container uses the snapshotter, and say which do"},
+			&cli.StringFlag{Name: "pod-uid", Usage: "the UID of the pod in which this runs, with --wait: it starts again if it uses the snapshotter itself", Sources: cli.EnvVars("POD_UID"), Hidden: true}),
 		Action: installAction(install.Uninstall),
 	}
 }
@@ -83,6 +85,8 @@ func installAction(do func(context.Context, install.Options) error) cli.ActionFu
 			Binary:           command.String("binary"),
 			Host:             command.String("host"),
 			Restart:          !command.Bool("no-restart"),
+			Wait:             command.Bool("wait"),
+			PodUID:           command.String("pod-uid"),
 			DryRun:           command.Bool("dry-run"),
 			Report:           func(text string) { _, _ = fmt.Fprintln(command.Root().Writer, text) },
 		})

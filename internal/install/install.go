@@ -52,6 +52,10 @@ type Options struct {
 	Host string
 	// Restart restarts containerd if it has not read its files as they are.
 	Restart bool
+	// Wait makes Uninstall wait until no container uses the snapshotter. PodUID is the UID of the
+	// pod in which this process runs, if it does: its own sandbox may be one of them.
+	Wait   bool
+	PodUID string
 	// DryRun reports what would be done, files as diffs, and changes nothing.
 	DryRun bool
 	// Report is called with a line, or a diff of several, for each thing done.
@@ -77,8 +81,8 @@ func Install(ctx context.Context, o Options) error { return do(ctx, o, (*run).in
 
 // Uninstall undoes Install. While containers use the snapshotter, which could not be
 // removed without it, it only gives new ones the snapshotter that the node had before, and
-// returns an error.
-func Uninstall(ctx context.Context, o Options) error { return do(ctx, o, (*run).uninstall) }
+// returns an error, or waits.
+func Uninstall(ctx context.Context, o Options) error { return do(ctx, o, (*run).awaitUninstall) }
 
 func do(ctx context.Context, o Options, action func(*run, context.Context) error) error {
 	r, err := newRun(o)

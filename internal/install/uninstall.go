@@ -18,11 +18,19 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
+	"github.com/artifact-snapshotter/artifact-snapshotter/client"
 	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdconfig"
 )
 
 // unmountTimeout is how long the daemon may take to unmount what containerd has deleted.
 const unmountTimeout = 10 * time.Second
+
+const (
+	// waitInterval is how often uninstall asks whether the snapshotter is still used.
+	waitInterval = 2 * time.Second
+	// maxNames is how many names of pods a message has.
+	maxNames = 5
+)
 
 func (r *run) uninstall(ctx context.Context) error {
 	c, err := r.connect(ctx)
@@ -142,7 +150,7 @@ func (r *run) stillLoaded(ctx context.Context) (bool, error) {
 
 // retire is what uninstall can do while containers use the snapshotter: new ones get the
 // snapshotter that the node had before. Its error says what is left to do.
-func (r *run) retire(ctx context.Context, c *running, using []string) error {
+func (r *run) retire(ctx context.Context, c *running, using []client.User) error {
 	changes, err := r.retirement()
 	if err != nil {
 		return unchanged(err)
@@ -158,8 +166,78 @@ func (r *run) retire(ctx context.Context, c *running, using []string) error {
 	if r.did && !r.DryRun {
 		state = "new containers will use another snapshotter"
 	}
-	return fmt.Errorf("%s, but %d containers use this one and could not be removed without it: drain the node, remove what is left (crictl rmp --force), and uninstall again: %s: %w",
-		state, len(using), strings.Join(using[:min(len(using), 3)], ", "), errdefs.ErrFailedPrecondition)
+	return &usedError{state, using}
+}
+
+// usedError says that containers use the snapshotter.
+type usedError struct {
+	state string
+	users []client.User
+}
+
+func (e *usedError) Error() string {
+	return fmt.Sprintf("%s, but %d containers use this one and could not be removed without it: drain the node, remove what is left (crictl rmp --force), and uninstall again: %s",
+		e.state, len(e.users), e.names())
+}
+
+// names are those of some pods and containers.
+func (e *usedError) names() string {
+	var names []string
+	for _, u := range e.users {
+		if name := u.String(); !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	if len(names) > maxNames {
+		names = append(names[:maxNames], fmt.Sprintf("and %d more", len(names)-maxNames))
+	}
+	return strings.Join(names, ", ")
+}
+
+func (*usedError) Unwrap() error { return errdefs.ErrFailedPrecondition }
+
+// awaitUninstall uninstalls. With Wait it waits for the last container, and says for which.
+func (r *run) awaitUninstall(ctx context.Context) error {
+	for said := ""; ; {
+		err := r.uninstall(ctx)
+		var used *usedError
+		if !r.Wait || !errors.As(err, &used) {
+			return err
+		}
+		if names := used.names(); names != said {
+			r.reportf("waiting until these are deleted, which use the snapshotter: %s", names)
+			said = names
+		}
+		if err := r.leave(ctx, used.users); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(waitInterval):
+		}
+	}
+}
+
+// leave kills the sandbox of this process' own pod if it uses the snapshotter: uninstall would
+// wait for itself. kubelet makes another one for the pod, without the snapshotter, which new
+// containers do not get any more, and removes the old one.
+func (r *run) leave(ctx context.Context, users []client.User) error {
+	i := slices.IndexFunc(users, func(u client.User) bool { return u.UID != "" && u.UID == r.PodUID && u.Sandbox })
+	if i < 0 {
+		return nil
+	}
+	c, err := r.connect(ctx)
+	if err != nil || c == nil {
+		return err
+	}
+	defer func() { _ = c.Close() }()
+	err = c.Kill(ctx, users[i])
+	if errdefs.IsNotFound(err) { // an old sandbox, which kubelet has not removed yet
+		return nil
+	}
+	r.reportf("this pod uses the snapshotter: it starts again without it")
+	return err
 }
 
 // retirement takes the snapshotter from new containers, if it is that of the node.

@@ -16,6 +16,7 @@ import (
 	"k8s.io/kubernetes/pkg/apis/apps"
 	"k8s.io/kubernetes/pkg/apis/core"
 	"k8s.io/kubernetes/pkg/apis/node"
+	"k8s.io/kubernetes/pkg/apis/storage"
 )
 
 const (
@@ -23,6 +24,9 @@ const (
 	tools  = "../../integration/tools/bin"
 	binary = "../../bin/artifact-snapshotter"
 	image  = "image: {repository: registry.example.com/artifact-snapshotter}\n"
+
+	// snapshotter are the values for the snapshotter alone.
+	snapshotter = "frontends: {csi: false, nri: false, snapshotter: true}"
 )
 
 // helm returns helm with arguments, which leaves nothing in the user's home.
@@ -68,24 +72,33 @@ func TestChart(t *testing.T) {
 		name, values string
 		files        []string
 		classes      int // RuntimeClasses
+		drivers      int // CSIDrivers
 	}{
-		{name: "defaults", classes: 1},
-		{name: "k3s", files: []string{"values-k3s.yaml"}, classes: 1},
-		{name: "RKE2", files: []string{"values-rke2.yaml"}, classes: 1},
-		{name: "a disk for containerd", values: "root: /var/lib/containerd/artifact-snapshotter", classes: 1},
-		{name: "other paths", values: "{root: /data/models, state: /run/models, runtimeHandler: models, containerd: {root: /data/containerd, socket: /run/containerd.sock, config: /data/containerd.toml}}", classes: 1},
-		{name: "state beside root", values: "state: /var/lib/artifact-state", classes: 1},
-		{name: "a class of somebody else", values: "runtimeClass: {create: false}"},
-		{name: "some nodes", values: "{nodeSelector: {pool: gpu}, tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}]}", classes: 1},
-		{name: "metrics on a port", values: `metrics: {address: "127.0.0.1:9477"}`, classes: 1},
-		{name: "metrics on a socket", values: "metrics: {address: unix:///run/artifact-snapshotter/metrics.sock}", classes: 1},
-		{name: "everything else", values: "{config: {log_level: debug, decompression_memory: 1024, namespaces: [k8s.io, models], overlayfs: {mount_options: [volatile], slow_chown: true}}, env: [{name: A, value: b}], resources: {limits: {memory: 1Gi}}, maxUnavailable: 10%, priorityClassName: system-cluster-critical}", classes: 1},
-		{name: "a digest and a secret", values: "image: {digest: 'sha256:" + strings.Repeat("0a", 32) + "', repository: registry.example.com/a, pullPolicy: Always, pullSecrets: [{name: s}]}", classes: 1},
-		{name: "systemd", values: "daemon: systemd", classes: 1},
-		{name: "the node", values: "{scope: node, daemon: systemd}"},
-		{name: "roots apart, systemd", values: "{daemon: systemd, root: /data/models}", classes: 1},
-		{name: "uninstall", values: "uninstall: true"},
-		{name: "uninstall, systemd", values: "{uninstall: true, daemon: systemd, scope: node}"},
+		{name: "defaults", drivers: 1},
+		{name: "k3s", files: []string{"values-k3s.yaml"}, drivers: 1},
+		{name: "RKE2", files: []string{"values-rke2.yaml"}, drivers: 1},
+		{name: "CRI-O", files: []string{"values-crio.yaml"}, drivers: 1},
+		{name: "CSI alone", values: "frontends: {nri: false}", drivers: 1},
+		{name: "NRI alone", values: "frontends: {csi: false}"},
+		{name: "NRI and CSI with other values", values: `{config: {log_level: debug, nri: {index: "10", on_error: passthrough}, csi: {connections: 32, gc_max_age: 720h}}, kubeletRoot: /data/kubelet}`, drivers: 1},
+		{name: "all", values: "frontends: {snapshotter: true}", classes: 1, drivers: 1},
+		{name: "all, systemd", values: "{frontends: {snapshotter: true}, daemon: systemd, scope: node}", drivers: 1},
+		{name: "uninstall beside CSI", values: "{frontends: {snapshotter: true}, uninstall: true}", drivers: 1},
+		{name: "the snapshotter", values: snapshotter, classes: 1},
+		{name: "a disk for containerd", values: snapshotter + "\nroot: /var/lib/containerd/artifact-snapshotter", classes: 1},
+		{name: "other paths", values: "{" + snapshotter + ", root: /data/models, state: /run/models, runtimeHandler: models, containerd: {root: /data/containerd, socket: /run/containerd.sock, config: /data/containerd.toml}}", classes: 1},
+		{name: "state beside root", values: snapshotter + "\nstate: /var/lib/artifact-state", classes: 1},
+		{name: "a class of somebody else", values: snapshotter + "\nruntimeClass: {create: false}"},
+		{name: "some nodes", values: "{" + snapshotter + ", nodeSelector: {pool: gpu}, tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}]}", classes: 1},
+		{name: "metrics on a port", values: snapshotter + "\n" + `metrics: {address: "127.0.0.1:9477"}`, classes: 1},
+		{name: "metrics on a socket", values: snapshotter + "\nmetrics: {address: unix:///run/artifact-snapshotter/metrics.sock}", classes: 1},
+		{name: "everything else", values: "{" + snapshotter + ", config: {log_level: debug, decompression_memory: 1024, namespaces: [k8s.io, models], overlayfs: {mount_options: [volatile], slow_chown: true}}, env: [{name: A, value: b}], resources: {limits: {memory: 1Gi}}, maxUnavailable: 10%, priorityClassName: system-cluster-critical}", classes: 1},
+		{name: "a digest and a secret", values: snapshotter + "\nimage: {digest: 'sha256:" + strings.Repeat("0a", 32) + "', repository: registry.example.com/a, pullPolicy: Always, pullSecrets: [{name: s}]}", classes: 1},
+		{name: "systemd", values: snapshotter + "\ndaemon: systemd", classes: 1},
+		{name: "the node", values: "{" + snapshotter + ", scope: node, daemon: systemd}"},
+		{name: "roots apart, systemd", values: "{" + snapshotter + ", daemon: systemd, root: /data/models}", classes: 1},
+		{name: "uninstall", values: snapshotter + "\nuninstall: true"},
+		{name: "uninstall, systemd", values: "{" + snapshotter + ", uninstall: true, daemon: systemd, scope: node}"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			values := test.values
@@ -96,17 +109,20 @@ func TestChart(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			classes := 0
+			classes, drivers := 0, 0
 			for _, object := range objects {
 				if err := validate(object); err != nil {
 					t.Errorf("the API server would refuse the %T: %v", object, err)
 				}
-				if _, ok := object.(*node.RuntimeClass); ok {
+				switch object.(type) {
+				case *node.RuntimeClass:
 					classes++
+				case *storage.CSIDriver:
+					drivers++
 				}
 			}
-			if classes != test.classes {
-				t.Errorf("got %d RuntimeClasses, want %d", classes, test.classes)
+			if classes != test.classes || drivers != test.drivers {
+				t.Errorf("got %d RuntimeClasses and %d CSIDrivers, want %d and %d", classes, drivers, test.classes, test.drivers)
 			}
 			set := one[*apps.DaemonSet](t, objects)
 			checkSet(t, set)
@@ -176,8 +192,8 @@ func checkSet(t *testing.T, set *apps.DaemonSet) {
 	}
 }
 
-// checkMounts: the host sees the daemon's mounts, those in its state directory and no
-// other, and nothing keeps a mount of the host that the host wants to be rid of.
+// checkMounts: the host sees the daemon's mounts, those in its state directory and in
+// kubelet's and no other, and nothing keeps a mount of the host that the host wants to be rid of.
 func checkMounts(t *testing.T, spec *core.PodSpec) {
 	t.Helper()
 	paths := map[string]string{}
@@ -193,13 +209,13 @@ func checkMounts(t *testing.T, spec *core.PodSpec) {
 				continue
 			}
 			want := core.MountPropagationHostToContainer
-			if mount.Name == "state" && container.Name == "daemon" {
+			if (mount.Name == "state" || mount.Name == "kubelet") && container.Name == "daemon" {
 				want = core.MountPropagationBidirectional
 			}
 			if mount.MountPropagation == nil || *mount.MountPropagation != want {
 				t.Errorf("%s: %s is not mounted with %s", container.Name, path, want)
 			}
-			if inside := map[string]string{"/": "/host"}[path]; mount.MountPath != path && mount.MountPath != inside {
+			if inside := map[string]string{"/": "/host", "/etc": "/host/etc"}[path]; mount.MountPath != path && mount.MountPath != inside {
 				t.Errorf("%s: %s is at %s", container.Name, path, mount.MountPath)
 			}
 		}
@@ -232,6 +248,19 @@ func checkPaths(t *testing.T, spec *core.PodSpec, config string) {
 	}
 	if socket := mount(value(t, config, "containerd_address")); socket.Name != "containerd" {
 		t.Errorf("containerd's socket is in the mount %+v", socket)
+	}
+	if strings.Contains(config, "[nri]\nenabled = true") {
+		if socket := mount("/var/run/nri/nri.sock"); socket.Name != "nri" {
+			t.Errorf("NRI's socket is in the mount %+v", socket)
+		}
+	}
+	if strings.Contains(config, "[csi]\nenabled = true") {
+		if kubelet := mount(value(t, config, "kubelet_root")); kubelet.Name != "kubelet" || kubelet.ReadOnly {
+			t.Errorf("kubelet's directory is in the mount %+v", kubelet)
+		}
+		if hosts := mount(value(t, config, "hosts_dir")); hosts.Name != "etc" {
+			t.Errorf("the registries' configuration is in the mount %+v", hosts)
+		}
 	}
 }
 
@@ -274,7 +303,7 @@ func checkCommands(t *testing.T, spec *core.PodSpec, config string) {
 
 // TestChartOfAPod and those below: what depends on values.
 func TestChartOfAPod(t *testing.T) {
-	objects := mustRender(t, "nodeSelector: {pool: gpu}")
+	objects := mustRender(t, snapshotter+"\nnodeSelector: {pool: gpu}")
 	spec := one[*apps.DaemonSet](t, objects).Spec.Template.Spec
 	daemon := spec.Containers[0]
 	if len(spec.Containers) != 1 || daemon.Name != "daemon" || !*daemon.SecurityContext.Privileged {
@@ -303,7 +332,7 @@ func TestChartOfAPod(t *testing.T) {
 }
 
 func TestChartOfSystemd(t *testing.T) {
-	spec := one[*apps.DaemonSet](t, mustRender(t, "daemon: systemd\nscope: node")).Spec.Template.Spec
+	spec := one[*apps.DaemonSet](t, mustRender(t, snapshotter+"\ndaemon: systemd\nscope: node")).Spec.Template.Spec
 	install := spec.InitContainers[0].Args
 	if len(spec.InitContainers) != 1 || install[0] != "install" || slices.Contains(install, "--no-service") || !slices.Contains(install, "--scope=node") {
 		t.Errorf("the service is not installed for the node: %q", install)
@@ -311,6 +340,32 @@ func TestChartOfSystemd(t *testing.T) {
 	checkStay(t, &spec)
 	if spec.Containers[0].ReadinessProbe == nil {
 		t.Error("the pod is ready without the daemon")
+	}
+}
+
+// TestChartThatChangesNoNode: the default neither installs anything nor sees the host's files
+// outside of the directories that it needs.
+func TestChartThatChangesNoNode(t *testing.T) {
+	spec := one[*apps.DaemonSet](t, mustRender(t, "")).Spec.Template.Spec
+	daemon := spec.Containers[0]
+	if len(spec.InitContainers) != 0 || len(spec.Containers) != 1 || daemon.Name != "daemon" {
+		t.Errorf("the daemon is not the one container: %+v", containers(&spec))
+	}
+	if spec.HostPID || !spec.HostNetwork || spec.DNSPolicy != core.DNSDefault {
+		t.Errorf("host PID %t, host network %t, DNS %s", spec.HostPID, spec.HostNetwork, spec.DNSPolicy)
+	}
+	if probe := daemon.ReadinessProbe; probe == nil || !slices.Contains(probe.Exec.Command, "--csi") {
+		t.Error("the pod is ready before kubelet has registered the driver")
+	}
+	for _, volume := range spec.Volumes {
+		if volume.HostPath != nil && volume.HostPath.Path == "/" {
+			t.Error("the pod has the host's root")
+		}
+	}
+	for _, mount := range daemon.VolumeMounts {
+		if mount.Name == "etc" && !mount.ReadOnly {
+			t.Error("the daemon can write to the host's /etc")
+		}
 	}
 }
 
@@ -333,7 +388,7 @@ func checkStay(t *testing.T, spec *core.PodSpec) {
 
 // TestChartOfUninstall: the daemon goes on until nothing uses it.
 func TestChartOfUninstall(t *testing.T) {
-	spec := one[*apps.DaemonSet](t, mustRender(t, "uninstall: true")).Spec.Template.Spec
+	spec := one[*apps.DaemonSet](t, mustRender(t, snapshotter+"\nuninstall: true")).Spec.Template.Spec
 	if len(spec.InitContainers) != 2 {
 		t.Fatalf("got %d init containers, want 2", len(spec.InitContainers))
 	}
@@ -352,7 +407,7 @@ func TestChartOfUninstall(t *testing.T) {
 
 func TestChartOfMetrics(t *testing.T) {
 	for address, hostNetwork := range map[string]bool{"127.0.0.1:9477": true, "'[::1]:9477'": true, "unix:///run/artifact-snapshotter/m.sock": false} {
-		objects := mustRender(t, "metrics: {address: "+address+"}")
+		objects := mustRender(t, snapshotter+"\nmetrics: {address: "+address+"}")
 		if got := one[*apps.DaemonSet](t, objects).Spec.Template.Spec.HostNetwork; got != hostNetwork {
 			t.Errorf("%s: host network %t, want %t", address, got, hostNetwork)
 		}

@@ -16,7 +16,10 @@ import (
 	"k8s.io/kubernetes/pkg/apis/node"
 )
 
-const examples = "../examples"
+const (
+	examples = "../examples"
+	driver   = "artifact-snapshotter.dev"
+)
 
 // TestExamples: each is accepted by the API server, and mounts a model that its server
 // is told to read.
@@ -25,8 +28,8 @@ func TestExamples(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(files) != 7 {
-		t.Errorf("got %d examples, want 7: %v", len(files), files)
+	if len(files) != 11 {
+		t.Errorf("got %d examples, want 11: %v", len(files), files)
 	}
 	for _, file := range files {
 		t.Run(strings.TrimPrefix(file, examples+"/"), func(t *testing.T) {
@@ -58,13 +61,19 @@ func checkModel(t *testing.T, spec *core.PodSpec, scope string) {
 	if spec.RuntimeClassName != nil {
 		class = *spec.RuntimeClassName
 	}
-	if want := map[string]string{"node": "<none>", "runtime-handler": "artifact"}[scope]; class != want {
+	if want := map[string]string{"csi": "<none>", "node": "<none>", "runtime-handler": "artifact"}[scope]; class != want {
 		t.Errorf("runtimeClassName is %s, want %s in scope %s", class, want, scope)
 	}
 	server := spec.Containers[0]
 	models := 0
 	for _, volume := range spec.Volumes {
-		if volume.Image == nil {
+		var reference string
+		switch {
+		case scope == "csi" && volume.CSI != nil && volume.CSI.Driver == driver:
+			reference = volume.CSI.VolumeAttributes["reference"]
+		case scope != "csi" && volume.Image != nil:
+			reference = volume.Image.Reference
+		default:
 			continue
 		}
 		models++
@@ -83,12 +92,12 @@ func checkModel(t *testing.T, spec *core.PodSpec, scope string) {
 		}) {
 			t.Errorf("the server is told nothing of %s: %q %q", path, server.Command, server.Args)
 		}
-		if !strings.HasPrefix(volume.Image.Reference, "registry.example.com/") {
-			t.Errorf("the registry of %s is somebody's", volume.Image.Reference)
+		if !strings.HasPrefix(reference, "registry.example.com/") {
+			t.Errorf("the registry of %s is somebody's", reference)
 		}
 	}
 	if models == 0 {
-		t.Error("no image volume")
+		t.Error("no volume of a model")
 	}
 }
 
@@ -111,10 +120,22 @@ func TestExamplesOfBothScopes(t *testing.T) {
 	}
 }
 
+// TestExampleOfAClaim: the claim is bound to the volume, which is one of the driver.
+func TestExampleOfAClaim(t *testing.T) {
+	objects := decodeFile(t, filepath.Join(examples, "csi", "kserve.yaml"))
+	volume, claim := one[*core.PersistentVolume](t, objects), one[*core.PersistentVolumeClaim](t, objects)
+	if csi := volume.Spec.CSI; csi == nil || csi.Driver != driver || !csi.ReadOnly || csi.VolumeAttributes["reference"] == "" {
+		t.Errorf("the volume is %+v", volume.Spec)
+	}
+	if claim.Spec.VolumeName != volume.Name || volume.Spec.ClaimRef.Name != claim.Name {
+		t.Errorf("the claim %s is for the volume %s, which is for the claim %s", claim.Name, claim.Spec.VolumeName, volume.Spec.ClaimRef.Name)
+	}
+}
+
 // TestRuntimeClass: the example is the object that the chart makes.
 func TestRuntimeClass(t *testing.T) {
 	example := one[*node.RuntimeClass](t, decodeFile(t, filepath.Join(examples, "runtime-handler", "runtimeclass.yaml")))
-	chart := one[*node.RuntimeClass](t, mustRender(t, ""))
+	chart := one[*node.RuntimeClass](t, mustRender(t, snapshotter))
 	if example.Name != chart.Name || example.Handler != chart.Handler {
 		t.Errorf("%s with handler %s, the chart has %s with %s", example.Name, example.Handler, chart.Name, chart.Handler)
 	}

@@ -28,6 +28,9 @@ import (
 	"k8s.io/kubernetes/pkg/apis/node"
 	_ "k8s.io/kubernetes/pkg/apis/node/install"
 	nodevalidation "k8s.io/kubernetes/pkg/apis/node/validation"
+	"k8s.io/kubernetes/pkg/apis/storage"
+	_ "k8s.io/kubernetes/pkg/apis/storage/install"
+	storagevalidation "k8s.io/kubernetes/pkg/apis/storage/validation"
 	"k8s.io/kubernetes/pkg/capabilities"
 )
 
@@ -74,8 +77,12 @@ func validate(object runtime.Object) error {
 	if err != nil {
 		return err
 	}
-	if _, cluster := object.(*node.RuntimeClass); !cluster && accessor.GetNamespace() == "" {
-		accessor.SetNamespace("default") // as the server does
+	switch object.(type) {
+	case *node.RuntimeClass, *storage.CSIDriver, *core.PersistentVolume:
+	default:
+		if accessor.GetNamespace() == "" {
+			accessor.SetNamespace("default") // as the server does
+		}
 	}
 	var problems field.ErrorList
 	switch object := object.(type) {
@@ -85,6 +92,12 @@ func validate(object runtime.Object) error {
 		problems = appsvalidation.ValidateDeployment(object, pod.GetValidationOptionsFromPodTemplate(&object.Spec.Template, nil))
 	case *core.Pod:
 		problems = corevalidation.ValidatePodCreate(object, pod.GetValidationOptionsFromPodSpecAndMeta(&object.Spec, nil, &object.ObjectMeta, nil))
+	case *storage.CSIDriver:
+		problems = storagevalidation.ValidateCSIDriver(object)
+	case *core.PersistentVolume:
+		problems = corevalidation.ValidatePersistentVolume(object, corevalidation.PersistentVolumeSpecValidationOptions{})
+	case *core.PersistentVolumeClaim:
+		problems = corevalidation.ValidatePersistentVolumeClaim(object, corevalidation.PersistentVolumeClaimSpecValidationOptions{})
 	case *core.Service:
 		// Only its names: the rest is of what the server allocates.
 		problems = corevalidation.ValidateObjectMeta(&object.ObjectMeta, true, corevalidation.ValidateServiceName, field.NewPath("metadata"))

@@ -22,12 +22,18 @@ import (
 func TestValuesRefused(t *testing.T) {
 	for _, test := range []struct{ name, values, want string }{
 		{"no image", "scope: runtime-handler", "image.repository is required: push the image of `make image`"},
-		{"a pod for the node", "scope: node", "scope: node needs daemon: systemd: after a reboot the daemon's own pod could not start"},
-		{"nothing in common", "root: /data/models", "root (/data/models) and containerd.root (/var/lib/containerd) have no directory in common but /"},
+		{"no front end", "frontends: {csi: false, nri: false}", "at least one of csi, nri and snapshotter must be true"},
+		{"a scope of nothing", "scope: node", "scope: node is for frontends.snapshotter, which is false"},
+		{"a service without the snapshotter", "daemon: systemd", "daemon: systemd needs frontends.snapshotter"},
+		{"nothing to uninstall", "uninstall: true", "uninstall is for frontends.snapshotter"},
+		{"an unknown front end", "frontends: {cri: true}", "additional properties 'cri' not allowed"},
+		{"artifacts of CRI-O elsewhere", "blobRoots: [/data/artifacts]", "have no directory in common but /"},
+		{"a pod for the node", "frontends: {snapshotter: true}\nscope: node", "scope: node needs daemon: systemd: after a reboot the daemon's own pod could not start"},
+		{"nothing in common", "root: /data/models", "root (/data/models), containerd.root (/var/lib/containerd) and blobRoots have no directory in common but /"},
 		{"half a name in common", "root: /var2/lib/containerd", "have no directory in common but /"},
-		{"state above root", "state: /var", "state (/var) must not contain root and containerd.root (/var/lib)"},
+		{"state above root", "state: /var", "state (/var) must not contain root and the runtime's blobs (/var/lib)"},
 		{"a hidden socket", "metrics: {address: unix:///run/metrics.sock}", "could not be seen outside of the daemon's container"},
-		{"environment of a service", "daemon: systemd\nenv: [{name: A}]", "env is for daemon: pod"},
+		{"environment of a service", "frontends: {snapshotter: true}\ndaemon: systemd\nenv: [{name: A}]", "env is for daemon: pod"},
 		{"an unknown value", "scpoe: node", "additional properties 'scpoe' not allowed"},
 		{"an unknown value within", "containerd: {rot: /data}", "additional properties 'rot' not allowed"},
 		{"an unknown scope", "scope: cluster", "value must be one of 'runtime-handler', 'node'"},
@@ -70,22 +76,27 @@ func TestValuesOfTheDaemon(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The chart configures neither NRI nor CSI: its pods mount no socket and no directory of
-	// either.
+	// The keys of the tables nri and csi that have no value of their own.
 	text, nri, nriFound := strings.Cut(string(output), "\n[nri]\n")
-	_, csi, csiFound := strings.Cut(nri, "\n[csi]\n")
-	if !nriFound || !csiFound || strings.Contains(csi, "\n[") || strings.Count(nri, "\n[") != 1 {
-		t.Errorf("the tables of the daemon's configuration are not [overlayfs], [nri] and [csi], in this order: %s", nri)
+	nri, csi, csiFound := strings.Cut(nri, "\n[csi]\n")
+	if !nriFound || !csiFound || strings.Contains(nri+csi, "\n[") {
+		t.Errorf("the tables of the daemon's configuration are not [overlayfs], [nri] and [csi], in this order: %s", nri+csi)
 	}
 	text, overlayfs, _ := strings.Cut(text, "\n[overlayfs]\n")
-	defaults := map[string]string{"overlayfs": overlayfs}
-	for _, match := range regexp.MustCompile(`(?m)^(\w+) = (.*)$`).FindAllStringSubmatch(text, -1) {
-		defaults[match[1]] = strings.Trim(match[2], `"`)
+	keys := func(text string) map[string]string {
+		found := map[string]string{}
+		for _, match := range regexp.MustCompile(`(?m)^(\w+) = (.*)$`).FindAllStringSubmatch(text, -1) {
+			found[match[1]] = strings.Trim(match[2], `"`)
+		}
+		return found
 	}
+	defaults := keys(text)
+	tables := map[string]map[string]string{"overlayfs": keys(overlayfs), "nri": keys(nri), "csi": keys(csi)}
 	var values struct {
 		Root, State string
 		Containerd  struct{ Root, Socket string }
 		Metrics     struct{ Address string }
+		KubeletRoot string
 	}
 	if err := yaml.Unmarshal([]byte(read(t, filepath.Join(chart, "values.yaml"))), &values); err != nil {
 		t.Fatal(err)
@@ -101,17 +112,36 @@ func TestValuesOfTheDaemon(t *testing.T) {
 		}
 		delete(defaults, key)
 	}
-	delete(defaults, "blob_roots") // of NRI, too
+	delete(defaults, "blob_roots")
+	if got, want := values.KubeletRoot, tables["csi"]["kubelet_root"]; got != want {
+		t.Errorf("kubeletRoot is %q in the chart, %q in the daemon", got, want)
+	}
+	for table, own := range map[string][]string{"nri": {"enabled", "socket"}, "csi": {"enabled", "kubelet_root", "node_name", "hosts_dir", "docker_config"}} {
+		for _, key := range own {
+			if _, ok := tables[table][key]; !ok {
+				t.Errorf("the daemon has no key %s.%s", table, key)
+			}
+			delete(tables[table], key)
+		}
+	}
 	var schema struct {
 		Properties struct {
-			Config struct{ Properties map[string]any }
+			Config struct {
+				Properties map[string]struct{ Properties map[string]any }
+			}
 		}
 	}
 	if err := json.Unmarshal([]byte(read(t, filepath.Join(chart, "values.schema.json"))), &schema); err != nil {
 		t.Fatal(err)
 	}
-	got, want := slices.Sorted(maps.Keys(schema.Properties.Config.Properties)), slices.Sorted(maps.Keys(defaults))
-	if !slices.Equal(got, want) {
+	config := schema.Properties.Config.Properties
+	for table, want := range tables {
+		defaults[table] = ""
+		if got, want := slices.Sorted(maps.Keys(config[table].Properties)), slices.Sorted(maps.Keys(want)); !slices.Equal(got, want) {
+			t.Errorf("config.%s takes %q, the daemon %q", table, got, want)
+		}
+	}
+	if got, want := slices.Sorted(maps.Keys(config)), slices.Sorted(maps.Keys(defaults)); !slices.Equal(got, want) {
 		t.Errorf("config takes %q, the daemon %q", got, want)
 	}
 }

@@ -4,8 +4,10 @@
 package cluster
 
 import (
+	"maps"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/integration/node"
 )
@@ -53,17 +55,17 @@ func (c *Cluster) Rollout() (string, error) {
 	return c.Kubectl("--namespace", Namespace, "rollout", "status", "daemonset/"+Release, "--timeout=300s")
 }
 
-// Uninstall uninstalls the chart as docs/install.md says.
+// Uninstall uninstalls the chart, which has these values, as docs/install.md says.
 func (c *Cluster) Uninstall(tag string, values map[string]string) error {
-	uninstall := map[string]string{"uninstall": "true"}
-	for name, json := range values {
-		uninstall[name] = json
-	}
-	if err := c.Upgrade(tag, uninstall); err != nil {
-		return err
-	}
-	if _, err := c.Rollout(); err != nil {
-		return err
+	if strings.Contains(values["frontends"], `"snapshotter":true`) {
+		uninstall := map[string]string{"uninstall": "true"}
+		maps.Copy(uninstall, values)
+		if err := c.Upgrade(tag, uninstall); err != nil {
+			return err
+		}
+		if _, err := c.Rollout(); err != nil {
+			return err
+		}
 	}
 	_, err := c.Helm("uninstall", Release, "--namespace", Namespace, "--wait")
 	return err

@@ -5,8 +5,6 @@ package cluster
 
 import (
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -20,36 +18,6 @@ import (
 )
 
 const csiDriver = "artifact-snapshotter.dev"
-
-// installCSI applies deploy/csi until the end of the test.
-func installCSI(t *testing.T) {
-	t.Helper()
-	check(t, buildImage())
-	repository, err := node.Repository()
-	check(t, err)
-	text, err := os.ReadFile(filepath.Join(repository, "deploy", "csi", "artifact-snapshotter-csi.yaml"))
-	check(t, err)
-	manifests := strings.ReplaceAll(string(text), "image: IMAGE", "image: "+Registry+"/"+Release+":"+imageTag)
-	check(t, one.Apply(manifests))
-	file := filepath.Join(t.TempDir(), "csi.yaml")
-	check(t, os.WriteFile(file, []byte(manifests), 0o644))
-	t.Cleanup(func() {
-		if t.Failed() {
-			out, err := one.Kubectl("logs", "--namespace", Namespace, "daemonset/artifact-snapshotter-csi", "--all-pods", "--tail=60")
-			t.Log(out, err)
-		}
-		_, err := one.Kubectl("delete", "-f", file, "--wait", "--timeout=90s")
-		check(t, err)
-	})
-	rolloutCSI(t)
-}
-
-// rolloutCSI waits until kubelet has registered the driver on all machines.
-func rolloutCSI(t *testing.T) {
-	t.Helper()
-	_, err := one.Kubectl("--namespace", Namespace, "rollout", "status", "daemonset/artifact-snapshotter-csi", "--timeout=120s")
-	check(t, err)
-}
 
 // csiPod is a pod with an inline volume of the artifact at /model.
 func csiPod(ref, secret string) object {
@@ -100,7 +68,7 @@ func wantInPod(t *testing.T, namespace, pod, name, text string) {
 // The volumes that an image volume cannot be, on machines whose containerd nobody has
 // configured.
 func TestCSIMountsAnyArtifact(t *testing.T) {
-	installCSI(t)
+	install(t, byDefault)
 	namespace := newNamespace(t)
 	for _, name := range []string{"one", "two"} {
 		_, err := one.Push(oras(name), "notes/"+name, "v1")
@@ -122,7 +90,7 @@ func TestCSIMountsAnyArtifact(t *testing.T) {
 
 // A PersistentVolume has the same attributes.
 func TestCSIPersistentVolumes(t *testing.T) {
-	installCSI(t)
+	install(t, byDefault)
 	namespace := newNamespace(t)
 	src := writeFiles(t, map[string]string{"weights": "weights", "sub/file": "file"})
 	ref := pushModel(t, src, "v1")
@@ -161,7 +129,7 @@ spec: {accessModes: [ReadOnlyMany], storageClassName: "", resources: {requests: 
 }
 
 func TestCSINeedsTheSecret(t *testing.T) {
-	installCSI(t)
+	install(t, byDefault)
 	namespace := newNamespace(t)
 	src := writeFiles(t, map[string]string{"weights": "weights"})
 	ref := strings.Replace(pushModel(t, src, "v1"), Registry, Private, 1)
@@ -183,17 +151,18 @@ func TestCSINeedsTheSecret(t *testing.T) {
 // The daemon is killed while a pod reads, and a volume is removed and another one mounted
 // after it.
 func TestCSIVolumesOutliveTheDaemon(t *testing.T) {
-	installCSI(t)
+	install(t, byDefault)
 	namespace := newNamespace(t)
 	src := writeFiles(t, map[string]string{"weights": "weights"})
 	ref := pushModel(t, src, "v1")
 	first := one.Machines()[0]
 	createPod(t, namespace, "before", placed(first, csiPod(ref, "")))
 	waitForPod(t, namespace, "before")
-	_, err := one.Kubectl("delete", "pods", "--namespace", Namespace, "--selector", "app.kubernetes.io/name=artifact-snapshotter-csi", "--force", "--grace-period=0")
+	_, err := one.Kubectl("delete", "pods", "--namespace", Namespace, "--selector", "app.kubernetes.io/name="+Release, "--force", "--grace-period=0")
 	check(t, err)
 	wantModel(t, namespace, "before", "/model", src)
-	rolloutCSI(t)
+	_, err = one.Rollout()
+	check(t, err)
 	createPod(t, namespace, "after", placed(first, csiPod(ref, "")))
 	waitForPod(t, namespace, "after")
 	for _, pod := range []string{"before", "after"} {
@@ -212,7 +181,7 @@ func TestCSIVolumesOutliveTheDaemon(t *testing.T) {
 
 // A hostile path, and a tag that is not there: what describe pod says.
 func TestCSISaysWhyAVolumeIsRefused(t *testing.T) {
-	installCSI(t)
+	install(t, byDefault)
 	namespace := newNamespace(t)
 	artifact := oras("x")
 	artifact.Layers[0].MediaType = "application/x-test"

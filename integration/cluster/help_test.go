@@ -38,9 +38,12 @@ var buildImage = sync.OnceValue(func() error { return one.BuildImage(imageTag) }
 
 // The values of the ways to install the chart.
 var (
-	inPods    = map[string]string{}
-	asService = map[string]string{"scope": `"node"`, "daemon": `"systemd"`}
+	byDefault = map[string]string{}
+	inPods    = map[string]string{"frontends": snapshotterAlone}
+	asService = map[string]string{"frontends": snapshotterAlone, "scope": `"node"`, "daemon": `"systemd"`}
 )
+
+const snapshotterAlone = `{"csi":false,"nri":false,"snapshotter":true}`
 
 // installed are the values of the chart that is installed; nil if it is not.
 var installed map[string]string

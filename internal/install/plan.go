@@ -95,6 +95,9 @@ func (r *run) serviceChanges(theirs snapshot.Overlayfs) (changes []change, err e
 		start += " --config " + r.configFile
 	}
 	unit = strings.Replace(unit, exec+"\n", start+"\n", 1)
+	if r.Daemon.CSI.Enabled { // it pulls from registries
+		unit = strings.Replace(unit, "IPAddressAllow=localhost\n", "IPAddressAllow=any\n", 1)
+	}
 	binary, err := changed(r.Binary, r.program, 0o755)
 	if err != nil {
 		return nil, err

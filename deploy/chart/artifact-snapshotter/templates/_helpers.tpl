@@ -32,20 +32,21 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 
 {{/*
-The common parent directory of the daemon's root and containerd's. It is one mount in the
-daemon's container, because link(2) refuses hard links between two mounts (EXDEV), even of
+The common parent directory of the daemon's root and of the runtime's blobs. It is one mount in
+the daemon's container, because link(2) refuses hard links between two mounts (EXDEV), even of
 the same file system.
 */}}
 {{- define "hostRoot" -}}
-{{- $other := splitList "/" .Values.containerd.root -}}
-{{- $common := list -}}
-{{- $same := true -}}
-{{- range $i, $name := splitList "/" .Values.root -}}
-{{- if and $same (lt $i (len $other)) (eq $name (index $other $i)) -}}
-{{- $common = append $common $name -}}
-{{- else -}}
-{{- $same = false -}}
+{{- $common := splitList "/" .Values.root -}}
+{{- range $path := prepend .Values.blobRoots .Values.containerd.root -}}
+{{- $other := splitList "/" $path -}}
+{{- $until := 0 -}}
+{{- range $i, $name := $common -}}
+{{- if and (eq $i $until) (lt $i (len $other)) (eq $name (index $other $i)) -}}
+{{- $until = add1 $until | int -}}
 {{- end -}}
+{{- end -}}
+{{- $common = slice $common 0 $until -}}
 {{- end -}}
 {{- join "/" $common -}}
 {{- end -}}
@@ -55,16 +56,31 @@ the same file system.
 {{- if not .Values.image.repository -}}
 {{- fail "image.repository is required: push the image of `make image` to your registry and set it" -}}
 {{- end -}}
+{{- $front := .Values.frontends -}}
+{{- if not (or $front.csi $front.nri $front.snapshotter) -}}
+{{- fail "frontends: at least one of csi, nri and snapshotter must be true" -}}
+{{- end -}}
+{{- if not $front.snapshotter -}}
+{{- if eq .Values.scope "node" -}}
+{{- fail "scope: node is for frontends.snapshotter, which is false" -}}
+{{- end -}}
+{{- if eq .Values.daemon "systemd" -}}
+{{- fail "daemon: systemd needs frontends.snapshotter: without it, run the daemon as a service by hand (docs/nri.md)" -}}
+{{- end -}}
+{{- if .Values.uninstall -}}
+{{- fail "uninstall is for frontends.snapshotter: nothing else changes the configuration of a node, so that `helm uninstall` is enough" -}}
+{{- end -}}
+{{- end -}}
 {{- if and (eq .Values.scope "node") (eq .Values.daemon "pod") -}}
 {{- fail "scope: node needs daemon: systemd: after a reboot the daemon's own pod could not start without the snapshotter that it provides" -}}
 {{- end -}}
 {{- if eq .Values.daemon "pod" -}}
 {{- $hostRoot := include "hostRoot" . -}}
 {{- if not $hostRoot -}}
-{{- fail (printf "root (%s) and containerd.root (%s) have no directory in common but /, and the daemon's container must have both in one mount: choose a root beside or below %[2]s" .Values.root .Values.containerd.root) -}}
+{{- fail (printf "root (%s), containerd.root (%s) and blobRoots have no directory in common but /, and the daemon's container must have them in one mount: choose a root beside or below %[2]s" .Values.root .Values.containerd.root) -}}
 {{- end -}}
 {{- if hasPrefix (printf "%s/" .Values.state) (printf "%s/" $hostRoot) -}}
-{{- fail (printf "state (%s) must not contain root and containerd.root (%s): choose a directory of its own, as /run/artifact-snapshotter" .Values.state $hostRoot) -}}
+{{- fail (printf "state (%s) must not contain root and the runtime's blobs (%s): choose a directory of its own, as /run/artifact-snapshotter" .Values.state $hostRoot) -}}
 {{- end -}}
 {{- if and (hasPrefix "unix://" .Values.metrics.address) (not (hasPrefix (printf "unix://%s/" .Values.state) .Values.metrics.address)) -}}
 {{- fail (printf "metrics.address (%s): a socket outside of state (%s) could not be seen outside of the daemon's container" .Values.metrics.address .Values.state) -}}
@@ -130,9 +146,16 @@ volumeMounts:
 {{- define "daemon" -}}
 {{ include "container" . }}
 args: [serve]
-{{- with .Values.env }}
+{{- if or .Values.frontends.csi .Values.env }}
 env:
+  {{- if .Values.frontends.csi }}
+  # The node's certificate authorities.
+  - name: SSL_CERT_DIR
+    value: /host/etc/ssl/certs:/host/etc/pki/ca-trust/extracted/pem
+  {{- end }}
+  {{- with .Values.env }}
   {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end }}
 securityContext:
   # Only privileged containers can make mounts that the host sees.
@@ -162,4 +185,62 @@ volumeMounts:
   - name: dev
     mountPath: /dev
     mountPropagation: HostToContainer
+  {{- if .Values.frontends.nri }}
+  - name: nri
+    mountPath: /var/run/nri
+    mountPropagation: HostToContainer
+    readOnly: true
+  {{- end }}
+  {{- if .Values.frontends.csi }}
+  - name: kubelet
+    mountPath: {{ .Values.kubeletRoot }}
+    mountPropagation: Bidirectional
+  # Mirrors, and the node's certificate authorities.
+  - name: etc
+    mountPath: /host/etc
+    mountPropagation: HostToContainer
+    readOnly: true
+  {{- end }}
+{{- end -}}
+
+{{/* The volumes of the daemon's container, but for the configuration and the state. */}}
+{{- define "daemonVolumes" -}}
+- name: root
+  hostPath:
+    path: {{ include "hostRoot" . }}
+    type: Directory
+- name: containerd
+  hostPath:
+    path: {{ dir .Values.containerd.socket }}
+    {{- /* Nodes with CRI-O do not have it. */}}
+    type: {{ if .Values.frontends.snapshotter }}Directory{{ else }}DirectoryOrCreate{{ end }}
+- name: dev
+  hostPath:
+    path: /dev
+    type: Directory
+{{- if .Values.frontends.nri }}
+- name: nri
+  hostPath:
+    path: /var/run/nri
+    type: DirectoryOrCreate
+{{- end }}
+{{- if .Values.frontends.csi }}
+- name: kubelet
+  hostPath:
+    path: {{ .Values.kubeletRoot }}
+    type: Directory
+- name: etc
+  hostPath:
+    path: /etc
+    type: Directory
+{{- end }}
+{{- end -}}
+
+{{/* The lines of a table of TOML. */}}
+{{- define "keys" -}}
+{{- $lines := list -}}
+{{- range $key, $value := . -}}
+{{- $lines = append $lines (printf "%s = %s" $key (toJson $value)) -}}
+{{- end -}}
+{{- join "\n" $lines -}}
 {{- end -}}

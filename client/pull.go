@@ -125,6 +125,9 @@ func (c *Client) Pull(ctx context.Context, ref string, r Registry, progress func
 	if err := c.warnOfSharedConfig(ctx, ref, a); err != nil {
 		return images.Image{}, err
 	}
+	if i := slices.IndexFunc(a.Layers, func(l artifact.Layer) bool { return coreimages.IsLayerType(l.Descriptor.MediaType) }); i >= 0 && c.Warning != nil {
+		c.Warning(fmt.Sprintf("containerd refuses %s as an image volume, since its layer %d has the type of an image's, %s: give it another type, or use a volume of CSI or `mount`", ref, a.Layers[i].Index, a.Layers[i].Descriptor.MediaType))
+	}
 	ctx = c.Context(ctx)
 	ctx, done, err := c.WithLease(ctx, leases.WithRandomID(), leases.WithExpiration(pullLease))
 	if err != nil {
@@ -196,6 +199,9 @@ func ValidReference(ref string) error {
 	spec, err := reference.Parse(ref)
 	if err == nil && spec.Object == "" {
 		err = errors.New("it has neither a tag nor a digest")
+	}
+	if _, parseErr := digest.Parse(ref); parseErr == nil {
+		err = errors.New("a digest does not say which registry has it: write registry.example.com/models/llama@" + ref)
 	}
 	if err != nil {
 		return fmt.Errorf("%.255q is not a full reference like registry.example.com/models/llama:v1: %v: %w", ref, err, errdefs.ErrInvalidArgument)

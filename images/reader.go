@@ -31,7 +31,7 @@ func Connect(ctx context.Context, address string) (*containerd.Client, error) {
 	defer cancel()
 	path := strings.TrimPrefix(address, "unix://")
 	unavailable := func(err error) error {
-		return fmt.Errorf("containerd does not answer on %s, check that it runs and that this is its socket: %v: %w", path, err, errdefs.ErrUnavailable)
+		return fmt.Errorf("containerd does not answer on %s: %v; check that it runs and that this is its socket: %w", path, err, errdefs.ErrUnavailable)
 	}
 	// Dialing first gives a shorter error than gRPC's.
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)

@@ -109,6 +109,7 @@ func TestTheToolRefusesBadInput(t *testing.T) {
 		"pull from no host":               {[]string{"pull", "nowhere.invalid/models/tiny:v1"}, []string{"there is no host nowhere.invalid: "}},
 		"pull from a rude registry":       {[]string{"pull", strings.TrimPrefix(rude.URL, "http://") + "/models/tiny:v1"}, []string{`\x1b[2J\u009b31mowned`}},
 		"pull without a tag":              {[]string{"pull", n.Registry + "/models/tiny"}, []string{"neither a tag nor a digest"}},
+		"pull a digest alone":             {[]string{"pull", digest.FromString("").String()}, []string{"a digest does not say which registry has it"}},
 		"pull of no reference":            {[]string{"pull", "llama"}, []string{"llama", "full reference"}},
 		"pull without a password":         {[]string{"pull", "-u", "reader", unknown}, []string{"password"}},
 		"unmount of a directory":          {[]string{"unmount", free}, []string{"no artifact is mounted at " + free}},
@@ -459,6 +460,18 @@ func TestLsMarksArtifactsThatShareAConfig(t *testing.T) {
 		if l := toolJSON[[]jsonListed](t, n, "ls", "-n", "default")[0]; i == 0 && len(l.Conflicts) != 0 {
 			t.Errorf("ls reports a conflict of %+v", l)
 		}
+	}
+	// And what no image volume can show, as `oras push REF FILE` makes it.
+	plain := &pack.Artifact{ConfigType: ocispec.MediaTypeEmptyJSON, Layers: []pack.Layer{{
+		MediaType: ocispec.MediaTypeImageLayer, Data: []byte("hello"),
+		Annotations: map[string]string{ocispec.AnnotationTitle: "hello.txt"},
+	}}}
+	_, err := plain.Push(t.Context(), n.Registry, "models/plain", "v1")
+	check(t, err)
+	_, said, err := n.Artifact("pull", "-n", "k8s.io", n.Registry+"/models/plain:v1")
+	check(t, err)
+	if want := "warning: containerd refuses " + n.Registry + "/models/plain:v1 as an image volume"; !strings.Contains(said, want) {
+		t.Errorf("pull of a file with the type of an image's layer says\n%s", said)
 	}
 	for i, l := range toolJSON[[]jsonListed](t, n, "ls", "-n", "default") {
 		other := refs[1-i]

@@ -101,6 +101,9 @@ func (c Config) Validate() error {
 			errs = append(errs, fmt.Errorf("%s %q is not an absolute path", dir.key, dir.path))
 		}
 	}
+	if filepath.Clean(c.Root) == filepath.Clean(c.State) {
+		errs = append(errs, fmt.Errorf("root and state are both %q, but a reboot may empty state, and must not empty root", c.Root))
+	}
 	errs = append(errs, c.validateBlobs("content_root", c.ContentRoot))
 	for _, dir := range c.BlobRoots {
 		errs = append(errs, c.validateBlobs("blob_roots", dir))

@@ -31,6 +31,7 @@ func TestValidateNamesEverythingThatIsWrong(t *testing.T) {
 		"a relative blob root":      {func(c *Config) { c.BlobRoots = []string{"/ok", "b"} }, []string{"blob_roots", `"b"`, "absolute"}},
 		"a blob root inside root":   {func(c *Config) { c.BlobRoots = []string{c.Root + "/x"} }, []string{"blob_roots", "within"}},
 		"a bad namespace":           {func(c *Config) { c.Namespaces = []string{"a/b"} }, []string{"namespaces", "a/b"}},
+		"root is state":             {func(c *Config) { c.State = c.Root + "/" }, []string{"root and state are both"}},
 		"root is content root":      {func(c *Config) { c.Root = c.ContentRoot }, []string{"root", "content_root", "within"}},
 		"root inside content root":  {func(c *Config) { c.Root = c.ContentRoot + "/x/../blobs" }, []string{"within"}},
 		"content root inside root":  {func(c *Config) { c.ContentRoot = c.Root + "/content" }, []string{"within"}},

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/containerd/containerd/v2/pkg/identifiers"
 	"github.com/containerd/log"
 	"github.com/urfave/cli/v3"
 
@@ -106,6 +107,9 @@ func clientAction(do func(ctx context.Context, command *cli.Command, c *client.C
 func connect(ctx context.Context, command *cli.Command) (*client.Client, error) {
 	if command.String("namespace") == "" {
 		return nil, errors.New("the namespace is empty: name one of containerd's with -n, for example k8s.io, or unset CONTAINERD_NAMESPACE")
+	}
+	if err := identifiers.Validate(command.String("namespace")); err != nil {
+		return nil, fmt.Errorf("%q is no namespace of containerd: its name has letters, digits and single . _ - between them", command.String("namespace"))
 	}
 	if command.String("snapshotter") == "" {
 		return nil, errors.New("--snapshotter is empty: leave it out for the snapshotter called " + containerdconfig.Snapshotter)

@@ -46,8 +46,10 @@ func uninstallCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "uninstall",
 		Usage: "undo what install has done",
-		Description: "Containers that use the snapshotter could not be removed without it. While there are any,\n" +
-			"new ones get the snapshotter that the node had before, and the rest waits for the last one.\n\n" +
+		Description: "It removes the service, the program and what install has added to containerd's configuration,\n" +
+			"and restarts containerd. The daemon's own directories stay. Containers that use the snapshotter\n" +
+			"could not be removed without it: while there are any, new ones get the snapshotter that the node\n" +
+			"had before, and the rest waits for the last one.\n\n" +
 			"Examples:\n\n" +
 			"  artifact-snapshotter uninstall --dry-run\n" +
 			"  artifact-snapshotter uninstall",

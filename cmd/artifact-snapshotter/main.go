@@ -36,9 +36,8 @@ func command() *cli.Command {
 		Name:            name,
 		Usage:           "mount OCI model artifacts into pods as read-only volumes, without copying a byte",
 		Description:     "The global options may precede or follow a command that has them.",
-		Version:         buildVersion(),
 		HideHelpCommand: true,
-		Flags:           globalFlags(),
+		Flags:           append(globalFlags(), &cli.BoolFlag{Name: "version", Aliases: []string{"v"}, Usage: "print the version", Local: true, HideDefault: true}),
 		Commands: []*cli.Command{
 			serveCommand(), installCommand(), uninstallCommand(), configCommand(), doctorCommand(), healthCommand(),
 			pullCommand(), unpackCommand(), mountCommand(), unmountCommand(), lsCommand(),
@@ -48,8 +47,8 @@ func command() *cli.Command {
 		// Errors are printed by main alone.
 		ExitErrHandler: func(context.Context, *cli.Command, error) {},
 		ArgValidator:   noArguments,
+		Action:         versionOrHelp,
 	}
-	cli.VersionPrinter = func(command *cli.Command) { _ = printVersion(command) }
 	root.ConfigureShellCompletionCommand = func(command *cli.Command) {
 		*command = *completionCommand()
 		quietly(command)

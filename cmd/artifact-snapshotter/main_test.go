@@ -102,6 +102,10 @@ func TestErrors(t *testing.T) {
 		want []string
 	}{
 		"an unknown command":              {[]string{"server"}, []string{"server", "artifact-snapshotter --help"}},
+		"version and an argument":         {[]string{"-v", "extra"}, []string{"no such command: artifact-snapshotter extra (see artifact-snapshotter --help)"}},
+		"a namespace that is none":        {[]string{"-n", "a b", "ls"}, []string{`"a b" is no namespace of containerd`}},
+		"a filter that is none":           {[]string{"prune", "--filter", "foo"}, []string{`filter "foo": it is not like until=24h`}},
+		"a host that is none":             {[]string{"install", "--no-service", "--host", "/var"}, []string{"--host /var is not the root of a host: it has no /proc"}},
 		"an unknown command with a flag":  {[]string{"server", "--root", "/r"}, []string{"no such command: artifact-snapshotter server (see artifact-snapshotter --help)"}},
 		"an unknown subcommand":           {[]string{"config", "docker"}, []string{"config docker", "config --help"}},
 		"an unknown subcommand and flag":  {[]string{"config", "docker", "--x"}, []string{"config docker", "config --help"}},
@@ -113,7 +117,7 @@ func TestErrors(t *testing.T) {
 		"no bool":                         {[]string{"doctor", "--nri=x"}, []string{`invalid value "x" for --nri: it is neither true nor false`}},
 		"a relative socket":               {[]string{"health", "--address", "a.sock"}, []string{`--address "a.sock" is not the absolute path`}},
 		"no snapshotter":                  {[]string{"ls", "--snapshotter", ""}, []string{"--snapshotter is empty"}},
-		"an argument too many":            {[]string{"version", "now"}, []string{": version accepts no arguments, got 1 (now)"}},
+		"an argument too many":            {[]string{"version", "now"}, []string{": version accepts no arguments, got \"now\""}},
 		"inspect without a digest":        {[]string{"inspect"}, []string{": inspect requires exactly 1 argument (REF), got 0 (see artifact-snapshotter inspect --help)"}},
 		"inspect of two digests":          {[]string{"inspect", "a", "b"}, []string{"requires exactly 1 argument (REF), got 2"}},
 		"mount without a target":          {[]string{"mount", "a"}, []string{"requires exactly 2 arguments (REF TARGET), got 1"}},

@@ -38,7 +38,15 @@ func pruneCommand() *cli.Command {
 			&cli.StringSliceFlag{Name: "filter", Usage: "delete only what was pulled before (until=24h, until=TIME), has a label (label=KEY[=VALUE]) or a name (reference=PATTERN); several must all hold"},
 		),
 		ArgValidator: arguments(),
-		Action:       clientAction(prune),
+		Action: func(ctx context.Context, command *cli.Command) error {
+			filter, err := client.ParseFilters(command.StringSlice("filter"), time.Now())
+			if err != nil {
+				return err
+			}
+			return clientAction(func(ctx context.Context, command *cli.Command, c *client.Client, asJSON bool) error {
+				return prune(ctx, command, c, filter, asJSON)
+			})(ctx, command)
+		},
 	}
 }
 
@@ -79,11 +87,7 @@ type prunedAll struct {
 	Freed int64 `json:"freed"`
 }
 
-func prune(ctx context.Context, command *cli.Command, c *client.Client, asJSON bool) error {
-	filter, err := client.ParseFilters(command.StringSlice("filter"), time.Now())
-	if err != nil {
-		return err
-	}
+func prune(ctx context.Context, command *cli.Command, c *client.Client, filter client.Filter, asJSON bool) error {
 	unused, err := c.Unused(ctx, filter)
 	if err != nil {
 		return err

@@ -121,7 +121,7 @@ func requireArguments(command *cli.Command, names ...string) error {
 	if got == len(names) {
 		return nil
 	}
-	want := fmt.Sprintf("accepts no arguments, got %d (%s)", got, command.Args().First())
+	want := fmt.Sprintf("accepts no arguments, got %q", command.Args().First())
 	if len(names) > 0 {
 		plural := "s"
 		if len(names) == 1 {

@@ -26,6 +26,14 @@ func versionCommand() *cli.Command {
 	}
 }
 
+// versionOrHelp is what the program does without a command.
+func versionOrHelp(_ context.Context, command *cli.Command) error {
+	if command.Bool("version") {
+		return printVersion(command)
+	}
+	return cli.ShowAppHelp(command)
+}
+
 func printVersion(command *cli.Command) error {
 	_, err := fmt.Fprintf(command.Root().Writer, "%s %s %s %s/%s\n",
 		name, buildVersion(), runtime.Version(), runtime.GOOS, runtime.GOARCH)

@@ -129,6 +129,9 @@ func newRun(o Options) (r *run, err error) {
 		if err := errors.Join(unix.Chroot(r.Host), unix.Chdir("/")); err != nil {
 			return nil, fmt.Errorf("--host %s: %w", r.Host, err)
 		}
+		if !exists("/proc/self") {
+			return nil, fmt.Errorf("--host %s is not the root of a host: it has no /proc: %w", r.Host, errdefs.ErrInvalidArgument)
+		}
 	} else if r.Config != ConfigFile {
 		if r.configFile, err = filepath.Abs(r.Config); err != nil {
 			return nil, err

@@ -5,6 +5,7 @@ package integration
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -266,4 +267,64 @@ func TestDoctorFindsEachProblemOfANode(t *testing.T) {
 	if d := found["socket"]; !d.healthy() {
 		t.Errorf("with both running again: %+v", d)
 	}
+}
+
+// A front end that is configured and not at work is a problem, and without the snapshotter
+// containerd need not know of it.
+func TestDoctorOfOtherFrontEnds(t *testing.T) {
+	t.Parallel()
+	examine := func(t *testing.T, n *node.Node, config string, flags ...string) (found map[string]diagnosis, err error) {
+		t.Helper()
+		out, _, err := n.Artifact(append([]string{
+			"doctor", "--output", "json", "--config", config, "--address", filepath.Join(n.Dir, "daemon.sock"),
+			"--containerd-config", filepath.Join(n.Dir, "containerd.toml"),
+		}, flags...)...)
+		var all map[string]json.RawMessage
+		check(t, json.Unmarshal([]byte(out), &all))
+		found = map[string]diagnosis{}
+		for _, name := range []string{"containerd_config", "nri", "csi"} {
+			if text, ok := all[name]; ok {
+				var d diagnosis
+				check(t, json.Unmarshal(text, &d))
+				found[name] = d
+			}
+		}
+		return found, err
+	}
+	t.Run("NRI", func(t *testing.T) {
+		n := node.ForTest(t, node.Options{NRI: true})
+		check(t, n.WaitForNRI())
+		config := filepath.Join(n.Dir, "daemon.toml")
+		found, err := examine(t, n, config)
+		check(t, err)
+		if !found["nri"].healthy() || found["nri"].Facts["connected"] != true {
+			t.Errorf("doctor finds of NRI %+v", found["nri"])
+		}
+		if d, ok := found["containerd_config"]; ok {
+			t.Errorf("without the snapshotter, doctor finds of containerd's configuration %+v", d)
+		}
+		found, err = examine(t, n, config, "--csi")
+		if want := "serves no CSI driver"; err == nil || !strings.Contains(found["csi"].Problem, want) {
+			t.Errorf("doctor ends with %v and finds of CSI %+v, want the problem %q", err, found["csi"], want)
+		}
+	})
+	t.Run("no NRI", func(t *testing.T) {
+		n := node.ForTest(t, node.Options{})
+		text, err := os.ReadFile(filepath.Join(n.Dir, "daemon.toml"))
+		check(t, err)
+		config := filepath.Join(t.TempDir(), "daemon.toml")
+		check(t, os.WriteFile(config, fmt.Appendf(text, "\n[nri]\nenabled = true\nsocket = '%s'\n", filepath.Join(n.Dir, "nri.sock")), 0o644))
+		found, err := examine(t, n, config)
+		if want := "runs no NRI plugin"; err == nil || !strings.Contains(found["nri"].Problem, want) {
+			t.Errorf("doctor ends with %v and finds of NRI %+v, want the problem %q", err, found["nri"], want)
+		}
+		check(t, n.StopDaemon())
+		found, err = examine(t, n, config, "--csi")
+		check(t, err)
+		for _, name := range []string{"nri", "csi"} {
+			if d := found[name]; d.Problem != "" || d.Unknown == "" {
+				t.Errorf("without a daemon, doctor finds of %s %+v", name, d)
+			}
+		}
+	})
 }

@@ -70,10 +70,11 @@ var checks = []struct {
 	{"content root", checkContentRoot, withoutContainerd},
 	{"containerd", checkContainerd, withoutContainerd},
 	{"socket", checkSocket, nil},
-	{"containerd config", checkContainerdConfig, func(n Node) bool { return n.NRI.Enabled }},
+	{"containerd config", checkContainerdConfig, withoutSnapshotter},
 	{"empty blob", checkEmptyBlob, withoutContainerd},
 	{"shared configs", checkSharedConfigs, withoutContainerd},
 	{"NRI", checkNRI, func(n Node) bool { return !n.NRI.Enabled }},
+	{"CSI", checkCSI, func(n Node) bool { return !n.CSI.Enabled }},
 }
 
 // Examine makes all checks that concern the node. Its error is that of ctx.

@@ -11,15 +11,30 @@ import (
 	"os"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/daemon"
-	"github.com/artifact-snapshotter/artifact-snapshotter/internal/plain"
+	"github.com/artifact-snapshotter/artifact-snapshotter/internal/containerdconfig"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
 
-// withoutContainerd reports whether the only runtime of the node is CRI-O. A node without
-// a store of CRI-O has a containerd on another socket.
+// withoutContainerd reports whether the daemon needs no containerd: the only runtime of the node
+// is CRI-O, or it is a CSI driver alone. A node with NRI and without a store of CRI-O has a
+// containerd on another socket.
 func withoutContainerd(n Node) bool {
 	_, err := os.Stat(n.ContainerdAddress)
-	return n.NRI.Enabled && len(n.BlobRoots) > 0 && errors.Is(err, fs.ErrNotExist)
+	return errors.Is(err, fs.ErrNotExist) && (n.NRI.Enabled && len(n.BlobRoots) > 0 || !n.NRI.Enabled && n.CSI.Enabled)
+}
+
+// withoutSnapshotter reports whether the daemon has another front end, and nobody has told
+// containerd of the snapshotter.
+func withoutSnapshotter(n Node) bool {
+	if !n.NRI.Enabled && !n.CSI.Enabled {
+		return false
+	}
+	drop, err := containerdconfig.FindDropIn(n.ContainerdConfig)
+	if err != nil {
+		return false
+	}
+	_, err = os.Stat(drop.Path)
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 // NRIFacts are the facts about NRI.
@@ -42,7 +57,7 @@ func checkNRI(ctx context.Context, n Node) (found Finding) {
 		found.sayf("there is no socket %s", n.NRI.Socket)
 		found.advise("start the runtime with NRI enabled, or set nri.socket to its NRI socket", "the plugin can connect")
 	case err != nil:
-		found.Unknown = plain.Error(err)
+		found.blame(ctx, n, err)
 		found.sayf("the plugin is not known to be connected to a runtime")
 		found.advise("start the daemon with --nri, and read its log", "the plugin connects to the runtime")
 	default:

@@ -16,6 +16,7 @@ import (
 	"k8s.io/kubernetes/pkg/apis/apps"
 	"k8s.io/kubernetes/pkg/apis/core"
 	"k8s.io/kubernetes/pkg/apis/node"
+	"k8s.io/kubernetes/pkg/apis/rbac"
 	"k8s.io/kubernetes/pkg/apis/storage"
 )
 
@@ -99,6 +100,9 @@ func TestChart(t *testing.T) {
 		{name: "roots apart, systemd", values: "{" + snapshotter + ", daemon: systemd, root: /data/models}", classes: 1},
 		{name: "uninstall", values: snapshotter + "\nuninstall: true"},
 		{name: "uninstall, systemd", values: "{" + snapshotter + ", uninstall: true, daemon: systemd, scope: node}"},
+		{name: "startup taint", values: "{" + snapshotter + ", startupTaint: {remove: true}, tolerations: [{key: gpu, operator: Exists}]}", classes: 1},
+		{name: "startup taint, the node", values: "{" + snapshotter + ", startupTaint: {remove: true}, scope: node, daemon: systemd}"},
+		{name: "startup taint, by default", values: "startupTaint: {remove: true}", drivers: 1},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			values := test.values
@@ -365,6 +369,50 @@ func TestChartThatChangesNoNode(t *testing.T) {
 	for _, mount := range daemon.VolumeMounts {
 		if mount.Name == "etc" && !mount.ReadOnly {
 			t.Error("the daemon can write to the host's /etc")
+		}
+	}
+}
+
+// TestChartOfAStartupTaint: one container has the token, and the token may do one thing.
+func TestChartOfAStartupTaint(t *testing.T) {
+	for _, values := range []string{snapshotter + "\n", snapshotter + "\ndaemon: systemd\nscope: node\n", ""} {
+		values += "tolerations: []\nstartupTaint: {remove: true}"
+		objects := mustRender(t, values)
+		spec := one[*apps.DaemonSet](t, objects).Spec.Template.Spec
+		if *spec.AutomountServiceAccountToken {
+			t.Errorf("%s: every container gets a token", values)
+		}
+		for _, c := range containers(&spec) {
+			has := slices.ContainsFunc(c.VolumeMounts, func(m core.VolumeMount) bool { return m.Name == "token" })
+			if has != (c.Name == "stay") {
+				t.Errorf("%s: the container %s has the token: %v", values, c.Name, has)
+			}
+			if has && c.SecurityContext.Privileged != nil {
+				t.Errorf("%s: the container with the token is privileged", values)
+			}
+		}
+		if !slices.ContainsFunc(spec.Tolerations, func(t core.Toleration) bool {
+			return t.Key == "artifact-snapshotter.dev/agent-not-ready" && t.Operator == core.TolerationOpExists && t.Effect == ""
+		}) {
+			t.Errorf("%s: the daemon waits for itself: %v", values, spec.Tolerations)
+		}
+		rules := one[*rbac.ClusterRole](t, objects).Rules
+		if len(rules) != 1 || !slices.Equal(rules[0].Resources, []string{"nodes"}) || !slices.Equal(rules[0].Verbs, []string{"get", "patch"}) {
+			t.Errorf("%s: the token may do %v", values, rules)
+		}
+		for _, off := range []string{"\nuninstall: true", ""} {
+			if off != "" && !strings.Contains(values, "snapshotter: true") {
+				continue
+			}
+			if off == "" {
+				values = strings.Replace(values, "remove: true", "remove: false", 1)
+			}
+			for _, object := range mustRender(t, values+off) {
+				switch object.(type) {
+				case *rbac.ClusterRole, *rbac.ClusterRoleBinding, *core.ServiceAccount:
+					t.Errorf("%s%s: there is a %T", values, off, object)
+				}
+			}
 		}
 	}
 }

@@ -28,6 +28,9 @@ import (
 	"k8s.io/kubernetes/pkg/apis/node"
 	_ "k8s.io/kubernetes/pkg/apis/node/install"
 	nodevalidation "k8s.io/kubernetes/pkg/apis/node/validation"
+	"k8s.io/kubernetes/pkg/apis/rbac"
+	_ "k8s.io/kubernetes/pkg/apis/rbac/install"
+	rbacvalidation "k8s.io/kubernetes/pkg/apis/rbac/validation"
 	"k8s.io/kubernetes/pkg/apis/storage"
 	_ "k8s.io/kubernetes/pkg/apis/storage/install"
 	storagevalidation "k8s.io/kubernetes/pkg/apis/storage/validation"
@@ -78,7 +81,7 @@ func validate(object runtime.Object) error {
 		return err
 	}
 	switch object.(type) {
-	case *node.RuntimeClass, *storage.CSIDriver, *core.PersistentVolume:
+	case *node.RuntimeClass, *storage.CSIDriver, *core.PersistentVolume, *rbac.ClusterRole, *rbac.ClusterRoleBinding: // of the cluster
 	default:
 		if accessor.GetNamespace() == "" {
 			accessor.SetNamespace("default") // as the server does
@@ -103,6 +106,12 @@ func validate(object runtime.Object) error {
 		problems = corevalidation.ValidateObjectMeta(&object.ObjectMeta, true, corevalidation.ValidateServiceName, field.NewPath("metadata"))
 	case *core.ConfigMap:
 		problems = corevalidation.ValidateConfigMap(object)
+	case *core.ServiceAccount:
+		problems = corevalidation.ValidateServiceAccount(object)
+	case *rbac.ClusterRole:
+		problems = rbacvalidation.ValidateClusterRole(object, rbacvalidation.ClusterRoleValidationOptions{})
+	case *rbac.ClusterRoleBinding:
+		problems = rbacvalidation.ValidateClusterRoleBinding(object)
 	case *node.RuntimeClass:
 		problems = nodevalidation.ValidateRuntimeClass(object)
 	default:

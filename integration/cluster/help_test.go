@@ -40,7 +40,7 @@ var buildImage = sync.OnceValue(func() error { return one.BuildImage(imageTag) }
 var (
 	byDefault = map[string]string{}
 	inPods    = map[string]string{"frontends": snapshotterAlone}
-	asService = map[string]string{"frontends": snapshotterAlone, "scope": `"node"`, "daemon": `"systemd"`}
+	asService = map[string]string{"frontends": snapshotterAlone, "scope": `"node"`, "daemon": `"systemd"`, "startupTaint.remove": "true"}
 )
 
 const snapshotterAlone = `{"csi":false,"nri":false,"snapshotter":true}`

@@ -244,3 +244,43 @@ volumeMounts:
 {{- end -}}
 {{- join "\n" $lines -}}
 {{- end -}}
+
+{{/* Not empty if the chart removes the startup taint. */}}
+{{- define "untaint" -}}
+{{- if and .Values.startupTaint.remove (not .Values.uninstall) -}}true{{- end -}}
+{{- end -}}
+
+{{/* The container that only waits, without its name and probe. It removes the startup taint. */}}
+{{- define "stay" -}}
+{{ include "container" . }}
+args:
+  - pause
+  {{- if include "untaint" . }}
+  - --untaint=$(NODE_NAME)
+  - --address={{ .Values.state }}/artifact-snapshotter.sock
+  {{- end }}
+{{- if include "untaint" . }}
+env:
+  - name: NODE_NAME
+    valueFrom:
+      fieldRef:
+        fieldPath: spec.nodeName
+{{- end }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities:
+    drop: [ALL]
+{{- if not .Values.uninstall }}
+volumeMounts:
+  - name: state
+    mountPath: {{ .Values.state }}
+    mountPropagation: HostToContainer
+    readOnly: true
+  {{- if include "untaint" . }}
+  - name: token
+    mountPath: /var/run/secrets/kubernetes.io/serviceaccount
+    readOnly: true
+  {{- end }}
+{{- end }}
+{{- end -}}

@@ -16,14 +16,14 @@ PACKAGES      := gcc libc6-dev pkg-config libseccomp-dev e2fsprogs libarchive-to
 # than root; the version is stamped by the linker anyway.
 export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 
-.PHONY: build image tools containerd-older kubelet cluster-tools helm packages packages-kernels demo test test-all test-hostile test-crash test-soak test-filesystems test-kernels test-cluster test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
+.PHONY: build image release tools containerd-older kubelet cluster-tools helm packages packages-kernels demo test test-all test-hostile test-crash test-soak test-filesystems test-kernels test-cluster test-deploy test-unit test-node test-matrix fuzz lint bench bench-nri bench-peers clean
 
 build:
 	@echo "==> building $(BIN)"
 	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/artifact-snapshotter
 
 # The container image for both architectures, as an OCI image layout, without a
-# container engine: crane push --index bin/image REFERENCE
+# container engine: bin/crane push --index bin/image REFERENCE
 # Times in it are the commit's, so that a commit has one digest.
 IMAGE := bin/image
 image:
@@ -32,8 +32,14 @@ image:
 		CGO_ENABLED=0 GOARCH=$$arch go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN)-$$arch ./cmd/artifact-snapshotter; \
 	done
 	@echo "==> building $(IMAGE)"
-	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 0) go run -C deploy/image . \
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 0)} go run -C deploy/image . \
 		-out $(CURDIR)/$(IMAGE) -version $(VERSION) amd64=$(CURDIR)/$(BIN)-amd64 arm64=$(CURDIR)/$(BIN)-arm64
+	go build -C integration/tools -o $(CURDIR)/bin/ github.com/google/go-containerregistry/cmd/crane
+
+# What is published: make release VERSION=v0.1.0
+release: image
+	@echo "==> making bin/release"
+	deploy/release.sh $(VERSION)
 
 install_packages = @missing=; for p in $(1); do \
 		dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
@@ -108,7 +114,9 @@ gotest = mkdir -p bin; go run gotest.tools/gotestsum@$(GOTESTSUM) --format pkgna
 # What a contributor runs: every test, with -short, which makes the selections of the
 # expensive ones smaller. Four tests of a package run side by side: those on nodes mostly
 # wait.
-test: build tools kubelet test-deploy
+test: build tools kubelet helm
+	@echo "==> testing what is in deploy/"
+	cd deploy/verify && CGO_ENABLED=0 go test -short -count=1 ./...
 	@echo "==> running all tests, those on real nodes included"
 	@$(call gotest,test.json,-short ./...)
 	$(tell_crio)
@@ -207,8 +215,10 @@ fuzz:
 # The modules of this repository that have code: what only one test needs is no dependency of
 # the main module.
 MODULES := . deploy/image deploy/verify integration/crash/recorder
+ACTIONLINT := v1.7.12
 lint: packages
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "not gofmt-ed:"; gofmt -l $$(git ls-files '*.go'); exit 1; }
+	go run github.com/rhysd/actionlint/cmd/actionlint@$(ACTIONLINT)
 	@echo "==> golangci-lint $(GOLANGCI_LINT) (built the first time)"
 	@set -e; for module in $(MODULES); do \
 		echo "==> linting the module in $$module"; \

@@ -53,7 +53,7 @@ func untaint(ctx context.Context, node, address string) {
 			return 0, err
 		}
 		if removed {
-			log.G(ctx).Info("the daemon is ready: removed the taint " + startuptaint.Key)
+			log.G(ctx).WithField("taint", startuptaint.Key).Info("removed the startup taint, since the daemon is ready")
 		}
 		done()
 		return 0, nil

@@ -139,7 +139,7 @@ type server struct {
 }
 
 // openCSI opens the driver on the service's store, whose garbage collection must not run before.
-func openCSI(ctx context.Context, cfg Config, s *service.Service, h hooks) (_ *driver, err error) {
+func openCSI(ctx context.Context, cfg Config, s *service.Service, m *metrics, h hooks) (_ *driver, err error) {
 	d := &driver{}
 	age, err := cfg.CSI.maxAge()
 	if err != nil {
@@ -159,10 +159,12 @@ func openCSI(ctx context.Context, cfg Config, s *service.Service, h hooks) (_ *d
 			Stall: time.Duration(cfg.CSI.StallTimeout) * time.Second, Reserve: cfg.ReservedSpace,
 		},
 		Retention: pull.Retention{High: cfg.CSI.GCHigh, Low: cfg.CSI.GCLow, MaxAge: age},
+		Observer:  m.pullObserver(),
 	})
 	if err != nil {
 		return nil, err
 	}
+	m.puller.Store(d.puller)
 	host, err := os.Hostname()
 	if err != nil && cfg.CSI.NodeName == "" {
 		return nil, fmt.Errorf("the name of the node: %w", err)

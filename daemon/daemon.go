@@ -148,7 +148,7 @@ func open(ctx context.Context, cfg Config, m *metrics, h hooks) (_ *service.Serv
 		return nil, err
 	}
 	if cfg.CSI.Enabled {
-		d, err := openCSI(ctx, cfg, s, h)
+		d, err := openCSI(ctx, cfg, s, m, h)
 		if err != nil {
 			return nil, fmt.Errorf("the CSI driver: %w", err)
 		}

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"runtime"
+	"sync/atomic"
 	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
@@ -18,6 +19,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/artifact-snapshotter/artifact-snapshotter/images"
+	"github.com/artifact-snapshotter/artifact-snapshotter/pull"
 	"github.com/artifact-snapshotter/artifact-snapshotter/store"
 	"github.com/artifact-snapshotter/artifact-snapshotter/unpack"
 )
@@ -104,6 +106,8 @@ func reasonOf(err error) string {
 // query finds 0 instead of nothing. docs/operations.md explains each metric.
 type metrics struct {
 	registry *prometheus.Registry
+	// puller is that of the CSI driver, if there is one.
+	puller atomic.Pointer[pull.Puller]
 
 	bytes         map[unpack.Retention]prometheus.Counter
 	builds        *prometheus.HistogramVec
@@ -115,7 +119,18 @@ type metrics struct {
 	gcFailures    prometheus.Counter
 	removed       prometheus.Counter
 	freed         prometheus.Counter
+
+	pulledBytes  *prometheus.CounterVec
+	pulls        prometheus.Histogram
+	pullFailures *prometheus.CounterVec
+	evictions    prometheus.Counter
 }
+
+// The values of the label source.
+const (
+	sourceRegistry = "registry"
+	sourceNode     = "node" // another directory of blobs
+)
 
 func newMetrics(version string) *metrics {
 	counter := func(name, help string) prometheus.CounterOpts {
@@ -146,6 +161,14 @@ func newMetrics(version string) *metrics {
 		gcFailures: prometheus.NewCounter(counter("gc_failures_total", "Garbage collections that could not remove everything that is unused.")),
 		removed:    prometheus.NewCounter(counter("gc_removed_trees_total", "Trees that garbage collections removed.")),
 		freed:      prometheus.NewCounter(counter("gc_freed_bytes_total", "Bytes of disk space that garbage collections freed.")),
+		pulledBytes: prometheus.NewCounterVec(counter("pulled_bytes_total",
+			"Bytes of artifacts that the CSI driver obtained, by where from: a registry, or another content store of the node."), []string{"source"}),
+		pulls: prometheus.NewHistogram(histogram("pull_duration_seconds",
+			"Duration of the pulls that succeeded.", .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300, 600, 1800, 3600)),
+		pullFailures: prometheus.NewCounterVec(counter("pull_failures_total",
+			"Volumes that were refused because the artifact could not be pulled, by the kind of the error. Every retry of kubelet counts."), []string{"kind"}),
+		evictions: prometheus.NewCounter(counter("pull_evictions_total",
+			"Artifacts of the CSI driver that were removed because nobody used them.")),
 	}
 	for _, method := range unpack.Retentions {
 		m.bytes[method] = bytes.WithLabelValues(string(method))
@@ -156,17 +179,22 @@ func newMetrics(version string) *metrics {
 	for _, reason := range reasons {
 		m.refusals.WithLabelValues(reason)
 	}
-	for _, kind := range kinds {
-		m.failures.WithLabelValues(kind.name)
+	for _, source := range []string{sourceRegistry, sourceNode} {
+		m.pulledBytes.WithLabelValues(source)
 	}
-	m.failures.WithLabelValues(kindOther)
+	for _, failures := range []*prometheus.CounterVec{m.failures, m.pullFailures} {
+		for _, kind := range kinds {
+			failures.WithLabelValues(kind.name)
+		}
+		failures.WithLabelValues(kindOther)
+	}
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
 		Namespace: prefix, Name: "build_info", Help: "The daemon's version; the value is always 1.",
 		ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()},
 	})
 	info.Set(1)
 	m.registry.MustRegister(bytes, m.builds, m.buildFailures, m.volumes, m.refusals, m.failures,
-		m.collections, m.gcFailures, m.removed, m.freed, info,
+		m.collections, m.gcFailures, m.removed, m.freed, m.pulledBytes, m.pulls, m.pullFailures, m.evictions, info,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -204,6 +232,17 @@ func (m *metrics) observer() store.Observer {
 	}
 }
 
+// pullObserver returns an Observer that counts what the CSI driver pulls.
+func (m *metrics) pullObserver() pull.Observer {
+	return pull.Observer{
+		Fetched: func(n int64) { m.pulledBytes.WithLabelValues(sourceRegistry).Add(float64(n)) },
+		Linked:  func(n int64) { m.pulledBytes.WithLabelValues(sourceNode).Add(float64(n)) },
+		Pulled:  func(took time.Duration) { m.pulls.Observe(took.Seconds()) },
+		Failed:  func(err error) { m.pullFailures.WithLabelValues(kindOf(err)).Inc() },
+		Removed: m.evictions.Inc,
+	}
+}
+
 // count is a grpc.UnaryServerInterceptor that counts failed requests for a snapshot. An
 // errdefs.ErrAlreadyExists is not a failure: it is how a snapshotter tells containerd that it
 // has the layers already.
@@ -220,7 +259,7 @@ func (m *metrics) count(ctx context.Context, request any, _ *grpc.UnaryServerInf
 
 // watch exports the state of the store and the watcher, which is read for every scrape.
 func (m *metrics) watch(s *store.Store, watcher *images.Watcher) {
-	m.registry.MustRegister(&gauges{s, watcher})
+	m.registry.MustRegister(&gauges{s, watcher, m.puller.Load})
 	modes := s.Modes()
 	for _, trigger := range triggers {
 		m.builds.WithLabelValues(string(modes.Raw), string(modes.Tar), trigger)
@@ -231,6 +270,7 @@ func (m *metrics) watch(s *store.Store, watcher *images.Watcher) {
 type gauges struct {
 	store   *store.Store
 	watcher *images.Watcher
+	puller  func() *pull.Puller // nil without CSI
 }
 
 func gauge(name, help string, labels ...string) *prometheus.Desc {
@@ -244,12 +284,14 @@ var (
 	treesGauge      = gauge("trees", "Trees on the node: one for each prepared artifact, and another one for each user namespace that uses it.", "raw", "tar")
 	mountsGauge     = gauge("mounts", "Trees that are mounted.")
 	referencesGauge = gauge("references", "References to trees: one for each artifact and pod, and those of tools.")
+	pulledGauge     = gauge("pulled_artifacts", "References of artifacts that the CSI driver has pulled.")
+	pullsGauge      = gauge("pulls", "Pulls of the CSI driver that are under way.")
 	sizeGauge       = gauge("tree_disk_bytes", "Disk usage of the trees: metadata, and decompressed and copied contents.")
 )
 
 // Describe implements prometheus.Collector.
 func (g *gauges) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{connectedGauge, artifactsGauge, conflictsGauge, treesGauge, mountsGauge, referencesGauge, sizeGauge} {
+	for _, d := range []*prometheus.Desc{connectedGauge, artifactsGauge, conflictsGauge, treesGauge, mountsGauge, referencesGauge, sizeGauge, pulledGauge, pullsGauge} {
 		ch <- d
 	}
 }
@@ -284,4 +326,14 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	set(mountsGauge, int64(stats.Mounts))
 	set(referencesGauge, int64(stats.References))
 	set(sizeGauge, stats.Size)
+
+	var pulled pull.Stats
+	if p := g.puller(); p != nil {
+		if pulled, err = p.Stats(ctx); err != nil {
+			log.L.WithError(err).Warn("cannot count the pulled artifacts for the metrics")
+			return
+		}
+	}
+	set(pulledGauge, int64(pulled.Artifacts))
+	set(pullsGauge, int64(pulled.Pulls))
 }

@@ -116,6 +116,7 @@ func (d *download) run(ctx context.Context) {
 	switch {
 	case err == nil:
 		logger.WithFields(log.Fields{"bytes": d.total.Load(), "fetched": d.fetched.Load(), "duration": time.Since(began)}).Info("pulled an artifact")
+		d.observer.Pulled(time.Since(began))
 	case ctx.Err() != nil:
 		err = context.Cause(ctx)
 		logger.WithError(err).Info("stopped pulling an artifact")

@@ -152,6 +152,7 @@ func (d *download) adopt(ctx context.Context, path string, desc ocispec.Descript
 	}
 	if done {
 		d.had(desc.Size)
+		d.observer.Linked(desc.Size)
 		log.G(ctx).WithField("blob", desc.Digest).Debug("the node had a blob already")
 	}
 	return done, err
@@ -363,6 +364,7 @@ func (a *arrival) stream(ctx context.Context, host docker.RegistryHost, connecti
 				return got, err
 			}
 			a.add(int64(n))
+			a.observer.Fetched(int64(n))
 		}
 		switch {
 		case errors.Is(rerr, io.EOF) && got == rest:

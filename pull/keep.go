@@ -112,6 +112,7 @@ func (p *Puller) evict(ctx context.Context, want int64) error {
 			return err
 		}
 		p.soil()
+		p.observer.Removed()
 		// A pod that begins to use it meanwhile has a tree with links to the blobs, or pulls
 		// it again.
 		if err := p.CollectGarbage(ctx); err != nil {

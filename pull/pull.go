@@ -68,6 +68,7 @@ type Config struct {
 	// Limits are DefaultLimits if they are not set, and Retention is DefaultRetention.
 	Limits    Limits
 	Retention Retention
+	Observer  Observer
 }
 
 // Puller pulls artifacts. It is safe for concurrent use.
@@ -77,6 +78,7 @@ type Puller struct {
 	others      []blobs.Dir
 	limits      Limits
 	retention   Retention
+	observer    Observer
 	part        int
 	// inUse list the references that stay.
 	inUse []func() []string
@@ -118,7 +120,7 @@ func Open(ctx context.Context, c Config) (_ *Puller, err error) {
 		c.Retention = DefaultRetention
 	}
 	p := &Puller{
-		root: c.Root, hosts: c.Hosts, dir: blobs.Dir(c.Root), others: c.Others, limits: c.Limits, retention: c.Retention,
+		root: c.Root, hosts: c.Hosts, dir: blobs.Dir(c.Root), others: c.Others, limits: c.Limits, retention: c.Retention, observer: c.Observer.complete(),
 		part:        int(max(c.Limits.Memory/int64(c.Limits.Blobs*ways), minPart)),
 		blobs:       semaphore.NewWeighted(int64(c.Limits.Blobs)),
 		connections: semaphore.NewWeighted(int64(c.Limits.Connections)),
@@ -254,7 +256,8 @@ type Request struct {
 // Pull waits until the artifact is on the node, and returns its manifest or index. If ctx ends
 // before, the error is an *UnfinishedError with the progress, the download goes on, and the
 // next request joins it. An image is artifact.ErrNotArtifact.
-func (p *Puller) Pull(ctx context.Context, r Request) (ocispec.Descriptor, error) {
+func (p *Puller) Pull(ctx context.Context, r Request) (_ ocispec.Descriptor, err error) {
+	defer func() { p.failure(err) }()
 	ctx = in(ctx)
 	if len(r.Credentials) == 0 {
 		r.Credentials = []Credential{{}}

@@ -139,7 +139,7 @@ func open(ctx context.Context, cfg Config, m *metrics, h hooks) (_ *service.Serv
 	m.watch(s.Store(), s.Watcher())
 	var frontEnds []func(context.Context)
 	if cfg.NRI.Enabled {
-		plugin, err := newNRI(ctx, cfg, s, h)
+		plugin, err := newNRI(ctx, cfg, s, m, h)
 		if err != nil {
 			return nil, err
 		}
@@ -161,7 +161,7 @@ func open(ctx context.Context, cfg Config, m *metrics, h hooks) (_ *service.Serv
 	return s, nil
 }
 
-func newNRI(ctx context.Context, cfg Config, s *service.Service, h hooks) (*nri.Plugin, error) {
+func newNRI(ctx context.Context, cfg Config, s *service.Service, m *metrics, h hooks) (*nri.Plugin, error) {
 	return nri.New(ctx, nri.Config{
 		Socket: cfg.NRI.Socket, Index: cfg.NRI.Index, Name: cfg.NRI.Name,
 		Root:              cfg.Root,
@@ -170,7 +170,7 @@ func newNRI(ctx context.Context, cfg Config, s *service.Service, h hooks) (*nri.
 		Layouts:           cfg.Blobs()[1:],
 		ContainerdAddress: cfg.ContainerdAddress,
 		Passthrough:       cfg.NRI.OnError == onErrorPassthrough,
-		Observer:          nri.Observer{Connected: h.connected},
+		Observer:          nri.Observer{Connected: h.connected, Missed: func(n int) { m.missed.Set(float64(n)) }},
 	})
 }
 

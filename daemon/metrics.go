@@ -120,6 +120,7 @@ type metrics struct {
 	removed       prometheus.Counter
 	freed         prometheus.Counter
 
+	missed       prometheus.Gauge
 	pulledBytes  *prometheus.CounterVec
 	pulls        prometheus.Histogram
 	pullFailures *prometheus.CounterVec
@@ -161,6 +162,8 @@ func newMetrics(version string) *metrics {
 		gcFailures: prometheus.NewCounter(counter("gc_failures_total", "Garbage collections that could not remove everything that is unused.")),
 		removed:    prometheus.NewCounter(counter("gc_removed_trees_total", "Trees that garbage collections removed.")),
 		freed:      prometheus.NewCounter(counter("gc_freed_bytes_total", "Bytes of disk space that garbage collections freed.")),
+		missed: prometheus.NewGauge(prometheus.GaugeOpts{Namespace: prefix, Name: "containers_without_artifact",
+			Help: "Containers that were created without the NRI plugin, so that the runtime mounted their artifact by itself."}),
 		pulledBytes: prometheus.NewCounterVec(counter("pulled_bytes_total",
 			"Bytes of artifacts that the CSI driver obtained, by where from: a registry, or another content store of the node."), []string{"source"}),
 		pulls: prometheus.NewHistogram(histogram("pull_duration_seconds",
@@ -194,7 +197,7 @@ func newMetrics(version string) *metrics {
 	})
 	info.Set(1)
 	m.registry.MustRegister(bytes, m.builds, m.buildFailures, m.volumes, m.refusals, m.failures,
-		m.collections, m.gcFailures, m.removed, m.freed, m.pulledBytes, m.pulls, m.pullFailures, m.evictions, info,
+		m.collections, m.gcFailures, m.removed, m.freed, m.missed, m.pulledBytes, m.pulls, m.pullFailures, m.evictions, info,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

@@ -426,9 +426,12 @@ func TestByNRIAContainerThatFailsLaterLeavesNothing(t *testing.T) {
 	})
 }
 
-// The daemon logs containers that were created without it.
-func TestByNRIAContainerCreatedWithoutThePluginIsLogged(t *testing.T) {
-	n := node.ForTest(t, node.Options{NRI: true})
+// The daemon logs and counts containers that were created without it.
+func TestByNRIAContainerCreatedWithoutThePluginIsReported(t *testing.T) {
+	n, socket := metered(t, node.Options{NRI: true})
+	missed := func() float64 {
+		return families(t, socket)["artifact_snapshotter_containers_without_artifact"].GetMetric()[0].GetGauge().GetValue()
+	}
 	ref := pulled(t, n, writeModel(t), pack.Raw)
 	check(t, n.StopDaemon())
 	pod, err := n.RunPod(node.PodSpec{Volumes: []node.Volume{{Image: ref, Path: "/model"}}})
@@ -439,7 +442,11 @@ func TestByNRIAContainerCreatedWithoutThePluginIsLogged(t *testing.T) {
 	if logs := n.Logs(); !strings.Contains(logs, "a container was created without the NRI plugin") || !strings.Contains(logs, "sandbox="+pod.ID) {
 		t.Errorf("the log does not name pod %s:\n%s", pod.ID, logs)
 	}
+	if got := missed(); got != 1 {
+		t.Errorf("the metric counts %v containers, want 1", got)
+	}
 	check(t, pod.Remove())
+	waitFor(t, "the metric to count none", func() bool { return missed() == 0 })
 }
 
 // NRI can require a plugin.

@@ -56,6 +56,9 @@ type Observer struct {
 	// Connected is called with true when a runtime has accepted the plugin, and with false
 	// when that connection has ended.
 	Connected func(bool)
+	// Missed is called with the number of containers that were created without the plugin, so
+	// that they have the runtime's own mount of an artifact, whenever it may have changed.
+	Missed func(n int)
 }
 
 // Plugin mounts artifacts for the runtime on a socket of NRI. It is safe for concurrent use.
@@ -64,6 +67,7 @@ type Plugin struct {
 	records         *records
 	registerTimeout time.Duration // a field because tests shorten it
 	addressWarning  sync.Once
+	missed          missed
 }
 
 // New returns a Plugin, and protects the trees in its records from the garbage collection of
@@ -74,7 +78,7 @@ func New(ctx context.Context, c Config) (*Plugin, error) {
 		return nil, err
 	}
 	r := &records{Records: opened, ended: map[string]time.Duration{}}
-	return &Plugin{Config: c, records: r, registerTimeout: registerTimeout}, nil
+	return &Plugin{Config: c, records: r, registerTimeout: registerTimeout, missed: missed{changed: c.Observer.Missed}}, nil
 }
 
 // ProtectRecorded protects the trees in the records below root from the garbage collection of s,

@@ -220,6 +220,7 @@ func (s *session) StopContainer(ctx context.Context, _ *api.PodSandbox, c *api.C
 // RemoveContainer removes the record of a container for which StopContainer was not called.
 func (s *session) RemoveContainer(ctx context.Context, _ *api.PodSandbox, c *api.Container) error {
 	s.records.end(c.GetId())
+	s.missed.remove(c.GetId())
 	s.unmount(log.WithLogger(ctx, s.logger), c.GetId())
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync"
 
 	"github.com/containerd/log"
 	"github.com/containerd/nri/pkg/api"
@@ -25,7 +26,7 @@ func (p *Plugin) synchronize(ctx context.Context, runtime string, pods []*api.Po
 	for _, pod := range pods {
 		sandboxes[pod.GetId()] = pod
 	}
-	listed := map[string]bool{}
+	listed, missed := map[string]bool{}, map[string]bool{}
 	for _, c := range containers {
 		listed[c.GetId()] = true
 		pod := sandboxes[c.GetPodSandboxId()]
@@ -34,7 +35,9 @@ func (p *Plugin) synchronize(ctx context.Context, runtime string, pods []*api.Po
 		}
 		rec, recorded := p.records.Get(c.GetId())
 		ids, unreplaced := p.mounted(pod, c, rec), p.unreplaced(ctx, pod, c)
-		p.warnUnreplaced(ctx, c, unreplaced)
+		if p.warnUnreplaced(ctx, c, unreplaced) {
+			missed[c.GetId()] = true
+		}
 		switch {
 		case len(ids) == 0 && len(unreplaced) > 0:
 			p.unmount(ctx, c.GetId())
@@ -47,6 +50,7 @@ func (p *Plugin) synchronize(ctx context.Context, runtime string, pods []*api.Po
 			}
 		}
 	}
+	p.missed.set(missed)
 	for container, rec := range p.records.All() {
 		creating := sandboxes[rec.Sandbox] != nil && uptime()-rec.Uptime < creationWindow
 		if rec.Runtime == runtime && !listed[container] && !creating {
@@ -74,17 +78,43 @@ func (p *Plugin) isArtifact(ctx context.Context, hex string) bool {
 	return !errors.Is(err, artifact.ErrNotArtifact)
 }
 
-// warnUnreplaced warns of a container that was created without the plugin, which nothing else
-// reports. Files in containerd's directory were mounted by the snapshotter.
-func (p *Plugin) warnUnreplaced(ctx context.Context, c *api.Container, volumes []volume) {
+// missed are the containers that were created without the plugin and are still there.
+type missed struct {
+	mu         sync.Mutex
+	containers map[string]bool
+	changed    func(n int)
+}
+
+func (m *missed) set(containers map[string]bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.containers = containers
+	if m.changed != nil {
+		m.changed(len(containers))
+	}
+}
+
+func (m *missed) remove(container string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.containers, container)
+	if m.changed != nil {
+		m.changed(len(m.containers))
+	}
+}
+
+// warnUnreplaced warns of a container that was created without the plugin, and reports whether it
+// was. Files in containerd's directory were mounted by the snapshotter.
+func (p *Plugin) warnUnreplaced(ctx context.Context, c *api.Container, volumes []volume) bool {
 	i := slices.IndexFunc(volumes, func(v volume) bool {
 		return v.Namespace == "" || unpacked(v.directory()) == store.NotUnpacked
 	})
 	if i < 0 || p.Passthrough { // with passthrough it may have been intended
-		return
+		return false
 	}
 	log.G(ctx).WithFields(log.Fields{"sandbox": c.GetPodSandboxId(), "container": c.GetName(), "path": volumes[i].destination}).
 		Warn("a container was created without the NRI plugin, so the runtime mounted its artifact by itself: delete its pod")
+	return true
 }
 
 // mounted returns the trees that are mounted in a container. The path of a mount does not say

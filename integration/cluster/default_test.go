@@ -3,25 +3,12 @@
 
 package cluster
 
-import (
-	"testing"
-
-	"github.com/artifact-snapshotter/artifact-snapshotter/integration/pack"
-)
+import "testing"
 
 // By NRI, image volumes need no RuntimeClass, and the containers keep the node's snapshotter.
 func TestImageVolumesByDefault(t *testing.T) {
 	install(t, byDefault)
-	namespace := newNamespace(t)
-	src := t.TempDir()
-	check(t, pack.WriteModel(src))
-	create(t, namespace, "apps/v1", "Deployment", "model", deployment("model", 3, nodeSpec(pushModel(t, src, "v1"))))
-	for _, pod := range waitForPods(t, namespace, "app=model", 3) {
-		wantModel(t, namespace, pod, "/model", src)
-		if got := snapshotters(t, namespace, pod); got[0] != "overlayfs" {
-			t.Errorf("the pod %s has the snapshotter %q", pod, got)
-		}
-	}
+	wantReplicas(t, "overlayfs")
 }
 
 // As TestPodsComeBackWithoutTheRegistry: kubelet waits for the driver.

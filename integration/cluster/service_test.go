@@ -20,13 +20,20 @@ func nodeSpec(ref string) object {
 
 func TestAServiceServesEveryPod(t *testing.T) {
 	install(t, asService)
+	wantReplicas(t, "artifact")
+}
+
+// wantReplicas fails the test unless pods without a RuntimeClass have their model and this
+// snapshotter.
+func wantReplicas(t *testing.T, snapshotter string) {
+	t.Helper()
 	namespace := newNamespace(t)
 	src := t.TempDir()
 	check(t, pack.WriteModel(src))
 	create(t, namespace, "apps/v1", "Deployment", "model", deployment("model", 3, nodeSpec(pushModel(t, src, "v1"))))
 	for _, pod := range waitForPods(t, namespace, "app=model", 3) {
 		wantModel(t, namespace, pod, "/model", src)
-		if got := snapshotters(t, namespace, pod); got[0] != "artifact" {
+		if got := snapshotters(t, namespace, pod); got[0] != snapshotter {
 			t.Errorf("the pod %s has the snapshotter %q", pod, got)
 		}
 	}

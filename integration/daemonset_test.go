@@ -133,7 +133,10 @@ func chartPod(t *testing.T, n *node.Node, image string, values map[string]string
 		return string(text)
 	}
 	repository, tag, _ := cutLast(image, ":")
-	all := map[string]string{"image.repository": quoted(repository), "image.tag": quoted(tag)}
+	all := map[string]string{
+		"image.repository": quoted(repository), "image.tag": quoted(tag),
+		"frontends": `{"csi":false,"nri":false,"snapshotter":true}`,
+	}
 	maps.Copy(all, values)
 	manifests, err := n.Chart(all)
 	check(t, err)

@@ -438,11 +438,11 @@ func TestASecondDaemonIsRefused(t *testing.T) {
 	socket, other := filepath.Join(n.Dir, "daemon.sock"), t.TempDir()
 	for _, tt := range []struct{ name, root, address, want string }{
 		{"on the root", n.DaemonRoot, filepath.Join(other, "sock"), "root " + n.DaemonRoot + " belongs to another running artifact-snapshotter; stop it, or choose another root"},
-		{"on the socket", other, socket, "another server answers on " + socket + "; stop it, or choose another address"},
+		{"on the socket", filepath.Join(other, "root"), socket, "another server answers on " + socket + "; stop it, or choose another address"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			out, err := exec.CommandContext(t.Context(), fmt.Sprintf("/proc/%d/exe", n.DaemonPID()), "serve",
-				"--root", tt.root, "--state", other, "--address", tt.address,
+				"--root", tt.root, "--state", filepath.Join(other, "state"), "--address", tt.address,
 				"--content-root", n.ContentRoot, "--containerd-address", n.Address).CombinedOutput()
 			if err == nil || !strings.Contains(string(out), tt.want) {
 				t.Errorf("%v: %s, want an error with %q", err, out, tt.want)

@@ -85,7 +85,8 @@ func objects(t *testing.T, text string) (all []object) {
 }
 
 // daemonPod turns the DaemonSet in a chart's manifests into a static pod. Such a pod cannot
-// have a ConfigMap, so it gets a directory below dir instead. Nothing else is changed.
+// have a ConfigMap, so it gets a directory below dir instead, and no service account. Nothing else
+// is changed.
 func daemonPod(t *testing.T, manifests, name, dir string) string {
 	t.Helper()
 	var pod object
@@ -105,6 +106,7 @@ func daemonPod(t *testing.T, manifests, name, dir string) string {
 	pod["apiVersion"], pod["kind"] = "v1", "Pod"
 	pod["metadata"].(object)["name"] = name
 	pod["metadata"].(object)["namespace"] = "kube-system"
+	delete(pod["spec"].(object), "serviceAccountName")
 	volumes, _ := pod["spec"].(object)["volumes"].([]any)
 	for _, v := range volumes {
 		volume, _ := v.(object)

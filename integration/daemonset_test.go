@@ -208,7 +208,11 @@ func TestKubeletRunsTheDaemonSet(t *testing.T) {
 		before := waitForStatic(t, n, "daemon")
 		pods, err := n.Crictl("pods", "--quiet", "--namespace", "kube-system")
 		check(t, err)
-		_, err = n.Crictl("rmp", "--force", strings.TrimSpace(pods))
+		// kubelet may be removing the container that was killed before.
+		waitFor(t, "removal of the daemon's pod", func() bool {
+			_, err = n.Crictl("rmp", "--force", strings.TrimSpace(pods))
+			return err == nil || !strings.Contains(err.Error(), "already in removing state")
+		})
 		check(t, err)
 		wantReading(t, reader)
 		for name, id := range before.Containers {

@@ -237,9 +237,11 @@ func (m *metrics) observer() store.Observer {
 
 // pullObserver returns an Observer that counts what the CSI driver pulls.
 func (m *metrics) pullObserver() pull.Observer {
+	// Bytes are counted for each buffer, so their series are looked up here.
+	registry, node := m.pulledBytes.WithLabelValues(sourceRegistry), m.pulledBytes.WithLabelValues(sourceNode)
 	return pull.Observer{
-		Fetched: func(n int64) { m.pulledBytes.WithLabelValues(sourceRegistry).Add(float64(n)) },
-		Linked:  func(n int64) { m.pulledBytes.WithLabelValues(sourceNode).Add(float64(n)) },
+		Fetched: func(n int64) { registry.Add(float64(n)) },
+		Linked:  func(n int64) { node.Add(float64(n)) },
 		Pulled:  func(took time.Duration) { m.pulls.Observe(took.Seconds()) },
 		Failed:  func(err error) { m.pullFailures.WithLabelValues(kindOf(err)).Inc() },
 		Removed: m.evictions.Inc,

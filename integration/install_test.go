@@ -125,6 +125,13 @@ func TestInstallAndUninstall(t *testing.T) {
 			waitForCRI(t, n)
 			wantSame(t, etc, installed)
 
+			// A dry run waits for nothing, as it changes nothing.
+			dry := append([]string{"timeout", "--signal=KILL", "60"}, command("uninstall", "--dry-run", "--wait")...)
+			if said, err := n.Run(dry...); err == nil || !strings.Contains(said+err.Error(), "drain the node") {
+				t.Errorf("a dry run of uninstall with a running pod: %q, %v", said, err)
+			}
+			wantSame(t, etc, installed)
+
 			// The running pod keeps the snapshotter; new pods get the previous one.
 			for range 2 {
 				if said, err := n.Run(command("uninstall")...); err == nil || !strings.Contains(said+err.Error(), "drain the node") {

@@ -229,6 +229,7 @@ func (s *session) RemoveContainer(ctx context.Context, _ *api.PodSandbox, c *api
 // container, CRI-O calls nothing else.
 func (s *session) RemovePodSandbox(ctx context.Context, pod *api.PodSandbox) error {
 	s.records.end(pod.GetId())
+	s.missed.remove(pod.GetId())
 	s.unmount(log.WithLogger(ctx, s.logger), s.records.containers(pod.GetId())...)
 	return nil
 }

@@ -6,6 +6,7 @@ package nri
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"sync"
 
@@ -26,7 +27,7 @@ func (p *Plugin) synchronize(ctx context.Context, runtime string, pods []*api.Po
 	for _, pod := range pods {
 		sandboxes[pod.GetId()] = pod
 	}
-	listed, missed := map[string]bool{}, map[string]bool{}
+	listed, missed := map[string]bool{}, map[string]string{}
 	for _, c := range containers {
 		listed[c.GetId()] = true
 		pod := sandboxes[c.GetPodSandboxId()]
@@ -36,7 +37,7 @@ func (p *Plugin) synchronize(ctx context.Context, runtime string, pods []*api.Po
 		rec, recorded := p.records.Get(c.GetId())
 		ids, unreplaced := p.mounted(pod, c, rec), p.unreplaced(ctx, pod, c)
 		if p.warnUnreplaced(ctx, c, unreplaced) {
-			missed[c.GetId()] = true
+			missed[c.GetId()] = c.GetPodSandboxId()
 		}
 		switch {
 		case len(ids) == 0 && len(unreplaced) > 0:
@@ -80,26 +81,29 @@ func (p *Plugin) isArtifact(ctx context.Context, hex string) bool {
 
 // missed are the containers that were created without the plugin and are still there.
 type missed struct {
-	mu         sync.Mutex
-	containers map[string]bool
-	changed    func(n int)
+	mu        sync.Mutex
+	sandboxes map[string]string // of the containers
+	changed   func(n int)       // nil if nobody wants to know
 }
 
-func (m *missed) set(containers map[string]bool) {
+func (m *missed) set(sandboxes map[string]string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.containers = containers
-	if m.changed != nil {
-		m.changed(len(containers))
-	}
+	m.sandboxes = sandboxes
+	m.tell()
 }
 
-func (m *missed) remove(container string) {
+// remove removes a container, or all of a sandbox.
+func (m *missed) remove(id string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	delete(m.containers, container)
+	maps.DeleteFunc(m.sandboxes, func(container, sandbox string) bool { return container == id || sandbox == id })
+	m.tell()
+}
+
+func (m *missed) tell() {
 	if m.changed != nil {
-		m.changed(len(m.containers))
+		m.changed(len(m.sandboxes))
 	}
 }
 

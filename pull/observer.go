@@ -16,8 +16,7 @@ type Observer struct {
 	Fetched, Linked func(n int64)
 	// Pulled is called when a download has ended with all of the artifact.
 	Pulled func(took time.Duration)
-	// Failed is called for each request that is answered with an error, but for one that has to
-	// wait longer.
+	// Failed is called for each request that fails. An *UnfinishedError is no failure.
 	Failed func(err error)
 	// Removed is called when an artifact was removed because nobody used it.
 	Removed func()

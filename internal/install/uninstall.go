@@ -196,12 +196,13 @@ func (e *usedError) names() string {
 
 func (*usedError) Unwrap() error { return errdefs.ErrFailedPrecondition }
 
-// awaitUninstall uninstalls. With Wait it waits for the last container, and says for which.
+// awaitUninstall uninstalls. With Wait it waits for the last container, and says for which; a dry
+// run does not wait, since it does not take the snapshotter from new containers.
 func (r *run) awaitUninstall(ctx context.Context) error {
 	for said := ""; ; {
 		err := r.uninstall(ctx)
 		var used *usedError
-		if !r.Wait || !errors.As(err, &used) {
+		if !r.Wait || r.DryRun || !errors.As(err, &used) {
 			return err
 		}
 		if names := used.names(); names != said {

@@ -203,39 +203,6 @@ volumeMounts:
   {{- end }}
 {{- end -}}
 
-{{/* The volumes of the daemon's container, but for the configuration and the state. */}}
-{{- define "daemonVolumes" -}}
-- name: root
-  hostPath:
-    path: {{ include "hostRoot" . }}
-    type: Directory
-- name: containerd
-  hostPath:
-    path: {{ dir .Values.containerd.socket }}
-    {{- /* Nodes with CRI-O do not have it. */}}
-    type: {{ if .Values.frontends.snapshotter }}Directory{{ else }}DirectoryOrCreate{{ end }}
-- name: dev
-  hostPath:
-    path: /dev
-    type: Directory
-{{- if .Values.frontends.nri }}
-- name: nri
-  hostPath:
-    path: /var/run/nri
-    type: DirectoryOrCreate
-{{- end }}
-{{- if .Values.frontends.csi }}
-- name: kubelet
-  hostPath:
-    path: {{ .Values.kubeletRoot }}
-    type: Directory
-- name: etc
-  hostPath:
-    path: /etc
-    type: Directory
-{{- end }}
-{{- end -}}
-
 {{/* The lines of a table of TOML. */}}
 {{- define "keys" -}}
 {{- $lines := list -}}

@@ -3,8 +3,8 @@ SPDX-FileCopyrightText: The artifact-snapshotter Authors
 SPDX-License-Identifier: Apache-2.0
 
 What a node is set up by. It is kept in an annotation of the ConfigMap, so that an upgrade knows
-what the nodes have. `helm template` cannot look it up, nor can what is built on it (Argo CD):
-there the nodes refuse what is refused here.
+what the nodes have. `helm template` cannot look it up, nor can what is built on it, such as Argo
+CD: nothing is refused there.
 */}}
 {{- define "setup" -}}
 {{- $setup := pick .Values "scope" "daemon" "runtimeHandler" "root" "state" "uninstall" -}}
